@@ -1,0 +1,156 @@
+"""The one set of options, for the command line and for Python alike."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from eptq_onnx.errors import ConfigError
+
+
+class Preset(str, Enum):
+    """How much time to spend."""
+
+    FAST = "fast"
+    BALANCED = "balanced"
+    BEST = "best"
+
+
+class ActivationRange(str, Enum):
+    """How an activation range is chosen from the calibration statistics."""
+
+    MINMAX = "minmax"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+
+
+class WeightRange(str, Enum):
+    """How a weight range is chosen."""
+
+    MINMAX = "minmax"
+    MSE = "mse"
+    HMSE = "hmse"
+
+
+class Optimizer(str, Enum):
+    """Optimizer of the rounding variables; the other parameters always use Adam."""
+
+    RADAM = "radam"
+    ADAM = "adam"
+
+
+PRESET_STEPS = {Preset.FAST: 0, Preset.BALANCED: 200, Preset.BEST: 1000}
+
+
+class Config(BaseModel):
+    """Options of `eptq_onnx.quantize`.
+
+    Parameters
+    ----------
+    weight_bits, activation_bits : int
+        Bit widths, 2 to 8.
+    edge_bits : int
+        Bit width of the first and last layers: their weights, the model's inputs, the last layers' inputs and
+        outputs.
+    target : str
+        Name of a shipped target, or path of a target file (TOML).
+    preset : Preset
+        ``fast`` uses no gradients; ``balanced`` and ``best`` set `steps` to 200 and 1000.
+    steps : int, optional
+        Steps of the network-wise optimization; overrides the preset.
+    seed : int
+        Seed of all randomness. The same input, config and seed give the same bytes.
+    activation_range, percentile
+        How activation ranges are chosen; the percentile (of each tail) is for ``percentile``.
+    weight_range : WeightRange, optional
+        By default ``hmse``, or ``mse`` with the preset ``fast``.
+    damping : float
+        Share of the mean that is added to the Hessian scores before HMSE.
+    probes : int
+        Hutchinson probes per sample.
+    score_samples : int
+        At most so many samples are scored and optimized on.
+    batch_size : int
+        Samples a step.
+    holdout : float
+        Share of the samples that is kept out of the optimization, to choose among its results.
+    optimizer : Optimizer
+    rounding_lr, bias_lr, scale_lr, activation_scale_lr : float
+        Learning rates of the rounding variables, of the biases (in units of the layer output's RMS), of the weight
+        scale factors and of the logarithms of the activation scales.
+    rounding_strength : float
+        Lambda, the weight of the rounding penalty.
+    warmup : float
+        Share of the steps before the rounding penalty sets in.
+    attention, gradual_activations : bool
+        Sample-layer attention and gradual activation quantization (for ablations).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight_bits: int = Field(8, ge=2, le=8)
+    activation_bits: int = Field(8, ge=2, le=8)
+    edge_bits: int = Field(8, ge=2, le=8)
+    target: str = "ort-x64"
+    preset: Preset = Preset.BALANCED
+    steps: int | None = Field(None, ge=0)
+    seed: int = Field(0, ge=0)
+    activation_range: ActivationRange = ActivationRange.MSE
+    percentile: float = Field(99.99, gt=50, le=100)
+    weight_range: WeightRange | None = None
+    damping: float = Field(0.1, ge=0)
+    probes: int = Field(2, ge=1)
+    score_samples: int = Field(256, ge=1)
+    batch_size: int = Field(16, ge=1)
+    holdout: float = Field(0.2, gt=0, lt=0.9)
+    optimizer: Optimizer = Optimizer.RADAM
+    rounding_lr: float = Field(1e-2, ge=0)
+    bias_lr: float = Field(1e-3, ge=0)
+    scale_lr: float = Field(1e-4, ge=0)
+    activation_scale_lr: float = Field(1e-3, ge=0)
+    rounding_strength: float = Field(1e-2, ge=0)
+    warmup: float = Field(0.2, ge=0, lt=1)
+    attention: bool = True
+    gradual_activations: bool = True
+
+    @classmethod
+    def of(cls, **options: Any) -> Config:
+        """Validate options.
+
+        Raises
+        ------
+        ConfigError
+            Naming the first wrong option.
+        """
+        try:
+            return cls(**options)
+        except ValidationError as e:
+            raise ConfigError(describe(e, "option")) from e
+
+    @property
+    def step_count(self) -> int:
+        """Steps of the network-wise optimization."""
+        return PRESET_STEPS[self.preset] if self.steps is None else self.steps
+
+    @property
+    def weight_range_method(self) -> WeightRange:
+        """The chosen or default weight range."""
+        if self.weight_range is not None:
+            return self.weight_range
+        return WeightRange.MSE if self.preset is Preset.FAST else WeightRange.HMSE
+
+    @property
+    def needs_gradients(self) -> bool:
+        """True if any step of this run uses the gradient engine."""
+        return self.step_count > 0 or self.weight_range_method is WeightRange.HMSE
+
+
+def describe(error: ValidationError, what: str) -> str:
+    """The first problem of a pydantic error as one sentence."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"{what} {name} is unknown."
+    return f"{what} {name}={first['input']!r} is wrong: {first['msg'][0].lower()}{first['msg'][1:]}."

@@ -1,0 +1,1 @@
+"""Gradient engines; the only importers of gradient libraries."""

@@ -1,0 +1,99 @@
+"""What the steps ask of a gradient engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from onnx import ModelProto
+
+from eptq_onnx.types import Array
+
+LSQ_DOMAIN = "com.microsoft"
+"""`FakeQuant` of this domain (x, scale, zero_point → y, mask) is the quantizer that engines differentiate: straight
+through for x inside the range, the LSQ rule (Esser et al. 2020) for the scale."""
+
+
+LOSS = "eptq/loss"
+LAYER_ERRORS = "eptq/layer_errors"
+ATTENTION = "eptq/attention"
+ACTIVATION_SCALES = "eptq/activation_scales"
+FLOAT_SHARE = "eptq/float_share"
+
+@dataclass(frozen=True)
+class GradientModel:
+    """A model with gradient outputs.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The forward graph and its backward pass; the tensors of ``wrt`` that were initializers are inputs.
+    gradients : dict of str to str
+        Tensor to the name of its gradient (same shape).
+    unreached : dict of str to str
+        Tensors of ``wrt`` that the loss does not depend on through differentiable operators, with the reason.
+    """
+
+    model: ModelProto
+    gradients: dict[str, str]
+    unreached: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TrainingGraph:
+    """The graph of a training step and that of an evaluation.
+
+    Parameters
+    ----------
+    train, evaluate : ModelProto
+        Inputs: the model's own; every weight and bias by name; `ACTIVATION_SCALES` of shape (n_quantizers,);
+        `ATTENTION` of shape (n_layers * micro_batch,), the factor of each sum of squares; and, in ``train`` only,
+        `FLOAT_SHARE` of shape (1,), the share p of the unquantized activations. Outputs: `LOSS`, `LAYER_ERRORS` of
+        shape (n_layers * micro_batch,), and in ``train`` the gradients.
+    gradients : dict of str to str
+        Input to the name of its gradient.
+    quantizers : tuple of str
+        Order of the activation scales.
+    positions : ndarray of shape (n_layers,)
+        Positions (everything but samples and channels) of each layer's output.
+    micro_batch : int
+        Samples of one run.
+    unreached : dict of str to str
+        Weights that no gradient reaches, and why.
+    notes : tuple of str
+        What could not be rewritten for differentiation, and why.
+    """
+
+    train: ModelProto
+    evaluate: ModelProto
+    gradients: dict[str, str]
+    quantizers: tuple[str, ...]
+    positions: Array
+    micro_batch: int
+    unreached: dict[str, str]
+    notes: tuple[str, ...]
+
+
+class Engine(Protocol):
+    """Builds backward passes."""
+
+    name: str
+
+    def differentiate(self, model: ModelProto, loss: str, wrt: Sequence[str]) -> GradientModel:
+        """Gradient of a scalar with respect to initializers, inputs or intermediate tensors.
+
+        Parameters
+        ----------
+        model : ModelProto
+            With known shapes, and only operators that have a gradient or block it.
+        loss : str
+            A scalar output of the model.
+        wrt : sequence of str
+
+        Raises
+        ------
+        GradientError
+            If the graph cannot be differentiated.
+        """
+        ...

@@ -1,0 +1,43 @@
+"""Every error that eptq-onnx raises on purpose.
+
+::
+
+    EptqError
+    ├── ConfigError        an option or a target file is wrong
+    ├── ModelError         the float model cannot be read or has nothing to quantize
+    ├── DataError          the calibration data does not fit the model
+    ├── InstallError       onnxruntime or its gradient builder is missing or damaged
+    ├── GradientError      a gradient graph could not be built
+    └── OutputError        a result could not be written
+
+The message of each is one sentence that names the node, file or option and says what to do; the command
+line prints it and exits with code 2.
+"""
+
+
+class EptqError(Exception):
+    """Base of all errors that a user can act upon."""
+
+
+class ConfigError(EptqError):
+    """An option or a target description is wrong."""
+
+
+class ModelError(EptqError):
+    """The float model cannot be read, is invalid, or has nothing to quantize."""
+
+
+class DataError(EptqError):
+    """The calibration data does not fit the model."""
+
+
+class InstallError(EptqError):
+    """onnxruntime, or the gradient builder of its training build, is missing or damaged."""
+
+
+class GradientError(EptqError):
+    """A gradient graph could not be built for the model."""
+
+
+class OutputError(EptqError):
+    """A result could not be written."""

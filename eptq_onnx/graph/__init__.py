@@ -1,0 +1,1 @@
+"""Reading, viewing and editing ONNX graphs; the only importer of onnx-graphsurgeon."""

@@ -1,0 +1,174 @@
+"""Editing helpers: unique names, new nodes and constants, promotion of constants to inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from eptq_onnx.graph.view import node_reads, opset_of
+
+MICROSOFT = "com.microsoft"
+
+
+def all_names(model: ModelProto) -> set[str]:
+    """Every tensor and node name of the main graph."""
+    graph = model.graph
+    names = {i.name for i in (*graph.input, *graph.output, *graph.value_info)} | {t.name for t in graph.initializer}
+    for node in graph.node:
+        names.update((node.name, *node.output, *node_reads(node)))
+    return names
+
+
+class Builder:
+    """Collects new nodes and constants under names that the model does not use yet.
+
+    Parameters
+    ----------
+    model : ModelProto
+        Gives the names in use and the opset; it is not changed.
+    prefix : str
+        Put in front of every new name.
+    """
+
+    def __init__(self, model: ModelProto, prefix: str = "") -> None:
+        self.opset = opset_of(model)
+        self.nodes: list[NodeProto] = []
+        self.initializers: list[TensorProto] = []
+        self._prefix = prefix
+        self._taken = all_names(model)
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def unique(self, stem: str) -> str:
+        """A name that nobody has, and that is taken from now on."""
+        name, k = stem, 1
+        while name in self._taken:
+            name, k = f"{stem}_{k}", k + 1
+        self._taken.add(name)
+        return name
+
+    def constant(self, value: NDArray[np.generic] | float | int, stem: str = "constant") -> str:
+        """An initializer; equal values share one. Python floats become float32, ints int64."""
+        if isinstance(value, float):
+            value = np.float32(value)
+        array = np.asarray(value)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = self.unique(self._prefix + stem)
+            self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+            self._constants[key] = name
+        return self._constants[key]
+
+    def add(
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        output: str | None = None,
+        *,
+        domain: str = "",
+        outputs: Sequence[str] = (),
+        **attributes: object,
+    ) -> str:
+        """A node; returns its (first) output, named by the caller or made up."""
+        names = list(outputs) or [output or self.unique(f"{self._prefix}{op_type}_out")]
+        self._taken.update(names)
+        node = helper.make_node(op_type, list(inputs), names, name=self.unique(f"{names[0]}/{op_type}"), domain=domain, **attributes)
+        self.nodes.append(node)
+        return names[0]
+
+    def reduce(self, op_type: str, x: str, axes: Sequence[int] | None, output: str | None = None, *, keepdims: bool = False) -> str:
+        """A reduction; its axes are an attribute or an input, as the opset wants (None: all axes)."""
+        as_input = self.opset >= (13 if op_type == "ReduceSum" else 18)
+        if axes is None:
+            return self.add(op_type, [x], output, keepdims=int(keepdims))
+        if as_input:
+            return self.add(op_type, [x, self.constant(np.array(axes, np.int64), "axes")], output, keepdims=int(keepdims))
+        return self.add(op_type, [x], output, axes=list(axes), keepdims=int(keepdims))
+
+
+def with_nodes(
+    model: ModelProto,
+    nodes: Iterable[NodeProto],
+    initializers: Iterable[TensorProto] = (),
+    *,
+    drop: Iterable[str] = (),
+) -> ModelProto:
+    """A copy of the model whose node list is replaced, with initializers added and dropped by name."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    gone = set(drop)
+    kept = [t for t in result.graph.initializer if t.name not in gone]
+    del result.graph.node[:], result.graph.initializer[:]
+    result.graph.node.extend(nodes)
+    result.graph.initializer.extend([*kept, *initializers])
+    if gone:
+        inputs = [i for i in result.graph.input if i.name not in gone]
+        del result.graph.input[:]
+        result.graph.input.extend(inputs)
+    return result
+
+
+def promote_to_inputs(model: ModelProto, names: Iterable[str]) -> None:
+    """Turn initializers into graph inputs without a default, in place (on a private copy)."""
+    wanted = set(names)
+    present = {i.name for i in model.graph.input}
+    kept = []
+    for tensor in model.graph.initializer:
+        if tensor.name not in wanted:
+            kept.append(tensor)
+        elif tensor.name not in present:
+            model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def add_output(model: ModelProto, name: str, elem_type: int = TensorProto.FLOAT) -> None:
+    """Expose a tensor as a graph output of unknown shape, in place."""
+    if all(o.name != name for o in model.graph.output):
+        known = next((v for v in (*model.graph.value_info, *model.graph.input) if v.name == name), None)
+        model.graph.output.append(known or helper.make_tensor_value_info(name, elem_type, None))
+
+
+def set_outputs(model: ModelProto, names: Sequence[str]) -> None:
+    """Make ``names`` the graph outputs, in place."""
+    del model.graph.output[:]
+    for name in names:
+        add_output(model, name)
+
+
+def import_domain(model: ModelProto, domain: str, version: int = 1) -> None:
+    """Declare an operator set, in place."""
+    if not opset_of(model, domain):
+        model.opset_import.append(helper.make_opsetid(domain, version))
+
+
+def specialize(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> ModelProto:
+    """A copy whose inputs have fixed shapes and whose intermediate shapes are inferred from them."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    del result.graph.value_info[:]
+    for info in result.graph.input:
+        if info.name in shapes:
+            info.CopyFrom(helper.make_tensor_value_info(info.name, info.type.tensor_type.elem_type, list(shapes[info.name])))
+    for info in result.graph.output:
+        info.type.tensor_type.ClearField("shape")
+    return onnx.shape_inference.infer_shapes(result, data_prop=True)
+
+
+def prune(model: ModelProto) -> None:
+    """Drop nodes and initializers that no output needs, in place."""
+    needed = {o.name for o in model.graph.output}
+    nodes = []
+    for node in reversed(model.graph.node):
+        if any(o in needed for o in node.output):
+            nodes.append(node)
+            needed.update(node_reads(node))
+    initializers = [t for t in model.graph.initializer if t.name in needed]
+    values = [v for v in model.graph.value_info if v.name in needed]
+    del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
+    model.graph.node.extend(reversed(nodes))
+    model.graph.initializer.extend(initializers)
+    model.graph.value_info.extend(values)

@@ -1,0 +1,168 @@
+"""Reading and writing ONNX files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, TensorProto, checker, numpy_helper
+
+from eptq_onnx.errors import ModelError, OutputError
+from eptq_onnx.graph.view import opset_of
+from eptq_onnx.runtime import PROTOBUF_LIMIT
+
+_QUANTIZED = {
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
+    "MatMulInteger", "MatMulNBits", "QGemm", "MatMulIntegerToFloat", "QAttention",
+}  # fmt: skip
+_FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+def load(model: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
+    """Read a float model, with external data, and check it.
+
+    Parameters
+    ----------
+    model : path, bytes or ModelProto
+        A ModelProto is copied, never changed.
+
+    Raises
+    ------
+    ModelError
+        If there is no such file, it is not valid ONNX, it is quantized already, or a weight has NaN or Inf.
+    """
+    if isinstance(model, ModelProto):
+        name, proto = "the model", ModelProto()
+        proto.CopyFrom(model)
+    elif isinstance(model, bytes):
+        name, proto = "the model", _parse(model, "the model")
+    else:
+        path = Path(model)
+        name = str(path)
+        if not path.is_file():
+            raise ModelError(f"model file {name} does not exist.")
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise ModelError(f"model file {name} cannot be read: {e.strerror}.") from e
+        proto = _parse(data, name)
+        try:
+            onnx.load_external_data_for_model(proto, str(path.parent))
+        except (OSError, ValueError, checker.ValidationError) as e:
+            raise ModelError(f"the external data of {name} cannot be read: {' '.join(str(e).split())}.") from e
+    _check(proto, name)
+    return proto
+
+
+def _parse(data: bytes, name: str) -> ModelProto:
+    try:
+        proto = onnx.load_model_from_string(data)
+    except DecodeError as e:
+        raise ModelError(f"{name} is not an ONNX model.") from e
+    if not proto.graph.node or not proto.opset_import:
+        raise ModelError(f"{name} is not an ONNX model, or its graph has no nodes.")
+    return proto
+
+
+def _check(proto: ModelProto, name: str) -> None:
+    if proto.ByteSize() < PROTOBUF_LIMIT:
+        try:
+            checker.check_model(proto)
+        except checker.ValidationError as e:
+            raise ModelError(f"{name} is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
+    for node in proto.graph.node:
+        if node.op_type in _QUANTIZED:
+            raise ModelError(f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): give the float model.")
+    for tensor in proto.graph.initializer:
+        if tensor.data_type in _FLOATS and not np.isfinite(numpy_helper.to_array(tensor).astype(np.float32)).all():
+            raise ModelError(f"{name} has NaN or Inf in the weight {tensor.name}: no scale can hold it.")
+
+
+def convert_opset(model: ModelProto, minimum: int) -> ModelProto:
+    """Raise the default-domain opset to at least ``minimum`` with onnx's version converter.
+
+    Raises
+    ------
+    ModelError
+        If an operator cannot be converted.
+    """
+    current = opset_of(model)
+    if current >= minimum:
+        return model
+    try:
+        result = onnx.version_converter.convert_version(model, minimum)
+    except Exception as e:
+        # The converter raises bare C++ exceptions of several kinds.
+        raise ModelError(f"the model's opset {current} cannot be raised to {minimum}, which the target needs: {' '.join(str(e).split())[:300]}") from e
+    return result
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file so that it is either whole or absent.
+
+    Raises
+    ------
+    OutputError
+        If the folder does not exist or cannot be written.
+    """
+    target = Path(path)
+    check_writable(target)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as e:
+        raise OutputError(f"{target} cannot be written: {e.strerror}.") from e
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+    except OSError as e:
+        Path(temporary).unlink(missing_ok=True)
+        raise OutputError(f"{target} cannot be written: {e.strerror}.") from e
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise OutputError unless a file can be created at ``path``."""
+    target = Path(path)
+    if target.is_dir():
+        raise OutputError(f"{target} is a folder: give a file name.")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target} cannot be written: the folder {target.parent} does not exist.")
+    if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
+        raise OutputError(f"{target} cannot be written: no permission.")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def save(model: ModelProto, path: str | os.PathLike[str]) -> None:
+    """Write a model; above protobuf's 2 GiB limit its weights go to ``<name>.data`` beside it.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written; what was there before is then untouched.
+    """
+    target = Path(path)
+    if model.ByteSize() < PROTOBUF_LIMIT:
+        write_atomically(target, model.SerializeToString(deterministic=True))
+        return
+    check_writable(target)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        copy = ModelProto()
+        copy.CopyFrom(model)
+        data_name = f"{target.name}.data"
+        try:
+            onnx.save(copy, os.path.join(folder, target.name), save_as_external_data=True, location=data_name)
+            # The data goes first: the model file never points to a file that is not there.
+            os.replace(os.path.join(folder, data_name), target.parent / data_name)
+            os.replace(os.path.join(folder, target.name), target)
+        except OSError as e:
+            raise OutputError(f"{target} cannot be written: {e.strerror}.") from e

@@ -1,0 +1,130 @@
+"""Read-only look at a graph: who makes and who reads a tensor, constants, types and shapes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cached_property
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+Shape = tuple[int | None, ...]
+
+
+def attribute(node: NodeProto, name: str, default: object = None) -> object:
+    """Value of a node's attribute, or ``default``; strings come as str."""
+    for item in node.attribute:
+        if item.name == name:
+            value = onnx.helper.get_attribute_value(item)
+            return value.decode() if isinstance(value, bytes) else value
+    return default
+
+
+def int_attribute(node: NodeProto, name: str, default: int) -> int:
+    """Integer attribute of a node."""
+    value = attribute(node, name, default)
+    return int(value)  # type: ignore[call-overload,no-any-return]
+
+
+def ints_attribute(node: NodeProto, name: str) -> list[int]:
+    """Integer-list attribute of a node; empty if absent."""
+    value = attribute(node, name, ())
+    return [int(v) for v in value]  # type: ignore[attr-defined]
+
+
+def opset_of(model: ModelProto, domain: str = "") -> int:
+    """Version of an operator set that the model imports; 0 if it does not."""
+    names = ("", "ai.onnx") if domain == "" else (domain,)
+    return max((int(o.version) for o in model.opset_import if o.domain in names), default=0)
+
+
+class GraphView:
+    """Index of a model's main graph. The model must not be edited while the view is in use."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self.model = model
+        self.nodes: list[NodeProto] = list(model.graph.node)
+        self.producer: dict[str, NodeProto] = {o: n for n in self.nodes for o in n.output if o}
+        self.consumers: dict[str, list[NodeProto]] = defaultdict(list)
+        for node in self.nodes:
+            for name in dict.fromkeys(node_reads(node)):
+                self.consumers[name].append(node)
+        self.initializers: dict[str, TensorProto] = {t.name: t for t in model.graph.initializer}
+        self.outputs: tuple[str, ...] = tuple(o.name for o in model.graph.output)
+        self.inputs: tuple[str, ...] = tuple(i.name for i in model.graph.input if i.name not in self.initializers)
+        self._arrays: dict[str, NDArray[np.generic]] = {}
+
+    @cached_property
+    def _types(self) -> dict[str, tuple[int, Shape | None]]:
+        table: dict[str, tuple[int, Shape | None]] = {}
+        for info in (*self.model.graph.value_info, *self.model.graph.input, *self.model.graph.output):
+            tensor = info.type.tensor_type
+            shape = None
+            if tensor.HasField("shape"):
+                shape = tuple(int(d.dim_value) if d.HasField("dim_value") else None for d in tensor.shape.dim)
+            table[info.name] = (int(tensor.elem_type), shape)
+        for name, tensor_proto in self.initializers.items():
+            table[name] = (int(tensor_proto.data_type), tuple(int(d) for d in tensor_proto.dims))
+        return table
+
+    def is_constant(self, name: str) -> bool:
+        """True if the tensor's value is stored in the model and no caller can replace it."""
+        return name in self.initializers
+
+    def constant(self, name: str) -> NDArray[np.generic]:
+        """Value of an initializer."""
+        if name not in self._arrays:
+            self._arrays[name] = numpy_helper.to_array(self.initializers[name])
+        return self._arrays[name]
+
+    def elem_type(self, name: str) -> int:
+        """TensorProto data type, or UNDEFINED where inference did not tell."""
+        return self._types.get(name, (TensorProto.UNDEFINED, None))[0]
+
+    def is_float(self, name: str) -> bool:
+        """True for a float32 tensor."""
+        return self.elem_type(name) == TensorProto.FLOAT
+
+    def shape(self, name: str) -> Shape | None:
+        """Inferred shape, None for an unknown rank or dimension."""
+        return self._types.get(name, (0, None))[1]
+
+    def static_shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape if every dimension is known, else None."""
+        shape = self.shape(name)
+        if shape is None or any(d is None for d in shape):
+            return None
+        return tuple(int(d) for d in shape if d is not None)
+
+    def downstream(self, sources: Iterable[str], blocked: frozenset[str] = frozenset()) -> set[str]:
+        """All tensors computed from ``sources`` (included), not going through nodes named in ``blocked``."""
+        reached = set(sources)
+        for node in self.nodes:
+            if node.name not in blocked and any(i in reached for i in node_reads(node)):
+                reached.update(o for o in node.output if o)
+        return reached
+
+    def upstream(self, targets: Iterable[str], blocked: frozenset[str] = frozenset()) -> set[str]:
+        """All tensors that ``targets`` are computed from (included), not going through ``blocked`` nodes."""
+        needed = set(targets)
+        for node in reversed(self.nodes):
+            if node.name not in blocked and any(o in needed for o in node.output):
+                needed.update(node_reads(node))
+        return needed
+
+
+def node_reads(node: NodeProto) -> list[str]:
+    """Tensors that a node reads, those of its subgraphs' outer scope included."""
+    names = [i for i in node.input if i]
+    for item in node.attribute:
+        graphs = [item.g] if item.type == onnx.AttributeProto.GRAPH else list(item.graphs)
+        for graph in graphs:
+            local = {i.name for i in graph.input} | {t.name for t in graph.initializer}
+            for inner in graph.node:
+                names.extend(i for i in node_reads(inner) if i not in local)
+                local.update(inner.output)
+            names.extend(o.name for o in graph.output if o.name not in local)
+    return names

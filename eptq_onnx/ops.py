@@ -1,0 +1,252 @@
+"""One row an operator: what is quantizable about it, and how it gets a gradient.
+
+A new operator is one new row here (and its samples in ``tests/op_samples.py``). An operator without a row is no
+error: it stays float, and the report says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+from onnx import NodeProto
+
+from eptq_onnx.graph import lower
+from eptq_onnx.graph.view import GraphView, attribute, int_attribute
+
+Bounds = tuple[float, float]
+
+
+class Role(Enum):
+    """What an operator does to quantized values."""
+
+    LAYER = "has a constant weight; the bulk of the arithmetic"
+    ARITHMETIC = "computes new values; runs on integers if the target has a kernel"
+    EQUAL_SCALE = "moves or selects values; input and output share one scale"
+    CLIPPING = "cuts values off; absorbed by the quantizer behind it"
+    FLOAT = "stays in floating point"
+
+
+class Gradient(Enum):
+    """Where an operator's gradient comes from."""
+
+    ENGINE = "the gradient engine has a rule"
+    LOWERED = "the node is rewritten into operators with a rule"
+    NONE = "no gradient: what lies before it is optimized on its own outputs only"
+
+
+def _same(node: NodeProto, view: GraphView) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """A row of the operator table.
+
+    Parameters
+    ----------
+    role : Role
+    data : tuple of int or None
+        Positions of the inputs that carry activations; None for all inputs.
+    weight, bias : int or None
+        Positions of a layer's constant inputs.
+    weight_axis : callable
+        Node to output-channel axis of the weight.
+    grouped_axis : bool
+        True if ``weight_axis`` holds the output channels of one group only (ConvTranspose).
+    output_axis : int
+        Channel axis of a layer's output.
+    lowering : Lowering or None
+    gradient : Gradient
+    bounds : callable or None
+        (node, view) to the limits of the output; None where there is none.
+    objection : callable
+        (node, view) to a reason why this node, unlike its siblings, must stay float; or None.
+    """
+
+    role: Role = Role.FLOAT
+    data: tuple[int, ...] | None = (0,)
+    weight: int | None = None
+    bias: int | None = None
+    weight_axis: Callable[[NodeProto], int] = lambda node: 0
+    grouped_axis: bool = False
+    output_axis: int = 1
+    lowering: lower.Lowering | None = None
+    gradient: Gradient = Gradient.ENGINE
+    bounds: Callable[[NodeProto, GraphView], Bounds] | None = None
+    objection: Callable[[NodeProto, GraphView], str | None] = _same
+
+    def data_inputs(self, node: NodeProto) -> list[str]:
+        """Names of the inputs that carry activations."""
+        positions = range(len(node.input)) if self.data is None else self.data
+        return [node.input[i] for i in positions if i < len(node.input) and node.input[i]]
+
+
+def _lowered(rule: lower.Lowering, role: Role = Role.FLOAT, **options: object) -> OpSpec:
+    return OpSpec(role, lowering=rule, gradient=Gradient.LOWERED, **options)  # type: ignore[arg-type]
+
+
+# ---- details of single rows ------------------------------------------------------------------------------------
+def _unit(node: NodeProto, view: GraphView) -> Bounds:
+    return 0.0, 1.0
+
+
+def _positive(node: NodeProto, view: GraphView) -> Bounds:
+    return 0.0, float(np.inf)
+
+
+def _clip_bounds(node: NodeProto, view: GraphView) -> Bounds:
+    """Limits of Clip: attributes before opset 11, inputs after; infinite where absent."""
+    limits = []
+    for position, name, default in ((1, "min", -np.inf), (2, "max", np.inf)):
+        if len(node.input) > position and node.input[position]:
+            if not view.is_constant(node.input[position]):
+                return float(-np.inf), float(np.inf)
+            limits.append(float(view.constant(node.input[position]).reshape(-1)[0]))
+        else:
+            limits.append(float(attribute(node, name, default)))  # type: ignore[arg-type]
+    return limits[0], limits[1]
+
+
+def _clip_objection(node: NodeProto, view: GraphView) -> str | None:
+    if any(i and not view.is_constant(i) for i in node.input[1:]):
+        return "its limits are computed at run time"
+    return None
+
+
+def _gemm_objection(node: NodeProto, view: GraphView) -> str | None:
+    if int_attribute(node, "transA", 0):
+        return "transA is set"
+    if float(attribute(node, "beta", 1.0)) != 1.0:  # type: ignore[arg-type]
+        return "beta is not 1"
+    return None
+
+
+def _matmul_objection(node: NodeProto, view: GraphView) -> str | None:
+    if view.is_constant(node.input[0]):
+        return "its left operand is the constant"
+    return None
+
+
+def _resize_objection(node: NodeProto, view: GraphView) -> str | None:
+    if attribute(node, "mode", "nearest") != "nearest":
+        return f"{attribute(node, 'mode')} interpolation makes values between the integers"
+    return None
+
+
+def _maxpool_objection(node: NodeProto, view: GraphView) -> str | None:
+    return "its indices are used" if len(node.output) > 1 and node.output[1] else None
+
+
+def _pad_objection(node: NodeProto, view: GraphView) -> str | None:
+    mode = attribute(node, "mode", "constant")
+    if mode != "constant" or (len(node.input) > 2 and node.input[2] and not view.is_constant(node.input[2])):
+        return None if mode != "constant" else "its fill value is computed at run time"
+    return None
+
+
+_MOVES = OpSpec(Role.EQUAL_SCALE)
+_FLOAT = OpSpec()
+_BLOCKED = OpSpec(gradient=Gradient.NONE)
+
+TABLE: dict[tuple[str, str], OpSpec] = {
+    # layers
+    ("", "Conv"): OpSpec(Role.LAYER, weight=1, bias=2),
+    ("", "ConvTranspose"): OpSpec(Role.LAYER, weight=1, bias=2, weight_axis=lambda node: 1, grouped_axis=True),
+    ("", "Gemm"): OpSpec(
+        Role.LAYER,
+        weight=1,
+        bias=2,
+        weight_axis=lambda node: 0 if int_attribute(node, "transB", 0) else 1,
+        objection=_gemm_objection,
+    ),
+    ("", "MatMul"): OpSpec(
+        Role.LAYER, data=(0, 1), weight=1, weight_axis=lambda node: -1, output_axis=-1, objection=_matmul_objection
+    ),
+    # arithmetic that some runtimes do on integers
+    ("", "Add"): OpSpec(Role.ARITHMETIC, data=None),
+    ("", "Sub"): OpSpec(Role.ARITHMETIC, data=None),
+    ("", "Mul"): OpSpec(Role.ARITHMETIC, data=None),
+    ("", "Div"): OpSpec(Role.ARITHMETIC, data=None),
+    ("", "Concat"): OpSpec(Role.ARITHMETIC, data=None),
+    ("", "Where"): OpSpec(Role.ARITHMETIC, data=(1, 2)),
+    ("", "AveragePool"): OpSpec(Role.ARITHMETIC),
+    ("", "GlobalAveragePool"): OpSpec(Role.ARITHMETIC),
+    ("", "LeakyRelu"): OpSpec(Role.ARITHMETIC),
+    ("", "Sigmoid"): OpSpec(Role.ARITHMETIC, bounds=_unit),
+    ("", "Softmax"): OpSpec(Role.ARITHMETIC, bounds=_unit),
+    ("", "Tanh"): OpSpec(Role.ARITHMETIC),
+    ("", "HardSigmoid"): _lowered(lower.hard_sigmoid, Role.ARITHMETIC, bounds=_unit),
+    ("", "HardSwish"): _lowered(lower.hard_swish, Role.ARITHMETIC),
+    ("", "PRelu"): _lowered(lower.prelu, Role.ARITHMETIC),
+    # values move, the scale stays
+    ("", "MaxPool"): OpSpec(Role.EQUAL_SCALE, objection=_maxpool_objection),
+    ("", "Reshape"): _MOVES,
+    ("", "Flatten"): _MOVES,
+    ("", "Squeeze"): _MOVES,
+    ("", "Unsqueeze"): _MOVES,
+    ("", "Transpose"): _MOVES,
+    ("", "Slice"): _MOVES,
+    ("", "Split"): _MOVES,
+    ("", "Gather"): _MOVES,
+    ("", "Expand"): _MOVES,
+    ("", "Tile"): _MOVES,
+    ("", "Identity"): _MOVES,
+    ("", "Pad"): OpSpec(Role.EQUAL_SCALE, objection=_pad_objection),
+    ("", "Resize"): _lowered(lower.resize, Role.EQUAL_SCALE, objection=_resize_objection),
+    ("", "DepthToSpace"): _lowered(lower.depth_to_space, Role.EQUAL_SCALE),
+    ("", "SpaceToDepth"): _lowered(lower.space_to_depth, Role.EQUAL_SCALE),
+    # clipping
+    ("", "Relu"): OpSpec(Role.CLIPPING, bounds=_positive),
+    ("", "Clip"): OpSpec(Role.CLIPPING, bounds=_clip_bounds, objection=_clip_objection),
+    # float, with a gradient
+    ("", "BatchNormalization"): _lowered(lower.batch_normalization),
+    ("", "Elu"): _lowered(lower.elu),
+    ("", "Softplus"): _lowered(lower.softplus),
+    ("", "Mish"): _lowered(lower.mish),
+    ("", "Sum"): _lowered(lower.sum_variadic, data=None),
+    ("", "Mean"): _lowered(lower.mean_variadic, data=None),
+    ("", "ReduceSumSquare"): _lowered(lower.reduce_sum_square),
+    **{
+        ("", name): _FLOAT
+        for name in (
+            "Abs Cos Erf Exp Log LogSoftmax Neg ReduceMean ReduceSum Reciprocal Sin Sqrt Pow Cast "
+            "ReduceL2 ReduceLogSumExp Trilu"
+        ).split()
+    },
+    ("", "Min"): OpSpec(data=None),
+    ("", "Max"): OpSpec(data=None),
+}
+"""(domain, operator) to its row."""
+
+UNKNOWN = OpSpec(gradient=Gradient.NONE)
+"""The row of an operator that the table does not know."""
+
+LOWERINGS = {key: row.lowering for key, row in TABLE.items() if row.lowering is not None}
+
+
+def spec_of(node: NodeProto) -> OpSpec:
+    """The row of a node's operator."""
+    return TABLE.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type), UNKNOWN)
+
+
+def is_known(node: NodeProto) -> bool:
+    """True if the table has a row for the node's operator."""
+    return ("" if node.domain == "ai.onnx" else node.domain, node.op_type) in TABLE
+
+
+def output_channels(node: NodeProto, view: GraphView) -> int:
+    """Number of output channels of a layer with a constant weight.
+
+    Source: ONNX operators Conv (weight M x C/group x k), ConvTranspose (C x M/group x k), Gemm, MatMul.
+    """
+    spec = spec_of(node)
+    shape = view.constant(node.input[spec.weight or 0]).shape
+    return int(shape[spec.weight_axis(node)]) * (int_attribute(node, "group", 1) if spec.grouped_axis else 1)
+
+
+def without_gradient(view: GraphView) -> frozenset[str]:
+    """Names of the nodes that gradients cannot pass."""
+    return frozenset(n.name for n in view.nodes if spec_of(n).gradient is Gradient.NONE)

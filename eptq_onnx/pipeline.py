@@ -1,0 +1,209 @@
+"""The whole road, from a float model to a QDQ model: the one file that sees every step."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from onnx import ModelProto
+
+import eptq_onnx
+from eptq_onnx import data, targets
+from eptq_onnx.config import Config, WeightRange
+from eptq_onnx.engines.base import Engine
+from eptq_onnx.errors import GradientError
+from eptq_onnx.graph import io
+from eptq_onnx.graph.view import opset_of
+from eptq_onnx.report import LayerReport, Report
+from eptq_onnx.steps.calibrate import calibrate
+from eptq_onnx.steps.normalize import normalize
+from eptq_onnx.steps.optimize import attention_weights, optimize, split
+from eptq_onnx.steps.plan import plan as make_plan
+from eptq_onnx.steps.ranges import weight_ranges
+from eptq_onnx.steps.score import score
+from eptq_onnx.steps.soften import soften
+from eptq_onnx.steps.verify import verify
+from eptq_onnx.steps.write import write
+from eptq_onnx.types import OptimizationTrace, Plan, Scores, Verification
+
+
+class Progress(Protocol):
+    """Called as the work goes on: step, units done, units in all, a word on how it goes."""
+
+    def __call__(self, step: str, done: int, total: int, detail: str = "") -> None: ...
+
+
+def _silent(step: str, done: int, total: int, detail: str = "") -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Result:
+    """The quantized model and what was done to get it.
+
+    Parameters
+    ----------
+    model : ModelProto
+    report : Report
+    """
+
+    model: ModelProto
+    report: Report
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model; see `eptq_onnx.graph.io.save`.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
+        """
+        io.save(self.model, path)
+
+
+def quantize(
+    model: str | os.PathLike[str] | bytes | ModelProto,
+    data_source: data.Source,
+    config: Config | None = None,
+    *,
+    progress: Progress = _silent,
+) -> Result:
+    """Quantize a float ONNX model with EPTQ.
+
+    Parameters
+    ----------
+    model : path, bytes or ModelProto
+        The float model; never changed.
+    data_source : path of a .npz, mapping of arrays, or array
+        Calibration samples without labels: one array per model input, samples along the first axis.
+    config : Config, optional
+    progress : callable, optional
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    EptqError
+        Its subclasses say what is wrong and what to do; see `eptq_onnx.errors`.
+    """
+    config = config or Config()
+    clock = _Clock()
+    target = targets.load(config.target)
+    engine = _engine() if config.needs_gradients else None
+    notes: list[str] = []
+    with clock("normalize"):
+        original = io.load(model)
+        samples = data.read(data_source, original)
+        float_model = normalize(original, target.min_opset)
+    with clock("plan"):
+        plan = make_plan(float_model, target, config)
+    with clock("calibrate"):
+        calibration = calibrate(float_model, plan, samples, config, lambda done, total: progress("calibrate", done, total))
+    chosen = _spread(samples.count, config.score_samples)
+    scores: Scores | None = None
+    with clock("score"):
+        if engine is not None and _wants_scores(config):
+            try:
+                scores = score(
+                    float_model, plan, samples, chosen, calibration, engine, config, lambda done, total: progress("score", done, total)
+                )
+                notes.extend(f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items())
+            except GradientError as e:
+                notes.append(f"no Hessian scores, plain MSE ranges instead: {e}")
+    with clock("ranges"):
+        rounding = weight_ranges(float_model, plan, calibration, scores, config)
+    trace: OptimizationTrace | None = None
+    with clock("optimize"):
+        if engine is not None and config.step_count:
+            try:
+                graph = soften(float_model, plan, rounding, samples, config.batch_size, engine)
+                notes.extend(f"no gradient passes {note}" for note in graph.notes)
+                notes.extend(f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items())
+                rounding, trace = optimize(
+                    float_model, plan, rounding, graph, samples, chosen, calibration, scores, config,
+                    lambda done, total, loss: progress("optimize", done, total, f"loss {loss:.4g}"),
+                )  # fmt: skip
+            except GradientError as e:
+                notes.append(f"not optimized, nearest rounding instead: {e}")
+    with clock("write"):
+        quantized, stands_for = write(float_model, plan, rounding, target)
+    with clock("verify"):
+        held = chosen[split(len(chosen), config.holdout, config.seed)[1]]
+        verification = verify(
+            float_model, quantized, plan, stands_for, target, samples, held, lambda done, total: progress("verify", done, total)
+        )
+    if calibration.unused_samples:
+        notes.append(f"{calibration.unused_samples} samples are left over: the model takes {samples.fixed_batch} at a time")
+    report = Report(
+        version=eptq_onnx.__version__,
+        model=str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name,
+        target=target.name,
+        engine=engine.name if engine else "",
+        config=config.model_dump(mode="json"),
+        opset=opset_of(quantized),
+        samples=samples.count,
+        unused_samples=calibration.unused_samples,
+        layers=_layer_reports(plan, scores, verification, config, len(chosen)),
+        kept_float=plan.kept_float,
+        notes=tuple(notes),
+        optimization=trace,
+        verification=verification,
+        seconds=clock.seconds,
+        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    return Result(quantized, report)
+
+
+def _engine() -> Engine:
+    from eptq_onnx.engines.ort_training import OrtTrainingEngine
+
+    return OrtTrainingEngine()
+
+
+def _wants_scores(config: Config) -> bool:
+    return config.weight_range_method is WeightRange.HMSE or (config.step_count > 0 and config.attention)
+
+
+def _spread(count: int, limit: int) -> np.ndarray:
+    """At most ``limit`` indices, evenly spread over all samples."""
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
+
+
+def _layer_reports(plan: Plan, scores: Scores | None, verification: Verification, config: Config, count: int) -> tuple[LayerReport, ...]:
+    weights = attention_weights(plan, scores, count, config).mean(axis=1) if scores is not None else None
+    quantizers = plan.quantizer_of
+    return tuple(
+        LayerReport(
+            node=layer.node,
+            op_type=layer.op_type,
+            weight_bits=layer.weight_spec.bits,
+            weight_range=(layer.weight_spec.qmin, layer.weight_spec.qmax),
+            activation_bits=quantizers[layer.input].spec.bits,
+            edge=layer.edge,
+            attention=None if weights is None else float(weights[k]),
+            sqnr_db=verification.layers[layer.node],
+        )
+        for k, layer in enumerate(plan.layers)
+    )
+
+
+class _Clock:
+    """Times the steps."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[step] = round(time.perf_counter() - began, 3)

@@ -1,0 +1,240 @@
+"""Quantization arithmetic: grids, ranges, soft rounding. Pure numpy, no ONNX.
+
+Everywhere ``q(x) = (clip(round(x / s) + z, qmin, qmax) - z) * s`` with half-to-even rounding, as ONNX
+QuantizeLinear and DequantizeLinear compute it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eptq_onnx.types import Array, IntArray, QuantParams, QuantSpec
+
+ZETA, GAMMA = 1.1, -0.1
+"""Stretch of the rectified sigmoid (AdaRound, Nagel et al. 2020, equation 23)."""
+
+_TINY = np.float32(1e-30)
+
+
+# ---- channels ----------------------------------------------------------------------------------------------
+def along_axis(values: Array, axis: int | None, rank: int) -> Array:
+    """Reshape per-channel values so that they broadcast along ``axis`` of a tensor of rank ``rank``.
+
+    Parameters
+    ----------
+    values : ndarray, scalar or of shape (n_channels,)
+    axis : int or None
+    rank : int
+
+    Returns
+    -------
+    ndarray
+        ``values`` itself if ``axis`` is None, else of shape (1, ..., n_channels, ..., 1).
+    """
+    if axis is None:
+        return values
+    return values.reshape([-1 if i == axis else 1 for i in range(rank)])
+
+
+def channel_rows(values: NDArray[np.floating], axis: int | None) -> NDArray[np.floating]:
+    """View a tensor as one row per channel: shape (n_channels, n_elements), or (1, size) without axis."""
+    if axis is None:
+        return values.reshape(1, -1)
+    return np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+
+
+def channel_sum(values: Array, axis: int | None) -> Array:
+    """Sum over everything but the channel axis; returns shape (n_channels,), or a scalar without axis."""
+    if axis is None:
+        return np.asarray(values.sum(dtype=np.float64), np.float32)
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    return values.sum(axis=others, dtype=np.float64).astype(np.float32)
+
+
+# ---- quantizers ---------------------------------------------------------------------------------------------
+def quantize(x: Array, params: QuantParams, spec: QuantSpec) -> IntArray:
+    """Round to the integer grid (ONNX QuantizeLinear, clipped to the spec's range)."""
+    scale = along_axis(params.scale, spec.axis, x.ndim)
+    return np.clip(np.rint(x / scale) + params.zero_point, spec.qmin, spec.qmax).astype(np.int32)
+
+
+def dequantize(integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
+    """Back to real values (ONNX DequantizeLinear)."""
+    scale = along_axis(params.scale, spec.axis, integers.ndim)
+    return (integers - np.int32(params.zero_point)).astype(np.float32) * scale
+
+
+def fake_quantize(x: Array, params: QuantParams, spec: QuantSpec) -> Array:
+    """Quantize and dequantize."""
+    return dequantize(quantize(x, params, spec), params, spec)
+
+
+# ---- weight ranges ------------------------------------------------------------------------------------------
+def weight_scales(
+    weight: Array,
+    spec: QuantSpec,
+    importance: Array | None = None,
+    damping: float = 0.1,
+    points: int = 40,
+    rounds: int = 3,
+) -> Array:
+    """Scales that minimise ``sum H * (W - q(W))**2`` per channel (HMSE, paper section 3.3).
+
+    Parameters
+    ----------
+    weight : ndarray
+    spec : QuantSpec
+        Symmetric; ``axis`` is the channel axis.
+    importance : ndarray of the weight's shape, optional
+        H; without it every element counts the same (MSE).
+    damping : float
+        H is replaced by ``H + damping * mean(H)`` per tensor: with few probes an undamped H clips weights that
+        only look insensitive.
+    points, rounds : int
+        Clipping ratios tried in a round, and how often the grid is refined around the best.
+
+    Returns
+    -------
+    ndarray of float32, scalar or of shape (n_channels,)
+        Positive; 1 for a channel of zeros.
+    """
+    rows = channel_rows(weight, spec.axis).astype(np.float32)
+    largest = max_scales(rows, spec)
+    if importance is None:
+        h = np.ones((1, 1), np.float32)
+    else:
+        h = channel_rows(importance, spec.axis).astype(np.float32)
+        mean = float(h.mean(dtype=np.float64))
+        h = h / np.float32(mean) + np.float32(damping) if mean > 0 else np.ones((1, 1), np.float32)
+    low, high = np.full(len(rows), 0.2, np.float32), np.full(len(rows), 1.1, np.float32)
+    best = np.ones(len(rows), np.float32)
+    best_error = _weighted_error(rows, h, largest, spec)
+    for _ in range(rounds):
+        for fraction in np.linspace(0, 1, points, dtype=np.float32):
+            ratio = low + (high - low) * fraction
+            error = _weighted_error(rows, h, largest * ratio, spec)
+            better = error < best_error
+            best_error = np.where(better, error, best_error)
+            best = np.where(better, ratio, best)
+        width = (high - low) / np.float32(points - 1)
+        low, high = np.maximum(best - width, 0.02), best + width
+    scales = np.where(rows.any(axis=1), largest * best, np.float32(1)).astype(np.float32)
+    return np.asarray(scales[0]) if spec.axis is None else scales
+
+
+def max_scales(rows: NDArray[np.floating], spec: QuantSpec) -> Array:
+    """Smallest scale of each row that clips nothing; a tiny positive number for a row of zeros."""
+    up = rows.max(axis=1, initial=0) / spec.qmax
+    down = rows.min(axis=1, initial=0) / spec.qmin if spec.qmin < 0 else np.zeros(len(rows))
+    return np.maximum(np.maximum(up, down), _TINY).astype(np.float32)
+
+
+def _weighted_error(rows: Array, h: Array, scales: Array, spec: QuantSpec) -> Array:
+    steps = rows / scales[:, None]
+    error = np.clip(np.rint(steps), spec.qmin, spec.qmax)
+    error -= steps
+    error *= error
+    error *= h
+    result: Array = error.sum(axis=1) * scales**2
+    return result
+
+
+# ---- activation ranges ----------------------------------------------------------------------------------------
+def activation_params(low: float, high: float, spec: QuantSpec, bounds: tuple[float, float] | None = None) -> QuantParams:
+    """Scale and zero point that cover ``[low, high]`` and 0.
+
+    Parameters
+    ----------
+    low, high : float
+        Range to represent.
+    spec : QuantSpec
+    bounds : tuple of float, optional
+        Limits that no representable value may pass, so that the Relu or Clip in front of the quantizer can be
+        dropped; see `inside_bounds`.
+
+    Returns
+    -------
+    QuantParams
+        With a scalar scale; 0 is exactly representable.
+    """
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    if spec.symmetric:
+        reach = max(high / spec.qmax, low / spec.qmin if spec.qmin < 0 else 0.0)
+        params = QuantParams(np.float32(reach if reach > 0 else 1.0).reshape(()), 0)
+    else:
+        scale = (high - low) / (spec.qmax - spec.qmin)
+        scale = scale if scale > 1e-30 else 1.0
+        zero = int(np.clip(np.rint(spec.qmin - low / scale), spec.qmin, spec.qmax))
+        params = QuantParams(np.float32(scale).reshape(()), zero)
+    return params if bounds is None else inside_bounds(params, spec, bounds)
+
+
+def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, float]) -> QuantParams:
+    """Shrink the scale until every representable value, in float32, lies within ``bounds``.
+
+    The quantizer then does all that a Relu or Clip with these limits does in front of it.
+    """
+    low, high = bounds
+    if spec.symmetric or low > 0 or high < 0:
+        return params
+    zero = spec.qmin if low == 0 else spec.qmax if high == 0 else params.zero_point
+    reach_low, reach_high = spec.qmin - zero, spec.qmax - zero
+    scale = np.float32(params.scale)
+    if np.isfinite(high) and reach_high > 0:
+        scale = min(scale, np.float32(high / reach_high))
+    if np.isfinite(low) and low < 0 and reach_low < 0:
+        scale = min(scale, np.float32(low / reach_low))
+    while np.isfinite(high) and np.float32(reach_high) * scale > np.float32(high):
+        scale = np.nextafter(scale, np.float32(0))
+    while np.isfinite(low) and np.float32(reach_low) * scale < np.float32(low):
+        scale = np.nextafter(scale, np.float32(0))
+    return replace(params, scale=np.asarray(scale, np.float32), zero_point=zero)
+
+
+# ---- soft rounding --------------------------------------------------------------------------------------------
+def rectified_sigmoid(alpha: Array) -> Array:
+    """``h(a) = clip((zeta - gamma) * sigmoid(a) + gamma, 0, 1)`` (paper equation 9)."""
+    result: Array = np.clip((ZETA - GAMMA) * _sigmoid(alpha) + GAMMA, 0, 1).astype(np.float32)
+    return result
+
+
+def rectified_sigmoid_slope(alpha: Array) -> Array:
+    """``dh/da``; 0 where h is clipped."""
+    s = _sigmoid(alpha)
+    stretched = (ZETA - GAMMA) * s + GAMMA
+    result: Array = ((ZETA - GAMMA) * s * (1 - s) * ((stretched > 0) & (stretched < 1))).astype(np.float32)
+    return result
+
+
+def rectified_sigmoid_inverse(h: Array) -> Array:
+    """The ``a`` with ``h(a) = h`` for h in [0, 1]."""
+    s = np.clip((h - GAMMA) / (ZETA - GAMMA), 1e-4, 1 - 1e-4)
+    result: Array = np.log(s / (1 - s)).astype(np.float32)
+    return result
+
+
+def _sigmoid(x: Array) -> Array:
+    return (0.5 * np.tanh(0.5 * x) + 0.5).astype(np.float32)
+
+
+def rounding_penalty(h: Array, exponent: float) -> float:
+    """``sum(1 - |2h - 1|**exponent)`` (AdaRound's regulariser): 0 once every weight is decided."""
+    return float(h.size - (np.abs(2 * h - 1) ** np.float32(exponent)).sum(dtype=np.float64))
+
+
+def rounding_penalty_slope(h: Array, exponent: float) -> Array:
+    """Derivative of `rounding_penalty` with respect to h."""
+    centred = 2 * h - 1
+    result: Array = (-2 * exponent * np.sign(centred) * np.abs(centred) ** np.float32(exponent - 1)).astype(np.float32)
+    return result
+
+
+# ---- measures -------------------------------------------------------------------------------------------------
+def sqnr_db(signal_power: float, noise_power: float) -> float:
+    """Signal-to-quantization-noise ratio in dB; infinite without noise."""
+    if noise_power <= 0:
+        return float("inf")
+    return float(10 * np.log10(max(signal_power, 1e-45) / noise_power))

@@ -1,0 +1,155 @@
+"""What a run tells: a frozen record, as a console table or as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from eptq_onnx.types import KeptFloat, OptimizationTrace, Verification
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer."""
+
+    node: str
+    op_type: str
+    weight_bits: int
+    weight_range: tuple[int, int]
+    activation_bits: int
+    edge: bool
+    attention: float | None
+    """Mean sample-layer attention weight, relative to the largest layer's."""
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a user may want to know of a run.
+
+    Parameters
+    ----------
+    version : str
+    model, target, engine : str
+        Names; the engine is empty where no gradient was needed.
+    config : dict
+        All options, defaults included.
+    opset : int
+        Default-domain opset of the written model.
+    samples, unused_samples : int
+    layers : tuple of LayerReport
+    kept_float : tuple of KeptFloat
+        Nodes that stay float, each with the reason.
+    notes : tuple of str
+        What could not be done as asked, each with the reason.
+    optimization : OptimizationTrace or None
+    verification : Verification
+    seconds : dict of str to float
+        Time of each step.
+    peak_memory_bytes : int
+    """
+
+    version: str
+    model: str
+    target: str
+    engine: str
+    config: Mapping[str, Any]
+    opset: int
+    samples: int
+    unused_samples: int
+    layers: tuple[LayerReport, ...]
+    kept_float: tuple[KeptFloat, ...]
+    notes: tuple[str, ...]
+    optimization: OptimizationTrace | None
+    verification: Verification
+    seconds: Mapping[str, float]
+    peak_memory_bytes: int
+
+    def to_json(self) -> str:
+        """The whole report as JSON; infinite ratios are null."""
+        return json.dumps(_plain(dataclasses.asdict(self)), indent=2) + "\n"
+
+    def render(self) -> Group:
+        """The summary for a console."""
+        v = self.verification
+        head = Table.grid(padding=(0, 2))
+        for label, text in (
+            ("model", f"{self.model} → {self.target}, opset {self.opset}"),
+            ("bits", self._bits()),
+            ("size", f"{_size(v.float_bytes)} → {_size(v.quantized_bytes)} ({v.float_bytes / max(v.quantized_bytes, 1):.2f}× smaller)"),
+            ("optimization", self._optimization()),
+            ("time, memory", f"{sum(self.seconds.values()):.1f} s, peak {_size(self.peak_memory_bytes)}"),
+        ):
+            head.add_row(Text(label, style="bold"), text)
+        kernels = Table("operator", "planned", "integer kernels", title=f"Integer kernels in {self.target}", title_justify="left")
+        for op, planned in v.planned.items():
+            found = v.kernels.get(op, 0)
+            kernels.add_row(op, str(planned), Text(str(found), style="" if found >= planned else "bold red"))
+        fidelity = Table("output", "SQNR (dB)", title=f"Float against quantized, {v.samples} held-out samples", title_justify="left")
+        for name, value in v.outputs.items():
+            fidelity.add_row(name, f"{value:.2f}")
+        parts: list[Any] = [head, kernels, fidelity, self._weakest()]
+        if self.kept_float:
+            parts.append(self._float_table())
+        parts.extend(Text(f"note: {note}", style="yellow") for note in self.notes)
+        return Group(*parts)
+
+    def print(self, console: Console | None = None) -> None:
+        """Print the summary."""
+        (console or Console()).print(self.render())
+
+    def _bits(self) -> str:
+        counts = Counter((f"W{x.weight_bits}A{x.activation_bits}", x.weight_range) for x in self.layers)
+        return ", ".join(f"{n} layers {name} (weights in [{r[0]}, {r[1]}])" for (name, r), n in counts.items())
+
+    def _optimization(self) -> str:
+        trace = self.optimization
+        if trace is None:
+            return "none (nearest rounding)"
+        first, best = trace.checkpoints[0][1], min(v for _, v in trace.checkpoints)
+        kept = f"kept step {trace.best_step}" if trace.best_step else "kept the start: no step was better"
+        return f"{trace.steps} steps, held-out error {first:.4g} → {best:.4g}, {kept}, {trace.flipped:.1%} of the weights flipped"
+
+    def _weakest(self) -> Table:
+        table = Table("layer", "operator", "bits", "SQNR (dB)", title="Layers with the lowest SQNR", title_justify="left")
+        for x in sorted(self.layers, key=lambda x: x.sqnr_db)[:5]:
+            table.add_row(x.node, x.op_type, f"W{x.weight_bits}A{x.activation_bits}", f"{x.sqnr_db:.2f}")
+        return table
+
+    def _float_table(self) -> Table:
+        table = Table("operator", "nodes", "why", title="Kept in floating point", title_justify="left")
+        counts = Counter((k.op_type, k.reason) for k in self.kept_float)
+        for (op, reason), n in counts.most_common():
+            table.add_row(op, str(n), reason)
+        return table
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

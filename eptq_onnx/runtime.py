@@ -1,0 +1,162 @@
+"""The one door to onnxruntime: checks the installation, makes sessions."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from eptq_onnx.errors import InstallError, ModelError
+from eptq_onnx.types import Feeds
+
+PROTOBUF_LIMIT = 2**31 - 2**20
+"""A message must stay below 2 GiB; some room is left for what onnxruntime adds."""
+
+_DISTRIBUTIONS = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-directml",
+    "onnxruntime-openvino",
+    "onnxruntime-training",
+    "onnxruntime-training-cpu",
+)
+_INSTALL = 'install it with: pip install "eptq-onnx[training]"'
+
+
+def installed_distributions() -> dict[str, str]:
+    """Name and version of every installed distribution that provides the ``onnxruntime`` package."""
+    found = {}
+    for name in _DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _conflict(found: dict[str, str]) -> InstallError:
+    listing = " and ".join(f"{name} {version}" for name, version in found.items())
+    return InstallError(
+        f"{listing} share one package folder and overwrote each other: uninstall them all "
+        f"(pip uninstall -y {' '.join(found)}), then {_INSTALL}."
+    )
+
+
+def load() -> ModuleType:
+    """Import onnxruntime.
+
+    Raises
+    ------
+    InstallError
+        If it is not installed or two builds overwrote each other.
+    """
+    found = installed_distributions()
+    try:
+        import onnxruntime
+        from onnxruntime.capi import _pybind_state
+    except ImportError as e:
+        if len(found) > 1:
+            raise _conflict(found) from e
+        if found:
+            raise InstallError(f"onnxruntime is installed but cannot be imported ({e}): reinstall it, or {_INSTALL}.") from e
+        raise InstallError(f"onnxruntime is not installed: {_INSTALL}.") from e
+    if not hasattr(onnxruntime, "InferenceSession") or not hasattr(_pybind_state, "InferenceSession"):
+        raise _conflict(found) if len(found) > 1 else InstallError(f"onnxruntime is damaged: reinstall it, or {_INSTALL}.")
+    if len(found) > 1 and onnxruntime.__version__ not in found.values():
+        raise _conflict(found)
+    onnxruntime.set_default_logger_severity(4)
+    module: ModuleType = onnxruntime
+    return module
+
+
+def load_gradient_builder() -> Any:
+    """The pybind module of a build that has ``GradientGraphBuilder``.
+
+    Raises
+    ------
+    InstallError
+        If this onnxruntime has none.
+    """
+    onnxruntime = load()
+    from onnxruntime.capi import _pybind_state
+
+    if not hasattr(_pybind_state, "GradientGraphBuilder"):
+        found = installed_distributions()
+        if any("training" in name for name in found) and len(found) > 1:
+            raise _conflict(found)
+        raise InstallError(
+            f"onnxruntime {onnxruntime.__version__} has no gradient builder, which every preset but 'fast' needs: "
+            f"uninstall it (pip uninstall -y {' '.join(found) or 'onnxruntime'}), then {_INSTALL}."
+        )
+    return _pybind_state
+
+
+class Session:
+    """An onnxruntime CPU session.
+
+    Parameters
+    ----------
+    model : ModelProto or path
+        Above protobuf's 2 GiB limit a ModelProto is passed through a temporary folder.
+    optimize : bool
+        False runs the graph as written, without fusions.
+    save_optimized : path, optional
+        Where onnxruntime shall put the graph it made of the model.
+
+    Raises
+    ------
+    ModelError
+        If onnxruntime refuses the model.
+    """
+
+    def __init__(self, model: ModelProto | str | Path, *, optimize: bool = True, save_optimized: Path | None = None, threads: int = 0) -> None:
+        ort = load()
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = threads
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+        if save_optimized is not None:
+            options.optimized_model_filepath = str(save_optimized)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                source = model if not isinstance(model, ModelProto) else _source(model, Path(folder))
+                self._session = ort.InferenceSession(
+                    source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
+                )
+        except Exception as e:
+            # onnxruntime raises a family of pybind exceptions with no common base but Exception.
+            raise ModelError(f"onnxruntime refuses the model: {_one_line(e)}") from e
+        self.inputs: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
+        self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
+
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[np.generic]]:
+        """Run the model; returns the named outputs (all by default)."""
+        names = list(outputs or self.outputs)
+        try:
+            values = self._session.run(names, feeds)
+        except Exception as e:
+            raise ModelError(f"onnxruntime cannot run the model: {_one_line(e)}") from e
+        return dict(zip(names, values, strict=True))
+
+
+def _source(model: ModelProto, folder: Path) -> bytes | Path:
+    if model.ByteSize() < PROTOBUF_LIMIT:
+        return model.SerializeToString()
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    path = folder / "model.onnx"
+    onnx.save(copy, str(path), save_as_external_data=True, location="model.data")
+    return path
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

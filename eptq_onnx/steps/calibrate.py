@@ -1,0 +1,170 @@
+"""Step 3: activation ranges from one streaming pass (paper section 3.3; AdaRound-style MSE search).
+
+Every tensor keeps a histogram of fixed size whose range doubles when a value falls outside, so that memory does
+not depend on the number of samples; minima and maxima are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto
+
+from eptq_onnx import quant_math
+from eptq_onnx.config import ActivationRange, Config
+from eptq_onnx.data import Samples
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.runtime import Session
+from eptq_onnx.types import ActivationQuantizer, Array, Calibration, Plan, QuantParams
+
+_BINS = 8192
+_VALUES_PER_SAMPLE = 16384
+_GRID = 32
+
+
+class Histogram:
+    """Streaming histogram over ``[-reach, reach]``; ``reach`` is a power of two that grows.
+
+    Doubling the reach merges neighbouring bins exactly.
+    """
+
+    def __init__(self) -> None:
+        self.reach = 0.0
+        self.counts: NDArray[np.int64] = np.zeros(_BINS, np.int64)
+        self.low, self.high = np.inf, -np.inf
+
+    def add(self, values: Array, per_sample: int = _VALUES_PER_SAMPLE) -> None:
+        """Count values of a batch, at most about ``per_sample`` a row (evenly spread)."""
+        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+        largest = max(abs(self.low), abs(self.high), 1e-30)
+        if self.reach == 0.0:
+            self.reach = float(2.0 ** np.ceil(np.log2(largest)))
+        while self.reach < largest:
+            half = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts[:] = 0
+            self.counts[_BINS // 4 : 3 * _BINS // 4] = half
+            self.reach *= 2
+        flat = values.reshape(-1)
+        flat = flat[:: stride(flat.size, per_sample * max(1, len(values)))]
+        places = (flat * np.float32(_BINS / (2 * self.reach)) + np.float32(_BINS / 2)).astype(np.int32)
+        self.counts += np.bincount(np.clip(places, 0, _BINS - 1), minlength=_BINS)
+
+    def centres(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Centres and counts of the bins that are not empty, ends moved to the exact extremes."""
+        filled = np.flatnonzero(self.counts)
+        centres = (filled + 0.5) * (2 * self.reach / _BINS) - self.reach
+        return np.clip(centres, self.low, self.high), self.counts[filled]
+
+
+def stride(size: int, limit: int) -> int:
+    """A step that picks about ``limit`` of ``size`` values and is coprime to the usual image sizes."""
+    step = max(1, size // limit)
+    while step > 1 and any(step % p == 0 for p in (2, 3, 5, 7)):
+        step += 1
+    return step
+
+
+def minmax_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config) -> tuple[float, float]:
+    """The extremes."""
+    return histogram.low, histogram.high
+
+
+def percentile_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config) -> tuple[float, float]:
+    """The values that ``100 - percentile`` per cent lie beyond, on each side."""
+    centres, counts = histogram.centres()
+    share = np.cumsum(counts) / counts.sum()
+    tail = 1 - config.percentile / 100
+    low = centres[min(int(np.searchsorted(share, tail)), len(centres) - 1)]
+    high = centres[min(int(np.searchsorted(share, 1 - tail)), len(centres) - 1)]
+    return (histogram.low, histogram.high) if config.percentile == 100 else (float(low), float(high))
+
+
+def mse_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config) -> tuple[float, float]:
+    """The range whose quantizer has the smallest squared error, searched on both ends in turn."""
+    centres, counts = histogram.centres()
+
+    def error(low: float, high: float) -> float:
+        params = quant_math.activation_params(low, high, quantizer.spec, quantizer.bounds)
+        steps = centres / float(params.scale)
+        spec = quantizer.spec
+        rounded = np.clip(np.rint(steps), spec.qmin - params.zero_point, spec.qmax - params.zero_point)
+        return float((counts * (rounded - steps) ** 2).sum()) * float(params.scale) ** 2
+
+    ends = [min(histogram.low, 0.0), max(histogram.high, 0.0)]
+    best = error(ends[0], ends[1])
+    for width in (1.0, 0.1):
+        for side in (1, 0):
+            if ends[side] == 0.0:
+                continue
+            start = ends[side]
+            for fraction in np.linspace(1 - width, 1 + width * 0.2, _GRID)[1:] if width == 1.0 else np.linspace(1 - width, 1 + width, _GRID):
+                trial = [*ends]
+                trial[side] = start * float(fraction)
+                value = error(trial[0], trial[1])
+                if value < best:
+                    best, ends[side] = value, trial[side]
+    return ends[0], ends[1]
+
+
+_METHODS: dict[ActivationRange, Callable[[Histogram, ActivationQuantizer, Config], tuple[float, float]]] = {
+    ActivationRange.MINMAX: minmax_range,
+    ActivationRange.PERCENTILE: percentile_range,
+    ActivationRange.MSE: mse_range,
+}
+
+
+def calibrate(model: ModelProto, plan: Plan, samples: Samples, config: Config, progress: Callable[[int, int], None]) -> Calibration:
+    """Choose the range of every activation quantizer.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model.
+    plan : Plan
+    samples : Samples
+    config : Config
+    progress : callable
+        Called with samples done and samples in all.
+    """
+    view = GraphView(model)
+    observed = {q.name: Histogram() for q in plan.activations if not q.constant}
+    measured = [layer.output for layer in plan.layers]
+    measured += [o for o in view.outputs if view.is_float(o) and o not in measured]
+    sums = {name: np.zeros(3) for name in measured}
+    probe = edit.with_nodes(model, model.graph.node)
+    wanted = [n for n in dict.fromkeys([*observed, *measured]) if n not in view.inputs]
+    for name in wanted:
+        edit.add_output(probe, name, TensorProto.FLOAT)
+    session = Session(probe)
+    size = samples.micro_batch(8)
+    done = 0
+    for part in samples.batches(range(samples.count), size):
+        feeds = samples.take(part)
+        values = {**feeds, **session.run(feeds, wanted)}
+        for name, histogram in observed.items():
+            if values[name].size:
+                histogram.add(values[name])  # type: ignore[arg-type]
+        for name, total in sums.items():
+            flat = values[name].reshape(-1)
+            total += (flat.size, flat.sum(dtype=np.float64), np.dot(flat, flat))
+        done += len(part)
+        progress(done, samples.count)
+    params = {q.name: _params(q, observed, view, config) for q in plan.activations}
+    power = {n: float(t[2] / max(t[0], 1)) for n, t in sums.items()}
+    variance = {n: max(power[n] - float(t[1] / max(t[0], 1)) ** 2, 0.0) for n, t in sums.items()}
+    return Calibration(params, power, variance, samples.count - done)
+
+
+def _params(quantizer: ActivationQuantizer, observed: dict[str, Histogram], view: GraphView, config: Config) -> QuantParams:
+    if quantizer.constant:
+        value = view.constant(quantizer.name)
+        low, high = float(value.min()), float(value.max())
+    else:
+        histogram = observed[quantizer.name]
+        if not np.isfinite(histogram.low):
+            return quant_math.activation_params(0.0, 0.0, quantizer.spec, quantizer.bounds)
+        low, high = _METHODS[config.activation_range](histogram, quantizer, config)
+    return quant_math.activation_params(low, high, quantizer.spec, quantizer.bounds)

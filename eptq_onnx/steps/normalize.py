@@ -1,0 +1,208 @@
+"""Step 1: bring a model into the one form that the other steps expect.
+
+Functions inlined, opset raised if the target needs it, constants folded into initializers, nodes named,
+BatchNormalization and padding folded into the layers they belong to, every layer with a bias of its own.
+Inputs and outputs keep their names, and so does every tensor that is still computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, helper, inliner
+
+from eptq_onnx.graph import edit, fold, io
+from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
+from eptq_onnx.ops import output_channels
+
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+_WITH_BIAS = (*_CONVOLUTIONS, "Gemm")
+
+
+def normalize(model: ModelProto, min_opset: int) -> ModelProto:
+    """Return the model in normal form; the argument is not changed.
+
+    Parameters
+    ----------
+    model : ModelProto
+    min_opset : int
+        The opset is raised to this by onnx's version converter if it is lower.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be converted or folded.
+    """
+    result = inliner.inline_local_functions(model) if model.functions else _copy(model)
+    result = io.convert_opset(result, min_opset)
+    _drop_default_inputs(result)
+    result = fold.fold_constants(result)
+    _name_nodes(result)
+    for rewrite in (_fold_batch_normalization, _fold_padding, _own_bias):
+        result = rewrite(result)
+    return onnx.shape_inference.infer_shapes(result, data_prop=True)
+
+
+def _copy(model: ModelProto) -> ModelProto:
+    result = ModelProto()
+    result.CopyFrom(model)
+    return result
+
+
+def _drop_default_inputs(model: ModelProto) -> None:
+    """Initializers listed as inputs (IR 3 style) become constants."""
+    constants = {t.name for t in model.graph.initializer}
+    inputs = [i for i in model.graph.input if i.name not in constants]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+
+
+def _name_nodes(model: ModelProto) -> None:
+    """Give every node a name of its own."""
+    taken: set[str] = set()
+    for k, node in enumerate(model.graph.node):
+        if not node.name or node.name in taken:
+            node.name = f"{node.op_type}_{k}"
+        while node.name in taken:
+            node.name += "_"
+        taken.add(node.name)
+
+
+def _rewrite(model: ModelProto, visit: Callable[[NodeProto, GraphView, edit.Builder], NodeProto | None]) -> ModelProto:
+    """Offer every node to ``visit``; a node that it returns stands for the node and its only data producer."""
+    changed = True
+    while changed:
+        changed = False
+        view, builder = GraphView(model), edit.Builder(model)
+        replaced: set[int] = set()
+        nodes: dict[int, NodeProto] = {id(n): n for n in view.nodes}
+        for node in view.nodes:
+            if id(node) in replaced:
+                continue
+            merged = visit(node, view, builder)
+            if merged is not None:
+                producer = view.producer[node.input[0]]
+                if id(producer) in replaced:
+                    continue
+                replaced.update((id(node), id(producer)))
+                nodes[id(node)] = merged
+                del nodes[id(producer)]
+                changed = True
+        if changed:
+            model = edit.with_nodes(model, [*builder.nodes, *nodes.values()], builder.initializers)
+            edit.prune(model)
+    return model
+
+
+def _sole_reader(view: GraphView, tensor: str) -> bool:
+    return len(view.consumers[tensor]) == 1 and tensor not in view.outputs
+
+
+def _fold_batch_normalization(model: ModelProto) -> ModelProto:
+    """y = a (W x + b) + c is a layer with weight a W and bias a b + c, a and c per output channel.
+
+    With a = scale / sqrt(var + eps) and c = B - mean a. W has its output channels on axis 0 (Conv; Gemm with transB),
+    axis 1 (Gemm), or on (group, axis 1) of shape (C_in, C_out / group, ...) (ConvTranspose).
+    """
+    return _rewrite(model, _visit_batch_normalization)
+
+
+def _visit_batch_normalization(node: NodeProto, view: GraphView, b: edit.Builder) -> NodeProto | None:
+    if node.op_type != "BatchNormalization" or int_attribute(node, "training_mode", 0):
+        return None
+    layer = view.producer.get(node.input[0])
+    if layer is None or layer.op_type not in _WITH_BIAS or not _sole_reader(view, node.input[0]):
+        return None
+    constants = [*node.input[1:5], *[i for i in layer.input[1:] if i]]
+    if not all(view.is_constant(i) and view.is_float(i) for i in constants):
+        return None
+    if layer.op_type == "Gemm" and float(attribute(layer, "beta", 1.0)) != 1.0:  # type: ignore[arg-type]
+        return None
+    scale, offset, mean, var = (view.constant(i).astype(np.float64) for i in node.input[1:5])
+    a = scale / np.sqrt(var + float(attribute(node, "epsilon", 1e-5)))  # type: ignore[arg-type]
+    weight = view.constant(layer.input[1]).astype(np.float64)
+    has_bias = len(layer.input) > 2 and layer.input[2]
+    bias = view.constant(layer.input[2]).astype(np.float64).reshape(-1) if has_bias else np.zeros(1)
+    merged = NodeProto()
+    merged.CopyFrom(layer)
+    merged.output[0] = node.output[0]
+    stem = layer.input[1]
+    del merged.input[1:]
+    merged.input.append(_constant(b, _scale_outputs(layer, weight, a), f"{stem}_bn"))
+    merged.input.append(_constant(b, a * bias + offset - mean * a, f"{stem}_bn_bias"))
+    return merged
+
+
+def _scale_outputs(layer: NodeProto, weight: NDArray[np.float64], a: NDArray[np.float64]) -> NDArray[np.float64]:
+    if layer.op_type == "ConvTranspose":
+        group = int_attribute(layer, "group", 1)
+        split = weight.reshape(group, weight.shape[0] // group, weight.shape[1], -1)
+        return (split * a.reshape(group, 1, -1, 1)).reshape(weight.shape)
+    if layer.op_type == "Gemm" and not int_attribute(layer, "transB", 0):
+        return weight * a
+    return weight * a.reshape([-1] + [1] * (weight.ndim - 1))
+
+
+def _constant(b: edit.Builder, value: NDArray[np.float64], stem: str) -> str:
+    return b.constant(value.astype(np.float32), stem)
+
+
+def _fold_padding(model: ModelProto) -> ModelProto:
+    """Pad with zeros in front of a convolution, on spatial axes, is the convolution's own padding."""
+    return _rewrite(model, _visit_padding)
+
+
+def _visit_padding(node: NodeProto, view: GraphView, b: edit.Builder) -> NodeProto | None:
+    pad = view.producer.get(node.input[0]) if node.input else None
+    if node.op_type != "Conv" or pad is None or pad.op_type != "Pad" or not _sole_reader(view, node.input[0]):
+        return None
+    if attribute(pad, "mode", "constant") != "constant" or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return None
+    extra = [i for i in pad.input[1:] if i]
+    if not extra or not all(view.is_constant(i) for i in extra) or (len(pad.input) > 3 and pad.input[3]):
+        return None
+    if len(pad.input) > 2 and pad.input[2] and float(view.constant(pad.input[2]).reshape(-1)[0]) != 0:
+        return None
+    amounts = [int(v) for v in view.constant(pad.input[1])]
+    rank = len(amounts) // 2
+    if any(amounts[:2]) or any(amounts[rank : rank + 2]) or min(amounts) < 0:
+        return None
+    own = ints_attribute(node, "pads") or [0] * (2 * (rank - 2))
+    pads = [p + q for p, q in zip([*amounts[2:rank], *amounts[rank + 2 :]], own, strict=True)]
+    merged = NodeProto()
+    merged.CopyFrom(node)
+    merged.input[0] = pad.input[0]
+    for item in list(merged.attribute):
+        if item.name in ("pads", "auto_pad"):
+            merged.attribute.remove(item)
+    merged.attribute.append(helper.make_attribute("pads", pads))
+    return merged
+
+
+def _own_bias(model: ModelProto) -> ModelProto:
+    """Every layer's constant bias is its own one-dimensional initializer, not shared with another node."""
+    view, builder = GraphView(model), edit.Builder(model)
+    for node in view.nodes:
+        if node.op_type in _WITH_BIAS and len(node.input) > 2 and view.is_constant(node.input[2]):
+            value = view.constant(node.input[2])
+            flat = value.reshape(-1)
+            channels = output_channels(node, view) if view.is_constant(node.input[1]) else None
+            if flat.size == 1 and channels is not None and channels > 1:
+                flat = np.repeat(flat, channels)
+            shared = len(view.consumers[node.input[2]]) > 1 or node.input[2] in view.outputs
+            fits = channels is None or flat.size == channels
+            if fits and (shared or value.ndim != 1 or flat.size != value.size):
+                name = builder.unique(f"{node.name}_bias")
+                builder.initializers.append(onnx.numpy_helper.from_array(np.ascontiguousarray(flat), name))
+                copy = NodeProto()
+                copy.CopyFrom(node)
+                copy.input[2] = name
+                node = copy
+        builder.nodes.append(node)
+    result = edit.with_nodes(model, builder.nodes, builder.initializers)
+    edit.prune(result)
+    return result
+

@@ -1,0 +1,316 @@
+"""Step 7: network-wise optimization (paper section 4): soft rounding, biases, weight and activation scales at once.
+
+The result is the best of the hard-rounded candidates on samples that the optimization has not seen, the start among
+them: it is never worse than the start on that objective.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from eptq_onnx import quant_math
+from eptq_onnx.config import Config, Optimizer
+from eptq_onnx.data import Samples
+from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LOSS, TrainingGraph
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.optimizers import Adam, RAdam
+from eptq_onnx.runtime import Session
+from eptq_onnx.types import Array, Calibration, Feeds, OptimizationTrace, Plan, QuantParams, Rounding, Scores
+
+_CHECKPOINTS = 10
+
+
+class SoftWeight:
+    """A weight whose elements are between rounding down and rounding up.
+
+    ``W = clip(floor(W0 / s) + h(alpha), qmin, qmax) * s * gamma`` per channel (AdaRound; gamma is the learned factor).
+
+    Parameters
+    ----------
+    weight : ndarray
+        The float weight W0.
+    params : QuantParams
+        Gives s.
+    spec : QuantSpec
+    """
+
+    def __init__(self, weight: Array, params: QuantParams, spec: quant_math.QuantSpec) -> None:
+        self.spec = spec
+        self.scale = params.scale
+        self._s = quant_math.along_axis(params.scale, spec.axis, weight.ndim)
+        steps = weight / self._s
+        self.floor: Array = np.floor(steps)
+        self.alpha: Array = quant_math.rectified_sigmoid_inverse(steps - self.floor)
+        self.gamma: Array = np.ones_like(params.scale)
+        self._h: Array = np.zeros(0, np.float32)
+        self._level: Array = np.zeros(0, np.float32)
+
+    def forward(self) -> Array:
+        """The soft weight."""
+        self._h = quant_math.rectified_sigmoid(self.alpha)
+        self._level = np.clip(self.floor + self._h, self.spec.qmin, self.spec.qmax)
+        return self._level * self._factor()
+
+    def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
+        """Gradients of alpha and gamma, given dL/dW and the strength and exponent of the rounding penalty."""
+        d_gamma = quant_math.channel_sum(gradient * self._level * self._s, self.spec.axis)
+        raw = self.floor + self._h
+        inside = (raw >= self.spec.qmin) & (raw <= self.spec.qmax)
+        d_h = gradient * self._factor() * inside
+        if penalty:
+            d_h += np.float32(penalty) * quant_math.rounding_penalty_slope(self._h, exponent)
+        return d_h * quant_math.rectified_sigmoid_slope(self.alpha), d_gamma
+
+    def penalty(self, exponent: float) -> float:
+        """Rounding penalty of the current soft weight."""
+        return quant_math.rounding_penalty(self._h, exponent)
+
+    def harden(self) -> tuple[NDArray[np.int32], QuantParams]:
+        """Integers and scales with every element decided: up where alpha >= 0."""
+        up = self.alpha >= 0
+        integers = np.clip(self.floor + up, self.spec.qmin, self.spec.qmax).astype(np.int32)
+        return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32))
+
+    def _factor(self) -> Array:
+        return self._s * quant_math.along_axis(self.gamma, self.spec.axis, self.floor.ndim)
+
+
+def split(count: int, holdout: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places of the samples to optimize on and of those to choose by; a lone sample does both."""
+    order = np.random.default_rng(seed).permutation(count)
+    kept = min(max(1, round(count * holdout)), max(1, count - 1))
+    return (np.sort(order[kept:]), np.sort(order[:kept])) if count > 1 else (order, order)
+
+
+def optimize(
+    model: ModelProto,
+    plan: Plan,
+    start: Rounding,
+    graph: TrainingGraph,
+    samples: Samples,
+    indices: NDArray[np.int64],
+    calibration: Calibration,
+    scores: Scores | None,
+    config: Config,
+    progress: Callable[[int, int, float], None],
+) -> tuple[Rounding, OptimizationTrace]:
+    """Learn the rounding of the whole network.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model.
+    plan : Plan
+    start : Rounding
+    graph : TrainingGraph
+    samples : Samples
+    indices : ndarray of shape (n_samples,)
+        The scored samples: columns of ``scores.samples``.
+    calibration : Calibration
+    scores : Scores or None
+        Without scores, or with ``config.attention`` off, every layer and sample counts the same.
+    config : Config
+    progress : callable
+        Called with steps done, steps in all and the loss.
+
+    Returns
+    -------
+    Rounding, OptimizationTrace
+    """
+    began = time.perf_counter()
+    state = _State(model, plan, start, graph, calibration, config)
+    attention = attention_weights(plan, scores, len(indices), config)
+    seen, held = split(len(indices), config.holdout, config.seed)
+    judge = _Judge(graph, samples, indices, held, attention)
+    best, best_step = start, 0
+    checkpoints = [(0, judge(state, start))]
+    session = Session(graph.train)
+    batch = min(config.batch_size, len(seen))
+    rng = np.random.default_rng(config.seed)
+    queue: list[int] = []
+    losses: list[float] = []
+    total = config.step_count
+    for step in range(total):
+        while len(queue) < batch:
+            queue.extend(rng.permutation(seen).tolist())
+        chosen, queue = np.array(queue[:batch]), queue[batch:]
+        losses.append(state.step(session, samples, indices, chosen, attention, step, total))
+        progress(step + 1, total, losses[-1])
+        due = (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total
+        if due and (step + 1 >= total * 0.4):
+            candidate = state.harden()
+            value = judge(state, candidate)
+            checkpoints.append((step + 1, value))
+            if value < min(v for _, v in checkpoints[:-1]):
+                best, best_step = candidate, step + 1
+    trace = OptimizationTrace(
+        steps=total,
+        losses=tuple(losses),
+        checkpoints=tuple(checkpoints),
+        best_step=best_step,
+        flipped=_flipped(start, best),
+        seconds=time.perf_counter() - began,
+    )
+    return best, trace
+
+
+def attention_weights(plan: Plan, scores: Scores | None, count: int, config: Config) -> Array:
+    """w[l, n] divided by its largest layer mean; shape (n_layers, n_samples).
+
+    Layers that no gradient reaches count like the average layer.
+    """
+    if scores is None or not config.attention or not scores.samples.size:
+        return np.ones((len(plan.layers), count), np.float32)
+    rows = dict(zip(scores.layers, scores.samples, strict=True))
+    mean = scores.samples.mean(axis=0)
+    table = np.stack([rows.get(layer.output, mean) for layer in plan.layers])
+    largest = float(table.mean(axis=1).max())
+    return (table / np.float32(largest)).astype(np.float32) if largest > 0 else np.ones_like(table)
+
+
+def _flipped(start: Rounding, end: Rounding) -> float:
+    size = sum(i.size for i in start.integers.values())
+    return sum(int((start.integers[n] != end.integers[n]).sum()) for n in start.integers) / max(size, 1)
+
+
+class _State:
+    """Everything that is learned, and how it is updated."""
+
+    def __init__(self, model: ModelProto, plan: Plan, start: Rounding, graph: TrainingGraph, calibration: Calibration, config: Config) -> None:
+        view = GraphView(model)
+        self._plan, self._start, self._graph, self._config = plan, start, graph, config
+        learnable = [n for n in plan.weight_specs if n in graph.gradients]
+        self.weights = {
+            n: SoftWeight(np.asarray(view.constant(n), np.float32), start.weights[n], plan.weight_specs[n]) for n in learnable
+        }
+        self._frozen = {
+            n: quant_math.dequantize(start.integers[n], start.weights[n], spec) for n, spec in plan.weight_specs.items() if n not in self.weights
+        }
+        self._bias_unit = {
+            x.bias: np.float32(np.sqrt(calibration.power[x.output]) or 1.0) for x in plan.layers if x.bias is not None and x.bias in graph.gradients
+        }
+        self._bias_shift: dict[str, Array] = {n: np.zeros_like(start.biases[n]) for n in self._bias_unit}
+        self._log_scales: Array = np.zeros(len(graph.quantizers), np.float32)
+        self._first_scales = np.array([float(start.activations[q].scale) for q in graph.quantizers], np.float32)
+        self._layers_of = {n: [k for k, x in enumerate(plan.layers) if x.weight == n] for n in self.weights}
+        rounding = RAdam if config.optimizer is Optimizer.RADAM else Adam
+        self._rounding = rounding({n: w.alpha for n, w in self.weights.items()})
+        self._factors = Adam({n: w.gamma for n, w in self.weights.items()})
+        self._biases = Adam(self._bias_shift)
+        self._scales = Adam({ACTIVATION_SCALES: self._log_scales})
+
+    def step(
+        self,
+        session: Session,
+        samples: Samples,
+        indices: NDArray[np.int64],
+        chosen: NDArray[np.int64],
+        attention: Array,
+        step: int,
+        total: int,
+    ) -> float:
+        """One update from the samples at places ``chosen``; returns the loss."""
+        config, graph = self._config, self._graph
+        share = max(0.0, 1 - (step + 1) / total) if config.gradual_activations else 0.0
+        feeds = self._parameters({n: w.forward() for n, w in self.weights.items()}, self._current_biases(), self._current_scales())
+        if FLOAT_SHARE in session.inputs:
+            feeds[FLOAT_SHARE] = np.array([share], np.float32)
+        gradients: dict[str, Array] = {}
+        loss = 0.0
+        for places in _micro_batches(chosen, graph.micro_batch):
+            run = {**feeds, **_batch(session, samples, indices, places, attention, graph, len(chosen))}
+            values = session.run(run, [LOSS, *graph.gradients.values()])
+            loss += float(values[LOSS])
+            for name, output in graph.gradients.items():
+                value = values[output]
+                gradients[name] = gradients[name] + value if name in gradients else value  # type: ignore[assignment]
+        return loss + self._update(gradients, attention, step, total)
+
+    def _update(self, gradients: dict[str, Array], attention: Array, step: int, total: int) -> float:
+        config = self._config
+        warm = config.warmup * total
+        strength = config.rounding_strength if step >= warm else 0.0
+        exponent = 20 + (2 - 20) * min(1.0, max(0.0, (step - warm) / max(1.0, total - warm)))
+        layer_weight = attention.mean(axis=1)
+        penalty, alphas, gammas = 0.0, {}, {}
+        for name, weight in self.weights.items():
+            factor = strength * float(sum(layer_weight[k] for k in self._layers_of[name]))
+            alphas[name], gammas[name] = weight.backward(gradients[name], factor, exponent)
+            if factor:
+                penalty += factor * weight.penalty(exponent)
+        cosine = 0.5 * (1 + np.cos(np.pi * step / total))
+        self._rounding.step(alphas, config.rounding_lr)
+        self._factors.step(gammas, config.scale_lr * cosine)
+        self._biases.step({n: gradients[n] * unit for n, unit in self._bias_unit.items()}, config.bias_lr * cosine)
+        if ACTIVATION_SCALES in gradients:
+            self._scales.step({ACTIVATION_SCALES: gradients[ACTIVATION_SCALES] * self._current_scales()}, config.activation_scale_lr * cosine)
+        return penalty
+
+    def harden(self) -> Rounding:
+        """The current parameters with every weight decided."""
+        integers, params = dict(self._start.integers), dict(self._start.weights)
+        for name, weight in self.weights.items():
+            integers[name], params[name] = weight.harden()
+        activations = dict(self._start.activations)
+        bounds = {q.name: q for q in self._plan.activations}
+        for name, scale in zip(self._graph.quantizers, self._current_scales(), strict=True):
+            changed = replace(activations[name], scale=np.asarray(scale, np.float32))
+            activations[name] = quant_math.inside_bounds(changed, bounds[name].spec, bounds[name].bounds)
+        return Rounding(integers, params, activations, {**self._start.biases, **self._current_biases()})
+
+    def hard_parameters(self, rounding: Rounding) -> Feeds:
+        """Feeds of the evaluation graph for a hard-rounded candidate."""
+        weights = {n: quant_math.dequantize(rounding.integers[n], rounding.weights[n], s) for n, s in self._plan.weight_specs.items()}
+        scales = np.array([float(rounding.activations[q].scale) for q in self._graph.quantizers], np.float32)
+        return self._parameters(weights, dict(rounding.biases), scales)
+
+    def _parameters(self, weights: dict[str, Array], biases: dict[str, Array], scales: Array) -> Feeds:
+        feeds: Feeds = {**self._frozen, **weights, **self._start.biases, **biases}
+        if self._graph.quantizers:
+            feeds[ACTIVATION_SCALES] = scales
+        return feeds
+
+    def _current_biases(self) -> dict[str, Array]:
+        return {n: self._start.biases[n] + shift * self._bias_unit[n] for n, shift in self._bias_shift.items()}
+
+    def _current_scales(self) -> Array:
+        result: Array = self._first_scales * np.exp(self._log_scales)
+        return result
+
+
+class _Judge:
+    """The attention-weighted error of hard-rounded candidates on held-out samples."""
+
+    def __init__(self, graph: TrainingGraph, samples: Samples, indices: NDArray[np.int64], held: NDArray[np.int64], attention: Array) -> None:
+        self._session = Session(graph.evaluate)
+        self._graph, self._samples, self._indices, self._held, self._attention = graph, samples, indices, held, attention
+
+    def __call__(self, state: _State, candidate: Rounding) -> float:
+        feeds = {n: v for n, v in state.hard_parameters(candidate).items() if n in self._session.inputs}
+        total = 0.0
+        for places in _micro_batches(self._held, self._graph.micro_batch):
+            batch = _batch(self._session, self._samples, self._indices, places, self._attention, self._graph, len(self._held))
+            total += float(self._session.run({**feeds, **batch}, [LOSS])[LOSS])
+        return total
+
+
+def _micro_batches(places: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    """Split places into runs of the graph; the last is filled up with -1."""
+    padded = np.concatenate([places, np.full(-len(places) % size, -1, np.int64)])
+    return list(padded.reshape(-1, size))
+
+
+def _batch(
+    session: Session, samples: Samples, indices: NDArray[np.int64], places: NDArray[np.int64], attention: Array, graph: TrainingGraph, count: int
+) -> Feeds:
+    """Model inputs and attention of one run; places of -1 weigh nothing."""
+    weight = attention[:, places] * (places >= 0) / (graph.positions[:, None] * np.float32(count))
+    feeds = {n: v for n, v in samples.take(indices[places]).items() if n in session.inputs}
+    feeds[ATTENTION] = weight.astype(np.float32).reshape(-1)
+    return feeds

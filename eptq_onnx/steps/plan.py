@@ -1,0 +1,286 @@
+"""Step 2: decide which tensors get which quantizer, and say why the others stay float.
+
+The rules, in the words of the operator table (`ops.TABLE`) and the target:
+
+- a layer (constant weight) that the target runs on integers is quantized: its input, its weight, and its output
+  behind the clipping function that the target absorbs;
+- arithmetic and equal-scale operators are quantized if a quantized node reads their result. What lies behind the
+  last layers thus stays float: nothing there would use the integers, and the outputs keep full precision;
+- tensors joined by equal-scale operators share one scale.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+from onnx import ModelProto, NodeProto
+
+from eptq_onnx.config import Config
+from eptq_onnx.errors import ModelError
+from eptq_onnx.graph.edit import all_names
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.ops import Bounds, OpSpec, Role, is_known, spec_of
+from eptq_onnx.targets import Target
+from eptq_onnx.types import ActivationQuantizer, KeptFloat, Layer, Plan, QuantSpec
+
+_NO_BOUNDS: Bounds = (-np.inf, np.inf)
+
+
+@dataclass
+class _Draft:
+    """What is known of the graph while the plan is made."""
+
+    view: GraphView
+    target: Target
+    quantized: dict[str, OpSpec] = field(default_factory=dict)
+    """Node name to row, of the nodes that run on integers."""
+    absorbed: dict[str, str] = field(default_factory=dict)
+    """Tensor before a clipping operator to the tensor behind it, where the operator vanishes."""
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def final(self, tensor: str) -> str:
+        """The tensor that is quantized in place of ``tensor``: behind the absorbed clipping operators."""
+        while tensor in self.absorbed:
+            tensor = self.absorbed[tensor]
+        return tensor
+
+    def readers(self, tensor: str) -> list[NodeProto]:
+        return self.view.consumers[self.final(tensor)]
+
+
+def plan(model: ModelProto, target: Target, config: Config) -> Plan:
+    """Make the plan for a normalized model.
+
+    Raises
+    ------
+    ModelError
+        If there is nothing to quantize.
+    """
+    draft = _Draft(GraphView(model), target)
+    _absorb(draft)
+    _choose(draft)
+    layers = _layers(draft, config, model)
+    if not layers:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(draft.reasons.items())[:3])
+        raise ModelError(
+            f"there is nothing to quantize: no {', '.join(sorted(target.ops.layers))} with a constant float32 weight"
+            f"{' (' + reasons + ')' if reasons else ''}."
+        )
+    activations = _activations(draft, layers, config)
+    return Plan(layers, activations, _integer_nodes(draft), _absorbed_nodes(draft, activations), _kept_float(draft))
+
+
+def _absorb(draft: _Draft) -> None:
+    view = draft.view
+    for node in view.nodes:
+        spec = spec_of(node)
+        if spec.role is not Role.CLIPPING or node.op_type not in draft.target.ops.absorbed:
+            continue
+        source = view.producer.get(node.input[0])
+        if source is None or spec_of(source).role not in (Role.LAYER, Role.ARITHMETIC, Role.CLIPPING):
+            continue
+        low, high = spec.bounds(node, view) if spec.bounds else _NO_BOUNDS
+        private = len(view.consumers[node.input[0]]) == 1 and node.input[0] not in view.outputs
+        if private and spec.objection(node, view) is None and low <= 0 <= high:
+            draft.absorbed[node.input[0]] = node.output[0]
+
+
+def _choose(draft: _Draft) -> None:
+    """Backwards, so that a node knows whether its readers run on integers."""
+    for node in reversed(draft.view.nodes):
+        spec = spec_of(node)
+        reason = _objection(node, spec, draft)
+        if reason is None:
+            draft.quantized[node.name] = spec
+        elif spec.role is not Role.CLIPPING or node.input[0] not in draft.absorbed:
+            draft.reasons[node.name] = reason
+
+
+def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
+    """Why a node stays float, or None."""
+    view, rules = draft.view, draft.target.ops
+    if not is_known(node):
+        return f"{node.op_type} is not in the operator table"
+    if spec.role is Role.FLOAT or spec.role is Role.CLIPPING:
+        return f"{draft.target.name} has no integer kernel for {node.op_type}"
+    allowed = {Role.LAYER: rules.layers, Role.ARITHMETIC: rules.arithmetic, Role.EQUAL_SCALE: rules.equal_scale}[spec.role]
+    if node.op_type not in allowed:
+        return f"{draft.target.name} has no integer kernel for {node.op_type}"
+    special = spec.objection(node, view)
+    if special:
+        return special
+    data = spec.data_inputs(node)
+    weighted = spec.role is Role.LAYER and spec.weight is not None and view.is_constant(node.input[spec.weight])
+    if weighted:
+        data = [d for d in data if d != node.input[spec.weight or 0]]
+        if view.shape(node.input[spec.weight or 0]) is not None and len(view.shape(node.input[spec.weight or 0]) or ()) < 2:
+            return "its weight is a vector"
+        if spec.bias is not None and len(node.input) > spec.bias and node.input[spec.bias] and not view.is_constant(node.input[spec.bias]):
+            return "its bias is computed at run time"
+    elif spec.role is Role.LAYER and spec.weight not in (spec.data or ()):
+        return "its weight is computed at run time"
+    if not all(view.is_float(d) for d in (*data, *node.output)):
+        return "its values are not float32"
+    if weighted:
+        return None
+    if all(view.is_constant(d) for d in data):
+        return "all its inputs are constant"
+    if not any(reader.name in draft.quantized and _reads(reader, draft.final(o)) for o in node.output for reader in draft.readers(o)):
+        return "no integer operator reads its result"
+    return None
+
+
+def _reads(node: NodeProto, tensor: str) -> bool:
+    """True if the tensor is one of the node's activations (not, say, a shape)."""
+    return tensor in spec_of(node).data_inputs(node)
+
+
+def _layer_nodes(draft: _Draft) -> list[NodeProto]:
+    view = draft.view
+    return [
+        n for n in view.nodes
+        if (s := draft.quantized.get(n.name)) and s.role is Role.LAYER and s.weight is not None and view.is_constant(n.input[s.weight])
+    ]  # fmt: skip
+
+
+def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ...]:
+    view, taken = draft.view, all_names(model)
+    nodes = _layer_nodes(draft)
+    names = frozenset(n.name for n in nodes)
+    early = view.downstream(view.inputs, names)
+    late = view.upstream(view.outputs, names)
+    layers: list[Layer] = []
+    axes: dict[str, int] = {}
+    edges = {n.input[spec_of(n).weight or 0] for n in nodes if n.input[0] in early or n.output[0] in late}
+    for node in nodes:
+        spec = spec_of(node)
+        weight = node.input[spec.weight or 0]
+        rank = view.constant(weight).ndim
+        axis = spec.weight_axis(node) % rank
+        if axes.setdefault(weight, axis) != axis:
+            draft.reasons[node.name] = f"its weight {weight} is shared with a layer that has other output channels"
+            del draft.quantized[node.name]
+            continue
+        bias: str | None = None
+        has_bias = spec.bias is not None and len(node.input) > spec.bias and bool(node.input[spec.bias])
+        if spec.bias is not None:
+            bias = node.input[spec.bias] if has_bias else f"{node.name}_bias"
+            while not has_bias and bias in taken:
+                bias += "_"
+            taken.add(bias)
+        edge = weight in edges
+        bits = config.edge_bits if edge else config.weight_bits
+        layers.append(
+            Layer(
+                node=node.name,
+                op_type=node.op_type,
+                weight=weight,
+                input=node.input[0],
+                output=node.output[0],
+                result=draft.final(node.output[0]),
+                bias=bias,
+                has_bias=has_bias,
+                weight_spec=draft.target.weight_spec(bits, axis),
+                output_axis=spec.output_axis,
+                edge=edge,
+            )
+        )
+    return tuple(layers)
+
+
+def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tuple[ActivationQuantizer, ...]:
+    view, rules = draft.view, draft.target.ops
+    weights = {layer.weight for layer in layers}
+    parent: dict[str, str] = {}
+
+    def root(tensor: str) -> str:
+        parent.setdefault(tensor, tensor)
+        while parent[tensor] != tensor:
+            tensor = parent[tensor]
+        return tensor
+
+    for node in view.nodes:
+        spec = draft.quantized.get(node.name)
+        if spec is None:
+            continue
+        inputs = [i for i in spec.data_inputs(node) if i not in weights]
+        outputs = [draft.final(o) for o in node.output if o]
+        for name in inputs:
+            root(name)
+        if spec.role is Role.EQUAL_SCALE:
+            for name in outputs:
+                parent[root(name)] = root(inputs[0])
+        elif not (node.op_type in rules.float_output and not _read_as_integer(draft, outputs)):
+            for name in outputs:
+                root(name)
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in _topological(view, parent):
+        groups[root(name)].append(name)
+    wide = _edge_tensors(draft, layers)
+    result = []
+    for members in groups.values():
+        bits = config.edge_bits if any(m in wide for m in members) else config.activation_bits
+        spec_q: QuantSpec = draft.target.activation_spec(bits)
+        first = members[0]
+        result.append(ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), view.is_constant(first)))
+    return tuple(result)
+
+
+def _read_as_integer(draft: _Draft, tensors: list[str]) -> bool:
+    return any(r.name in draft.quantized for t in tensors for r in draft.view.consumers[t])
+
+
+def _topological(view: GraphView, wanted: dict[str, str]) -> list[str]:
+    """The wanted tensors in the order in which they come to be; constants where they are first read."""
+    order = [i for i in view.inputs if i in wanted]
+    seen = set(order)
+    for node in view.nodes:
+        for name in (*node.input, *node.output):
+            if name in wanted and name not in seen:
+                seen.add(name)
+                order.append(name)
+    return order
+
+
+def _edge_tensors(draft: _Draft, layers: tuple[Layer, ...]) -> set[str]:
+    """Tensors with the bit width of the first and last layers."""
+    edge = [layer for layer in layers if layer.edge]
+    late = draft.view.upstream(draft.view.outputs, frozenset(layer.node for layer in layers))
+    wide = set(draft.view.inputs)
+    for layer in edge:
+        if layer.output in late:
+            wide.update((layer.input, draft.final(layer.output)))
+    return wide
+
+
+def _bounds(draft: _Draft, tensor: str) -> Bounds:
+    producer = draft.view.producer.get(tensor)
+    if producer is None:
+        return _NO_BOUNDS
+    row = spec_of(producer)
+    return row.bounds(producer, draft.view) if row.bounds else _NO_BOUNDS
+
+
+def _integer_nodes(draft: _Draft) -> dict[str, str]:
+    return {n.name: n.op_type for n in draft.view.nodes if n.name in draft.quantized}
+
+
+def _absorbed_nodes(draft: _Draft, activations: tuple[ActivationQuantizer, ...]) -> dict[str, str]:
+    """The absorbed clipping nodes that a quantizer does stand behind."""
+    quantized = {tensor for q in activations for tensor in q.tensors}
+    return {
+        n.name: n.op_type
+        for n in draft.view.nodes
+        if n.input and n.input[0] in draft.absorbed and n.output[0] == draft.absorbed[n.input[0]] and draft.final(n.output[0]) in quantized
+    }
+
+
+def _kept_float(draft: _Draft) -> tuple[KeptFloat, ...]:
+    view = draft.view
+    return tuple(
+        KeptFloat(n.name, n.op_type, draft.reasons[n.name])
+        for n in view.nodes
+        if n.name in draft.reasons and any(view.is_float(o) for o in n.output)
+    )

@@ -1,0 +1,81 @@
+"""Step 5: weight ranges (HMSE, paper section 3.3), and the guards that the integer bias needs."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import ModelProto
+
+from eptq_onnx import quant_math
+from eptq_onnx.config import Config, WeightRange
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.ops import output_channels
+from eptq_onnx.types import Array, Calibration, Plan, QuantParams, QuantSpec, Rounding, Scores
+
+_BIAS_LIMIT = 2.0**30
+"""Largest integer that a bias may need: half of int32, so that learned scales and biases keep room."""
+
+
+def weight_ranges(model: ModelProto, plan: Plan, calibration: Calibration, scores: Scores | None, config: Config) -> Rounding:
+    """Choose weight scales and round to nearest.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model.
+    plan : Plan
+    calibration : Calibration
+        Gives the activation scales, which the bias scale is a multiple of.
+    scores : Scores or None
+        Hessian scores; weights without one are ranged by plain MSE.
+    config : Config
+
+    Returns
+    -------
+    Rounding
+        Nearest rounding with the chosen ranges: the start of the optimization.
+    """
+    view = GraphView(model)
+    params, integers = {}, {}
+    smallest = _smallest_scales(view, plan, calibration)
+    for name, spec in plan.weight_specs.items():
+        weight: Array = np.asarray(view.constant(name), np.float32)
+        importance = scores.weights.get(name) if scores else None
+        scale = _scales(weight, spec, importance, config)
+        params[name] = QuantParams(np.maximum(scale, smallest.get(name, np.float32(0))))
+        integers[name] = quant_math.quantize(weight, params[name], spec)
+    return Rounding(integers, params, dict(calibration.activations), biases(view, plan))
+
+
+def biases(view: GraphView, plan: Plan) -> dict[str, Array]:
+    """The bias of every layer that may have one; zeros where the float model has none."""
+    result: dict[str, Array] = {}
+    nodes = {n.name: n for n in view.nodes}
+    for layer in plan.layers:
+        if layer.bias is not None and layer.has_bias:
+            result[layer.bias] = np.asarray(view.constant(layer.bias), np.float32)
+        elif layer.bias is not None:
+            result[layer.bias] = np.zeros(output_channels(nodes[layer.node], view), np.float32)
+    return result
+
+
+def _scales(weight: Array, spec: QuantSpec, importance: Array | None, config: Config) -> Array:
+    method = config.weight_range_method
+    if method is WeightRange.MINMAX:
+        rows = quant_math.channel_rows(weight, spec.axis)
+        scales = np.where(rows.any(axis=1), quant_math.max_scales(rows, spec), np.float32(1)).astype(np.float32)
+        return np.asarray(scales[0]) if spec.axis is None else scales
+    return quant_math.weight_scales(weight, spec, importance if method is WeightRange.HMSE else None, config.damping)
+
+
+def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> dict[str, Array]:
+    """Per weight, the scales below which the int32 bias (scale s_x * s_w) would overflow."""
+    quantizers, result = plan.quantizer_of, {}
+    for layer in plan.layers:
+        if layer.bias is None or not layer.has_bias or layer.weight_spec.axis is None:
+            continue
+        bias = np.abs(np.asarray(view.constant(layer.bias), np.float32))
+        if bias.size != view.constant(layer.weight).shape[layer.weight_spec.axis]:
+            continue
+        limit = bias / (calibration.activations[quantizers[layer.input].name].scale * np.float32(_BIAS_LIMIT))
+        result[layer.weight] = np.maximum(result.get(layer.weight, np.float32(0)), limit.astype(np.float32))
+    return result

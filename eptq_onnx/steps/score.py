@@ -1,0 +1,180 @@
+"""Step 4: label-free Hessian bound by Hutchinson probes (paper section 3.1 and 3.2).
+
+With v Rademacher on the outputs, E[(J^T v)^2] = diag(J^T J). One backward pass of <v, f(x)> gives J^T v for every
+layer and every weight. Probes are independent per sample: in the squared gradient of a batch the cross terms
+vanish in expectation, so that it estimates the sum over the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, helper
+
+from eptq_onnx import ops
+from eptq_onnx.config import Config
+from eptq_onnx.data import Samples
+from eptq_onnx.engines.base import Engine
+from eptq_onnx.errors import GradientError
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.lower import lower
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.runtime import Session
+from eptq_onnx.types import Array, Calibration, Layer, Plan, Scores
+
+_LOSS, _ATTENTION = "eptq/probe_loss", "eptq/attention"
+
+
+def score(
+    model: ModelProto,
+    plan: Plan,
+    samples: Samples,
+    indices: NDArray[np.int64],
+    calibration: Calibration,
+    engine: Engine,
+    config: Config,
+    progress: Callable[[int, int], None],
+) -> Scores:
+    """Scores of all layers, samples and weight elements.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model; it is not changed.
+    plan : Plan
+    samples : Samples
+    indices : ndarray of shape (n_samples,)
+        The samples to score.
+    calibration : Calibration
+        Gives the spread that each output is divided by.
+    engine : Engine
+    config : Config
+        ``probes`` and ``seed``.
+    progress : callable
+        Called with batches done and batches in all.
+
+    Raises
+    ------
+    GradientError
+        If no output of the model can be differentiated.
+    """
+    size = samples.micro_batch(min(config.batch_size, len(indices)))
+    private, _ = lower(edit.specialize(model, samples.shapes(size)), ops.LOWERINGS)
+    points = probe_points(GraphView(private))
+    probes = _add_loss(private, points)
+    weights = list(plan.weight_specs)
+    outputs = [layer.output for layer in plan.layers]
+    gradient = engine.differentiate(private, _LOSS, [*weights, *outputs])
+    reached = [layer for layer in plan.layers if layer.output in gradient.gradients]
+    summary, scale = _summarize(gradient.model, reached, gradient.gradients, GraphView(private), size)
+    session = Session(summary)
+    fixed = {name: GraphView(private).constant(name) for name in weights if name in session.inputs}
+    spread = {name: float(np.sqrt(calibration.variance.get(point, 0.0))) or 1.0 for point, name in probes.items()}
+    shapes = {name: _shape(private, point) for point, name in probes.items()}
+
+    squared = {name: np.zeros(fixed[name].shape, np.float64) for name in fixed}
+    attention = np.zeros((len(reached), len(indices)), np.float64)
+    rng = np.random.default_rng(config.seed)
+    rounds = -(-len(indices) // size)
+    for k in range(rounds):
+        places = np.arange(k * size, (k + 1) * size)
+        real = places < len(indices)
+        feeds = samples.take(indices[places % len(indices)])
+        for turn in range(config.probes):
+            draw = {n: _rademacher(rng, shapes[n], real) / np.float32(spread[n]) for n in probes.values()}
+            wanted = [_ATTENTION, *(gradient.gradients[n] for n in fixed)]
+            values = session.run({**{n: v for n, v in feeds.items() if n in session.inputs}, **fixed, **draw}, wanted)
+            attention[:, places[real]] += values[_ATTENTION].reshape(len(reached), size)[:, real]
+            for name in fixed:
+                squared[name] += np.square(values[gradient.gradients[name]])
+            progress(k * config.probes + turn + 1, rounds * config.probes)
+    attention *= scale[:, None] / config.probes
+    count = config.probes * len(indices)
+    return Scores(
+        layers=tuple(layer.output for layer in reached),
+        samples=attention.astype(np.float32),
+        weights={n: (h / count).astype(np.float32) for n, h in squared.items()},
+        unreached={layer.node: gradient.unreached[layer.output] for layer in plan.layers if layer.output in gradient.unreached},
+    )
+
+
+def probe_points(view: GraphView) -> list[str]:
+    """The float tensors that are probed: the outputs, or what they are computed from where no gradient passes."""
+    blocked = ops.without_gradient(view)
+    points: dict[str, None] = {}
+    queue, seen = list(view.outputs), set()
+    while queue:
+        name = queue.pop(0)
+        node = view.producer.get(name)
+        if name in seen or node is None:
+            continue
+        seen.add(name)
+        if view.is_float(name) and node.name not in blocked:
+            points[name] = None
+        else:
+            queue.extend(i for i in node.input if i and not view.is_constant(i))
+    if not points:
+        raise GradientError("no output of the model depends on its layers through operators that have a gradient.")
+    return list(points)
+
+
+def _shape(model: ModelProto, name: str) -> tuple[int, ...]:
+    shape = GraphView(model).static_shape(name)
+    if shape is None:
+        raise GradientError(f"the shape of {name} is not known even for fixed inputs; run with --preset fast, which needs no gradients.")
+    return shape
+
+
+def _add_loss(model: ModelProto, points: list[str]) -> dict[str, str]:
+    """Append ``sum <v, output>``; returns probe point to the input that feeds v."""
+    builder, names, terms = edit.Builder(model, "eptq/"), {}, []
+    for k, point in enumerate(points):
+        names[point] = f"eptq/probe_{k}"
+        model.graph.input.append(helper.make_tensor_value_info(names[point], TensorProto.FLOAT, _shape(model, point)))
+        terms.append(builder.reduce("ReduceSum", builder.add("Mul", [point, names[point]]), None))
+    total = terms[0]
+    for term in terms[1:]:
+        total = builder.add("Add", [total, term])
+    builder.add("Identity", [total], _LOSS)
+    model.graph.node.extend(builder.nodes)
+    model.graph.initializer.extend(builder.initializers)
+    edit.add_output(model, _LOSS)
+    return names
+
+
+def _summarize(model: ModelProto, layers: list[Layer], gradients: dict[str, str], shapes: GraphView, size: int) -> tuple[ModelProto, Array]:
+    """Reduce every J^T v to one number a sample: the largest channel sum of squares (the mean follows by ``scale``)."""
+    builder, parts, scale = edit.Builder(model, "eptq/"), [], []
+    for layer in layers:
+        shape = shapes.static_shape(layer.output) or ()
+        channel = layer.output_axis % len(shape)
+        per_sample = shape[0] == size and channel != 0
+        positions = [i for i in range(len(shape)) if i != channel and not (per_sample and i == 0)]
+        gradient = gradients[layer.output]
+        power = (
+            builder.reduce("ReduceSumSquare", gradient, positions, keepdims=False) if positions else builder.add("Mul", [gradient, gradient])
+        )
+        axes = [1] if per_sample else [0]
+        peak = builder.reduce("ReduceMax", power, axes, keepdims=False)
+        if not per_sample:
+            peak = builder.add("Expand", [peak, builder.constant(np.array([size], np.int64), "size")])
+        parts.append(builder.add("Reshape", [peak, builder.constant(np.array([size], np.int64), "size")]))
+        count = float(np.prod([shape[i] for i in positions]))
+        scale.append(1.0 / count)
+    builder.add("Concat", parts, _ATTENTION, axis=0)
+    result = edit.with_nodes(model, [*model.graph.node, *builder.nodes], builder.initializers)
+    edit.set_outputs(result, [_ATTENTION, *gradients.values()])
+    kept = [o for o in result.graph.output if o.name == _ATTENTION or o.name not in {gradients[x.output] for x in layers}]
+    names = [o.name for o in kept]
+    edit.set_outputs(result, names)
+    return result, np.array(scale, np.float32)
+
+
+def _rademacher(rng: np.random.Generator, shape: tuple[int, ...], real: NDArray[np.bool_]) -> Array:
+    """Random signs; rows of samples that only fill up the batch are 0."""
+    signs = rng.integers(0, 2, shape, dtype=np.int8).astype(np.float32) * 2 - 1
+    if shape and shape[0] == len(real):
+        signs[~real] = 0
+    return signs

@@ -1,0 +1,209 @@
+"""Step 6: the training graph (paper section 3.4 and 4).
+
+One graph holds the float model (teacher, constant weights) and the quantized model (student, weights, biases and
+activation scales as inputs), and compares the outputs of every layer. Soft rounding itself is elementwise in the
+weights and independent of the batch; it stays in numpy, outside the graph.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from eptq_onnx import ops, quant_math
+from eptq_onnx.data import Samples
+from eptq_onnx.engines.base import (
+    ACTIVATION_SCALES,
+    ATTENTION,
+    FLOAT_SHARE,
+    LAYER_ERRORS,
+    LOSS,
+    LSQ_DOMAIN,
+    Engine,
+    TrainingGraph,
+)
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.lower import lower
+from eptq_onnx.graph.view import GraphView, node_reads
+from eptq_onnx.types import Plan, Rounding
+
+_TEACHER = "teacher/"
+
+
+def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, batch_size: int, engine: Engine) -> TrainingGraph:
+    """Build the training graph.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model; it is not changed.
+    plan : Plan
+    start : Rounding
+        Gives zero points and the constants' ranges.
+    samples : Samples
+    batch_size : int
+        Samples a step; the graph takes fewer at a time if the model prescribes it.
+    engine : Engine
+
+    Raises
+    ------
+    GradientError
+        If the graph cannot be differentiated.
+    """
+    size = samples.micro_batch(batch_size)
+    lowered, refused = lower(edit.specialize(model, samples.shapes(size)), ops.LOWERINGS)
+    learned = tuple(q.name for q in plan.activations if not q.constant)
+    train, positions = _compose(lowered, plan, start, learned, size, gradual=True)
+    evaluate, _ = _compose(lowered, plan, start, learned, size, gradual=False)
+    parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
+    edit.promote_to_inputs(evaluate, parameters)
+    gradient = engine.differentiate(train, LOSS, [*parameters, *([ACTIVATION_SCALES] if learned else [])])
+    edit.set_outputs(gradient.model, [LOSS, LAYER_ERRORS, *gradient.gradients.values()])
+    return TrainingGraph(
+        train=gradient.model,
+        evaluate=evaluate,
+        gradients=gradient.gradients,
+        quantizers=learned,
+        positions=positions,
+        micro_batch=size,
+        unreached={n: why for n, why in gradient.unreached.items() if n in plan.weight_specs},
+        notes=tuple(f"{node}: {why}" for node, why in refused.items()),
+    )
+
+
+def _compose(
+    lowered: ModelProto, plan: Plan, start: Rounding, learned: tuple[str, ...], size: int, *, gradual: bool
+) -> tuple[ModelProto, np.ndarray]:
+    view, b = GraphView(lowered), edit.Builder(lowered, "eptq/")
+    student = _student(view, b, plan, start, learned, gradual)
+    teacher, teacher_constants = _teacher(view, [layer.output for layer in plan.layers])
+    positions = _losses(view, b, plan, size)
+    losses = b.nodes[len(student) :]
+    constants = [*b.initializers, *teacher_constants, *_zero_biases(plan, start), *_constant_operands(view, plan, start)]
+    replaced = {q.name for q in plan.activations if q.constant}
+    model = edit.with_nodes(lowered, [*teacher, *student, *losses], constants, drop=replaced)
+    del model.graph.value_info[:]
+    if learned:
+        model.graph.input.append(helper.make_tensor_value_info(ACTIVATION_SCALES, TensorProto.FLOAT, [len(learned)]))
+    if learned and gradual:
+        model.graph.input.append(helper.make_tensor_value_info(FLOAT_SHARE, TensorProto.FLOAT, [1]))
+    model.graph.input.append(helper.make_tensor_value_info(ATTENTION, TensorProto.FLOAT, [len(plan.layers) * size]))
+    edit.set_outputs(model, [LOSS, LAYER_ERRORS])
+    edit.import_domain(model, LSQ_DOMAIN)
+    edit.prune(model)
+    return model, positions
+
+
+def _student(view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, learned: tuple[str, ...], gradual: bool) -> list[NodeProto]:
+    """The model's nodes with quantizers on the tensors of the plan; adds to the builder and returns its nodes."""
+    quantizers = {q.name: q for q in plan.activations if not q.constant}
+    with_new_bias = {x.node: x.bias for x in plan.layers if x.bias is not None and not x.has_bias}
+    renamed: dict[str, str] = {}
+    scales = [f"eptq/scale_{k}" for k in range(len(learned))]
+    if learned:
+        sizes = b.constant(np.ones(len(learned), np.int64), "sizes")
+        b.add("Split", [ACTIVATION_SCALES, sizes], outputs=scales, axis=0)
+        if gradual:
+            b.add("Sub", [b.constant(np.ones(1, np.float32), "one"), FLOAT_SHARE], "eptq/integer_share")
+
+    def fake_quantize(tensor: str) -> None:
+        quantizer = quantizers[tensor]
+        zero = b.constant(np.array([start.activations[tensor].zero_point], np.float32), "zero_point")
+        exact, mask = b.unique(f"{tensor}/quantized"), b.unique(f"{tensor}/mask")
+        b.add(
+            "FakeQuant",
+            [tensor, scales[learned.index(tensor)], zero],
+            outputs=[exact, mask],
+            domain=LSQ_DOMAIN,
+            quant_min=quantizer.spec.qmin,
+            quant_max=quantizer.spec.qmax,
+        )
+        if gradual:
+            # p x + (1 - p) q(x): gradual activation quantization.
+            exact = b.add("Add", [b.add("Mul", [tensor, FLOAT_SHARE]), b.add("Mul", [exact, "eptq/integer_share"])])
+        renamed[tensor] = exact
+
+    for name in view.inputs:
+        if name in quantizers:
+            fake_quantize(name)
+    for node in view.nodes:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        for k, name in enumerate(copy.input):
+            copy.input[k] = renamed.get(name, name)
+        if node.name in with_new_bias:
+            del copy.input[2:]
+            copy.input.append(with_new_bias[node.name] or "")
+        b.nodes.append(copy)
+        for name in node.output:
+            if name in quantizers:
+                fake_quantize(name)
+    return list(b.nodes)
+
+
+def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list[TensorProto]]:
+    """A copy of the nodes that compute ``outputs``, under other names, with constants of its own."""
+    needed = view.upstream(outputs)
+    nodes, constants = [], []
+    used: set[str] = set()
+    for node in view.nodes:
+        if not any(o in needed for o in node.output):
+            continue
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.name = _TEACHER + node.name
+        for k, name in enumerate(copy.input):
+            if name and name not in view.inputs:
+                copy.input[k] = _TEACHER + name
+        for k, name in enumerate(copy.output):
+            copy.output[k] = _TEACHER + name if name else ""
+        used.update(node_reads(node))
+        nodes.append(copy)
+    for tensor in view.model.graph.initializer:
+        if tensor.name in used:
+            twin = TensorProto()
+            twin.CopyFrom(tensor)
+            twin.name = _TEACHER + tensor.name
+            constants.append(twin)
+    return nodes, constants
+
+
+def _losses(view: GraphView, b: edit.Builder, plan: Plan, size: int) -> np.ndarray:
+    """Sums of squared errors of every layer and sample, and their weighted sum."""
+    parts, positions = [], []
+    flat = b.constant(np.array([size], np.int64), "micro_batch")
+    for layer in plan.layers:
+        shape = view.static_shape(layer.output) or ()
+        channel = layer.output_axis % max(len(shape), 1)
+        per_sample = bool(shape) and shape[0] == size and channel != 0
+        difference = b.add("Sub", [layer.output, _TEACHER + layer.output])
+        axes = [i for i in range(len(shape)) if i > 0 or not per_sample]
+        error = b.reduce("ReduceSumSquare", difference, axes, keepdims=True)
+        if not per_sample:
+            # Samples are mixed: each gets its share of the whole error.
+            one = b.add("Reshape", [error, b.constant(np.array([1], np.int64), "one_shape")])
+            error = b.add("Expand", [b.add("Mul", [one, b.constant(1.0 / size, "share")]), flat])
+        parts.append(b.add("Reshape", [error, flat]))
+        spread = [d for i, d in enumerate(shape) if i != channel and not (per_sample and i == 0)]
+        positions.append(float(np.prod(spread)) / (1 if per_sample else size))
+    b.add("Concat", parts, LAYER_ERRORS, axis=0)
+    b.reduce("ReduceSum", b.add("Mul", [LAYER_ERRORS, ATTENTION]), None, LOSS)
+    return np.array(positions, np.float32)
+
+
+def _zero_biases(plan: Plan, start: Rounding) -> list[TensorProto]:
+    """Initializers for the biases that the float model does not have."""
+    return [
+        numpy_helper.from_array(start.biases[x.bias], x.bias) for x in plan.layers if x.bias is not None and not x.has_bias
+    ]  # fmt: skip
+
+
+def _constant_operands(view: GraphView, plan: Plan, start: Rounding) -> list[TensorProto]:
+    """Constant operands of integer operators, as the written model will hold them."""
+    return [
+        numpy_helper.from_array(
+            quant_math.fake_quantize(np.asarray(view.constant(q.name), np.float32), start.activations[q.name], q.spec), q.name
+        )
+        for q in plan.activations
+        if q.constant
+    ]

@@ -1,0 +1,124 @@
+"""Step 9: check the written model by running it in the target's runtime, beside the float model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, checker
+
+from eptq_onnx import quant_math
+from eptq_onnx.data import Samples
+from eptq_onnx.errors import OutputError
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.runtime import PROTOBUF_LIMIT, Session
+from eptq_onnx.targets import Target
+from eptq_onnx.types import Feeds, Plan, Verification
+
+_SAMPLES = 32
+
+
+def verify(
+    model: ModelProto,
+    quantized: ModelProto,
+    plan: Plan,
+    stands_for: dict[str, str],
+    target: Target,
+    samples: Samples,
+    indices: NDArray[np.int64],
+    progress: Callable[[int, int], None],
+) -> Verification:
+    """Compare outputs and layers, and count integer kernels.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model.
+    quantized : ModelProto
+        The written model.
+    plan : Plan
+    stands_for : dict of str to str
+        Quantized tensor to the tensor of the written model that holds its values.
+    target : Target
+        Names the integer kernels.
+    samples : Samples
+    indices : ndarray of shape (n_samples,)
+        Samples that the optimization has not seen; at most 32 are used.
+    progress : callable
+        Called with samples done and samples in all.
+
+    Raises
+    ------
+    OutputError
+        If the written model is not valid ONNX.
+    ModelError
+        If onnxruntime refuses it.
+    """
+    if quantized.ByteSize() < PROTOBUF_LIMIT:
+        try:
+            checker.check_model(quantized, full_check=True)
+        except Exception as e:
+            raise OutputError(f"the quantized model is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session = Session(quantized, save_optimized=optimized)
+        kernels = count_kernels(onnx.load(optimized, load_external_data=False), target)
+    view = GraphView(model)
+    outputs = [o for o in view.outputs if view.is_float(o)]
+    pairs = {x.node: (x.result, stands_for.get(x.result, x.result)) for x in plan.layers}
+    reference = Session(_exposing(model, [float_name for float_name, _ in pairs.values()]))
+    inside = Session(_exposing(quantized, [quantized_name for _, quantized_name in pairs.values()]))
+    chosen = indices[:_SAMPLES]
+    size = samples.micro_batch(8)
+    power: Counter[str] = Counter()
+    noise: Counter[str] = Counter()
+    done = 0
+    for part in samples.batches(chosen, size):
+        feeds: Feeds = samples.take(part)
+        expected = reference.run(feeds)
+        got, layers = session.run(feeds, outputs) if outputs else {}, inside.run(feeds)
+        for name in outputs:
+            _measure(f"output {name}", expected[name], got[name], power, noise)
+        for node, (float_name, quantized_name) in pairs.items():
+            _measure(f"layer {node}", expected[float_name], layers[quantized_name], power, noise)
+        done += len(part)
+        progress(done, len(chosen))
+
+    def ratio(key: str) -> float:
+        return round(quant_math.sqnr_db(power[key], noise[key]), 3)
+
+    return Verification(
+        samples=done,
+        outputs={name: ratio(f"output {name}") for name in outputs},
+        layers={node: ratio(f"layer {node}") for node in pairs},
+        planned=dict(sorted(Counter(t for t in plan.integer_nodes.values() if t in target.kernels).items())),
+        kernels=kernels,
+        float_bytes=model.ByteSize(),
+        quantized_bytes=quantized.ByteSize(),
+    )
+
+
+def count_kernels(optimized: ModelProto, target: Target) -> dict[str, int]:
+    """Integer kernels in a graph that onnxruntime optimized, by the operator that they stand for."""
+    counts = Counter(node.op_type for node in optimized.graph.node)
+    found = {op: sum(counts[name] for name in names) for op, names in sorted(target.kernels.items())}
+    return {op: n for op, n in found.items() if n}
+
+
+def _exposing(model: ModelProto, names: list[str]) -> ModelProto:
+    copy = edit.with_nodes(model, model.graph.node)
+    for name in dict.fromkeys(names):
+        edit.add_output(copy, name)
+    return copy
+
+
+def _measure(key: str, expected: NDArray[np.generic], got: NDArray[np.generic], power: Counter[str], noise: Counter[str]) -> None:
+    reference = expected.astype(np.float64)
+    power[key] += float(np.square(reference).sum())  # type: ignore[assignment]
+    noise[key] += float(np.square(reference - got).sum())  # type: ignore[assignment]

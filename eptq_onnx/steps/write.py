@@ -1,0 +1,197 @@
+"""Step 8: the standard QDQ model.
+
+Every quantized activation gets a QuantizeLinear/DequantizeLinear pair that all its readers share; weights and biases
+become integer initializers behind a DequantizeLinear that carries the tensor's old name. A bit width below the
+container's keeps its range by a Clip on the integers, between the two nodes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import ModelProto, NodeProto, numpy_helper
+
+from eptq_onnx import quant_math
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.targets import Target
+from eptq_onnx.types import ActivationQuantizer, IntArray, Layer, Plan, QuantParams, QuantSpec, Rounding
+
+PRODUCER = "eptq-onnx"
+
+
+def write(model: ModelProto, plan: Plan, rounding: Rounding, target: Target) -> tuple[ModelProto, dict[str, str]]:
+    """Make the QDQ model.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model; it is not changed.
+    plan : Plan
+    rounding : Rounding
+    target : Target
+
+    Returns
+    -------
+    ModelProto
+        Inputs and outputs as in ``model``.
+    dict of str to str
+        Quantized tensor to the tensor of the new model that holds its dequantized values.
+    """
+    writer = _Writer(model, plan, rounding, target)
+    return writer.run(), writer.read_as
+
+
+class _Writer:
+    def __init__(self, model: ModelProto, plan: Plan, rounding: Rounding, target: Target) -> None:
+        self._model, self._plan, self._rounding, self._target = model, plan, rounding, target
+        self._view = GraphView(model)
+        self._b = edit.Builder(model)
+        self._quantizers = plan.quantizer_of
+        self._layers = {layer.node: layer for layer in plan.layers}
+        self.read_as: dict[str, str] = {}
+        """Tensor to what its readers shall read instead."""
+        self._layer_reads: dict[tuple[str, str], str] = {}
+        """(layer node, constant) to what that layer alone shall read instead."""
+        self._made_as: dict[str, str] = {}
+        """Tensor to the name under which its producer shall make it."""
+        self._replaced: set[str] = set()
+        """Float constants whose name a DequantizeLinear has now."""
+
+    def run(self) -> ModelProto:
+        b, view = self._b, self._view
+        self._constants()
+        skipped = set(self._plan.absorbed)
+        for node in view.nodes:
+            if node.name in skipped:
+                self._made_as[node.input[0]] = node.output[0]
+        pending = [i for i in view.inputs if i in self._quantizers]
+        for name in pending:
+            self._pair(name, name)
+        for node in view.nodes:
+            if node.name in skipped:
+                continue
+            copy = self._rewired(node)
+            b.nodes.append(copy)
+            for k, name in enumerate(node.output):
+                final = self._final(name)
+                if final in self._quantizers:
+                    source = b.unique(f"{final}_float") if final in view.outputs else final
+                    copy.output[k] = source
+                    self._pair(final, source)
+                elif final:
+                    copy.output[k] = final
+        result = edit.with_nodes(self._model, b.nodes, b.initializers, drop=self._replaced)
+        edit.prune(result)
+        self._restore_value_info(result)
+        result.producer_name = PRODUCER
+        return result
+
+    def _final(self, name: str) -> str:
+        while name in self._made_as:
+            name = self._made_as[name]
+        return name
+
+    def _rewired(self, node: NodeProto) -> NodeProto:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        layer = self._layers.get(node.name)
+        for k, name in enumerate(copy.input):
+            own = self._layer_reads.get((node.name, name))
+            copy.input[k] = own or self.read_as.get(name, name)
+        if layer is not None and layer.bias is not None and not layer.has_bias and self._rounding.biases[layer.bias].any():
+            del copy.input[2:]
+            copy.input.append(self._layer_reads[node.name, layer.bias])
+        return copy
+
+    def _pair(self, tensor: str, source: str) -> None:
+        """QuantizeLinear, a Clip where the range is narrower than the type, DequantizeLinear."""
+        b, quantizer = self._b, self._quantizers[tensor]
+        params = self._rounding.activations[quantizer.name]
+        scale, zero = self._scale_names(quantizer.name, params, quantizer.spec)
+        q = b.add("QuantizeLinear", [source, scale, zero], b.unique(f"{tensor}_quantized"))
+        if quantizer.spec.narrower_than_container and tensor == quantizer.name:
+            limits = [b.constant(np.array(v, quantizer.spec.container), "limit") for v in (quantizer.spec.qmin, quantizer.spec.qmax)]
+            q = b.add("Clip", [q, *limits], b.unique(f"{tensor}_clipped"))
+        target_name = tensor if tensor in self._view.outputs else b.unique(f"{tensor}_dequantized")
+        b.add("DequantizeLinear", [q, scale, zero], target_name)
+        self.read_as[tensor] = target_name
+
+    def _scale_names(self, stem: str, params: QuantParams, spec: QuantSpec) -> tuple[str, str]:
+        b = self._b
+        zero = np.full(np.shape(params.scale), params.zero_point, spec.container)
+        return b.constant(np.asarray(params.scale, np.float32), f"{stem}_scale"), b.constant(zero, f"{stem}_zero_point")
+
+    # ---- constants ------------------------------------------------------------------------------------------
+    def _constants(self) -> None:
+        for weight, spec in self._plan.weight_specs.items():
+            readers = [layer.node for layer in self._plan.layers if layer.weight == weight]
+            name = self._dequantized(weight, self._rounding.integers[weight], self._rounding.weights[weight], spec, readers)
+            for node in readers:
+                self._layer_reads[node, weight] = name
+        for quantizer in self._plan.activations:
+            if quantizer.constant:
+                self._constant_operand(quantizer)
+        if self._target.bias.integer:
+            for layer in self._plan.layers:
+                if layer.bias is not None and (layer.has_bias or self._rounding.biases[layer.bias].any()):
+                    self._bias(layer)
+        else:
+            self._float_biases()
+
+    def _dequantized(self, tensor: str, integers: IntArray, params: QuantParams, spec: QuantSpec, readers: list[str]) -> str:
+        """Initializers and DequantizeLinear of a constant; returns the name to read."""
+        b = self._b
+        stored = b.unique(f"{tensor}_quantized")
+        b.initializers.append(numpy_helper.from_array(integers.astype(spec.container), stored))
+        scale, zero = self._scale_names(tensor, params, spec)
+        name = self._take_over(tensor, readers)
+        b.add("DequantizeLinear", [stored, scale, zero], name, **({} if spec.axis is None else {"axis": spec.axis}))
+        return name
+
+    def _take_over(self, tensor: str, readers: list[str]) -> str:
+        """The tensor's own name if nobody else reads the float constant, else a new one."""
+        others = [n for n in self._view.consumers[tensor] if n.name not in readers]
+        if others or tensor in self._view.outputs:
+            return self._b.unique(f"{tensor}_dequantized")
+        self._replaced.add(tensor)
+        return tensor
+
+    def _constant_operand(self, quantizer: ActivationQuantizer) -> None:
+        view, tensor = self._view, quantizer.name
+        params = self._rounding.activations[tensor]
+        integers = quant_math.quantize(np.asarray(view.constant(tensor), np.float32), params, quantizer.spec)
+        readers = [n.name for n in view.consumers[tensor] if n.name in self._plan.integer_nodes]
+        name = self._dequantized(tensor, integers, params, quantizer.spec, readers)
+        for node in readers:
+            self._layer_reads[node, tensor] = name
+
+    def _bias(self, layer: Layer) -> None:
+        """int32 with scale s_x * s_w and zero point 0 (what QLinearConv and QGemm assume)."""
+        b, name = self._b, layer.bias or ""
+        activation = self._rounding.activations[self._quantizers[layer.input].name].scale
+        scale = np.asarray(activation * self._rounding.weights[layer.weight].scale, np.float32)
+        limits = np.iinfo(np.int32)
+        steps = np.rint(self._rounding.biases[name].astype(np.float64) / scale)
+        stored = b.unique(f"{name}_quantized")
+        b.initializers.append(numpy_helper.from_array(np.clip(steps, limits.min, limits.max).astype(np.int32), stored))
+        inputs = [stored, b.constant(scale, f"{name}_scale"), b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point")]
+        output = self._take_over(name, [layer.node])
+        b.add("DequantizeLinear", inputs, output, **({"axis": 0} if scale.ndim else {}))
+        self._layer_reads[layer.node, name] = output
+
+    def _float_biases(self) -> None:
+        for layer in self._plan.layers:
+            if layer.bias is not None and (layer.has_bias or self._rounding.biases[layer.bias].any()):
+                name = self._b.unique(f"{layer.bias}_learned")
+                self._b.initializers.append(numpy_helper.from_array(self._rounding.biases[layer.bias], name))
+                self._layer_reads[layer.node, layer.bias] = name
+
+    def _restore_value_info(self, model: ModelProto) -> None:
+        """Give the tensors behind DequantizeLinear the type and shape of the tensor that they stand for."""
+        known = {v.name: v for v in (*self._model.graph.value_info, *self._model.graph.input)}
+        for tensor, name in self.read_as.items():
+            if tensor in known and name not in known and tensor != name:
+                info = model.graph.value_info.add()
+                info.CopyFrom(known[tensor])
+                info.name = name
+

@@ -1,0 +1,122 @@
+"""Runtimes that a model can be quantized for: one TOML file each, read into a frozen `Target`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import resources
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from eptq_onnx.config import describe
+from eptq_onnx.errors import ConfigError
+from eptq_onnx.types import QuantSpec
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WeightRules(_Row):
+    """How the runtime wants weights: container type, scales per channel, and the range used at 8 bits."""
+
+    container: str = Field(pattern="^u?int8$")
+    per_channel: bool
+    range_8_bits: tuple[int, int]
+
+
+class ActivationRules(_Row):
+    """How the runtime wants activations (always one scale per tensor)."""
+
+    container: str = Field(pattern="^u?int8$")
+    symmetric: bool
+
+
+class BiasRules(_Row):
+    """``integer``: int32 with scale s_x * s_w and zero point 0; else the bias stays float."""
+
+    integer: bool
+
+
+class OpRules(_Row):
+    """Which operators run on integers.
+
+    ``float_output``: layers that run on integers even if their output is not quantized.
+    ``absorbed``: clipping operators that vanish into the quantizer behind them.
+    """
+
+    layers: frozenset[str]
+    arithmetic: frozenset[str]
+    equal_scale: frozenset[str]
+    absorbed: frozenset[str]
+    float_output: frozenset[str]
+
+
+class Target(_Row):
+    """A runtime, as data.
+
+    Parameters
+    ----------
+    name, title : str
+    min_opset : int
+        Lowest default-domain opset of the written file.
+    weight, activation, bias, ops
+        Rules, see their classes.
+    kernels : dict of str to tuple of str
+        Operator to the names of its integer kernels in the runtime's optimized graph; used to verify.
+    """
+
+    name: str
+    title: str
+    min_opset: int
+    weight: WeightRules
+    activation: ActivationRules
+    bias: BiasRules
+    ops: OpRules
+    kernels: dict[str, tuple[str, ...]]
+
+    def weight_spec(self, bits: int, axis: int) -> QuantSpec:
+        """Spec of a weight with output-channel axis ``axis``."""
+        low, high = self.weight.range_8_bits if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return QuantSpec(bits, low, high, self.weight.container, True, axis if self.weight.per_channel else None)
+
+    def activation_spec(self, bits: int) -> QuantSpec:
+        """Spec of an activation."""
+        container = self.activation.container
+        low, high = (0, 2**bits - 1) if container.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return QuantSpec(bits, low, high, container, self.activation.symmetric)
+
+
+def names() -> list[str]:
+    """Names of the shipped targets."""
+    return sorted(p.name.removesuffix(".toml") for p in resources.files(__name__).iterdir() if p.name.endswith(".toml"))
+
+
+def load(name: str) -> Target:
+    """Read a shipped target by name, or a target file by path.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such target, or its file is wrong.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise ConfigError(f"target file {name} does not exist.")
+        text = path.read_text(encoding="utf-8")
+    elif name in names():
+        text = (resources.files(__name__) / f"{name}.toml").read_text(encoding="utf-8")
+    else:
+        raise ConfigError(f"target {name!r} is unknown: choose one of {', '.join(names())}, or give a .toml file.")
+    try:
+        return Target.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"target file {name} is not valid TOML: {e}.") from e
+    except ValidationError as e:
+        raise ConfigError(f"target file {name}: {describe(e, 'field')}") from e

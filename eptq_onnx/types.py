@@ -1,0 +1,285 @@
+"""The frozen records that the steps hand to each other. Pure data: numpy, no ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[np.float32]
+IntArray: TypeAlias = NDArray[np.int32]
+Feeds: TypeAlias = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized, before any range is known.
+
+    Parameters
+    ----------
+    bits : int
+        Nominal bit width.
+    qmin, qmax : int
+        Integer range that the values are kept in; it may be narrower than the container's.
+    container : str
+        Integer type that the runtime stores: ``"int8"`` or ``"uint8"``.
+    symmetric : bool
+        True if the zero point is 0.
+    axis : int or None
+        Axis with one scale per index (per-channel), or None for one scale per tensor.
+    """
+
+    bits: int
+    qmin: int
+    qmax: int
+    container: str
+    symmetric: bool
+    axis: int | None = None
+
+    @property
+    def narrower_than_container(self) -> bool:
+        """True if the container can hold integers outside ``[qmin, qmax]``."""
+        info = np.iinfo(self.container)
+        return bool(self.qmin > info.min or self.qmax < info.max)
+
+
+@dataclass(frozen=True)
+class QuantParams:
+    """Scale and zero point of one tensor: ``real = (integer - zero_point) * scale``.
+
+    Parameters
+    ----------
+    scale : ndarray of float32, scalar or of shape (n_channels,)
+    zero_point : int
+    """
+
+    scale: Array
+    zero_point: int = 0
+
+
+@dataclass(frozen=True)
+class ActivationQuantizer:
+    """One scale and zero point, shared by every tensor of an equal-scale group.
+
+    Parameters
+    ----------
+    name : str
+        The most upstream tensor of the group: the one that is calibrated.
+    tensors : tuple of str
+        All tensors that get a QuantizeLinear/DequantizeLinear pair with these parameters.
+    spec : QuantSpec
+    bounds : tuple of float
+        Limits that the activation function guarantees; the quantized range stays inside, so that the function can
+        be dropped (infinite where there is none).
+    constant : bool
+        True for a constant operand of an integer operator (its range is known without calibration).
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    spec: QuantSpec
+    bounds: tuple[float, float] = (-np.inf, np.inf)
+    constant: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One node with a constant weight that will run on integers.
+
+    Parameters
+    ----------
+    node : str
+        Node name.
+    op_type : str
+    weight, input, output, result : str
+        Tensor names; ``output`` is z_l, the value before the activation function, ``result`` that behind an absorbed
+        clipping function.
+    bias : str or None
+        Name of the bias; for a layer without one the name that a learned bias will get; None if the operator
+        takes no bias.
+    has_bias : bool
+        False if the float model gives this layer no bias.
+    weight_spec : QuantSpec
+    output_axis : int
+        Channel axis of ``output``.
+    edge : bool
+        True for a first or last layer.
+    """
+
+    node: str
+    op_type: str
+    weight: str
+    input: str
+    output: str
+    result: str
+    bias: str | None
+    has_bias: bool
+    weight_spec: QuantSpec
+    output_axis: int
+    edge: bool
+
+
+@dataclass(frozen=True)
+class KeptFloat:
+    """A node that stays in floating point, and why."""
+
+    node: str
+    op_type: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is quantized, and how.
+
+    Parameters
+    ----------
+    layers : tuple of Layer
+        In topological order.
+    activations : tuple of ActivationQuantizer
+        In topological order of their first tensor.
+    integer_nodes : dict of str to str
+        Name and operator of every node that is to run on integers (layers included).
+    absorbed : dict of str to str
+        Clipping nodes that the quantizer behind them makes superfluous, and their operators.
+    kept_float : tuple of KeptFloat
+    """
+
+    layers: tuple[Layer, ...]
+    activations: tuple[ActivationQuantizer, ...]
+    integer_nodes: Mapping[str, str]
+    absorbed: Mapping[str, str]
+    kept_float: tuple[KeptFloat, ...]
+
+    @property
+    def quantizer_of(self) -> dict[str, ActivationQuantizer]:
+        """The quantizer of each quantized tensor."""
+        return {tensor: q for q in self.activations for tensor in q.tensors}
+
+    @property
+    def weight_specs(self) -> dict[str, QuantSpec]:
+        """The spec of each quantized weight (shared weights appear once)."""
+        return {layer.weight: layer.weight_spec for layer in self.layers}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the calibration pass learned.
+
+    Parameters
+    ----------
+    activations : dict of str to QuantParams
+        Per activation quantizer (by its name).
+    power : dict of str to float
+        Mean square of each layer output and float model output.
+    variance : dict of str to float
+        Variance of the same tensors.
+    unused_samples : int
+        Samples left over because the model prescribes a batch size that does not divide their number.
+    """
+
+    activations: Mapping[str, QuantParams]
+    power: Mapping[str, float]
+    variance: Mapping[str, float]
+    unused_samples: int = 0
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Label-free Hessian bound (paper section 3.1), estimated by Hutchinson probes.
+
+    Parameters
+    ----------
+    layers : tuple of str
+        Output tensor of each layer.
+    samples : ndarray of shape (n_layers, n_samples)
+        Sample-layer attention: largest channel mean of (J^T v)^2 over positions.
+    weights : dict of str to ndarray
+        Per weight tensor, the mean of (d<v, f>/dW)^2 over samples, in the weight's shape.
+    unreached : dict of str to str
+        Layers that no gradient reaches, and why.
+    """
+
+    layers: tuple[str, ...]
+    samples: Array
+    weights: Mapping[str, Array]
+    unreached: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The integers and parameters that are written.
+
+    Parameters
+    ----------
+    integers : dict of str to ndarray of int32
+        Per weight tensor.
+    weights : dict of str to QuantParams
+    activations : dict of str to QuantParams
+        Per activation quantizer (by its name).
+    biases : dict of str to ndarray
+        Per layer bias, float.
+    """
+
+    integers: Mapping[str, IntArray]
+    weights: Mapping[str, QuantParams]
+    activations: Mapping[str, QuantParams]
+    biases: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Float model against written model, both run in onnxruntime.
+
+    Parameters
+    ----------
+    samples : int
+        Samples compared; the optimization has not seen them, the ranges have.
+    outputs : dict of str to float
+        SQNR in dB per float output.
+    layers : dict of str to float
+        SQNR in dB of each layer's quantized output, with all errors from upstream.
+    planned : dict of str to int
+        Operator to the number of nodes that are to run on integers.
+    kernels : dict of str to int
+        Operator to the number of integer kernels found in the runtime's optimized graph.
+    float_bytes, quantized_bytes : int
+        Sizes of the two models.
+    """
+
+    samples: int
+    outputs: Mapping[str, float]
+    layers: Mapping[str, float]
+    planned: Mapping[str, int]
+    kernels: Mapping[str, int]
+    float_bytes: int
+    quantized_bytes: int
+
+
+@dataclass(frozen=True)
+class OptimizationTrace:
+    """What the network-wise optimization did.
+
+    Parameters
+    ----------
+    steps : int
+    losses : tuple of float
+        Training loss, one a step.
+    checkpoints : tuple of (int, float)
+        Step and held-out objective of each hard-rounded candidate; step 0 is the start.
+    best_step : int
+        The candidate that was kept.
+    flipped : float
+        Share of the weights that do not round to nearest.
+    seconds : float
+    """
+
+    steps: int
+    losses: tuple[float, ...]
+    checkpoints: tuple[tuple[int, float], ...]
+    best_step: int
+    flipped: float
+    seconds: float
