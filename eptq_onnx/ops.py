@@ -18,6 +18,10 @@ from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 
 Bounds = tuple[float, float]
 
+LSQ_DOMAIN = "com.microsoft"
+"""`FakeQuant` of this domain (x, scale, zero_point → y, mask) is the quantizer that engines differentiate: straight
+through for x inside the range, the LSQ rule (Esser et al. 2020) for the scale."""
+
 
 class Role(Enum):
     """What an operator does to quantized values."""
@@ -149,11 +153,10 @@ def _pad_objection(node: NodeProto, view: GraphView) -> str | None:
 
 _MOVES = OpSpec(Role.EQUAL_SCALE)
 _FLOAT = OpSpec()
-_BLOCKED = OpSpec(gradient=Gradient.NONE)
 
 TABLE: dict[tuple[str, str], OpSpec] = {
     # layers
-    ("", "Conv"): OpSpec(Role.LAYER, weight=1, bias=2),
+    ("", "Conv"): OpSpec(Role.LAYER, weight=1, bias=2, lowering=lower.explicit_padding),
     ("", "ConvTranspose"): OpSpec(Role.LAYER, weight=1, bias=2, weight_axis=lambda node: 1, grouped_axis=True),
     ("", "Gemm"): OpSpec(
         Role.LAYER,
@@ -172,7 +175,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Div"): OpSpec(Role.ARITHMETIC, data=None),
     ("", "Concat"): OpSpec(Role.ARITHMETIC, data=None),
     ("", "Where"): OpSpec(Role.ARITHMETIC, data=(1, 2)),
-    ("", "AveragePool"): OpSpec(Role.ARITHMETIC),
+    ("", "AveragePool"): OpSpec(Role.ARITHMETIC, lowering=lower.explicit_padding),
     ("", "GlobalAveragePool"): OpSpec(Role.ARITHMETIC),
     ("", "LeakyRelu"): OpSpec(Role.ARITHMETIC),
     ("", "Sigmoid"): OpSpec(Role.ARITHMETIC, bounds=_unit),
@@ -182,14 +185,14 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "HardSwish"): _lowered(lower.hard_swish, Role.ARITHMETIC),
     ("", "PRelu"): _lowered(lower.prelu, Role.ARITHMETIC),
     # values move, the scale stays
-    ("", "MaxPool"): OpSpec(Role.EQUAL_SCALE, objection=_maxpool_objection),
+    ("", "MaxPool"): OpSpec(Role.EQUAL_SCALE, lowering=lower.explicit_padding, objection=_maxpool_objection),
     ("", "Reshape"): _MOVES,
     ("", "Flatten"): _MOVES,
     ("", "Squeeze"): _MOVES,
     ("", "Unsqueeze"): _MOVES,
     ("", "Transpose"): _MOVES,
     ("", "Slice"): _MOVES,
-    ("", "Split"): _MOVES,
+    ("", "Split"): _lowered(lower.split, Role.EQUAL_SCALE),
     ("", "Gather"): _MOVES,
     ("", "Expand"): _MOVES,
     ("", "Tile"): _MOVES,
@@ -216,6 +219,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
             "ReduceL2 ReduceLogSumExp Trilu"
         ).split()
     },
+    (LSQ_DOMAIN, "FakeQuant"): _FLOAT,
     ("", "Min"): OpSpec(data=None),
     ("", "Max"): OpSpec(data=None),
 }

@@ -45,13 +45,16 @@ class Adam:
 
 
 class RAdam(Adam):
-    """Rectified Adam (Liu et al. 2020): plain momentum until the variance of the step size is tractable."""
+    """Rectified Adam (Liu et al. 2020): no update until the variance of the step size is tractable (five steps).
+
+    The original falls back to plain momentum there, whose step depends on the scale of the loss.
+    """
 
     def _direction(self, m: Array, v: Array) -> Array:
         longest = 2 / (1 - self._beta2) - 1
         power = self._beta2**self._time
         length = longest - 2 * self._time * power / (1 - power)
         if length <= 5:
-            return m
+            return np.zeros_like(m)
         rectified = np.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
         return np.float32(rectified) * super()._direction(m, v)

@@ -10,11 +10,6 @@ from onnx import ModelProto
 
 from eptq_onnx.types import Array
 
-LSQ_DOMAIN = "com.microsoft"
-"""`FakeQuant` of this domain (x, scale, zero_point → y, mask) is the quantizer that engines differentiate: straight
-through for x inside the range, the LSQ rule (Esser et al. 2020) for the scale."""
-
-
 LOSS = "eptq/loss"
 LAYER_ERRORS = "eptq/layer_errors"
 ATTENTION = "eptq/attention"

@@ -11,13 +11,14 @@ from functools import cache
 from typing import Any
 
 import onnx
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from eptq_onnx import ops, runtime
-from eptq_onnx.engines.base import LSQ_DOMAIN, GradientModel
+from eptq_onnx.engines.base import GradientModel
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.ops import LSQ_DOMAIN
 
 _ATEN = "org.pytorch.aten"
 _STOP = "eptq_stop_gradient"
@@ -37,11 +38,13 @@ class OrtTrainingEngine:
     def __init__(self) -> None:
         self._c = runtime.load_gradient_builder()
         _register()
+        self._options = runtime.load().SessionOptions()
+        self._options.log_severity_level = 4
 
     def differentiate(self, model: ModelProto, loss: str, wrt: Sequence[str]) -> GradientModel:
         """See `Engine.differentiate`."""
         blocked = ops.without_gradient(GraphView(model))
-        private = _with_stops(model, blocked)
+        private = _prepared(model, blocked)
         view = GraphView(private)
         stops = frozenset(n.name for n in view.nodes if n.domain == _ATEN)
         relevant = view.upstream([loss], stops)
@@ -54,7 +57,7 @@ class OrtTrainingEngine:
         private.ir_version = min(private.ir_version, 10)
         edit.import_domain(private, "com.microsoft")
         try:
-            builder = self._c.GradientGraphBuilder(private.SerializeToString(), {loss}, set(reached), loss)
+            builder = self._c.GradientGraphBuilder(private.SerializeToString(), {loss}, set(reached), loss, self._options)
             builder.build()
             built = onnx.load_model_from_string(builder.get_model())
         except Exception as e:
@@ -107,25 +110,30 @@ def _register() -> None:
         [_node(c, "Add", ["GO(0)", "GO(0)"], ["twice"]), _node(c, "Mul", ["twice", "I(0)"], ["GI(0)"])],
     )
     c.register_gradient_definition(f"{_ATEN}::ATen::{_STOP}::", [_node(c, "Identity", ["GO(0)"], ["GI(0)"])])
-    c.register_custom_stop_gradient_edges([0], _ATEN, "ATen", _STOP, "")
+    c.register_custom_stop_gradient_edges(f"{_ATEN}::ATen::{_STOP}::", {0})
 
 
-def _with_stops(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
-    """A copy in which no gradient enters the float inputs of ``blocked`` nodes."""
-    view, builder = GraphView(model), edit.Builder(model, "stop/")
+def _prepared(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
+    """A copy in which no gradient enters ``blocked`` nodes, and no node reads a tensor twice.
+
+    The builder gives the gradient of a graph input one name for each time that a node reads it.
+    """
+    view, builder, stops = GraphView(model), edit.Builder(model, "engine/"), []
     for node in view.nodes:
-        if node.name not in blocked:
-            builder.nodes.append(node)
-            continue
         copy = NodeProto()
         copy.CopyFrom(node)
         for k, name in enumerate(copy.input):
-            if name and not view.is_constant(name) and view.is_float(name):
+            if name and node.name in blocked and not view.is_constant(name) and view.is_float(name):
                 # A stop must not read a differentiated graph input directly: hence the Identity.
                 passed = builder.add("Identity", [name])
                 copy.input[k] = builder.add("ATen", [passed], domain=_ATEN, operator=_STOP)
+                # Nobody infers the type behind ATen.
+                stops.append(helper.make_tensor_value_info(copy.input[k], TensorProto.FLOAT, view.shape(name)))
+            elif name and name in copy.input[:k]:
+                copy.input[k] = builder.add("Identity", [name])
         builder.nodes.append(copy)
     result = edit.with_nodes(model, builder.nodes, builder.initializers)
+    result.graph.value_info.extend(stops)
     edit.import_domain(result, _ATEN)
     return result
 

@@ -128,12 +128,20 @@ def promote_to_inputs(model: ModelProto, names: Iterable[str]) -> None:
 def add_output(model: ModelProto, name: str, elem_type: int = TensorProto.FLOAT) -> None:
     """Expose a tensor as a graph output of unknown shape, in place."""
     if all(o.name != name for o in model.graph.output):
-        known = next((v for v in (*model.graph.value_info, *model.graph.input) if v.name == name), None)
-        model.graph.output.append(known or helper.make_tensor_value_info(name, elem_type, None))
+        known = [v for v in (*model.graph.value_info, *model.graph.input) if v.name == name]
+        model.graph.output.append(known[0] if known else helper.make_tensor_value_info(name, elem_type, None))
+        for info in known:
+            if info in model.graph.value_info:
+                model.graph.value_info.remove(info)
 
 
 def set_outputs(model: ModelProto, names: Sequence[str]) -> None:
-    """Make ``names`` the graph outputs, in place."""
+    """Make ``names`` the graph outputs, in place.
+
+    What is known of the former outputs is kept: onnxruntime's pool gradients crash without their output's shape.
+    """
+    known = {v.name for v in (*model.graph.value_info, *model.graph.input)}
+    model.graph.value_info.extend(o for o in model.graph.output if o.name not in known)
     del model.graph.output[:]
     for name in names:
         add_output(model, name)

@@ -15,7 +15,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from eptq_onnx import runtime
 from eptq_onnx.graph.edit import Builder, with_nodes
-from eptq_onnx.graph.view import GraphView, attribute, int_attribute
+from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
 from eptq_onnx.types import Array
 
 Lowering = Callable[[NodeProto, GraphView, Builder], None]
@@ -68,6 +68,47 @@ def _rank(view: GraphView, name: str) -> int:
     if shape is None:
         raise NotLowerable(f"the rank of {name} is unknown")
     return len(shape)
+
+
+def explicit_padding(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """auto_pad as pads: onnxruntime-training's ConvGrad ignores auto_pad (ONNX Conv: SAME_UPPER, SAME_LOWER)."""
+    mode = attribute(node, "auto_pad", "NOTSET")
+    if mode not in ("SAME_UPPER", "SAME_LOWER"):
+        b.nodes.append(node)
+        return
+    before, after = view.static_shape(node.input[0]), view.static_shape(node.output[0])
+    kernel = ints_attribute(node, "kernel_shape") or list(view.static_shape(node.input[1]) or ())[2:]
+    if before is None or after is None or not kernel:
+        raise NotLowerable(f"{node.op_type} has auto_pad and the shape of {node.input[0]} is not static")
+    strides = ints_attribute(node, "strides") or [1] * len(kernel)
+    dilations = ints_attribute(node, "dilations") or [1] * len(kernel)
+    totals = [
+        max(0, (y - 1) * s + (k - 1) * d + 1 - x)
+        for x, y, k, s, d in zip(before[2:], after[2:], kernel, strides, dilations, strict=True)
+    ]
+    small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    for item in list(copy.attribute):
+        if item.name in ("auto_pad", "pads"):
+            copy.attribute.remove(item)
+    copy.attribute.append(helper.make_attribute("pads", small + large if mode == "SAME_UPPER" else large + small))
+    b.nodes.append(copy)
+
+
+def split(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """One Slice per output: the gradient of Split is wrong where an output is not used."""
+    axis = int_attribute(node, "axis", 0)
+    sizes = [view.static_shape(o) for o in node.output]
+    if any(s is None for s in sizes):
+        raise NotLowerable("the sizes of its outputs are not static")
+    start = 0
+    for name, shape in zip(node.output, sizes, strict=True):
+        end = start + (shape or ())[axis]
+        if name:
+            bounds = [b.constant(np.array([v], np.int64), "slice") for v in (start, end, axis)]
+            b.add("Slice", [node.input[0], *bounds], name)
+        start = end
 
 
 def batch_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:

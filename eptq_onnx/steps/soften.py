@@ -18,13 +18,13 @@ from eptq_onnx.engines.base import (
     FLOAT_SHARE,
     LAYER_ERRORS,
     LOSS,
-    LSQ_DOMAIN,
     Engine,
     TrainingGraph,
 )
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.view import GraphView, node_reads
+from eptq_onnx.ops import LSQ_DOMAIN
 from eptq_onnx.types import Plan, Rounding
 
 _TEACHER = "teacher/"
@@ -52,7 +52,13 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, bat
     """
     size = samples.micro_batch(batch_size)
     lowered, refused = lower(edit.specialize(model, samples.shapes(size)), ops.LOWERINGS)
-    learned = tuple(q.name for q in plan.activations if not q.constant)
+    view = GraphView(lowered)
+    outputs = [layer.output for layer in plan.layers]
+    # A scale is learned where x has a gradient too (onnxruntime-training's builder needs both) and a layer reads it.
+    moving = view.downstream(outputs, ops.without_gradient(view))
+    needed = view.upstream(outputs)
+    read = {name for node in view.nodes if any(o in needed for o in node.output) for name in node_reads(node)}
+    learned = tuple(q.name for q in plan.activations if not q.constant and q.name in moving & read)
     train, positions = _compose(lowered, plan, start, learned, size, gradual=True)
     evaluate, _ = _compose(lowered, plan, start, learned, size, gradual=False)
     parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
@@ -85,7 +91,7 @@ def _compose(
     del model.graph.value_info[:]
     if learned:
         model.graph.input.append(helper.make_tensor_value_info(ACTIVATION_SCALES, TensorProto.FLOAT, [len(learned)]))
-    if learned and gradual:
+    if gradual:
         model.graph.input.append(helper.make_tensor_value_info(FLOAT_SHARE, TensorProto.FLOAT, [1]))
     model.graph.input.append(helper.make_tensor_value_info(ATTENTION, TensorProto.FLOAT, [len(plan.layers) * size]))
     edit.set_outputs(model, [LOSS, LAYER_ERRORS])
@@ -99,20 +105,21 @@ def _student(view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, lear
     quantizers = {q.name: q for q in plan.activations if not q.constant}
     with_new_bias = {x.node: x.bias for x in plan.layers if x.bias is not None and not x.has_bias}
     renamed: dict[str, str] = {}
-    scales = [f"eptq/scale_{k}" for k in range(len(learned))]
+    scales = {name: f"eptq/scale_{k}" for k, name in enumerate(learned)}
     if learned:
         sizes = b.constant(np.ones(len(learned), np.int64), "sizes")
-        b.add("Split", [ACTIVATION_SCALES, sizes], outputs=scales, axis=0)
-        if gradual:
-            b.add("Sub", [b.constant(np.ones(1, np.float32), "one"), FLOAT_SHARE], "eptq/integer_share")
+        b.add("Split", [ACTIVATION_SCALES, sizes], outputs=list(scales.values()), axis=0)
+    if gradual:
+        b.add("Sub", [b.constant(np.ones(1, np.float32), "one"), FLOAT_SHARE], "eptq/integer_share")
 
     def fake_quantize(tensor: str) -> None:
         quantizer = quantizers[tensor]
         zero = b.constant(np.array([start.activations[tensor].zero_point], np.float32), "zero_point")
         exact, mask = b.unique(f"{tensor}/quantized"), b.unique(f"{tensor}/mask")
+        scale = scales.get(tensor) or b.constant(start.activations[tensor].scale.reshape(1), "fixed_scale")
         b.add(
             "FakeQuant",
-            [tensor, scales[learned.index(tensor)], zero],
+            [tensor, scale, zero],
             outputs=[exact, mask],
             domain=LSQ_DOMAIN,
             quant_min=quantizer.spec.qmin,

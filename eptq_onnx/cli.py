@@ -1,0 +1,105 @@
+"""The command line: arguments to Config, progress bars, exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import eptq_onnx
+from eptq_onnx.config import ActivationRange, Config, Optimizer, Preset, WeightRange
+from eptq_onnx.errors import EptqError
+from eptq_onnx.graph import io
+from eptq_onnx.pipeline import quantize as run
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+_DEFAULTS = Config()
+
+
+@app.callback()
+def main() -> None:
+    """Post-training quantization of ONNX models: Hessian-guided, network-wise optimized rounding (EPTQ)."""
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="The float ONNX model.", show_default=False)],
+    data: Annotated[Path, typer.Option("--data", help="Calibration samples: a .npz with one array per model input, samples along the first axis.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the QDQ model.")],
+    weight_bits: Annotated[int, typer.Option(help="Bits of the weights, 2 to 8.")] = _DEFAULTS.weight_bits,
+    activation_bits: Annotated[int, typer.Option(help="Bits of the activations, 2 to 8.")] = _DEFAULTS.activation_bits,
+    edge_bits: Annotated[int, typer.Option(help="Bits of the first and last layers.")] = _DEFAULTS.edge_bits,
+    target: Annotated[str, typer.Option(help="Runtime: ort-x64, ort-x64-vnni, or the path of a target .toml file.")] = _DEFAULTS.target,
+    preset: Annotated[Preset, typer.Option(help="fast: no gradients; balanced: minutes; best: as long as it pays.")] = _DEFAULTS.preset,
+    steps: Annotated[int | None, typer.Option(help="Steps of the network-wise optimization (default: by the preset).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all randomness.")] = _DEFAULTS.seed,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = _DEFAULTS.batch_size,
+    score_samples: Annotated[int, typer.Option(help="At most so many samples are scored and optimized on.")] = _DEFAULTS.score_samples,
+    activation_range: Annotated[ActivationRange, typer.Option(help="How activation ranges are chosen.")] = _DEFAULTS.activation_range,
+    weight_range: Annotated[WeightRange | None, typer.Option(help="How weight ranges are chosen (default: hmse; mse with --preset fast).")] = None,
+    optimizer: Annotated[Optimizer, typer.Option(help="Optimizer of the rounding.")] = _DEFAULTS.optimizer,
+    report: Annotated[Path | None, typer.Option(help="Where to write the report as JSON.")] = None,
+) -> None:
+    """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime."""
+    options: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("model", "data", "output", "report")}
+    console = Console(stderr=True)
+    with _told(console):
+        config = Config.of(**options)
+        for path in filter(None, (output, report)):
+            io.check_writable(path)
+        with _bars(console) as progress:
+            result = run(model, data, config, progress=progress)
+        result.save(output)
+        if report is not None:
+            io.write_atomically(report, result.report.to_json().encode())
+        result.report.print(Console())
+        Console().print(f"wrote {output}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(eptq_onnx.__version__)
+
+
+@contextmanager
+def _told(console: Console) -> Iterator[None]:
+    """Turn an expected error into one sentence and exit code 2."""
+    try:
+        yield
+    except EptqError as e:
+        console.print(f"error: {e}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+class _Bars:
+    """A bar for each step as it begins."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, step: str, done: int, total: int, detail: str = "") -> None:
+        if step not in self._tasks:
+            self._tasks[step] = self._progress.add_task(step, total=total, detail="")
+        self._progress.update(self._tasks[step], completed=done, total=total, detail=detail)
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[_Bars]:
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield _Bars(progress)

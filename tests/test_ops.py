@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gradcheck import check_gradients
+from op_samples import SAMPLES, Sample
+
+from eptq_onnx import ops
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.lower import lower
+from eptq_onnx.ops import Gradient
+from eptq_onnx.runtime import Session
+
+ALL = [pytest.param(s, id=str(s)) for rows in SAMPLES.values() for s in rows]
+
+
+def test_every_row_has_samples_and_every_sample_a_row():
+    assert set(SAMPLES) == set(ops.TABLE)
+    for key, samples in SAMPLES.items():
+        assert samples
+        assert all((s.domain, s.op_type) == key for s in samples)
+
+
+@pytest.mark.parametrize("sample", ALL)
+def test_gradient_agrees_with_finite_differences(sample: Sample, engine):
+    if ops.TABLE[sample.domain, sample.op_type].gradient is Gradient.NONE or not sample.checked:
+        pytest.skip("no gradient")
+    check_gradients(engine, sample.model(), sample.feeds, sample.checked)
+
+
+@pytest.mark.parametrize("sample", [p for p in ALL if (p.values[0].domain, p.values[0].op_type) in ops.LOWERINGS])
+def test_lowering_keeps_the_values(sample: Sample):
+    model = sample.model()
+    lowered, refused = lower(edit.specialize(model, {n: v.shape for n, v in sample.feeds.items()}), ops.LOWERINGS)
+    assert not refused
+    if ops.TABLE[sample.domain, sample.op_type].gradient is Gradient.LOWERED:
+        assert all(n.op_type != sample.op_type for n in lowered.graph.node)
+    expected, got = Session(model).run(sample.feeds), Session(lowered).run(sample.feeds)
+    np.testing.assert_allclose(got["y0"], expected["y0"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_check_can_fail(engine, monkeypatch):
+    """A wrong rule is found: HardSwish lowered to something else."""
+    from eptq_onnx.graph import lower as module
+
+    def wrong(node, view, b):
+        b.add("Tanh", [node.input[0]], node.output[0])
+
+    monkeypatch.setitem(ops.LOWERINGS, ("", "HardSwish"), wrong)
+    sample = SAMPLES["", "HardSwish"][0]
+    with pytest.raises(AssertionError, match="finite difference"):
+        check_gradients(engine, sample.model(), sample.feeds, sample.checked)
+    assert module.hard_swish is not wrong
