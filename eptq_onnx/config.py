@@ -41,6 +41,14 @@ class Optimizer(str, Enum):
     ADAM = "adam"
 
 
+class RoundingVariable(str, Enum):
+    """What is learned for each weight element."""
+
+    SOFT = "soft"
+    STRAIGHT_THROUGH = "straight-through"
+
+
+_ROUNDING_LR = {RoundingVariable.SOFT: 5e-2, RoundingVariable.STRAIGHT_THROUGH: 5e-3}
 PRESET_STEPS = {Preset.FAST: 0, Preset.BALANCED: 200, Preset.BEST: 1000}
 
 
@@ -76,14 +84,18 @@ class Config(BaseModel):
         Samples a step.
     holdout : float
         Share of the samples that is kept out of the optimization, to choose among its results.
+    rounding : RoundingVariable
+        ``soft``: the paper's annealed soft rounding, for thousands of steps; ``straight-through``: a continuous copy
+        of the weight that is rounded in every step, which does the same in hundreds.
     optimizer : Optimizer
     rounding_lr, bias_lr, scale_lr, activation_scale_lr : float
-        Learning rates of the rounding variables, of the biases (in units of the layer output's RMS), of the weight
-        scale factors and of the logarithms of the activation scales.
+        Learning rates of the rounding variables (default 0.05 for ``soft``, 0.005 integer steps for
+        ``straight-through``), of the biases (in units of the layer output's RMS), of the weight scale factors and of
+        the logarithms of the activation scales; all fall to 0 as a cosine.
     rounding_strength : float
-        Lambda, the weight of the rounding penalty.
+        Lambda, the weight of the penalty on undecided weights (``soft`` only).
     warmup : float
-        Share of the steps before the rounding penalty sets in.
+        Share of the steps before that penalty sets in.
     attention, gradual_activations : bool
         Sample-layer attention and gradual activation quantization (for ablations).
     """
@@ -105,12 +117,13 @@ class Config(BaseModel):
     score_samples: int = Field(256, ge=1)
     batch_size: int = Field(16, ge=1)
     holdout: float = Field(0.2, gt=0, lt=0.9)
-    optimizer: Optimizer = Optimizer.RADAM
-    rounding_lr: float = Field(1e-2, ge=0)
+    rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH
+    optimizer: Optimizer = Optimizer.ADAM
+    rounding_lr: float | None = Field(None, ge=0)
     bias_lr: float = Field(1e-3, ge=0)
     scale_lr: float = Field(1e-4, ge=0)
-    activation_scale_lr: float = Field(1e-3, ge=0)
-    rounding_strength: float = Field(1e-2, ge=0)
+    activation_scale_lr: float = Field(3e-3, ge=0)
+    rounding_strength: float = Field(1.0, ge=0)
     warmup: float = Field(0.2, ge=0, lt=1)
     attention: bool = True
     gradual_activations: bool = True
@@ -133,6 +146,11 @@ class Config(BaseModel):
     def step_count(self) -> int:
         """Steps of the network-wise optimization."""
         return PRESET_STEPS[self.preset] if self.steps is None else self.steps
+
+    @property
+    def rounding_rate(self) -> float:
+        """Learning rate of the rounding variables."""
+        return _ROUNDING_LR[self.rounding] if self.rounding_lr is None else self.rounding_lr
 
     @property
     def weight_range_method(self) -> WeightRange:

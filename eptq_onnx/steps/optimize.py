@@ -9,21 +9,74 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
 from eptq_onnx import quant_math
-from eptq_onnx.config import Config, Optimizer
+from eptq_onnx.config import Config, Optimizer, RoundingVariable
 from eptq_onnx.data import Samples
 from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LOSS, TrainingGraph
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.optimizers import Adam, RAdam
 from eptq_onnx.runtime import Session
-from eptq_onnx.types import Array, Calibration, Feeds, OptimizationTrace, Plan, QuantParams, Rounding, Scores
+from eptq_onnx.types import Array, Calibration, Feeds, OptimizationTrace, Plan, QuantParams, QuantSpec, Rounding, Scores
 
 _CHECKPOINTS = 10
+
+
+class RoundedWeight(Protocol):
+    """A weight that is being rounded; ``variable`` is what the optimizer changes."""
+
+    variable: Array
+    gamma: Array
+
+    def forward(self) -> Array: ...
+
+    def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]: ...
+
+    def penalty(self, exponent: float) -> float: ...
+
+    def harden(self) -> tuple[NDArray[np.int32], QuantParams]: ...
+
+
+class StraightThroughWeight:
+    """A weight that is rounded in every forward pass; its gradient passes the rounding unchanged.
+
+    ``W = clip(round(u), qmin, qmax) * s * gamma`` with a continuous copy u of the weight in integer units.
+    """
+
+    def __init__(self, weight: Array, params: QuantParams, spec: QuantSpec) -> None:
+        self.spec = spec
+        self.scale = params.scale
+        self._s = quant_math.along_axis(params.scale, spec.axis, weight.ndim)
+        self.variable: Array = np.clip(weight / self._s, spec.qmin, spec.qmax)
+        self.gamma: Array = np.ones_like(params.scale)
+        self._level: Array = np.zeros(0, np.float32)
+
+    def forward(self) -> Array:
+        """The rounded weight."""
+        self._level = np.clip(np.rint(self.variable), self.spec.qmin, self.spec.qmax)
+        return self._level * self._factor()
+
+    def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
+        """Gradients of u and gamma, given dL/dW."""
+        d_gamma = quant_math.channel_sum(gradient * self._level * self._s, self.spec.axis)
+        return gradient * self._factor(), d_gamma
+
+    def penalty(self, exponent: float) -> float:
+        """0: every weight is always decided."""
+        return 0.0
+
+    def harden(self) -> tuple[NDArray[np.int32], QuantParams]:
+        """Integers and scales."""
+        integers = np.clip(np.rint(self.variable), self.spec.qmin, self.spec.qmax).astype(np.int32)
+        return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32))
+
+    def _factor(self) -> Array:
+        return self._s * quant_math.along_axis(self.gamma, self.spec.axis, self.variable.ndim)
 
 
 class SoftWeight:
@@ -40,20 +93,20 @@ class SoftWeight:
     spec : QuantSpec
     """
 
-    def __init__(self, weight: Array, params: QuantParams, spec: quant_math.QuantSpec) -> None:
+    def __init__(self, weight: Array, params: QuantParams, spec: QuantSpec) -> None:
         self.spec = spec
         self.scale = params.scale
         self._s = quant_math.along_axis(params.scale, spec.axis, weight.ndim)
         steps = weight / self._s
         self.floor: Array = np.floor(steps)
-        self.alpha: Array = quant_math.rectified_sigmoid_inverse(steps - self.floor)
+        self.variable: Array = quant_math.rectified_sigmoid_inverse(steps - self.floor)
         self.gamma: Array = np.ones_like(params.scale)
         self._h: Array = np.zeros(0, np.float32)
         self._level: Array = np.zeros(0, np.float32)
 
     def forward(self) -> Array:
         """The soft weight."""
-        self._h = quant_math.rectified_sigmoid(self.alpha)
+        self._h = quant_math.rectified_sigmoid(self.variable)
         self._level = np.clip(self.floor + self._h, self.spec.qmin, self.spec.qmax)
         return self._level * self._factor()
 
@@ -65,7 +118,7 @@ class SoftWeight:
         d_h = gradient * self._factor() * inside
         if penalty:
             d_h += np.float32(penalty) * quant_math.rounding_penalty_slope(self._h, exponent)
-        return d_h * quant_math.rectified_sigmoid_slope(self.alpha), d_gamma
+        return d_h * quant_math.rectified_sigmoid_slope(self.variable), d_gamma
 
     def penalty(self, exponent: float) -> float:
         """Rounding penalty of the current soft weight."""
@@ -73,12 +126,18 @@ class SoftWeight:
 
     def harden(self) -> tuple[NDArray[np.int32], QuantParams]:
         """Integers and scales with every element decided: up where alpha >= 0."""
-        up = self.alpha >= 0
+        up = self.variable >= 0
         integers = np.clip(self.floor + up, self.spec.qmin, self.spec.qmax).astype(np.int32)
         return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32))
 
     def _factor(self) -> Array:
         return self._s * quant_math.along_axis(self.gamma, self.spec.axis, self.floor.ndim)
+
+
+_KINDS: dict[RoundingVariable, type[SoftWeight] | type[StraightThroughWeight]] = {
+    RoundingVariable.SOFT: SoftWeight,
+    RoundingVariable.STRAIGHT_THROUGH: StraightThroughWeight,
+}
 
 
 def split(count: int, holdout: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -186,8 +245,9 @@ class _State:
         view = GraphView(model)
         self._plan, self._start, self._graph, self._config = plan, start, graph, config
         learnable = [n for n in plan.weight_specs if n in graph.gradients]
-        self.weights = {
-            n: SoftWeight(np.asarray(view.constant(n), np.float32), start.weights[n], plan.weight_specs[n]) for n in learnable
+        kind = _KINDS[config.rounding]
+        self.weights: dict[str, RoundedWeight] = {
+            n: kind(np.asarray(view.constant(n), np.float32), start.weights[n], plan.weight_specs[n]) for n in learnable
         }
         self._frozen = {
             n: quant_math.dequantize(start.integers[n], start.weights[n], spec) for n, spec in plan.weight_specs.items() if n not in self.weights
@@ -200,7 +260,7 @@ class _State:
         self._first_scales = np.array([float(start.activations[q].scale) for q in graph.quantizers], np.float32)
         self._layers_of = {n: [k for k, x in enumerate(plan.layers) if x.weight == n] for n in self.weights}
         rounding = RAdam if config.optimizer is Optimizer.RADAM else Adam
-        self._rounding = rounding({n: w.alpha for n, w in self.weights.items()})
+        self._rounding = rounding({n: w.variable for n, w in self.weights.items()})
         self._factors = Adam({n: w.gamma for n, w in self.weights.items()})
         self._biases = Adam(self._bias_shift)
         self._scales = Adam({ACTIVATION_SCALES: self._log_scales})
@@ -245,7 +305,7 @@ class _State:
             if factor:
                 penalty += factor * weight.penalty(exponent)
         cosine = 0.5 * (1 + np.cos(np.pi * step / total))
-        self._rounding.step(alphas, config.rounding_lr)
+        self._rounding.step(alphas, config.rounding_rate * cosine)
         self._factors.step(gammas, config.scale_lr * cosine)
         self._biases.step({n: gradients[n] * unit for n, unit in self._bias_unit.items()}, config.bias_lr * cosine)
         if ACTIVATION_SCALES in gradients:
