@@ -96,8 +96,10 @@ class Config(BaseModel):
         Lambda, the weight of the penalty on undecided weights (``soft`` only).
     warmup : float
         Share of the steps before that penalty sets in.
-    attention, gradual_activations : bool
-        Sample-layer attention and gradual activation quantization (for ablations).
+    attention : bool
+        Sample-layer attention (off for ablations).
+    gradual_activations : bool
+        Gradual activation quantization: of use with thousands of steps, a loss with hundreds.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -126,7 +128,7 @@ class Config(BaseModel):
     rounding_strength: float = Field(1.0, ge=0)
     warmup: float = Field(0.2, ge=0, lt=1)
     attention: bool = True
-    gradual_activations: bool = True
+    gradual_activations: bool = False
 
     @classmethod
     def of(cls, **options: Any) -> Config:

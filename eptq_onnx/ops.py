@@ -64,6 +64,8 @@ class OpSpec:
         Channel axis of a layer's output.
     lowering : Lowering or None
     gradient : Gradient
+    elementwise : bool
+        True if every output element depends on the input elements at its place only.
     bounds : callable or None
         (node, view) to the limits of the output; None where there is none.
     objection : callable
@@ -79,6 +81,7 @@ class OpSpec:
     output_axis: int = 1
     lowering: lower.Lowering | None = None
     gradient: Gradient = Gradient.ENGINE
+    elementwise: bool = False
     bounds: Callable[[NodeProto, GraphView], Bounds] | None = None
     objection: Callable[[NodeProto, GraphView], str | None] = _same
 
@@ -169,21 +172,21 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         Role.LAYER, data=(0, 1), weight=1, weight_axis=lambda node: -1, output_axis=-1, objection=_matmul_objection
     ),
     # arithmetic that some runtimes do on integers
-    ("", "Add"): OpSpec(Role.ARITHMETIC, data=None),
-    ("", "Sub"): OpSpec(Role.ARITHMETIC, data=None),
-    ("", "Mul"): OpSpec(Role.ARITHMETIC, data=None),
-    ("", "Div"): OpSpec(Role.ARITHMETIC, data=None),
+    ("", "Add"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
+    ("", "Sub"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
+    ("", "Mul"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
+    ("", "Div"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
     ("", "Concat"): OpSpec(Role.ARITHMETIC, data=None),
     ("", "Where"): OpSpec(Role.ARITHMETIC, data=(1, 2)),
     ("", "AveragePool"): OpSpec(Role.ARITHMETIC, lowering=lower.explicit_padding),
     ("", "GlobalAveragePool"): OpSpec(Role.ARITHMETIC),
-    ("", "LeakyRelu"): OpSpec(Role.ARITHMETIC),
-    ("", "Sigmoid"): OpSpec(Role.ARITHMETIC, bounds=_unit),
+    ("", "LeakyRelu"): OpSpec(Role.ARITHMETIC, elementwise=True),
+    ("", "Sigmoid"): OpSpec(Role.ARITHMETIC, elementwise=True, bounds=_unit),
     ("", "Softmax"): OpSpec(Role.ARITHMETIC, bounds=_unit),
-    ("", "Tanh"): OpSpec(Role.ARITHMETIC),
-    ("", "HardSigmoid"): _lowered(lower.hard_sigmoid, Role.ARITHMETIC, bounds=_unit),
-    ("", "HardSwish"): _lowered(lower.hard_swish, Role.ARITHMETIC),
-    ("", "PRelu"): _lowered(lower.prelu, Role.ARITHMETIC),
+    ("", "Tanh"): OpSpec(Role.ARITHMETIC, elementwise=True),
+    ("", "HardSigmoid"): _lowered(lower.hard_sigmoid, Role.ARITHMETIC, elementwise=True, bounds=_unit),
+    ("", "HardSwish"): _lowered(lower.hard_swish, Role.ARITHMETIC, elementwise=True),
+    ("", "PRelu"): _lowered(lower.prelu, Role.ARITHMETIC, data=(0, 1), elementwise=True),
     # values move, the scale stays
     ("", "MaxPool"): OpSpec(Role.EQUAL_SCALE, lowering=lower.explicit_padding, objection=_maxpool_objection),
     ("", "Reshape"): _MOVES,
@@ -202,23 +205,18 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "DepthToSpace"): _lowered(lower.depth_to_space, Role.EQUAL_SCALE),
     ("", "SpaceToDepth"): _lowered(lower.space_to_depth, Role.EQUAL_SCALE),
     # clipping
-    ("", "Relu"): OpSpec(Role.CLIPPING, bounds=_positive),
-    ("", "Clip"): OpSpec(Role.CLIPPING, bounds=_clip_bounds, objection=_clip_objection),
+    ("", "Relu"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_positive),
+    ("", "Clip"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_clip_bounds, objection=_clip_objection),
     # float, with a gradient
     ("", "BatchNormalization"): _lowered(lower.batch_normalization),
-    ("", "Elu"): _lowered(lower.elu),
-    ("", "Softplus"): _lowered(lower.softplus),
-    ("", "Mish"): _lowered(lower.mish),
+    ("", "Elu"): _lowered(lower.elu, elementwise=True),
+    ("", "Softplus"): _lowered(lower.softplus, elementwise=True),
+    ("", "Mish"): _lowered(lower.mish, elementwise=True),
     ("", "Sum"): _lowered(lower.sum_variadic, data=None),
     ("", "Mean"): _lowered(lower.mean_variadic, data=None),
     ("", "ReduceSumSquare"): _lowered(lower.reduce_sum_square),
-    **{
-        ("", name): _FLOAT
-        for name in (
-            "Abs Cos Erf Exp Log LogSoftmax Neg ReduceMean ReduceSum Reciprocal Sin Sqrt Pow Cast "
-            "ReduceL2 ReduceLogSumExp Trilu"
-        ).split()
-    },
+    **{("", name): OpSpec(elementwise=True) for name in "Abs Cos Erf Exp Log Neg Reciprocal Sin Sqrt".split()},
+    **{("", name): _FLOAT for name in "LogSoftmax ReduceMean ReduceSum Pow Cast ReduceL2 ReduceLogSumExp Trilu".split()},
     (LSQ_DOMAIN, "FakeQuant"): _FLOAT,
     ("", "Min"): OpSpec(data=None),
     ("", "Max"): OpSpec(data=None),

@@ -125,7 +125,7 @@ def quantize(
     with clock("optimize"):
         if engine is not None and config.step_count:
             try:
-                graph = soften(float_model, plan, rounding, samples, config.batch_size, engine)
+                graph = soften(float_model, plan, rounding, samples, config, engine)
                 notes.extend(f"no gradient passes {note}" for note in graph.notes)
                 notes.extend(f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items())
                 rounding, trace = optimize(

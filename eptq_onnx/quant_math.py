@@ -163,7 +163,7 @@ def activation_params(low: float, high: float, spec: QuantSpec, bounds: tuple[fl
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     if spec.symmetric:
         reach = max(high / spec.qmax, low / spec.qmin if spec.qmin < 0 else 0.0)
-        params = QuantParams(np.float32(reach if reach > 0 else 1.0).reshape(()), 0)
+        params = QuantParams(np.float32(reach if reach > 1e-30 else 1.0).reshape(()), 0)
     else:
         scale = (high - low) / (spec.qmax - spec.qmin)
         scale = scale if scale > 1e-30 else 1.0

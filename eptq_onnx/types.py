@@ -76,6 +76,9 @@ class ActivationQuantizer:
         be dropped (infinite where there is none).
     constant : bool
         True for a constant operand of an integer operator (its range is known without calibration).
+    through : str
+        Tensor at which the error of the range counts: ``name``, or the result of the scalar function that alone reads
+        it. What SiLU flattens, say, needs no range in front of it.
     """
 
     name: str
@@ -83,6 +86,7 @@ class ActivationQuantizer:
     spec: QuantSpec
     bounds: tuple[float, float] = (-np.inf, np.inf)
     constant: bool = False
+    through: str = ""
 
 
 @dataclass(frozen=True)

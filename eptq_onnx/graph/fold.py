@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx.errors import ModelError
+from eptq_onnx.graph import edit
 
 
 def fold_constants(model: ModelProto) -> ModelProto:
@@ -24,6 +26,7 @@ def fold_constants(model: ModelProto) -> ModelProto:
     """
     logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
+    model = _constants_to_initializers(model)
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     graph = gs.import_onnx(inferred)
     try:
@@ -37,3 +40,30 @@ def fold_constants(model: ModelProto) -> ModelProto:
     result.graph.CopyFrom(folded.graph)
     result.graph.doc_string = model.graph.doc_string
     return result
+
+
+def _constants_to_initializers(model: ModelProto) -> ModelProto:
+    """A copy without Constant nodes in its main graph (onnx-graphsurgeon reads value_float as double)."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    kept = []
+    for node in result.graph.node:
+        value = _constant_value(node)
+        if value is None:
+            kept.append(node)
+        else:
+            result.graph.initializer.append(value)
+    return edit.with_nodes(result, kept)
+
+
+def _constant_value(node: NodeProto) -> TensorProto | None:
+    if node.op_type != "Constant" or len(node.attribute) != 1:
+        return None
+    item = node.attribute[0]
+    if item.name == "value":
+        tensor = TensorProto()
+        tensor.CopyFrom(item.t)
+        tensor.name = node.output[0]
+        return tensor
+    dtype = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}.get(item.name)
+    return None if dtype is None else numpy_helper.from_array(np.array(helper.get_attribute_value(item), dtype), node.output[0])

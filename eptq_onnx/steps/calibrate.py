@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, helper
 
 from eptq_onnx import quant_math
 from eptq_onnx.config import ActivationRange, Config
@@ -67,12 +67,42 @@ def stride(size: int, limit: int) -> int:
     return step
 
 
-def minmax_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config) -> tuple[float, float]:
+Function = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+def identity(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The function of a tensor whose own error counts."""
+    return x
+
+
+def scalar_function(model: ModelProto, quantizer: ActivationQuantizer) -> Function:
+    """What happens to each element between the quantizer and the tensor at which its error counts."""
+    if quantizer.through == quantizer.name:
+        return identity
+    view = GraphView(model)
+    between = view.downstream([quantizer.name]) & view.upstream([quantizer.through])
+    nodes = [n for n in view.nodes if any(o in between and o != quantizer.name for o in n.output)]
+    graph = helper.make_graph(
+        nodes,
+        "function",
+        [helper.make_tensor_value_info(quantizer.name, TensorProto.FLOAT, [None])],
+        [helper.make_tensor_value_info(quantizer.through, TensorProto.FLOAT, None)],
+        [view.initializers[i] for i in dict.fromkeys(i for n in nodes for i in n.input) if view.is_constant(i)],
+    )
+    session = Session(helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version))
+
+    def apply(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return session.run({quantizer.name: x.astype(np.float32)})[quantizer.through].reshape(-1).astype(np.float64)
+
+    return apply
+
+
+def minmax_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity) -> tuple[float, float]:
     """The extremes."""
     return histogram.low, histogram.high
 
 
-def percentile_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config) -> tuple[float, float]:
+def percentile_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity) -> tuple[float, float]:
     """The values that ``100 - percentile`` per cent lie beyond, on each side."""
     centres, counts = histogram.centres()
     share = np.cumsum(counts) / counts.sum()
@@ -82,16 +112,17 @@ def percentile_range(histogram: Histogram, quantizer: ActivationQuantizer, confi
     return (histogram.low, histogram.high) if config.percentile == 100 else (float(low), float(high))
 
 
-def mse_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config) -> tuple[float, float]:
-    """The range whose quantizer has the smallest squared error, searched on both ends in turn."""
+def mse_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity) -> tuple[float, float]:
+    """The range whose quantizer has the smallest squared error behind ``function``, searched on both ends in turn."""
     centres, counts = histogram.centres()
+    exact = function(centres)
 
     def error(low: float, high: float) -> float:
         params = quant_math.activation_params(low, high, quantizer.spec, quantizer.bounds)
         steps = centres / float(params.scale)
         spec = quantizer.spec
         rounded = np.clip(np.rint(steps), spec.qmin - params.zero_point, spec.qmax - params.zero_point)
-        return float((counts * (rounded - steps) ** 2).sum()) * float(params.scale) ** 2
+        return float((counts * (function(rounded * float(params.scale)) - exact) ** 2).sum())
 
     ends = [min(histogram.low, 0.0), max(histogram.high, 0.0)]
     best = error(ends[0], ends[1])
@@ -109,7 +140,7 @@ def mse_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Conf
     return ends[0], ends[1]
 
 
-_METHODS: dict[ActivationRange, Callable[[Histogram, ActivationQuantizer, Config], tuple[float, float]]] = {
+_METHODS: dict[ActivationRange, Callable[[Histogram, ActivationQuantizer, Config, Function], tuple[float, float]]] = {
     ActivationRange.MINMAX: minmax_range,
     ActivationRange.PERCENTILE: percentile_range,
     ActivationRange.MSE: mse_range,
@@ -166,5 +197,5 @@ def _params(quantizer: ActivationQuantizer, observed: dict[str, Histogram], view
         histogram = observed[quantizer.name]
         if not np.isfinite(histogram.low):
             return quant_math.activation_params(0.0, 0.0, quantizer.spec, quantizer.bounds)
-        low, high = _METHODS[config.activation_range](histogram, quantizer, config)
+        low, high = _METHODS[config.activation_range](histogram, quantizer, config, scalar_function(view.model, quantizer))
     return quant_math.activation_params(low, high, quantizer.spec, quantizer.bounds)

@@ -277,10 +277,9 @@ class _State:
     ) -> float:
         """One update from the samples at places ``chosen``; returns the loss."""
         config, graph = self._config, self._graph
-        share = max(0.0, 1 - (step + 1) / total) if config.gradual_activations else 0.0
         feeds = self._parameters({n: w.forward() for n, w in self.weights.items()}, self._current_biases(), self._current_scales())
-        if FLOAT_SHARE in session.inputs:  # absent if no activation is quantized on the way
-            feeds[FLOAT_SHARE] = np.array([share], np.float32)
+        if FLOAT_SHARE in session.inputs:
+            feeds[FLOAT_SHARE] = np.array([max(0.0, 1 - (step + 1) / total)], np.float32)
         gradients: dict[str, Array] = {}
         loss = 0.0
         for places in _micro_batches(chosen, graph.micro_batch):

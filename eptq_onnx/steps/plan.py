@@ -224,7 +224,9 @@ def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tu
         bits = config.edge_bits if any(m in wide for m in members) else config.activation_bits
         spec_q: QuantSpec = draft.target.activation_spec(bits)
         first = members[0]
-        result.append(ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), view.is_constant(first)))
+        constant = view.is_constant(first)
+        through = first if constant else _through(view, first)
+        result.append(ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), constant, through))
     return tuple(result)
 
 
@@ -261,6 +263,20 @@ def _bounds(draft: _Draft, tensor: str) -> Bounds:
         return _NO_BOUNDS
     row = spec_of(producer)
     return row.bounds(producer, draft.view) if row.bounds else _NO_BOUNDS
+
+
+def _through(view: GraphView, tensor: str) -> str:
+    """The one tensor through which ``tensor`` acts, if that is a function of each of its elements alone."""
+    inside, nodes = {tensor}, set()
+    for node in view.nodes:
+        reads = [i for i in node.input if i]
+        constants_fit = all(view.constant(i).size == 1 for i in reads if view.is_constant(i))
+        known = all(i in inside or view.is_constant(i) for i in reads)
+        if known and constants_fit and inside.intersection(reads) and spec_of(node).elementwise:
+            inside.add(node.output[0])
+            nodes.add(node.name)
+    exits = [t for t in inside if t in view.outputs or any(n.name not in nodes for n in view.consumers[t])]
+    return exits[0] if len(exits) == 1 else tensor
 
 
 def _integer_nodes(draft: _Draft) -> dict[str, str]:

@@ -68,14 +68,14 @@ def score(
     outputs = [layer.output for layer in plan.layers]
     gradient = engine.differentiate(private, _LOSS, [*weights, *outputs])
     reached = [layer for layer in plan.layers if layer.output in gradient.gradients]
-    summary, scale = _summarize(gradient.model, reached, gradient.gradients, GraphView(private), size)
+    summary, channels, scale = _summarize(gradient.model, reached, gradient.gradients, GraphView(private), size)
     session = Session(summary)
     fixed = {name: GraphView(private).constant(name) for name in weights if name in session.inputs}
     spread = {name: float(np.sqrt(calibration.variance.get(point, 0.0))) or 1.0 for point, name in probes.items()}
     shapes = {name: _shape(private, point) for point, name in probes.items()}
 
     squared = {name: np.zeros(fixed[name].shape, np.float64) for name in fixed}
-    attention = np.zeros((len(reached), len(indices)), np.float64)
+    power = np.zeros((len(indices), sum(channels)), np.float64)
     rng = np.random.default_rng(config.seed)
     rounds = -(-len(indices) // size)
     for k in range(rounds):
@@ -86,11 +86,12 @@ def score(
             draw = {n: _rademacher(rng, shapes[n], real) / np.float32(spread[n]) for n in probes.values()}
             wanted = [_ATTENTION, *(gradient.gradients[n] for n in fixed)]
             values = session.run({**{n: v for n, v in feeds.items() if n in session.inputs}, **fixed, **draw}, wanted)
-            attention[:, places[real]] += values[_ATTENTION].reshape(len(reached), size)[:, real]
+            power[places[real]] += values[_ATTENTION][real]
             for name in fixed:
                 squared[name] += np.square(values[gradient.gradients[name]])
             progress(k * config.probes + turn + 1, rounds * config.probes)
-    attention *= scale[:, None] / config.probes
+    starts = np.cumsum([0, *channels[:-1]])
+    attention = np.maximum.reduceat(power, starts, axis=1).T * scale[:, None] / config.probes
     count = config.probes * len(indices)
     return Scores(
         layers=tuple(layer.output for layer in reached),
@@ -144,9 +145,14 @@ def _add_loss(model: ModelProto, points: list[str]) -> dict[str, str]:
     return names
 
 
-def _summarize(model: ModelProto, layers: list[Layer], gradients: dict[str, str], shapes: GraphView, size: int) -> tuple[ModelProto, Array]:
-    """Reduce every J^T v to one number a sample: the largest channel sum of squares (the mean follows by ``scale``)."""
-    builder, parts, scale = edit.Builder(model, "eptq/"), [], []
+def _summarize(
+    model: ModelProto, layers: list[Layer], gradients: dict[str, str], shapes: GraphView, size: int
+) -> tuple[ModelProto, list[int], Array]:
+    """Reduce every J^T v to its channels' sums of squares, one row a sample.
+
+    Returns the model, the number of channels of each layer, and the factor that makes each sum a mean.
+    """
+    builder, parts, channels, scale = edit.Builder(model, "eptq/"), [], [], []
     for layer in layers:
         shape = shapes.static_shape(layer.output) or ()
         channel = layer.output_axis % len(shape)
@@ -156,20 +162,15 @@ def _summarize(model: ModelProto, layers: list[Layer], gradients: dict[str, str]
         power = (
             builder.reduce("ReduceSumSquare", gradient, positions, keepdims=False) if positions else builder.add("Mul", [gradient, gradient])
         )
-        axes = [1] if per_sample else [0]
-        peak = builder.reduce("ReduceMax", power, axes, keepdims=False)
-        if not per_sample:
-            peak = builder.add("Expand", [peak, builder.constant(np.array([size], np.int64), "size")])
-        parts.append(builder.add("Reshape", [peak, builder.constant(np.array([size], np.int64), "size")]))
-        count = float(np.prod([shape[i] for i in positions]))
-        scale.append(1.0 / count)
-    builder.add("Concat", parts, _ATTENTION, axis=0)
+        channels.append(shape[channel])
+        # Where samples are mixed, all get the same row.
+        parts.append(builder.add("Expand", [power, builder.constant(np.array([size, shape[channel]], np.int64), "rows")]))
+        scale.append(1.0 / float(np.prod([shape[i] for i in positions])))
+    builder.add("Concat", parts, _ATTENTION, axis=1)
     result = edit.with_nodes(model, [*model.graph.node, *builder.nodes], builder.initializers)
-    edit.set_outputs(result, [_ATTENTION, *gradients.values()])
-    kept = [o for o in result.graph.output if o.name == _ATTENTION or o.name not in {gradients[x.output] for x in layers}]
-    names = [o.name for o in kept]
-    edit.set_outputs(result, names)
-    return result, np.array(scale, np.float32)
+    intermediate = {gradients[layer.output] for layer in layers}
+    edit.set_outputs(result, [_ATTENTION, *(g for g in gradients.values() if g not in intermediate)])
+    return result, channels, np.array(scale, np.float32)
 
 
 def _rademacher(rng: np.random.Generator, shape: tuple[int, ...], real: NDArray[np.bool_]) -> Array:

@@ -8,9 +8,10 @@ weights and independent of the batch; it stays in numpy, outside the graph.
 from __future__ import annotations
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from eptq_onnx import ops, quant_math
+from eptq_onnx.config import Config
 from eptq_onnx.data import Samples
 from eptq_onnx.engines.base import (
     ACTIVATION_SCALES,
@@ -30,7 +31,7 @@ from eptq_onnx.types import Plan, Rounding
 _TEACHER = "teacher/"
 
 
-def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, batch_size: int, engine: Engine) -> TrainingGraph:
+def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, config: Config, engine: Engine) -> TrainingGraph:
     """Build the training graph.
 
     Parameters
@@ -41,8 +42,9 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, bat
     start : Rounding
         Gives zero points and the constants' ranges.
     samples : Samples
-    batch_size : int
-        Samples a step; the graph takes fewer at a time if the model prescribes it.
+    config : Config
+        ``batch_size``: the graph takes fewer samples at a time if the model prescribes it; what is not learned or not
+        gradual costs nothing.
     engine : Engine
 
     Raises
@@ -50,7 +52,7 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, bat
     GradientError
         If the graph cannot be differentiated.
     """
-    size = samples.micro_batch(batch_size)
+    size = samples.micro_batch(config.batch_size)
     lowered, refused = lower(edit.specialize(model, samples.shapes(size)), ops.LOWERINGS)
     view = GraphView(lowered)
     outputs = [layer.output for layer in plan.layers]
@@ -58,8 +60,8 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, bat
     moving = view.downstream(outputs, ops.without_gradient(view))
     needed = view.upstream(outputs)
     read = {name for node in view.nodes if any(o in needed for o in node.output) for name in node_reads(node)}
-    learned = tuple(q.name for q in plan.activations if not q.constant and q.name in moving & read)
-    train, positions = _compose(lowered, plan, start, learned, size, gradual=True)
+    learned = tuple(q.name for q in plan.activations if config.activation_scale_lr and not q.constant and q.name in moving & read)
+    train, positions = _compose(lowered, plan, start, learned, size, gradual=config.gradual_activations)
     evaluate, _ = _compose(lowered, plan, start, learned, size, gradual=False)
     parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
     edit.promote_to_inputs(evaluate, parameters)
@@ -81,30 +83,31 @@ def _compose(
     lowered: ModelProto, plan: Plan, start: Rounding, learned: tuple[str, ...], size: int, *, gradual: bool
 ) -> tuple[ModelProto, np.ndarray]:
     view, b = GraphView(lowered), edit.Builder(lowered, "eptq/")
-    student = _student(view, b, plan, start, learned, gradual)
+    student, infos = _student(view, b, plan, start, learned, gradual)
     teacher, teacher_constants = _teacher(view, [layer.output for layer in plan.layers])
     positions = _losses(view, b, plan, size)
     losses = b.nodes[len(student) :]
     constants = [*b.initializers, *teacher_constants, *_zero_biases(plan, start), *_constant_operands(view, plan, start)]
     replaced = {q.name for q in plan.activations if q.constant}
     model = edit.with_nodes(lowered, [*teacher, *student, *losses], constants, drop=replaced)
-    del model.graph.value_info[:]
     if learned:
         model.graph.input.append(helper.make_tensor_value_info(ACTIVATION_SCALES, TensorProto.FLOAT, [len(learned)]))
     if gradual:
         model.graph.input.append(helper.make_tensor_value_info(FLOAT_SHARE, TensorProto.FLOAT, [1]))
     model.graph.input.append(helper.make_tensor_value_info(ATTENTION, TensorProto.FLOAT, [len(plan.layers) * size]))
+    model.graph.value_info.extend(infos)
     edit.set_outputs(model, [LOSS, LAYER_ERRORS])
     edit.import_domain(model, LSQ_DOMAIN)
     edit.prune(model)
     return model, positions
 
 
-def _student(view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, learned: tuple[str, ...], gradual: bool) -> list[NodeProto]:
-    """The model's nodes with quantizers on the tensors of the plan; adds to the builder and returns its nodes."""
+def _student(view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, learned: tuple[str, ...], gradual: bool) -> tuple[list[NodeProto], list[ValueInfoProto]]:
+    """The model's nodes with quantizers on the tensors of the plan, added to the builder; and the types of the new tensors."""
     quantizers = {q.name: q for q in plan.activations if not q.constant}
     with_new_bias = {x.node: x.bias for x in plan.layers if x.bias is not None and not x.has_bias}
     renamed: dict[str, str] = {}
+    infos: list[ValueInfoProto] = []
     scales = {name: f"eptq/scale_{k}" for k, name in enumerate(learned)}
     if learned:
         sizes = b.constant(np.ones(len(learned), np.int64), "sizes")
@@ -116,7 +119,11 @@ def _student(view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, lear
         quantizer = quantizers[tensor]
         zero = b.constant(np.array([start.activations[tensor].zero_point], np.float32), "zero_point")
         exact, mask = b.unique(f"{tensor}/quantized"), b.unique(f"{tensor}/mask")
-        scale = scales.get(tensor) or b.constant(start.activations[tensor].scale.reshape(1), "fixed_scale")
+        scale = scales.get(tensor)
+        if scale is None:
+            # Not b.constant: engines may give each scale a gradient, so that no two quantizers can share one.
+            scale = b.unique("eptq/fixed_scale")
+            b.initializers.append(numpy_helper.from_array(start.activations[tensor].scale.reshape(1), scale))
         b.add(
             "FakeQuant",
             [tensor, scale, zero],
@@ -129,6 +136,8 @@ def _student(view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, lear
             # p x + (1 - p) q(x): gradual activation quantization.
             exact = b.add("Add", [b.add("Mul", [tensor, FLOAT_SHARE]), b.add("Mul", [exact, "eptq/integer_share"])])
         renamed[tensor] = exact
+        # The engine must know the shape: nobody infers it behind FakeQuant.
+        infos.append(helper.make_tensor_value_info(exact, TensorProto.FLOAT, view.shape(tensor)))
 
     for name in view.inputs:
         if name in quantizers:
@@ -145,7 +154,7 @@ def _student(view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, lear
         for name in node.output:
             if name in quantizers:
                 fake_quantize(name)
-    return list(b.nodes)
+    return list(b.nodes), infos
 
 
 def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list[TensorProto]]:

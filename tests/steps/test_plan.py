@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from graphs import normal, parse, small_convnet
+
+from eptq_onnx import targets
+from eptq_onnx.config import Config
+from eptq_onnx.errors import ModelError
+from eptq_onnx.steps.normalize import normalize
+from eptq_onnx.steps.plan import plan
+from eptq_onnx.types import Plan
+
+TARGET = targets.load("ort-x64")
+
+
+def make(model, **options) -> Plan:
+    return plan(normalize(model, 13), TARGET, Config(**options))
+
+
+def reasons(p: Plan) -> dict[str, str]:
+    return {k.op_type: k.reason for k in p.kept_float}
+
+
+def test_convnet():
+    p = make(small_convnet(), weight_bits=4, activation_bits=4)
+    assert [x.op_type for x in p.layers] == ["Conv", "Conv", "Conv", "Gemm"]
+    assert sorted(p.integer_nodes.values()) == ["Add", "Conv", "Conv", "Conv", "Flatten", "Gemm", "GlobalAveragePool"]
+    assert sorted(p.absorbed.values()) == ["Clip", "Relu"]
+    assert not p.kept_float
+    by_name = p.quantizer_of
+    assert by_name["a1"].bounds == (0.0, 6.0)
+    assert by_name["a2"].bounds == (0.0, np.inf)
+    assert "n1" not in by_name, "what an absorbed function cuts off is not quantized in front of it"
+    assert "logits" not in by_name, "Gemm needs no quantized output"
+    assert by_name["p"] is by_name["f"], "Flatten keeps the scale"
+    assert [x.weight_spec.bits for x in p.layers] == [8, 4, 4, 8]
+    assert [x.edge for x in p.layers] == [True, False, False, True]
+    assert by_name["image"].spec.bits == 8
+    assert by_name["f"].spec.bits == 8
+    assert by_name["a1"].spec.bits == 4
+    assert [(x.result, x.output) for x in p.layers][:2] == [("a1", "n1"), ("a2", "c2")]
+
+
+def test_eight_bit_weights_leave_room_for_machines_without_vnni():
+    spec = make(small_convnet()).layers[0].weight_spec
+    assert (spec.qmin, spec.qmax) == (-64, 63)
+    assert (TARGET.weight_spec(4, 0).qmin, TARGET.weight_spec(4, 0).qmax) == (-8, 7)
+
+
+def test_the_head_behind_the_last_layer_stays_float():
+    p = make(
+        parse(
+            "g (float[N,3,8,8] x) => (float[N,8,36] y) { a = Conv (x, w)  b = Conv (x, v)  s = Sigmoid (b)  c = Concat <axis = 1> (a, s)"
+            " y = Reshape (c, shape) }",
+            {"w": normal(4, 3, 3, 3), "v": normal(4, 3, 3, 3), "shape": np.array([0, 8, 36])},
+        )
+    )
+    assert set(p.integer_nodes.values()) == {"Conv"}
+    assert set(reasons(p)) == {"Sigmoid", "Concat", "Reshape"}
+    assert {"a", "b", "x"} == set(p.quantizer_of)
+
+
+def test_reasons():
+    p = make(
+        parse(
+            "g (float[N,3,8,8] x, float[4,3,3,3] k) => (float[N,h] y) {"
+            " a = Conv (x, w)  e = Elu (a)  d = Conv (x, k)  u = Add (d, e)  z = Conv (u, v)  t = com.microsoft.Gelu (z)"
+            " r = Relu (t)  y = Flatten (z) }",
+            {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 3, 3)},
+        )
+    )
+    why = reasons(p)
+    assert why["Elu"] == "ort-x64 has no integer kernel for Elu"
+    assert why["Conv"] == "its weight is computed at run time"
+    assert why["Flatten"] == "no integer operator reads its result"
+    assert sorted(p.integer_nodes.values()) == ["Add", "Conv", "Conv"]
+
+
+def test_an_operator_without_a_row_stays_float():
+    p = make(
+        parse(
+            "g (float[N,3,8,8] x) => (float[N,4,6,6] y) { a = Conv (x, w)  y = Celu (a) }",
+            {"w": normal(4, 3, 3, 3)},
+        )
+    )
+    assert reasons(p) == {"Celu": "Celu is not in the operator table"}
+
+
+def test_pooling_shares_the_scale_of_its_input_and_resize_only_without_interpolation():
+    text = (
+        "g (float[N,3,8,8] x) => (float[N,4,h,w] y) {{ a = Conv (x, w)  m = MaxPool <kernel_shape = [2,2], strides = [2,2]> (a)"
+        " r = Resize <mode = \"{mode}\"> (m, , s)  y = Conv (r, v) }}"
+    )
+    constants = {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 3, 3), "s": np.array([1, 1, 2, 2], np.float32)}
+    nearest = make(parse(text.format(mode="nearest"), constants))
+    assert nearest.quantizer_of["a"].tensors == ("a", "m", "r")
+    linear = make(parse(text.format(mode="linear"), constants))
+    assert linear.quantizer_of["a"].tensors == ("a", "m") or linear.quantizer_of["a"].tensors == ("a",)
+    assert "interpolation" in reasons(linear)["Resize"]
+
+
+def test_a_relu_with_another_reader_is_not_absorbed():
+    p = make(
+        parse(
+            "g (float[N,3,8,8] x) => (float[N,4,4,4] y, float[N,4,6,6] z) { a = Conv (x, w)  r = Relu (a)  y = Conv (r, v)  z = Tanh (a) }",
+            {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 3, 3)},
+        )
+    )
+    assert not p.absorbed
+    assert {"a", "r"} <= set(p.quantizer_of)
+
+
+def test_a_shared_weight_has_one_spec_and_is_wide_if_any_of_its_layers_is_an_edge():
+    p = make(
+        parse(
+            "g (float[N,3,8,8] x) => (float[N,3,h,w] y) { a = Conv (x, w)  b = Conv (a, v)  y = Conv (b, w) }",
+            {"w": normal(3, 3, 3, 3), "v": normal(3, 3, 3, 3)},
+        ),
+        weight_bits=4,
+    )
+    assert {x.weight: x.weight_spec.bits for x in p.layers} == {"w": 8, "v": 4}
+
+
+def test_constant_operands_are_quantized_with_the_node():
+    p = make(
+        parse(
+            "g (float[N,3,8,8] x) => (float[N,3,h,w] y) { m = Mul (x, c)  y = Conv (m, w) }",
+            {"w": normal(3, 3, 3, 3), "c": np.float32(0.5)},
+        )
+    )
+    assert p.quantizer_of["c"].constant
+    assert not p.quantizer_of["m"].constant
+
+
+def test_nothing_to_quantize():
+    with pytest.raises(ModelError, match="nothing to quantize"):
+        make(parse("g (float[N,3] x) => (float[N,3] y) { y = Relu (x) }"))
+    with pytest.raises(ModelError, match="its weight is computed at run time"):
+        make(parse("g (float[N,3,8,8] x, float[3,3,1,1] w) => (float[N,3,8,8] y) { y = Conv (x, w) }"))

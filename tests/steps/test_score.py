@@ -1,0 +1,138 @@
+"""Scores against exact ones, from the full Jacobian of a tiny network."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from graphs import silent
+
+from eptq_onnx import data, targets
+from eptq_onnx.config import Config
+from eptq_onnx.runtime import Session
+from eptq_onnx.steps.calibrate import calibrate
+from eptq_onnx.steps.normalize import normalize
+from eptq_onnx.steps.plan import plan
+from eptq_onnx.steps.score import probe_points, score
+from eptq_onnx.graph.view import GraphView
+
+TINY = """
+<ir_version: 8, opset_import: ["" : 17]>
+tiny (float[N,2,4,4] image) => (float[N,3] logits, float[N,4,2,2] features)
+{
+    c1 = Conv <kernel_shape = [3,3], pads = [1,1,1,1]> (image, w1, b1)
+    a1 = Sigmoid (c1)
+    features = Conv <kernel_shape = [3,3], strides = [2,2], pads = [1,1,1,1]> (a1, w2)
+    pooled = GlobalAveragePool (features)
+    flat = Flatten (pooled)
+    logits = Gemm <transB = 1> (flat, w3, b3)
+}
+"""
+
+
+def tiny() -> onnx.ModelProto:
+    model = onnx.parser.parse_model(TINY)
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (3, 2, 3, 3), "b1": (3,), "w2": (4, 3, 3, 3), "w3": (3, 4), "b3": (3,)}
+    for name, shape in shapes.items():
+        model.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(0, 0.5, shape).astype(np.float32), name))
+    return model
+
+
+
+
+
+@pytest.fixture(scope="module")
+def case(engine):
+    model = normalize(tiny(), 13)
+    images = np.random.default_rng(1).normal(size=(6, 2, 4, 4)).astype(np.float32)
+    config = Config(probes=1500, batch_size=4)
+    target = targets.load("ort-x64")
+    the_plan = plan(model, target, config)
+    samples = data.read({"image": images}, model)
+    calibration = calibrate(model, the_plan, samples, config, silent)
+    scores = score(model, the_plan, samples, np.arange(6), calibration, engine, config, silent)
+    spread = {o: np.sqrt(calibration.variance[o]) for o in ("logits", "features")}
+    return model, images, the_plan, scores, spread
+
+
+def _outputs(model: onnx.ModelProto, feeds: dict[str, np.ndarray], spread: dict[str, float]) -> np.ndarray:
+    """All outputs of one sample as one vector, each divided by its spread."""
+    values = Session(model).run(feeds)
+    return np.concatenate([(values[o] / spread[o]).reshape(-1) for o in spread]).astype(np.float64)
+
+
+def test_weight_scores_agree_with_the_exact_jacobian(case):
+    """E[(d<v, f>/dw)^2] is the squared norm of df/dw, here by central differences of every output."""
+    model, images, _, scores, spread = case
+    rng = np.random.default_rng(2)
+    for name in ("w1", "w2", "w3"):
+        initializer = next(t for t in model.graph.initializer if t.name == name)
+        value = onnx.numpy_helper.to_array(initializer)
+        for position in rng.choice(value.size, 4, replace=False):
+            exact = 0.0
+            ends = []
+            for sign in (1, -1):
+                changed = value.copy()
+                changed.reshape(-1)[position] += sign * 1e-2
+                twin = onnx.ModelProto()
+                twin.CopyFrom(model)
+                next(t for t in twin.graph.initializer if t.name == name).CopyFrom(onnx.numpy_helper.from_array(changed, name))
+                ends.append([_outputs(twin, {"image": images[n : n + 1]}, spread) for n in range(len(images))])
+            exact = float(np.mean([np.square((a - b) / 2e-2).sum() for a, b in zip(*ends, strict=True)]))
+            estimate = float(scores.weights[name].reshape(-1)[position])
+            assert estimate == pytest.approx(exact, rel=0.12), name
+
+
+def test_attention_agrees_with_the_exact_jacobian(case):
+    """max over channels of the mean over positions of sum_k (df_k/dz)^2, with z = c1 fed as an input."""
+    model, images, the_plan, scores, spread = case
+    behind = onnx.ModelProto()
+    behind.CopyFrom(model)
+    del behind.graph.node[0]
+    del behind.graph.input[:]
+    behind.graph.input.append(onnx.helper.make_tensor_value_info("c1", onnx.TensorProto.FLOAT, ["N", 3, 4, 4]))
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    probe.graph.output.append(onnx.helper.make_tensor_value_info("c1", onnx.TensorProto.FLOAT, None))
+    row = scores.layers.index("c1")
+    for n in range(2):
+        z = Session(probe).run({"image": images[n : n + 1]})["c1"]
+        power = np.zeros(z.shape)
+        for place in np.ndindex(*z.shape):
+            up, down = z.copy(), z.copy()
+            up[place] += 1e-2
+            down[place] -= 1e-2
+            slope = (_outputs(behind, {"c1": up}, spread) - _outputs(behind, {"c1": down}, spread)) / 2e-2
+            power[place] = np.square(slope).sum()
+        exact = power.mean(axis=(0, 2, 3)).max()
+        assert float(scores.samples[row, n]) == pytest.approx(exact, rel=0.12)
+    assert scores.samples.shape == (len(the_plan.layers), len(images))
+
+
+def test_a_short_last_batch_counts_no_sample_twice(case, engine):
+    """Six samples in batches of four and of three give the same estimate."""
+    model, images, the_plan, scores, _ = case
+    samples = data.read({"image": images}, model)
+    config = Config(probes=1500, batch_size=3, seed=5)
+    calibration = calibrate(model, the_plan, samples, config, silent)
+    other = score(model, the_plan, samples, np.arange(6), calibration, engine, config, silent)
+    for name in scores.weights:
+        assert float(other.weights[name].mean()) == pytest.approx(float(scores.weights[name].mean()), rel=0.1)
+
+
+def test_probes_go_before_operators_without_gradient():
+    model = onnx.parser.parse_model("""
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[N,4] x) => (int64[N,1] best, float[N,4] rounded)
+    {
+        y = Sigmoid (x)
+        best = ArgMax <axis = 1> (y)
+        z = Tanh (x)
+        rounded = Round (z)
+    }
+    """)
+    for k, node in enumerate(model.graph.node):
+        node.name = f"n{k}"
+    assert probe_points(GraphView(onnx.shape_inference.infer_shapes(model))) == ["y", "z"]
