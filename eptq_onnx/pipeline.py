@@ -135,7 +135,7 @@ def quantize(
             except GradientError as e:
                 notes.append(f"not optimized, nearest rounding instead: {e}")
     with clock("write"):
-        quantized, stands_for = write(float_model, plan, rounding, target)
+        quantized, stands_for = write(float_model, plan, rounding)
     with clock("verify"):
         held = chosen[split(len(chosen), config.holdout, config.seed)[1]]
         verification = verify(

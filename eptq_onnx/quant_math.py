@@ -72,6 +72,24 @@ def fake_quantize(x: Array, params: QuantParams, spec: QuantSpec) -> Array:
     return dequantize(quantize(x, params, spec), params, spec)
 
 
+def bias_integers(bias: Array, activation_scale: Array, weight_scale: Array) -> IntArray:
+    """A bias as integer kernels want it: int32, zero point 0, scale s_x * s_w (`bias_scale`)."""
+    limits = np.iinfo(np.int32)
+    steps = np.rint(bias.astype(np.float64) / bias_scale(activation_scale, weight_scale))
+    return np.clip(steps, limits.min, limits.max).astype(np.int32)
+
+
+def round_bias(bias: Array, activation_scale: Array, weight_scale: Array) -> Array:
+    """A bias after the round trip through `bias_integers`."""
+    integers = bias_integers(bias, activation_scale, weight_scale)
+    return np.asarray(integers.astype(np.float32) * bias_scale(activation_scale, weight_scale), np.float32)
+
+
+def bias_scale(activation_scale: Array, weight_scale: Array) -> Array:
+    """The product of the scales of a layer's input and weight, in float32."""
+    return np.asarray(np.float32(activation_scale) * weight_scale, np.float32)
+
+
 # ---- weight ranges ------------------------------------------------------------------------------------------
 def weight_scales(
     weight: Array,

@@ -150,6 +150,8 @@ class Plan:
     absorbed : dict of str to str
         Clipping nodes that the quantizer behind them makes superfluous, and their operators.
     kept_float : tuple of KeptFloat
+    integer_bias : bool
+        True if biases are rounded to the grid of the product of scales.
     """
 
     layers: tuple[Layer, ...]
@@ -157,6 +159,7 @@ class Plan:
     integer_nodes: Mapping[str, str]
     absorbed: Mapping[str, str]
     kept_float: tuple[KeptFloat, ...]
+    integer_bias: bool
 
     @property
     def quantizer_of(self) -> dict[str, ActivationQuantizer]:

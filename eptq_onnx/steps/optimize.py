@@ -31,6 +31,7 @@ class RoundedWeight(Protocol):
     """A weight that is being rounded; ``variable`` is what the optimizer changes."""
 
     variable: Array
+    scale: Array
     gamma: Array
 
     def forward(self) -> Array: ...
@@ -249,6 +250,7 @@ class _State:
         self.weights: dict[str, RoundedWeight] = {
             n: kind(np.asarray(view.constant(n), np.float32), start.weights[n], plan.weight_specs[n]) for n in learnable
         }
+        self._quantizers = plan.quantizer_of
         self._frozen = {
             n: quant_math.dequantize(start.integers[n], start.weights[n], spec) for n, spec in plan.weight_specs.items() if n not in self.weights
         }
@@ -277,7 +279,8 @@ class _State:
     ) -> float:
         """One update from the samples at places ``chosen``; returns the loss."""
         config, graph = self._config, self._graph
-        feeds = self._parameters({n: w.forward() for n, w in self.weights.items()}, self._current_biases(), self._current_scales())
+        steps = {n: p.scale for n, p in self._start.weights.items()} | {n: w.scale * w.gamma for n, w in self.weights.items()}
+        feeds = self._parameters({n: w.forward() for n, w in self.weights.items()}, steps, self._current_biases(), self._current_scales())
         if FLOAT_SHARE in session.inputs:
             feeds[FLOAT_SHARE] = np.array([max(0.0, 1 - (step + 1) / total)], np.float32)
         gradients: dict[str, Array] = {}
@@ -327,10 +330,19 @@ class _State:
         """Feeds of the evaluation graph for a hard-rounded candidate."""
         weights = {n: quant_math.dequantize(rounding.integers[n], rounding.weights[n], s) for n, s in self._plan.weight_specs.items()}
         scales = np.array([float(rounding.activations[q].scale) for q in self._graph.quantizers], np.float32)
-        return self._parameters(weights, dict(rounding.biases), scales)
+        return self._parameters(weights, {n: p.scale for n, p in rounding.weights.items()}, dict(rounding.biases), scales)
 
-    def _parameters(self, weights: dict[str, Array], biases: dict[str, Array], scales: Array) -> Feeds:
+    def _parameters(self, weights: dict[str, Array], steps: dict[str, Array], biases: dict[str, Array], scales: Array) -> Feeds:
+        """Feeds for weights with integer steps of the given sizes; biases are rounded as they will be written."""
         feeds: Feeds = {**self._frozen, **weights, **self._start.biases, **biases}
+        if self._plan.integer_bias:
+            activations = {n: p.scale for n, p in self._start.activations.items()}
+            activations.update(zip(self._graph.quantizers, scales, strict=True))
+            for layer in self._plan.layers:
+                if layer.bias is not None:
+                    grid = activations[self._quantizers[layer.input].name], steps[layer.weight]
+                    exact = np.asarray(feeds[layer.bias], np.float32)
+                    feeds[layer.bias] = quant_math.round_bias(exact, *grid)
         if self._graph.quantizers:
             feeds[ACTIVATION_SCALES] = scales
         return feeds

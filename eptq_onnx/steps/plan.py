@@ -69,7 +69,8 @@ def plan(model: ModelProto, target: Target, config: Config) -> Plan:
             f"{' (' + reasons + ')' if reasons else ''}."
         )
     activations = _activations(draft, layers, config)
-    return Plan(layers, activations, _integer_nodes(draft), _absorbed_nodes(draft, activations), _kept_float(draft))
+    absorbed = _absorbed_nodes(draft, activations)
+    return Plan(layers, activations, _integer_nodes(draft), absorbed, _kept_float(draft), target.bias.integer)
 
 
 def _absorb(draft: _Draft) -> None:
@@ -284,8 +285,8 @@ def _integer_nodes(draft: _Draft) -> dict[str, str]:
 
 
 def _absorbed_nodes(draft: _Draft, activations: tuple[ActivationQuantizer, ...]) -> dict[str, str]:
-    """The absorbed clipping nodes that a quantizer does stand behind."""
-    quantized = {tensor for q in activations for tensor in q.tensors}
+    """The absorbed clipping nodes behind which stands a quantizer that cuts off the same (a symmetric one does not)."""
+    quantized = {tensor for q in activations for tensor in q.tensors if not q.spec.symmetric}
     return {
         n.name: n.op_type
         for n in draft.view.nodes

@@ -13,13 +13,12 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from eptq_onnx import quant_math
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.targets import Target
 from eptq_onnx.types import ActivationQuantizer, IntArray, Layer, Plan, QuantParams, QuantSpec, Rounding
 
 PRODUCER = "eptq-onnx"
 
 
-def write(model: ModelProto, plan: Plan, rounding: Rounding, target: Target) -> tuple[ModelProto, dict[str, str]]:
+def write(model: ModelProto, plan: Plan, rounding: Rounding) -> tuple[ModelProto, dict[str, str]]:
     """Make the QDQ model.
 
     Parameters
@@ -28,7 +27,6 @@ def write(model: ModelProto, plan: Plan, rounding: Rounding, target: Target) -> 
         The normalized float model; it is not changed.
     plan : Plan
     rounding : Rounding
-    target : Target
 
     Returns
     -------
@@ -37,13 +35,13 @@ def write(model: ModelProto, plan: Plan, rounding: Rounding, target: Target) -> 
     dict of str to str
         Quantized tensor to the tensor of the new model that holds its dequantized values.
     """
-    writer = _Writer(model, plan, rounding, target)
+    writer = _Writer(model, plan, rounding)
     return writer.run(), writer.read_as
 
 
 class _Writer:
-    def __init__(self, model: ModelProto, plan: Plan, rounding: Rounding, target: Target) -> None:
-        self._model, self._plan, self._rounding, self._target = model, plan, rounding, target
+    def __init__(self, model: ModelProto, plan: Plan, rounding: Rounding) -> None:
+        self._model, self._plan, self._rounding = model, plan, rounding
         self._view = GraphView(model)
         self._b = edit.Builder(model)
         self._quantizers = plan.quantizer_of
@@ -131,7 +129,7 @@ class _Writer:
         for quantizer in self._plan.activations:
             if quantizer.constant:
                 self._constant_operand(quantizer)
-        if self._target.bias.integer:
+        if self._plan.integer_bias:
             for layer in self._plan.layers:
                 if layer.bias is not None and (layer.has_bias or self._rounding.biases[layer.bias].any()):
                     self._bias(layer)
@@ -168,12 +166,10 @@ class _Writer:
     def _bias(self, layer: Layer) -> None:
         """int32 with scale s_x * s_w and zero point 0 (what QLinearConv and QGemm assume)."""
         b, name = self._b, layer.bias or ""
-        activation = self._rounding.activations[self._quantizers[layer.input].name].scale
-        scale = np.asarray(activation * self._rounding.weights[layer.weight].scale, np.float32)
-        limits = np.iinfo(np.int32)
-        steps = np.rint(self._rounding.biases[name].astype(np.float64) / scale)
+        scales = self._rounding.activations[self._quantizers[layer.input].name].scale, self._rounding.weights[layer.weight].scale
+        scale = quant_math.bias_scale(*scales)
         stored = b.unique(f"{name}_quantized")
-        b.initializers.append(numpy_helper.from_array(np.clip(steps, limits.min, limits.max).astype(np.int32), stored))
+        b.initializers.append(numpy_helper.from_array(quant_math.bias_integers(self._rounding.biases[name], *scales), stored))
         inputs = [stored, b.constant(scale, f"{name}_scale"), b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point")]
         output = self._take_over(name, [layer.node])
         b.add("DequantizeLinear", inputs, output, **({"axis": 0} if scale.ndim else {}))

@@ -1,0 +1,219 @@
+"""The training graph and the loop: gradients of everything that is learned, and a result never worse than the start."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from graphs import images, silent, small_convnet
+
+from eptq_onnx import data, quant_math, targets
+from eptq_onnx.config import Config, RoundingVariable
+from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LAYER_ERRORS, LOSS
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.runtime import Session
+from eptq_onnx.steps.calibrate import calibrate
+from eptq_onnx.steps.normalize import normalize
+from eptq_onnx.steps.optimize import SoftWeight, StraightThroughWeight, attention_weights, optimize, split
+from eptq_onnx.steps.plan import plan
+from eptq_onnx.steps.ranges import weight_ranges
+from eptq_onnx.steps.score import score
+from eptq_onnx.steps.soften import soften
+from eptq_onnx.types import QuantParams, QuantSpec, Scores
+
+TARGET = targets.load("ort-x64")
+SPEC = QuantSpec(4, -8, 7, "int8", True, 0)
+
+
+class Case:
+    def __init__(self, engine, model=None, **options):
+        self.config = Config(**{"weight_bits": 3, "batch_size": 6, "steps": 30, **options})
+        self.model = normalize(model or small_convnet(), 13)
+        self.plan = plan(self.model, TARGET, self.config)
+        self.samples = data.read({"image": images(24)}, self.model)
+        self.calibration = calibrate(self.model, self.plan, self.samples, self.config, silent)
+        self.indices = np.arange(24)
+        self.scores = score(self.model, self.plan, self.samples, self.indices, self.calibration, engine, self.config, silent)
+        self.start = weight_ranges(self.model, self.plan, self.calibration, self.scores, self.config)
+        self.graph = soften(self.model, self.plan, self.start, self.samples, self.config, engine)
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        weights = {n: quant_math.dequantize(self.start.integers[n], self.start.weights[n], s) for n, s in self.plan.weight_specs.items()}
+        scales = np.array([float(self.start.activations[q].scale) for q in self.graph.quantizers], np.float32)
+        attention = np.random.default_rng(0).uniform(0.5, 1, len(self.plan.layers) * 6).astype(np.float32)
+        quantizers = self.plan.quantizer_of
+        biases = {}
+        for x in self.plan.layers:
+            grid = self.start.activations[quantizers[x.input].name].scale, self.start.weights[x.weight].scale
+            biases[x.bias] = quant_math.round_bias(self.start.biases[x.bias], *grid)
+        return {
+            **self.samples.take(np.arange(6)), **weights, **biases,
+            ACTIVATION_SCALES: scales, ATTENTION: attention, FLOAT_SHARE: np.array([0.0], np.float32),
+        }  # fmt: skip
+
+    def run(self, **options):
+        return optimize(
+            self.model, self.plan, self.start, self.graph, self.samples, self.indices, self.calibration, self.scores, self.config, silent
+        )
+
+
+@pytest.fixture(scope="module")
+def case(engine) -> Case:
+    return Case(engine)
+
+
+def _run(session: Session, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return session.run({n: v for n, v in feeds.items() if n in session.inputs})
+
+
+def test_without_quantization_errors_the_loss_is_zero(engine):
+    """With p = 1 and float weights, student and teacher are the same network."""
+    case = Case(engine, gradual_activations=True)
+    view = GraphView(case.model)
+    feeds = {**case.feeds(), **case.start.biases, **{n: view.constant(n) for n in case.plan.weight_specs}, FLOAT_SHARE: np.array([1.0], np.float32)}
+    values = _run(Session(case.graph.train), feeds)
+    assert float(values[LOSS]) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_training_graph_evaluates_to_the_same_loss(case):
+    feeds = case.feeds()
+    train, evaluate = Session(case.graph.train), Session(case.graph.evaluate)
+    a, b = _run(train, feeds), _run(evaluate, feeds)
+    np.testing.assert_allclose(a[LOSS], b[LOSS], rtol=1e-5)
+    np.testing.assert_allclose(a[LAYER_ERRORS], b[LAYER_ERRORS], rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_is_the_weighted_error_of_the_written_model(case):
+    """Layer errors of the training graph, against the dequantized written model run by hand."""
+    from eptq_onnx.steps.write import write
+
+    quantized, _ = write(case.model, case.plan, case.start)
+    last = case.plan.layers[-1]
+    feeds = case.feeds()
+    expected = Session(case.model).run(case.samples.take(np.arange(6)))[last.output]
+    got = Session(quantized, optimize=False).run(case.samples.take(np.arange(6)))[last.output]
+    errors = _run(Session(case.graph.evaluate), feeds)[LAYER_ERRORS].reshape(len(case.plan.layers), 6)
+    np.testing.assert_allclose(errors[-1], np.square(expected - got).sum(axis=1), rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_of_the_last_layer_agree_with_finite_differences(case):
+    """Behind every quantizer the loss is smooth in the last weight and bias."""
+    session = Session(case.graph.train)
+    feeds = case.feeds()
+    values = _run(session, feeds)
+    last = case.plan.layers[-1]
+    rng = np.random.default_rng(0)
+    for name in (last.weight, last.bias):
+        direction = rng.choice([-1.0, 1.0], size=feeds[name].shape).astype(np.float32)
+        ends = [float(_run(session, {**feeds, name: (feeds[name] + s * 1e-2 * direction).astype(np.float32)})[LOSS]) for s in (1, -1)]
+        analytic = float((values[case.graph.gradients[name]] * direction).sum())
+        assert analytic == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=2e-2)
+
+
+def test_scale_gradient_is_the_lsq_rule(engine):
+    """One quantizer: dL/ds = sum dy * (q - z - mask * x / s)."""
+    from op_samples import SAMPLES
+    from onnx import TensorProto, helper
+
+    from eptq_onnx.graph import edit
+    from eptq_onnx.ops import LSQ_DOMAIN
+
+    sample = SAMPLES[LSQ_DOMAIN, "FakeQuant"][0]
+    model = sample.model()
+    builder = edit.Builder(model)
+    builder.reduce("ReduceSum", builder.add("Mul", ["y0", "v"]), None, "loss")
+    model.graph.node.extend(builder.nodes)
+    model.graph.input.append(helper.make_tensor_value_info("v", TensorProto.FLOAT, [2, 3, 4]))
+    edit.set_outputs(model, ["loss"])
+    gradient = engine.differentiate(model, "loss", ["x0", "x1"])
+    x, s, z = sample.inputs
+    v = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    values = Session(gradient.model).run({"x0": x, "x1": s, "v": v})
+    raw = np.rint(x / s) + z
+    inside = (raw >= 0) & (raw <= 15)
+    levels = np.clip(raw, 0, 15) - z
+    np.testing.assert_allclose(values[gradient.gradients["x0"]], v * inside, rtol=1e-6)
+    np.testing.assert_allclose(values[gradient.gradients["x1"]], [(v * (levels - inside * x / s)).sum()], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [SoftWeight, StraightThroughWeight])
+def test_a_weight_starts_at_nearest_rounding(kind):
+    weight = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    params = QuantParams(np.array([0.1, 0.2, 0.05], np.float32))
+    integers, hard = kind(weight, params, SPEC).harden()
+    np.testing.assert_array_equal(integers, quant_math.quantize(weight, params, SPEC))
+    np.testing.assert_array_equal(hard.scale, params.scale)
+
+
+def test_a_soft_weight_starts_at_the_float_weight_and_its_gradients_are_right():
+    weight = np.random.default_rng(0).normal(0, 0.3, (3, 20)).astype(np.float32)
+    soft = SoftWeight(weight, QuantParams(np.array([0.1, 0.2, 0.15], np.float32)), SPEC)
+    np.testing.assert_allclose(soft.forward(), weight, atol=2e-3)
+    v = np.random.default_rng(1).normal(size=weight.shape).astype(np.float32)
+
+    def loss() -> float:
+        return float((v * soft.forward()).sum(dtype=np.float64)) + 0.3 * soft.penalty(4.0)
+
+    loss()
+    d_alpha, d_gamma = soft.backward(v, 0.3, 4.0)
+    direction = np.random.default_rng(2).choice([-1.0, 1.0], size=weight.shape).astype(np.float32)
+    for value, gradient, along in ((soft.variable, d_alpha, direction), (soft.gamma, d_gamma, np.array([1, -1, 1], np.float32))):
+        kept = value.copy()
+        ends = []
+        for sign in (1, -1):
+            value[...] = kept + sign * 1e-3 * along
+            ends.append(loss())
+        value[...] = kept
+        assert float((gradient * along).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=3e-2, abs=1e-2)
+
+
+@pytest.mark.parametrize("rounding", list(RoundingVariable))
+def test_optimization_lowers_the_held_out_error(engine, rounding):
+    case = Case(engine, rounding=rounding, steps=80)
+    best, trace = case.run()
+    values = dict(trace.checkpoints)
+    assert trace.steps == 80
+    assert len(trace.losses) == 80
+    assert values[trace.best_step] == min(values.values()) <= values[0]
+    if rounding is RoundingVariable.STRAIGHT_THROUGH:
+        assert values[trace.best_step] < 0.8 * values[0]
+        assert trace.flipped > 0
+    for name, spec in case.plan.weight_specs.items():
+        assert best.integers[name].min() >= spec.qmin
+        assert best.integers[name].max() <= spec.qmax
+    a1 = best.activations["a1"]
+    assert float(np.float32(255) * a1.scale) <= 6.0, "a learned scale must not bring back the absorbed Clip"
+
+
+def test_a_harmful_optimization_is_not_kept(engine):
+    case = Case(engine, rounding_lr=30.0, bias_lr=10.0, steps=10)
+    best, trace = case.run()
+    assert trace.best_step == 0
+    assert best is case.start
+
+
+def test_a_model_that_takes_one_sample_at_a_time(engine):
+    model = small_convnet()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    single, many = Case(engine, model, steps=6), Case(engine, steps=6)
+    assert (single.graph.micro_batch, many.graph.micro_batch) == (1, 6)
+    np.testing.assert_allclose(single.run()[1].losses[0], many.run()[1].losses[0], rtol=0.2)
+
+
+def test_split_keeps_samples_apart():
+    seen, held = split(50, 0.2, 0)
+    assert len(held) == 10
+    assert not set(seen) & set(held)
+    assert len(set(seen) | set(held)) == 50
+    lone = split(1, 0.2, 0)
+    assert [p.tolist() for p in lone] == [[0], [0]]
+
+
+def test_attention_weights_are_relative_to_the_largest_layer(case):
+    table = attention_weights(case.plan, case.scores, 24, case.config)
+    assert table.shape == (4, 24)
+    assert table.mean(axis=1).max() == pytest.approx(1)
+    nothing = attention_weights(case.plan, None, 24, case.config)
+    np.testing.assert_array_equal(nothing, 1)
+    partial = Scores(case.scores.layers[1:], case.scores.samples[1:], {})
+    filled = attention_weights(case.plan, partial, 24, case.config)
+    np.testing.assert_allclose(filled[0], filled[1:].mean(axis=0), rtol=1e-5)
