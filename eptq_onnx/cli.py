@@ -88,6 +88,7 @@ class _Bars:
 
     def __call__(self, step: str, done: int, total: int, detail: str = "") -> None:
         if step not in self._tasks:
+            self._progress.start()  # not before: an error in the first check has no bar above it
             self._tasks[step] = self._progress.add_task(step, total=total, detail="")
         self._progress.update(self._tasks[step], completed=done, total=total, detail=detail)
 
@@ -102,5 +103,9 @@ def _bars(console: Console) -> Iterator[_Bars]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    progress = Progress(*columns, console=console)
+    try:
         yield _Bars(progress)
+    finally:
+        if progress.live.is_started:
+            progress.stop()

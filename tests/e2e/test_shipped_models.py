@@ -1,0 +1,74 @@
+"""The main job on the models that the project ships, scored on data that calibration has not seen."""
+
+from __future__ import annotations
+
+import sys
+
+import onnx
+import pytest
+from conftest import MODELS
+
+import eptq_onnx
+from eptq_onnx import Config
+from eptq_onnx.graph import io
+
+sys.path.insert(0, str(MODELS))
+import score  # noqa: E402
+
+NAMES = sorted(score.MODELS)
+
+
+def quantize(name: str, **options):
+    data = MODELS / f"{score.MODELS[name].data}_calib.npz"
+    return eptq_onnx.quantize(MODELS / f"{name}.onnx", data, Config(**options))
+
+
+def test_every_shipped_model_is_scored():
+    assert NAMES == sorted(p.stem for p in MODELS.glob("*.onnx"))
+    assert sum(p.stat().st_size for p in MODELS.iterdir() if p.is_file()) < 5e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eight_bits_lose_almost_nothing(name, tmp_path):
+    result = quantize(name, steps=30, score_samples=96, batch_size=8)
+    result.save(tmp_path / "q.onnx")
+    floating, integer = score.evaluate(name, MODELS / f"{name}.onnx"), score.evaluate(name, tmp_path / "q.onnx")
+    assert floating > 0.9
+    assert integer > floating - 0.01
+    verification = result.report.verification
+    assert verification.kernels == verification.planned
+    assert verification.planned["Conv"] >= 6
+    assert not result.report.notes
+
+
+@pytest.mark.parametrize("name", ["digits_resnet", "digits_mobile"])
+def test_optimized_rounding_beats_nearest_at_low_bits(name, tmp_path):
+    """Same ranges, first and last layers 8 bits; only the network-wise optimization differs."""
+    low = {"weight_bits": 3, "activation_bits": 4}
+    scores = {}
+    for steps in (0, 150):
+        result = quantize(name, steps=steps, **low)
+        result.save(tmp_path / "q.onnx")
+        scores[steps] = score.evaluate(name, tmp_path / "q.onnx")
+        assert result.report.verification.kernels == result.report.verification.planned
+    assert scores[150] > scores[0]
+    assert scores[150] > 0.9
+
+
+def test_the_same_command_twice_gives_the_same_bytes():
+    options = {"steps": 6, "weight_bits": 4, "activation_bits": 4, "score_samples": 64}
+    first, second = quantize("digits_mobile", **options), quantize("digits_mobile", **options)
+    assert first.model.SerializeToString(deterministic=True) == second.model.SerializeToString(deterministic=True)
+    other = quantize("digits_mobile", seed=1, **options)
+    assert other.model.SerializeToString(deterministic=True) != first.model.SerializeToString(deterministic=True)
+
+
+def test_files_above_the_protobuf_limit_get_external_data(tmp_path, monkeypatch):
+    """The limit is lowered: the files are the same but for their size."""
+    result = quantize("digits_resnet", preset="fast")
+    monkeypatch.setattr(io, "PROTOBUF_LIMIT", 10_000)
+    result.save(tmp_path / "q.onnx")
+    assert (tmp_path / "q.onnx.data").exists()
+    assert onnx.load(tmp_path / "q.onnx").graph.node == result.model.graph.node
+    assert score.evaluate("digits_resnet", tmp_path / "q.onnx") > 0.95
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["q.onnx", "q.onnx.data"]

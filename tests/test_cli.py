@@ -1,0 +1,131 @@
+"""Every way to get it wrong: one sentence, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from graphs import images, normal, parse, small_convnet
+from typer.testing import CliRunner
+
+import eptq_onnx
+from eptq_onnx.cli import app
+
+FAST = ["--preset", "fast"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    onnx.save(small_convnet(), "model.onnx")
+    np.savez("data.npz", image=images(12))
+    return tmp_path
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, ["quantize", *arguments])
+
+
+def good(*extra: str):
+    return invoke("model.onnx", "--data", "data.npz", "-o", "out.onnx", *extra)
+
+
+def test_quantize_writes_the_model_and_the_report(folder):
+    before = Path("model.onnx").read_bytes()
+    result = good("--steps", "3", "--weight-bits", "4", "--report", "report.json")
+    assert result.exit_code == 0, result.output
+    assert Path("model.onnx").read_bytes() == before
+    onnx.checker.check_model(onnx.load("out.onnx"), full_check=True)
+    report = json.loads(Path("report.json").read_text())
+    assert report["config"]["weight_bits"] == 4
+    assert report["optimization"]["steps"] == 3
+    assert report["verification"]["kernels"] == {"Add": 1, "Conv": 3, "Gemm": 1, "GlobalAveragePool": 1}
+    assert report["verification"]["outputs"]["logits"] > 5
+    for text in ("wrote out.onnx", "Integer kernels", "SQNR"):
+        assert text in result.stdout
+
+
+def test_version(folder):
+    assert CliRunner().invoke(app, ["version"]).stdout.strip() == eptq_onnx.__version__
+
+
+def _spoil(**arrays: np.ndarray) -> None:
+    np.savez("data.npz", **arrays)
+
+
+def _weights_with(value: float) -> None:
+    model = small_convnet()
+    w = onnx.numpy_helper.to_array(model.graph.initializer[0]).copy()
+    w[0, 0, 0, 0] = value
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(w, model.graph.initializer[0].name))
+    onnx.save(model, "model.onnx")
+
+
+def _nothing() -> None:
+    onnx.save(parse("g (float[N,3,8,8] image) => (float[N,3,8,8] y) { y = Relu (image) }"), "model.onnx")
+
+
+def _quantized() -> None:
+    eptq_onnx.quantize("model.onnx", "data.npz", eptq_onnx.Config(preset="fast")).save("model.onnx")
+
+
+def _truncated() -> None:
+    data = Path("model.onnx").read_bytes()
+    Path("model.onnx").write_bytes(data[: len(data) // 2])
+
+
+CASES = {
+    "no model": (lambda: Path("model.onnx").unlink(), [], "model file model.onnx does not exist"),
+    "not onnx": (lambda: Path("model.onnx").write_text("not a model at all"), [], "is not an ONNX model"),
+    "empty": (lambda: Path("model.onnx").write_bytes(b""), [], "is not an ONNX model"),
+    "truncated": (_truncated, [], "model.onnx is not"),
+    "no data": (lambda: Path("data.npz").unlink(), [], "data file data.npz does not exist"),
+    "other name": (lambda: _spoil(x=images(4)), [], "no array for the model input 'image'"),
+    "wrong shape": (lambda: _spoil(image=normal(4, 3, 7, 8)), [], "has shape (4, 3, 7, 8)"),
+    "wrong dtype": (lambda: _spoil(image=images(4).astype(np.float16)), [], "has type float16"),
+    "nan data": (lambda: _spoil(image=np.full((4, 3, 8, 8), np.nan, np.float32)), [], "NaN or Inf in sample 0"),
+    "nan weight": (lambda: _weights_with(np.nan), [], "NaN or Inf in the weight w1"),
+    "inf weight": (lambda: _weights_with(np.inf), [], "NaN or Inf in the weight w1"),
+    "nothing to quantize": (_nothing, [], "nothing to quantize"),
+    "quantized already": (_quantized, [], "quantized already"),
+    "unknown target": (lambda: None, ["--target", "toaster"], "target 'toaster' is unknown: choose one of ort-x64"),
+    "no target file": (lambda: None, ["--target", "mine.toml"], "target file mine.toml does not exist"),
+    "bad target file": (lambda: Path("mine.toml").write_text("name = 3"), ["--target", "mine.toml"], "target file mine.toml: field"),
+    "no toml": (lambda: Path("mine.toml").write_text("name ="), ["--target", "mine.toml"], "not valid TOML"),
+    "too many bits": (lambda: None, ["--weight-bits", "9"], "option weight_bits=9 is wrong"),
+    "negative steps": (lambda: None, ["--steps", "-1"], "option steps=-1 is wrong"),
+    "no folder": (lambda: None, ["--report", "nowhere/r.json"], "the folder nowhere does not exist"),
+    "a folder": (lambda: Path("here").mkdir(), ["--report", "here"], "here is a folder"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(folder, name):
+    prepare, arguments, message = CASES[name]
+    prepare()
+    result = good(*FAST, *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stderr.count("\n") == 1
+    assert not Path("out.onnx").exists()
+    assert not list(folder.glob(".*"))
+
+
+def test_unknown_option_and_unwritable_output(folder):
+    result = good("--colour", "red")
+    assert result.exit_code == 2
+    assert "No such option" in result.stderr
+    result = invoke("model.onnx", "--data", "data.npz", "-o", "nowhere/out.onnx")
+    assert result.exit_code == 2
+    assert "the folder nowhere does not exist" in result.stderr
+
+
+def test_an_existing_output_survives_a_failure(folder):
+    Path("out.onnx").write_text("precious")
+    _spoil(x=images(4))
+    assert good().exit_code == 2
+    assert Path("out.onnx").read_text() == "precious"

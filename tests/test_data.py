@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from graphs import images, normal, parse, small_convnet
+
+from eptq_onnx import data
+from eptq_onnx.errors import DataError
+
+MODEL = small_convnet()
+TWO = parse("g (float[N,3] a, int64[N,3] b) => (float[N,3] y) { c = Cast <to = 1> (b)  y = Add (a, c) }")
+
+
+def test_npz_mapping_and_array(tmp_path):
+    np.savez(tmp_path / "d.npz", image=images(5))
+    for source in (tmp_path / "d.npz", str(tmp_path / "d.npz"), {"image": images(5)}, images(5)):
+        samples = data.read(source, MODEL)
+        assert samples.count == 5
+        np.testing.assert_array_equal(samples.take([1, 3])["image"], images(5)[[1, 3]])
+
+
+def test_batches_of_a_model_that_prescribes_its_batch():
+    model = small_convnet()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    samples = data.read(images(10), model)
+    assert samples.micro_batch(16) == 4
+    assert [len(p) for p in samples.batches(range(10), 4)] == [4, 4]
+    free = data.read(images(10), MODEL)
+    assert [len(p) for p in free.batches(range(10), 4)] == [4, 4, 2]
+    assert free.shapes(7) == {"image": (7, 3, 8, 8)}
+
+
+def _bad_value(value: float) -> np.ndarray:
+    array = images(5)
+    array[3, 0, 0, 0] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"picture": images(5)}, "no array for the model input 'image' .*'picture'"),
+        ({}, "no array for the model input 'image' .*none"),
+        ({"image": images(5), "mask": images(5)}, "an array 'mask', but the model has no such input"),
+        ({"image": images(5).astype(np.float64)}, "type float64, but the model wants float32"),
+        ({"image": images(5)[:, :2]}, r"shape \(5, 2, 8, 8\), but the model wants \(samples, 3, 8, 8\)"),
+        ({"image": images(5)[0]}, r"shape \(3, 8, 8\), but the model wants"),
+        ({"image": images(0)}, "has no samples"),
+        ({"image": _bad_value(np.nan)}, "NaN or Inf in sample 3"),
+        ({"image": _bad_value(np.inf)}, "NaN or Inf in sample 3"),
+    ],
+)
+def test_bad_data_is_told_in_one_sentence(source, message):
+    with pytest.raises(DataError, match=message) as e:
+        data.read(source, MODEL)
+    assert "\n" not in str(e.value)
+
+
+def test_several_inputs_must_agree():
+    good = {"a": normal(4, 3), "b": np.ones((4, 3), np.int64)}
+    assert data.read(good, TWO).count == 4
+    with pytest.raises(DataError, match="different numbers of samples: a: 4, b: 3"):
+        data.read({**good, "b": good["b"][:3]}, TWO)
+    with pytest.raises(DataError, match="model has 2 inputs"):
+        data.read(normal(4, 3), TWO)
+
+
+def test_fewer_samples_than_the_batch():
+    model = small_convnet()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
+    with pytest.raises(DataError, match="5 samples, but the model takes 8 at a time"):
+        data.read(images(5), model)
+
+
+def test_files_that_are_no_npz(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        data.read(tmp_path / "none.npz", MODEL)
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(DataError, match=r"not a readable \.npz"):
+        data.read(tmp_path / "text.npz", MODEL)
+    np.save(tmp_path / "one.npy", images(2))
+    with pytest.raises(DataError, match=r"numpy\.savez"):
+        data.read(tmp_path / "one.npy", MODEL)

@@ -1,0 +1,83 @@
+"""What an installation without onnxruntime, or with a damaged one, is told."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+from types import ModuleType
+
+import onnx
+import pytest
+from graphs import images, small_convnet
+
+import eptq_onnx
+from eptq_onnx import runtime
+from eptq_onnx.errors import InstallError, ModelError
+
+
+@pytest.fixture
+def without_onnxruntime(monkeypatch):
+    """Importing onnxruntime fails, as if it were not installed."""
+    real = builtins.__import__
+
+    def fake(name, *arguments, **options):
+        if name.split(".")[0] == "onnxruntime":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        return real(name, *arguments, **options)
+
+    for name in [n for n in sys.modules if n.split(".")[0] == "onnxruntime"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", fake)
+
+
+def test_nothing_installed(without_onnxruntime, monkeypatch):
+    monkeypatch.setattr(runtime, "installed_distributions", dict)
+    with pytest.raises(InstallError, match=r'not installed: .*pip install "eptq-onnx\[training\]"'):
+        eptq_onnx.quantize(small_convnet(), images(4))
+
+
+def test_two_builds_overwrote_each_other(without_onnxruntime, monkeypatch):
+    found = {"onnxruntime": "1.27.0", "onnxruntime-training-cpu": "1.19.2"}
+    monkeypatch.setattr(runtime, "installed_distributions", lambda: found)
+    with pytest.raises(InstallError, match="overwrote each other: uninstall them all .*onnxruntime onnxruntime-training-cpu"):
+        runtime.load()
+
+
+def _without_builder(monkeypatch) -> None:
+    from onnxruntime.capi import _pybind_state
+
+    bare = ModuleType("onnxruntime.capi._pybind_state")
+    bare.InferenceSession = _pybind_state.InferenceSession
+    monkeypatch.setattr("onnxruntime.capi._pybind_state", bare)
+
+
+def test_no_gradient_builder(monkeypatch):
+    _without_builder(monkeypatch)
+    monkeypatch.setattr(runtime, "installed_distributions", lambda: {"onnxruntime": "1.27.0"})
+    with pytest.raises(InstallError, match="has no gradient builder, which every preset but 'fast' needs: uninstall it"):
+        eptq_onnx.quantize(small_convnet(), images(4))
+
+
+def test_no_gradient_builder_because_it_was_overwritten(monkeypatch):
+    _without_builder(monkeypatch)
+    import onnxruntime
+
+    found = {"onnxruntime": onnxruntime.__version__, "onnxruntime-training-cpu": "1.19.2"}
+    monkeypatch.setattr(runtime, "installed_distributions", lambda: found)
+    with pytest.raises(InstallError, match="overwrote each other"):
+        runtime.load_gradient_builder()
+
+
+def test_fast_needs_no_gradient_builder(monkeypatch):
+    _without_builder(monkeypatch)
+    result = eptq_onnx.quantize(small_convnet(), images(8), eptq_onnx.Config(preset="fast"))
+    assert result.report.engine == ""
+
+
+def test_a_model_that_onnxruntime_refuses():
+    model = small_convnet()
+    model.graph.node[0].input[1] = "nobody"
+    with pytest.raises(ModelError, match="onnxruntime refuses the model") as e:
+        runtime.Session(model)
+    assert "\n" not in str(e.value)
+    assert isinstance(model, onnx.ModelProto)
