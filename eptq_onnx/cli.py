@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import eptq_onnx
-from eptq_onnx.config import ActivationRange, Config, Optimizer, Preset, RoundingVariable, WeightRange
+from eptq_onnx.config import ActivationRange, Attention, Config, Optimizer, Preset, RoundingVariable, WeightRange
 from eptq_onnx.errors import EptqError
 from eptq_onnx.graph import io
 from eptq_onnx.pipeline import quantize as run
@@ -43,6 +43,8 @@ def quantize(
     score_samples: Annotated[int, typer.Option(help="At most so many samples are scored and optimized on.")] = _DEFAULTS.score_samples,
     activation_range: Annotated[ActivationRange, typer.Option(help="How activation ranges are chosen.")] = _DEFAULTS.activation_range,
     weight_range: Annotated[WeightRange | None, typer.Option(help="How weight ranges are chosen (default: hmse; mse with --preset fast).")] = None,
+    max_noise: Annotated[float, typer.Option(help="Activations that alone would cause more noise at the outputs stay float (0: none).")] = _DEFAULTS.max_noise,
+    attention: Annotated[Attention, typer.Option(help="What the loss weighs by the Hessian bound.")] = _DEFAULTS.attention,
     rounding: Annotated[RoundingVariable, typer.Option(help="What is learned for each weight element.")] = _DEFAULTS.rounding,
     optimizer: Annotated[Optimizer, typer.Option(help="Optimizer of the rounding.")] = _DEFAULTS.optimizer,
     report: Annotated[Path | None, typer.Option(help="Where to write the report as JSON.")] = None,

@@ -49,6 +49,14 @@ class RoundingVariable(str, Enum):
 
 
 _ROUNDING_LR = {RoundingVariable.SOFT: 5e-2, RoundingVariable.STRAIGHT_THROUGH: 5e-3}
+class Attention(str, Enum):
+    """What the distillation loss weighs by the Hessian bound."""
+
+    NONE = "none"
+    LAYER = "layer"
+    CHANNEL = "channel"
+
+
 PRESET_STEPS = {Preset.FAST: 0, Preset.BALANCED: 200, Preset.BEST: 1000}
 
 
@@ -84,6 +92,9 @@ class Config(BaseModel):
         Samples a step.
     holdout : float
         Share of the samples that is kept out of the optimization, to choose among its results.
+    max_noise : float
+        Largest noise-to-signal power ratio at the outputs that the quantization of one activation may cause, by
+        prediction from the Hessian scores; activations far above it and above all others stay float. 0: none do.
     rounding : RoundingVariable
         ``soft``: the paper's annealed soft rounding, for thousands of steps; ``straight-through``: a continuous copy
         of the weight that is rounded in every step, which does the same in hundreds.
@@ -96,8 +107,9 @@ class Config(BaseModel):
         Lambda, the weight of the penalty on undecided weights (``soft`` only).
     warmup : float
         Share of the steps before that penalty sets in.
-    attention : bool
-        Sample-layer attention (off for ablations).
+    attention : Attention
+        What the loss weighs: ``layer`` is the paper's sample-layer attention (largest channel), ``channel`` tells the
+        channels of a layer apart, ``none`` counts all the same.
     gradual_activations : bool
         Gradual activation quantization: of use with thousands of steps, a loss with hundreds.
     """
@@ -119,6 +131,7 @@ class Config(BaseModel):
     score_samples: int = Field(256, ge=1)
     batch_size: int = Field(16, ge=1)
     holdout: float = Field(0.2, gt=0, lt=0.9)
+    max_noise: float = Field(0.1, ge=0)
     rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH
     optimizer: Optimizer = Optimizer.ADAM
     rounding_lr: float | None = Field(None, ge=0)
@@ -127,7 +140,7 @@ class Config(BaseModel):
     activation_scale_lr: float = Field(3e-3, ge=0)
     rounding_strength: float = Field(1.0, ge=0)
     warmup: float = Field(0.2, ge=0, lt=1)
-    attention: bool = True
+    attention: Attention = Attention.CHANNEL
     gradual_activations: bool = False
 
     @classmethod

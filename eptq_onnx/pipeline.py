@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,15 +17,16 @@ from onnx import ModelProto
 
 import eptq_onnx
 from eptq_onnx import data, targets
-from eptq_onnx.config import Config, WeightRange
+from eptq_onnx.config import ActivationRange, Attention, Config, WeightRange
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.steps.calibrate import calibrate
+from eptq_onnx.steps.guard import sensitive_activations
 from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.optimize import attention_weights, optimize, split
+from eptq_onnx.steps.optimize import layer_attention, optimize, split
 from eptq_onnx.steps.plan import plan as make_plan
 from eptq_onnx.steps.ranges import weight_ranges
 from eptq_onnx.steps.score import score
@@ -107,18 +109,27 @@ def quantize(
     with clock("plan"):
         plan = make_plan(float_model, target, config)
     with clock("calibrate"):
-        calibration = calibrate(float_model, plan, samples, config, lambda done, total: progress("calibrate", done, total))
+        calibration = calibrate(float_model, plan, samples, config, partial(progress, "calibrate"))
     chosen = _spread(samples.count, config.score_samples)
     scores: Scores | None = None
     with clock("score"):
         if engine is not None and _wants_scores(config):
             try:
                 scores = score(
-                    float_model, plan, samples, chosen, calibration, engine, config, lambda done, total: progress("score", done, total)
+                    float_model, plan, samples, chosen, calibration, engine, config, partial(progress, "score")
                 )
                 notes.extend(f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items())
             except GradientError as e:
                 notes.append(f"no Hessian scores, plain MSE ranges instead: {e}")
+    with clock("recalibrate"):
+        if scores is not None:
+            channels = scores.channels if config.activation_range is ActivationRange.MSE else None
+            again = partial(calibrate, float_model, samples=samples, config=config, scores=channels, progress=partial(progress, "recalibrate"))
+            calibration = again(plan=plan)
+            sensitive = sensitive_activations(float_model, plan, samples, chosen, calibration, scores, config)
+            if sensitive:
+                plan = make_plan(float_model, target, config, sensitive)
+                calibration = again(plan=plan)
     with clock("ranges"):
         rounding = weight_ranges(float_model, plan, calibration, scores, config)
     trace: OptimizationTrace | None = None
@@ -139,7 +150,7 @@ def quantize(
     with clock("verify"):
         held = chosen[split(len(chosen), config.holdout, config.seed)[1]]
         verification = verify(
-            float_model, quantized, plan, stands_for, target, samples, held, lambda done, total: progress("verify", done, total)
+            float_model, quantized, plan, stands_for, target, samples, held, partial(progress, "verify")
         )
     if calibration.unused_samples:
         notes.append(f"{calibration.unused_samples} samples are left over: the model takes {samples.fixed_batch} at a time")
@@ -152,7 +163,7 @@ def quantize(
         opset=opset_of(quantized),
         samples=samples.count,
         unused_samples=calibration.unused_samples,
-        layers=_layer_reports(plan, scores, verification, config, len(chosen)),
+        layers=_layer_reports(plan, scores, verification, len(chosen)),
         kept_float=plan.kept_float,
         notes=tuple(notes),
         optimization=trace,
@@ -170,7 +181,7 @@ def _engine() -> Engine:
 
 
 def _wants_scores(config: Config) -> bool:
-    return config.weight_range_method is WeightRange.HMSE or (config.step_count > 0 and config.attention)
+    return config.weight_range_method is WeightRange.HMSE or (config.step_count > 0 and config.attention is not Attention.NONE)
 
 
 def _spread(count: int, limit: int) -> np.ndarray:
@@ -178,8 +189,8 @@ def _spread(count: int, limit: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
 
 
-def _layer_reports(plan: Plan, scores: Scores | None, verification: Verification, config: Config, count: int) -> tuple[LayerReport, ...]:
-    weights = attention_weights(plan, scores, count, config).mean(axis=1) if scores is not None else None
+def _layer_reports(plan: Plan, scores: Scores | None, verification: Verification, count: int) -> tuple[LayerReport, ...]:
+    weights = layer_attention(plan, scores, count).mean(axis=1) if scores is not None else None
     quantizers = plan.quantizer_of
     return tuple(
         LayerReport(

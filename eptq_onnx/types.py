@@ -79,6 +79,8 @@ class ActivationQuantizer:
     through : str
         Tensor at which the error of the range counts: ``name``, or the result of the scalar function that alone reads
         it. What SiLU flattens, say, needs no range in front of it.
+    channel_axis : int
+        Axis along which the tensor's Hessian scores are told apart (its scale is per tensor all the same).
     """
 
     name: str
@@ -87,6 +89,7 @@ class ActivationQuantizer:
     bounds: tuple[float, float] = (-np.inf, np.inf)
     constant: bool = False
     through: str = ""
+    channel_axis: int = 1
 
 
 @dataclass(frozen=True)
@@ -200,19 +203,19 @@ class Scores:
 
     Parameters
     ----------
-    layers : tuple of str
-        Output tensor of each layer.
-    samples : ndarray of shape (n_layers, n_samples)
-        Sample-layer attention: largest channel mean of (J^T v)^2 over positions.
+    channels : dict of str to ndarray of shape (n_samples, n_channels)
+        Per layer output and per quantized activation, the mean of (J^T v)^2 over probes and positions.
     weights : dict of str to ndarray
         Per weight tensor, the mean of (d<v, f>/dW)^2 over samples, in the weight's shape.
+    output_size : int
+        Elements of all probed outputs of one sample.
     unreached : dict of str to str
         Layers that no gradient reaches, and why.
     """
 
-    layers: tuple[str, ...]
-    samples: Array
+    channels: Mapping[str, Array]
     weights: Mapping[str, Array]
+    output_size: int
     unreached: Mapping[str, str] = field(default_factory=dict)
 
 

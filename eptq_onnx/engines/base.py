@@ -43,13 +43,15 @@ class TrainingGraph:
     ----------
     train, evaluate : ModelProto
         Inputs: the model's own; every weight and bias by name; `ACTIVATION_SCALES` of shape (n_quantizers,);
-        `ATTENTION` of shape (n_layers * micro_batch,), the factor of each sum of squares; and, in ``train`` only,
-        `FLOAT_SHARE` of shape (1,), the share p of the unquantized activations. Outputs: `LOSS`, `LAYER_ERRORS` of
-        shape (n_layers * micro_batch,), and in ``train`` the gradients.
+        `ATTENTION` of shape (micro_batch, sum of ``channels``), the factor of each channel's sum of squares; and, in
+        ``train`` only, `FLOAT_SHARE` of shape (1,), the share p of the unquantized activations. Outputs: `LOSS`,
+        `LAYER_ERRORS` of the shape of `ATTENTION`, and in ``train`` the gradients.
     gradients : dict of str to str
         Input to the name of its gradient.
     quantizers : tuple of str
         Order of the activation scales.
+    channels : tuple of int
+        Channels of each layer's output.
     positions : ndarray of shape (n_layers,)
         Positions (everything but samples and channels) of each layer's output.
     micro_batch : int
@@ -64,6 +66,7 @@ class TrainingGraph:
     evaluate: ModelProto
     gradients: dict[str, str]
     quantizers: tuple[str, ...]
+    channels: tuple[int, ...]
     positions: Array
     micro_batch: int
     unreached: dict[str, str]

@@ -6,7 +6,7 @@ not depend on the number of samples; minima and maxima are exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,11 +33,14 @@ class Histogram:
 
     def __init__(self) -> None:
         self.reach = 0.0
-        self.counts: NDArray[np.int64] = np.zeros(_BINS, np.int64)
+        self.counts: NDArray[np.float64] = np.zeros(_BINS)
         self.low, self.high = np.inf, -np.inf
 
-    def add(self, values: Array, per_sample: int = _VALUES_PER_SAMPLE) -> None:
-        """Count values of a batch, at most about ``per_sample`` a row (evenly spread)."""
+    def add(self, values: Array, per_sample: int = _VALUES_PER_SAMPLE, importance: Array | None = None, axis: int = 0) -> None:
+        """Count values of a batch, at most about ``per_sample`` a row (evenly spread).
+
+        With ``importance``, of shape (n_channels,), a value counts as much as its channel along ``axis``.
+        """
         self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
         largest = max(abs(self.low), abs(self.high), 1e-30)
         if self.reach == 0.0:
@@ -48,11 +51,16 @@ class Histogram:
             self.counts[_BINS // 4 : 3 * _BINS // 4] = half
             self.reach *= 2
         flat = values.reshape(-1)
-        flat = flat[:: stride(flat.size, per_sample * max(1, len(values)))]
+        step = stride(flat.size, per_sample * max(1, len(values)))
+        flat = flat[::step]
+        weights = None
+        if importance is not None:
+            inner = int(np.prod(values.shape[axis + 1 :]))
+            weights = importance[np.arange(0, values.size, step) // inner % len(importance)]
         places = (flat * np.float32(_BINS / (2 * self.reach)) + np.float32(_BINS / 2)).astype(np.int32)
-        self.counts += np.bincount(np.clip(places, 0, _BINS - 1), minlength=_BINS)
+        self.counts += np.bincount(np.clip(places, 0, _BINS - 1), weights, minlength=_BINS)
 
-    def centres(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    def centres(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Centres and counts of the bins that are not empty, ends moved to the exact extremes."""
         filled = np.flatnonzero(self.counts)
         centres = (filled + 0.5) * (2 * self.reach / _BINS) - self.reach
@@ -147,7 +155,14 @@ _METHODS: dict[ActivationRange, Callable[[Histogram, ActivationQuantizer, Config
 }
 
 
-def calibrate(model: ModelProto, plan: Plan, samples: Samples, config: Config, progress: Callable[[int, int], None]) -> Calibration:
+def calibrate(
+    model: ModelProto,
+    plan: Plan,
+    samples: Samples,
+    config: Config,
+    progress: Callable[[int, int], None],
+    scores: Mapping[str, Array] | None = None,
+) -> Calibration:
     """Choose the range of every activation quantizer.
 
     Parameters
@@ -159,11 +174,15 @@ def calibrate(model: ModelProto, plan: Plan, samples: Samples, config: Config, p
     config : Config
     progress : callable
         Called with samples done and samples in all.
+    scores : mapping of str to ndarray of shape (n_samples, n_channels), optional
+        Hessian scores: with them, the squared error of a value counts as much as its channel (damped, as in HMSE).
     """
     view = GraphView(model)
     observed = {q.name: Histogram() for q in plan.activations if not q.constant}
     measured = [layer.output for layer in plan.layers]
     measured += [o for o in view.outputs if view.is_float(o) and o not in measured]
+    axes = {q.name: q.channel_axis for q in plan.activations}
+    importance = {name: _damped(table.mean(axis=0), config.damping) for name, table in (scores or {}).items() if name in observed}
     sums = {name: np.zeros(3) for name in measured}
     probe = edit.with_nodes(model, model.graph.node)
     wanted = [n for n in dict.fromkeys([*observed, *measured]) if n not in view.inputs]
@@ -177,7 +196,7 @@ def calibrate(model: ModelProto, plan: Plan, samples: Samples, config: Config, p
         values = {**feeds, **session.run(feeds, wanted)}
         for name, histogram in observed.items():
             if values[name].size:
-                histogram.add(values[name])  # type: ignore[arg-type]
+                histogram.add(values[name], importance=importance.get(name), axis=axes[name])  # type: ignore[arg-type]
         for name, total in sums.items():
             flat = values[name].reshape(-1)
             total += (flat.size, flat.sum(dtype=np.float64), np.dot(flat, flat))
@@ -187,6 +206,12 @@ def calibrate(model: ModelProto, plan: Plan, samples: Samples, config: Config, p
     power = {n: float(t[2] / max(t[0], 1)) for n, t in sums.items()}
     variance = {n: max(power[n] - float(t[1] / max(t[0], 1)) ** 2, 0.0) for n, t in sums.items()}
     return Calibration(params, power, variance, samples.count - done)
+
+
+def _damped(channels: Array, damping: float) -> Array:
+    """Channel scores relative to their mean, plus the damping; all 1 where there are none."""
+    mean = float(channels.mean())
+    return (channels / mean + damping).astype(np.float32) if mean > 0 else np.ones_like(channels)
 
 
 def _params(quantizer: ActivationQuantizer, observed: dict[str, Histogram], view: GraphView, config: Config) -> QuantParams:

@@ -7,7 +7,7 @@ them: it is never worse than the start on that objective.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from eptq_onnx import quant_math
-from eptq_onnx.config import Config, Optimizer, RoundingVariable
+from eptq_onnx.config import Attention, Config, Optimizer, RoundingVariable
 from eptq_onnx.data import Samples
 from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LOSS, TrainingGraph
 from eptq_onnx.graph.view import GraphView
@@ -171,10 +171,10 @@ def optimize(
     graph : TrainingGraph
     samples : Samples
     indices : ndarray of shape (n_samples,)
-        The scored samples: columns of ``scores.samples``.
+        The scored samples: rows of the tables of ``scores.channels``.
     calibration : Calibration
     scores : Scores or None
-        Without scores, or with ``config.attention`` off, every layer and sample counts the same.
+        Without scores, or with ``config.attention`` none, every layer and sample counts the same.
     config : Config
     progress : callable
         Called with steps done, steps in all and the loss.
@@ -185,7 +185,7 @@ def optimize(
     """
     began = time.perf_counter()
     state = _State(model, plan, start, graph, calibration, config)
-    attention = attention_weights(plan, scores, len(indices), config)
+    attention = channel_attention(plan, scores, graph.channels, len(indices), config)
     seen, held = split(len(indices), config.holdout, config.seed)
     judge = _Judge(graph, samples, indices, held, attention)
     best, best_step = start, 0
@@ -220,18 +220,32 @@ def optimize(
     return best, trace
 
 
-def attention_weights(plan: Plan, scores: Scores | None, count: int, config: Config) -> Array:
-    """w[l, n] divided by its largest layer mean; shape (n_layers, n_samples).
+def layer_attention(plan: Plan, scores: Scores | None, count: int) -> Array:
+    """Sample-layer attention w[l, n] (paper section 3.2) divided by its largest layer mean; shape (n_layers, n_samples).
 
-    Layers that no gradient reaches count like the average layer.
+    Layers that no gradient reaches count like the average layer; without scores all count the same.
     """
-    if scores is None or not config.attention or not scores.samples.size:
+    if scores is None or not any(layer.output in scores.channels for layer in plan.layers):
         return np.ones((len(plan.layers), count), np.float32)
-    rows = dict(zip(scores.layers, scores.samples, strict=True))
-    mean = scores.samples.mean(axis=0)
+    rows = {x.output: scores.channels[x.output].max(axis=1) for x in plan.layers if x.output in scores.channels}
+    mean = np.mean(list(rows.values()), axis=0)
     table = np.stack([rows.get(layer.output, mean) for layer in plan.layers])
     largest = float(table.mean(axis=1).max())
     return (table / np.float32(largest)).astype(np.float32) if largest > 0 else np.ones_like(table)
+
+
+def channel_attention(plan: Plan, scores: Scores | None, channels: Sequence[int], count: int, config: Config) -> Array:
+    """The weight of every sample and channel in the loss; shape (n_samples, sum of channels)."""
+    layers = layer_attention(plan, None if config.attention is Attention.NONE else scores, count)
+    columns = []
+    for layer, row, n in zip(plan.layers, layers, channels, strict=True):
+        share = np.ones((count, n), np.float32)
+        if scores is not None and config.attention is Attention.CHANNEL and layer.output in scores.channels:
+            table = scores.channels[layer.output]
+            peak = table.max(axis=1, keepdims=True)
+            share = np.where(peak > 0, table / np.maximum(peak, 1e-30), 1).astype(np.float32)
+        columns.append(row[:, None] * share)
+    return np.concatenate(columns, axis=1)
 
 
 def _flipped(start: Rounding, end: Rounding) -> float:
@@ -299,7 +313,7 @@ class _State:
         warm = config.warmup * total
         strength = config.rounding_strength if step >= warm else 0.0
         exponent = 20 + (2 - 20) * min(1.0, max(0.0, (step - warm) / max(1.0, total - warm)))
-        layer_weight = attention.mean(axis=1)
+        layer_weight = [float(part.max(axis=1).mean()) for part in np.split(attention, np.cumsum(self._graph.channels)[:-1], axis=1)]
         penalty, alphas, gammas = 0.0, {}, {}
         for name, weight in self.weights.items():
             factor = strength * float(sum(layer_weight[k] for k in self._layers_of[name]))
@@ -381,7 +395,7 @@ def _batch(
     session: Session, samples: Samples, indices: NDArray[np.int64], places: NDArray[np.int64], attention: Array, graph: TrainingGraph, count: int
 ) -> Feeds:
     """Model inputs and attention of one run; places of -1 weigh nothing."""
-    weight = attention[:, places] * (places >= 0) / (graph.positions[:, None] * np.float32(count))
+    weight = attention[places] * (places >= 0)[:, None] / (np.repeat(graph.positions, graph.channels) * np.float32(count))
     feeds = {n: v for n, v in samples.take(indices[places]).items() if n in session.inputs}
-    feeds[ATTENTION] = weight.astype(np.float32).reshape(-1)
+    feeds[ATTENTION] = weight.astype(np.float32)
     return feeds

@@ -12,6 +12,7 @@ The rules, in the words of the operator table (`ops.TABLE`) and the target:
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +40,8 @@ class _Draft:
     absorbed: dict[str, str] = field(default_factory=dict)
     """Tensor before a clipping operator to the tensor behind it, where the operator vanishes."""
     reasons: dict[str, str] = field(default_factory=dict)
+    sensitive: Mapping[str, float] = field(default_factory=dict)
+    """Tensors that must stay float, with the noise that quantizing them would cause."""
 
     def final(self, tensor: str) -> str:
         """The tensor that is quantized in place of ``tensor``: behind the absorbed clipping operators."""
@@ -50,15 +53,23 @@ class _Draft:
         return self.view.consumers[self.final(tensor)]
 
 
-def plan(model: ModelProto, target: Target, config: Config) -> Plan:
+def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[str, float] | None = None) -> Plan:
     """Make the plan for a normalized model.
+
+    Parameters
+    ----------
+    model : ModelProto
+    target : Target
+    config : Config
+    sensitive : mapping of str to float, optional
+        Tensors that must not be quantized, with the noise-to-signal ratio at the outputs that it would cause.
 
     Raises
     ------
     ModelError
         If there is nothing to quantize.
     """
-    draft = _Draft(GraphView(model), target)
+    draft = _Draft(GraphView(model), target, sensitive=sensitive or {})
     _absorb(draft)
     _choose(draft)
     layers = _layers(draft, config, model)
@@ -124,6 +135,9 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
         return "its weight is computed at run time"
     if not all(view.is_float(d) for d in (*data, *node.output)):
         return "its values are not float32"
+    for tensor in (*data, *(draft.final(o) for o in node.output)):
+        if tensor in draft.sensitive:
+            return f"quantizing {tensor} alone would cause noise of {draft.sensitive[tensor]:.0%} of the outputs' power"
     if weighted:
         return None
     if all(view.is_constant(d) for d in data):
@@ -227,7 +241,7 @@ def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tu
         first = members[0]
         constant = view.is_constant(first)
         through = first if constant else _through(view, first)
-        result.append(ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), constant, through))
+        result.append(ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), constant, through, _channel_axis(view, first)))
     return tuple(result)
 
 
@@ -278,6 +292,12 @@ def _through(view: GraphView, tensor: str) -> str:
             nodes.add(node.name)
     exits = [t for t in inside if t in view.outputs or any(n.name not in nodes for n in view.consumers[t])]
     return exits[0] if len(exits) == 1 else tensor
+
+
+def _channel_axis(view: GraphView, tensor: str) -> int:
+    """Axis 1 of images, else the last."""
+    rank = len(view.shape(tensor) or ())
+    return 1 if rank >= 4 else max(rank - 1, 0)
 
 
 def _integer_nodes(draft: _Draft) -> dict[str, str]:

@@ -22,7 +22,7 @@ from eptq_onnx.graph import edit
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.runtime import Session
-from eptq_onnx.types import Array, Calibration, Layer, Plan, Scores
+from eptq_onnx.types import Array, Calibration, Plan, Scores
 
 _LOSS, _ATTENTION = "eptq/probe_loss", "eptq/attention"
 
@@ -65,10 +65,10 @@ def score(
     points = probe_points(GraphView(private))
     probes = _add_loss(private, points)
     weights = list(plan.weight_specs)
-    outputs = [layer.output for layer in plan.layers]
-    gradient = engine.differentiate(private, _LOSS, [*weights, *outputs])
-    reached = [layer for layer in plan.layers if layer.output in gradient.gradients]
-    summary, channels, scale = _summarize(gradient.model, reached, gradient.gradients, GraphView(private), size)
+    axes = _scored_tensors(GraphView(private), plan)
+    gradient = engine.differentiate(private, _LOSS, [*weights, *axes])
+    reached = {tensor: axis for tensor, axis in axes.items() if tensor in gradient.gradients}
+    summary, channels = _summarize(gradient.model, reached, gradient.gradients, GraphView(private), size)
     session = Session(summary)
     fixed = {name: GraphView(private).constant(name) for name in weights if name in session.inputs}
     spread = {name: float(np.sqrt(calibration.variance.get(point, 0.0))) or 1.0 for point, name in probes.items()}
@@ -90,13 +90,12 @@ def score(
             for name in fixed:
                 squared[name] += np.square(values[gradient.gradients[name]])
             progress(k * config.probes + turn + 1, rounds * config.probes)
-    starts = np.cumsum([0, *channels[:-1]])
-    attention = np.maximum.reduceat(power, starts, axis=1).T * scale[:, None] / config.probes
     count = config.probes * len(indices)
+    columns = np.split((power / config.probes).astype(np.float32), np.cumsum(channels)[:-1], axis=1)
     return Scores(
-        layers=tuple(layer.output for layer in reached),
-        samples=attention.astype(np.float32),
+        channels=dict(zip(reached, columns, strict=True)),
         weights={n: (h / count).astype(np.float32) for n, h in squared.items()},
+        output_size=sum(int(np.prod(s)) for s in shapes.values()) // size,
         unreached={layer.node: gradient.unreached[layer.output] for layer in plan.layers if layer.output in gradient.unreached},
     )
 
@@ -122,7 +121,11 @@ def probe_points(view: GraphView) -> list[str]:
 
 
 def _shape(model: ModelProto, name: str) -> tuple[int, ...]:
-    shape = GraphView(model).static_shape(name)
+    return _static_shape(GraphView(model), name)
+
+
+def _static_shape(view: GraphView, name: str) -> tuple[int, ...]:
+    shape = view.static_shape(name)
     if shape is None:
         raise GradientError(f"the shape of {name} is not known even for fixed inputs; run with --preset fast, which needs no gradients.")
     return shape
@@ -145,32 +148,36 @@ def _add_loss(model: ModelProto, points: list[str]) -> dict[str, str]:
     return names
 
 
-def _summarize(
-    model: ModelProto, layers: list[Layer], gradients: dict[str, str], shapes: GraphView, size: int
-) -> tuple[ModelProto, list[int], Array]:
-    """Reduce every J^T v to its channels' sums of squares, one row a sample.
+def _scored_tensors(view: GraphView, plan: Plan) -> dict[str, int]:
+    """Layer outputs and quantized activations that are computed in the graph, with their channel axes."""
+    axes = {layer.output: layer.output_axis for layer in plan.layers}
+    for quantizer in plan.activations:
+        if quantizer.name in view.producer and quantizer.name not in axes:
+            axes[quantizer.name] = quantizer.channel_axis
+    return {tensor: axis % len(_static_shape(view, tensor)) for tensor, axis in axes.items()}
 
-    Returns the model, the number of channels of each layer, and the factor that makes each sum a mean.
-    """
-    builder, parts, channels, scale = edit.Builder(model, "eptq/"), [], [], []
-    for layer in layers:
-        shape = shapes.static_shape(layer.output) or ()
-        channel = layer.output_axis % len(shape)
-        per_sample = shape[0] == size and channel != 0
-        positions = [i for i in range(len(shape)) if i != channel and not (per_sample and i == 0)]
-        gradient = gradients[layer.output]
+
+def _summarize(
+    model: ModelProto, axes: dict[str, int], gradients: dict[str, str], shapes: GraphView, size: int
+) -> tuple[ModelProto, list[int]]:
+    """Reduce every J^T v to its channels' mean squares, one row a sample; also returns the numbers of channels."""
+    builder, parts, channels = edit.Builder(model, "eptq/"), [], []
+    for tensor, axis in axes.items():
+        shape = _static_shape(shapes, tensor)
+        per_sample = shape[0] == size and axis != 0
+        positions = [i for i in range(len(shape)) if i != axis and not (per_sample and i == 0)]
+        gradient = gradients[tensor]
         power = (
             builder.reduce("ReduceSumSquare", gradient, positions, keepdims=False) if positions else builder.add("Mul", [gradient, gradient])
         )
-        channels.append(shape[channel])
+        mean = builder.add("Mul", [power, builder.constant(1.0 / float(np.prod([shape[i] for i in positions])), "mean")])
+        channels.append(shape[axis])
         # Where samples are mixed, all get the same row.
-        parts.append(builder.add("Expand", [power, builder.constant(np.array([size, shape[channel]], np.int64), "rows")]))
-        scale.append(1.0 / float(np.prod([shape[i] for i in positions])))
+        parts.append(builder.add("Expand", [mean, builder.constant(np.array([size, shape[axis]], np.int64), "rows")]))
     builder.add("Concat", parts, _ATTENTION, axis=1)
     result = edit.with_nodes(model, [*model.graph.node, *builder.nodes], builder.initializers)
-    intermediate = {gradients[layer.output] for layer in layers}
-    edit.set_outputs(result, [_ATTENTION, *(g for g in gradients.values() if g not in intermediate)])
-    return result, channels, np.array(scale, np.float32)
+    edit.set_outputs(result, [_ATTENTION, *(g for tensor, g in gradients.items() if tensor not in axes)])
+    return result, channels
 
 
 def _rademacher(rng: np.random.Generator, shape: tuple[int, ...], real: NDArray[np.bool_]) -> Array:

@@ -22,11 +22,12 @@ from eptq_onnx.engines.base import (
     Engine,
     TrainingGraph,
 )
+from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.view import GraphView, node_reads
 from eptq_onnx.ops import LSQ_DOMAIN
-from eptq_onnx.types import Plan, Rounding
+from eptq_onnx.types import Array, Plan, Rounding
 
 _TEACHER = "teacher/"
 
@@ -61,8 +62,8 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     needed = view.upstream(outputs)
     read = {name for node in view.nodes if any(o in needed for o in node.output) for name in node_reads(node)}
     learned = tuple(q.name for q in plan.activations if config.activation_scale_lr and not q.constant and q.name in moving & read)
-    train, positions = _compose(lowered, plan, start, learned, size, gradual=config.gradual_activations)
-    evaluate, _ = _compose(lowered, plan, start, learned, size, gradual=False)
+    train, channels, positions = _compose(lowered, plan, start, learned, size, gradual=config.gradual_activations)
+    evaluate, _, _ = _compose(lowered, plan, start, learned, size, gradual=False)
     parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
     edit.promote_to_inputs(evaluate, parameters)
     gradient = engine.differentiate(train, LOSS, [*parameters, *([ACTIVATION_SCALES] if learned else [])])
@@ -72,6 +73,7 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
         evaluate=evaluate,
         gradients=gradient.gradients,
         quantizers=learned,
+        channels=channels,
         positions=positions,
         micro_batch=size,
         unreached={n: why for n, why in gradient.unreached.items() if n in plan.weight_specs},
@@ -81,11 +83,11 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
 
 def _compose(
     lowered: ModelProto, plan: Plan, start: Rounding, learned: tuple[str, ...], size: int, *, gradual: bool
-) -> tuple[ModelProto, np.ndarray]:
+) -> tuple[ModelProto, tuple[int, ...], Array]:
     view, b = GraphView(lowered), edit.Builder(lowered, "eptq/")
     student, infos = _student(view, b, plan, start, learned, gradual)
     teacher, teacher_constants = _teacher(view, [layer.output for layer in plan.layers])
-    positions = _losses(view, b, plan, size)
+    channels, positions = _losses(view, b, plan, size)
     losses = b.nodes[len(student) :]
     constants = [*b.initializers, *teacher_constants, *_zero_biases(plan, start), *_constant_operands(view, plan, start)]
     replaced = {q.name for q in plan.activations if q.constant}
@@ -94,12 +96,12 @@ def _compose(
         model.graph.input.append(helper.make_tensor_value_info(ACTIVATION_SCALES, TensorProto.FLOAT, [len(learned)]))
     if gradual:
         model.graph.input.append(helper.make_tensor_value_info(FLOAT_SHARE, TensorProto.FLOAT, [1]))
-    model.graph.input.append(helper.make_tensor_value_info(ATTENTION, TensorProto.FLOAT, [len(plan.layers) * size]))
+    model.graph.input.append(helper.make_tensor_value_info(ATTENTION, TensorProto.FLOAT, [size, sum(channels)]))
     model.graph.value_info.extend(infos)
     edit.set_outputs(model, [LOSS, LAYER_ERRORS])
     edit.import_domain(model, LSQ_DOMAIN)
     edit.prune(model)
-    return model, positions
+    return model, channels, positions
 
 
 def _student(view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, learned: tuple[str, ...], gradual: bool) -> tuple[list[NodeProto], list[ValueInfoProto]]:
@@ -184,27 +186,33 @@ def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list
     return nodes, constants
 
 
-def _losses(view: GraphView, b: edit.Builder, plan: Plan, size: int) -> np.ndarray:
-    """Sums of squared errors of every layer and sample, and their weighted sum."""
-    parts, positions = [], []
-    flat = b.constant(np.array([size], np.int64), "micro_batch")
+def _losses(view: GraphView, b: edit.Builder, plan: Plan, size: int) -> tuple[tuple[int, ...], Array]:
+    """Sums of squared errors of every sample, layer and channel, and their weighted sum.
+
+    Returns the number of channels and of positions of each layer.
+    """
+    parts, channels, positions = [], [], []
     for layer in plan.layers:
-        shape = view.static_shape(layer.output) or ()
-        channel = layer.output_axis % max(len(shape), 1)
-        per_sample = bool(shape) and shape[0] == size and channel != 0
+        shape = view.static_shape(layer.output)
+        if shape is None:
+            raise GradientError(f"the shape of {layer.output} is not known even for fixed inputs.")
+        channel = layer.output_axis % len(shape)
+        per_sample = shape[0] == size and channel != 0
+        axes = [i for i in range(len(shape)) if i != channel and not (per_sample and i == 0)]
         difference = b.add("Sub", [layer.output, _TEACHER + layer.output])
-        axes = [i for i in range(len(shape)) if i > 0 or not per_sample]
-        error = b.reduce("ReduceSumSquare", difference, axes, keepdims=True)
+        error = b.reduce("ReduceSumSquare", difference, axes, keepdims=True) if axes else b.add("Mul", [difference, difference])
+        rows = b.constant(np.array([size if per_sample else 1, shape[channel]], np.int64), "rows")
+        error = b.add("Reshape", [error, rows])
         if not per_sample:
             # Samples are mixed: each gets its share of the whole error.
-            one = b.add("Reshape", [error, b.constant(np.array([1], np.int64), "one_shape")])
-            error = b.add("Expand", [b.add("Mul", [one, b.constant(1.0 / size, "share")]), flat])
-        parts.append(b.add("Reshape", [error, flat]))
-        spread = [d for i, d in enumerate(shape) if i != channel and not (per_sample and i == 0)]
-        positions.append(float(np.prod(spread)) / (1 if per_sample else size))
-    b.add("Concat", parts, LAYER_ERRORS, axis=0)
+            all_rows = b.constant(np.array([size, shape[channel]], np.int64), "rows")
+            error = b.add("Expand", [b.add("Mul", [error, b.constant(1.0 / size, "share")]), all_rows])
+        parts.append(error)
+        channels.append(shape[channel])
+        positions.append(float(np.prod([shape[i] for i in axes])) / (1 if per_sample else size))
+    b.add("Concat", parts, LAYER_ERRORS, axis=1)
     b.reduce("ReduceSum", b.add("Mul", [LAYER_ERRORS, ATTENTION]), None, LOSS)
-    return np.array(positions, np.float32)
+    return tuple(channels), np.array(positions, np.float32)
 
 
 def _zero_biases(plan: Plan, start: Rounding) -> list[TensorProto]:

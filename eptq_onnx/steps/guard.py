@@ -1,0 +1,73 @@
+"""Step 4b: which activations must stay float, because their quantization alone would spoil the outputs.
+
+To first order the noise of one quantizer adds sum g^2 e^2 to the squared error of the outputs, with e the rounding
+and clipping error of each value and g^2 = (J^T v)^2 its Hessian score. Outputs are scored in units of their spread,
+so that this sum over the number of output elements is a noise-to-signal ratio.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from eptq_onnx import quant_math
+from eptq_onnx.config import Config
+from eptq_onnx.data import Samples
+from eptq_onnx.graph import edit
+from eptq_onnx.runtime import Session
+from eptq_onnx.types import Calibration, Plan, Scores
+
+_SAMPLES = 16
+_OUTLIER = 10.0
+"""A quantizer is not singled out unless it is so many times noisier than the average: low bit widths are noisy all over."""
+
+
+def sensitive_activations(
+    model: ModelProto,
+    plan: Plan,
+    samples: Samples,
+    indices: NDArray[np.int64],
+    calibration: Calibration,
+    scores: Scores,
+    config: Config,
+) -> dict[str, float]:
+    """Tensors whose quantization alone exceeds ``config.max_noise``, with the noise-to-signal ratio it would cause.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model.
+    plan : Plan
+    samples : Samples
+    indices : ndarray of shape (n_samples,)
+        The scored samples: rows of the tables of ``scores.channels``; the first 16 are looked at.
+    calibration : Calibration
+    scores : Scores
+    config : Config
+    """
+    quantizers = {q.name: q for q in plan.activations if q.name in scores.channels}
+    if not quantizers or config.max_noise == 0:
+        return {}
+    probe = edit.with_nodes(model, model.graph.node)
+    for name in quantizers:
+        edit.add_output(probe, name)
+    session = Session(probe)
+    size = samples.micro_batch(4)
+    noise = dict.fromkeys(quantizers, 0.0)
+    seen = 0
+    for part in samples.batches(range(min(len(indices), _SAMPLES)), size):
+        values = session.run(samples.take(indices[part]), list(quantizers))
+        for name, quantizer in quantizers.items():
+            x = np.asarray(values[name], np.float32)
+            error = np.square(quant_math.fake_quantize(x, calibration.activations[name], quantizer.spec) - x)
+            axis = quantizer.channel_axis
+            others = tuple(i for i in range(x.ndim) if i != axis)
+            if axis == 0 or len(x) != len(part):
+                noise[name] += float((error.sum(axis=others) * scores.channels[name][part].mean(axis=0)).sum())
+            else:
+                noise[name] += float((error.sum(axis=others[1:]) * scores.channels[name][part]).sum())
+        seen += len(part)
+    ratio = {name: n / max(seen, 1) / scores.output_size for name, n in noise.items()}
+    limit = max(config.max_noise, _OUTLIER * float(np.median(list(ratio.values()))))
+    return {tensor: ratio[name] for name, q in quantizers.items() if ratio[name] > limit for tensor in q.tensors}
