@@ -30,7 +30,9 @@ def main() -> None:
 @app.command()
 def quantize(
     model: Annotated[Path, typer.Argument(help="The float ONNX model.", show_default=False)],
-    data: Annotated[Path, typer.Option("--data", help="Calibration samples: a .npz with one array per model input, samples along the first axis.")],
+    data: Annotated[
+        Path, typer.Option("--data", help="Calibration samples: a .npz with one array per model input, samples along the first axis.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the QDQ model.")],
     weight_bits: Annotated[int, typer.Option(help="Bits of the weights, 2 to 8.")] = _DEFAULTS.weight_bits,
     activation_bits: Annotated[int, typer.Option(help="Bits of the activations, 2 to 8.")] = _DEFAULTS.activation_bits,
@@ -42,8 +44,12 @@ def quantize(
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = _DEFAULTS.batch_size,
     score_samples: Annotated[int, typer.Option(help="At most so many samples are scored and optimized on.")] = _DEFAULTS.score_samples,
     activation_range: Annotated[ActivationRange, typer.Option(help="How activation ranges are chosen.")] = _DEFAULTS.activation_range,
-    weight_range: Annotated[WeightRange | None, typer.Option(help="How weight ranges are chosen (default: hmse; mse with --preset fast).")] = None,
-    max_noise: Annotated[float, typer.Option(help="Activations that alone would cause more noise at the outputs stay float (0: none).")] = _DEFAULTS.max_noise,
+    weight_range: Annotated[
+        WeightRange | None, typer.Option(help="How weight ranges are chosen (default: hmse; mse with --preset fast).")
+    ] = None,
+    max_noise: Annotated[
+        float, typer.Option(help="Activations that alone would cause more noise at the outputs stay float (0: none).")
+    ] = _DEFAULTS.max_noise,
     attention: Annotated[Attention, typer.Option(help="What the loss weighs by the Hessian bound.")] = _DEFAULTS.attention,
     rounding: Annotated[RoundingVariable, typer.Option(help="What is learned for each weight element.")] = _DEFAULTS.rounding,
     optimizer: Annotated[Optimizer, typer.Option(help="Optimizer of the rounding.")] = _DEFAULTS.optimizer,

@@ -49,6 +49,8 @@ class RoundingVariable(str, Enum):
 
 
 _ROUNDING_LR = {RoundingVariable.SOFT: 5e-2, RoundingVariable.STRAIGHT_THROUGH: 5e-3}
+
+
 class Attention(str, Enum):
     """What the distillation loss weighs by the Hessian bound."""
 
@@ -57,7 +59,7 @@ class Attention(str, Enum):
     CHANNEL = "channel"
 
 
-PRESET_STEPS = {Preset.FAST: 0, Preset.BALANCED: 200, Preset.BEST: 1000}
+PRESET_STEPS = {Preset.FAST: 0, Preset.BALANCED: 100, Preset.BEST: 600}
 
 
 class Config(BaseModel):
@@ -73,7 +75,7 @@ class Config(BaseModel):
     target : str
         Name of a shipped target, or path of a target file (TOML).
     preset : Preset
-        ``fast`` uses no gradients; ``balanced`` and ``best`` set `steps` to 200 and 1000.
+        ``fast`` uses no gradients; ``balanced`` and ``best`` set `steps` to 100 and 600.
     steps : int, optional
         Steps of the network-wise optimization; overrides the preset.
     seed : int

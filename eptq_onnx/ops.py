@@ -168,9 +168,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         weight_axis=lambda node: 0 if int_attribute(node, "transB", 0) else 1,
         objection=_gemm_objection,
     ),
-    ("", "MatMul"): OpSpec(
-        Role.LAYER, data=(0, 1), weight=1, weight_axis=lambda node: -1, output_axis=-1, objection=_matmul_objection
-    ),
+    ("", "MatMul"): OpSpec(Role.LAYER, data=(0, 1), weight=1, weight_axis=lambda node: -1, output_axis=-1, objection=_matmul_objection),
     # arithmetic that some runtimes do on integers
     ("", "Add"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
     ("", "Sub"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
@@ -215,8 +213,8 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Sum"): _lowered(lower.sum_variadic, data=None),
     ("", "Mean"): _lowered(lower.mean_variadic, data=None),
     ("", "ReduceSumSquare"): _lowered(lower.reduce_sum_square),
-    **{("", name): OpSpec(elementwise=True) for name in "Abs Cos Erf Exp Log Neg Reciprocal Sin Sqrt".split()},
-    **{("", name): _FLOAT for name in "LogSoftmax ReduceMean ReduceSum Pow Cast ReduceL2 ReduceLogSumExp Trilu".split()},
+    **{("", name): OpSpec(elementwise=True) for name in ["Abs", "Cos", "Erf", "Exp", "Log", "Neg", "Reciprocal", "Sin", "Sqrt"]},
+    **{("", name): _FLOAT for name in ["LogSoftmax", "ReduceMean", "ReduceSum", "Pow", "Cast", "ReduceL2", "ReduceLogSumExp", "Trilu"]},
     (LSQ_DOMAIN, "FakeQuant"): _FLOAT,
     ("", "Min"): OpSpec(data=None),
     ("", "Max"): OpSpec(data=None),

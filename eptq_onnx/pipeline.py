@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +16,9 @@ import numpy as np
 from onnx import ModelProto
 
 import eptq_onnx
-from eptq_onnx import data, targets
-from eptq_onnx.config import ActivationRange, Attention, Config, WeightRange
+from eptq_onnx import targets
+from eptq_onnx.config import Attention, Config, WeightRange
+from eptq_onnx.data import Source, read
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import io
@@ -39,7 +40,9 @@ from eptq_onnx.types import OptimizationTrace, Plan, Scores, Verification
 class Progress(Protocol):
     """Called as the work goes on: step, units done, units in all, a word on how it goes."""
 
-    def __call__(self, step: str, done: int, total: int, detail: str = "") -> None: ...
+    def __call__(self, step: str, done: int, total: int, detail: str = "") -> None:
+        """Take note."""
+        ...
 
 
 def _silent(step: str, done: int, total: int, detail: str = "") -> None:
@@ -72,7 +75,7 @@ class Result:
 
 def quantize(
     model: str | os.PathLike[str] | bytes | ModelProto,
-    data_source: data.Source,
+    data: Source,
     config: Config | None = None,
     *,
     progress: Progress = _silent,
@@ -83,7 +86,7 @@ def quantize(
     ----------
     model : path, bytes or ModelProto
         The float model; never changed.
-    data_source : path of a .npz, mapping of arrays, or array
+    data : path of a .npz, mapping of arrays, or array
         Calibration samples without labels: one array per model input, samples along the first axis.
     config : Config, optional
     progress : callable, optional
@@ -98,13 +101,12 @@ def quantize(
         Its subclasses say what is wrong and what to do; see `eptq_onnx.errors`.
     """
     config = config or Config()
-    clock = _Clock()
+    clock, notes = _Clock(), list[str]()
     target = targets.load(config.target)
     engine = _engine() if config.needs_gradients else None
-    notes: list[str] = []
     with clock("normalize"):
         original = io.load(model)
-        samples = data.read(data_source, original)
+        samples = read(data, original)
         float_model = normalize(original, target.min_opset)
     with clock("plan"):
         plan = make_plan(float_model, target, config)
@@ -112,46 +114,33 @@ def quantize(
         calibration = calibrate(float_model, plan, samples, config, partial(progress, "calibrate"))
     chosen = _spread(samples.count, config.score_samples)
     scores: Scores | None = None
-    with clock("score"):
-        if engine is not None and _wants_scores(config):
-            try:
-                scores = score(
-                    float_model, plan, samples, chosen, calibration, engine, config, partial(progress, "score")
-                )
-                notes.extend(f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items())
-            except GradientError as e:
-                notes.append(f"no Hessian scores, plain MSE ranges instead: {e}")
-    with clock("recalibrate"):
-        if scores is not None:
-            channels = scores.channels if config.activation_range is ActivationRange.MSE else None
-            again = partial(calibrate, float_model, samples=samples, config=config, scores=channels, progress=partial(progress, "recalibrate"))
-            calibration = again(plan=plan)
+    if engine is not None and _wants_scores(config):
+        with clock("score"), _noting(notes, "no Hessian scores, plain MSE ranges instead"):
+            scores = score(float_model, plan, samples, chosen, calibration, engine, config, partial(progress, "score"))
+            notes.extend(f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items())
+    if scores is not None:
+        with clock("recalibrate"):
+            again = partial(calibrate, float_model, samples=samples, config=config, progress=partial(progress, "recalibrate"))
+            calibration = again(plan=plan, scores=scores.channels)
             sensitive = sensitive_activations(float_model, plan, samples, chosen, calibration, scores, config)
             if sensitive:
                 plan = make_plan(float_model, target, config, sensitive)
-                calibration = again(plan=plan)
+                calibration = again(plan=plan, scores=scores.channels)
     with clock("ranges"):
         rounding = weight_ranges(float_model, plan, calibration, scores, config)
     trace: OptimizationTrace | None = None
-    with clock("optimize"):
-        if engine is not None and config.step_count:
-            try:
-                graph = soften(float_model, plan, rounding, samples, config, engine)
-                notes.extend(f"no gradient passes {note}" for note in graph.notes)
-                notes.extend(f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items())
-                rounding, trace = optimize(
-                    float_model, plan, rounding, graph, samples, chosen, calibration, scores, config,
-                    lambda done, total, loss: progress("optimize", done, total, f"loss {loss:.4g}"),
-                )  # fmt: skip
-            except GradientError as e:
-                notes.append(f"not optimized, nearest rounding instead: {e}")
+    if engine is not None and config.step_count:
+        with clock("optimize"), _noting(notes, "not optimized, nearest rounding instead"):
+            graph = soften(float_model, plan, rounding, samples, config, engine)
+            notes.extend(f"no gradient passes {note}" for note in graph.notes)
+            notes.extend(f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items())
+            told = partial(_tell_loss, progress)
+            rounding, trace = optimize(float_model, plan, rounding, graph, samples, chosen, calibration, scores, config, told)
     with clock("write"):
         quantized, stands_for = write(float_model, plan, rounding)
     with clock("verify"):
         held = chosen[split(len(chosen), config.holdout, config.seed)[1]]
-        verification = verify(
-            float_model, quantized, plan, stands_for, target, samples, held, partial(progress, "verify")
-        )
+        verification = verify(float_model, quantized, plan, stands_for, target, samples, held, partial(progress, "verify"))
     if calibration.unused_samples:
         notes.append(f"{calibration.unused_samples} samples are left over: the model takes {samples.fixed_batch} at a time")
     report = Report(
@@ -169,9 +158,31 @@ def quantize(
         optimization=trace,
         verification=verification,
         seconds=clock.seconds,
-        peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory_bytes=_peak_memory(),
     )
     return Result(quantized, report)
+
+
+@contextmanager
+def _noting(notes: list[str], consequence: str) -> Iterator[None]:
+    """A step that gradients are missing for is left out, and the report says so."""
+    try:
+        yield
+    except GradientError as e:
+        notes.append(f"{consequence}: {e}")
+
+
+def _tell_loss(progress: Progress, done: int, total: int, loss: float) -> None:
+    progress("optimize", done, total, f"loss {loss:.4g}")
+
+
+def _peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _engine() -> Engine:

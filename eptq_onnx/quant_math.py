@@ -51,20 +51,22 @@ def channel_sum(values: Array, axis: int | None) -> Array:
     if axis is None:
         return np.asarray(values.sum(dtype=np.float64), np.float32)
     others = tuple(i for i in range(values.ndim) if i != axis)
-    return values.sum(axis=others, dtype=np.float64).astype(np.float32)
+    return np.asarray(values.sum(axis=others, dtype=np.float64), np.float32)
 
 
 # ---- quantizers ---------------------------------------------------------------------------------------------
 def quantize(x: Array, params: QuantParams, spec: QuantSpec) -> IntArray:
     """Round to the integer grid (ONNX QuantizeLinear, clipped to the spec's range)."""
     scale = along_axis(params.scale, spec.axis, x.ndim)
-    return np.clip(np.rint(x / scale) + params.zero_point, spec.qmin, spec.qmax).astype(np.int32)
+    result: IntArray = np.clip(np.rint(x / scale) + params.zero_point, spec.qmin, spec.qmax).astype(np.int32)
+    return result
 
 
 def dequantize(integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
     """Back to real values (ONNX DequantizeLinear)."""
     scale = along_axis(params.scale, spec.axis, integers.ndim)
-    return (integers - np.int32(params.zero_point)).astype(np.float32) * scale
+    result: Array = (integers - np.int32(params.zero_point)).astype(np.float32) * scale
+    return result
 
 
 def fake_quantize(x: Array, params: QuantParams, spec: QuantSpec) -> Array:
@@ -147,7 +149,8 @@ def max_scales(rows: NDArray[np.floating], spec: QuantSpec) -> Array:
     """Smallest scale of each row that clips nothing; a tiny positive number for a row of zeros."""
     up = rows.max(axis=1, initial=0) / spec.qmax
     down = rows.min(axis=1, initial=0) / spec.qmin if spec.qmin < 0 else np.zeros(len(rows))
-    return np.maximum(np.maximum(up, down), _TINY).astype(np.float32)
+    result: Array = np.maximum(np.maximum(up, down), _TINY).astype(np.float32)
+    return result
 
 
 def _weighted_error(rows: Array, h: Array, scales: Array, spec: QuantSpec) -> Array:
@@ -181,12 +184,12 @@ def activation_params(low: float, high: float, spec: QuantSpec, bounds: tuple[fl
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     if spec.symmetric:
         reach = max(high / spec.qmax, low / spec.qmin if spec.qmin < 0 else 0.0)
-        params = QuantParams(np.float32(reach if reach > 1e-30 else 1.0).reshape(()), 0)
+        params = QuantParams(np.asarray(reach if reach > 1e-30 else 1.0, np.float32), 0)
     else:
         scale = (high - low) / (spec.qmax - spec.qmin)
         scale = scale if scale > 1e-30 else 1.0
         zero = int(np.clip(np.rint(spec.qmin - low / scale), spec.qmin, spec.qmax))
-        params = QuantParams(np.float32(scale).reshape(()), zero)
+        params = QuantParams(np.asarray(scale, np.float32), zero)
     return params if bounds is None else inside_bounds(params, spec, bounds)
 
 
@@ -235,7 +238,7 @@ def rectified_sigmoid_inverse(h: Array) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
-    return (0.5 * np.tanh(0.5 * x) + 0.5).astype(np.float32)
+    return np.asarray(0.5 * np.tanh(0.5 * x) + 0.5, np.float32)
 
 
 def rounding_penalty(h: Array, exponent: float) -> float:

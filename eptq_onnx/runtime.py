@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
@@ -117,7 +116,9 @@ class Session:
         If onnxruntime refuses the model.
     """
 
-    def __init__(self, model: ModelProto | str | Path, *, optimize: bool = True, save_optimized: Path | None = None, threads: int = 0) -> None:
+    def __init__(
+        self, model: ModelProto | str | Path, *, optimize: bool = True, save_optimized: Path | None = None, threads: int = 0
+    ) -> None:
         ort = load()
         options = ort.SessionOptions()
         options.log_severity_level = 4
@@ -138,7 +139,7 @@ class Session:
         self.inputs: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
 
-    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[np.generic]]:
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Run the model; returns the named outputs (all by default)."""
         names = list(outputs or self.outputs)
         try:
@@ -150,7 +151,7 @@ class Session:
 
 def _source(model: ModelProto, folder: Path) -> bytes | Path:
     if model.ByteSize() < PROTOBUF_LIMIT:
-        return model.SerializeToString()
+        return bytes(model.SerializeToString())
     copy = ModelProto()
     copy.CopyFrom(model)
     path = folder / "model.onnx"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float32]
 IntArray: TypeAlias = NDArray[np.int32]
-Feeds: TypeAlias = dict[str, NDArray[np.generic]]
+Feeds: TypeAlias = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ differentiates; for the shipped file it is the ONNX operator with running statis
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
-
 from shapes import SIZE
 
 OPSET = 17
@@ -38,7 +38,7 @@ class Net:
         self.constants: dict[str, TensorProto] = {}
         self._rng = np.random.default_rng(seed)
 
-    def op(self, op_type: str, inputs: list[str], output: str, **attributes: object) -> str:
+    def op(self, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """One node."""
         self.nodes.append(helper.make_node(op_type, inputs, [output], name=f"{output}/{op_type}", **attributes))
         return output
@@ -55,7 +55,17 @@ class Net:
         return name
 
     def conv(
-        self, x: str, name: str, c_in: int, c_out: int, k: int = 3, stride: int = 1, group: int = 1, *, bias: bool = False, transpose: bool = False
+        self,
+        x: str,
+        name: str,
+        c_in: int,
+        c_out: int,
+        k: int = 3,
+        stride: int = 1,
+        group: int = 1,
+        *,
+        bias: bool = False,
+        transpose: bool = False,
     ) -> str:
         """Convolution, or ConvTranspose by the stride."""
         fan = c_in // group * k * k
@@ -86,9 +96,9 @@ class Net:
         scaled = self.op("Mul", [unit, self.op("Reshape", [scale, shape], f"{name}_scale4")], f"{name}_scaled")
         return self.op("Add", [scaled, self.op("Reshape", [bias, shape], f"{name}_bias4")], f"{name}_out")
 
-    def block(self, x: str, name: str, c_in: int, c_out: int, act: str = "Relu", **conv: object) -> str:
+    def block(self, x: str, name: str, c_in: int, c_out: int, act: str = "Relu", **conv: Any) -> str:
         """Convolution, BatchNormalization, activation function."""
-        y = self.norm(self.conv(x, f"{name}.conv", c_in, c_out, **conv), f"{name}.bn", c_out)  # type: ignore[arg-type]
+        y = self.norm(self.conv(x, f"{name}.conv", c_in, c_out, **conv), f"{name}.bn", c_out)
         return self.activation(y, name, act)
 
     def activation(self, y: str, name: str, act: str) -> str:
@@ -111,7 +121,7 @@ class Net:
         bias = self.parameter(f"{name}.bias", lambda: np.zeros(c_out))
         return self.op("Gemm", [x, weight, bias], output, transB=1)
 
-    def model(self, name: str, shape: list[object], outputs: dict[str, list[object]]) -> ModelProto:
+    def model(self, name: str, shape: list[str | int | None], outputs: dict[str, list[str | int | None]]) -> ModelProto:
         """The network as a model with the input ``image``."""
         used = {i for n in self.nodes for i in n.input}
         weights = [numpy_helper.from_array(v, n) for n, v in self.parameters.items() if n in used]
@@ -165,9 +175,11 @@ def shapes_detector(net: Net) -> ModelProto:
     pooled = net.op("MaxPool", [coarse], "context", kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[1, 1])
     coarse = net.block(net.op("Concat", [coarse, pooled], "coarse_all", axis=1), "fuse8", 64, 32, act="Silu", k=1)
     scales = net.constant(np.array([1, 1, 2, 2], np.float32), "twice")
-    up = net.op("Resize", [coarse, "", scales], "upsampled", mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric")
+    up = net.op(
+        "Resize", [coarse, "", scales], "upsampled", mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric"
+    )
     fine = net.block(net.op("Concat", [fine, up], "fine_all", axis=1), "fuse4", 56, 32, act="Silu")
-    outputs: dict[str, list[object]] = {}
+    outputs: dict[str, list[str | int | None]] = {}
     for name, features, cells in (("fine", fine, SIZE // 4), ("coarse", coarse, SIZE // 8)):
         head = net.block(features, f"{name}.head", 32, 32, act="Silu")
         scores = net.conv(head, f"{name}.scores", 32, 4, k=1, bias=True)

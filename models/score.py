@@ -13,17 +13,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import shapes
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-import shapes
 from eptq_onnx.runtime import Session
 
 HERE = Path(__file__).resolve().parent
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 Outputs = dict[str, Array]
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import shapes
 from nets import NETS, Net
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 from sklearn.datasets import load_digits
 
-import shapes
 from eptq_onnx import ops
 from eptq_onnx.engines.ort_training import OrtTrainingEngine
 from eptq_onnx.graph import edit
@@ -108,7 +108,7 @@ def add_loss(model: ModelProto, name: str) -> None:
     if name == "shapes_detector":
         terms = [_detection_loss(b, output) for output in ("fine", "coarse")]
         b.add("Add", terms, "loss")
-        inputs = {f"{o}_target": ["N", 8, "H_" + o, "H_" + o] for o in ("fine", "coarse")}
+        inputs: dict[str, list[str | int | None]] = {f"{o}_target": ["N", 8, "H_" + o, "H_" + o] for o in ("fine", "coarse")}
     else:
         log = b.add("LogSoftmax", ["logits"], axis=1)
         picked = b.reduce("ReduceSum", b.add("Mul", [log, "one_hot"]), [1])

@@ -44,7 +44,9 @@ class Sample:
         ]
         constants = [numpy_helper.from_array(v, names[k]) for k, v in enumerate(self.inputs) if v is not None and k not in self.varying]
         dtype = onnx.TensorProto.FLOAT
-        graph = helper.make_graph([node], "sample", graph_inputs, [helper.make_tensor_value_info(o, dtype, None) for o in outputs[:1]], constants)
+        graph = helper.make_graph(
+            [node], "sample", graph_inputs, [helper.make_tensor_value_info(o, dtype, None) for o in outputs[:1]], constants
+        )
         opsets = [helper.make_opsetid("", self.opset)] + ([helper.make_opsetid(self.domain, 1)] if self.domain else [])
         model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
         return model if self.domain else onnx.shape_inference.infer_shapes(model, data_prop=True)

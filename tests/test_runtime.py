@@ -39,7 +39,7 @@ def test_nothing_installed(without_onnxruntime, monkeypatch):
 def test_two_builds_overwrote_each_other(without_onnxruntime, monkeypatch):
     found = {"onnxruntime": "1.27.0", "onnxruntime-training-cpu": "1.19.2"}
     monkeypatch.setattr(runtime, "installed_distributions", lambda: found)
-    with pytest.raises(InstallError, match="overwrote each other: uninstall them all .*onnxruntime onnxruntime-training-cpu"):
+    with pytest.raises(InstallError, match=r"overwrote each other: uninstall them all .*onnxruntime onnxruntime-training-cpu"):
         runtime.load()
 
 

@@ -16,6 +16,7 @@ ATTENTION = "eptq/attention"
 ACTIVATION_SCALES = "eptq/activation_scales"
 FLOAT_SHARE = "eptq/float_share"
 
+
 @dataclass(frozen=True)
 class GradientModel:
     """A model with gradient outputs.

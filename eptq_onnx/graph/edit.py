@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -52,9 +53,7 @@ class Builder:
 
     def constant(self, value: NDArray[np.generic] | float | int, stem: str = "constant") -> str:
         """An initializer; equal values share one. Python floats become float32, ints int64."""
-        if isinstance(value, float):
-            value = np.float32(value)
-        array = np.asarray(value)
+        array = np.asarray(value, np.float32 if isinstance(value, float) else None)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             name = self.unique(self._prefix + stem)
@@ -70,7 +69,7 @@ class Builder:
         *,
         domain: str = "",
         outputs: Sequence[str] = (),
-        **attributes: object,
+        **attributes: Any,
     ) -> str:
         """A node; returns its (first) output, named by the caller or made up."""
         names = list(outputs) or [output or self.unique(f"{self._prefix}{op_type}_out")]

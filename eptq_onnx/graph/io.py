@@ -97,7 +97,9 @@ def convert_opset(model: ModelProto, minimum: int) -> ModelProto:
         result = onnx.version_converter.convert_version(model, minimum)
     except Exception as e:
         # The converter raises bare C++ exceptions of several kinds.
-        raise ModelError(f"the model's opset {current} cannot be raised to {minimum}, which the target needs: {' '.join(str(e).split())[:300]}") from e
+        raise ModelError(
+            f"the model's opset {current} cannot be raised to {minimum}, which the target needs: {' '.join(str(e).split())[:300]}"
+        ) from e
     return result
 
 

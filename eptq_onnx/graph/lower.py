@@ -83,8 +83,7 @@ def explicit_padding(node: NodeProto, view: GraphView, b: Builder) -> None:
     strides = ints_attribute(node, "strides") or [1] * len(kernel)
     dilations = ints_attribute(node, "dilations") or [1] * len(kernel)
     totals = [
-        max(0, (y - 1) * s + (k - 1) * d + 1 - x)
-        for x, y, k, s, d in zip(before[2:], after[2:], kernel, strides, dilations, strict=True)
+        max(0, (y - 1) * s + (k - 1) * d + 1 - x) for x, y, k, s, d in zip(before[2:], after[2:], kernel, strides, dilations, strict=True)
     ]
     small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
     copy = NodeProto()

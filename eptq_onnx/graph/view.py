@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
@@ -55,7 +55,7 @@ class GraphView:
         self.initializers: dict[str, TensorProto] = {t.name: t for t in model.graph.initializer}
         self.outputs: tuple[str, ...] = tuple(o.name for o in model.graph.output)
         self.inputs: tuple[str, ...] = tuple(i.name for i in model.graph.input if i.name not in self.initializers)
-        self._arrays: dict[str, NDArray[np.generic]] = {}
+        self._arrays: dict[str, NDArray[Any]] = {}
 
     @cached_property
     def _types(self) -> dict[str, tuple[int, Shape | None]]:
@@ -74,7 +74,7 @@ class GraphView:
         """True if the tensor's value is stored in the model and no caller can replace it."""
         return name in self.initializers
 
-    def constant(self, name: str) -> NDArray[np.generic]:
+    def constant(self, name: str) -> NDArray[Any]:
         """Value of an initializer."""
         if name not in self._arrays:
             self._arrays[name] = numpy_helper.to_array(self.initializers[name])

@@ -105,12 +105,16 @@ def scalar_function(model: ModelProto, quantizer: ActivationQuantizer) -> Functi
     return apply
 
 
-def minmax_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity) -> tuple[float, float]:
+def minmax_range(
+    histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity
+) -> tuple[float, float]:
     """The extremes."""
     return histogram.low, histogram.high
 
 
-def percentile_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity) -> tuple[float, float]:
+def percentile_range(
+    histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity
+) -> tuple[float, float]:
     """The values that ``100 - percentile`` per cent lie beyond, on each side."""
     centres, counts = histogram.centres()
     share = np.cumsum(counts) / counts.sum()
@@ -132,16 +136,20 @@ def mse_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Conf
         rounded = np.clip(np.rint(steps), spec.qmin - params.zero_point, spec.qmax - params.zero_point)
         return float((counts * (function(rounded * float(params.scale)) - exact) ** 2).sum())
 
-    ends = [min(histogram.low, 0.0), max(histogram.high, 0.0)]
+    extremes = (min(histogram.low, 0.0), max(histogram.high, 0.0))
+    # Both ends together first, over decades: with one end at an outlier, where the other lies makes no difference.
+    ratios = np.geomspace(1, 1e-3, 2 * _GRID)
+    joint = min(ratios, key=lambda r: error(extremes[0] * r, extremes[1] * r))
+    ends = [extremes[0] * float(joint), extremes[1] * float(joint)]
     best = error(ends[0], ends[1])
-    for width in (1.0, 0.1):
+    for spread in (8.0, 1.15):
         for side in (1, 0):
             if ends[side] == 0.0:
                 continue
             start = ends[side]
-            for fraction in np.linspace(1 - width, 1 + width * 0.2, _GRID)[1:] if width == 1.0 else np.linspace(1 - width, 1 + width, _GRID):
+            for factor in np.geomspace(1 / spread, spread, _GRID):
                 trial = [*ends]
-                trial[side] = start * float(fraction)
+                trial[side] = float(np.clip(start * factor, *extremes))
                 value = error(trial[0], trial[1])
                 if value < best:
                     best, ends[side] = value, trial[side]
@@ -196,10 +204,10 @@ def calibrate(
         values = {**feeds, **session.run(feeds, wanted)}
         for name, histogram in observed.items():
             if values[name].size:
-                histogram.add(values[name], importance=importance.get(name), axis=axes[name])  # type: ignore[arg-type]
+                histogram.add(values[name], importance=importance.get(name), axis=axes[name])
         for name, total in sums.items():
             flat = values[name].reshape(-1)
-            total += (flat.size, flat.sum(dtype=np.float64), np.dot(flat, flat))
+            sums[name] = total + np.array([flat.size, flat.sum(dtype=np.float64), np.dot(flat, flat)])
         done += len(part)
         progress(done, samples.count)
     params = {q.name: _params(q, observed, view, config) for q in plan.activations}

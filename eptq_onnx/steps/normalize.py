@@ -185,24 +185,27 @@ def _visit_padding(node: NodeProto, view: GraphView, b: edit.Builder) -> NodePro
 def _own_bias(model: ModelProto) -> ModelProto:
     """Every layer's constant bias is its own one-dimensional initializer, not shared with another node."""
     view, builder = GraphView(model), edit.Builder(model)
-    for node in view.nodes:
-        if node.op_type in _WITH_BIAS and len(node.input) > 2 and view.is_constant(node.input[2]):
-            value = view.constant(node.input[2])
-            flat = value.reshape(-1)
-            channels = output_channels(node, view) if view.is_constant(node.input[1]) else None
-            if flat.size == 1 and channels is not None and channels > 1:
-                flat = np.repeat(flat, channels)
-            shared = len(view.consumers[node.input[2]]) > 1 or node.input[2] in view.outputs
-            fits = channels is None or flat.size == channels
-            if fits and (shared or value.ndim != 1 or flat.size != value.size):
-                name = builder.unique(f"{node.name}_bias")
-                builder.initializers.append(onnx.numpy_helper.from_array(np.ascontiguousarray(flat), name))
-                copy = NodeProto()
-                copy.CopyFrom(node)
-                copy.input[2] = name
-                node = copy
-        builder.nodes.append(node)
+    builder.nodes.extend(_with_own_bias(node, view, builder) for node in view.nodes)
     result = edit.with_nodes(model, builder.nodes, builder.initializers)
     edit.prune(result)
     return result
 
+
+def _with_own_bias(node: NodeProto, view: GraphView, builder: edit.Builder) -> NodeProto:
+    if node.op_type not in _WITH_BIAS or len(node.input) < 3 or not view.is_constant(node.input[2]):
+        return node
+    value = view.constant(node.input[2])
+    flat = value.reshape(-1)
+    channels = output_channels(node, view) if view.is_constant(node.input[1]) else None
+    if flat.size == 1 and channels is not None and channels > 1:
+        flat = np.repeat(flat, channels)
+    shared = len(view.consumers[node.input[2]]) > 1 or node.input[2] in view.outputs
+    fits = channels is None or flat.size == channels
+    if not fits or not (shared or value.ndim != 1 or flat.size != value.size):
+        return node
+    name = builder.unique(f"{node.name}_bias")
+    builder.initializers.append(onnx.numpy_helper.from_array(np.ascontiguousarray(flat), name))
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.input[2] = name
+    return copy

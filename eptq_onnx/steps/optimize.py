@@ -34,13 +34,21 @@ class RoundedWeight(Protocol):
     scale: Array
     gamma: Array
 
-    def forward(self) -> Array: ...
+    def forward(self) -> Array:
+        """The weight to run the network with."""
+        ...
 
-    def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]: ...
+    def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
+        """Gradients of ``variable`` and ``gamma``, given dL/dW and the strength and exponent of the penalty."""
+        ...
 
-    def penalty(self, exponent: float) -> float: ...
+    def penalty(self, exponent: float) -> float:
+        """Penalty on undecided elements."""
+        ...
 
-    def harden(self) -> tuple[NDArray[np.int32], QuantParams]: ...
+    def harden(self) -> tuple[NDArray[np.int32], QuantParams]:
+        """Integers and scales with every element decided."""
+        ...
 
 
 class StraightThroughWeight:
@@ -227,8 +235,8 @@ def layer_attention(plan: Plan, scores: Scores | None, count: int) -> Array:
     """
     if scores is None or not any(layer.output in scores.channels for layer in plan.layers):
         return np.ones((len(plan.layers), count), np.float32)
-    rows = {x.output: scores.channels[x.output].max(axis=1) for x in plan.layers if x.output in scores.channels}
-    mean = np.mean(list(rows.values()), axis=0)
+    rows: dict[str, Array] = {x.output: scores.channels[x.output].max(axis=1) for x in plan.layers if x.output in scores.channels}
+    mean: Array = np.mean(list(rows.values()), axis=0)
     table = np.stack([rows.get(layer.output, mean) for layer in plan.layers])
     largest = float(table.mean(axis=1).max())
     return (table / np.float32(largest)).astype(np.float32) if largest > 0 else np.ones_like(table)
@@ -256,7 +264,9 @@ def _flipped(start: Rounding, end: Rounding) -> float:
 class _State:
     """Everything that is learned, and how it is updated."""
 
-    def __init__(self, model: ModelProto, plan: Plan, start: Rounding, graph: TrainingGraph, calibration: Calibration, config: Config) -> None:
+    def __init__(
+        self, model: ModelProto, plan: Plan, start: Rounding, graph: TrainingGraph, calibration: Calibration, config: Config
+    ) -> None:
         view = GraphView(model)
         self._plan, self._start, self._graph, self._config = plan, start, graph, config
         learnable = [n for n in plan.weight_specs if n in graph.gradients]
@@ -266,10 +276,14 @@ class _State:
         }
         self._quantizers = plan.quantizer_of
         self._frozen = {
-            n: quant_math.dequantize(start.integers[n], start.weights[n], spec) for n, spec in plan.weight_specs.items() if n not in self.weights
+            n: quant_math.dequantize(start.integers[n], start.weights[n], spec)
+            for n, spec in plan.weight_specs.items()
+            if n not in self.weights
         }
         self._bias_unit = {
-            x.bias: np.float32(np.sqrt(calibration.power[x.output]) or 1.0) for x in plan.layers if x.bias is not None and x.bias in graph.gradients
+            x.bias: np.float32(np.sqrt(calibration.power[x.output]) or 1.0)
+            for x in plan.layers
+            if x.bias is not None and x.bias in graph.gradients
         }
         self._bias_shift: dict[str, Array] = {n: np.zeros_like(start.biases[n]) for n in self._bias_unit}
         self._log_scales: Array = np.zeros(len(graph.quantizers), np.float32)
@@ -292,7 +306,7 @@ class _State:
         total: int,
     ) -> float:
         """One update from the samples at places ``chosen``; returns the loss."""
-        config, graph = self._config, self._graph
+        _config, graph = self._config, self._graph
         steps = {n: p.scale for n, p in self._start.weights.items()} | {n: w.scale * w.gamma for n, w in self.weights.items()}
         feeds = self._parameters({n: w.forward() for n, w in self.weights.items()}, steps, self._current_biases(), self._current_scales())
         if FLOAT_SHARE in session.inputs:
@@ -305,7 +319,7 @@ class _State:
             loss += float(values[LOSS])
             for name, output in graph.gradients.items():
                 value = values[output]
-                gradients[name] = gradients[name] + value if name in gradients else value  # type: ignore[assignment]
+                gradients[name] = gradients[name] + value if name in gradients else value
         return loss + self._update(gradients, attention, step, total)
 
     def _update(self, gradients: dict[str, Array], attention: Array, step: int, total: int) -> float:
@@ -325,7 +339,9 @@ class _State:
         self._factors.step(gammas, config.scale_lr * cosine)
         self._biases.step({n: gradients[n] * unit for n, unit in self._bias_unit.items()}, config.bias_lr * cosine)
         if ACTIVATION_SCALES in gradients:
-            self._scales.step({ACTIVATION_SCALES: gradients[ACTIVATION_SCALES] * self._current_scales()}, config.activation_scale_lr * cosine)
+            self._scales.step(
+                {ACTIVATION_SCALES: gradients[ACTIVATION_SCALES] * self._current_scales()}, config.activation_scale_lr * cosine
+            )
         return penalty
 
     def harden(self) -> Rounding:
@@ -372,7 +388,9 @@ class _State:
 class _Judge:
     """The attention-weighted error of hard-rounded candidates on held-out samples."""
 
-    def __init__(self, graph: TrainingGraph, samples: Samples, indices: NDArray[np.int64], held: NDArray[np.int64], attention: Array) -> None:
+    def __init__(
+        self, graph: TrainingGraph, samples: Samples, indices: NDArray[np.int64], held: NDArray[np.int64], attention: Array
+    ) -> None:
         self._session = Session(graph.evaluate)
         self._graph, self._samples, self._indices, self._held, self._attention = graph, samples, indices, held, attention
 
@@ -392,7 +410,13 @@ def _micro_batches(places: NDArray[np.int64], size: int) -> list[NDArray[np.int6
 
 
 def _batch(
-    session: Session, samples: Samples, indices: NDArray[np.int64], places: NDArray[np.int64], attention: Array, graph: TrainingGraph, count: int
+    session: Session,
+    samples: Samples,
+    indices: NDArray[np.int64],
+    places: NDArray[np.int64],
+    attention: Array,
+    graph: TrainingGraph,
+    count: int,
 ) -> Feeds:
     """Model inputs and attention of one run; places of -1 weigh nothing."""
     weight = attention[places] * (places >= 0)[:, None] / (np.repeat(graph.positions, graph.channels) * np.float32(count))

@@ -241,7 +241,9 @@ def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tu
         first = members[0]
         constant = view.is_constant(first)
         through = first if constant else _through(view, first)
-        result.append(ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), constant, through, _channel_axis(view, first)))
+        result.append(
+            ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), constant, through, _channel_axis(view, first))
+        )
     return tuple(result)
 
 

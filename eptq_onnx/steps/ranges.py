@@ -69,7 +69,8 @@ def _scales(weight: Array, spec: QuantSpec, importance: Array | None, config: Co
 
 def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> dict[str, Array]:
     """Per weight, the scales below which the int32 bias (scale s_x * s_w) would overflow."""
-    quantizers, result = plan.quantizer_of, {}
+    quantizers = plan.quantizer_of
+    result: dict[str, Array] = {}
     for layer in plan.layers:
         if layer.bias is None or not layer.has_bias or layer.weight_spec.axis is None:
             continue

@@ -168,7 +168,9 @@ def _summarize(
         positions = [i for i in range(len(shape)) if i != axis and not (per_sample and i == 0)]
         gradient = gradients[tensor]
         power = (
-            builder.reduce("ReduceSumSquare", gradient, positions, keepdims=False) if positions else builder.add("Mul", [gradient, gradient])
+            builder.reduce("ReduceSumSquare", gradient, positions, keepdims=False)
+            if positions
+            else builder.add("Mul", [gradient, gradient])
         )
         mean = builder.add("Mul", [power, builder.constant(1.0 / float(np.prod([shape[i] for i in positions])), "mean")])
         channels.append(shape[axis])

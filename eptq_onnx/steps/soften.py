@@ -104,7 +104,9 @@ def _compose(
     return model, channels, positions
 
 
-def _student(view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, learned: tuple[str, ...], gradual: bool) -> tuple[list[NodeProto], list[ValueInfoProto]]:
+def _student(
+    view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, learned: tuple[str, ...], gradual: bool
+) -> tuple[list[NodeProto], list[ValueInfoProto]]:
     """The model's nodes with quantizers on the tensors of the plan, added to the builder; and the types of the new tensors."""
     quantizers = {q.name: q for q in plan.activations if not q.constant}
     with_new_bias = {x.node: x.bias for x in plan.layers if x.bias is not None and not x.has_bias}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -76,8 +77,8 @@ def verify(
     inside = Session(_exposing(quantized, [quantized_name for _, quantized_name in pairs.values()]))
     chosen = indices[:_SAMPLES]
     size = samples.micro_batch(8)
-    power: Counter[str] = Counter()
-    noise: Counter[str] = Counter()
+    power: dict[str, float] = defaultdict(float)
+    noise: dict[str, float] = defaultdict(float)
     done = 0
     for part in samples.batches(chosen, size):
         feeds: Feeds = samples.take(part)
@@ -118,7 +119,7 @@ def _exposing(model: ModelProto, names: list[str]) -> ModelProto:
     return copy
 
 
-def _measure(key: str, expected: NDArray[np.generic], got: NDArray[np.generic], power: Counter[str], noise: Counter[str]) -> None:
+def _measure(key: str, expected: NDArray[Any], got: NDArray[Any], power: dict[str, float], noise: dict[str, float]) -> None:
     reference = expected.astype(np.float64)
-    power[key] += float(np.square(reference).sum())  # type: ignore[assignment]
-    noise[key] += float(np.square(reference - got).sum())  # type: ignore[assignment]
+    power[key] += float(np.square(reference).sum())
+    noise[key] += float(np.square(reference - got).sum())

@@ -7,6 +7,8 @@ container's keeps its range by a Clip on the integers, between the two nodes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
@@ -143,7 +145,7 @@ class _Writer:
         b.initializers.append(numpy_helper.from_array(integers.astype(spec.container), stored))
         scale, zero = self._scale_names(tensor, params, spec)
         name = self._take_over(tensor, readers)
-        b.add("DequantizeLinear", [stored, scale, zero], name, **({} if spec.axis is None else {"axis": spec.axis}))
+        b.add("DequantizeLinear", [stored, scale, zero], name, **_axis(spec.axis))
         return name
 
     def _take_over(self, tensor: str, readers: list[str]) -> str:
@@ -172,7 +174,7 @@ class _Writer:
         b.initializers.append(numpy_helper.from_array(quant_math.bias_integers(self._rounding.biases[name], *scales), stored))
         inputs = [stored, b.constant(scale, f"{name}_scale"), b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point")]
         output = self._take_over(name, [layer.node])
-        b.add("DequantizeLinear", inputs, output, **({"axis": 0} if scale.ndim else {}))
+        b.add("DequantizeLinear", inputs, output, **_axis(0 if scale.ndim else None))
         self._layer_reads[layer.node, name] = output
 
     def _float_biases(self) -> None:
@@ -191,3 +193,7 @@ class _Writer:
                 info.CopyFrom(known[tensor])
                 info.name = name
 
+
+def _axis(axis: int | None) -> dict[str, Any]:
+    """The axis attribute, where there is one scale per channel."""
+    return {} if axis is None else {"axis": axis}

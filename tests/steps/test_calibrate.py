@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from graphs import images, silent, small_convnet
+from graphs import images, normal, parse, silent, small_convnet
 
 from eptq_onnx import data, quant_math, targets
 from eptq_onnx.config import ActivationRange, Config
@@ -60,7 +60,9 @@ def test_percentile_cuts_the_tails():
 
 
 def test_values_of_one_sign_start_at_zero():
-    params = quant_math.activation_params(*mse_range(filled(np.abs(np.random.default_rng(0).normal(size=(1, 5000)))), UINT8, Config()), UINT8.spec)
+    params = quant_math.activation_params(
+        *mse_range(filled(np.abs(np.random.default_rng(0).normal(size=(1, 5000)))), UINT8, Config()), UINT8.spec
+    )
     assert params.zero_point == 0
 
 
@@ -96,3 +98,33 @@ def test_left_over_samples_are_counted():
     p = plan(model, targets.load("ort-x64"), Config())
     samples = data.read({"image": images(10)}, model)
     assert calibrate(model, p, samples, Config(), silent).unused_samples == 2
+
+
+def test_the_range_of_a_tensor_looks_through_the_function_that_reads_it():
+    """SiLU flattens what is far below zero: no range is spent on it."""
+    text = "g (float[N,3,8,8] x) => (float[N,4,6,6] y) { a = Conv (x, w)  s = Sigmoid (a)  m = Mul (a, s)  y = Conv (m, v) }"
+    model = normalize(parse(text, {"w": normal(4, 3, 3, 3, scale=4), "v": normal(4, 4, 1, 1)}), 13)
+    p = plan(model, targets.load("ort-x64"), Config())
+    assert p.quantizer_of["a"].through == "m"
+    assert p.quantizer_of["m"].through == "m"
+    result = calibrate(model, p, data.read(images(20), model), Config(), silent)
+    a = result.activations["a"]
+    plain = calibrate(model, p, data.read(images(20), model), Config(activation_range="minmax"), silent).activations["a"]
+    assert float((0 - a.zero_point) * a.scale) > 0.5 * float((0 - plain.zero_point) * plain.scale)
+    assert float(a.scale) < 0.75 * float(plain.scale)
+
+
+def test_a_tensor_with_two_ways_out_counts_by_itself():
+    text = "g (float[N,3,8,8] x) => (float[N,4,6,6] y, float[N,4,6,6] z) { a = Conv (x, w)  s = Sigmoid (a)  y = Conv (s, v)  z = Conv (a, v) }"
+    p = plan(normalize(parse(text, {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 1, 1)}), 13), targets.load("ort-x64"), Config())
+    assert p.quantizer_of["a"].through == "a"
+
+
+def test_important_channels_get_the_range_that_suits_them():
+    """A loud channel that does not matter is clipped for the sake of a quiet one that does."""
+    values = np.random.default_rng(0).normal(size=(16, 2, 20, 20)).astype(np.float32) * np.array([10, 0.1], np.float32).reshape(1, 2, 1, 1)
+    equal, weighted = Histogram(), Histogram()
+    equal.add(values)
+    weighted.add(values, importance=np.array([1e-6, 1], np.float32), axis=1)
+    assert weighted.counts.sum() == pytest.approx(equal.counts.sum() / 2, rel=1e-3)
+    assert mse_range(weighted, UINT4, Config())[1] < 0.1 * mse_range(equal, UINT4, Config())[1]

@@ -67,7 +67,8 @@ def test_batch_normalization_behind_gemm(trans):
 
 def test_batch_normalization_stays_where_the_layer_has_another_reader():
     model = parse(
-        "g (float[N,3,8,8] x) => (float[N,4,6,6] y, float[N,4,6,6] z) { c = Conv (x, w)  y = BatchNormalization (c, s, s, s, v)  z = Relu (c) }",
+        "g (float[N,3,8,8] x) => (float[N,4,6,6] y, float[N,4,6,6] z)"
+        " { c = Conv (x, w)  y = BatchNormalization (c, s, s, s, v)  z = Relu (c) }",
         {"w": normal(4, 3, 3, 3), "s": normal(4, seed=1), "v": np.ones(4, np.float32)},
     )
     normalized = normalize(model, 13)
@@ -96,7 +97,7 @@ def test_padding_in_front_of_a_convolution_is_folded():
     _same(model, normalized, {"x": images(2)})
 
 
-@pytest.mark.parametrize("pads, value", [([0, 1, 0, 0, 0, 0, 0, 0], 0.0), ([0, 0, 1, 1, 0, 0, 1, 1], 0.5)])
+@pytest.mark.parametrize(("pads", "value"), [([0, 1, 0, 0, 0, 0, 0, 0], 0.0), ([0, 0, 1, 1, 0, 0, 1, 1], 0.5)])
 def test_padding_that_a_convolution_cannot_do_stays(pads, value):
     channels = 3 + pads[1]
     model = parse(

@@ -7,13 +7,13 @@ import pytest
 from graphs import images, silent, small_convnet
 
 from eptq_onnx import data, quant_math, targets
-from eptq_onnx.config import Config, RoundingVariable
+from eptq_onnx.config import Attention, Config, RoundingVariable
 from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LAYER_ERRORS, LOSS
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.calibrate import calibrate
 from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.optimize import SoftWeight, StraightThroughWeight, attention_weights, optimize, split
+from eptq_onnx.steps.optimize import SoftWeight, StraightThroughWeight, channel_attention, layer_attention, optimize, split
 from eptq_onnx.steps.plan import plan
 from eptq_onnx.steps.ranges import weight_ranges
 from eptq_onnx.steps.score import score
@@ -39,7 +39,7 @@ class Case:
     def feeds(self) -> dict[str, np.ndarray]:
         weights = {n: quant_math.dequantize(self.start.integers[n], self.start.weights[n], s) for n, s in self.plan.weight_specs.items()}
         scales = np.array([float(self.start.activations[q].scale) for q in self.graph.quantizers], np.float32)
-        attention = np.random.default_rng(0).uniform(0.5, 1, len(self.plan.layers) * 6).astype(np.float32)
+        attention = np.random.default_rng(0).uniform(0.5, 1, (6, sum(self.graph.channels))).astype(np.float32)
         quantizers = self.plan.quantizer_of
         biases = {}
         for x in self.plan.layers:
@@ -69,7 +69,12 @@ def test_without_quantization_errors_the_loss_is_zero(engine):
     """With p = 1 and float weights, student and teacher are the same network."""
     case = Case(engine, gradual_activations=True)
     view = GraphView(case.model)
-    feeds = {**case.feeds(), **case.start.biases, **{n: view.constant(n) for n in case.plan.weight_specs}, FLOAT_SHARE: np.array([1.0], np.float32)}
+    feeds = {
+        **case.feeds(),
+        **case.start.biases,
+        **{n: view.constant(n) for n in case.plan.weight_specs},
+        FLOAT_SHARE: np.array([1.0], np.float32),
+    }
     values = _run(Session(case.graph.train), feeds)
     assert float(values[LOSS]) == pytest.approx(0, abs=1e-6)
 
@@ -91,8 +96,9 @@ def test_the_loss_is_the_weighted_error_of_the_written_model(case):
     feeds = case.feeds()
     expected = Session(case.model).run(case.samples.take(np.arange(6)))[last.output]
     got = Session(quantized, optimize=False).run(case.samples.take(np.arange(6)))[last.output]
-    errors = _run(Session(case.graph.evaluate), feeds)[LAYER_ERRORS].reshape(len(case.plan.layers), 6)
-    np.testing.assert_allclose(errors[-1], np.square(expected - got).sum(axis=1), rtol=1e-3, atol=1e-5)
+    errors = _run(Session(case.graph.evaluate), feeds)[LAYER_ERRORS]
+    assert case.graph.channels == (8, 8, 8, 5)
+    np.testing.assert_allclose(errors[:, -5:], np.square(expected - got), rtol=1e-3, atol=1e-5)
 
 
 def test_gradients_of_the_last_layer_agree_with_finite_differences(case):
@@ -111,8 +117,8 @@ def test_gradients_of_the_last_layer_agree_with_finite_differences(case):
 
 def test_scale_gradient_is_the_lsq_rule(engine):
     """One quantizer: dL/ds = sum dy * (q - z - mask * x / s)."""
-    from op_samples import SAMPLES
     from onnx import TensorProto, helper
+    from op_samples import SAMPLES
 
     from eptq_onnx.graph import edit
     from eptq_onnx.ops import LSQ_DOMAIN
@@ -208,12 +214,21 @@ def test_split_keeps_samples_apart():
     assert [p.tolist() for p in lone] == [[0], [0]]
 
 
-def test_attention_weights_are_relative_to_the_largest_layer(case):
-    table = attention_weights(case.plan, case.scores, 24, case.config)
+def test_attention_is_relative_to_the_largest_layer(case):
+    table = layer_attention(case.plan, case.scores, 24)
     assert table.shape == (4, 24)
     assert table.mean(axis=1).max() == pytest.approx(1)
-    nothing = attention_weights(case.plan, None, 24, case.config)
-    np.testing.assert_array_equal(nothing, 1)
-    partial = Scores(case.scores.layers[1:], case.scores.samples[1:], {})
-    filled = attention_weights(case.plan, partial, 24, case.config)
+    np.testing.assert_array_equal(layer_attention(case.plan, None, 24), 1)
+    channels = {n: v for n, v in case.scores.channels.items() if n != case.plan.layers[0].output}
+    filled = layer_attention(case.plan, Scores(channels, {}, 5), 24)
     np.testing.assert_allclose(filled[0], filled[1:].mean(axis=0), rtol=1e-5)
+
+
+def test_attention_of_channels_peaks_at_that_of_the_layer(case):
+    columns = {kind: channel_attention(case.plan, case.scores, case.graph.channels, 24, Config(attention=kind)) for kind in Attention}
+    assert all(c.shape == (24, 29) for c in columns.values())
+    np.testing.assert_array_equal(columns[Attention.NONE], 1)
+    layer, channel = (columns[k][:, :8] for k in (Attention.LAYER, Attention.CHANNEL))
+    np.testing.assert_array_equal(layer, layer[:, :1].repeat(8, axis=1))
+    np.testing.assert_allclose(channel.max(axis=1), layer[:, 0], rtol=1e-6)
+    assert (channel < layer * 0.99).any()

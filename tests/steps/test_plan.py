@@ -90,7 +90,7 @@ def test_an_operator_without_a_row_stays_float():
 def test_pooling_shares_the_scale_of_its_input_and_resize_only_without_interpolation():
     text = (
         "g (float[N,3,8,8] x) => (float[N,4,h,w] y) {{ a = Conv (x, w)  m = MaxPool <kernel_shape = [2,2], strides = [2,2]> (a)"
-        " r = Resize <mode = \"{mode}\"> (m, , s)  y = Conv (r, v) }}"
+        ' r = Resize <mode = "{mode}"> (m, , s)  y = Conv (r, v) }}'
     )
     constants = {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 3, 3), "s": np.array([1, 1, 2, 2], np.float32)}
     nearest = make(parse(text.format(mode="nearest"), constants))

@@ -46,7 +46,7 @@ def test_importance_is_used_by_hmse_only():
     base = Config(weight_bits=3, weight_range=WeightRange.HMSE)
     model, p, calibration, plain = start(small_convnet(), {"image": images()}, base)
     h = {n: np.abs(normal(*GraphView(model).constant(n).shape, seed=9)) ** 4 for n in p.weight_specs}
-    scores = Scores((), np.zeros((0, 0), np.float32), h)
+    scores = Scores({}, h, 5)
     weighted = weight_ranges(model, p, calibration, scores, base)
     ignored = weight_ranges(model, p, calibration, scores, Config(weight_bits=3, weight_range=WeightRange.MSE))
     assert any((weighted.weights[n].scale != plain.weights[n].scale).any() for n in h)
@@ -58,7 +58,7 @@ def test_a_large_bias_on_tiny_weights_does_not_overflow_int32():
         "g (float[N,3,8,8] x) => (float[N,4,6,6] y) { y = Conv (x, w, b) }",
         {"w": normal(4, 3, 3, 3) * np.array([1, 1e-9, 0, 1], np.float32).reshape(-1, 1, 1, 1), "b": np.array([1, 1000, 50, 0], np.float32)},
     )
-    _, p, calibration, rounding = start(model, {"x": images() * 1e-3}, Config(weight_range=WeightRange.MSE))
+    _, _p, calibration, rounding = start(model, {"x": images() * 1e-3}, Config(weight_range=WeightRange.MSE))
     scale = calibration.activations["x"].scale * rounding.weights["w"].scale
     assert (np.abs([1, 1000, 50, 0]) / scale < 2**31).all()
 

@@ -76,7 +76,7 @@ def test_bias_is_int32_with_the_product_of_the_scales():
 
 
 def test_four_bit_activations_stay_in_their_range_and_kernels_stay_integer(tmp_path):
-    _, p, _, quantized, stands_for = written(small_convnet(), {"image": images()}, activation_bits=4)
+    _, _p, _, quantized, stands_for = written(small_convnet(), {"image": images()}, activation_bits=4)
     probe = onnx.ModelProto()
     probe.CopyFrom(quantized)
     view = GraphView(quantized)
@@ -105,7 +105,7 @@ def test_a_quantized_graph_output_keeps_its_name():
 
 
 def test_an_output_that_is_also_read_inside():
-    model, _, _, quantized, _ = written(
+    _model, _, _, quantized, _ = written(
         parse(
             "g (float[N,3,8,8] x) => (float[N,4,6,6] y, float[N,4,6,6] z) { y = Conv (x, w)  z = Conv (y, v) }",
             {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 1, 1)},
@@ -117,7 +117,7 @@ def test_an_output_that_is_also_read_inside():
 
 
 def test_a_weight_read_in_float_elsewhere_is_kept_in_float_for_that_reader():
-    model, p, _, quantized, _ = written(
+    model, _p, _, quantized, _ = written(
         parse(
             "g (float[N,3,8,8] x) => (float[N,4,6,6] y, float[4,3,3,3] t) { y = Conv (x, w)  t = Tanh (w) }", {"w": normal(4, 3, 3, 3)}
         ).__class__.FromString(
@@ -149,7 +149,7 @@ def test_a_target_is_data(tmp_path, symmetric):
     text = text.replace("symmetric = false", f"symmetric = {str(symmetric).lower()}")
     (tmp_path / "mine.toml").write_text(text)
     target = targets.load(str(tmp_path / "mine.toml"))
-    model, p, _, quantized, _ = written(small_convnet(), {"image": images()}, target)
+    model, _p, _, quantized, _ = written(small_convnet(), {"image": images()}, target)
     assert all(t.data_type != onnx.TensorProto.INT32 for t in quantized.graph.initializer)
     zero_points = [t for t in quantized.graph.initializer if t.name.endswith("zero_point") and t.data_type == onnx.TensorProto.INT8]
     assert zero_points
