@@ -115,7 +115,10 @@ def test_the_range_of_a_tensor_looks_through_the_function_that_reads_it():
 
 
 def test_a_tensor_with_two_ways_out_counts_by_itself():
-    text = "g (float[N,3,8,8] x) => (float[N,4,6,6] y, float[N,4,6,6] z) { a = Conv (x, w)  s = Sigmoid (a)  y = Conv (s, v)  z = Conv (a, v) }"
+    text = (
+        "g (float[N,3,8,8] x) => (float[N,4,6,6] y, float[N,4,6,6] z)"
+        " { a = Conv (x, w)  s = Sigmoid (a)  y = Conv (s, v)  z = Conv (a, v) }"
+    )
     p = plan(normalize(parse(text, {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 1, 1)}), 13), targets.load("ort-x64"), Config())
     assert p.quantizer_of["a"].through == "a"
 
