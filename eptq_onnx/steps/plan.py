@@ -297,8 +297,11 @@ def _through(view: GraphView, tensor: str) -> str:
 
 
 def _channel_axis(view: GraphView, tensor: str) -> int:
-    """Axis 1 of images, else the last."""
+    """That of the layer that makes the tensor; else axis 1 of images and the last of all others."""
     rank = len(view.shape(tensor) or ())
+    producer = view.producer.get(tensor)
+    if producer is not None and spec_of(producer).role is Role.LAYER and rank:
+        return spec_of(producer).output_axis % rank
     return 1 if rank >= 4 else max(rank - 1, 0)
 
 

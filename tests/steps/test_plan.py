@@ -138,3 +138,15 @@ def test_nothing_to_quantize():
         make(parse("g (float[N,3] x) => (float[N,3] y) { y = Relu (x) }"))
     with pytest.raises(ModelError, match="its weight is computed at run time"):
         make(parse("g (float[N,3,8,8] x, float[3,3,1,1] w) => (float[N,3,8,8] y) { y = Conv (x, w) }"))
+
+
+def test_channel_axes_are_those_of_the_layers():
+    p = make(
+        parse(
+            "g (float[N,3,8,8] x) => (float[N,4,8,5] y)"
+            " { a = Conv <pads = [1,1,1,1]> (x, w)  m = MatMul (a, v)  r = Sigmoid (m)  y = MatMul (r, u) }",
+            {"w": normal(4, 3, 3, 3), "v": normal(8, 6), "u": normal(6, 5)},
+        )
+    )
+    axes = {q.name: q.channel_axis for q in p.activations}
+    assert (axes["x"], axes["a"], axes["m"]) == (1, 1, 3)
