@@ -41,7 +41,8 @@ class Gradient(Enum):
     NONE = "no gradient: what lies before it is optimized on its own outputs only"
 
 
-def _same(node: NodeProto, view: GraphView) -> str | None:
+def _welcome(node: NodeProto, view: GraphView) -> str | None:
+    """No objection."""
     return None
 
 
@@ -83,7 +84,7 @@ class OpSpec:
     gradient: Gradient = Gradient.ENGINE
     elementwise: bool = False
     bounds: Callable[[NodeProto, GraphView], Bounds] | None = None
-    objection: Callable[[NodeProto, GraphView], str | None] = _same
+    objection: Callable[[NodeProto, GraphView], str | None] = _welcome
 
     def data_inputs(self, node: NodeProto) -> list[str]:
         """Names of the inputs that carry activations."""
@@ -148,9 +149,8 @@ def _maxpool_objection(node: NodeProto, view: GraphView) -> str | None:
 
 
 def _pad_objection(node: NodeProto, view: GraphView) -> str | None:
-    mode = attribute(node, "mode", "constant")
-    if mode != "constant" or (len(node.input) > 2 and node.input[2] and not view.is_constant(node.input[2])):
-        return None if mode != "constant" else "its fill value is computed at run time"
+    if len(node.input) > 2 and node.input[2] and not view.is_constant(node.input[2]):
+        return "its fill value is computed at run time"
     return None
 
 

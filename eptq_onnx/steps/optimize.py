@@ -7,7 +7,7 @@ them: it is never worse than the start on that objective.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -195,7 +195,8 @@ def optimize(
     state = _State(model, plan, start, graph, calibration, config)
     attention = channel_attention(plan, scores, graph.channels, len(indices), config)
     seen, held = split(len(indices), config.holdout, config.seed)
-    judge = _Judge(graph, samples, indices, held, attention)
+    batches = _Batches(graph, samples, indices, attention)
+    judge = _Judge(graph, batches, held)
     best, best_step = start, 0
     checkpoints = [(0, judge(state, start))]
     session = Session(graph.train)
@@ -208,7 +209,7 @@ def optimize(
         while len(queue) < batch:
             queue.extend(rng.permutation(seen).tolist())
         chosen, queue = np.array(queue[:batch]), queue[batch:]
-        losses.append(state.step(session, samples, indices, chosen, attention, step, total))
+        losses.append(state.step(session, batches, chosen, step, total))
         progress(step + 1, total, losses[-1])
         due = (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total
         if due and (step + 1 >= total * 0.4):
@@ -295,42 +296,29 @@ class _State:
         self._biases = Adam(self._bias_shift)
         self._scales = Adam({ACTIVATION_SCALES: self._log_scales})
 
-    def step(
-        self,
-        session: Session,
-        samples: Samples,
-        indices: NDArray[np.int64],
-        chosen: NDArray[np.int64],
-        attention: Array,
-        step: int,
-        total: int,
-    ) -> float:
+    def step(self, session: Session, batches: _Batches, chosen: NDArray[np.int64], step: int, total: int) -> float:
         """One update from the samples at places ``chosen``; returns the loss."""
-        _config, graph = self._config, self._graph
         steps = {n: p.scale for n, p in self._start.weights.items()} | {n: w.scale * w.gamma for n, w in self.weights.items()}
         feeds = self._parameters({n: w.forward() for n, w in self.weights.items()}, steps, self._current_biases(), self._current_scales())
-        if FLOAT_SHARE in session.inputs:
-            feeds[FLOAT_SHARE] = np.array([max(0.0, 1 - (step + 1) / total)], np.float32)
+        feeds[FLOAT_SHARE] = np.array([max(0.0, 1 - (step + 1) / total)], np.float32)
         gradients: dict[str, Array] = {}
         loss = 0.0
-        for places in _micro_batches(chosen, graph.micro_batch):
-            run = {**feeds, **_batch(session, samples, indices, places, attention, graph, len(chosen))}
-            values = session.run(run, [LOSS, *graph.gradients.values()])
+        for run in batches.runs(chosen, feeds, session):
+            values = session.run(run, [LOSS, *self._graph.gradients.values()])
             loss += float(values[LOSS])
-            for name, output in graph.gradients.items():
+            for name, output in self._graph.gradients.items():
                 value = values[output]
                 gradients[name] = gradients[name] + value if name in gradients else value
-        return loss + self._update(gradients, attention, step, total)
+        return loss + self._update(gradients, batches.layer_weights, step, total)
 
-    def _update(self, gradients: dict[str, Array], attention: Array, step: int, total: int) -> float:
+    def _update(self, gradients: dict[str, Array], layer_weights: Sequence[float], step: int, total: int) -> float:
         config = self._config
         warm = config.warmup * total
         strength = config.rounding_strength if step >= warm else 0.0
         exponent = 20 + (2 - 20) * min(1.0, max(0.0, (step - warm) / max(1.0, total - warm)))
-        layer_weight = [float(part.max(axis=1).mean()) for part in np.split(attention, np.cumsum(self._graph.channels)[:-1], axis=1)]
         penalty, alphas, gammas = 0.0, {}, {}
         for name, weight in self.weights.items():
-            factor = strength * float(sum(layer_weight[k] for k in self._layers_of[name]))
+            factor = strength * float(sum(layer_weights[k] for k in self._layers_of[name]))
             alphas[name], gammas[name] = weight.backward(gradients[name], factor, exponent)
             if factor:
                 penalty += factor * weight.penalty(exponent)
@@ -385,41 +373,40 @@ class _State:
         return result
 
 
+class _Batches:
+    """Feeds of the training and evaluation graphs for chosen samples.
+
+    Parameters
+    ----------
+    graph : TrainingGraph
+    samples : Samples
+    indices : ndarray of shape (n_samples,)
+    attention : ndarray of shape (n_samples, sum of channels)
+    """
+
+    def __init__(self, graph: TrainingGraph, samples: Samples, indices: NDArray[np.int64], attention: Array) -> None:
+        self._graph, self._samples, self._indices, self._attention = graph, samples, indices, attention
+        self._positions = np.repeat(graph.positions, graph.channels)
+        parts = np.split(attention, np.cumsum(graph.channels)[:-1], axis=1)
+        self.layer_weights = [float(part.max(axis=1).mean()) for part in parts]
+        """Mean attention of each layer, that of its most sensitive channel."""
+
+    def runs(self, places: NDArray[np.int64], parameters: Feeds, session: Session) -> Iterator[Feeds]:
+        """What to feed the session with, run by run, for the samples at ``places``; fillers of the last run weigh nothing."""
+        size = self._graph.micro_batch
+        padded = np.concatenate([places, np.full(-len(places) % size, -1, np.int64)])
+        for part in padded.reshape(-1, size):
+            weight = self._attention[part] * (part >= 0)[:, None] / (self._positions * np.float32(len(places)))
+            feeds = {**parameters, **self._samples.take(self._indices[part]), ATTENTION: weight.astype(np.float32)}
+            yield {name: value for name, value in feeds.items() if name in session.inputs}
+
+
 class _Judge:
     """The attention-weighted error of hard-rounded candidates on held-out samples."""
 
-    def __init__(
-        self, graph: TrainingGraph, samples: Samples, indices: NDArray[np.int64], held: NDArray[np.int64], attention: Array
-    ) -> None:
-        self._session = Session(graph.evaluate)
-        self._graph, self._samples, self._indices, self._held, self._attention = graph, samples, indices, held, attention
+    def __init__(self, graph: TrainingGraph, batches: _Batches, held: NDArray[np.int64]) -> None:
+        self._session, self._batches, self._held = Session(graph.evaluate), batches, held
 
     def __call__(self, state: _State, candidate: Rounding) -> float:
-        feeds = {n: v for n, v in state.hard_parameters(candidate).items() if n in self._session.inputs}
-        total = 0.0
-        for places in _micro_batches(self._held, self._graph.micro_batch):
-            batch = _batch(self._session, self._samples, self._indices, places, self._attention, self._graph, len(self._held))
-            total += float(self._session.run({**feeds, **batch}, [LOSS])[LOSS])
-        return total
-
-
-def _micro_batches(places: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
-    """Split places into runs of the graph; the last is filled up with -1."""
-    padded = np.concatenate([places, np.full(-len(places) % size, -1, np.int64)])
-    return list(padded.reshape(-1, size))
-
-
-def _batch(
-    session: Session,
-    samples: Samples,
-    indices: NDArray[np.int64],
-    places: NDArray[np.int64],
-    attention: Array,
-    graph: TrainingGraph,
-    count: int,
-) -> Feeds:
-    """Model inputs and attention of one run; places of -1 weigh nothing."""
-    weight = attention[places] * (places >= 0)[:, None] / (np.repeat(graph.positions, graph.channels) * np.float32(count))
-    feeds = {n: v for n, v in samples.take(indices[places]).items() if n in session.inputs}
-    feeds[ATTENTION] = weight.astype(np.float32)
-    return feeds
+        runs = self._batches.runs(self._held, state.hard_parameters(candidate), self._session)
+        return sum(float(self._session.run(feeds, [LOSS])[LOSS]) for feeds in runs)

@@ -67,6 +67,8 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
     edit.promote_to_inputs(evaluate, parameters)
     gradient = engine.differentiate(train, LOSS, [*parameters, *([ACTIVATION_SCALES] if learned else [])])
+    # Weights that no gradient reaches are fed too: the student is quantized everywhere.
+    edit.promote_to_inputs(gradient.model, parameters)
     edit.set_outputs(gradient.model, [LOSS, LAYER_ERRORS, *gradient.gradients.values()])
     return TrainingGraph(
         train=gradient.model,

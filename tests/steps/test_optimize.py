@@ -232,3 +232,19 @@ def test_attention_of_channels_peaks_at_that_of_the_layer(case):
     np.testing.assert_array_equal(layer, layer[:, :1].repeat(8, axis=1))
     np.testing.assert_allclose(channel.max(axis=1), layer[:, 0], rtol=1e-6)
     assert (channel < layer * 0.99).any()
+
+
+def test_a_layer_behind_an_operator_without_gradient_is_said_not_to_be_optimized(engine):
+    """Round passes no gradient: what only it reads keeps its own output's loss, and the run goes on."""
+    from graphs import normal, parse
+
+    import eptq_onnx
+
+    model = parse(
+        "g (float[N,3,8,8] image) => (float[N,4,6,6] y) { a = Conv (image, w)  r = Round (a)  y = Conv (r, v) }",
+        {"w": normal(4, 3, 3, 3, scale=2), "v": normal(4, 4, 1, 1)},
+    )
+    result = eptq_onnx.quantize(model, images(16), Config(steps=4, weight_bits=4, batch_size=4))
+    assert result.report.optimization is not None
+    (note,) = result.report.notes
+    assert "has no Hessian score: no output depends on it through operators that have a gradient" in note
