@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from graphs import images, silent, small_convnet
+
+import eptq_onnx
+from eptq_onnx import Config, OutputError, data, targets
+from eptq_onnx.runtime import Session
+from eptq_onnx.steps.normalize import normalize
+from eptq_onnx.steps.plan import plan
+from eptq_onnx.steps.verify import count_kernels, verify
+
+
+def test_the_report_measures_what_a_user_would():
+    """Output SQNR over the held-out samples, recomputed by hand."""
+    from eptq_onnx.steps.optimize import split
+
+    result = eptq_onnx.quantize(small_convnet(), images(20), Config(preset="fast"))
+    held = images(20)[split(20, 0.2, 0)[1]]
+    expected, got = (Session(m).run({"image": held})["logits"] for m in (small_convnet(), result.model))
+    by_hand = 10 * np.log10(np.square(expected).sum() / np.square(expected - got).sum())
+    v = result.report.verification
+    assert v.samples == 4
+    assert v.outputs["logits"] == pytest.approx(by_hand, abs=0.05)
+    assert set(v.layers) == {x.node for x in result.report.layers}
+    assert v.layers[result.report.layers[-1].node] == pytest.approx(by_hand, abs=0.05)
+    assert v.quantized_bytes == result.model.ByteSize()
+
+
+def test_kernels_are_counted_by_the_operator_that_they_stand_for():
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(t, [], [f"o{k}"]) for k, t in enumerate(["QLinearConv", "QLinearConv", "MatMulIntegerToFloat", "Conv"])],
+        "g", [], [],
+    )  # fmt: skip
+    assert count_kernels(onnx.helper.make_model(graph), targets.load("ort-x64")) == {"Conv": 2, "MatMul": 1}
+
+
+def test_an_invalid_model_is_not_passed_on():
+    model = normalize(small_convnet(), 13)
+    target = targets.load("ort-x64")
+    p = plan(model, target, Config())
+    broken = onnx.ModelProto()
+    broken.CopyFrom(model)
+    broken.graph.node[0].op_type = "Nonsense"
+    with pytest.raises(OutputError, match="not valid ONNX"):
+        verify(model, broken, p, {}, target, data.read(images(4), model), np.arange(4), silent)
