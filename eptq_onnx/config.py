@@ -104,7 +104,7 @@ class Config(BaseModel):
     rounding_lr, bias_lr, scale_lr, activation_scale_lr : float
         Learning rates of the rounding variables (default 0.05 for ``soft``, 0.005 integer steps for
         ``straight-through``), of the biases (in units of the layer output's RMS), of the weight scale factors and of
-        the logarithms of the activation scales; all fall to 0 as a cosine.
+        the logarithms of the activation scales below 8 bits; all fall to 0 as a cosine.
     rounding_strength : float
         Lambda, the weight of the penalty on undecided weights (``soft`` only).
     warmup : float
@@ -131,7 +131,7 @@ class Config(BaseModel):
     damping: float = Field(0.1, ge=0)
     probes: int = Field(2, ge=1)
     score_samples: int = Field(256, ge=1)
-    batch_size: int = Field(16, ge=1)
+    batch_size: int = Field(8, ge=1)
     holdout: float = Field(0.2, gt=0, lt=0.9)
     max_noise: float = Field(0.1, ge=0)
     rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH

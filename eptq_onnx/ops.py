@@ -65,6 +65,8 @@ class OpSpec:
         Channel axis of a layer's output.
     lowering : Lowering or None
     gradient : Gradient
+    rearranges : bool
+        True if the output holds every element of the inputs, in another order or shape.
     elementwise : bool
         True if every output element depends on the input elements at its place only.
     bounds : callable or None
@@ -82,6 +84,7 @@ class OpSpec:
     output_axis: int = 1
     lowering: lower.Lowering | None = None
     gradient: Gradient = Gradient.ENGINE
+    rearranges: bool = False
     elementwise: bool = False
     bounds: Callable[[NodeProto, GraphView], Bounds] | None = None
     objection: Callable[[NodeProto, GraphView], str | None] = _welcome
@@ -155,6 +158,7 @@ def _pad_objection(node: NodeProto, view: GraphView) -> str | None:
 
 
 _MOVES = OpSpec(Role.EQUAL_SCALE)
+_REARRANGES = OpSpec(Role.EQUAL_SCALE, rearranges=True)
 _FLOAT = OpSpec()
 
 TABLE: dict[tuple[str, str], OpSpec] = {
@@ -174,7 +178,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Sub"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
     ("", "Mul"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
     ("", "Div"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
-    ("", "Concat"): OpSpec(Role.ARITHMETIC, data=None),
+    ("", "Concat"): OpSpec(Role.ARITHMETIC, data=None, rearranges=True),
     ("", "Where"): OpSpec(Role.ARITHMETIC, data=(1, 2)),
     ("", "AveragePool"): OpSpec(Role.ARITHMETIC, lowering=lower.explicit_padding),
     ("", "GlobalAveragePool"): OpSpec(Role.ARITHMETIC),
@@ -187,17 +191,17 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "PRelu"): _lowered(lower.prelu, Role.ARITHMETIC, data=(0, 1), elementwise=True),
     # values move, the scale stays
     ("", "MaxPool"): OpSpec(Role.EQUAL_SCALE, lowering=lower.explicit_padding, objection=_maxpool_objection),
-    ("", "Reshape"): _MOVES,
-    ("", "Flatten"): _MOVES,
-    ("", "Squeeze"): _MOVES,
-    ("", "Unsqueeze"): _MOVES,
-    ("", "Transpose"): _MOVES,
+    ("", "Reshape"): _REARRANGES,
+    ("", "Flatten"): _REARRANGES,
+    ("", "Squeeze"): _REARRANGES,
+    ("", "Unsqueeze"): _REARRANGES,
+    ("", "Transpose"): _REARRANGES,
     ("", "Slice"): _MOVES,
     ("", "Split"): _lowered(lower.split, Role.EQUAL_SCALE),
     ("", "Gather"): _MOVES,
     ("", "Expand"): _MOVES,
     ("", "Tile"): _MOVES,
-    ("", "Identity"): _MOVES,
+    ("", "Identity"): _REARRANGES,
     ("", "Pad"): OpSpec(Role.EQUAL_SCALE, objection=_pad_objection),
     ("", "Resize"): _lowered(lower.resize, Role.EQUAL_SCALE, objection=_resize_objection),
     ("", "DepthToSpace"): _lowered(lower.depth_to_space, Role.EQUAL_SCALE),
@@ -250,3 +254,28 @@ def output_channels(node: NodeProto, view: GraphView) -> int:
 def without_gradient(view: GraphView) -> frozenset[str]:
     """Names of the nodes that gradients cannot pass."""
     return frozenset(n.name for n in view.nodes if spec_of(n).gradient is Gradient.NONE)
+
+
+def output_parts(view: GraphView) -> list[str]:
+    """The float tensors that the outputs are put together from.
+
+    An output is looked into through operators that only rearrange its elements (a detector that joins boxes and scores
+    has a part of each kind, and each has a spread of its own), and through operators that no gradient passes.
+    """
+    blocked = without_gradient(view)
+    parts: dict[str, None] = {}
+    queue, seen = list(view.outputs), set[str]()
+    while queue:
+        name = queue.pop(0)
+        node = view.producer.get(name)
+        if name in seen or node is None:
+            continue
+        seen.add(name)
+        row = spec_of(node)
+        if view.is_float(name) and row.rearranges:
+            queue.extend(row.data_inputs(node))
+        elif view.is_float(name) and node.name not in blocked:
+            parts[name] = None
+        else:
+            queue.extend(i for i in node.input if i and not view.is_constant(i))
+    return list(parts)

@@ -184,7 +184,7 @@ class Calibration:
     activations : dict of str to QuantParams
         Per activation quantizer (by its name).
     power : dict of str to float
-        Mean square of each layer output and float model output.
+        Mean square of each layer output and of each tensor that the model's outputs are put together from.
     variance : dict of str to float
         Variance of the same tensors.
     unused_samples : int

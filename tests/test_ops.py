@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from gradcheck import check_gradients
+from graphs import parse
 from op_samples import SAMPLES, Sample
 
 from eptq_onnx import ops
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.lower import lower
+from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import Gradient
 from eptq_onnx.runtime import Session
 
@@ -51,3 +54,26 @@ def test_the_check_can_fail(engine, monkeypatch):
     with pytest.raises(AssertionError, match="finite difference"):
         check_gradients(engine, sample.model(), sample.feeds, sample.checked)
     assert module.hard_swish is not wrong
+
+
+def _parts(text: str, constants=None) -> list[str]:
+    model = parse(text, constants)
+    for k, node in enumerate(model.graph.node):
+        node.name = f"n{k}"
+    return ops.output_parts(GraphView(onnx.shape_inference.infer_shapes(model)))
+
+
+def test_output_parts_lie_before_operators_without_gradient():
+    assert _parts(
+        "g (float[N,4] x) => (int64[N,1] best, float[N,4] rounded)"
+        " { y = Sigmoid (x)  best = ArgMax <axis = 1> (y)  z = Tanh (x)  rounded = Round (z) }"
+    ) == ["y", "z"]
+
+
+def test_output_parts_are_what_a_detector_joins():
+    assert _parts(
+        "g (float[N,4,6] x) => (float[N,12,6] y)"
+        " { boxes = Relu (x)  scores = Sigmoid (x)  c = Concat <axis = 1> (boxes, scores)  t = Transpose <perm = [0,2,1]> (c)"
+        " r = Reshape (t, shape)  u = Identity (r)  v = Concat <axis = 1> (u, scores)  y = Identity (v) }",
+        {"shape": np.array([0, 8, 6])},
+    ) == ["scores", "boxes"]

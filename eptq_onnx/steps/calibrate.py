@@ -17,6 +17,7 @@ from eptq_onnx.config import ActivationRange, Config
 from eptq_onnx.data import Samples
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.ops import output_parts
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import ActivationQuantizer, Array, Calibration, Plan, QuantParams
 
@@ -188,7 +189,7 @@ def calibrate(
     view = GraphView(model)
     observed = {q.name: Histogram() for q in plan.activations if not q.constant}
     measured = [layer.output for layer in plan.layers]
-    measured += [o for o in view.outputs if view.is_float(o) and o not in measured]
+    measured += [o for o in output_parts(view) if o not in measured]
     axes = {q.name: q.channel_axis for q in plan.activations}
     importance = {name: _damped(table.mean(axis=0), config.damping) for name, table in (scores or {}).items() if name in observed}
     sums = {name: np.zeros(3) for name in measured}

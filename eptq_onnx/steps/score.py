@@ -48,7 +48,7 @@ def score(
     indices : ndarray of shape (n_samples,)
         The samples to score.
     calibration : Calibration
-        Gives the spread that each output is divided by.
+        Gives the spread that each part of the outputs is divided by.
     engine : Engine
     config : Config
         ``probes`` and ``seed``.
@@ -62,7 +62,9 @@ def score(
     """
     size = samples.micro_batch(min(config.batch_size, len(indices)))
     private, _ = lower(edit.specialize(model, samples.shapes(size)), ops.LOWERINGS)
-    points = probe_points(GraphView(private))
+    points = ops.output_parts(GraphView(model))
+    if not points:
+        raise GradientError("no output of the model depends on its layers through operators that have a gradient.")
     probes = _add_loss(private, points)
     weights = list(plan.weight_specs)
     axes = _scored_tensors(GraphView(private), plan)
@@ -98,26 +100,6 @@ def score(
         output_size=sum(int(np.prod(s)) for s in shapes.values()) // size,
         unreached={layer.node: gradient.unreached[layer.output] for layer in plan.layers if layer.output in gradient.unreached},
     )
-
-
-def probe_points(view: GraphView) -> list[str]:
-    """The float tensors that are probed: the outputs, or what they are computed from where no gradient passes."""
-    blocked = ops.without_gradient(view)
-    points: dict[str, None] = {}
-    queue, seen = list(view.outputs), set()
-    while queue:
-        name = queue.pop(0)
-        node = view.producer.get(name)
-        if name in seen or node is None:
-            continue
-        seen.add(name)
-        if view.is_float(name) and node.name not in blocked:
-            points[name] = None
-        else:
-            queue.extend(i for i in node.input if i and not view.is_constant(i))
-    if not points:
-        raise GradientError("no output of the model depends on its layers through operators that have a gradient.")
-    return list(points)
 
 
 def _shape(model: ModelProto, name: str) -> tuple[int, ...]:

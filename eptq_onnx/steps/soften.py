@@ -61,7 +61,9 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     moving = view.downstream(outputs, ops.without_gradient(view))
     needed = view.upstream(outputs)
     read = {name for node in view.nodes if any(o in needed for o in node.output) for name in node_reads(node)}
-    learned = tuple(q.name for q in plan.activations if config.activation_scale_lr and not q.constant and q.name in moving & read)
+    # At 8 bits learning it brings nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a sixth of the step.
+    low = [q for q in plan.activations if q.spec.bits < 8 and not q.constant and config.activation_scale_lr]
+    learned = tuple(q.name for q in low if q.name in moving & read)
     train, channels, positions = _compose(lowered, plan, start, learned, size, gradual=config.gradual_activations)
     evaluate, _, _ = _compose(lowered, plan, start, learned, size, gradual=False)
     parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]

@@ -9,12 +9,11 @@ from graphs import silent
 
 from eptq_onnx import data, targets
 from eptq_onnx.config import Config
-from eptq_onnx.graph.view import GraphView
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.calibrate import calibrate
 from eptq_onnx.steps.normalize import normalize
 from eptq_onnx.steps.plan import plan
-from eptq_onnx.steps.score import probe_points, score
+from eptq_onnx.steps.score import score
 
 TINY = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -116,19 +115,3 @@ def test_a_short_last_batch_counts_no_sample_twice(case, engine):
     other = score(model, the_plan, samples, np.arange(6), calibration, engine, config, silent)
     for name in scores.weights:
         assert float(other.weights[name].mean()) == pytest.approx(float(scores.weights[name].mean()), rel=0.1)
-
-
-def test_probes_go_before_operators_without_gradient():
-    model = onnx.parser.parse_model("""
-    <ir_version: 8, opset_import: ["" : 17]>
-    g (float[N,4] x) => (int64[N,1] best, float[N,4] rounded)
-    {
-        y = Sigmoid (x)
-        best = ArgMax <axis = 1> (y)
-        z = Tanh (x)
-        rounded = Round (z)
-    }
-    """)
-    for k, node in enumerate(model.graph.node):
-        node.name = f"n{k}"
-    assert probe_points(GraphView(onnx.shape_inference.infer_shapes(model))) == ["y", "z"]
