@@ -81,7 +81,7 @@ def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[s
         )
     activations = _activations(draft, layers, config)
     absorbed = _absorbed_nodes(draft, activations)
-    return Plan(layers, activations, _integer_nodes(draft), absorbed, _kept_float(draft), target.bias.integer)
+    return Plan(layers, activations, _integer_nodes(draft), absorbed, _kept_float(draft, absorbed), target.bias.integer)
 
 
 def _absorb(draft: _Draft) -> None:
@@ -106,8 +106,12 @@ def _choose(draft: _Draft) -> None:
         reason = _objection(node, spec, draft)
         if reason is None:
             draft.quantized[node.name] = spec
-        elif spec.role is not Role.CLIPPING or node.input[0] not in draft.absorbed:
+        else:
             draft.reasons[node.name] = reason
+    for node in draft.view.nodes:
+        # An absorbed function belongs to the node in front of it, and is float only if that is.
+        if node.input and node.input[0] in draft.absorbed and draft.view.producer[node.input[0]].name not in draft.reasons:
+            del draft.reasons[node.name]
 
 
 def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
@@ -319,10 +323,10 @@ def _absorbed_nodes(draft: _Draft, activations: tuple[ActivationQuantizer, ...])
     }
 
 
-def _kept_float(draft: _Draft) -> tuple[KeptFloat, ...]:
+def _kept_float(draft: _Draft, absorbed: Mapping[str, str]) -> tuple[KeptFloat, ...]:
     view = draft.view
     return tuple(
         KeptFloat(n.name, n.op_type, draft.reasons[n.name])
         for n in view.nodes
-        if n.name in draft.reasons and any(view.is_float(o) for o in n.output)
+        if n.name in draft.reasons and n.name not in absorbed and any(view.is_float(o) for o in n.output)
     )

@@ -150,3 +150,14 @@ def test_channel_axes_are_those_of_the_layers():
     )
     axes = {q.name: q.channel_axis for q in p.activations}
     assert (axes["x"], axes["a"], axes["m"]) == (1, 1, 3)
+
+
+def test_a_relu_behind_a_float_layer_is_float_unless_a_quantizer_cuts_off_the_same():
+    constants = {"w": normal(3, 4, 3, 3), "v": normal(4, 4, 1, 1), "u": normal(4, 3, 1, 1)}
+    text = "g (float[N,3,8,8] x) => (float[N,4,h,w] y, float[N,4,8,8] z) {{ a = ConvTranspose (x, w)  r = Relu (a)  {} z = Conv (x, u) }}"
+    read = make(parse(text.format("y = Conv (r, v)"), constants))
+    assert set(reasons(read)) == {"ConvTranspose"}
+    assert list(read.absorbed.values()) == ["Relu"]
+    unread = make(parse(text.format("y = Tanh (r)"), constants))
+    assert set(reasons(unread)) == {"ConvTranspose", "Relu", "Tanh"}
+    assert not unread.absorbed
