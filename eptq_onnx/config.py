@@ -133,7 +133,7 @@ class Config(BaseModel):
     score_samples: int = Field(256, ge=1)
     batch_size: int = Field(8, ge=1)
     holdout: float = Field(0.2, gt=0, lt=0.9)
-    max_noise: float = Field(0.05, ge=0)
+    max_noise: float = Field(0.02, ge=0)
     rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH
     optimizer: Optimizer = Optimizer.ADAM
     rounding_lr: float | None = Field(None, ge=0)
