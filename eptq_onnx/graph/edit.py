@@ -12,8 +12,6 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx.graph.view import node_reads, opset_of
 
-MICROSOFT = "com.microsoft"
-
 
 def all_names(model: ModelProto) -> set[str]:
     """Every tensor and node name of the main graph."""
@@ -144,6 +142,14 @@ def set_outputs(model: ModelProto, names: Sequence[str]) -> None:
     del model.graph.output[:]
     for name in names:
         add_output(model, name)
+
+
+def exposing(model: ModelProto, names: Iterable[str]) -> ModelProto:
+    """A copy that also has ``names`` as outputs."""
+    result = with_nodes(model, model.graph.node)
+    for name in dict.fromkeys(names):
+        add_output(result, name)
+    return result
 
 
 def import_domain(model: ModelProto, domain: str, version: int = 1) -> None:

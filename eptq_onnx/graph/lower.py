@@ -58,11 +58,6 @@ def lower(model: ModelProto, rules: Mapping[tuple[str, str], Lowering]) -> tuple
     return onnx.shape_inference.infer_shapes(lowered, data_prop=True), refused
 
 
-def _channels(view: GraphView, b: Builder, name: str, rank: int) -> str:
-    """A per-channel constant reshaped to broadcast along axis 1."""
-    return b.constant(view.constant(name).reshape([1, -1] + [1] * (rank - 2)), name)
-
-
 def _rank(view: GraphView, name: str) -> int:
     shape = view.shape(name)
     if shape is None:

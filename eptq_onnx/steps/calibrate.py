@@ -193,11 +193,8 @@ def calibrate(
     axes = {q.name: q.channel_axis for q in plan.activations}
     importance = {name: _damped(table.mean(axis=0), config.damping) for name, table in (scores or {}).items() if name in observed}
     sums = {name: np.zeros(3) for name in measured}
-    probe = edit.with_nodes(model, model.graph.node)
     wanted = [n for n in dict.fromkeys([*observed, *measured]) if n not in view.inputs]
-    for name in wanted:
-        edit.add_output(probe, name, TensorProto.FLOAT)
-    session = Session(probe)
+    session = Session(edit.exposing(model, wanted))
     size = samples.micro_batch(8)
     done = 0
     for part in samples.batches(range(samples.count), size):

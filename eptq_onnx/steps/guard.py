@@ -49,10 +49,7 @@ def sensitive_activations(
     quantizers = {q.name: q for q in plan.activations if q.name in scores.channels}
     if not quantizers or config.max_noise == 0:
         return {}
-    probe = edit.with_nodes(model, model.graph.node)
-    for name in quantizers:
-        edit.add_output(probe, name)
-    session = Session(probe)
+    session = Session(edit.exposing(model, quantizers))
     size = samples.micro_batch(4)
     noise = dict.fromkeys(quantizers, 0.0)
     seen = 0

@@ -80,13 +80,13 @@ def score(
     power = np.zeros((len(indices), sum(channels)), np.float64)
     rng = np.random.default_rng(config.seed)
     rounds = -(-len(indices) // size)
+    wanted = [_ATTENTION, *(gradient.gradients[n] for n in fixed)]
     for k in range(rounds):
         places = np.arange(k * size, (k + 1) * size)
         real = places < len(indices)
         feeds = samples.take(indices[places % len(indices)])
         for turn in range(config.probes):
             draw = {n: _rademacher(rng, shapes[n], real) / np.float32(spread[n]) for n in probes.values()}
-            wanted = [_ATTENTION, *(gradient.gradients[n] for n in fixed)]
             values = session.run({**{n: v for n, v in feeds.items() if n in session.inputs}, **fixed, **draw}, wanted)
             power[places[real]] += values[_ATTENTION][real]
             for name in fixed:

@@ -73,8 +73,8 @@ def verify(
     view = GraphView(model)
     outputs = [o for o in view.outputs if view.is_float(o)]
     pairs = {x.node: (x.result, stands_for.get(x.result, x.result)) for x in plan.layers}
-    reference = Session(_exposing(model, [float_name for float_name, _ in pairs.values()]))
-    inside = Session(_exposing(quantized, [quantized_name for _, quantized_name in pairs.values()]))
+    reference = Session(edit.exposing(model, [float_name for float_name, _ in pairs.values()]))
+    inside = Session(edit.exposing(quantized, [quantized_name for _, quantized_name in pairs.values()]))
     chosen = indices[:_SAMPLES]
     size = samples.micro_batch(8)
     power: dict[str, float] = defaultdict(float)
@@ -110,13 +110,6 @@ def count_kernels(optimized: ModelProto, target: Target) -> dict[str, int]:
     counts = Counter(node.op_type for node in optimized.graph.node)
     found = {op: sum(counts[name] for name in names) for op, names in sorted(target.kernels.items())}
     return {op: n for op, n in found.items() if n}
-
-
-def _exposing(model: ModelProto, names: list[str]) -> ModelProto:
-    copy = edit.with_nodes(model, model.graph.node)
-    for name in dict.fromkeys(names):
-        edit.add_output(copy, name)
-    return copy
 
 
 def _measure(key: str, expected: NDArray[Any], got: NDArray[Any], power: dict[str, float], noise: dict[str, float]) -> None:
