@@ -34,6 +34,13 @@ class WeightRange(str, Enum):
     HMSE = "hmse"
 
 
+class Start(str, Enum):
+    """Where the network-wise optimization starts."""
+
+    NEAREST = "nearest"
+    CLOSED_FORM = "closed-form"
+
+
 class Optimizer(str, Enum):
     """Optimizer of the rounding variables; the other parameters always use Adam."""
 
@@ -133,6 +140,11 @@ class Config(BaseModel):
     score_samples: int = Field(256, ge=1)
     batch_size: int = Field(8, ge=1)
     holdout: float = Field(0.2, gt=0, lt=0.9)
+    start: Start = Start.CLOSED_FORM
+    start_samples: int = Field(128, ge=1)
+    correction_damping: float = Field(0.05, ge=0)
+    rounding_damping: float = Field(0.01, gt=0)
+    descent_passes: int = Field(3, ge=0)
     max_noise: float = Field(0.02, ge=0)
     rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH
     optimizer: Optimizer = Optimizer.ADAM

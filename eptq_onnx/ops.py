@@ -7,14 +7,15 @@ error: it stays float, and the report says so.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
 from onnx import NodeProto
 
 from eptq_onnx.graph import lower
-from eptq_onnx.graph.view import GraphView, attribute, int_attribute
+from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
+from eptq_onnx.linear import ConvForm, LinearForm, MatrixForm
 
 Bounds = tuple[float, float]
 
@@ -63,6 +64,8 @@ class OpSpec:
         True if ``weight_axis`` holds the output channels of one group only (ConvTranspose).
     output_axis : int
         Channel axis of a layer's output.
+    linear : callable or None
+        (node, view) to the layer as a matrix product; None where it is none.
     lowering : Lowering or None
     gradient : Gradient
     rearranges : bool
@@ -82,6 +85,7 @@ class OpSpec:
     weight_axis: Callable[[NodeProto], int] = lambda node: 0
     grouped_axis: bool = False
     output_axis: int = 1
+    linear: Callable[[NodeProto, GraphView], LinearForm | None] | None = None
     lowering: lower.Lowering | None = None
     gradient: Gradient = Gradient.ENGINE
     rearranges: bool = False
@@ -157,22 +161,60 @@ def _pad_objection(node: NodeProto, view: GraphView) -> str | None:
     return None
 
 
+def _conv_form(node: NodeProto, view: GraphView) -> ConvForm:
+    weight = view.constant(node.input[1])
+    rank = weight.ndim - 2
+    return ConvForm(
+        kernel=weight.shape[2:],
+        strides=tuple(ints_attribute(node, "strides")) or (1,) * rank,
+        dilations=tuple(ints_attribute(node, "dilations")) or (1,) * rank,
+        pads=tuple(ints_attribute(node, "pads")) or None,
+        auto_pad=str(attribute(node, "auto_pad", "NOTSET")),
+        group=int_attribute(node, "group", 1),
+    )
+
+
+def _conv_transpose_form(node: NodeProto, view: GraphView) -> ConvForm | None:
+    if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID") or attribute(node, "output_shape") is not None:
+        return None
+    return replace(_conv_form(node, view), transposed=True, output_padding=tuple(ints_attribute(node, "output_padding")))
+
+
+def _gemm_form(node: NodeProto, view: GraphView) -> MatrixForm:
+    return MatrixForm(bool(int_attribute(node, "transB", 0)), float(attribute(node, "alpha", 1.0)))  # type: ignore[arg-type]
+
+
+def _matmul_form(node: NodeProto, view: GraphView) -> MatrixForm | None:
+    return MatrixForm() if view.constant(node.input[1]).ndim == 2 else None
+
+
 _MOVES = OpSpec(Role.EQUAL_SCALE)
 _REARRANGES = OpSpec(Role.EQUAL_SCALE, rearranges=True)
 _FLOAT = OpSpec()
 
 TABLE: dict[tuple[str, str], OpSpec] = {
     # layers
-    ("", "Conv"): OpSpec(Role.LAYER, weight=1, bias=2, lowering=lower.explicit_padding),
-    ("", "ConvTranspose"): OpSpec(Role.LAYER, weight=1, bias=2, weight_axis=lambda node: 1, grouped_axis=True),
+    ("", "Conv"): OpSpec(Role.LAYER, weight=1, bias=2, linear=_conv_form, lowering=lower.explicit_padding),
+    ("", "ConvTranspose"): OpSpec(
+        Role.LAYER, weight=1, bias=2, weight_axis=lambda node: 1, grouped_axis=True, linear=_conv_transpose_form
+    ),
     ("", "Gemm"): OpSpec(
         Role.LAYER,
         weight=1,
         bias=2,
         weight_axis=lambda node: 0 if int_attribute(node, "transB", 0) else 1,
+        linear=_gemm_form,
         objection=_gemm_objection,
     ),
-    ("", "MatMul"): OpSpec(Role.LAYER, data=(0, 1), weight=1, weight_axis=lambda node: -1, output_axis=-1, objection=_matmul_objection),
+    ("", "MatMul"): OpSpec(
+        Role.LAYER,
+        data=(0, 1),
+        weight=1,
+        weight_axis=lambda node: -1,
+        output_axis=-1,
+        linear=_matmul_form,
+        objection=_matmul_objection,
+    ),
     # arithmetic that some runtimes do on integers
     ("", "Add"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
     ("", "Sub"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),

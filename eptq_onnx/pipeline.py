@@ -17,7 +17,7 @@ from onnx import ModelProto
 
 import eptq_onnx
 from eptq_onnx import targets
-from eptq_onnx.config import Attention, Config, WeightRange
+from eptq_onnx.config import Attention, Config, Start, WeightRange
 from eptq_onnx.data import Source, read
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
@@ -25,6 +25,7 @@ from eptq_onnx.graph import io
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.steps.calibrate import calibrate
+from eptq_onnx.steps.closed_form import closed_form
 from eptq_onnx.steps.guard import sensitive_activations
 from eptq_onnx.steps.normalize import normalize
 from eptq_onnx.steps.optimize import layer_attention, optimize, split
@@ -128,6 +129,13 @@ def quantize(
                 calibration = again(plan=plan, scores=scores.channels)
     with clock("ranges"):
         rounding = weight_ranges(float_model, plan, calibration, scores, config)
+    seen, held = (chosen[part] for part in split(len(chosen), config.holdout, config.seed))
+    if config.start is Start.CLOSED_FORM:
+        with clock("closed form"):
+            nearest, _ = write(float_model, plan, rounding)
+            told = partial(progress, "closed form")
+            rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, seen, scores, config, told)
+            notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
     trace: OptimizationTrace | None = None
     if engine is not None and config.step_count:
         with clock("optimize"), _noting(notes, "not optimized, nearest rounding instead"):
@@ -139,7 +147,6 @@ def quantize(
     with clock("write"):
         quantized, stands_for = write(float_model, plan, rounding)
     with clock("verify"):
-        held = chosen[split(len(chosen), config.holdout, config.seed)[1]]
         verification = verify(float_model, quantized, plan, stands_for, target, samples, held, partial(progress, "verify"))
     if calibration.unused_samples:
         notes.append(f"{calibration.unused_samples} samples are left over: the model takes {samples.fixed_batch} at a time")

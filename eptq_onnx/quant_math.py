@@ -18,6 +18,9 @@ ZETA, GAMMA = 1.1, -0.1
 
 _TINY = np.float32(1e-30)
 
+_BIAS_LIMIT = np.float32(2.0**30)
+"""Largest integer that a bias may need: half of int32, so that learned scales and biases keep room."""
+
 
 # ---- channels ----------------------------------------------------------------------------------------------
 def along_axis(values: Array, axis: int | None, rank: int) -> Array:
@@ -90,6 +93,11 @@ def round_bias(bias: Array, activation_scale: Array, weight_scale: Array) -> Arr
 def bias_scale(activation_scale: Array, weight_scale: Array) -> Array:
     """The product of the scales of a layer's input and weight, in float32."""
     return np.asarray(np.float32(activation_scale) * weight_scale, np.float32)
+
+
+def smallest_weight_scale(bias: Array, activation_scale: Array) -> Array:
+    """Weight scale of each channel below which the int32 bias might overflow, shape (n_channels,)."""
+    return np.asarray(np.abs(bias) / (activation_scale * _BIAS_LIMIT), np.float32)
 
 
 # ---- weight ranges ------------------------------------------------------------------------------------------
@@ -213,6 +221,12 @@ def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, flo
     while np.isfinite(low) and np.float32(reach_low) * scale < np.float32(low):
         scale = np.nextafter(scale, np.float32(0))
     return replace(params, scale=np.asarray(scale, np.float32), zero_point=zero)
+
+
+def continuous(target: Array, integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
+    """A continuous copy of rounded weights, in integer steps: on the side of ``target``, but safely rounding to ``integers``."""
+    steps = target / along_axis(params.scale, spec.axis, target.ndim)
+    return np.asarray(integers + np.clip(steps - integers, -0.45, 0.45), np.float32)
 
 
 # ---- soft rounding --------------------------------------------------------------------------------------------

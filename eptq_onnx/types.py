@@ -232,12 +232,15 @@ class Rounding:
         Per activation quantizer (by its name).
     biases : dict of str to ndarray
         Per layer bias, float.
+    targets : dict of str to ndarray
+        Per weight tensor, the real values that the integers were rounded from.
     """
 
     integers: Mapping[str, IntArray]
     weights: Mapping[str, QuantParams]
     activations: Mapping[str, QuantParams]
     biases: Mapping[str, Array]
+    targets: Mapping[str, Array]
 
 
 @dataclass(frozen=True)

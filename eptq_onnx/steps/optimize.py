@@ -54,14 +54,14 @@ class RoundedWeight(Protocol):
 class StraightThroughWeight:
     """A weight that is rounded in every forward pass; its gradient passes the rounding unchanged.
 
-    ``W = clip(round(u), qmin, qmax) * s * gamma`` with a continuous copy u of the weight in integer units.
+    ``W = clip(round(u), qmin, qmax) * s * gamma`` with a continuous copy u of the weight in integer steps.
     """
 
-    def __init__(self, weight: Array, params: QuantParams, spec: QuantSpec) -> None:
+    def __init__(self, position: Array, params: QuantParams, spec: QuantSpec) -> None:
         self.spec = spec
         self.scale = params.scale
-        self._s = quant_math.along_axis(params.scale, spec.axis, weight.ndim)
-        self.variable: Array = np.clip(weight / self._s, spec.qmin, spec.qmax)
+        self._s = quant_math.along_axis(params.scale, spec.axis, position.ndim)
+        self.variable: Array = position
         self.gamma: Array = np.ones_like(params.scale)
         self._level: Array = np.zeros(0, np.float32)
 
@@ -91,24 +91,23 @@ class StraightThroughWeight:
 class SoftWeight:
     """A weight whose elements are between rounding down and rounding up.
 
-    ``W = clip(floor(W0 / s) + h(alpha), qmin, qmax) * s * gamma`` per channel (AdaRound; gamma is the learned factor).
+    ``W = clip(floor(u) + h(alpha), qmin, qmax) * s * gamma`` per channel (AdaRound; gamma is the learned factor).
 
     Parameters
     ----------
-    weight : ndarray
-        The float weight W0.
+    position : ndarray
+        u, the weight in integer steps.
     params : QuantParams
         Gives s.
     spec : QuantSpec
     """
 
-    def __init__(self, weight: Array, params: QuantParams, spec: QuantSpec) -> None:
+    def __init__(self, position: Array, params: QuantParams, spec: QuantSpec) -> None:
         self.spec = spec
         self.scale = params.scale
-        self._s = quant_math.along_axis(params.scale, spec.axis, weight.ndim)
-        steps = weight / self._s
-        self.floor: Array = np.floor(steps)
-        self.variable: Array = quant_math.rectified_sigmoid_inverse(steps - self.floor)
+        self._s = quant_math.along_axis(params.scale, spec.axis, position.ndim)
+        self.floor: Array = np.floor(position)
+        self.variable: Array = quant_math.rectified_sigmoid_inverse(position - self.floor)
         self.gamma: Array = np.ones_like(params.scale)
         self._h: Array = np.zeros(0, np.float32)
         self._level: Array = np.zeros(0, np.float32)
@@ -273,7 +272,12 @@ class _State:
         learnable = [n for n in plan.weight_specs if n in graph.gradients]
         kind = _KINDS[config.rounding]
         self.weights: dict[str, RoundedWeight] = {
-            n: kind(np.asarray(view.constant(n), np.float32), start.weights[n], plan.weight_specs[n]) for n in learnable
+            n: kind(
+                quant_math.continuous(start.targets[n], start.integers[n], start.weights[n], plan.weight_specs[n]),
+                start.weights[n],
+                plan.weight_specs[n],
+            )
+            for n in learnable
         }
         self._quantizers = plan.quantizer_of
         self._frozen = {
@@ -342,7 +346,7 @@ class _State:
         for name, scale in zip(self._graph.quantizers, self._current_scales(), strict=True):
             changed = replace(activations[name], scale=np.asarray(scale, np.float32))
             activations[name] = quant_math.inside_bounds(changed, bounds[name].spec, bounds[name].bounds)
-        return Rounding(integers, params, activations, {**self._start.biases, **self._current_biases()})
+        return Rounding(integers, params, activations, {**self._start.biases, **self._current_biases()}, self._start.targets)
 
     def hard_parameters(self, rounding: Rounding) -> Feeds:
         """Feeds of the evaluation graph for a hard-rounded candidate."""

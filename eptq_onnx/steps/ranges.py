@@ -11,10 +11,6 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import output_channels
 from eptq_onnx.types import Array, Calibration, Plan, QuantParams, QuantSpec, Rounding, Scores
 
-_BIAS_LIMIT = 2.0**30
-"""Largest integer that a bias may need: half of int32, so that learned scales and biases keep room."""
-
-
 def weight_ranges(model: ModelProto, plan: Plan, calibration: Calibration, scores: Scores | None, config: Config) -> Rounding:
     """Choose weight scales and round to nearest.
 
@@ -35,7 +31,7 @@ def weight_ranges(model: ModelProto, plan: Plan, calibration: Calibration, score
         Nearest rounding with the chosen ranges: the start of the optimization.
     """
     view = GraphView(model)
-    params, integers = {}, {}
+    params, integers, targets = {}, {}, {}
     smallest = _smallest_scales(view, plan, calibration)
     for name, spec in plan.weight_specs.items():
         weight: Array = np.asarray(view.constant(name), np.float32)
@@ -43,7 +39,8 @@ def weight_ranges(model: ModelProto, plan: Plan, calibration: Calibration, score
         scale = _scales(weight, spec, importance, config)
         params[name] = QuantParams(np.maximum(scale, smallest.get(name, np.float32(0))))
         integers[name] = quant_math.quantize(weight, params[name], spec)
-    return Rounding(integers, params, dict(calibration.activations), biases(view, plan))
+        targets[name] = weight
+    return Rounding(integers, params, dict(calibration.activations), biases(view, plan), targets)
 
 
 def biases(view: GraphView, plan: Plan) -> dict[str, Array]:
@@ -74,9 +71,9 @@ def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> d
     for layer in plan.layers:
         if layer.bias is None or not layer.has_bias or layer.weight_spec.axis is None:
             continue
-        bias = np.abs(np.asarray(view.constant(layer.bias), np.float32))
+        bias = np.asarray(view.constant(layer.bias), np.float32)
         if bias.size != view.constant(layer.weight).shape[layer.weight_spec.axis]:
             continue
-        limit = bias / (calibration.activations[quantizers[layer.input].name].scale * np.float32(_BIAS_LIMIT))
-        result[layer.weight] = np.maximum(result.get(layer.weight, np.float32(0)), limit.astype(np.float32))
+        limit = quant_math.smallest_weight_scale(bias, calibration.activations[quantizers[layer.input].name].scale)
+        result[layer.weight] = np.maximum(result.get(layer.weight, np.float32(0)), limit)
     return result

@@ -1,0 +1,185 @@
+"""Rounding a matrix so that its products keep, in closed form. Pure numpy, no ONNX.
+
+With second moments ``A = E[x_q x_qᵀ]`` of the inputs that a layer gets in the quantized network, and
+``B = E[x_f x_qᵀ]`` with those of the float network, the weights that come closest to the float outputs are
+``W* = W B A⁻¹`` (input-error correction), and integers Q cost ``tr((sQ - W*) A (sQ - W*)ᵀ)``. That is minimised element by
+element, each rounding error being made up for by the elements that follow (OBQ, Frantar & Alistarh 2022; GPTQ,
+Frantar et al. 2023), and then by coordinate descent.
+
+Everywhere the first axis is the group: weights (n_groups, n_outputs, n_terms), moments (n_groups, n_terms, n_terms),
+scales (n_groups, n_outputs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eptq_onnx.types import Array, QuantSpec
+
+Float64 = NDArray[np.float64]
+
+_BLOCK = 64
+"""Columns that are corrected one by one before the rest is, in one matrix product."""
+
+
+@dataclass
+class Moments:
+    """Streaming second moments of float and quantized inputs.
+
+    Parameters
+    ----------
+    count : int
+        Rows seen, each group.
+    """
+
+    count: int = 0
+    _sums: dict[str, Float64] = field(default_factory=dict)
+
+    def add(self, exact: Array, quantized: Array) -> None:
+        """Take rows of both networks, of shape (n_groups, n_rows, n_terms)."""
+        turned = quantized.swapaxes(1, 2)
+        parts = {
+            "qq": np.matmul(turned, quantized),
+            "qf": np.matmul(turned, exact),
+            "q": quantized.sum(axis=1, dtype=np.float64),
+            "f": exact.sum(axis=1, dtype=np.float64),
+        }
+        for name, value in parts.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.astype(np.float64)
+        self.count += exact.shape[1]
+
+    @property
+    def means(self) -> tuple[Float64, Float64]:
+        """Mean rows of the float and of the quantized inputs, each (n_groups, n_terms)."""
+        return self._sums["f"] / self.count, self._sums["q"] / self.count
+
+    @property
+    def covariances(self) -> tuple[Float64, Float64]:
+        """A and Bᵀ, centred: E[x_q x_qᵀ] and E[x_q x_fᵀ]."""
+        f, q = self.means
+        return (
+            self._sums["qq"] / self.count - q[:, :, None] * q[:, None, :],
+            self._sums["qf"] / self.count - q[:, :, None] * f[:, None, :],
+        )
+
+
+def damped(moment: Float64, damping: float) -> Float64:
+    """``A + damping * mean(diag A) I``, with a diagonal that is nowhere 0 (inputs that never vary)."""
+    result = moment.copy()
+    diagonal = np.einsum("gii->gi", result)
+    mean = diagonal.mean(axis=1, keepdims=True)
+    diagonal += np.where(mean > 0, damping * mean, 1.0)
+    return result
+
+
+def corrected_target(weight: Array, moment: Float64, cross: Float64, damping: float) -> Array:
+    """The weights that, on the quantized inputs, come closest to the float outputs.
+
+    ``W* = W (B + mu I) (A + mu I)⁻¹`` with mu a share of A's mean diagonal: the larger, the closer to W.
+
+    Parameters
+    ----------
+    weight : ndarray of shape (n_groups, n_outputs, n_terms)
+    moment, cross : ndarray of shape (n_groups, n_terms, n_terms)
+        A and Bᵀ of `Moments.covariances`.
+    damping : float
+    """
+    mean = np.einsum("gii->g", moment) / moment.shape[1]
+    ridge = np.where(mean > 0, damping * mean, 1.0)[:, None, None] * np.eye(moment.shape[1])
+    solved = np.linalg.solve(moment + ridge, cross + ridge)
+    return np.asarray(np.matmul(weight.astype(np.float64), solved.swapaxes(1, 2)), np.float32)
+
+
+def cost(error: Array, moment: Float64) -> Float64:
+    """``e A eᵀ`` of each row: mean squared error of each output; shape (n_groups, n_outputs)."""
+    return np.asarray((np.matmul(error, moment.astype(np.float32)) * error).sum(axis=2, dtype=np.float64))
+
+
+def compensated_rounding(target: Array, scale: Array, moment: Float64, spec: QuantSpec) -> Array:
+    """Round column by column, the later columns making up for the errors of the earlier.
+
+    Parameters
+    ----------
+    target : ndarray of shape (n_groups, n_outputs, n_terms)
+    scale : ndarray of shape (n_groups, n_outputs)
+    moment : ndarray of shape (n_groups, n_terms, n_terms)
+        Positive definite.
+    spec : QuantSpec
+        Symmetric.
+
+    Returns
+    -------
+    ndarray of float32
+        Integers, in the shape of ``target``.
+    """
+    # The largest second moments first: the others are left to make up for them.
+    order = np.argsort(-np.einsum("gii->gi", moment), axis=1, kind="stable")
+    sorted_moment = np.take_along_axis(np.take_along_axis(moment, order[:, :, None], 1), order[:, None, :], 2)
+    # Row i of the upper Cholesky factor of A⁻¹ tells how column i's error is best spread over the later ones.
+    factor = np.linalg.cholesky(np.linalg.inv(sorted_moment)).swapaxes(1, 2)
+    spread = (factor / np.einsum("gii->gi", factor)[:, :, None]).astype(np.float32)
+    rest = np.take_along_axis(target, order[:, None, :], 2) / scale[:, :, None]
+    result = np.empty_like(rest)
+    terms = rest.shape[2]
+    for begin in range(0, terms, _BLOCK):
+        end = min(begin + _BLOCK, terms)
+        block = rest[:, :, begin:end]
+        errors = np.empty_like(block)
+        for i in range(end - begin):
+            q = np.clip(np.rint(block[:, :, i]), spec.qmin, spec.qmax)
+            result[:, :, begin + i] = q
+            errors[:, :, i] = block[:, :, i] - q
+            block[:, :, i + 1 :] -= errors[:, :, i, None] * spread[:, None, begin + i, begin + i + 1 : end]
+        if end < terms:
+            rest[:, :, end:] -= np.matmul(errors, spread[:, begin:end, end:])
+    back = np.argsort(order, axis=1, kind="stable")
+    return np.take_along_axis(result, back[:, None, :], 2)
+
+
+def best_scale(target: Array, integers: Array, scale: Array, moment: Float64) -> Array:
+    """The scale of each row with the least cost for given integers: ``w A qᵀ / q A qᵀ``; the old one where that is no use."""
+    image = np.matmul(integers, moment.astype(np.float32))
+    above = (target * image).sum(axis=2, dtype=np.float64)
+    below = (integers * image).sum(axis=2, dtype=np.float64)
+    usable = (above > 0) & (below > 0)
+    return np.where(usable, above / np.where(usable, below, 1), scale).astype(np.float32)
+
+
+def coordinate_descent(target: Array, integers: Array, scale: Array, moment: Float64, spec: QuantSpec, passes: int) -> Array:
+    """Move integers one at a time to where the cost is least, all others fixed.
+
+    Returns
+    -------
+    ndarray of float32
+        Integers of no higher cost.
+    """
+    a = moment.astype(np.float32)
+    diagonal = np.einsum("gii->gi", a)
+    q = integers.copy()
+    terms = q.shape[2]
+    for _ in range(passes):
+        # In integer steps: remaining error, and its product with A.
+        pull = np.matmul(target / scale[:, :, None] - q, a)
+        moved = False
+        for begin in range(0, terms, _BLOCK):
+            end = min(begin + _BLOCK, terms)
+            steps = np.zeros_like(q[:, :, begin:end])
+            local = pull[:, :, begin:end]
+            for i in range(end - begin):
+                column = q[:, :, begin + i]
+                wanted = np.clip(np.rint(column + local[:, :, i] / diagonal[:, None, begin + i]), spec.qmin, spec.qmax)
+                step = wanted - column
+                if step.any():
+                    q[:, :, begin + i] = wanted
+                    steps[:, :, i] = step
+                    local -= step[:, :, None] * a[:, None, begin + i, begin:end]
+            if steps.any():
+                moved = True
+                if end < terms:
+                    pull[:, :, end:] -= np.matmul(steps, a[:, begin:end, end:])
+        if not moved:
+            break
+    return q

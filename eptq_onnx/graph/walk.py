@@ -1,0 +1,108 @@
+"""One walk over a model: tensors in the order in which they are wanted, every node run once for all samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, helper
+
+from eptq_onnx.graph.view import GraphView, node_reads, opset_of
+from eptq_onnx.runtime import Session
+from eptq_onnx.types import Feeds
+
+
+class Walk:
+    """Runs a model piece by piece, up to one wanted tensor after the other.
+
+    Only tensors that a later node still reads are kept. Constants may be set as long as no node that reads them has
+    run: this is how a layer's weight can depend on the layer's input.
+
+    Parameters
+    ----------
+    model : ModelProto
+        With known element types; it is not changed.
+    batches : sequence of Feeds
+        The model's inputs, batch by batch.
+    """
+
+    def __init__(self, model: ModelProto, batches: Sequence[Feeds]) -> None:
+        self._view = GraphView(model)
+        self._imports = model.opset_import
+        self._ir_version = min(model.ir_version, 10)
+        self._opset = opset_of(model)
+        self._live: list[Feeds] = [dict(feeds) for feeds in batches]
+        self._waiting: dict[str, NodeProto] = {n.name: n for n in self._view.nodes}
+        self._replaced: Feeds = {}
+
+    def set_constant(self, name: str, value: NDArray[np.generic]) -> None:
+        """Use this value for a tensor from now on."""
+        self._replaced[name] = value
+
+    def reach(self, tensor: str) -> list[NDArray[np.generic]]:
+        """The values of a tensor, batch by batch.
+
+        Raises
+        ------
+        ModelError
+            If onnxruntime cannot run the piece.
+        """
+        piece = self._piece(tensor)
+        if piece:
+            self._run(piece, tensor)
+        values = [feeds[tensor] for feeds in self._live]
+        self._forget()
+        return values
+
+    def _known(self, name: str) -> bool:
+        return name in self._replaced or name in self._live[0]
+
+    def _piece(self, tensor: str) -> list[NodeProto]:
+        """The nodes that have not run and that ``tensor`` needs, in order."""
+        chosen: set[str] = set()
+        queue = [tensor]
+        while queue:
+            name = queue.pop()
+            node = self._view.producer.get(name)
+            if node is None or self._known(name) or node.name in chosen or node.name not in self._waiting:
+                continue
+            chosen.add(node.name)
+            queue.extend(node_reads(node))
+        return [n for n in self._view.nodes if n.name in chosen]
+
+    def _run(self, piece: list[NodeProto], wanted: str) -> None:
+        view = self._view
+        made = {o for n in piece for o in n.output if o}
+        for node in piece:
+            del self._waiting[node.name]
+        kept = [o for o in made if o == wanted or any(n.name in self._waiting for n in view.consumers[o])]
+        read = dict.fromkeys(i for n in piece for i in node_reads(n) if i not in made)
+        inputs = [i for i in read if self._known(i)]
+        graph = helper.make_graph(
+            piece,
+            "piece",
+            [helper.make_tensor_value_info(i, self._type(i), None) for i in inputs],
+            [helper.make_tensor_value_info(o, self._type(o), None) for o in kept],
+            [view.initializers[i] for i in read if i in view.initializers and i not in inputs],
+        )
+        model = helper.make_model(graph, opset_imports=self._imports, ir_version=self._ir_version)
+        session = Session(model)
+        for feeds in self._live:
+            available = {**feeds, **self._replaced}
+            feeds.update(session.run({i: available[i] for i in inputs}, kept))
+
+    def _type(self, name: str) -> int:
+        if name in self._replaced:
+            return helper.np_dtype_to_tensor_dtype(self._replaced[name].dtype)
+        if name in self._live[0]:
+            return helper.np_dtype_to_tensor_dtype(self._live[0][name].dtype)
+        return self._view.elem_type(name)
+
+    def _forget(self) -> None:
+        """Drop what no waiting node reads."""
+        view = self._view
+        done = [t for t in self._live[0] if not any(n.name in self._waiting for n in view.consumers[t])]
+        for feeds in self._live:
+            for name in done:
+                del feeds[name]
