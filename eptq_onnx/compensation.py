@@ -36,10 +36,15 @@ class Moments:
     """
 
     count: int = 0
+    _shifts: tuple[Array, Array] | None = None
     _sums: dict[str, Float64] = field(default_factory=dict)
 
     def add(self, exact: Array, quantized: Array) -> None:
         """Take rows of both networks, of shape (n_groups, n_rows, n_terms)."""
+        if self._shifts is None:
+            # Sums of values whose mean is far from 0 would lose the variance to float32.
+            self._shifts = exact.mean(axis=1), quantized.mean(axis=1)
+        exact, quantized = (x - shift[:, None, :] for x, shift in zip((exact, quantized), self._shifts, strict=True))
         turned = quantized.swapaxes(1, 2)
         parts = {
             "qq": np.matmul(turned, quantized),
@@ -54,12 +59,13 @@ class Moments:
     @property
     def means(self) -> tuple[Float64, Float64]:
         """Mean rows of the float and of the quantized inputs, each (n_groups, n_terms)."""
-        return self._sums["f"] / self.count, self._sums["q"] / self.count
+        shift_f, shift_q = self._shifts or (0.0, 0.0)
+        return self._sums["f"] / self.count + shift_f, self._sums["q"] / self.count + shift_q
 
     @property
     def covariances(self) -> tuple[Float64, Float64]:
         """A and Bᵀ, centred: E[x_q x_qᵀ] and E[x_q x_fᵀ]."""
-        f, q = self.means
+        f, q = self._sums["f"] / self.count, self._sums["q"] / self.count
         return (
             self._sums["qq"] / self.count - q[:, :, None] * q[:, None, :],
             self._sums["qf"] / self.count - q[:, :, None] * f[:, None, :],
@@ -137,15 +143,6 @@ def compensated_rounding(target: Array, scale: Array, moment: Float64, spec: Qua
             rest[:, :, end:] -= np.matmul(errors, spread[:, begin:end, end:])
     back = np.argsort(order, axis=1, kind="stable")
     return np.take_along_axis(result, back[:, None, :], 2)
-
-
-def best_scale(target: Array, integers: Array, scale: Array, moment: Float64) -> Array:
-    """The scale of each row with the least cost for given integers: ``w A qᵀ / q A qᵀ``; the old one where that is no use."""
-    image = np.matmul(integers, moment.astype(np.float32))
-    above = (target * image).sum(axis=2, dtype=np.float64)
-    below = (integers * image).sum(axis=2, dtype=np.float64)
-    usable = (above > 0) & (below > 0)
-    return np.where(usable, above / np.where(usable, below, 1), scale).astype(np.float32)
 
 
 def coordinate_descent(target: Array, integers: Array, scale: Array, moment: Float64, spec: QuantSpec, passes: int) -> Array:

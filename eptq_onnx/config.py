@@ -101,6 +101,16 @@ class Config(BaseModel):
         Samples a step.
     holdout : float
         Share of the samples that is kept out of the optimization, to choose among its results.
+    start : Start
+        ``closed-form``: input-error correction, compensated rounding and bias correction, layer by layer; ``nearest``:
+        each weight to the nearest integer.
+    correction_damping : float
+        How reluctantly the closed-form start bends weights to make up for errors upstream, in units of the mean variance
+        of the layer's inputs.
+    rounding_damping : float
+        The same for the compensation of rounding errors.
+    descent_passes : int
+        Passes of coordinate descent over the integers of each layer.
     max_noise : float
         Largest noise-to-signal power ratio at the outputs that the quantization of one activation may cause, by
         prediction from the Hessian scores; activations far above it and above all others stay float. 0: none do.
@@ -141,11 +151,10 @@ class Config(BaseModel):
     batch_size: int = Field(8, ge=1)
     holdout: float = Field(0.2, gt=0, lt=0.9)
     start: Start = Start.CLOSED_FORM
-    start_samples: int = Field(128, ge=1)
-    correction_damping: float = Field(0.05, ge=0)
-    rounding_damping: float = Field(0.01, gt=0)
+    correction_damping: float = Field(0.5, ge=0)
+    rounding_damping: float = Field(0.03, gt=0)
     descent_passes: int = Field(3, ge=0)
-    max_noise: float = Field(0.02, ge=0)
+    max_noise: float = Field(0.01, ge=0)
     rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH
     optimizer: Optimizer = Optimizer.ADAM
     rounding_lr: float | None = Field(None, ge=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +19,11 @@ from eptq_onnx.types import Array
 class LinearForm(Protocol):
     """How a layer is a matrix product."""
 
-    def weight_rows(self, weight: NDArray[np.generic]) -> NDArray[np.generic]:
+    def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
         """The weight as an array of shape (n_groups, n_outputs, n_terms)."""
         ...
 
-    def weight_from_rows(self, rows: NDArray[np.generic]) -> NDArray[np.generic]:
+    def weight_from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
         """Inverse of `weight_rows`."""
         ...
 
@@ -51,11 +51,11 @@ class MatrixForm:
     transposed: bool = False
     gain: float = 1.0
 
-    def weight_rows(self, weight: NDArray[np.generic]) -> NDArray[np.generic]:
+    def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
         """See `LinearForm`."""
         return (weight if self.transposed else weight.T)[None]
 
-    def weight_from_rows(self, rows: NDArray[np.generic]) -> NDArray[np.generic]:
+    def weight_from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
         """See `LinearForm`."""
         return np.ascontiguousarray(rows[0] if self.transposed else rows[0].T)
 
@@ -97,7 +97,7 @@ class ConvForm:
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
 
-    def weight_rows(self, weight: NDArray[np.generic]) -> NDArray[np.generic]:
+    def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
         """See `LinearForm`."""
         g = self.group
         if not self.transposed:
@@ -106,7 +106,7 @@ class ConvForm:
         parted = flipped.reshape(g, weight.shape[0] // g, *weight.shape[1:])
         return np.swapaxes(parted, 1, 2).reshape(g, weight.shape[1], -1)
 
-    def weight_from_rows(self, rows: NDArray[np.generic]) -> NDArray[np.generic]:
+    def weight_from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
         """See `LinearForm`."""
         g, outputs = rows.shape[:2]
         parted = rows.reshape(g, outputs, -1, *self.kernel)
@@ -124,15 +124,16 @@ class ConvForm:
         if self.transposed:
             x = self._spread(x)
         begins, ends = self._pads(x.shape)
-        x = np.pad(x, [(0, 0), (0, 0), *zip(begins, ends, strict=True)])
+        x = np.pad(x, [(0, 0), (0, 0), *((max(a, 0), max(e, 0)) for a, e in zip(begins, ends, strict=True))])
+        x = x[(slice(None), slice(None), *(slice(max(-a, 0), n + min(e, 0)) for a, e, n in zip(begins, ends, x.shape[2:], strict=True)))]
         reach = tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
         rank = len(self.kernel)
-        windows = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(range(2, 2 + rank)))  # type: ignore[call-overload]
+        windows: NDArray[Any] = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(range(2, 2 + rank)))
         strides = (1,) * rank if self.transposed else self.strides
-        steps = [slice(None, None, s) for s in strides] + [slice(None, None, d) for d in self.dilations]
-        windows = windows[(slice(None), slice(None), *steps)]
+        kept: Any = (..., *(slice(None, None, step) for step in (*strides, *self.dilations)))
+        windows = windows[kept]
         sample, *places = np.unravel_index(chosen, (len(x), *windows.shape[2 : 2 + rank]))
-        rows = windows[(sample, slice(None), *places)]
+        rows = np.moveaxis(windows, 1, rank + 1)[(sample, *places)]
         return np.ascontiguousarray(rows.reshape(len(chosen), self.group, -1).swapaxes(0, 1))
 
     def _spread(self, x: Array) -> Array:

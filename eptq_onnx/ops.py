@@ -195,9 +195,7 @@ _FLOAT = OpSpec()
 TABLE: dict[tuple[str, str], OpSpec] = {
     # layers
     ("", "Conv"): OpSpec(Role.LAYER, weight=1, bias=2, linear=_conv_form, lowering=lower.explicit_padding),
-    ("", "ConvTranspose"): OpSpec(
-        Role.LAYER, weight=1, bias=2, weight_axis=lambda node: 1, grouped_axis=True, linear=_conv_transpose_form
-    ),
+    ("", "ConvTranspose"): OpSpec(Role.LAYER, weight=1, bias=2, weight_axis=lambda node: 1, grouped_axis=True, linear=_conv_transpose_form),
     ("", "Gemm"): OpSpec(
         Role.LAYER,
         weight=1,

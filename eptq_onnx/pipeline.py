@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from onnx import ModelProto
 import eptq_onnx
 from eptq_onnx import targets
 from eptq_onnx.config import Attention, Config, Start, WeightRange
-from eptq_onnx.data import Source, read
+from eptq_onnx.data import Samples, Source, read
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import io
@@ -35,7 +35,8 @@ from eptq_onnx.steps.score import score
 from eptq_onnx.steps.soften import soften
 from eptq_onnx.steps.verify import verify
 from eptq_onnx.steps.write import write
-from eptq_onnx.types import OptimizationTrace, Plan, Scores, Verification
+from eptq_onnx.targets import Target
+from eptq_onnx.types import Calibration, OptimizationTrace, Plan, Scores, Verification
 
 
 class Progress(Protocol):
@@ -121,20 +122,16 @@ def quantize(
             notes.extend(f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items())
     if scores is not None:
         with clock("recalibrate"):
-            again = partial(calibrate, float_model, samples=samples, config=config, progress=partial(progress, "recalibrate"))
-            calibration = again(plan=plan, scores=scores.channels)
-            sensitive = sensitive_activations(float_model, plan, samples, chosen, calibration, scores, config)
-            if sensitive:
-                plan = make_plan(float_model, target, config, sensitive)
-                calibration = again(plan=plan, scores=scores.channels)
+            told = partial(progress, "recalibrate")
+            plan, calibration = _guarded(float_model, plan, target, samples, chosen, scores, config, told)
     with clock("ranges"):
         rounding = weight_ranges(float_model, plan, calibration, scores, config)
-    seen, held = (chosen[part] for part in split(len(chosen), config.holdout, config.seed))
+    seen, held = split(len(chosen), config.holdout, config.seed)
     if config.start is Start.CLOSED_FORM:
         with clock("closed form"):
             nearest, _ = write(float_model, plan, rounding)
             told = partial(progress, "closed form")
-            rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, seen, scores, config, told)
+            rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, chosen[seen], config, told)
             notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
     trace: OptimizationTrace | None = None
     if engine is not None and config.step_count:
@@ -143,11 +140,11 @@ def quantize(
             notes.extend(f"no gradient passes {note}" for note in graph.notes)
             notes.extend(f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items())
             told = partial(_tell_loss, progress)
-            rounding, trace = optimize(float_model, plan, rounding, graph, samples, chosen, calibration, scores, config, told)
+            rounding, trace = optimize(plan, rounding, graph, samples, chosen, calibration, scores, config, told)
     with clock("write"):
         quantized, stands_for = write(float_model, plan, rounding)
     with clock("verify"):
-        verification = verify(float_model, quantized, plan, stands_for, target, samples, held, partial(progress, "verify"))
+        verification = verify(float_model, quantized, plan, stands_for, target, samples, chosen[held], partial(progress, "verify"))
     if calibration.unused_samples:
         notes.append(f"{calibration.unused_samples} samples are left over: the model takes {samples.fixed_batch} at a time")
     report = Report(
@@ -168,6 +165,26 @@ def quantize(
         peak_memory_bytes=_peak_memory(),
     )
     return Result(quantized, report)
+
+
+def _guarded(
+    model: ModelProto,
+    plan: Plan,
+    target: Target,
+    samples: Samples,
+    chosen: np.ndarray,
+    scores: Scores,
+    config: Config,
+    progress: Callable[[int, int], None],
+) -> tuple[Plan, Calibration]:
+    """Ranges that know the Hessian scores, and the plan without the activations that would spoil the outputs all the same."""
+    again = partial(calibrate, model, samples=samples, config=config, progress=progress, scores=scores.channels)
+    calibration = again(plan=plan)
+    sensitive = sensitive_activations(model, plan, samples, chosen, calibration, scores, config)
+    if not sensitive:
+        return plan, calibration
+    plan = make_plan(model, target, config, sensitive)
+    return plan, again(plan=plan)
 
 
 @contextmanager

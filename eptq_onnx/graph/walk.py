@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
-from eptq_onnx.graph.view import GraphView, node_reads, opset_of
+from eptq_onnx.graph.view import GraphView, node_reads
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Feeds
 
@@ -22,7 +23,7 @@ class Walk:
     Parameters
     ----------
     model : ModelProto
-        With known element types; it is not changed.
+        With named nodes and known element types; it is not changed.
     batches : sequence of Feeds
         The model's inputs, batch by batch.
     """
@@ -31,16 +32,15 @@ class Walk:
         self._view = GraphView(model)
         self._imports = model.opset_import
         self._ir_version = min(model.ir_version, 10)
-        self._opset = opset_of(model)
         self._live: list[Feeds] = [dict(feeds) for feeds in batches]
         self._waiting: dict[str, NodeProto] = {n.name: n for n in self._view.nodes}
         self._replaced: Feeds = {}
 
-    def set_constant(self, name: str, value: NDArray[np.generic]) -> None:
+    def set_constant(self, name: str, value: NDArray[Any]) -> None:
         """Use this value for a tensor from now on."""
         self._replaced[name] = value
 
-    def reach(self, tensor: str) -> list[NDArray[np.generic]]:
+    def reach(self, tensor: str) -> list[NDArray[Any]]:
         """The values of a tensor, batch by batch.
 
         Raises
@@ -106,3 +106,24 @@ class Walk:
         for feeds in self._live:
             for name in done:
                 del feeds[name]
+
+
+def peak_bytes(model: ModelProto) -> int:
+    """Most bytes that the live tensors take at once when the nodes run in order; tensors of unknown shape count nothing.
+
+    Parameters
+    ----------
+    model : ModelProto
+        With shapes of one batch.
+    """
+    view = GraphView(model)
+    last = {name: k for k, node in enumerate(view.nodes) for name in node_reads(node)}
+    sizes = {name: 4 * int(np.prod(view.static_shape(name) or (0,))) for name in (*view.inputs, *view.producer)}
+    live = sum(sizes[name] for name in view.inputs)
+    peak = live
+    for k, node in enumerate(view.nodes):
+        live += sum(sizes[o] for o in node.output if o)
+        peak = max(peak, live)
+        live -= sum(sizes[i] for i in dict.fromkeys(node_reads(node)) if i in sizes and last[i] == k)
+        live -= sum(sizes[o] for o in node.output if o and o not in last)
+    return peak

@@ -13,13 +13,11 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
 
 from eptq_onnx import quant_math
 from eptq_onnx.config import Attention, Config, Optimizer, RoundingVariable
 from eptq_onnx.data import Samples
 from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LOSS, TrainingGraph
-from eptq_onnx.graph.view import GraphView
 from eptq_onnx.optimizers import Adam, RAdam
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Array, Calibration, Feeds, OptimizationTrace, Plan, QuantParams, QuantSpec, Rounding, Scores
@@ -156,7 +154,6 @@ def split(count: int, holdout: float, seed: int) -> tuple[NDArray[np.int64], NDA
 
 
 def optimize(
-    model: ModelProto,
     plan: Plan,
     start: Rounding,
     graph: TrainingGraph,
@@ -171,8 +168,6 @@ def optimize(
 
     Parameters
     ----------
-    model : ModelProto
-        The normalized float model.
     plan : Plan
     start : Rounding
     graph : TrainingGraph
@@ -191,7 +186,7 @@ def optimize(
     Rounding, OptimizationTrace
     """
     began = time.perf_counter()
-    state = _State(model, plan, start, graph, calibration, config)
+    state = _State(plan, start, graph, calibration, config)
     attention = channel_attention(plan, scores, graph.channels, len(indices), config)
     seen, held = split(len(indices), config.holdout, config.seed)
     batches = _Batches(graph, samples, indices, attention)
@@ -264,10 +259,7 @@ def _flipped(start: Rounding, end: Rounding) -> float:
 class _State:
     """Everything that is learned, and how it is updated."""
 
-    def __init__(
-        self, model: ModelProto, plan: Plan, start: Rounding, graph: TrainingGraph, calibration: Calibration, config: Config
-    ) -> None:
-        view = GraphView(model)
+    def __init__(self, plan: Plan, start: Rounding, graph: TrainingGraph, calibration: Calibration, config: Config) -> None:
         self._plan, self._start, self._graph, self._config = plan, start, graph, config
         learnable = [n for n in plan.weight_specs if n in graph.gradients]
         kind = _KINDS[config.rounding]

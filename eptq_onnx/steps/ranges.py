@@ -11,6 +11,7 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import output_channels
 from eptq_onnx.types import Array, Calibration, Plan, QuantParams, QuantSpec, Rounding, Scores
 
+
 def weight_ranges(model: ModelProto, plan: Plan, calibration: Calibration, scores: Scores | None, config: Config) -> Rounding:
     """Choose weight scales and round to nearest.
 

@@ -51,7 +51,7 @@ def test_the_unbalanced_tensor_is_found(case):
 
 def test_it_stays_float_with_the_reason_and_the_outputs_are_saved(case):
     model = case[0]
-    results = {m: eptq_onnx.quantize(unbalanced(), images(16), Config(steps=0, max_noise=m)) for m in (0.0, 0.1)}
+    results = {m: eptq_onnx.quantize(unbalanced(), images(16), Config.of(steps=0, start="nearest", max_noise=m)) for m in (0.0, 0.1)}
     reasons = {k.node: k.reason for k in results[0.1].report.kept_float}
     assert any("alone would cause noise" in r for r in reasons.values())
     assert len(results[0.1].report.layers) >= DEPTH - 2

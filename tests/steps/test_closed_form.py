@@ -1,0 +1,93 @@
+"""The closed-form start: closer to the float model than nearest rounding, on samples that it has not seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from graphs import images, normal, parse, silent, small_convnet
+
+from eptq_onnx import data, quant_math, targets
+from eptq_onnx.config import Config
+from eptq_onnx.runtime import Session
+from eptq_onnx.steps.calibrate import calibrate
+from eptq_onnx.steps.closed_form import closed_form
+from eptq_onnx.steps.normalize import normalize
+from eptq_onnx.steps.plan import plan
+from eptq_onnx.steps.ranges import weight_ranges
+from eptq_onnx.steps.write import write
+
+TARGET = targets.load("ort-x64")
+
+
+def run(model, **options):
+    config = Config(**{"weight_bits": 3, "edge_bits": 3, "preset": "fast", **options})
+    model = normalize(model, 13)
+    p = plan(model, TARGET, config)
+    samples = data.read({model.graph.input[0].name: images(64)}, model)
+    calibration = calibrate(model, p, samples, config, silent)
+    nearest = weight_ranges(model, p, calibration, None, config)
+    quantized, _ = write(model, p, nearest)
+    rounding, skipped = closed_form(model, quantized, p, nearest, samples, np.arange(64), config, silent)
+    return model, p, nearest, rounding, skipped
+
+
+def error(model, p, rounding) -> float:
+    x = {model.graph.input[0].name: images(64, seed=5)}
+    exact, rough = Session(model).run(x), Session(write(model, p, rounding)[0]).run(x)
+    return sum(float(np.square(exact[n] - rough[n]).sum()) for n in exact)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_start_beats_nearest_rounding_on_unseen_samples(bits):
+    model, p, nearest, rounding, skipped = run(small_convnet(), weight_bits=bits, edge_bits=bits)
+    assert not skipped
+    assert error(model, p, rounding) < (0.6 if bits < 8 else 1.0) * error(model, p, nearest)
+
+
+def test_integers_stay_in_range_and_scales_positive():
+    _, p, _, rounding, _ = run(small_convnet())
+    for name, spec in p.weight_specs.items():
+        assert rounding.integers[name].min() >= spec.qmin
+        assert rounding.integers[name].max() <= spec.qmax
+        assert (rounding.weights[name].scale > 0).all()
+
+
+def test_grouped_transposed_convolutions_share_the_scales_of_their_channels():
+    rules = TARGET.ops.model_copy(update={"layers": TARGET.ops.layers | {"ConvTranspose"}})
+    target = TARGET.model_copy(update={"ops": rules, "bias": TARGET.bias.model_copy(update={"integer": False})})
+    model = normalize(
+        parse(
+            "g (float[N,3,8,8] x) => (float[N,6,17,17] y) { c = Conv <pads = [1,1,1,1]> (x, w1) \n"
+            " y = ConvTranspose <strides = [2,2], group = 2> (c, w2) }",
+            {"w1": normal(4, 3, 3, 3), "w2": normal(4, 3, 3, 3, seed=1)},
+        ),
+        13,
+    )
+    config = Config(weight_bits=3, edge_bits=3, preset="fast")
+    p = plan(model, target, config)
+    samples = data.read({"x": images(32)}, model)
+    nearest = weight_ranges(model, p, calibrate(model, p, samples, config, silent), None, config)
+    rounding, skipped = closed_form(model, write(model, p, nearest)[0], p, nearest, samples, np.arange(32), config, silent)
+    assert not skipped
+    assert rounding.weights["w2"].scale.shape == (3,)
+    assert error(model, p, rounding) < error(model, p, nearest)
+
+
+def test_a_shared_weight_keeps_its_rounding_and_says_so():
+    body = "a = Conv <pads = [1,1,1,1]> (x, w)  b = Relu (a)  y = Conv <pads = [1,1,1,1]> (b, w)"
+    model = parse(f"g (float[N,3,8,8] x) => (float[N,3,8,8] y) {{ {body} }}", {"w": normal(3, 3, 3, 3)})
+    _, _, nearest, rounding, skipped = run(model)
+    assert len(skipped) == 2
+    assert all("shared" in why for why in skipped.values())
+    np.testing.assert_array_equal(nearest.integers["w"], rounding.integers["w"])
+
+
+def test_large_biases_keep_the_scales_that_int32_needs():
+    model = parse(
+        "g (float[N,3,8,8] x) => (float[N,4,6,6] y) { y = Conv (x, w, b) }",
+        {"w": normal(4, 3, 3, 3) * np.array([1, 1e-9, 1, 1], np.float32).reshape(-1, 1, 1, 1), "b": np.array([1, 1000, 50, 0], np.float32)},
+    )
+    _, _, _, rounding, _ = run(model)
+    scale = rounding.activations["x"].scale
+    back = quant_math.round_bias(rounding.biases["b"], scale, rounding.weights["w"].scale)
+    np.testing.assert_allclose(back, [1, 1000, 50, 0], atol=0.5)

@@ -1,0 +1,98 @@
+"""Compensated rounding: exact where an exact answer is known, and better than rounding to nearest."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from eptq_onnx import compensation
+from eptq_onnx.types import QuantSpec
+
+SPEC = QuantSpec(3, -4, 3, "int8", True, 0)
+
+
+def _inputs(rows: int, terms: int, groups: int = 1, seed: int = 0) -> np.ndarray:
+    """Correlated inputs, of shape (groups, rows, terms)."""
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(groups, rows, terms)) @ rng.normal(size=(groups, terms, terms)) + 1).astype(np.float32)
+
+
+def _moments(exact: np.ndarray, quantized: np.ndarray, parts: int = 3) -> compensation.Moments:
+    moments = compensation.Moments()
+    for f, q in zip(np.array_split(exact, parts, axis=1), np.array_split(quantized, parts, axis=1), strict=True):
+        moments.add(f, q)
+    return moments
+
+
+def test_moments_are_those_of_all_rows_at_once():
+    exact, quantized = _inputs(200, 5, 2), _inputs(200, 5, 2, seed=1)
+    moments = _moments(exact, quantized)
+    a, b = moments.covariances
+    for g in range(2):
+        f, q = exact[g] - exact[g].mean(axis=0), quantized[g] - quantized[g].mean(axis=0)
+        np.testing.assert_allclose(a[g], q.T @ q / 200, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(b[g], q.T @ f / 200, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(moments.means[1][g], quantized[g].mean(axis=0), rtol=1e-4)
+
+
+def test_the_target_undoes_a_linear_error_upstream():
+    exact = _inputs(500, 4)
+    mixing = np.eye(4, dtype=np.float32) + 0.2 * np.random.default_rng(3).normal(size=(4, 4)).astype(np.float32)
+    moments = _moments(exact, exact @ mixing)
+    weight = np.random.default_rng(4).normal(size=(1, 3, 4)).astype(np.float32)
+    target = compensation.corrected_target(weight, *moments.covariances, damping=1e-9)
+    np.testing.assert_allclose(target[0], weight[0] @ np.linalg.inv(mixing).T, rtol=1e-2, atol=1e-3)
+    kept = compensation.corrected_target(weight, *moments.covariances, damping=1e9)
+    np.testing.assert_allclose(kept, weight, rtol=1e-4)
+
+
+def test_without_correlations_it_is_rounding_to_nearest():
+    target = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+    scale = np.full((2, 5), 0.3, np.float32)
+    moment = np.stack([np.diag(np.arange(1.0, 7.0))] * 2)
+    expected = np.clip(np.rint(target / 0.3), -4, 3)
+    np.testing.assert_array_equal(compensation.compensated_rounding(target, scale, moment, SPEC), expected)
+    np.testing.assert_array_equal(compensation.coordinate_descent(target, expected, scale, moment, SPEC, 3), expected)
+
+
+@pytest.mark.parametrize("terms", [4, 150])
+def test_compensation_and_descent_lower_the_cost(terms):
+    inputs = _inputs(4 * terms, terms)
+    a, _ = _moments(inputs, inputs).covariances
+    a = compensation.damped(a, 0.01)
+    target = np.random.default_rng(1).normal(size=(1, 8, terms)).astype(np.float32)
+    scale = np.full((1, 8), 0.6, np.float32)
+
+    def cost(q: np.ndarray) -> np.ndarray:
+        return compensation.cost(q * scale[:, :, None] - target, a)
+
+    nearest = np.clip(np.rint(target / scale[:, :, None]), -4, 3)
+    rounded = compensation.compensated_rounding(target, scale, a, SPEC)
+    descended = compensation.coordinate_descent(target, rounded, scale, a, SPEC, 3)
+    assert cost(rounded).sum() < 0.7 * cost(nearest).sum()
+    assert (cost(descended) <= cost(rounded) * (1 + 1e-4)).all()
+    np.testing.assert_array_equal(descended, np.clip(np.rint(descended), -4, 3))
+
+
+def test_descent_finds_the_best_of_all_integers_when_started_everywhere():
+    inputs = _inputs(50, 3)
+    a = compensation.damped(_moments(inputs, inputs).covariances[0], 0.01)
+    target = np.random.default_rng(5).normal(size=(1, 1, 3)).astype(np.float32)
+    scale = np.full((1, 1), 0.5, np.float32)
+    every = np.array(list(product(range(-4, 4), repeat=3)), np.float32)
+    costs = [float(compensation.cost(q[None, None] * 0.5 - target, a)[0, 0]) for q in every]
+    ends = [compensation.coordinate_descent(target, q[None, None].copy(), scale, a, SPEC, 20) for q in every]
+    assert min(float(compensation.cost(q * 0.5 - target, a)[0, 0]) for q in ends) == pytest.approx(min(costs))
+
+
+def test_inputs_that_never_vary_do_no_harm():
+    constant = np.ones((1, 20, 4), np.float32)
+    moments = _moments(constant, constant)
+    a, b = moments.covariances
+    weight = np.random.default_rng(0).normal(size=(1, 2, 4)).astype(np.float32)
+    target = compensation.corrected_target(weight, a, b, 0.5)
+    np.testing.assert_allclose(target, weight, rtol=1e-5)
+    q = compensation.compensated_rounding(target, np.full((1, 2), 0.5, np.float32), compensation.damped(a, 0.03), SPEC)
+    assert np.isfinite(q).all()
