@@ -55,9 +55,6 @@ class RoundingVariable(str, Enum):
     STRAIGHT_THROUGH = "straight-through"
 
 
-_ROUNDING_LR = {RoundingVariable.SOFT: 5e-2, RoundingVariable.STRAIGHT_THROUGH: 5e-3}
-
-
 class Attention(str, Enum):
     """What the distillation loss weighs by the Hessian bound."""
 
@@ -111,6 +108,9 @@ class Config(BaseModel):
         The same for the compensation of rounding errors.
     descent_passes : int
         Passes of coordinate descent over the integers of each layer.
+    patience : int
+        The optimization ends early when so many checks on held-out samples (ten a run) found nothing better; 0: never.
+        Not for ``soft``.
     max_noise : float
         Largest noise-to-signal power ratio at the outputs that the quantization of one activation may cause, by
         prediction from the Hessian scores; activations far above it and above all others stay float. 0: none do.
@@ -119,9 +119,10 @@ class Config(BaseModel):
         of the weight that is rounded in every step, which does the same in hundreds.
     optimizer : Optimizer
     rounding_lr, bias_lr, scale_lr, activation_scale_lr : float
-        Learning rates of the rounding variables (default 0.05 for ``soft``, 0.005 integer steps for
-        ``straight-through``), of the biases (in units of the layer output's RMS), of the weight scale factors and of
-        the logarithms of the activation scales below 8 bits; all fall to 0 as a cosine.
+        Learning rates of the rounding variables (default 0.05 for ``soft``; for ``straight-through`` 0.001 integer
+        steps from the closed-form start, 0.005 from nearest rounding), of the biases (in units of the layer output's
+        RMS), of the weight scale factors and of the logarithms of the activation scales below 8 bits; all fall to 0 as
+        a cosine.
     rounding_strength : float
         Lambda, the weight of the penalty on undecided weights (``soft`` only).
     warmup : float
@@ -151,16 +152,17 @@ class Config(BaseModel):
     batch_size: int = Field(8, ge=1)
     holdout: float = Field(0.2, gt=0, lt=0.9)
     start: Start = Start.CLOSED_FORM
-    correction_damping: float = Field(0.5, ge=0)
-    rounding_damping: float = Field(0.03, gt=0)
+    correction_damping: float = Field(0.3, ge=0)
+    rounding_damping: float = Field(0.1, gt=0)
     descent_passes: int = Field(3, ge=0)
+    patience: int = Field(3, ge=0)
     max_noise: float = Field(0.01, ge=0)
     rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH
     optimizer: Optimizer = Optimizer.ADAM
     rounding_lr: float | None = Field(None, ge=0)
-    bias_lr: float = Field(1e-3, ge=0)
-    scale_lr: float = Field(1e-4, ge=0)
-    activation_scale_lr: float = Field(3e-3, ge=0)
+    bias_lr: float = Field(3e-4, ge=0)
+    scale_lr: float = Field(3e-4, ge=0)
+    activation_scale_lr: float = Field(1e-3, ge=0)
     rounding_strength: float = Field(1.0, ge=0)
     warmup: float = Field(0.2, ge=0, lt=1)
     attention: Attention = Attention.CHANNEL
@@ -188,7 +190,11 @@ class Config(BaseModel):
     @property
     def rounding_rate(self) -> float:
         """Learning rate of the rounding variables."""
-        return _ROUNDING_LR[self.rounding] if self.rounding_lr is None else self.rounding_lr
+        if self.rounding_lr is not None:
+            return self.rounding_lr
+        if self.rounding is RoundingVariable.SOFT:
+            return 5e-2
+        return 1e-3 if self.start is Start.CLOSED_FORM else 5e-3
 
     @property
     def weight_range_method(self) -> WeightRange:

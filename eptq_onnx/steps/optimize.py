@@ -205,15 +205,16 @@ def optimize(
         chosen, queue = np.array(queue[:batch]), queue[batch:]
         losses.append(state.step(session, batches, chosen, step, total))
         progress(step + 1, total, losses[-1])
-        due = (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total
-        if due and (step + 1 >= total * 0.4):
+        if (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total:
             candidate = state.harden()
             value = judge(state, candidate)
-            checkpoints.append((step + 1, value))
-            if value < min(v for _, v in checkpoints[:-1]):
+            if value < min(v for _, v in checkpoints):
                 best, best_step = candidate, step + 1
+            checkpoints.append((step + 1, value))
+            if _is_stuck([v for _, v in checkpoints], config):
+                break
     trace = OptimizationTrace(
-        steps=total,
+        steps=len(losses),
         losses=tuple(losses),
         checkpoints=tuple(checkpoints),
         best_step=best_step,
@@ -221,6 +222,13 @@ def optimize(
         seconds=time.perf_counter() - began,
     )
     return best, trace
+
+
+def _is_stuck(values: list[float], config: Config) -> bool:
+    """True if the last ``config.patience`` checkpoints brought nothing better; undecided weights need all the steps."""
+    if config.rounding is RoundingVariable.SOFT or config.patience == 0:
+        return False
+    return len(values) > config.patience and min(values[-config.patience :]) >= min(values[: -config.patience])
 
 
 def layer_attention(plan: Plan, scores: Scores | None, count: int) -> Array:

@@ -26,7 +26,7 @@ SPEC = QuantSpec(4, -8, 7, "int8", True, 0)
 
 class Case:
     def __init__(self, engine, model=None, **options):
-        self.config = Config(**{"weight_bits": 3, "batch_size": 6, "steps": 30, **options})
+        self.config = Config(**{"weight_bits": 3, "batch_size": 6, "steps": 30, "start": "nearest", "patience": 0, **options})
         self.model = normalize(model or small_convnet(), 13)
         self.plan = plan(self.model, TARGET, self.config)
         self.samples = data.read({"image": images(24)}, self.model)
@@ -195,6 +195,13 @@ def test_a_harmful_optimization_is_not_kept(engine):
     best, trace = case.run()
     assert trace.best_step == 0
     assert best is case.start
+    assert len(trace.checkpoints) == 11
+
+
+def test_an_optimization_that_brings_nothing_ends_early(engine):
+    case = Case(engine, rounding_lr=30.0, bias_lr=10.0, steps=20, patience=3)
+    _, trace = case.run()
+    assert trace.steps == len(trace.losses) == 6
 
 
 def test_a_model_that_takes_one_sample_at_a_time(engine):
