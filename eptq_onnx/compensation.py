@@ -6,6 +6,10 @@ With second moments ``A = E[x_q x_qᵀ]`` of the inputs that a layer gets in the
 element, each rounding error being made up for by the elements that follow (OBQ, Frantar & Alistarh 2022; GPTQ,
 Frantar et al. 2023), and then by coordinate descent.
 
+That treats every output alike. With ``G = E[g gᵀ]`` of the network outputs' Hessian factor ``g = Jᵀ v`` (paper section
+3.1) the error's effect on the network outputs is ``tr(G (sQ - W*) A (sQ - W*)ᵀ)``, to Kronecker's approximation (K-FAC,
+Martens and Grosse 2015): outputs make up for each other's errors where the rest of the network adds them up.
+
 Everywhere the first axis is the group: weights (n_groups, n_outputs, n_terms), moments (n_groups, n_terms, n_terms),
 scales (n_groups, n_outputs).
 """
@@ -180,3 +184,63 @@ def coordinate_descent(target: Array, integers: Array, scale: Array, moment: Flo
         if not moved:
             break
     return q
+
+
+def joint_descent(
+    target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, spec: QuantSpec, passes: int
+) -> Array:
+    """Coordinate descent on the effect of one group's errors on the network outputs, ``tr(G E A Eᵀ)``.
+
+    Parameters
+    ----------
+    target, integers : ndarray of shape (n_outputs, n_terms)
+    scale : ndarray of shape (n_outputs,)
+    moment : ndarray of shape (n_terms, n_terms)
+        A.
+    output_moment : ndarray of shape (n_outputs, n_outputs)
+        G.
+    spec : QuantSpec
+    passes : int
+
+    Returns
+    -------
+    ndarray of float32
+        Integers of no higher cost.
+    """
+    q, s = integers.astype(np.float64), scale.astype(np.float64)
+    terms = q.shape[1]
+    for _ in range(passes):
+        pull = output_moment @ (target - s[:, None] * q) @ moment
+        moved = False
+        for begin in range(0, terms, _BLOCK):
+            end = min(begin + _BLOCK, terms)
+            steps = np.zeros((len(q), end - begin))
+            local = pull[:, begin:end]
+            for i in range(end - begin):
+                t = begin + i
+                if _descend_column(q[:, t], s, local[:, i], steps[:, i], moment[t, t], output_moment, spec):
+                    local[:, i + 1 :] -= np.outer(output_moment @ steps[:, i], moment[t, t + 1 : end])
+            if steps.any():
+                moved = True
+                pull[:, end:] -= (output_moment @ steps) @ moment[begin:end, end:]
+        if not moved:
+            break
+    return q.astype(np.float32)
+
+
+def _descend_column(
+    column: Float64, scale: Float64, pull: Float64, steps: Float64, variance: float, output_moment: Float64, spec: QuantSpec
+) -> bool:
+    """Move integers of one column, the most useful move first, in place; ``steps`` collects the moves in real units."""
+    curvature = scale * np.diag(output_moment) * variance
+    for _ in range(2 * len(column)):
+        wanted = np.clip(np.rint(column + pull / curvature), spec.qmin, spec.qmax) - column
+        gain = scale * wanted * (2 * pull - wanted * curvature)
+        best = int(np.argmax(gain))
+        if gain[best] <= 1e-9 * curvature[best] * scale[best]:
+            break
+        step = scale[best] * wanted[best]
+        column[best] += wanted[best]
+        steps[best] += step
+        pull -= step * variance * output_moment[:, best]
+    return bool(steps.any())

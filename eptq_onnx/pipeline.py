@@ -131,7 +131,7 @@ def quantize(
         with clock("closed form"):
             nearest, _ = write(float_model, plan, rounding)
             told = partial(progress, "closed form")
-            rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, chosen[seen], config, told)
+            rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, chosen[seen], scores, config, told)
             notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
     trace: OptimizationTrace | None = None
     if engine is not None and config.step_count:

@@ -207,6 +207,9 @@ class Scores:
         Per layer output and per quantized activation, the mean of (J^T v)^2 over probes and positions.
     weights : dict of str to ndarray
         Per weight tensor, the mean of (d<v, f>/dW)^2 over samples, in the weight's shape.
+    outputs : dict of str to ndarray of shape (n_channels, n_channels)
+        Per output of a layer without groups, the mean of (J^T v)(J^T v)^T over samples and probes, summed over
+        positions.
     output_size : int
         Elements of all probed outputs of one sample.
     unreached : dict of str to str
@@ -215,6 +218,7 @@ class Scores:
 
     channels: Mapping[str, Array]
     weights: Mapping[str, Array]
+    outputs: Mapping[str, NDArray[np.float64]]
     output_size: int
     unreached: Mapping[str, str] = field(default_factory=dict)
 

@@ -96,3 +96,24 @@ def test_inputs_that_never_vary_do_no_harm():
     np.testing.assert_allclose(target, weight, rtol=1e-5)
     q = compensation.compensated_rounding(target, np.full((1, 2), 0.5, np.float32), compensation.damped(a, 0.03), SPEC)
     assert np.isfinite(q).all()
+
+
+def test_joint_descent_lowers_the_effect_on_the_outputs_and_is_coordinate_descent_without_one():
+    inputs = _inputs(400, 80)
+    a = compensation.damped(_moments(inputs, inputs).covariances[0], 0.01)
+    rng = np.random.default_rng(1)
+    target, scale = rng.normal(size=(1, 8, 80)).astype(np.float32), np.full((1, 8), 0.6, np.float32)
+    mixing = rng.normal(size=(8, 3))
+    g = mixing @ mixing.T + 0.1 * np.eye(8)
+    start = compensation.compensated_rounding(target, scale, a, SPEC)
+
+    def effect(q: np.ndarray, outputs: np.ndarray) -> float:
+        error = q * 0.6 - target[0]
+        return float(np.trace(outputs @ error @ a[0] @ error.T))
+
+    alone = compensation.coordinate_descent(target, start, scale, a, SPEC, 9)[0]
+    joint = compensation.joint_descent(target[0], start[0], scale[0], a[0], g, SPEC, 9)
+    assert effect(joint, g) < 0.9 * effect(alone, g)
+    np.testing.assert_array_equal(joint, np.clip(np.rint(joint), -4, 3))
+    same = compensation.joint_descent(target[0], start[0], scale[0], a[0], np.eye(8), SPEC, 9)
+    assert effect(same, np.eye(8)) == pytest.approx(effect(alone, np.eye(8)), rel=1e-3)

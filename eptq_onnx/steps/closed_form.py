@@ -25,11 +25,13 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk, peak_bytes
 from eptq_onnx.linear import LinearForm
 from eptq_onnx.ops import spec_of
-from eptq_onnx.types import Array, IntArray, Plan, QuantParams, QuantSpec, Rounding
+from eptq_onnx.types import Array, IntArray, Plan, QuantParams, QuantSpec, Rounding, Scores
 
 _ROWS_PER_TERM, _LEAST_ROWS, _MOST_ROWS = 16, 4096, 20_000
 _RATIOS = (1.0, 0.85, 0.7, 0.55)
 """Scales that are tried, in units of the one with the least squared error of the corrected weight."""
+_OUTPUT_DAMPING = 0.1
+"""Added to the outputs' Hessian factor, in units of its mean diagonal: few probes leave directions unseen."""
 _MEMORY = 3 * 2**30
 """Bytes that the tensors of both walks may take."""
 
@@ -43,6 +45,7 @@ def closed_form(
     start: Rounding,
     samples: Samples,
     indices: NDArray[np.int64],
+    scores: Scores | None,
     config: Config,
     progress: Callable[[int, int], None],
 ) -> tuple[Rounding, dict[str, str]]:
@@ -60,6 +63,8 @@ def closed_form(
     samples : Samples
     indices : ndarray of shape (n_samples,)
         The samples to look at; of more than fit into 3 GiB, evenly spread ones are.
+    scores : Scores or None
+        Their ``outputs`` tell which errors of a layer add up in the network's outputs.
     config : Config
     progress : callable
         Called with layers done and layers in all.
@@ -100,7 +105,8 @@ def closed_form(
                 least: Array = np.zeros(1, np.float32)
                 if layer.bias is not None and plan.integer_bias:
                     least = quant_math.smallest_weight_scale(biases[layer.bias], input_scale)
-                problem = _Problem(form, weight, layer.weight_spec, moments, config)
+                outputs = scores.outputs.get(layer.output) if scores is not None else None
+                problem = _Problem(form, weight, layer.weight_spec, moments, outputs, config)
                 integers[layer.weight], params[layer.weight], targets[layer.weight] = problem.solve(least)
             if layer.bias is not None:
                 rounded = quant_math.dequantize(integers[layer.weight], params[layer.weight], layer.weight_spec)
@@ -173,6 +179,7 @@ class _Problem:
     weight: Array
     spec: QuantSpec
     moments: compensation.Moments
+    outputs: compensation.Float64 | None
     config: Config
 
     def solve(self, least: Array) -> tuple[IntArray, QuantParams, Array]:
@@ -192,9 +199,11 @@ class _Problem:
                 np.where(better, other.scale, best.scale),
                 np.where(better, other.cost, best.cost),
             )
-        descended = compensation.coordinate_descent(
-            target, best.integers, best.scale[owners], moment, self.spec, self.config.descent_passes
-        )
+        rows, passes = best.scale[owners], self.config.descent_passes
+        descended = compensation.coordinate_descent(target, best.integers, rows, moment, self.spec, passes)
+        if self.outputs is not None and np.trace(self.outputs) > 0:
+            effect = compensation.damped(self.outputs[None], _OUTPUT_DAMPING)[0]
+            descended = compensation.joint_descent(target[0], descended[0], rows[0], moment[0], effect, self.spec, passes)[None]
         scale = best.scale if self.spec.axis is not None else best.scale[0]
         return self.form.weight_from_rows(descended).astype(np.int32), QuantParams(np.asarray(scale, np.float32)), full
 

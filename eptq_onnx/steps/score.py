@@ -7,7 +7,7 @@ vanish in expectation, so that it estimates the sum over the samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,12 @@ from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.lower import lower
-from eptq_onnx.graph.view import GraphView
+from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Array, Calibration, Plan, Scores
 
 _LOSS, _ATTENTION = "eptq/probe_loss", "eptq/attention"
+_MOST_JOINT_CHANNELS = 2048
 
 
 def score(
@@ -70,17 +71,19 @@ def score(
     axes = _scored_tensors(GraphView(private), plan)
     gradient = engine.differentiate(private, _LOSS, [*weights, *axes])
     reached = {tensor: axis for tensor, axis in axes.items() if tensor in gradient.gradients}
-    summary, channels = _summarize(gradient.model, reached, gradient.gradients, GraphView(private), size)
+    joint = _jointly_scored(GraphView(private), plan, reached)
+    summary, channels, products = _summarize(gradient.model, reached, gradient.gradients, GraphView(private), size, joint)
     session = Session(summary)
     fixed = {name: GraphView(private).constant(name) for name in weights if name in session.inputs}
     spread = {name: float(np.sqrt(calibration.variance.get(point, 0.0))) or 1.0 for point, name in probes.items()}
     shapes = {name: _shape(private, point) for point, name in probes.items()}
 
     squared = {name: np.zeros(fixed[name].shape, np.float64) for name in fixed}
+    outputs: dict[str, NDArray[np.float64]] = {}
     power = np.zeros((len(indices), sum(channels)), np.float64)
     rng = np.random.default_rng(config.seed)
     rounds = -(-len(indices) // size)
-    wanted = [_ATTENTION, *(gradient.gradients[n] for n in fixed)]
+    wanted = [_ATTENTION, *(gradient.gradients[n] for n in fixed), *products.values()]
     for k in range(rounds):
         places = np.arange(k * size, (k + 1) * size)
         real = places < len(indices)
@@ -91,12 +94,15 @@ def score(
             power[places[real]] += values[_ATTENTION][real]
             for name in fixed:
                 squared[name] += np.square(values[gradient.gradients[name]])
+            for name, product in products.items():
+                outputs[name] = outputs.get(name, 0.0) + values[product].astype(np.float64)
             progress(k * config.probes + turn + 1, rounds * config.probes)
     count = config.probes * len(indices)
     columns = np.split((power / config.probes).astype(np.float32), np.cumsum(channels)[:-1], axis=1)
     return Scores(
         channels=dict(zip(reached, columns, strict=True)),
         weights={n: (h / count).astype(np.float32) for n, h in squared.items()},
+        outputs={n: h / count for n, h in outputs.items()},
         output_size=sum(int(np.prod(s)) for s in shapes.values()) // size,
         unreached={layer.node: gradient.unreached[layer.output] for layer in plan.layers if layer.output in gradient.unreached},
     )
@@ -139,11 +145,26 @@ def _scored_tensors(view: GraphView, plan: Plan) -> dict[str, int]:
     return {tensor: axis % len(_static_shape(view, tensor)) for tensor, axis in axes.items()}
 
 
+def _jointly_scored(view: GraphView, plan: Plan, reached: Iterable[str]) -> list[str]:
+    """Outputs of the layers without groups; of very many channels the products would not pay."""
+    nodes = {n.name: n for n in view.nodes}
+    return [
+        layer.output for layer in plan.layers
+        if layer.output in reached
+        and int_attribute(nodes[layer.node], "group", 1) == 1
+        and _static_shape(view, layer.output)[layer.output_axis] <= _MOST_JOINT_CHANNELS
+    ]  # fmt: skip
+
+
 def _summarize(
-    model: ModelProto, axes: dict[str, int], gradients: dict[str, str], shapes: GraphView, size: int
-) -> tuple[ModelProto, list[int]]:
-    """Reduce every J^T v to its channels' mean squares, one row a sample; also returns the numbers of channels."""
+    model: ModelProto, axes: dict[str, int], gradients: dict[str, str], shapes: GraphView, size: int, joint: list[str]
+) -> tuple[ModelProto, list[int], dict[str, str]]:
+    """Reduce every J^T v to its channels' mean squares, one row a sample, and multiply those of ``joint`` tensors.
+
+    Returns the model, the numbers of channels, and the outputs with the products (J^T v)(J^T v)^T.
+    """
     builder, parts, channels = edit.Builder(model, "eptq/"), [], []
+    products = {tensor: _product(builder, gradients[tensor], axes[tensor], _static_shape(shapes, tensor)) for tensor in joint}
     for tensor, axis in axes.items():
         shape = _static_shape(shapes, tensor)
         per_sample = shape[0] == size and axis != 0
@@ -160,8 +181,16 @@ def _summarize(
         parts.append(builder.add("Expand", [mean, builder.constant(np.array([size, shape[axis]], np.int64), "rows")]))
     builder.add("Concat", parts, _ATTENTION, axis=1)
     result = edit.with_nodes(model, [*model.graph.node, *builder.nodes], builder.initializers)
-    edit.set_outputs(result, [_ATTENTION, *(g for tensor, g in gradients.items() if tensor not in axes)])
-    return result, channels
+    weights = [g for tensor, g in gradients.items() if tensor not in axes]
+    edit.set_outputs(result, [_ATTENTION, *weights, *products.values()])
+    return result, channels, products
+
+
+def _product(b: edit.Builder, gradient: str, axis: int, shape: tuple[int, ...]) -> str:
+    """g gᵀ, with one row of g a channel; of shape (n_channels, n_channels)."""
+    turned = b.add("Transpose", [gradient], perm=[axis, *(i for i in range(len(shape)) if i != axis)])
+    rows = b.add("Reshape", [turned, b.constant(np.array([shape[axis], -1], np.int64), "rows")])
+    return b.add("Gemm", [rows, rows], transB=1)
 
 
 def _rademacher(rng: np.random.Generator, shape: tuple[int, ...], real: NDArray[np.bool_]) -> Array:

@@ -27,7 +27,7 @@ def run(model, **options):
     calibration = calibrate(model, p, samples, config, silent)
     nearest = weight_ranges(model, p, calibration, None, config)
     quantized, _ = write(model, p, nearest)
-    rounding, skipped = closed_form(model, quantized, p, nearest, samples, np.arange(64), config, silent)
+    rounding, skipped = closed_form(model, quantized, p, nearest, samples, np.arange(64), None, config, silent)
     return model, p, nearest, rounding, skipped
 
 
@@ -67,7 +67,7 @@ def test_grouped_transposed_convolutions_share_the_scales_of_their_channels():
     p = plan(model, target, config)
     samples = data.read({"x": images(32)}, model)
     nearest = weight_ranges(model, p, calibrate(model, p, samples, config, silent), None, config)
-    rounding, skipped = closed_form(model, write(model, p, nearest)[0], p, nearest, samples, np.arange(32), config, silent)
+    rounding, skipped = closed_form(model, write(model, p, nearest)[0], p, nearest, samples, np.arange(32), None, config, silent)
     assert not skipped
     assert rounding.weights["w2"].scale.shape == (3,)
     assert error(model, p, rounding) < error(model, p, nearest)

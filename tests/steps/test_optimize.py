@@ -227,7 +227,7 @@ def test_attention_is_relative_to_the_largest_layer(case):
     assert table.mean(axis=1).max() == pytest.approx(1)
     np.testing.assert_array_equal(layer_attention(case.plan, None, 24), 1)
     channels = {n: v for n, v in case.scores.channels.items() if n != case.plan.layers[0].output}
-    filled = layer_attention(case.plan, Scores(channels, {}, 5), 24)
+    filled = layer_attention(case.plan, Scores(channels, {}, {}, 5), 24)
     np.testing.assert_allclose(filled[0], filled[1:].mean(axis=0), rtol=1e-5)
 
 

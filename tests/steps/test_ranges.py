@@ -46,7 +46,7 @@ def test_importance_is_used_by_hmse_only():
     base = Config(weight_bits=3, weight_range=WeightRange.HMSE)
     model, p, calibration, plain = start(small_convnet(), {"image": images()}, base)
     h = {n: np.abs(normal(*GraphView(model).constant(n).shape, seed=9)) ** 4 for n in p.weight_specs}
-    scores = Scores({}, h, 5)
+    scores = Scores({}, h, {}, 5)
     weighted = weight_ranges(model, p, calibration, scores, base)
     ignored = weight_ranges(model, p, calibration, scores, Config(weight_bits=3, weight_range=WeightRange.MSE))
     assert any((weighted.weights[n].scale != plain.weights[n].scale).any() for n in h)

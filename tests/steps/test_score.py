@@ -91,16 +91,20 @@ def test_attention_agrees_with_the_exact_jacobian(case):
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     probe.graph.output.append(onnx.helper.make_tensor_value_info("c1", onnx.TensorProto.FLOAT, None))
-    for n in range(2):
+    products = np.zeros((3, 3))
+    for n in range(len(images)):
         z = Session(probe).run({"image": images[n : n + 1]})["c1"]
-        power = np.zeros(z.shape)
+        power, jacobian = np.zeros(z.shape), np.zeros((3 + 16, *z.shape))
         for place in np.ndindex(*z.shape):
             up, down = z.copy(), z.copy()
             up[place] += 1e-2
             down[place] -= 1e-2
             slope = (_outputs(behind, {"c1": up}, spread) - _outputs(behind, {"c1": down}, spread)) / 2e-2
             power[place] = np.square(slope).sum()
+            jacobian[(slice(None), *place)] = slope
         np.testing.assert_allclose(scores.channels["c1"][n], power.mean(axis=(0, 2, 3)), rtol=0.12)
+        products += np.einsum("knchw,kndhw->cd", jacobian, jacobian) / len(images)
+    np.testing.assert_allclose(scores.outputs["c1"], products, atol=0.05 * products.max())
     assert {"c1", "a1", "features", "pooled", "logits"} >= set(scores.channels) >= {layer.output for layer in the_plan.layers}
     assert scores.channels["c1"].shape == (len(images), 3)
     assert scores.output_size == 3 + 16
