@@ -37,6 +37,9 @@ def quantize(
     weight_bits: Annotated[int, typer.Option(help="Bits of the weights, 2 to 8.")] = _DEFAULTS.weight_bits,
     activation_bits: Annotated[int, typer.Option(help="Bits of the activations, 2 to 8.")] = _DEFAULTS.activation_bits,
     edge_bits: Annotated[int, typer.Option(help="Bits of the first and last layers.")] = _DEFAULTS.edge_bits,
+    budget: Annotated[
+        str | None, typer.Option(help="Mixed precision: weights=4 (mean bits), bytes=2e6 or bitops=1e10; instead of --weight-bits.")
+    ] = None,
     target: Annotated[str, typer.Option(help="Runtime: ort-x64, ort-x64-vnni, or the path of a target .toml file.")] = _DEFAULTS.target,
     preset: Annotated[Preset, typer.Option(help="fast: no gradients; balanced: minutes; best: as long as it pays.")] = _DEFAULTS.preset,
     steps: Annotated[int | None, typer.Option(help="Steps of the network-wise optimization (default: by the preset).")] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from eptq_onnx.errors import ConfigError
 
@@ -32,6 +32,44 @@ class WeightRange(str, Enum):
     MINMAX = "minmax"
     MSE = "mse"
     HMSE = "hmse"
+
+
+class BudgetUnit(str, Enum):
+    """What a budget counts."""
+
+    WEIGHTS = "weights"
+    BYTES = "bytes"
+    BITOPS = "bitops"
+
+
+class Budget(BaseModel):
+    """Limit for mixed precision, written as ``weights=3.5``.
+
+    Parameters
+    ----------
+    unit : BudgetUnit
+        ``weights``: mean bits of a weight; ``bytes`` of all weights; ``bitops``: multiplications of one sample, each
+        times the bits of both factors.
+    amount : float
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    unit: BudgetUnit
+    amount: float = Field(gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        unit, _, amount = value.partition("=")
+        if unit not in {u.value for u in BudgetUnit} or not amount:
+            raise ValueError("write weights=BITS, bytes=COUNT or bitops=COUNT")
+        return {"unit": unit, "amount": amount}
+
+    def __str__(self) -> str:
+        return f"{self.unit.value}={self.amount:g}"
 
 
 class Start(str, Enum):
@@ -76,6 +114,10 @@ class Config(BaseModel):
     edge_bits : int
         Bit width of the first and last layers: their weights, the model's inputs, the last layers' inputs and
         outputs.
+    budget : Budget or str, optional
+        Mixed precision: every weight gets the width, of 2 to 8 bits, with which the error of the outputs is least within
+        this limit; `weight_bits` and, for weights, `edge_bits` then mean nothing. As ``weights=4`` (mean bits), ``bytes=2e6``
+        or ``bitops=1e10``.
     target : str
         Name of a shipped target, or path of a target file (TOML).
     preset : Preset
@@ -139,6 +181,7 @@ class Config(BaseModel):
     weight_bits: int = Field(8, ge=2, le=8)
     activation_bits: int = Field(8, ge=2, le=8)
     edge_bits: int = Field(8, ge=2, le=8)
+    budget: Budget | None = None
     target: str = "ort-x64"
     preset: Preset = Preset.BALANCED
     steps: int | None = Field(None, ge=0)
@@ -215,4 +258,5 @@ def describe(error: ValidationError, what: str) -> str:
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"{what} {name} is unknown."
-    return f"{what} {name}={first['input']!r} is wrong: {first['msg'][0].lower()}{first['msg'][1:]}."
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{what} {name}={first['input']!r} is wrong: {message[0].lower()}{message[1:]}."

@@ -24,6 +24,7 @@ from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.report import LayerReport, Report
+from eptq_onnx.steps.allocate import allocate
 from eptq_onnx.steps.calibrate import calibrate
 from eptq_onnx.steps.closed_form import closed_form
 from eptq_onnx.steps.guard import sensitive_activations
@@ -124,6 +125,9 @@ def quantize(
         with clock("recalibrate"):
             told = partial(progress, "recalibrate")
             plan, calibration = _guarded(float_model, plan, target, samples, chosen, scores, config, told)
+    if config.budget is not None:
+        with clock("allocate"):
+            plan = allocate(float_model, plan, target, samples, chosen, calibration, scores, config, partial(progress, "allocate"))
     with clock("ranges"):
         rounding = weight_ranges(float_model, plan, calibration, scores, config)
     seen, held = split(len(chosen), config.holdout, config.seed)

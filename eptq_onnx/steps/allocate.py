@@ -1,0 +1,200 @@
+"""Step 5a: mixed precision. Bits of every weight under a budget, as an integer program.
+
+Each candidate width of each layer is tried on the inputs of the float network: rounding with error compensation, and
+the error of every output channel weighed by its Hessian score. To first order the errors of layers add up in the
+network's outputs, so that the best choice is an integer linear program, solved by SciPy's MILP.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from eptq_onnx import compensation, quant_math
+from eptq_onnx.config import Budget, BudgetUnit, Config
+from eptq_onnx.data import Samples
+from eptq_onnx.errors import ConfigError
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.graph.walk import Walk
+from eptq_onnx.linear import LinearForm
+from eptq_onnx.ops import spec_of
+from eptq_onnx.targets import Target
+from eptq_onnx.types import Array, Calibration, Layer, Plan, QuantSpec, Scores
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+_SAMPLES, _ROWS = 32, 4096
+
+
+@dataclass
+class Candidates:
+    """The widths that one weight tensor may have; what its layers contribute adds up.
+
+    Parameters
+    ----------
+    size : int
+        Elements.
+    effects : dict of int to float
+        Width to the error that it causes at the outputs.
+    operations : float
+        Multiplications of one sample times the bits of the activations.
+    """
+
+    size: int
+    effects: dict[int, float]
+    operations: float = 0.0
+
+
+def allocate(
+    model: ModelProto,
+    plan: Plan,
+    target: Target,
+    samples: Samples,
+    indices: NDArray[np.int64],
+    calibration: Calibration,
+    scores: Scores | None,
+    config: Config,
+    progress: Callable[[int, int], None],
+) -> Plan:
+    """Give every weight its bit width.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model.
+    plan : Plan
+    target : Target
+    samples : Samples
+    indices : ndarray of shape (n_samples,)
+        At most 32 of them are looked at.
+    calibration : Calibration
+        Without scores, errors count relative to the variance of each layer's output.
+    scores : Scores or None
+    config : Config
+        ``budget``.
+    progress : callable
+        Called with layers done and layers in all.
+
+    Returns
+    -------
+    Plan
+        The same with other weight specs. Layers that are no plain matrix product have 8 bits.
+
+    Raises
+    ------
+    ConfigError
+        If no choice meets the budget.
+    """
+    size = samples.micro_batch(8)
+    chosen = indices[np.unique(np.linspace(0, len(indices) - 1, min(len(indices), max(_SAMPLES, size))).round().astype(np.int64))]
+    walk = Walk(model, [samples.take(chosen[part]) for part in samples.batches(range(len(chosen)), size)])
+    view = GraphView(model)
+    nodes = {n.name: n for n in view.nodes}
+    quantizers = plan.quantizer_of
+    weights: dict[str, Candidates] = {}
+    for k, layer in enumerate(plan.layers):
+        value: Array = np.asarray(view.constant(layer.weight), np.float32)
+        row = spec_of(nodes[layer.node])
+        form = row.linear(nodes[layer.node], view) if row.linear is not None else None
+        inputs = walk.reach(layer.input)
+        if form is None:
+            weights.setdefault(layer.weight, Candidates(value.size, {8: 0.0}))
+        else:
+            known = weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
+            rows = _rows(form, inputs, np.random.default_rng((config.seed, k)))
+            positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
+            known.operations += value.size * positions * quantizers[layer.input].spec.bits
+            for bits in known.effects:
+                spec = target.weight_spec(bits, layer.weight_spec.axis or 0)
+                error = _channel_errors(form, value, rows, spec, config)
+                known.effects[bits] += float((error * _importance(layer, calibration, scores, error.size, positions)).sum())
+        progress(k + 1, len(plan.layers))
+    if config.budget is None:
+        raise ConfigError("option budget is missing: give budget='weights=4', say.")
+    widths = solve(weights, config.budget)
+    specs = {x.weight: target.weight_spec(widths[x.weight], x.weight_spec.axis or 0) for x in plan.layers}
+    return replace(plan, layers=tuple(replace(x, weight_spec=specs[x.weight]) for x in plan.layers))
+
+
+def solve(weights: Mapping[str, Candidates], budget: Budget) -> dict[str, int]:
+    """The widths with the least total effect that meet the budget.
+
+    Raises
+    ------
+    ConfigError
+        If none does.
+    """
+    total = sum(w.size for w in weights.values())
+    names: list[str] = []
+    widths: list[int] = []
+    effects: list[float] = []
+    costs: list[float] = []
+    for name, weight in weights.items():
+        for bits, effect in weight.effects.items():
+            names.append(name)
+            widths.append(bits)
+            effects.append(effect)
+            costs.append(_cost(weight, bits, total, budget))
+    scale = max(*effects, 1e-30)
+    rows = {name: i for i, name in enumerate(weights)}
+    once = np.zeros((len(rows), len(names)))
+    once[[rows[n] for n in names], np.arange(len(names))] = 1
+    found = milp(
+        np.array(effects) / scale,
+        integrality=np.ones(len(names)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(np.array(costs)[None] / budget.amount, -np.inf, 1)],
+        options={"mip_rel_gap": 0},
+    )
+    if found.x is None:
+        least: dict[str, float] = defaultdict(lambda: np.inf)
+        for name, cost in zip(names, costs, strict=True):
+            least[name] = min(least[name], cost)
+        raise ConfigError(
+            f"option budget={budget} cannot be met: the smallest widths ({min(widths)} bits) take "
+            f"{budget.unit.value}={sum(least.values()):.4g}; give at least that."
+        )
+    return {names[i]: widths[i] for i in np.flatnonzero(found.x > 0.5)}
+
+
+def _cost(weight: Candidates, bits: int, total: int, budget: Budget) -> float:
+    """Share of one weight in the unit of the budget."""
+    if budget.unit is BudgetUnit.WEIGHTS:
+        return weight.size * bits / total
+    if budget.unit is BudgetUnit.BYTES:
+        return weight.size * bits / 8
+    return weight.operations * bits
+
+
+def _rows(form: LinearForm, inputs: list[NDArray[np.generic]], rng: np.random.Generator) -> compensation.Moments:
+    moments = compensation.Moments()
+    total = sum(form.positions(x.shape) for x in inputs)
+    for x in inputs:
+        available = form.positions(x.shape)
+        picked = np.sort(rng.choice(available, min(available, max(1, round(_ROWS * available / total))), replace=False))
+        rows = form.input_rows(np.asarray(x, np.float32), picked)
+        moments.add(rows, rows)
+    return moments
+
+
+def _channel_errors(form: LinearForm, weight: Array, moments: compensation.Moments, spec: QuantSpec, config: Config) -> Array:
+    """Mean squared error of each output channel, its mean taken up by the bias; shape (n_channels,)."""
+    covariance, _ = moments.covariances
+    moment = compensation.damped(covariance, config.rounding_damping)
+    scale = quant_math.weight_scales(weight, spec)
+    rows = form.weight_rows(weight)
+    per_row = form.weight_rows(np.broadcast_to(quant_math.along_axis(scale, spec.axis, weight.ndim), weight.shape))[:, :, 0]
+    integers = compensation.compensated_rounding(rows, per_row, moment, spec)
+    return np.asarray(compensation.cost(integers * per_row[:, :, None] - rows, covariance).reshape(-1), np.float32)
+
+
+def _importance(layer: Layer, calibration: Calibration, scores: Scores | None, channels: int, positions: float) -> Array:
+    """Effect on the outputs of a squared error of 1 at all positions of each channel."""
+    if scores is not None and layer.output in scores.channels and scores.channels[layer.output].shape[1] == channels:
+        return np.asarray(scores.channels[layer.output].mean(axis=0) * positions, np.float32)
+    return np.full(channels, 1 / (channels * max(calibration.variance[layer.output], 1e-12)), np.float32)

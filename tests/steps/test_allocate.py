@@ -1,0 +1,81 @@
+"""Mixed precision: the best choice within the budget, and a gain over uniform widths."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from graphs import images, silent, small_convnet
+
+import eptq_onnx
+from eptq_onnx import data, targets
+from eptq_onnx.config import Budget, Config
+from eptq_onnx.errors import ConfigError
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.steps.allocate import Candidates, allocate, solve
+from eptq_onnx.steps.calibrate import calibrate
+from eptq_onnx.steps.normalize import normalize
+from eptq_onnx.steps.plan import plan
+
+TARGET = targets.load("ort-x64")
+
+
+@pytest.mark.parametrize("text", ["weights=3.1", "bytes=55", "bitops=4000"])
+def test_the_program_is_solved_exactly(text):
+    rng = np.random.default_rng(0)
+    weights = {}
+    for k in range(5):
+        errors = np.sort(rng.uniform(0, 1, 3))[::-1] * 10.0 ** rng.integers(-2, 3)
+        weights[f"w{k}"] = Candidates(
+            int(rng.integers(10, 50)), dict(zip((2, 3, 4), errors.tolist(), strict=True)), float(rng.integers(100, 400))
+        )
+    budget = Budget.model_validate(text)
+    total = sum(w.size for w in weights.values())
+    best = np.inf
+    for choice in product((2, 3, 4), repeat=5):
+        pairs = list(zip(weights.values(), choice, strict=True))
+        cost = {
+            "weights": sum(w.size * b for w, b in pairs) / total,
+            "bytes": sum(w.size * b for w, b in pairs) / 8,
+            "bitops": sum(w.operations * b for w, b in pairs),
+        }[budget.unit.value]
+        if cost <= budget.amount:
+            best = min(best, sum(w.effects[b] for w, b in pairs))
+    found = solve(weights, budget)
+    assert sum(w.effects[found[n]] for n, w in weights.items()) == pytest.approx(best)
+
+
+def test_a_budget_that_is_too_small_is_refused_with_the_smallest_possible():
+    with pytest.raises(ConfigError, match=r"budget=weights=1.5 cannot be met.*weights=2"):
+        solve({"w": Candidates(10, {2: 1.0, 4: 0.1})}, Budget.model_validate("weights=1.5"))
+
+
+@pytest.mark.parametrize("text", ["weights", "bits=4", "weights=much", "weights=-1", "weights="])
+def test_an_unreadable_budget_is_refused(text):
+    with pytest.raises(ConfigError, match="option budget"):
+        Config.of(budget=text)
+
+
+def test_widths_meet_the_budget_and_leave_the_rest_of_the_plan_alone():
+    config = Config.of(budget="weights=4")
+    model = normalize(small_convnet(), 13)
+    p = plan(model, TARGET, config)
+    samples = data.read({"image": images(32)}, model)
+    calibration = calibrate(model, p, samples, config, silent)
+    mixed = allocate(model, p, TARGET, samples, np.arange(32), calibration, None, config, silent)
+    view = GraphView(model)
+    sizes = {n: view.constant(n).size for n in p.weight_specs}
+    mean = sum(sizes[n] * s.bits for n, s in mixed.weight_specs.items()) / sum(sizes.values())
+    assert 3 < mean <= 4
+    assert len({s.bits for s in mixed.weight_specs.values()}) > 1
+    assert mixed.activations == p.activations
+
+
+def test_mixed_widths_beat_uniform_ones_of_the_same_size(models_folder):
+    results = {}
+    for name, options in {"mixed": {"budget": "weights=3"}, "uniform": {"weight_bits": 3, "edge_bits": 3}}.items():
+        config = Config.of(steps=0, activation_bits=8, **options)
+        results[name] = eptq_onnx.quantize(models_folder / "digits_mobile.onnx", models_folder / "digits_calib.npz", config)
+    sqnr = {name: next(iter(r.report.verification.outputs.values())) for name, r in results.items()}
+    assert sqnr["mixed"] > sqnr["uniform"] + 1
