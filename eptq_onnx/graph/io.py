@@ -6,10 +6,9 @@ import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, TensorProto, checker, numpy_helper
+from onnx import ModelProto, checker
 
 from eptq_onnx.errors import ModelError, OutputError
 from eptq_onnx.graph.view import opset_of
@@ -19,7 +18,6 @@ _QUANTIZED = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
     "MatMulInteger", "MatMulNBits", "QGemm", "MatMulIntegerToFloat", "QAttention",
 }  # fmt: skip
-_FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def load(model: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
@@ -33,7 +31,7 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
     Raises
     ------
     ModelError
-        If there is no such file, it is not valid ONNX, it is quantized already, or a weight has NaN or Inf.
+        If there is no such file, it is not valid ONNX, or it is quantized already.
     """
     if isinstance(model, ModelProto):
         name, proto = "the model", ModelProto()
@@ -77,9 +75,6 @@ def _check(proto: ModelProto, name: str) -> None:
     for node in proto.graph.node:
         if node.op_type in _QUANTIZED:
             raise ModelError(f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): give the float model.")
-    for tensor in proto.graph.initializer:
-        if tensor.data_type in _FLOATS and not np.isfinite(numpy_helper.to_array(tensor).astype(np.float32)).all():
-            raise ModelError(f"{name} has NaN or Inf in the weight {tensor.name}: no scale can hold it.")
 
 
 def convert_opset(model: ModelProto, minimum: int) -> ModelProto:

@@ -67,7 +67,7 @@ def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[s
     Raises
     ------
     ModelError
-        If there is nothing to quantize.
+        If there is nothing to quantize, or a weight has NaN or Inf.
     """
     draft = _Draft(GraphView(model), target, sensitive=sensitive or {})
     _absorb(draft)
@@ -144,6 +144,9 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
             return f"quantizing {tensor} alone would cause noise of {draft.sensitive[tensor]:.0%} of the outputs' power"
     if weighted:
         return None
+    infinite = [d for d in data if view.is_constant(d) and not np.isfinite(view.constant(d)).all()]
+    if infinite:
+        return f"its operand {infinite[0]} has infinite values"
     if all(view.is_constant(d) for d in data):
         return "all its inputs are constant"
     if not any(reader.name in draft.quantized and _reads(reader, draft.final(o)) for o in node.output for reader in draft.readers(o)):
@@ -191,6 +194,9 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
             taken.add(bias)
         edge = weight in edges
         bits = config.edge_bits if edge else config.weight_bits
+        for constant in (weight, *([bias] if has_bias and bias else [])):
+            if not np.isfinite(view.constant(constant)).all():
+                raise ModelError(f"the weight {constant} of {node.name} has NaN or Inf: no scale can hold it.")
         layers.append(
             Layer(
                 node=node.name,
