@@ -251,6 +251,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Clip"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_clip_bounds, objection=_clip_objection),
     # float, with a gradient
     ("", "BatchNormalization"): _lowered(lower.batch_normalization),
+    ("", "LayerNormalization"): _lowered(lower.layer_normalization),
     ("", "Elu"): _lowered(lower.elu, elementwise=True),
     ("", "Softplus"): _lowered(lower.softplus, elementwise=True),
     ("", "Mish"): _lowered(lower.mish, elementwise=True),

@@ -220,6 +220,10 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
     ],
     ("", "Elu"): _unary("Elu") + _unary("Elu", alpha=0.5),
     ("", "Softplus"): _unary("Softplus"),
+    ("", "LayerNormalization"): [
+        Sample("LayerNormalization", (_x(2, 3, 4), _f(1, -2, 0.5, 1), _f(0, 1, 2, 3)), opset=17),
+        Sample("LayerNormalization", (_x(2, 3, 4), _x(3, 4, seed=1)), {"axis": 1, "epsilon": 0.1}, opset=17),
+    ],
     ("", "Mish"): [Sample("Mish", (_x(2, 3, 4),), opset=18)],
     ("", "Sum"): [Sample("Sum", (_x(2, 3), _x(2, 3, seed=1), _x(3, seed=2)), varying=(0, 1, 2)), Sample("Sum", (_x(2, 3),))],
     ("", "Mean"): [Sample("Mean", (_x(2, 3), _x(2, 3, seed=1)), varying=(0, 1))],

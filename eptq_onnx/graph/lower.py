@@ -119,6 +119,21 @@ def batch_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
     b.add("Add", [b.add("Mul", [node.input[0], factor]), offset], node.output[0])
 
 
+def layer_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """y = (x - m) / sqrt(mean((x - m)^2) + eps) * scale + bias, with m = mean(x) over the last axes."""
+    if any(node.output[1:]):
+        raise NotLowerable("its mean or deviation is used")
+    x = node.input[0]
+    rank = _rank(view, x)
+    axes = list(range(int_attribute(node, "axis", -1) % rank, rank))
+    centred = b.add("Sub", [x, b.reduce("ReduceMean", x, axes, keepdims=True)])
+    variance = b.reduce("ReduceMean", b.add("Mul", [centred, centred]), axes, keepdims=True)
+    epsilon = b.constant(float(attribute(node, "epsilon", 1e-5)), "epsilon")  # type: ignore[arg-type]
+    scaled = b.add("Mul", [b.add("Div", [centred, b.add("Sqrt", [b.add("Add", [variance, epsilon])])]), node.input[1]])
+    bias = node.input[2] if len(node.input) > 2 and node.input[2] else b.constant(0.0, "zero")
+    b.add("Add", [scaled, bias], node.output[0])
+
+
 def prelu(node: NodeProto, view: GraphView, b: Builder) -> None:
     """y = x * where(x < 0, slope, 1); the slope is a constant to the gradient."""
     x, slope = node.input
