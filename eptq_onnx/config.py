@@ -121,7 +121,7 @@ class Config(BaseModel):
     target : str
         Name of a shipped target, or path of a target file (TOML).
     preset : Preset
-        ``fast`` uses no gradients; ``balanced`` and ``best`` set `steps` to 100 and 600.
+        ``fast`` uses no gradients: the closed-form start alone; ``balanced`` and ``best`` set `steps` to 100 and 600.
     steps : int, optional
         Steps of the network-wise optimization; overrides the preset.
     seed : int

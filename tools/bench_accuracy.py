@@ -83,7 +83,7 @@ def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], folder
         return [folder / "ours.onnx"]
     if bits != (8, 8):
         return []
-    quant_pre_process(model, folder / "prepared.onnx")
+    quant_pre_process(model, folder / "prepared.onnx", skip_symbolic_shape=True)
     files = []
     for calibration in (CalibrationMethod.MinMax, CalibrationMethod.Percentile):
         files.append(folder / f"{calibration.name}.onnx")
