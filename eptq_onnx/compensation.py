@@ -16,11 +16,14 @@ scales (n_groups, n_outputs).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eptq_onnx.linear import LinearForm
 from eptq_onnx.types import Array, QuantSpec
 
 Float64 = NDArray[np.float64]
@@ -74,6 +77,29 @@ class Moments:
             self._sums["qq"] / self.count - q[:, :, None] * q[:, None, :],
             self._sums["qf"] / self.count - q[:, :, None] * f[:, None, :],
         )
+
+
+def sampled_moments(
+    form: LinearForm, exact: Sequence[NDArray[Any]], quantized: Sequence[NDArray[Any]], wanted: int, rng: np.random.Generator
+) -> Moments:
+    """Moments of about ``wanted`` random rows of a layer's inputs, of the same places in both networks.
+
+    Parameters
+    ----------
+    form : LinearForm
+    exact, quantized : sequence of ndarray
+        The layer's input in the float and in the quantized network, batch by batch.
+    wanted : int
+    rng : Generator
+    """
+    moments = Moments()
+    total = sum(form.positions(x.shape) for x in exact)
+    for x_f, x_q in zip(exact, quantized, strict=True):
+        available = form.positions(x_f.shape)
+        share = min(available, max(1, round(wanted * available / total)))
+        chosen = np.sort(rng.choice(available, share, replace=False))
+        moments.add(form.input_rows(np.asarray(x_f, np.float32), chosen), form.input_rows(np.asarray(x_q, np.float32), chosen))
+    return moments
 
 
 def damped(moment: Float64, damping: float) -> Float64:

@@ -59,6 +59,11 @@ class Samples:
                 yield part
 
 
+def spread(count: int, limit: int) -> NDArray[np.int64]:
+    """At most ``limit`` of ``count`` places, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
+
+
 def read(source: Source, model: ModelProto) -> Samples:
     """Read calibration data and check that it fits the model.
 

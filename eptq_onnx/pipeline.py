@@ -18,7 +18,7 @@ from onnx import ModelProto
 import eptq_onnx
 from eptq_onnx import targets
 from eptq_onnx.config import Attention, Config, Start, WeightRange
-from eptq_onnx.data import Samples, Source, read
+from eptq_onnx.data import Samples, Source, read, spread
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import io
@@ -115,7 +115,7 @@ def quantize(
         plan = make_plan(float_model, target, config)
     with clock("calibrate"):
         calibration = calibrate(float_model, plan, samples, config, partial(progress, "calibrate"))
-    chosen = _spread(samples.count, config.score_samples)
+    chosen = spread(samples.count, config.score_samples)
     scores: Scores | None = None
     if engine is not None and _wants_scores(config):
         with clock("score"), _noting(notes, "no Hessian scores, plain MSE ranges instead"):
@@ -139,7 +139,7 @@ def quantize(
             notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
     trace: OptimizationTrace | None = None
     if engine is not None and config.step_count:
-        with clock("optimize"), _noting(notes, "not optimized, nearest rounding instead"):
+        with clock("optimize"), _noting(notes, "not optimized over the whole network"):
             graph = soften(float_model, plan, rounding, samples, config, engine)
             notes.extend(f"no gradient passes {note}" for note in graph.notes)
             notes.extend(f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items())
@@ -221,11 +221,6 @@ def _engine() -> Engine:
 
 def _wants_scores(config: Config) -> bool:
     return config.weight_range_method is WeightRange.HMSE or (config.step_count > 0 and config.attention is not Attention.NONE)
-
-
-def _spread(count: int, limit: int) -> np.ndarray:
-    """At most ``limit`` indices, evenly spread over all samples."""
-    return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
 
 
 def _layer_reports(plan: Plan, scores: Scores | None, verification: Verification, count: int) -> tuple[LayerReport, ...]:

@@ -18,7 +18,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from eptq_onnx import compensation, quant_math
 from eptq_onnx.config import Budget, BudgetUnit, Config
-from eptq_onnx.data import Samples
+from eptq_onnx.data import Samples, spread
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk
@@ -91,7 +91,7 @@ def allocate(
         If no choice meets the budget.
     """
     size = samples.micro_batch(8)
-    chosen = indices[np.unique(np.linspace(0, len(indices) - 1, min(len(indices), max(_SAMPLES, size))).round().astype(np.int64))]
+    chosen = indices[spread(len(indices), max(_SAMPLES, size))]
     walk = Walk(model, [samples.take(chosen[part]) for part in samples.batches(range(len(chosen)), size)])
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
@@ -106,7 +106,7 @@ def allocate(
             weights.setdefault(layer.weight, Candidates(value.size, {8: 0.0}))
         else:
             known = weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
-            rows = _rows(form, inputs, np.random.default_rng((config.seed, k)))
+            rows = compensation.sampled_moments(form, inputs, inputs, _ROWS, np.random.default_rng((config.seed, k)))
             positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
             known.operations += value.size * positions * quantizers[layer.input].spec.bits
             for bits in known.effects:
@@ -169,17 +169,6 @@ def _cost(weight: Candidates, bits: int, total: int, budget: Budget) -> float:
     if budget.unit is BudgetUnit.BYTES:
         return weight.size * bits / 8
     return weight.operations * bits
-
-
-def _rows(form: LinearForm, inputs: list[NDArray[np.generic]], rng: np.random.Generator) -> compensation.Moments:
-    moments = compensation.Moments()
-    total = sum(form.positions(x.shape) for x in inputs)
-    for x in inputs:
-        available = form.positions(x.shape)
-        picked = np.sort(rng.choice(available, min(available, max(1, round(_ROWS * available / total))), replace=False))
-        rows = form.input_rows(np.asarray(x, np.float32), picked)
-        moments.add(rows, rows)
-    return moments
 
 
 def _channel_errors(form: LinearForm, weight: Array, moments: compensation.Moments, spec: QuantSpec, config: Config) -> Array:

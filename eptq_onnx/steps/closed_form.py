@@ -8,9 +8,8 @@ are walked once, side by side: the inputs of a layer follow from those of the la
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import onnx
@@ -19,7 +18,7 @@ from onnx import ModelProto, NodeProto
 
 from eptq_onnx import compensation, quant_math
 from eptq_onnx.config import Config
-from eptq_onnx.data import Samples
+from eptq_onnx.data import Samples, spread
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk, peak_bytes
@@ -34,8 +33,6 @@ _OUTPUT_DAMPING = 0.1
 """Added to the outputs' Hessian factor, in units of its mean diagonal: few probes leave directions unseen."""
 _MEMORY = 3 * 2**30
 """Bytes that the tensors of both walks may take."""
-
-Values = Sequence[NDArray[Any]]
 
 
 def closed_form(
@@ -80,7 +77,8 @@ def closed_form(
     Input-error correction and sequential rounding follow OBQ (Frantar and Alistarh 2022) and GPTQ (Frantar et al. 2023).
     """
     size = samples.micro_batch(8)
-    kept = _spread(indices, _MEMORY // max(1, 2 * peak_bytes(edit.specialize(model, samples.shapes(size)))) * size)
+    affordable = _MEMORY // max(1, 2 * peak_bytes(edit.specialize(model, samples.shapes(size)))) * size
+    kept = indices[spread(len(indices), max(affordable, size))]
     feeds = [samples.take(part) for part in (kept[p] for p in samples.batches(range(len(kept)), size))]
     student, names = _with_open_layers(quantized, plan)
     inputs = {n.name: n.input[0] for n in student.graph.node}
@@ -98,7 +96,8 @@ def closed_form(
         if form is None:
             skipped[layer.node] = f"this {layer.op_type} is not a plain matrix product"
         else:
-            moments = _moments(form, weight, *pair, np.random.default_rng((config.seed, k)))
+            wanted = int(np.clip(_ROWS_PER_TERM * form.weight_rows(weight).shape[2], _LEAST_ROWS, _MOST_ROWS))
+            moments = compensation.sampled_moments(form, *pair, wanted, np.random.default_rng((config.seed, k)))
             if uses[layer.weight] > 1:
                 skipped[layer.node] = f"its weight {layer.weight} is shared by several layers"
             else:
@@ -119,11 +118,6 @@ def closed_form(
             rough.set_constant(names[layer.node][1], bias)
         progress(k + 1, len(plan.layers))
     return replace(start, integers=integers, weights=params, biases=biases, targets=targets), skipped
-
-
-def _spread(indices: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-    count = min(len(indices), max(limit, 1))
-    return indices[np.unique(np.linspace(0, len(indices) - 1, count).round().astype(np.int64))]
 
 
 def _form(node: NodeProto, view: GraphView) -> LinearForm | None:
@@ -148,20 +142,6 @@ def _with_open_layers(quantized: ModelProto, plan: Plan) -> tuple[ModelProto, di
                 copy.input.append(names[node.name][1])
         builder.nodes.append(copy)
     return onnx.shape_inference.infer_shapes(edit.with_nodes(quantized, builder.nodes)), names
-
-
-def _moments(form: LinearForm, weight: Array, exact: Values, rough: Values, rng: np.random.Generator) -> compensation.Moments:
-    """Moments of the inputs of a layer in the float and in the quantized network, from random rows of all batches."""
-    terms = form.weight_rows(weight).shape[2]
-    wanted = int(np.clip(_ROWS_PER_TERM * terms, _LEAST_ROWS, _MOST_ROWS))
-    total = sum(form.positions(x.shape) for x in exact)
-    moments = compensation.Moments()
-    for x_f, x_q in zip(exact, rough, strict=True):
-        available = form.positions(x_f.shape)
-        share = min(available, max(1, round(wanted * available / total)))
-        chosen = np.sort(rng.choice(available, share, replace=False))
-        moments.add(form.input_rows(np.asarray(x_f, np.float32), chosen), form.input_rows(np.asarray(x_q, np.float32), chosen))
-    return moments
 
 
 def _mean_error(form: LinearForm, weight: Array, rounded: Array, moments: compensation.Moments) -> Array:
