@@ -28,6 +28,9 @@ from eptq_onnx.types import Array, QuantSpec
 
 Float64 = NDArray[np.float64]
 
+_MOST_GAIN = 1.1
+"""Largest correction of an output's slope: where almost nothing of the float output is left, a gain would amplify noise."""
+
 _BLOCK = 64
 """Columns that are corrected one by one before the rest is, in one matrix product."""
 
@@ -56,6 +59,7 @@ class Moments:
         parts = {
             "qq": np.matmul(turned, quantized),
             "qf": np.matmul(turned, exact),
+            "ff": np.matmul(exact.swapaxes(1, 2), exact),
             "q": quantized.sum(axis=1, dtype=np.float64),
             "f": exact.sum(axis=1, dtype=np.float64),
         }
@@ -70,12 +74,13 @@ class Moments:
         return self._sums["f"] / self.count + shift_f, self._sums["q"] / self.count + shift_q
 
     @property
-    def covariances(self) -> tuple[Float64, Float64]:
-        """A and Bᵀ, centred: E[x_q x_qᵀ] and E[x_q x_fᵀ]."""
+    def covariances(self) -> tuple[Float64, Float64, Float64]:
+        """A, Bᵀ and F, centred: E[x_q x_qᵀ], E[x_q x_fᵀ] and E[x_f x_fᵀ]."""
         f, q = self._sums["f"] / self.count, self._sums["q"] / self.count
         return (
             self._sums["qq"] / self.count - q[:, :, None] * q[:, None, :],
             self._sums["qf"] / self.count - q[:, :, None] * f[:, None, :],
+            self._sums["ff"] / self.count - f[:, :, None] * f[:, None, :],
         )
 
 
@@ -111,22 +116,28 @@ def damped(moment: Float64, damping: float) -> Float64:
     return result
 
 
-def corrected_target(weight: Array, moment: Float64, cross: Float64, damping: float) -> Array:
-    """The weights that, on the quantized inputs, come closest to the float outputs.
+def corrected_target(weight: Array, moment: Float64, cross: Float64, exact: Float64, damping: float) -> Array:
+    """The weights that, on the quantized inputs, come closest to the float outputs without shrinking them.
 
-    ``W* = W (B + mu I) (A + mu I)⁻¹`` with mu a share of A's mean diagonal: the larger, the closer to W.
+    ``W* = g W (B + mu I) (A + mu I)⁻¹`` with mu a share of A's mean diagonal: the larger, the closer to W. Least squares
+    shrinks what it predicts from noisy inputs, layer after layer, and rare strong responses (objects, rare classes)
+    suffer first. The gain g of each output makes up for that: the slope of the corrected output over the float one is 1.
 
     Parameters
     ----------
     weight : ndarray of shape (n_groups, n_outputs, n_terms)
-    moment, cross : ndarray of shape (n_groups, n_terms, n_terms)
-        A and Bᵀ of `Moments.covariances`.
+    moment, cross, exact : ndarray of shape (n_groups, n_terms, n_terms)
+        A, Bᵀ and F of `Moments.covariances`.
     damping : float
     """
     mean = np.einsum("gii->g", moment) / moment.shape[1]
     ridge = np.where(mean > 0, damping * mean, 1.0)[:, None, None] * np.eye(moment.shape[1])
-    solved = np.linalg.solve(moment + ridge, cross + ridge)
-    return np.asarray(np.matmul(weight.astype(np.float64), solved.swapaxes(1, 2)), np.float32)
+    rows = weight.astype(np.float64)
+    target = np.matmul(rows, np.linalg.solve(moment + ridge, cross + ridge).swapaxes(1, 2))
+    wanted = (np.matmul(rows, exact) * rows).sum(axis=2)
+    reached = (np.matmul(target, cross) * rows).sum(axis=2)
+    gain = np.where(reached > 0, wanted / np.where(reached > 0, reached, 1), 1.0)
+    return np.asarray(target * np.clip(gain, 1 / _MOST_GAIN, _MOST_GAIN)[:, :, None], np.float32)
 
 
 def cost(error: Array, moment: Float64) -> Float64:

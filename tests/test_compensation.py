@@ -29,11 +29,12 @@ def _moments(exact: np.ndarray, quantized: np.ndarray, parts: int = 3) -> compen
 def test_moments_are_those_of_all_rows_at_once():
     exact, quantized = _inputs(200, 5, 2), _inputs(200, 5, 2, seed=1)
     moments = _moments(exact, quantized)
-    a, b = moments.covariances
+    a, b, exact_only = moments.covariances
     for g in range(2):
         f, q = exact[g] - exact[g].mean(axis=0), quantized[g] - quantized[g].mean(axis=0)
         np.testing.assert_allclose(a[g], q.T @ q / 200, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(b[g], q.T @ f / 200, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(exact_only[g], f.T @ f / 200, rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(moments.means[1][g], quantized[g].mean(axis=0), rtol=1e-4)
 
 
@@ -44,8 +45,19 @@ def test_the_target_undoes_a_linear_error_upstream():
     weight = np.random.default_rng(4).normal(size=(1, 3, 4)).astype(np.float32)
     target = compensation.corrected_target(weight, *moments.covariances, damping=1e-9)
     np.testing.assert_allclose(target[0], weight[0] @ np.linalg.inv(mixing).T, rtol=1e-2, atol=1e-3)
-    kept = compensation.corrected_target(weight, *moments.covariances, damping=1e9)
-    np.testing.assert_allclose(kept, weight, rtol=1e-4)
+
+
+def test_noise_in_the_inputs_does_not_shrink_the_outputs():
+    rng = np.random.default_rng(1)
+    exact = rng.normal(size=(1, 4000, 4)).astype(np.float32)
+    noisy = exact + rng.normal(0, 0.25, size=exact.shape).astype(np.float32)
+    weight = np.array([[[1, -2, 0.5, 1], [0, 1, 3, -1]]], np.float32)
+    target = compensation.corrected_target(weight, *_moments(exact, noisy).covariances, damping=1e-9)
+    for channel in range(2):
+        wanted = exact[0] @ weight[0, channel]
+        least_squares = np.linalg.lstsq(noisy[0], wanted)[0]
+        assert np.polyfit(wanted, noisy[0] @ least_squares, 1)[0] < 0.95
+        assert np.polyfit(wanted, noisy[0] @ target[0, channel], 1)[0] == pytest.approx(1, abs=0.01)
 
 
 def test_without_correlations_it_is_rounding_to_nearest():
@@ -60,7 +72,7 @@ def test_without_correlations_it_is_rounding_to_nearest():
 @pytest.mark.parametrize("terms", [4, 150])
 def test_compensation_and_descent_lower_the_cost(terms):
     inputs = _inputs(4 * terms, terms)
-    a, _ = _moments(inputs, inputs).covariances
+    a, _, _ = _moments(inputs, inputs).covariances
     a = compensation.damped(a, 0.01)
     target = np.random.default_rng(1).normal(size=(1, 8, terms)).astype(np.float32)
     scale = np.full((1, 8), 0.6, np.float32)
@@ -90,9 +102,9 @@ def test_descent_finds_the_best_of_all_integers_when_started_everywhere():
 def test_inputs_that_never_vary_do_no_harm():
     constant = np.ones((1, 20, 4), np.float32)
     moments = _moments(constant, constant)
-    a, b = moments.covariances
+    a, b, f = moments.covariances
     weight = np.random.default_rng(0).normal(size=(1, 2, 4)).astype(np.float32)
-    target = compensation.corrected_target(weight, a, b, 0.5)
+    target = compensation.corrected_target(weight, a, b, f, 0.5)
     np.testing.assert_allclose(target, weight, rtol=1e-5)
     q = compensation.compensated_rounding(target, np.full((1, 2), 0.5, np.float32), compensation.damped(a, 0.03), SPEC)
     assert np.isfinite(q).all()

@@ -173,7 +173,7 @@ def _cost(weight: Candidates, bits: int, total: int, budget: Budget) -> float:
 
 def _channel_errors(form: LinearForm, weight: Array, moments: compensation.Moments, spec: QuantSpec, config: Config) -> Array:
     """Mean squared error of each output channel, its mean taken up by the bias; shape (n_channels,)."""
-    covariance, _ = moments.covariances
+    covariance, _, _ = moments.covariances
     moment = compensation.damped(covariance, config.rounding_damping)
     scale = quant_math.weight_scales(weight, spec)
     rows = form.weight_rows(weight)

@@ -164,8 +164,8 @@ class _Problem:
 
     def solve(self, least: Array) -> tuple[IntArray, QuantParams, Array]:
         """Integers, scales of at least ``least``, and the real weights that they stand for."""
-        moment, cross = self.moments.covariances
-        target = compensation.corrected_target(self.form.weight_rows(self.weight), moment, cross, self.config.correction_damping)
+        moment, cross, exact = self.moments.covariances
+        target = compensation.corrected_target(self.form.weight_rows(self.weight), moment, cross, exact, self.config.correction_damping)
         moment = compensation.damped(moment, self.config.rounding_damping)
         full = self.form.weight_from_rows(target)
         base = quant_math.weight_scales(full, self.spec)

@@ -31,8 +31,13 @@ def run(model, **options):
     return model, p, nearest, rounding, skipped
 
 
-def error(model, p, rounding) -> float:
-    x = {model.graph.input[0].name: images(64, seed=5)}
+def smooth(count: int, seed: int = 0) -> np.ndarray:
+    """Images whose neighbours are alike, so that errors can make up for each other."""
+    return images(count, size=2, seed=seed).repeat(4, axis=2).repeat(4, axis=3)
+
+
+def error(model, p, rounding, make=images) -> float:
+    x = {model.graph.input[0].name: make(64, seed=5)}
     exact, rough = Session(model).run(x), Session(write(model, p, rounding)[0]).run(x)
     return sum(float(np.square(exact[n] - rough[n]).sum()) for n in exact)
 
@@ -65,12 +70,12 @@ def test_grouped_transposed_convolutions_share_the_scales_of_their_channels():
     )
     config = Config(weight_bits=3, edge_bits=3, preset="fast")
     p = plan(model, target, config)
-    samples = data.read({"x": images(32)}, model)
+    samples = data.read({"x": smooth(32)}, model)
     nearest = weight_ranges(model, p, calibrate(model, p, samples, config, silent), None, config)
     rounding, skipped = closed_form(model, write(model, p, nearest)[0], p, nearest, samples, np.arange(32), None, config, silent)
     assert not skipped
     assert rounding.weights["w2"].scale.shape == (3,)
-    assert error(model, p, rounding) < error(model, p, nearest)
+    assert error(model, p, rounding, smooth) < 0.9 * error(model, p, nearest, smooth)
 
 
 def test_a_shared_weight_keeps_its_rounding_and_says_so():
