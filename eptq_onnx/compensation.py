@@ -107,13 +107,15 @@ def sampled_moments(
     return moments
 
 
+def _ridge(moment: Float64, damping: float) -> Float64:
+    """``damping * mean(diag A) I``; the identity where A is 0 (inputs that never vary)."""
+    mean = np.einsum("gii->gi", moment).mean(axis=1)
+    return np.where(mean > 0, damping * mean, 1.0)[:, None, None] * np.eye(moment.shape[1])
+
+
 def damped(moment: Float64, damping: float) -> Float64:
-    """``A + damping * mean(diag A) I``, with a diagonal that is nowhere 0 (inputs that never vary)."""
-    result = moment.copy()
-    diagonal = np.einsum("gii->gi", result)
-    mean = diagonal.mean(axis=1, keepdims=True)
-    diagonal += np.where(mean > 0, damping * mean, 1.0)
-    return result
+    """``A + damping * mean(diag A) I``, with a diagonal that is nowhere 0."""
+    return moment + _ridge(moment, damping)
 
 
 def corrected_target(weight: Array, moment: Float64, cross: Float64, exact: Float64, damping: float) -> Array:
@@ -130,8 +132,7 @@ def corrected_target(weight: Array, moment: Float64, cross: Float64, exact: Floa
         A, Bᵀ and F of `Moments.covariances`.
     damping : float
     """
-    mean = np.einsum("gii->g", moment) / moment.shape[1]
-    ridge = np.where(mean > 0, damping * mean, 1.0)[:, None, None] * np.eye(moment.shape[1])
+    ridge = _ridge(moment, damping)
     rows = weight.astype(np.float64)
     target = np.matmul(rows, np.linalg.solve(moment + ridge, cross + ridge).swapaxes(1, 2))
     wanted = (np.matmul(rows, exact) * rows).sum(axis=2)
@@ -145,15 +146,38 @@ def cost(error: Array, moment: Float64) -> Float64:
     return np.asarray((np.matmul(error, moment.astype(np.float32)) * error).sum(axis=2, dtype=np.float64))
 
 
-def compensated_rounding(target: Array, scale: Array, moment: Float64, spec: QuantSpec) -> Array:
+@dataclass(frozen=True)
+class Feedback:
+    """How the error of a term is spread over the terms that are rounded after it; the same for all scales and widths.
+
+    Parameters
+    ----------
+    order : ndarray of int, shape (n_groups, n_terms)
+        The largest second moments first: the others are left to make up for them.
+    weights : ndarray of shape (n_groups, n_terms, n_terms)
+        Row i: what each later term (in that order) takes of the error of term i.
+    """
+
+    order: NDArray[np.int64]
+    weights: Array
+
+    @classmethod
+    def of(cls, moment: Float64) -> Feedback:
+        """From a positive definite moment: the rows of the upper Cholesky factor of A⁻¹, over its diagonal."""
+        order = np.argsort(-np.einsum("gii->gi", moment), axis=1, kind="stable")
+        ordered = np.take_along_axis(np.take_along_axis(moment, order[:, :, None], 1), order[:, None, :], 2)
+        factor = np.linalg.cholesky(np.linalg.inv(ordered)).swapaxes(1, 2)
+        return cls(order, (factor / np.einsum("gii->gi", factor)[:, :, None]).astype(np.float32))
+
+
+def compensated_rounding(target: Array, scale: Array, feedback: Feedback, spec: QuantSpec) -> Array:
     """Round column by column, the later columns making up for the errors of the earlier.
 
     Parameters
     ----------
     target : ndarray of shape (n_groups, n_outputs, n_terms)
     scale : ndarray of shape (n_groups, n_outputs)
-    moment : ndarray of shape (n_groups, n_terms, n_terms)
-        Positive definite.
+    feedback : Feedback
     spec : QuantSpec
         Symmetric.
 
@@ -162,12 +186,7 @@ def compensated_rounding(target: Array, scale: Array, moment: Float64, spec: Qua
     ndarray of float32
         Integers, in the shape of ``target``.
     """
-    # The largest second moments first: the others are left to make up for them.
-    order = np.argsort(-np.einsum("gii->gi", moment), axis=1, kind="stable")
-    sorted_moment = np.take_along_axis(np.take_along_axis(moment, order[:, :, None], 1), order[:, None, :], 2)
-    # Row i of the upper Cholesky factor of A⁻¹ tells how column i's error is best spread over the later ones.
-    factor = np.linalg.cholesky(np.linalg.inv(sorted_moment)).swapaxes(1, 2)
-    spread = (factor / np.einsum("gii->gi", factor)[:, :, None]).astype(np.float32)
+    order, spread = feedback.order, feedback.weights
     rest = np.take_along_axis(target, order[:, None, :], 2) / scale[:, :, None]
     result = np.empty_like(rest)
     terms = rest.shape[2]

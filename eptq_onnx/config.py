@@ -129,7 +129,8 @@ class Config(BaseModel):
     activation_range, percentile
         How activation ranges are chosen; the percentile (of each tail) is for ``percentile``.
     weight_range : WeightRange, optional
-        By default ``hmse``, or ``mse`` with the preset ``fast``.
+        By default ``hmse``, or ``mse`` with the preset ``fast``. The closed-form start chooses ranges of its own
+        for the weights that it solves.
     damping : float
         Share of the mean that is added to the Hessian scores before HMSE.
     probes : int

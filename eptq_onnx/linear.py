@@ -36,6 +36,23 @@ class LinearForm(Protocol):
         ...
 
 
+def scale_places(form: LinearForm, shape: Sequence[int], axis: int | None) -> NDArray[np.int64]:
+    """Which of a weight's scales each of its rows has, of shape (n_groups, n_outputs).
+
+    Parameters
+    ----------
+    form : LinearForm
+    shape : sequence of int
+        The weight's.
+    axis : int or None
+        Axis with one scale per index; None for one scale in all.
+    """
+    index = np.zeros(shape, np.int64)
+    if axis is not None:
+        index += np.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    return form.weight_rows(index)[:, :, 0]
+
+
 @dataclass(frozen=True)
 class MatrixForm:
     """A matrix product with a constant right-hand side (ONNX Gemm, MatMul).

@@ -282,6 +282,12 @@ def is_known(node: NodeProto) -> bool:
     return ("" if node.domain == "ai.onnx" else node.domain, node.op_type) in TABLE
 
 
+def linear_form(node: NodeProto, view: GraphView) -> LinearForm | None:
+    """A layer as a matrix product; None where it is none."""
+    rule = spec_of(node).linear
+    return rule(node, view) if rule is not None else None
+
+
 def output_channels(node: NodeProto, view: GraphView) -> int:
     """Number of output channels of a layer with a constant weight.
 

@@ -127,7 +127,9 @@ def quantize(
             plan, calibration = _guarded(float_model, plan, target, samples, chosen, scores, config, told)
     if config.budget is not None:
         with clock("allocate"):
-            plan = allocate(float_model, plan, target, samples, chosen, calibration, scores, config, partial(progress, "allocate"))
+            plan = allocate(
+                float_model, plan, target, samples, chosen, calibration, scores, config.budget, config, partial(progress, "allocate")
+            )
     with clock("ranges"):
         rounding = weight_ranges(float_model, plan, calibration, scores, config)
     seen, held = split(len(chosen), config.holdout, config.seed)

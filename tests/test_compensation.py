@@ -65,7 +65,7 @@ def test_without_correlations_it_is_rounding_to_nearest():
     scale = np.full((2, 5), 0.3, np.float32)
     moment = np.stack([np.diag(np.arange(1.0, 7.0))] * 2)
     expected = np.clip(np.rint(target / 0.3), -4, 3)
-    np.testing.assert_array_equal(compensation.compensated_rounding(target, scale, moment, SPEC), expected)
+    np.testing.assert_array_equal(compensation.compensated_rounding(target, scale, compensation.Feedback.of(moment), SPEC), expected)
     np.testing.assert_array_equal(compensation.coordinate_descent(target, expected, scale, moment, SPEC, 3), expected)
 
 
@@ -81,7 +81,7 @@ def test_compensation_and_descent_lower_the_cost(terms):
         return compensation.cost(q * scale[:, :, None] - target, a)
 
     nearest = np.clip(np.rint(target / scale[:, :, None]), -4, 3)
-    rounded = compensation.compensated_rounding(target, scale, a, SPEC)
+    rounded = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), SPEC)
     descended = compensation.coordinate_descent(target, rounded, scale, a, SPEC, 3)
     assert cost(rounded).sum() < 0.7 * cost(nearest).sum()
     assert (cost(descended) <= cost(rounded) * (1 + 1e-4)).all()
@@ -106,7 +106,9 @@ def test_inputs_that_never_vary_do_no_harm():
     weight = np.random.default_rng(0).normal(size=(1, 2, 4)).astype(np.float32)
     target = compensation.corrected_target(weight, a, b, f, 0.5)
     np.testing.assert_allclose(target, weight, rtol=1e-5)
-    q = compensation.compensated_rounding(target, np.full((1, 2), 0.5, np.float32), compensation.damped(a, 0.03), SPEC)
+    q = compensation.compensated_rounding(
+        target, np.full((1, 2), 0.5, np.float32), compensation.Feedback.of(compensation.damped(a, 0.03)), SPEC
+    )
     assert np.isfinite(q).all()
 
 
@@ -117,7 +119,7 @@ def test_joint_descent_lowers_the_effect_on_the_outputs_and_is_coordinate_descen
     target, scale = rng.normal(size=(1, 8, 80)).astype(np.float32), np.full((1, 8), 0.6, np.float32)
     mixing = rng.normal(size=(8, 3))
     g = mixing @ mixing.T + 0.1 * np.eye(8)
-    start = compensation.compensated_rounding(target, scale, a, SPEC)
+    start = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), SPEC)
 
     def effect(q: np.ndarray, outputs: np.ndarray) -> float:
         error = q * 0.6 - target[0]

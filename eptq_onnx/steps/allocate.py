@@ -7,7 +7,6 @@ network's outputs, so that the best choice is an integer linear program, solved 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -22,8 +21,8 @@ from eptq_onnx.data import Samples, spread
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk
-from eptq_onnx.linear import LinearForm
-from eptq_onnx.ops import spec_of
+from eptq_onnx.linear import LinearForm, scale_places
+from eptq_onnx.ops import linear_form
 from eptq_onnx.targets import Target
 from eptq_onnx.types import Array, Calibration, Layer, Plan, QuantSpec, Scores
 
@@ -58,6 +57,7 @@ def allocate(
     indices: NDArray[np.int64],
     calibration: Calibration,
     scores: Scores | None,
+    budget: Budget,
     config: Config,
     progress: Callable[[int, int], None],
 ) -> Plan:
@@ -75,8 +75,8 @@ def allocate(
     calibration : Calibration
         Without scores, errors count relative to the variance of each layer's output.
     scores : Scores or None
+    budget : Budget
     config : Config
-        ``budget``.
     progress : callable
         Called with layers done and layers in all.
 
@@ -99,8 +99,7 @@ def allocate(
     weights: dict[str, Candidates] = {}
     for k, layer in enumerate(plan.layers):
         value: Array = np.asarray(view.constant(layer.weight), np.float32)
-        row = spec_of(nodes[layer.node])
-        form = row.linear(nodes[layer.node], view) if row.linear is not None else None
+        form = linear_form(nodes[layer.node], view)
         inputs = walk.reach(layer.input)
         if form is None:
             weights.setdefault(layer.weight, Candidates(value.size, {8: 0.0}))
@@ -109,16 +108,13 @@ def allocate(
             rows = compensation.sampled_moments(form, inputs, inputs, _ROWS, np.random.default_rng((config.seed, k)))
             positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
             known.operations += value.size * positions * quantizers[layer.input].spec.bits
-            for bits in known.effects:
-                spec = target.weight_spec(bits, layer.weight_spec.axis or 0)
-                error = _channel_errors(form, value, rows, spec, config)
+            specs = {bits: target.weight_spec(bits, layer.weight_spec.axis or 0) for bits in known.effects}
+            for bits, error in _channel_errors(form, value, rows, specs, config).items():
                 known.effects[bits] += float((error * _importance(layer, calibration, scores, error.size, positions)).sum())
         progress(k + 1, len(plan.layers))
-    if config.budget is None:
-        raise ConfigError("option budget is missing: give budget='weights=4', say.")
-    widths = solve(weights, config.budget)
-    specs = {x.weight: target.weight_spec(widths[x.weight], x.weight_spec.axis or 0) for x in plan.layers}
-    return replace(plan, layers=tuple(replace(x, weight_spec=specs[x.weight]) for x in plan.layers))
+    widths = solve(weights, budget)
+    layers = (replace(x, weight_spec=target.weight_spec(widths[x.weight], x.weight_spec.axis or 0)) for x in plan.layers)
+    return replace(plan, layers=tuple(layers))
 
 
 def solve(weights: Mapping[str, Candidates], budget: Budget) -> dict[str, int]:
@@ -152,12 +148,10 @@ def solve(weights: Mapping[str, Candidates], budget: Budget) -> dict[str, int]:
         options={"mip_rel_gap": 0},
     )
     if found.x is None:
-        least: dict[str, float] = defaultdict(lambda: np.inf)
-        for name, cost in zip(names, costs, strict=True):
-            least[name] = min(least[name], cost)
+        least = sum(min(_cost(w, bits, total, budget) for bits in w.effects) for w in weights.values())
         raise ConfigError(
             f"option budget={budget} cannot be met: the smallest widths ({min(widths)} bits) take "
-            f"{budget.unit.value}={sum(least.values()):.4g}; give at least that."
+            f"{budget.unit.value}={least:.4g}; give at least that."
         )
     return {names[i]: widths[i] for i in np.flatnonzero(found.x > 0.5)}
 
@@ -171,15 +165,20 @@ def _cost(weight: Candidates, bits: int, total: int, budget: Budget) -> float:
     return weight.operations * bits
 
 
-def _channel_errors(form: LinearForm, weight: Array, moments: compensation.Moments, spec: QuantSpec, config: Config) -> Array:
-    """Mean squared error of each output channel, its mean taken up by the bias; shape (n_channels,)."""
+def _channel_errors(
+    form: LinearForm, weight: Array, moments: compensation.Moments, specs: Mapping[int, QuantSpec], config: Config
+) -> dict[int, Array]:
+    """Mean squared error of each output channel at each width, its mean taken up by the bias; each of shape (n_channels,)."""
     covariance, _, _ = moments.covariances
-    moment = compensation.damped(covariance, config.rounding_damping)
-    scale = quant_math.weight_scales(weight, spec)
+    feedback = compensation.Feedback.of(compensation.damped(covariance, config.rounding_damping))
     rows = form.weight_rows(weight)
-    per_row = form.weight_rows(np.broadcast_to(quant_math.along_axis(scale, spec.axis, weight.ndim), weight.shape))[:, :, 0]
-    integers = compensation.compensated_rounding(rows, per_row, moment, spec)
-    return np.asarray(compensation.cost(integers * per_row[:, :, None] - rows, covariance).reshape(-1), np.float32)
+    errors = {}
+    for bits, spec in specs.items():
+        per_row = quant_math.weight_scales(weight, spec).reshape(-1)[scale_places(form, weight.shape, spec.axis)]
+        integers = compensation.compensated_rounding(rows, per_row, feedback, spec)
+        error = compensation.cost(integers * per_row[:, :, None] - rows, covariance)
+        errors[bits] = np.asarray(error.reshape(-1), np.float32)
+    return errors
 
 
 def _importance(layer: Layer, calibration: Calibration, scores: Scores | None, channels: int, positions: float) -> Array:

@@ -22,8 +22,8 @@ from eptq_onnx.data import Samples, spread
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk, peak_bytes
-from eptq_onnx.linear import LinearForm
-from eptq_onnx.ops import spec_of
+from eptq_onnx.linear import LinearForm, scale_places
+from eptq_onnx.ops import linear_form, spec_of
 from eptq_onnx.types import Array, IntArray, Plan, QuantParams, QuantSpec, Rounding, Scores
 
 _ROWS_PER_TERM, _LEAST_ROWS, _MOST_ROWS = 16, 4096, 20_000
@@ -91,7 +91,8 @@ def closed_form(
     for k, layer in enumerate(plan.layers):
         weight: Array = np.asarray(view.constant(layer.weight), np.float32)
         pair = exact.reach(layer.input), rough.reach(inputs[layer.node])
-        form = _form(nodes[layer.node], view)
+        form = linear_form(nodes[layer.node], view)
+        moments: compensation.Moments | None = None
         input_scale = start.activations[plan.quantizer_of[layer.input].name].scale
         if form is None:
             skipped[layer.node] = f"this {layer.op_type} is not a plain matrix product"
@@ -107,22 +108,17 @@ def closed_form(
                 outputs = scores.outputs.get(layer.output) if scores is not None else None
                 problem = _Problem(form, weight, layer.weight_spec, moments, outputs, config)
                 integers[layer.weight], params[layer.weight], targets[layer.weight] = problem.solve(least)
-            if layer.bias is not None:
-                rounded = quant_math.dequantize(integers[layer.weight], params[layer.weight], layer.weight_spec)
-                biases[layer.bias] = biases[layer.bias] + _mean_error(form, weight, rounded, moments)
-        rough.set_constant(names[layer.node][0], quant_math.dequantize(integers[layer.weight], params[layer.weight], layer.weight_spec))
+        rounded = quant_math.dequantize(integers[layer.weight], params[layer.weight], layer.weight_spec)
+        rough.set_constant(names[layer.node][0], rounded)
         if layer.bias is not None:
+            if form is not None and moments is not None:
+                biases[layer.bias] = biases[layer.bias] + _mean_error(form, weight, rounded, moments)
             bias = biases[layer.bias]
             if plan.integer_bias:
                 bias = quant_math.round_bias(bias, input_scale, params[layer.weight].scale)
             rough.set_constant(names[layer.node][1], bias)
         progress(k + 1, len(plan.layers))
     return replace(start, integers=integers, weights=params, biases=biases, targets=targets), skipped
-
-
-def _form(node: NodeProto, view: GraphView) -> LinearForm | None:
-    row = spec_of(node)
-    return row.linear(node, view) if row.linear is not None else None
 
 
 def _with_open_layers(quantized: ModelProto, plan: Plan) -> tuple[ModelProto, dict[str, tuple[str, str]]]:
@@ -169,10 +165,11 @@ class _Problem:
         moment = compensation.damped(moment, self.config.rounding_damping)
         full = self.form.weight_from_rows(target)
         base = quant_math.weight_scales(full, self.spec)
-        owners = self._owners()
-        best = self._round(target, self._at_least(base, least), moment, owners)
+        owners = scale_places(self.form, self.weight.shape, self.spec.axis)
+        feedback = compensation.Feedback.of(moment)
+        best = self._round(target, self._at_least(base, least), moment, feedback, owners)
         for ratio in _RATIOS[1:]:
-            other = self._round(target, self._at_least(base * np.float32(ratio), least), moment, owners)
+            other = self._round(target, self._at_least(base * np.float32(ratio), least), moment, feedback, owners)
             better = other.cost < best.cost
             best = _Rounded(
                 np.where(better[owners][:, :, None], other.integers, best.integers),
@@ -192,17 +189,16 @@ class _Problem:
         scale = scale.reshape(-1)
         return np.maximum(scale, least) if np.size(least) in (1, scale.size) else scale
 
-    def _owners(self) -> NDArray[np.int64]:
-        """Place of the scale of each row, of shape (n_groups, n_outputs)."""
-        axis, shape = self.spec.axis, self.weight.shape
-        index = np.zeros(shape, np.int64)
-        if axis is not None:
-            index += np.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
-        return self.form.weight_rows(index)[:, :, 0]
-
-    def _round(self, target: Array, scale: Array, moment: compensation.Float64, owners: NDArray[np.int64]) -> _Rounded:
+    def _round(
+        self,
+        target: Array,
+        scale: Array,
+        moment: compensation.Float64,
+        feedback: compensation.Feedback,
+        owners: NDArray[np.int64],
+    ) -> _Rounded:
         per_row = scale[owners]
-        integers = compensation.compensated_rounding(target, per_row, moment, self.spec)
+        integers = compensation.compensated_rounding(target, per_row, feedback, self.spec)
         value = compensation.cost(integers * per_row[:, :, None] - target, moment)
         costs = np.zeros(scale.size)
         np.add.at(costs, owners, value)

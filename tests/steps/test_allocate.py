@@ -58,12 +58,12 @@ def test_an_unreadable_budget_is_refused(text):
 
 
 def test_widths_meet_the_budget_and_leave_the_rest_of_the_plan_alone():
-    config = Config.of(budget="weights=4")
+    config, budget = Config(), Budget.model_validate("weights=4")
     model = normalize(small_convnet(), 13)
     p = plan(model, TARGET, config)
     samples = data.read({"image": images(32)}, model)
     calibration = calibrate(model, p, samples, config, silent)
-    mixed = allocate(model, p, TARGET, samples, np.arange(32), calibration, None, config, silent)
+    mixed = allocate(model, p, TARGET, samples, np.arange(32), calibration, None, budget, config, silent)
     view = GraphView(model)
     sizes = {n: view.constant(n).size for n in p.weight_specs}
     mean = sum(sizes[n] * s.bits for n, s in mixed.weight_specs.items()) / sum(sizes.values())
