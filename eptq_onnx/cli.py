@@ -51,7 +51,8 @@ def quantize(
         WeightRange | None, typer.Option(help="How weight ranges are chosen (default: hmse; mse with --preset fast).")
     ] = None,
     max_noise: Annotated[
-        float, typer.Option(help="Activations that alone would cause more noise at the outputs stay float (0: none).")
+        float,
+        typer.Option(help="The noisiest activations stay float until the others together cause no more noise at the outputs (0: none)."),
     ] = _DEFAULTS.max_noise,
     attention: Annotated[Attention, typer.Option(help="What the loss weighs by the Hessian bound.")] = _DEFAULTS.attention,
     rounding: Annotated[RoundingVariable, typer.Option(help="What is learned for each weight element.")] = _DEFAULTS.rounding,

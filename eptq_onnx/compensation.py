@@ -31,6 +31,9 @@ Float64 = NDArray[np.float64]
 _MOST_GAIN = 1.1
 """Largest correction of an output's slope: where almost nothing of the float output is left, a gain would amplify noise."""
 
+_SCALE_DAMPING, _MOST_REFIT = 1e-3, 2.0
+"""How reluctantly scales are refitted together, in units of their curvature, and how far at most."""
+
 _BLOCK = 64
 """Columns that are corrected one by one before the rest is, in one matrix product."""
 
@@ -240,6 +243,54 @@ def coordinate_descent(target: Array, integers: Array, scale: Array, moment: Flo
         if not moved:
             break
     return q
+
+
+def refitted_scale(target: Array, integers: Array, scale: Array, moment: Float64, owners: NDArray[np.int64]) -> Array:
+    """Scales of the least cost for given integers.
+
+    Parameters
+    ----------
+    target, integers : ndarray of shape (n_groups, n_outputs, n_terms)
+    scale : ndarray of shape (n_scales,)
+        Kept where no positive scale fits (a row of zeros).
+    moment : ndarray of shape (n_groups, n_terms, n_terms)
+        A.
+    owners : ndarray of int, shape (n_groups, n_outputs)
+        The place of each row's scale.
+    """
+    product = np.matmul(integers, moment.astype(np.float32))
+    right, curvature = np.zeros(scale.size), np.zeros(scale.size)
+    np.add.at(right, owners, (product * target).sum(axis=2, dtype=np.float64))
+    np.add.at(curvature, owners, (product * integers).sum(axis=2, dtype=np.float64))
+    fits = (curvature > 0) & (right > 0)
+    return np.where(fits, right / np.where(fits, curvature, 1), scale).astype(np.float32)
+
+
+def jointly_refitted_scale(
+    target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, owners: NDArray[np.int64]
+) -> Array:
+    """Scales of the least effect on the network outputs for given integers; see `joint_descent`.
+
+    Parameters
+    ----------
+    target, integers : ndarray of shape (n_outputs, n_terms)
+    scale : ndarray of shape (n_scales,)
+    moment : ndarray of shape (n_terms, n_terms)
+        A.
+    output_moment : ndarray of shape (n_outputs, n_outputs)
+        G.
+    owners : ndarray of int, shape (n_outputs,)
+        The place of each row's scale.
+    """
+    product = integers.astype(np.float64) @ moment
+    system, right = np.zeros((scale.size, scale.size)), np.zeros(scale.size)
+    np.add.at(system, (owners[:, None], owners[None, :]), output_moment * (product @ integers.T))
+    np.add.at(right, owners, ((output_moment @ target) * product).sum(axis=1))
+    # Scales that hardly matter stay where they are, and none goes far.
+    diagonal = np.diag(system)
+    ridge = np.where(diagonal > 0, _SCALE_DAMPING * diagonal, 1.0)
+    fitted = np.linalg.solve(system + np.diag(ridge), right + ridge * scale)
+    return np.clip(fitted, scale / _MOST_REFIT, scale * _MOST_REFIT).astype(np.float32)
 
 
 def joint_descent(

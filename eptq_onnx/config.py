@@ -155,8 +155,9 @@ class Config(BaseModel):
         The optimization ends early when so many checks on held-out samples (ten a run) found nothing better; 0: never.
         Not for ``soft``.
     max_noise : float
-        Largest noise-to-signal power ratio at the outputs that the quantization of one activation may cause, by
-        prediction from the Hessian scores; activations far above it and above all others stay float. 0: none do.
+        Largest noise-to-signal power ratio at the outputs that the quantization of all activations together may cause,
+        by prediction from the Hessian scores; the noisiest stay float until the rest keep within it or none stands out
+        any more. 0: none do.
     rounding : RoundingVariable
         ``soft``: the paper's annealed soft rounding, for thousands of steps; ``straight-through``: a continuous copy
         of the weight that is rounded in every step, which does the same in hundreds.
@@ -194,13 +195,13 @@ class Config(BaseModel):
     probes: int = Field(2, ge=1)
     score_samples: int = Field(256, ge=1)
     batch_size: int = Field(8, ge=1)
-    holdout: float = Field(0.2, gt=0, lt=0.9)
+    holdout: float = Field(0.1, gt=0, lt=0.9)
     start: Start = Start.CLOSED_FORM
     correction_damping: float = Field(0.3, ge=0)
     rounding_damping: float = Field(0.1, gt=0)
     descent_passes: int = Field(3, ge=0)
     patience: int = Field(3, ge=0)
-    max_noise: float = Field(0.01, ge=0)
+    max_noise: float = Field(0.05, ge=0)
     rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH
     optimizer: Optimizer = Optimizer.ADAM
     rounding_lr: float | None = Field(None, ge=0)

@@ -131,3 +131,42 @@ def test_joint_descent_lowers_the_effect_on_the_outputs_and_is_coordinate_descen
     np.testing.assert_array_equal(joint, np.clip(np.rint(joint), -4, 3))
     same = compensation.joint_descent(target[0], start[0], scale[0], a[0], np.eye(8), SPEC, 9)
     assert effect(same, np.eye(8)) == pytest.approx(effect(alone, np.eye(8)), rel=1e-3)
+
+
+def test_refitted_scales_lower_the_cost_and_leave_empty_rows_alone():
+    inputs = _inputs(400, 12, 2)
+    a = compensation.damped(_moments(inputs, inputs).covariances[0], 0.01)
+    rng = np.random.default_rng(2)
+    target, scale = rng.normal(size=(2, 3, 12)).astype(np.float32), np.full(3, 0.5, np.float32)
+    owners = np.array([[0, 1, 2], [0, 1, 2]])
+    integers = np.rint(target / 0.7)
+    integers[:, 2] = 0
+
+    def cost(scales: np.ndarray) -> np.ndarray:
+        return compensation.cost(integers * scales[owners][:, :, None] - target, a).sum(axis=0)
+
+    fitted = compensation.refitted_scale(target, integers, scale, a, owners)
+    assert fitted[2] == scale[2]
+    assert (cost(fitted)[:2] < cost(scale)[:2]).all()
+    for factor in (0.99, 1.01):
+        assert (cost(fitted)[:2] < cost(fitted * np.float32(factor))[:2]).all()
+
+
+@pytest.mark.parametrize("owners", [np.arange(6), np.zeros(6, np.int64)], ids=["per channel", "per tensor"])
+def test_jointly_refitted_scales_lower_the_effect_on_the_outputs(owners):
+    inputs = _inputs(400, 12)
+    a = compensation.damped(_moments(inputs, inputs).covariances[0], 0.01)[0]
+    rng = np.random.default_rng(2)
+    target = rng.normal(size=(6, 12)).astype(np.float32)
+    mixing = rng.normal(size=(6, 3))
+    g = mixing @ mixing.T + 0.1 * np.eye(6)
+    scale = np.full(owners.max() + 1, 0.5, np.float32)
+    integers = np.rint(target / 0.6).astype(np.float32)
+
+    def effect(scales: np.ndarray) -> float:
+        error = integers * scales[owners][:, None] - target
+        return float(np.trace(g @ error @ a @ error.T))
+
+    fitted = compensation.jointly_refitted_scale(target, integers, scale, a, g, owners)
+    assert effect(fitted) < effect(scale)
+    assert effect(fitted) == pytest.approx(min(effect(fitted * np.float32(f)) for f in (0.98, 0.99, 1, 1.01, 1.02)), rel=1e-3)

@@ -26,9 +26,11 @@ from eptq_onnx.linear import LinearForm, scale_places
 from eptq_onnx.ops import linear_form, spec_of
 from eptq_onnx.types import Array, IntArray, Plan, QuantParams, QuantSpec, Rounding, Scores
 
-_ROWS_PER_TERM, _LEAST_ROWS, _MOST_ROWS = 16, 4096, 20_000
+_ROWS_PER_TERM, _LEAST_ROWS, _MOST_ROWS = 64, 16_384, 60_000
 _RATIOS = (1.0, 0.85, 0.7, 0.55)
 """Scales that are tried, in units of the one with the least squared error of the corrected weight."""
+_REFITS = 2
+"""Times that the scales are fitted to the integers and these descend again."""
 _OUTPUT_DAMPING = 0.1
 """Added to the outputs' Hessian factor, in units of its mean diagonal: few probes leave directions unseen."""
 _MEMORY = 3 * 2**30
@@ -176,13 +178,21 @@ class _Problem:
                 np.where(better, other.scale, best.scale),
                 np.where(better, other.cost, best.cost),
             )
-        rows, passes = best.scale[owners], self.config.descent_passes
-        descended = compensation.coordinate_descent(target, best.integers, rows, moment, self.spec, passes)
+        integers, scale, passes = best.integers, best.scale, self.config.descent_passes
+        for turn in range(1 + _REFITS):
+            if turn:
+                scale = self._at_least(compensation.refitted_scale(target, integers, scale, moment, owners), least)
+            integers = compensation.coordinate_descent(target, integers, scale[owners], moment, self.spec, passes)
         if self.outputs is not None and np.trace(self.outputs) > 0:
-            effect = compensation.damped(self.outputs[None], _OUTPUT_DAMPING)[0]
-            descended = compensation.joint_descent(target[0], descended[0], rows[0], moment[0], effect, self.spec, passes)[None]
-        scale = best.scale if self.spec.axis is not None else best.scale[0]
-        return self.form.weight_from_rows(descended).astype(np.int32), QuantParams(np.asarray(scale, np.float32)), full
+            effect, owner = compensation.damped(self.outputs[None], _OUTPUT_DAMPING)[0], owners[0]
+            lone, wanted, inputs = integers[0], target[0], moment[0]
+            for turn in range(1 + _REFITS):
+                if turn:
+                    scale = self._at_least(compensation.jointly_refitted_scale(wanted, lone, scale, inputs, effect, owner), least)
+                lone = compensation.joint_descent(wanted, lone, scale[owner], inputs, effect, self.spec, passes)
+            integers = lone[None]
+        params = QuantParams(np.asarray(scale if self.spec.axis is not None else scale[0], np.float32))
+        return self.form.weight_from_rows(integers).astype(np.int32), params, full
 
     def _at_least(self, scale: Array, least: Array) -> Array:
         """One scale a channel (or one in all), shape (n_scales,)."""

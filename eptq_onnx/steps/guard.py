@@ -1,4 +1,4 @@
-"""Step 4b: which activations must stay float, because their quantization alone would spoil the outputs.
+"""Step 4b: which activations must stay float, because their quantization would spoil the outputs.
 
 To first order the noise of one quantizer adds sum g^2 e^2 to the squared error of the outputs, with e the rounding
 and clipping error of each value and g^2 = (J^T v)^2 its Hessian score. Outputs are scored in units of their spread,
@@ -32,7 +32,7 @@ def sensitive_activations(
     scores: Scores,
     config: Config,
 ) -> dict[str, float]:
-    """Tensors whose quantization alone exceeds ``config.max_noise``, with the noise-to-signal ratio it would cause.
+    """Tensors that must stay float for the others to keep within ``config.max_noise``, with the noise-to-signal ratio of each.
 
     Parameters
     ----------
@@ -66,5 +66,16 @@ def sensitive_activations(
                 noise[name] += float((error.sum(axis=others[1:]) * scores.channels[name][part]).sum())
         seen += len(part)
     ratio = {name: n / max(seen, 1) / scores.output_size for name, n in noise.items()}
-    limit = max(config.max_noise, _OUTLIER * float(np.median(list(ratio.values()))))
-    return {tensor: ratio[name] for name, q in quantizers.items() if ratio[name] > limit for tensor in q.tensors}
+    return {tensor: ratio[name] for name in _spoilers(ratio, config.max_noise) for tensor in quantizers[name].tensors}
+
+
+def _spoilers(ratio: dict[str, float], most: float) -> list[str]:
+    """The noisiest quantizers, until the rest stay within ``most`` together or nothing stands out any more."""
+    left, ordinary = sum(ratio.values()), _OUTLIER * float(np.median(list(ratio.values())))
+    found: list[str] = []
+    for name in sorted(ratio, key=lambda n: (-ratio[n], n)):
+        if left <= most or ratio[name] <= ordinary:
+            break
+        found.append(name)
+        left -= ratio[name]
+    return found

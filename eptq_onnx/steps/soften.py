@@ -72,6 +72,8 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     # Weights that no gradient reaches are fed too: the student is quantized everywhere.
     edit.promote_to_inputs(gradient.model, parameters)
     edit.set_outputs(gradient.model, [LOSS, LAYER_ERRORS, *gradient.gradients.values()])
+    # Gradients that nobody asked for (of scales that are not learned) would cost a fifth of the step.
+    edit.prune(gradient.model)
     return TrainingGraph(
         train=gradient.model,
         evaluate=evaluate,

@@ -8,7 +8,7 @@ import eptq_onnx
 from eptq_onnx import Config, data, quant_math, targets
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.calibrate import calibrate
-from eptq_onnx.steps.guard import sensitive_activations
+from eptq_onnx.steps.guard import _spoilers, sensitive_activations
 from eptq_onnx.steps.normalize import normalize
 from eptq_onnx.steps.plan import plan
 from eptq_onnx.steps.score import score
@@ -49,12 +49,20 @@ def test_the_unbalanced_tensor_is_found(case):
     assert not sensitive_activations(model, p, samples, np.arange(16), calibration, scores, Config(max_noise=0))
 
 
+def test_the_noisiest_go_until_the_rest_keep_within_the_limit_or_none_stands_out():
+    ratio = {"a": 0.5, "b": 0.2, "c": 0.04, **{f"quiet{k}": 0.001 for k in range(9)}}
+    assert _spoilers(ratio, 1.0) == []
+    assert _spoilers(ratio, 0.3) == ["a"]
+    assert _spoilers(ratio, 0.1) == ["a", "b"]
+    assert _spoilers(ratio, 1e-6) == ["a", "b", "c"]
+
+
 def test_it_stays_float_with_the_reason_and_the_outputs_are_saved(case):
     model = case[0]
     results = {m: eptq_onnx.quantize(unbalanced(), images(16), Config.of(steps=0, start="nearest", max_noise=m)) for m in (0.0, 0.1)}
     reasons = {k.node: k.reason for k in results[0.1].report.kept_float}
     assert any("alone would cause noise" in r for r in reasons.values())
-    assert len(results[0.1].report.layers) >= DEPTH - 2
+    assert len(results[0.1].report.layers) >= DEPTH - 3
     fresh = {"x": images(8, seed=5)}
     expected = Session(model).run(fresh)
     ratio = {}
