@@ -260,7 +260,10 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "ReduceSumSquare"): _lowered(lower.reduce_sum_square),
     **{("", name): OpSpec(elementwise=True) for name in ["Abs", "Cos", "Erf", "Exp", "Log", "Neg", "Reciprocal", "Sin", "Sqrt"]},
     **{("", name): _FLOAT for name in ["LogSoftmax", "ReduceMean", "ReduceSum", "Pow", "Cast", "ReduceL2", "ReduceLogSumExp", "Trilu"]},
+    # quantizers of the training graph; gradients pass them straight through
     (LSQ_DOMAIN, "FakeQuant"): _FLOAT,
+    ("", "QuantizeLinear"): _FLOAT,
+    ("", "DequantizeLinear"): _FLOAT,
     ("", "Min"): OpSpec(data=None),
     ("", "Max"): OpSpec(data=None),
 }

@@ -109,6 +109,10 @@ class Session:
         False runs the graph as written, without fusions.
     save_optimized : path, optional
         Where onnxruntime shall put the graph it made of the model.
+    threads : int
+        Of one operator; 0: as many as there are cores.
+    integers : bool
+        False keeps operators between quantizers in floating point, as training needs them.
 
     Raises
     ------
@@ -117,12 +121,20 @@ class Session:
     """
 
     def __init__(
-        self, model: ModelProto | str | Path, *, optimize: bool = True, save_optimized: Path | None = None, threads: int = 0
+        self,
+        model: ModelProto | str | Path,
+        *,
+        optimize: bool = True,
+        save_optimized: Path | None = None,
+        threads: int = 0,
+        integers: bool = True,
     ) -> None:
         ort = load()
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = threads
+        if not integers:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
         if save_optimized is not None:

@@ -33,6 +33,7 @@ class Sample:
     opset: int = OPSET
     differentiable: tuple[int, ...] | None = None
     """Positions whose gradient is checked (default: all that vary)."""
+    output_type: int = onnx.TensorProto.FLOAT
 
     def model(self) -> ModelProto:
         names = [f"x{k}" if v is not None else "" for k, v in enumerate(self.inputs)]
@@ -43,7 +44,7 @@ class Sample:
             for k in self.varying
         ]
         constants = [numpy_helper.from_array(v, names[k]) for k, v in enumerate(self.inputs) if v is not None and k not in self.varying]
-        dtype = onnx.TensorProto.FLOAT
+        dtype = self.output_type
         graph = helper.make_graph(
             [node], "sample", graph_inputs, [helper.make_tensor_value_info(o, dtype, None) for o in outputs[:1]], constants
         )
@@ -249,7 +250,18 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
     ("", "Trilu"): [Sample("Trilu", (_x(2, 4, 4),), {"upper": 0})],
     ("", "Min"): [Sample("Min", (_x(2, 3), _x(2, 3, seed=1)), varying=(0, 1))],
     ("", "Max"): [Sample("Max", (_x(2, 3), _x(2, 3, seed=1)), varying=(0, 1))],
-    # The quantizer's gradient is straight-through, not that of a staircase: it has a test of its own.
+    # The quantizers' gradients are straight-through, not those of a staircase: they have tests of their own.
+    ("", "QuantizeLinear"): [
+        Sample(
+            "QuantizeLinear",
+            (_x(2, 3), np.float32(0.2), np.uint8(7)),
+            differentiable=(),
+            output_type=onnx.TensorProto.UINT8,
+        )
+    ],
+    ("", "DequantizeLinear"): [
+        Sample("DequantizeLinear", (np.arange(6, dtype=np.uint8).reshape(2, 3), np.float32(0.2), np.uint8(7)), differentiable=())
+    ],
     (LSQ_DOMAIN, "FakeQuant"): [
         Sample(
             "FakeQuant",

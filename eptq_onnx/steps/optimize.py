@@ -193,7 +193,7 @@ def optimize(
     judge = _Judge(graph, batches, held)
     best, best_step = start, 0
     checkpoints = [(0, judge(state, start))]
-    session = Session(graph.train)
+    session = Session(graph.train, integers=False)
     batch = min(config.batch_size, len(seen))
     rng = np.random.default_rng(config.seed)
     queue: list[int] = []
@@ -409,7 +409,7 @@ class _Judge:
     """The attention-weighted error of hard-rounded candidates on held-out samples."""
 
     def __init__(self, graph: TrainingGraph, batches: _Batches, held: NDArray[np.int64]) -> None:
-        self._session, self._batches, self._held = Session(graph.evaluate), batches, held
+        self._session, self._batches, self._held = Session(graph.evaluate, integers=False), batches, held
 
     def __call__(self, state: _State, candidate: Rounding) -> float:
         runs = self._batches.runs(self._held, state.hard_parameters(candidate), self._session)
