@@ -23,15 +23,19 @@ class Samples:
     Parameters
     ----------
     arrays : mapping of str to ndarray
-        One array per model input, samples along the first axis.
+        One array per model input, samples along the first axis; without samples for an input that has no batch axis.
     fixed_batch : int or None
         Batch size that the model's inputs prescribe.
+    axes : mapping of str to int or None, optional
+        Batch axis of each model input, None for an input without one (a sampling rate, say). By default 0.
     """
 
-    def __init__(self, arrays: Mapping[str, NDArray[np.generic]], fixed_batch: int | None) -> None:
-        self._arrays = dict(arrays)
+    def __init__(
+        self, arrays: Mapping[str, NDArray[np.generic]], fixed_batch: int | None, axes: Mapping[str, int | None] | None = None
+    ) -> None:
+        self._arrays, self._axes = dict(arrays), dict(axes) if axes is not None else dict.fromkeys(arrays, 0)
         self.fixed_batch = fixed_batch
-        self.count = len(next(iter(self._arrays.values())))
+        self.count = next(len(a) for name, a in self._arrays.items() if self._axes[name] is not None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -44,11 +48,20 @@ class Samples:
 
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Feeds:
         """The samples at ``indices`` as one batch."""
-        return {name: np.ascontiguousarray(a[indices]) for name, a in self._arrays.items()}
+        feeds: Feeds = {}
+        for name, array in self._arrays.items():
+            axis = self._axes[name]
+            feeds[name] = np.ascontiguousarray(np.moveaxis(array[indices], 0, axis)) if axis is not None else array
+        return feeds
 
     def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """Input shapes of a batch."""
-        return {name: (batch, *a.shape[1:]) for name, a in self._arrays.items()}
+        shapes = {}
+        for name, array in self._arrays.items():
+            axis = self._axes[name]
+            rest = array.shape[1:]
+            shapes[name] = (*rest[:axis], batch, *rest[axis:]) if axis is not None else array.shape
+        return shapes
 
     def batches(self, indices: Sequence[int] | NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
         """Split sample indices into batches; the last is short, or left out if the model prescribes the size."""
@@ -95,15 +108,16 @@ def read(source: Source, model: ModelProto) -> Samples:
     unknown = [name for name in arrays if name not in {i.name for i in inputs}]
     if unknown:
         raise DataError(f"{label} has an array {unknown[0]!r}, but the model has no such input (it has: {_names(inputs)}).")
-    checked, batch = {}, None
-    for info in inputs:
+    axes, batch = _batch_axes([_symbols(i) for i in inputs])
+    checked = {}
+    for info, axis in zip(inputs, axes, strict=True):
         array = np.asarray(arrays[info.name])
-        dims = _dims(info)
-        _check_array(array, info.name, info.type.tensor_type.elem_type, dims, label)
-        if dims and dims[0] is not None:
-            batch = dims[0]
+        _check_array(array, info.name, info.type.tensor_type.elem_type, _symbols(info), axis, label)
         checked[info.name] = array
-    counts = {name: len(a) for name, a in checked.items()}
+    named = {i.name: axis for i, axis in zip(inputs, axes, strict=True)}
+    counts = {name: len(a) for name, a in checked.items() if named[name] is not None}
+    if not counts:
+        raise DataError("no input of the model has a batch axis: there is nothing to calibrate with.")
     if len(set(counts.values())) > 1:
         raise DataError(f"{label} has different numbers of samples: {', '.join(f'{n}: {c}' for n, c in counts.items())}.")
     count = next(iter(counts.values()))
@@ -111,18 +125,48 @@ def read(source: Source, model: ModelProto) -> Samples:
         raise DataError(f"{label} has no samples.")
     if batch is not None and count < batch:
         raise DataError(f"{label} has {count} samples, but the model takes {batch} at a time: give at least {batch}.")
-    return Samples(checked, batch)
+    return Samples(checked, batch, named)
+
+
+Symbol = int | str | None
+"""Size of an axis: a number, a name, or unknown."""
+
+
+def _batch_axes(inputs: Sequence[Sequence[Symbol] | None]) -> tuple[list[int | None], int | None]:
+    """The batch axis of each input, None for those without one; and the batch size, if the model prescribes it.
+
+    The batch is the first axis of the first input that has one; the others have it where the same name or number
+    stands, the state of a recurrent network on its second axis, say.
+    """
+    first = next((dims[0] for dims in inputs if dims), None)
+    axes: list[int | None] = []
+    for dims in inputs:
+        if dims is None:
+            axes.append(0)
+        elif not dims:
+            axes.append(None)
+        elif isinstance(first, int):
+            axes.append(next((k for k, d in enumerate(dims) if d == first), 0 if not isinstance(dims[0], int) else None))
+        elif not isinstance(dims[0], int):
+            axes.append(0)
+        else:
+            same = [k for k, d in enumerate(dims) if d == first and first is not None]
+            free = [k for k, d in enumerate(dims) if not isinstance(d, int)]
+            # All sizes are fixed: so is the batch.
+            axes.append(next(iter([*same, *free]), 0))
+    fixed = [dims[axis] for dims, axis in zip(inputs, axes, strict=True) if dims and axis is not None]
+    return axes, next((d for d in fixed if isinstance(d, int)), None)
 
 
 def _names(inputs: Sequence[object]) -> str:
     return ", ".join(repr(i.name) for i in inputs)  # type: ignore[attr-defined]
 
 
-def _dims(info: object) -> list[int | None] | None:
+def _symbols(info: object) -> list[Symbol] | None:
     tensor = info.type.tensor_type  # type: ignore[attr-defined]
     if not tensor.HasField("shape"):
         return None
-    return [int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else None for d in tensor.shape.dim]
+    return [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or None for d in tensor.shape.dim]
 
 
 def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
@@ -138,17 +182,21 @@ def _read_npz(path: Path) -> dict[str, NDArray[np.generic]]:
         raise DataError(f"data file {path} is not a readable .npz file: {e}.") from e
 
 
-def _check_array(array: NDArray[np.generic], name: str, elem_type: int, dims: list[int | None] | None, label: str) -> None:
+def _check_array(array: NDArray[np.generic], name: str, elem_type: int, dims: list[Symbol] | None, axis: int | None, label: str) -> None:
     expected = helper.tensor_dtype_to_np_dtype(elem_type) if elem_type != TensorProto.UNDEFINED else array.dtype
     if array.dtype != expected:
         raise DataError(f"{label}: input {name!r} has type {array.dtype}, but the model wants {np.dtype(expected)}.")
     if dims is not None:
-        wanted = ["samples", *("any" if d is None else str(d) for d in dims[1:])]
-        fits = len(array.shape) == len(dims) and all(d is None or s == d for s, d in zip(array.shape[1:], dims[1:], strict=False))
-        if not fits or not dims:
-            raise DataError(f"{label}: input {name!r} has shape {array.shape}, but the model wants ({', '.join(wanted)}).")
+        rest = dims if axis is None else [*dims[:axis], *dims[axis + 1 :]]
+        shape = array.shape if axis is None else array.shape[1:]
+        fits = len(shape) == len(rest) and all(not isinstance(d, int) or s == d for s, d in zip(shape, rest, strict=False))
+        if not fits or (axis is not None and array.ndim == 0):
+            wanted = ", ".join([*([] if axis is None else ["samples"]), *(str(d) if isinstance(d, int) else "any" for d in rest)])
+            why = ", the same value for all samples" if axis is None else ""
+            raise DataError(f"{label}: input {name!r} has shape {array.shape}, but the model wants ({wanted}){why}.")
     elif array.ndim == 0:
         raise DataError(f"{label}: input {name!r} is a scalar: samples go along the first axis.")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        bad = int(np.argwhere(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))[0, 0])
+        rows = array.reshape(len(array), -1) if axis is not None else array.reshape(1, -1)
+        bad = int(np.argwhere(~np.isfinite(rows).all(axis=1))[0, 0])
         raise DataError(f"{label}: input {name!r} has NaN or Inf in sample {bad}.")

@@ -81,3 +81,41 @@ def test_files_that_are_no_npz(tmp_path):
     np.save(tmp_path / "one.npy", images(2))
     with pytest.raises(DataError, match=r"numpy\.savez"):
         data.read(tmp_path / "one.npy", MODEL)
+
+
+VAD = parse("g (float[batch,4] x, float[2,batch,3] state, int64 rate) => (float[batch,4] y) { y = Identity (x) }")
+
+
+def test_a_batch_on_another_axis_and_an_input_without_one():
+    state = normal(5, 2, 3)
+    samples = data.read({"x": normal(5, 4), "state": state, "rate": np.int64(16000)}, VAD)
+    assert samples.count == 5
+    assert samples.fixed_batch is None
+    assert samples.shapes(3) == {"x": (3, 4), "state": (2, 3, 3), "rate": ()}
+    feeds = samples.take([4, 0])
+    np.testing.assert_array_equal(feeds["state"][:, 0], state[4])
+    np.testing.assert_array_equal(feeds["state"][:, 1], state[0])
+    assert feeds["rate"] == 16000
+
+
+@pytest.mark.parametrize(
+    ("inputs", "axes", "batch"),
+    [
+        ([["n", 3], [2, "n", 5]], [0, 1], None),
+        ([[None, None], [2, None, 5], []], [0, 1, None], None),
+        ([[1, 576], [2, 1, 128]], [0, 1], 1),
+        ([["length", 576], [1, 1, 128]], [0, 0], 1),
+        ([[4, 3], [7]], [0, None], 4),
+        ([None, ["n"]], [0, 0], None),
+    ],
+)
+def test_where_the_batch_is(inputs, axes, batch):
+    assert data._batch_axes(inputs) == (axes, batch)
+
+
+def test_inputs_without_a_batch_are_checked_too():
+    good = {"x": normal(5, 4), "state": normal(5, 2, 3), "rate": np.int64(16000)}
+    with pytest.raises(DataError, match=r"'rate' has shape \(5,\), but the model wants \(\), the same value for all samples"):
+        data.read({**good, "rate": np.full(5, 16000)}, VAD)
+    with pytest.raises(DataError, match=r"'state' has shape \(2, 5, 3\), but the model wants \(samples, 2, 3\)"):
+        data.read({**good, "state": normal(2, 5, 3)}, VAD)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx.graph.view import node_reads, opset_of
 
@@ -84,6 +84,22 @@ class Builder:
         if as_input:
             return self.add(op_type, [x, self.constant(np.array(axes, np.int64), "axes")], output, keepdims=int(keepdims))
         return self.add(op_type, [x], output, axes=list(axes), keepdims=int(keepdims))
+
+
+def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
+    """A copy that reads and writes tensors under other names; so do the subgraphs of If, Loop and Scan, which see them all."""
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:] = [names.get(i, i) for i in copy.input]
+    copy.output[:] = [names.get(o, o) for o in copy.output]
+    for item in copy.attribute:
+        for graph in [item.g] if item.type == AttributeProto.GRAPH else item.graphs:
+            nodes = [renamed(n, names) for n in graph.node]
+            del graph.node[:]
+            graph.node.extend(nodes)
+            for output in graph.output:
+                output.name = names.get(output.name, output.name)
+    return copy
 
 
 def with_nodes(

@@ -14,7 +14,7 @@ from eptq_onnx.graph import edit
 
 
 def fold_constants(model: ModelProto) -> ModelProto:
-    """Fold constants and static shapes, drop what no output needs, sort topologically.
+    """Fold constants and static shapes, resolve conditions that are constant, drop what no output needs, sort.
 
     Constant nodes become initializers. Tensor names and what the graph does not hold (metadata, IR version)
     survive.
@@ -26,11 +26,20 @@ def fold_constants(model: ModelProto) -> ModelProto:
     """
     logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
-    model = _constants_to_initializers(model)
+    while True:
+        model = _folded_once(_constants_to_initializers(model))
+        resolved = _with_known_branches(model)
+        if resolved is None:
+            return model
+        model = resolved
+
+
+def _folded_once(model: ModelProto) -> ModelProto:
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     graph = gs.import_onnx(inferred)
     try:
-        graph.fold_constants(error_ok=True).cleanup(remove_unused_graph_inputs=False).toposort()
+        # Its own flattening of conditionals loses outputs of nested ones.
+        graph.fold_constants(error_ok=True, flatten_subgraphs=False).cleanup(remove_unused_graph_inputs=False).toposort()
     except Exception as e:
         # onnx-graphsurgeon reports every problem as its own or a bare exception.
         raise ModelError(f"the graph cannot be sorted or folded: {' '.join(str(e).split())[:300]}") from e
@@ -40,6 +49,31 @@ def fold_constants(model: ModelProto) -> ModelProto:
     result.graph.CopyFrom(folded.graph)
     result.graph.doc_string = model.graph.doc_string
     return result
+
+
+def _with_known_branches(model: ModelProto) -> ModelProto | None:
+    """A copy in which every If with a constant condition is the branch that it takes; None if there is none."""
+    constants = {t.name: t for t in model.graph.initializer}
+    builder, found = edit.Builder(model, "if/"), False
+    for node in model.graph.node:
+        if node.op_type != "If" or node.input[0] not in constants:
+            builder.nodes.append(node)
+            continue
+        found = True
+        taken = bool(numpy_helper.to_array(constants[node.input[0]]).reshape(-1)[0])
+        branch = next(a.g for a in node.attribute if a.name == ("then_branch" if taken else "else_branch"))
+        own = [t.name for t in branch.initializer] + [o for n in branch.node for o in n.output if o]
+        names = {name: builder.unique(f"{node.name or node.output[0]}/{name}") for name in own}
+        for tensor in branch.initializer:
+            copy = TensorProto()
+            copy.CopyFrom(tensor)
+            copy.name = names[tensor.name]
+            builder.initializers.append(copy)
+        builder.nodes.extend(edit.renamed(n, names) for n in branch.node)
+        for outer, inner in zip(node.output, branch.output, strict=True):
+            if outer:
+                builder.add("Identity", [names.get(inner.name, inner.name)], outer)
+    return edit.with_nodes(model, builder.nodes, builder.initializers) if found else None
 
 
 def _constants_to_initializers(model: ModelProto) -> ModelProto:

@@ -164,10 +164,7 @@ def _student(
         if name in quantizers:
             fake_quantize(name)
     for node in view.nodes:
-        copy = NodeProto()
-        copy.CopyFrom(node)
-        for k, name in enumerate(copy.input):
-            copy.input[k] = renamed.get(name, name)
+        copy = edit.renamed(node, renamed)
         if node.name in with_new_bias:
             del copy.input[2:]
             copy.input.append(with_new_bias[node.name] or "")
@@ -183,17 +180,12 @@ def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list
     needed = view.upstream(outputs)
     nodes, constants = [], []
     used: set[str] = set()
+    names = {n: _TEACHER + n for n in (*view.producer, *view.initializers)}
     for node in view.nodes:
         if not any(o in needed for o in node.output):
             continue
-        copy = NodeProto()
-        copy.CopyFrom(node)
+        copy = edit.renamed(node, names)
         copy.name = _TEACHER + node.name
-        for k, name in enumerate(copy.input):
-            if name and name not in view.inputs:
-                copy.input[k] = _TEACHER + name
-        for k, name in enumerate(copy.output):
-            copy.output[k] = _TEACHER + name if name else ""
         used.update(node_reads(node))
         nodes.append(copy)
     for tensor in view.model.graph.initializer:

@@ -92,12 +92,9 @@ class _Writer:
         return name
 
     def _rewired(self, node: NodeProto) -> NodeProto:
-        copy = NodeProto()
-        copy.CopyFrom(node)
         layer = self._layers.get(node.name)
-        for k, name in enumerate(copy.input):
-            own = self._layer_reads.get((node.name, name))
-            copy.input[k] = own or self.read_as.get(name, name)
+        own = {name: self._layer_reads[node.name, name] for name in node.input if (node.name, name) in self._layer_reads}
+        copy = edit.renamed(node, {**self.read_as, **own})
         if layer is not None and layer.bias is not None and not layer.has_bias and self._rounding.biases[layer.bias].any():
             del copy.input[2:]
             copy.input.append(self._layer_reads[node.name, layer.bias])

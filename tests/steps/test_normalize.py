@@ -153,3 +153,33 @@ def test_functions_are_inlined():
     """)
     normalized = normalize(model, 13)
     assert _ops(normalized) == {"Conv": 1, "Relu": 1}
+
+
+NESTED = """
+g (float[N,3] x, bool flag) => (float[N,3] y, float[N,3] z) {
+    yes = Constant <value = bool {1}> ()
+    h = Relu (x)
+    y, z = If (yes) <
+        then_branch = a () => (float[N,3] t, float[N,3] u) {
+            k = Constant <value = float {2.0}> ()
+            t = Mul (h, k)
+            u = If (flag) <
+                then_branch = c () => (float[N,3] v) { v = Neg (t) },
+                else_branch = d () => (float[N,3] w) { w = Add (t, k) }
+            >
+        },
+        else_branch = b () => (float[N,3] p, float[N,3] q) { p = Identity (h)  q = Identity (h) }
+    >
+}
+"""
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_constant_condition_takes_its_branch_and_another_is_left_alone(flag):
+    model = parse(NESTED)
+    result = normalize(model, 13)
+    assert [n.op_type for n in result.graph.node].count("If") == 1
+    feeds = {"x": normal(4, 3), "flag": np.array(flag)}
+    expected, got = Session(model).run(feeds), Session(result).run(feeds)
+    for name in ("y", "z"):
+        np.testing.assert_array_equal(got[name], expected[name])

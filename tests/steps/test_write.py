@@ -153,3 +153,23 @@ def test_a_target_is_data(tmp_path, symmetric):
         assert all(not onnx.numpy_helper.to_array(t).any() for t in zero_points)
     expected, got = Session(model).run({"image": images(4)})["logits"], Session(quantized).run({"image": images(4)})["logits"]
     assert quant_math.sqnr_db(float(np.square(expected).sum()), float(np.square(expected - got).sum())) > 20
+
+
+@pytest.mark.parametrize("size", [8, 9])
+def test_a_subgraph_reads_what_the_quantizer_makes_of_an_absorbed_activation(size):
+    text = """
+        g (float[N,3,H,W] x) => (float[N,4,H,W] y, float[N,4,H,W] d) {
+            c = Conv (x, w)  h = Relu (c)  d = Conv (h, v)
+            shape = Shape (d)  height = Gather (shape, two)  flag = Equal (height, size)
+            y = If (flag) <
+                then_branch = a () => (float[N,4,H,W] t) { t = Neg (h) },
+                else_branch = b () => (float[N,4,H,W] u) { u = Identity (h) }
+            >
+        }
+    """
+    constants = {"w": normal(4, 3, 1, 1), "v": normal(4, 4, 1, 1), "two": np.array([2]), "size": np.array([size])}
+    model = parse(text, constants)
+    quantized = written(model, images(8))[3]
+    x = {"x": images(8)}
+    expected, got = Session(model).run(x)["y"], Session(quantized).run(x)["y"]
+    assert np.abs(expected - got).mean() < 0.01 * np.abs(expected).max()
