@@ -17,7 +17,7 @@ scales (n_groups, n_outputs).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,23 +34,24 @@ _MOST_GAIN = 1.1
 _SCALE_DAMPING, _MOST_REFIT = 1e-3, 2.0
 """How reluctantly scales are refitted together, in units of their curvature, and how far at most."""
 
+DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1000.0)
+"""What `best_damping` tries."""
+
 _BLOCK = 64
 """Columns that are corrected one by one before the rest is, in one matrix product."""
 
 
-@dataclass
+Covariances = tuple[Float64, Float64, Float64]
+"""A, Bᵀ and F, centred: E[x_q x_qᵀ], E[x_q x_fᵀ] and E[x_f x_fᵀ]."""
+
+
 class Moments:
-    """Streaming second moments of float and quantized inputs.
+    """Streaming second moments of float and quantized inputs, of two halves of the batches apart."""
 
-    Parameters
-    ----------
-    count : int
-        Rows seen, each group.
-    """
-
-    count: int = 0
-    _shifts: tuple[Array, Array] | None = None
-    _sums: dict[str, Float64] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._batches = 0
+        self._shifts: tuple[Array, Array] | None = None
+        self._halves: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 
     def add(self, exact: Array, quantized: Array) -> None:
         """Take rows of both networks, of shape (n_groups, n_rows, n_terms)."""
@@ -65,26 +66,43 @@ class Moments:
             "ff": np.matmul(exact.swapaxes(1, 2), exact),
             "q": quantized.sum(axis=1, dtype=np.float64),
             "f": exact.sum(axis=1, dtype=np.float64),
+            "rows": exact.shape[1],
         }
+        sums = self._halves[self._batches % 2]
         for name, value in parts.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.astype(np.float64)
-        self.count += exact.shape[1]
+            sums[name] = sums[name] + value if name in sums else np.asarray(value, np.float64)
+        self._batches += 1
 
     @property
     def means(self) -> tuple[Float64, Float64]:
         """Mean rows of the float and of the quantized inputs, each (n_groups, n_terms)."""
         shift_f, shift_q = self._shifts or (0.0, 0.0)
-        return self._sums["f"] / self.count + shift_f, self._sums["q"] / self.count + shift_q
+        sums = self._sums
+        return sums["f"] / sums["rows"] + shift_f, sums["q"] / sums["rows"] + shift_q
 
     @property
-    def covariances(self) -> tuple[Float64, Float64, Float64]:
-        """A, Bᵀ and F, centred: E[x_q x_qᵀ], E[x_q x_fᵀ] and E[x_f x_fᵀ]."""
-        f, q = self._sums["f"] / self.count, self._sums["q"] / self.count
-        return (
-            self._sums["qq"] / self.count - q[:, :, None] * q[:, None, :],
-            self._sums["qf"] / self.count - q[:, :, None] * f[:, None, :],
-            self._sums["ff"] / self.count - f[:, :, None] * f[:, None, :],
-        )
+    def covariances(self) -> Covariances:
+        """Of all rows."""
+        return _centred(self._sums)
+
+    @property
+    def halves(self) -> tuple[Covariances, ...]:
+        """Of each half of the batches; empty where there is one batch only."""
+        return tuple(_centred(sums) for sums in self._halves) if self._batches > 1 else ()
+
+    @property
+    def _sums(self) -> dict[str, Any]:
+        first, second = self._halves
+        return {name: value + second.get(name, 0.0) for name, value in first.items()}
+
+
+def _centred(sums: dict[str, Any]) -> Covariances:
+    f, q, rows = sums["f"] / sums["rows"], sums["q"] / sums["rows"], sums["rows"]
+    return (
+        sums["qq"] / rows - q[:, :, None] * q[:, None, :],
+        sums["qf"] / rows - q[:, :, None] * f[:, None, :],
+        sums["ff"] / rows - f[:, :, None] * f[:, None, :],
+    )
 
 
 def sampled_moments(
@@ -110,7 +128,7 @@ def sampled_moments(
     return moments
 
 
-def _ridge(moment: Float64, damping: float) -> Float64:
+def _ridge(moment: Float64, damping: float | Float64) -> Float64:
     """``damping * mean(diag A) I``; the identity where A is 0 (inputs that never vary)."""
     mean = np.einsum("gii->gi", moment).mean(axis=1)
     return np.where(mean > 0, damping * mean, 1.0)[:, None, None] * np.eye(moment.shape[1])
@@ -121,7 +139,7 @@ def damped(moment: Float64, damping: float) -> Float64:
     return moment + _ridge(moment, damping)
 
 
-def corrected_target(weight: Array, moment: Float64, cross: Float64, exact: Float64, damping: float) -> Array:
+def corrected_target(weight: Array, moment: Float64, cross: Float64, exact: Float64, damping: float | Float64) -> Array:
     """The weights that, on the quantized inputs, come closest to the float outputs without shrinking them.
 
     ``W* = g W (B + mu I) (A + mu I)⁻¹`` with mu a share of A's mean diagonal: the larger, the closer to W. Least squares
@@ -133,7 +151,7 @@ def corrected_target(weight: Array, moment: Float64, cross: Float64, exact: Floa
     weight : ndarray of shape (n_groups, n_outputs, n_terms)
     moment, cross, exact : ndarray of shape (n_groups, n_terms, n_terms)
         A, Bᵀ and F of `Moments.covariances`.
-    damping : float
+    damping : float or ndarray of shape (n_groups,)
     """
     ridge = _ridge(moment, damping)
     rows = weight.astype(np.float64)
@@ -142,6 +160,33 @@ def corrected_target(weight: Array, moment: Float64, cross: Float64, exact: Floa
     reached = (np.matmul(target, cross) * rows).sum(axis=2)
     gain = np.where(reached > 0, wanted / np.where(reached > 0, reached, 1), 1.0)
     return np.asarray(target * np.clip(gain, 1 / _MOST_GAIN, _MOST_GAIN)[:, :, None], np.float32)
+
+
+def best_damping(weight: Array, halves: Sequence[Covariances]) -> Float64:
+    """The damping of `corrected_target` that serves each group best on the half of the inputs that it was not fitted to.
+
+    Parameters
+    ----------
+    weight : ndarray of shape (n_groups, n_outputs, n_terms)
+    halves : sequence of Covariances
+        Two, or none: then the middle one of those that are tried.
+
+    Returns
+    -------
+    ndarray of shape (n_groups,)
+    """
+    if not halves:
+        return np.full(len(weight), DAMPINGS[len(DAMPINGS) // 2])
+    rows = weight.astype(np.float64)
+    errors = np.zeros((len(DAMPINGS), len(weight)))
+    for fitted, (moment, cross, exact) in zip(halves, reversed(halves), strict=True):
+        wanted = (np.matmul(rows, exact) * rows).sum(axis=2)
+        for k, damping in enumerate(DAMPINGS):
+            target = corrected_target(weight, *fitted, damping).astype(np.float64)
+            error = (np.matmul(target, moment) * target - 2 * np.matmul(target, cross) * rows).sum(axis=2) + wanted
+            errors[k] += error.sum(axis=1)
+    chosen: Float64 = np.asarray(DAMPINGS, np.float64)[errors.argmin(axis=0)]
+    return chosen
 
 
 def cost(error: Array, moment: Float64) -> Float64:

@@ -144,15 +144,16 @@ class Config(BaseModel):
     start : Start
         ``closed-form``: input-error correction, compensated rounding and bias correction, layer by layer; ``nearest``:
         each weight to the nearest integer.
-    correction_damping : float
+    correction_damping : float, optional
         How reluctantly the closed-form start bends weights to make up for errors upstream, in units of the mean variance
-        of the layer's inputs.
+        of the layer's inputs. By default each layer's is found by cross-validation between two halves of the samples.
     rounding_damping : float
         The same for the compensation of rounding errors.
     descent_passes : int
         Passes of coordinate descent over the integers of each layer.
     patience : int
-        The optimization ends early when so many checks on held-out samples (ten a run) found nothing better; 0: never.
+        The optimization ends early when so many checks in a row (ten a run) found nothing better on the held-out samples,
+        by more than two standard errors; 0: never.
         Not for ``soft``.
     max_noise : float
         Largest noise-to-signal power ratio at the outputs that the quantization of all activations together may cause,
@@ -197,7 +198,7 @@ class Config(BaseModel):
     batch_size: int = Field(8, ge=1)
     holdout: float = Field(0.1, gt=0, lt=0.9)
     start: Start = Start.CLOSED_FORM
-    correction_damping: float = Field(0.3, ge=0)
+    correction_damping: float | None = Field(None, ge=0)
     rounding_damping: float = Field(0.1, gt=0)
     descent_passes: int = Field(3, ge=0)
     patience: int = Field(3, ge=0)

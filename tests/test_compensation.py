@@ -170,3 +170,19 @@ def test_jointly_refitted_scales_lower_the_effect_on_the_outputs(owners):
     fitted = compensation.jointly_refitted_scale(target, integers, scale, a, g, owners)
     assert effect(fitted) < effect(scale)
     assert effect(fitted) == pytest.approx(min(effect(fitted * np.float32(f)) for f in (0.98, 0.99, 1, 1.01, 1.02)), rel=1e-3)
+
+
+def test_the_damping_is_what_serves_inputs_that_were_not_fitted():
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(2, 3, 30)).astype(np.float32)
+    mixing = np.eye(30, dtype=np.float32) + 0.1 * rng.normal(size=(30, 30)).astype(np.float32)
+    many = rng.normal(size=(2, 20_000, 30)).astype(np.float32)
+    few = many[:, :80]
+    noise = rng.normal(0, 0.1, size=few.shape).astype(np.float32)
+    correctable = compensation.best_damping(weight, _moments(many, many @ mixing, 4).halves)
+    chance = compensation.best_damping(weight, _moments(few, few + noise, 4).halves)
+    assert correctable.shape == (2,)
+    assert (correctable < chance).all()
+    assert set(correctable) | set(chance) <= set(compensation.DAMPINGS)
+    assert _moments(few, few, 1).halves == ()
+    np.testing.assert_array_equal(compensation.best_damping(weight, ()), compensation.DAMPINGS[3])

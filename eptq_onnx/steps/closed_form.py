@@ -163,7 +163,10 @@ class _Problem:
     def solve(self, least: Array) -> tuple[IntArray, QuantParams, Array]:
         """Integers, scales of at least ``least``, and the real weights that they stand for."""
         moment, cross, exact = self.moments.covariances
-        target = compensation.corrected_target(self.form.weight_rows(self.weight), moment, cross, exact, self.config.correction_damping)
+        rows = self.form.weight_rows(self.weight)
+        damping = self.config.correction_damping
+        chosen = compensation.best_damping(rows, self.moments.halves) if damping is None else damping
+        target = compensation.corrected_target(rows, moment, cross, exact, chosen)
         moment = compensation.damped(moment, self.config.rounding_damping)
         full = self.form.weight_from_rows(target)
         base = quant_math.weight_scales(full, self.spec)

@@ -1,7 +1,7 @@
 """Step 7: network-wise optimization (paper section 4): soft rounding, biases, weight and activation scales at once.
 
 The result is the best of the hard-rounded candidates on samples that the optimization has not seen, the start among
-them: it is never worse than the start on that objective.
+them: a candidate must beat it by more than chance would, sample by sample.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from eptq_onnx import quant_math
 from eptq_onnx.config import Attention, Config, Optimizer, RoundingVariable
 from eptq_onnx.data import Samples
-from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LOSS, TrainingGraph
+from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LAYER_ERRORS, LOSS, TrainingGraph
 from eptq_onnx.optimizers import Adam, RAdam
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Array, Calibration, Feeds, OptimizationTrace, Plan, QuantParams, QuantSpec, Rounding, Scores
@@ -191,8 +191,8 @@ def optimize(
     seen, held = split(len(indices), config.holdout, config.seed)
     batches = _Batches(graph, samples, indices, attention)
     judge = _Judge(graph, batches, held)
-    best, best_step = start, 0
-    checkpoints = [(0, judge(state, start))]
+    best, best_step, lowest = start, 0, judge(state, start)
+    checkpoints, fruitless = [(0, float(lowest.sum()))], 0
     session = Session(graph.train, integers=False)
     batch = min(config.batch_size, len(seen))
     rng = np.random.default_rng(config.seed)
@@ -207,11 +207,14 @@ def optimize(
         progress(step + 1, total, losses[-1])
         if (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total:
             candidate = state.harden()
-            value = judge(state, candidate)
-            if value < min(v for _, v in checkpoints):
-                best, best_step = candidate, step + 1
-            checkpoints.append((step + 1, value))
-            if _is_stuck([v for _, v in checkpoints], config):
+            errors = judge(state, candidate)
+            checkpoints.append((step + 1, float(errors.sum())))
+            if is_better(errors, lowest):
+                best, best_step, lowest, fruitless = candidate, step + 1, errors, 0
+            else:
+                fruitless += 1
+            # Undecided weights need all the steps.
+            if 0 < config.patience <= fruitless and config.rounding is not RoundingVariable.SOFT:
                 break
     trace = OptimizationTrace(
         steps=len(losses),
@@ -224,11 +227,11 @@ def optimize(
     return best, trace
 
 
-def _is_stuck(values: list[float], config: Config) -> bool:
-    """True if the last ``config.patience`` checkpoints brought nothing better; undecided weights need all the steps."""
-    if config.rounding is RoundingVariable.SOFT or config.patience == 0:
-        return False
-    return len(values) > config.patience and min(values[-config.patience :]) >= min(values[: -config.patience])
+def is_better(errors: Array, others: Array) -> bool:
+    """True if the errors of the same samples are lower by more than their spread explains (two standard errors)."""
+    gain = np.asarray(others - errors, np.float64)
+    spread = gain.std(ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
+    return bool(gain.mean() > 2 * spread)
 
 
 def layer_attention(plan: Plan, scores: Scores | None, count: int) -> Array:
@@ -406,11 +409,13 @@ class _Batches:
 
 
 class _Judge:
-    """The attention-weighted error of hard-rounded candidates on held-out samples."""
+    """The attention-weighted errors of hard-rounded candidates, one a held-out sample; shape (n_samples,)."""
 
     def __init__(self, graph: TrainingGraph, batches: _Batches, held: NDArray[np.int64]) -> None:
         self._session, self._batches, self._held = Session(graph.evaluate, integers=False), batches, held
 
-    def __call__(self, state: _State, candidate: Rounding) -> float:
-        runs = self._batches.runs(self._held, state.hard_parameters(candidate), self._session)
-        return sum(float(self._session.run(feeds, [LOSS])[LOSS]) for feeds in runs)
+    def __call__(self, state: _State, candidate: Rounding) -> Array:
+        rows = []
+        for feeds in self._batches.runs(self._held, state.hard_parameters(candidate), self._session):
+            rows.append((self._session.run(feeds, [LAYER_ERRORS])[LAYER_ERRORS] * feeds[ATTENTION]).sum(axis=1))
+        return np.asarray(np.concatenate(rows)[: len(self._held)], np.float32)
