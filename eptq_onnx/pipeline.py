@@ -23,6 +23,7 @@ from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.view import opset_of
+from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.steps.allocate import allocate
 from eptq_onnx.steps.calibrate import calibrate
@@ -164,7 +165,7 @@ def quantize(
         unused_samples=calibration.unused_samples,
         layers=_layer_reports(plan, scores, verification, len(chosen)),
         kept_float=plan.kept_float,
-        notes=tuple(notes),
+        notes=(*_float_notes(original), *notes),
         optimization=trace,
         verification=verification,
         seconds=clock.seconds,
@@ -200,6 +201,10 @@ def _noting(notes: list[str], consequence: str) -> Iterator[None]:
         yield
     except GradientError as e:
         notes.append(f"{consequence}: {e}")
+
+
+def _float_notes(model: ModelProto) -> list[str]:
+    return [f"{name} tensors are computed and stored in float32; inputs and outputs keep their types" for name in other_float_types(model)]
 
 
 def _tell_loss(progress: Progress, done: int, total: int, loss: float) -> None:

@@ -82,6 +82,8 @@ class Engine(Protocol):
     def differentiate(self, model: ModelProto, loss: str, wrt: Sequence[str]) -> GradientModel:
         """Gradient of a scalar with respect to initializers, inputs or intermediate tensors.
 
+        It passes a QuantizeLinear with its DequantizeLinear straight through, as if they were not there.
+
         Parameters
         ----------
         model : ModelProto

@@ -1,6 +1,6 @@
 """Step 1: bring a model into the one form that the other steps expect.
 
-Functions inlined, opset raised if the target needs it, constants folded into initializers, nodes named,
+Functions inlined, opset raised if the target needs it, all floats made float32, constants folded into initializers, nodes named,
 BatchNormalization and padding folded into the layers they belong to, every layer with a bias of its own.
 Inputs and outputs keep their names, and so does every tensor that is still computed.
 """
@@ -16,6 +16,7 @@ from onnx import ModelProto, NodeProto, helper, inliner
 
 from eptq_onnx.graph import edit, fold, io
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
+from eptq_onnx.graph.widen import widen
 from eptq_onnx.ops import output_channels
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -37,7 +38,7 @@ def normalize(model: ModelProto, min_opset: int) -> ModelProto:
         If the model cannot be converted or folded.
     """
     result = inliner.inline_local_functions(model) if model.functions else _copy(model)
-    result = io.convert_opset(result, min_opset)
+    result = widen(io.convert_opset(result, min_opset))
     _drop_default_inputs(result)
     result = fold.fold_constants(result)
     _name_nodes(result)
