@@ -152,8 +152,8 @@ class Config(BaseModel):
     descent_passes : int
         Passes of coordinate descent over the integers of each layer.
     patience : int
-        The optimization ends early when so many checks in a row (ten a run) found nothing better on the held-out samples,
-        by more than two standard errors; 0: never.
+        The optimization ends early when so many checks in a row (ten a run) found nothing better on the held-out samples;
+        0: never. Its result must beat the start by more than chance (Wilcoxon's signed-rank test, 5 %).
         Not for ``soft``.
     max_noise : float
         Largest noise-to-signal power ratio at the outputs that the quantization of all activations together may cause,
