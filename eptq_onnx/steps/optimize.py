@@ -194,8 +194,8 @@ def optimize(
     seen, held = split(len(indices), config.holdout, config.seed)
     batches = _Batches(graph, samples, indices, attention)
     judge = _Judge(graph, batches, held)
-    best, best_step, lowest = start, 0, judge(state, start)
-    checkpoints, fruitless = [(0, float(lowest.sum()))], 0
+    best, best_step, untouched = start, 0, judge(state, start)
+    checkpoints, lowest, fruitless = [(0, float(untouched.sum()))], float(untouched.sum()), 0
     session = Session(graph.train, integers=False)
     batch = min(config.batch_size, len(seen))
     rng = np.random.default_rng(config.seed)
@@ -213,8 +213,8 @@ def optimize(
             errors = judge(state, candidate)
             fruitless = 0 if errors.sum() < min(v for _, v in checkpoints) else fruitless + 1
             checkpoints.append((step + 1, float(errors.sum())))
-            if is_better(errors, lowest):
-                best, best_step, lowest = candidate, step + 1, errors
+            if errors.sum() < lowest and is_better(errors, untouched):
+                best, best_step, lowest = candidate, step + 1, float(errors.sum())
             # Undecided weights need all the steps.
             if 0 < config.patience <= fruitless and config.rounding is not RoundingVariable.SOFT:
                 break
