@@ -77,23 +77,22 @@ class Moments:
     def means(self) -> tuple[Float64, Float64]:
         """Mean rows of the float and of the quantized inputs, each (n_groups, n_terms)."""
         shift_f, shift_q = self._shifts or (0.0, 0.0)
-        sums = self._sums
-        return sums["f"] / sums["rows"] + shift_f, sums["q"] / sums["rows"] + shift_q
+        rows = self._total("rows")
+        return self._total("f") / rows + shift_f, self._total("q") / rows + shift_q
 
     @property
     def covariances(self) -> Covariances:
         """Of all rows."""
-        return _centred(self._sums)
+        return _centred({name: self._total(name) for name in self._halves[0]})
 
     @property
     def halves(self) -> tuple[Covariances, ...]:
         """Of each half of the batches; empty where there is one batch only."""
         return tuple(_centred(sums) for sums in self._halves) if self._batches > 1 else ()
 
-    @property
-    def _sums(self) -> dict[str, Any]:
+    def _total(self, name: str) -> Any:
         first, second = self._halves
-        return {name: value + second.get(name, 0.0) for name, value in first.items()}
+        return first[name] + second.get(name, 0.0)
 
 
 def _centred(sums: dict[str, Any]) -> Covariances:
@@ -134,6 +133,11 @@ def _ridge(moment: Float64, damping: float | Float64) -> Float64:
     return np.where(mean > 0, damping * mean, 1.0)[:, None, None] * np.eye(moment.shape[1])
 
 
+def _products(left: Float64, moment: Float64, right: Float64) -> Float64:
+    """``l A rᵀ`` of each pair of rows; shape (n_groups, n_outputs)."""
+    return np.asarray((np.matmul(left, moment) * right).sum(axis=2))
+
+
 def damped(moment: Float64, damping: float) -> Float64:
     """``A + damping * mean(diag A) I``, with a diagonal that is nowhere 0."""
     return moment + _ridge(moment, damping)
@@ -156,8 +160,7 @@ def corrected_target(weight: Array, moment: Float64, cross: Float64, exact: Floa
     ridge = _ridge(moment, damping)
     rows = weight.astype(np.float64)
     target = np.matmul(rows, np.linalg.solve(moment + ridge, cross + ridge).swapaxes(1, 2))
-    wanted = (np.matmul(rows, exact) * rows).sum(axis=2)
-    reached = (np.matmul(target, cross) * rows).sum(axis=2)
+    wanted, reached = _products(rows, exact, rows), _products(target, cross, rows)
     gain = np.where(reached > 0, wanted / np.where(reached > 0, reached, 1), 1.0)
     return np.asarray(target * np.clip(gain, 1 / _MOST_GAIN, _MOST_GAIN)[:, :, None], np.float32)
 
@@ -180,10 +183,10 @@ def best_damping(weight: Array, halves: Sequence[Covariances]) -> Float64:
     rows = weight.astype(np.float64)
     errors = np.zeros((len(DAMPINGS), len(weight)))
     for fitted, (moment, cross, exact) in zip(halves, reversed(halves), strict=True):
-        wanted = (np.matmul(rows, exact) * rows).sum(axis=2)
+        wanted = _products(rows, exact, rows)
         for k, damping in enumerate(DAMPINGS):
             target = corrected_target(weight, *fitted, damping).astype(np.float64)
-            error = (np.matmul(target, moment) * target - 2 * np.matmul(target, cross) * rows).sum(axis=2) + wanted
+            error = _products(target, moment, target) - 2 * _products(target, cross, rows) + wanted
             errors[k] += error.sum(axis=1)
     chosen: Float64 = np.asarray(DAMPINGS, np.float64)[errors.argmin(axis=0)]
     return chosen
@@ -314,16 +317,13 @@ def refitted_scale(target: Array, integers: Array, scale: Array, moment: Float64
 def jointly_refitted_scale(
     target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, owners: NDArray[np.int64]
 ) -> Array:
-    """Scales of the least effect on the network outputs for given integers; see `joint_descent`.
+    """Scales of the least effect on the network outputs for given integers.
 
     Parameters
     ----------
-    target, integers : ndarray of shape (n_outputs, n_terms)
+    target, integers, moment, output_moment : ndarray
+        As in `joint_descent`.
     scale : ndarray of shape (n_scales,)
-    moment : ndarray of shape (n_terms, n_terms)
-        A.
-    output_moment : ndarray of shape (n_outputs, n_outputs)
-        G.
     owners : ndarray of int, shape (n_outputs,)
         The place of each row's scale.
     """

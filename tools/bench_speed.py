@@ -11,9 +11,7 @@ not seconds.
 
 from __future__ import annotations
 
-import resource
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,31 +20,27 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from eptq_onnx import Config, data, targets
-from eptq_onnx.engines.ort_training import OrtTrainingEngine
+import eptq_onnx
+from eptq_onnx import Config, data
 from eptq_onnx.graph import io
 from eptq_onnx.runtime import Session
-from eptq_onnx.steps.calibrate import calibrate
-from eptq_onnx.steps.closed_form import closed_form
-from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.optimize import optimize, split
-from eptq_onnx.steps.plan import plan as make_plan
-from eptq_onnx.steps.ranges import weight_ranges
-from eptq_onnx.steps.score import score
-from eptq_onnx.steps.soften import soften
-from eptq_onnx.steps.write import write
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
-def seconds(work: Callable[[], object], times: int = 1) -> float:
-    """Least time of several runs."""
+def forward_seconds(model: Path, source: Path, batch_size: int) -> float:
+    """Least time of several float forward passes of ``batch_size`` samples, as many at a time as the model takes."""
+    float_model = io.load(model)
+    samples = data.read(source, float_model)
+    size = samples.micro_batch(batch_size)
+    session, feeds = Session(float_model), samples.take(np.arange(size))
+    session.run(feeds)
     taken = []
-    for _ in range(times):
+    for _ in range(7):
         began = time.perf_counter()
-        work()
+        session.run(feeds)
         taken.append(time.perf_counter() - began)
-    return min(taken)
+    return min(taken) * -(-batch_size // size)
 
 
 def main(
@@ -56,7 +50,7 @@ def main(
     weight_bits: Annotated[int, typer.Option(help="Weight bits.")] = 4,
     activation_bits: Annotated[int, typer.Option(help="Activation bits.")] = 8,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 16,
-    samples_used: Annotated[int, typer.Option("--samples", help="Samples to score and to walk over.")] = 64,
+    samples: Annotated[int, typer.Option(help="Samples to score and to walk over.")] = 64,
     steps: Annotated[int, typer.Option(help="Steps to time.")] = 20,
 ) -> None:
     """Print the table."""
@@ -64,50 +58,32 @@ def main(
         model, source = MODELS / f"{shipped}.onnx", MODELS / f"{shipped.split('_')[0]}_calib.npz"
     elif model is None or source is None:
         raise typer.BadParameter("give --shipped, or --model and --data")
+    forward = forward_seconds(model, source, batch_size)
     config = Config(
-        weight_bits=weight_bits, activation_bits=activation_bits, batch_size=batch_size, steps=steps, patience=0, probes=1
-    )  # fmt: skip
-    target, engine = targets.load(config.target), OrtTrainingEngine()
-    float_model = normalize(io.load(model), target.min_opset)
-    samples = data.read(source, float_model)
-    size = samples.micro_batch(batch_size)
-    session = Session(float_model)
-    runs = -(-batch_size // size)
-    feeds = samples.take(np.arange(size) % samples.count)
-    session.run(feeds)
-    forward = seconds(lambda: session.run(feeds), 7) * runs
-    chosen = np.arange(min(samples_used, samples.count))
-    passes = forward * len(chosen) / batch_size
-    plan = make_plan(float_model, target, config)
-
-    def quiet(*_: object) -> None:
-        return None
-
-    began = time.perf_counter()
-    calibration = calibrate(float_model, plan, samples, config, quiet)
-    calibrating = (time.perf_counter() - began) / (forward * samples.count / batch_size)
-    began = time.perf_counter()
-    scores = score(float_model, plan, samples, chosen, calibration, engine, config, quiet)
-    scoring = (time.perf_counter() - began) / passes
-    start = weight_ranges(float_model, plan, calibration, scores, config)
-    seen, _ = split(len(chosen), config.holdout, config.seed)
-    began = time.perf_counter()
-    nearest, _ = write(float_model, plan, start)
-    start, _ = closed_form(float_model, nearest, plan, start, samples, chosen[seen], scores, config, quiet)
-    walking = (time.perf_counter() - began) / passes
-    graph = soften(float_model, plan, start, samples, config, engine)
+        weight_bits=weight_bits,
+        activation_bits=activation_bits,
+        batch_size=batch_size,
+        score_samples=samples,
+        steps=steps,
+        patience=0,
+        probes=1,
+    )
     ticks: list[float] = []
-    optimize(plan, start, graph, samples, chosen, calibration, scores, config, lambda *_: ticks.append(time.perf_counter()))
-    # Checks on held-out samples fall between some of the ticks; the median knows nothing of them.
-    step = float(np.median(np.diff(ticks))) / forward
 
+    def note(step: str, done: int, total: int, detail: str = "") -> None:
+        if step == "optimize":
+            ticks.append(time.perf_counter())
+
+    report = eptq_onnx.quantize(model, source, config, progress=note).report
+    scored = forward * min(samples, report.samples) / batch_size
     table = Table("part", "float forward passes", title=f"{model.name}, W{weight_bits}A{activation_bits}", title_justify="left")
-    table.add_row("one forward pass of a batch", f"{forward:.3f} s for {batch_size} samples, {size} at a time")
-    table.add_row("calibration, all samples", f"{calibrating:.1f}")
-    table.add_row("Hessian scores, one probe", f"{scoring:.1f}")
-    table.add_row("closed-form start", f"{walking:.1f}")
-    table.add_row("one optimization step", f"{step:.1f}")
-    table.add_row("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GB")
+    table.add_row("one forward pass of a batch", f"{forward:.3f} s for {batch_size} samples")
+    table.add_row("calibration, all samples", f"{report.seconds['calibrate'] / (forward * report.samples / batch_size):.1f}")
+    table.add_row("Hessian scores, one probe", f"{report.seconds['score'] / scored:.1f}")
+    table.add_row("closed-form start", f"{report.seconds['closed form'] / scored:.1f}")
+    # Checks on held-out samples fall between some of the ticks; the median knows nothing of them.
+    table.add_row("one optimization step", f"{np.median(np.diff(ticks)) / forward:.1f}")
+    table.add_row("peak memory", f"{report.peak_memory_bytes / 2**30:.1f} GB")
     Console(width=140).print(table)
 
 

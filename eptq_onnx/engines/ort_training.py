@@ -46,9 +46,9 @@ class OrtTrainingEngine:
     def differentiate(self, model: ModelProto, loss: str, wrt: Sequence[str]) -> GradientModel:
         """See `Engine.differentiate`."""
         blocked = ops.without_gradient(GraphView(model))
-        private, round_trips = _prepared(model, blocked)
+        private = _prepared(model, blocked)
         view = GraphView(private)
-        stops = frozenset(n.name for n in view.nodes if n.domain == _ATEN and _operator(n) == _STOP)
+        stops = frozenset(n.name for n in view.nodes if attribute(n, "operator") == _STOP)
         relevant = view.upstream([loss], stops)
         reached = [name for name in wrt if name in relevant]
         unreached = {name: "no output depends on it through operators that have a gradient" for name in wrt if name not in relevant}
@@ -65,11 +65,7 @@ class OrtTrainingEngine:
         except Exception as e:
             # The builder raises pybind exceptions that share only Exception.
             raise GradientError(f"onnxruntime-training cannot differentiate the model: {' '.join(str(e).split())[:400]}") from e
-        # The builder drops constants that nothing reads for the time being.
-        present = {t.name for t in built.graph.initializer}
-        wanted = {name for nodes in round_trips.values() for node in nodes for name in node.input} - present
-        built.graph.initializer.extend(t for t in model.graph.initializer if t.name in wanted)
-        _replace_kernels(built, round_trips)
+        _replace_kernels(built)
         return GradientModel(built, {name: f"{name}_grad" for name in reached}, unreached)
 
 
@@ -126,19 +122,13 @@ def _register() -> None:
     c.register_custom_stop_gradient_edges(f"{_ATEN}::ATen::{_STOP}::", {0})
 
 
-def _operator(node: NodeProto) -> str:
-    return str(attribute(node, "operator", b""))
-
-
-def _prepared(model: ModelProto, blocked: frozenset[str]) -> tuple[ModelProto, dict[str, list[NodeProto]]]:
+def _prepared(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
     """A copy in which no gradient enters ``blocked`` nodes, and no node reads a tensor twice.
 
     The builder gives the gradient of a graph input one name for each time that a node reads it.
-
-    Also returned: the QuantizeLinear and DequantizeLinear that the ATen node of each round trip stands for, by result.
+    A QuantizeLinear with its DequantizeLinear is one ATen node of x, scale and zero point.
     """
     view, builder, infos = GraphView(model), edit.Builder(model, "engine/"), []
-    round_trips: dict[str, list[NodeProto]] = {}
 
     def described(name: str, like: str) -> None:
         # Nobody infers the type behind ATen.
@@ -149,8 +139,7 @@ def _prepared(model: ModelProto, blocked: frozenset[str]) -> tuple[ModelProto, d
             continue
         if node.op_type == "DequantizeLinear":
             quantize = view.producer[node.input[0]]
-            builder.add("ATen", [quantize.input[0]], node.output[0], domain=_ATEN, operator=_ROUND_TRIP)
-            round_trips[node.output[0]] = [quantize, node]
+            builder.add("ATen", list(quantize.input), node.output[0], domain=_ATEN, operator=_ROUND_TRIP)
             described(node.output[0], quantize.input[0])
             continue
         copy = NodeProto()
@@ -168,15 +157,16 @@ def _prepared(model: ModelProto, blocked: frozenset[str]) -> tuple[ModelProto, d
     known = {v.name for v in result.graph.value_info}
     result.graph.value_info.extend(v for v in infos if v.name not in known)
     edit.import_domain(result, _ATEN)
-    return result, round_trips
+    return result
 
 
-def _replace_kernels(model: ModelProto, round_trips: dict[str, list[NodeProto]]) -> None:
+def _replace_kernels(model: ModelProto) -> None:
     """Swap nodes without a CPU kernel, or with a slow one, for ordinary ones, in place."""
     builder, view = edit.Builder(model, "gradient/"), GraphView(model)
     for node in model.graph.node:
-        if node.domain == _ATEN and node.output[0] in round_trips:
-            builder.nodes.extend(round_trips[node.output[0]])
+        if attribute(node, "operator") == _ROUND_TRIP:
+            constants = node.input[1:]
+            builder.add("DequantizeLinear", [builder.add("QuantizeLinear", list(node.input)), *constants], node.output[0])
         elif node.domain == _ATEN:
             builder.nodes.append(helper.make_node("Identity", list(node.input), list(node.output), name=node.name))
         elif node.op_type in _GRADIENTS:

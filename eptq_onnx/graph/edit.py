@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from eptq_onnx.graph.view import node_reads, opset_of
+from eptq_onnx.graph.view import node_reads, opset_of, subgraphs
 
 
 def all_names(model: ModelProto) -> set[str]:
@@ -92,13 +92,20 @@ def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
     copy.CopyFrom(node)
     copy.input[:] = [names.get(i, i) for i in copy.input]
     copy.output[:] = [names.get(o, o) for o in copy.output]
-    for item in copy.attribute:
-        for graph in [item.g] if item.type == AttributeProto.GRAPH else item.graphs:
-            nodes = [renamed(n, names) for n in graph.node]
-            del graph.node[:]
-            graph.node.extend(nodes)
-            for output in graph.output:
-                output.name = names.get(output.name, output.name)
+    for graph in subgraphs(copy):
+        nodes = [renamed(n, names) for n in graph.node]
+        del graph.node[:]
+        graph.node.extend(nodes)
+        for output in graph.output:
+            output.name = names.get(output.name, output.name)
+    return copy
+
+
+def renamed_tensor(tensor: TensorProto, name: str) -> TensorProto:
+    """A copy of an initializer under another name."""
+    copy = TensorProto()
+    copy.CopyFrom(tensor)
+    copy.name = name
     return copy
 
 

@@ -64,11 +64,7 @@ def _with_known_branches(model: ModelProto) -> ModelProto | None:
         branch = next(a.g for a in node.attribute if a.name == ("then_branch" if taken else "else_branch"))
         own = [t.name for t in branch.initializer] + [o for n in branch.node for o in n.output if o]
         names = {name: builder.unique(f"{node.name or node.output[0]}/{name}") for name in own}
-        for tensor in branch.initializer:
-            copy = TensorProto()
-            copy.CopyFrom(tensor)
-            copy.name = names[tensor.name]
-            builder.initializers.append(copy)
+        builder.initializers.extend(edit.renamed_tensor(t, names[t.name]) for t in branch.initializer)
         builder.nodes.extend(edit.renamed(n, names) for n in branch.node)
         for outer, inner in zip(node.output, branch.output, strict=True):
             if outer:
@@ -95,9 +91,6 @@ def _constant_value(node: NodeProto) -> TensorProto | None:
         return None
     item = node.attribute[0]
     if item.name == "value":
-        tensor = TensorProto()
-        tensor.CopyFrom(item.t)
-        tensor.name = node.output[0]
-        return tensor
+        return edit.renamed_tensor(item.t, node.output[0])
     dtype = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}.get(item.name)
     return None if dtype is None else numpy_helper.from_array(np.array(helper.get_attribute_value(item), dtype), node.output[0])

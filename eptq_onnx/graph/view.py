@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 Shape = tuple[int | None, ...]
 
@@ -119,12 +119,15 @@ class GraphView:
 def node_reads(node: NodeProto) -> list[str]:
     """Tensors that a node reads, those of its subgraphs' outer scope included."""
     names = [i for i in node.input if i]
-    for item in node.attribute:
-        graphs = [item.g] if item.type == onnx.AttributeProto.GRAPH else list(item.graphs)
-        for graph in graphs:
-            local = {i.name for i in graph.input} | {t.name for t in graph.initializer}
-            for inner in graph.node:
-                names.extend(i for i in node_reads(inner) if i not in local)
-                local.update(inner.output)
-            names.extend(o.name for o in graph.output if o.name not in local)
+    for graph in subgraphs(node):
+        local = {i.name for i in graph.input} | {t.name for t in graph.initializer}
+        for inner in graph.node:
+            names.extend(i for i in node_reads(inner) if i not in local)
+            local.update(inner.output)
+        names.extend(o.name for o in graph.output if o.name not in local)
     return names
+
+
+def subgraphs(node: NodeProto) -> list[GraphProto]:
+    """The bodies of If, Loop and Scan."""
+    return [g for a in node.attribute for g in ([a.g] if a.type == AttributeProto.GRAPH else a.graphs)]

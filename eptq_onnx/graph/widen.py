@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.view import subgraphs
 
 _WIDENED: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.DOUBLE: "double"}
 _TYPE_ATTRIBUTES = ("to", "dtype", "stash_type", "output_dtype")
@@ -19,15 +20,14 @@ def other_float_types(model: ModelProto) -> tuple[str, ...]:
 
 
 def widen(model: ModelProto) -> ModelProto:
-    """A copy that computes in float32 where the model computes in float16, bfloat16 or double.
+    """A copy that computes in float32 where the model computes in float16, bfloat16 or double; the model itself if nowhere.
 
-    Inputs and outputs keep their types: a Cast stands behind the one and in front of the other. A model that has none of
-    these types is copied as it is.
+    Inputs and outputs keep their types: a Cast stands behind the one and in front of the other.
     """
+    if not other_float_types(model):
+        return model
     result = ModelProto()
     result.CopyFrom(model)
-    if not other_float_types(model):
-        return result
     graph = result.graph
     builder = edit.Builder(result, "float32/")
     constants = {t.name for t in graph.initializer}
@@ -53,10 +53,6 @@ def _is_other(info: ValueInfoProto) -> bool:
     return info.type.tensor_type.elem_type in _WIDENED
 
 
-def _subgraphs(node: NodeProto) -> list[GraphProto]:
-    return [g for a in node.attribute for g in ([a.g] if a.type == AttributeProto.GRAPH else a.graphs)]
-
-
 def _tensors(graph: GraphProto) -> list[TensorProto]:
     return [*graph.initializer, *(a.t for n in graph.node for a in n.attribute if a.type == AttributeProto.TENSOR)]
 
@@ -67,7 +63,7 @@ def _visit(graph: GraphProto, found: set[int]) -> None:
     types += [i.type.tensor_type.elem_type for i in (*graph.input, *graph.output, *graph.value_info)]
     for node in graph.node:
         types += [a.i for a in node.attribute if a.name in _TYPE_ATTRIBUTES]
-        for inner in _subgraphs(node):
+        for inner in subgraphs(node):
             _visit(inner, found)
     found.update(t for t in types if t in _WIDENED)
 
@@ -83,5 +79,5 @@ def _widen_graph(graph: GraphProto) -> None:
         for item in node.attribute:
             if item.name in _TYPE_ATTRIBUTES and item.i in _WIDENED:
                 item.CopyFrom(helper.make_attribute(item.name, TensorProto.FLOAT))
-        for inner in _subgraphs(node):
+        for inner in subgraphs(node):
             _widen_graph(inner)

@@ -181,21 +181,41 @@ class _Problem:
                 np.where(better, other.scale, best.scale),
                 np.where(better, other.cost, best.cost),
             )
-        integers, scale, passes = best.integers, best.scale, self.config.descent_passes
-        for turn in range(1 + _REFITS):
-            if turn:
-                scale = self._at_least(compensation.refitted_scale(target, integers, scale, moment, owners), least)
-            integers = compensation.coordinate_descent(target, integers, scale[owners], moment, self.spec, passes)
+        passes = self.config.descent_passes
+        integers, scale = self._in_turns(
+            best.integers,
+            best.scale,
+            least,
+            lambda q, s: compensation.coordinate_descent(target, q, s[owners], moment, self.spec, passes),
+            lambda q, s: compensation.refitted_scale(target, q, s, moment, owners),
+        )
         if self.outputs is not None and np.trace(self.outputs) > 0:
             effect, owner = compensation.damped(self.outputs[None], _OUTPUT_DAMPING)[0], owners[0]
-            lone, wanted, inputs = integers[0], target[0], moment[0]
-            for turn in range(1 + _REFITS):
-                if turn:
-                    scale = self._at_least(compensation.jointly_refitted_scale(wanted, lone, scale, inputs, effect, owner), least)
-                lone = compensation.joint_descent(wanted, lone, scale[owner], inputs, effect, self.spec, passes)
+            lone, scale = self._in_turns(
+                integers[0],
+                scale,
+                least,
+                lambda q, s: compensation.joint_descent(target[0], q, s[owner], moment[0], effect, self.spec, passes),
+                lambda q, s: compensation.jointly_refitted_scale(target[0], q, s, moment[0], effect, owner),
+            )
             integers = lone[None]
         params = QuantParams(np.asarray(scale if self.spec.axis is not None else scale[0], np.float32))
         return self.form.weight_from_rows(integers).astype(np.int32), params, full
+
+    def _in_turns(
+        self,
+        integers: Array,
+        scale: Array,
+        least: Array,
+        descend: Callable[[Array, Array], Array],
+        refit: Callable[[Array, Array], Array],
+    ) -> tuple[Array, Array]:
+        """Integers for the scales, then scales for the integers, and so on; the integers last."""
+        integers = descend(integers, scale)
+        for _ in range(_REFITS):
+            scale = self._at_least(refit(integers, scale), least)
+            integers = descend(integers, scale)
+        return integers, scale
 
     def _at_least(self, scale: Array, least: Array) -> Array:
         """One scale a channel (or one in all), shape (n_scales,)."""

@@ -195,7 +195,7 @@ def optimize(
     batches = _Batches(graph, samples, indices, attention)
     judge = _Judge(graph, batches, held)
     best, best_step, untouched = start, 0, judge(state, start)
-    checkpoints, lowest, fruitless = [(0, float(untouched.sum()))], float(untouched.sum()), 0
+    checkpoints = {0: float(untouched.sum())}
     session = Session(graph.train, integers=False)
     batch = min(config.batch_size, len(seen))
     rng = np.random.default_rng(config.seed)
@@ -211,17 +211,18 @@ def optimize(
         if (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total:
             candidate = state.harden()
             errors = judge(state, candidate)
-            fruitless = 0 if errors.sum() < min(v for _, v in checkpoints) else fruitless + 1
-            checkpoints.append((step + 1, float(errors.sum())))
-            if errors.sum() < lowest and is_better(errors, untouched):
-                best, best_step, lowest = candidate, step + 1, float(errors.sum())
+            checkpoints[step + 1] = float(errors.sum())
+            if checkpoints[step + 1] < checkpoints[best_step] and is_better(errors, untouched):
+                best, best_step = candidate, step + 1
+            values = list(checkpoints.values())
+            fruitless = len(values) - 1 - values.index(min(values))
             # Undecided weights need all the steps.
             if 0 < config.patience <= fruitless and config.rounding is not RoundingVariable.SOFT:
                 break
     trace = OptimizationTrace(
         steps=len(losses),
         losses=tuple(losses),
-        checkpoints=tuple(checkpoints),
+        checkpoints=tuple(checkpoints.items()),
         best_step=best_step,
         flipped=_flipped(start, best),
         seconds=time.perf_counter() - began,

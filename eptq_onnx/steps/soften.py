@@ -129,7 +129,6 @@ def _student(
 
     def fake_quantize(tensor: str) -> None:
         quantizer, params = quantizers[tensor], start.activations[tensor]
-        zero = b.constant(np.array([start.activations[tensor].zero_point], np.float32), "zero_point")
         exact = b.unique(f"{tensor}/quantized")
         if tensor in scales or quantizer.spec.narrower_than_container:
             scale = scales.get(tensor)
@@ -190,10 +189,7 @@ def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list
         nodes.append(copy)
     for tensor in view.model.graph.initializer:
         if tensor.name in used:
-            twin = TensorProto()
-            twin.CopyFrom(tensor)
-            twin.name = _TEACHER + tensor.name
-            constants.append(twin)
+            constants.append(edit.renamed_tensor(tensor, names[tensor.name]))
     return nodes, constants
 
 

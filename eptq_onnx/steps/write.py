@@ -7,6 +7,7 @@ container's keeps its range by a Clip on the integers, between the two nodes.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class _Writer:
     def _rewired(self, node: NodeProto) -> NodeProto:
         layer = self._layers.get(node.name)
         own = {name: self._layer_reads[node.name, name] for name in node.input if (node.name, name) in self._layer_reads}
-        copy = edit.renamed(node, {**self.read_as, **own})
+        copy = edit.renamed(node, ChainMap(own, self.read_as))
         if layer is not None and layer.bias is not None and not layer.has_bias and self._rounding.biases[layer.bias].any():
             del copy.input[2:]
             copy.input.append(self._layer_reads[node.name, layer.bias])
