@@ -16,6 +16,8 @@ from eptq_onnx.types import Feeds
 
 Source = str | os.PathLike[str] | Mapping[str, NDArray[np.generic]] | NDArray[np.generic]
 
+_MICRO_BATCH = 4
+
 
 class Samples:
     """Calibration samples that fit a model.
@@ -42,9 +44,12 @@ class Samples:
         """Names of the model inputs."""
         return tuple(self._arrays)
 
-    def micro_batch(self, wanted: int) -> int:
-        """Samples that one run of the model takes: what the model prescribes, else at most ``wanted``."""
-        return self.fixed_batch or max(1, min(wanted, self.count))
+    def micro_batch(self, wanted: int | None = None) -> int:
+        """Samples that one run of the model takes: what the model prescribes, else at most ``wanted``, and few.
+
+        Small batches run side by side (`eptq_onnx.parallel`) and cost no more a sample than large ones.
+        """
+        return self.fixed_batch or max(1, min(wanted or _MICRO_BATCH, _MICRO_BATCH, self.count))
 
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Feeds:
         """The samples at ``indices`` as one batch."""

@@ -27,7 +27,7 @@ from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.steps.allocate import allocate
 from eptq_onnx.steps.calibrate import calibrate
-from eptq_onnx.steps.closed_form import closed_form
+from eptq_onnx.steps.closed_form import closed_form, unsolved
 from eptq_onnx.steps.guard import sensitive_activations
 from eptq_onnx.steps.normalize import normalize
 from eptq_onnx.steps.optimize import layer_attention, optimize, split
@@ -120,7 +120,17 @@ def quantize(
     scores: Scores | None = None
     if engine is not None and _wants_scores(config):
         with clock("score"), _noting(notes, "no Hessian scores, plain MSE ranges instead"):
-            scores = score(float_model, plan, samples, chosen, calibration, engine, config, partial(progress, "score"))
+            scores = score(
+                float_model,
+                plan,
+                samples,
+                chosen,
+                calibration,
+                _scored_weights(float_model, plan, config),
+                engine,
+                config,
+                partial(progress, "score"),
+            )
             notes.extend(f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items())
     if scores is not None:
         with clock("recalibrate"):
@@ -228,6 +238,14 @@ def _engine() -> Engine:
 
 def _wants_scores(config: Config) -> bool:
     return config.weight_range_method is WeightRange.HMSE or (config.step_count > 0 and config.attention is not Attention.NONE)
+
+
+def _scored_weights(model: ModelProto, plan: Plan, config: Config) -> set[str]:
+    """The weights whose ranges are chosen by the scores of their elements."""
+    if config.weight_range_method is not WeightRange.HMSE:
+        return set()
+    skipped = unsolved(model, plan)
+    return {x.weight for x in plan.layers if config.start is not Start.CLOSED_FORM or x.node in skipped}
 
 
 def _layer_reports(plan: Plan, scores: Scores | None, verification: Verification, count: int) -> tuple[LayerReport, ...]:

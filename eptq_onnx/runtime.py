@@ -110,7 +110,7 @@ class Session:
     save_optimized : path, optional
         Where onnxruntime shall put the graph it made of the model.
     threads : int
-        Of one operator; 0: as many as there are cores.
+        Of one operator; 0: as many as there are cores. Batches run side by side instead: see `eptq_onnx.parallel`.
     integers : bool
         False keeps operators between quantizers in floating point, as training needs them.
 
@@ -126,7 +126,7 @@ class Session:
         *,
         optimize: bool = True,
         save_optimized: Path | None = None,
-        threads: int = 0,
+        threads: int = 1,
         integers: bool = True,
     ) -> None:
         ort = load()

@@ -33,7 +33,7 @@ def forward_seconds(model: Path, source: Path, batch_size: int) -> float:
     float_model = io.load(model)
     samples = data.read(source, float_model)
     size = samples.micro_batch(batch_size)
-    session, feeds = Session(float_model), samples.take(np.arange(size))
+    session, feeds = Session(float_model, threads=0), samples.take(np.arange(size))
     session.run(feeds)
     taken = []
     for _ in range(7):

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
 from eptq_onnx.graph.view import GraphView, node_reads
+from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Feeds
 
@@ -88,9 +89,13 @@ class Walk:
         )
         model = helper.make_model(graph, opset_imports=self._imports, ir_version=self._ir_version)
         session = Session(model)
-        for feeds in self._live:
+
+        def run(feeds: Feeds) -> Feeds:
             available = {**feeds, **self._replaced}
-            feeds.update(session.run({i: available[i] for i in inputs}, kept))
+            return session.run({i: available[i] for i in inputs}, kept)
+
+        for feeds, values in zip(self._live, ordered_map(run, self._live), strict=True):
+            feeds.update(values)
 
     def _type(self, name: str) -> int:
         if name in self._replaced:

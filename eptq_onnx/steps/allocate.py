@@ -90,7 +90,7 @@ def allocate(
     ConfigError
         If no choice meets the budget.
     """
-    size = samples.micro_batch(8)
+    size = samples.micro_batch()
     chosen = indices[spread(len(indices), max(_SAMPLES, size))]
     walk = Walk(model, [samples.take(chosen[part]) for part in samples.batches(range(len(chosen)), size)])
     view = GraphView(model)

@@ -18,8 +18,9 @@ from eptq_onnx.data import Samples
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import output_parts
+from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
-from eptq_onnx.types import ActivationQuantizer, Array, Calibration, Plan, QuantParams
+from eptq_onnx.types import ActivationQuantizer, Array, Calibration, Feeds, Plan, QuantParams
 
 _BINS = 8192
 _VALUES_PER_SAMPLE = 16384
@@ -195,11 +196,15 @@ def calibrate(
     sums = {name: np.zeros(3) for name in measured}
     wanted = [n for n in dict.fromkeys([*observed, *measured]) if n not in view.inputs]
     session = Session(edit.exposing(model, wanted))
-    size = samples.micro_batch(8)
+    size = samples.micro_batch()
     done = 0
-    for part in samples.batches(range(samples.count), size):
+
+    def run(part: NDArray[np.int64]) -> Feeds:
         feeds = samples.take(part)
-        values = {**feeds, **session.run(feeds, wanted)}
+        return {**feeds, **session.run(feeds, wanted)}
+
+    parts = list(samples.batches(range(samples.count), size))
+    for part, values in zip(parts, ordered_map(run, parts), strict=True):
         for name, histogram in observed.items():
             if values[name].size:
                 histogram.add(values[name], importance=importance.get(name), axis=axes[name])

@@ -78,7 +78,7 @@ def closed_form(
     -----
     Input-error correction and sequential rounding follow OBQ (Frantar and Alistarh 2022) and GPTQ (Frantar et al. 2023).
     """
-    size = samples.micro_batch(8)
+    size = samples.micro_batch()
     affordable = _MEMORY // max(1, 2 * peak_bytes(edit.specialize(model, samples.shapes(size)))) * size
     kept = indices[spread(len(indices), max(affordable, size))]
     feeds = [samples.take(part) for part in (kept[p] for p in samples.batches(range(len(kept)), size))]
@@ -87,23 +87,18 @@ def closed_form(
     exact, rough = Walk(model, feeds), Walk(student, feeds)
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    uses = Counter(layer.weight for layer in plan.layers)
     integers, params, biases, targets = dict(start.integers), dict(start.weights), dict(start.biases), dict(start.targets)
-    skipped: dict[str, str] = {}
+    skipped = unsolved(model, plan)
     for k, layer in enumerate(plan.layers):
         weight: Array = np.asarray(view.constant(layer.weight), np.float32)
         pair = exact.reach(layer.input), rough.reach(inputs[layer.node])
         form = linear_form(nodes[layer.node], view)
         moments: compensation.Moments | None = None
         input_scale = start.activations[plan.quantizer_of[layer.input].name].scale
-        if form is None:
-            skipped[layer.node] = f"this {layer.op_type} is not a plain matrix product"
-        else:
+        if form is not None:
             wanted = int(np.clip(_ROWS_PER_TERM * form.weight_rows(weight).shape[2], _LEAST_ROWS, _MOST_ROWS))
             moments = compensation.sampled_moments(form, *pair, wanted, np.random.default_rng((config.seed, k)))
-            if uses[layer.weight] > 1:
-                skipped[layer.node] = f"its weight {layer.weight} is shared by several layers"
-            else:
+            if layer.node not in skipped:
                 least: Array = np.zeros(1, np.float32)
                 if layer.bias is not None and plan.integer_bias:
                     least = quant_math.smallest_weight_scale(biases[layer.bias], input_scale)
@@ -121,6 +116,20 @@ def closed_form(
             rough.set_constant(names[layer.node][1], bias)
         progress(k + 1, len(plan.layers))
     return replace(start, integers=integers, weights=params, biases=biases, targets=targets), skipped
+
+
+def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:
+    """Layers that the closed form cannot round, and why."""
+    view = GraphView(model)
+    nodes = {n.name: n for n in view.nodes}
+    uses = Counter(layer.weight for layer in plan.layers)
+    found = {}
+    for layer in plan.layers:
+        if linear_form(nodes[layer.node], view) is None:
+            found[layer.node] = f"this {layer.op_type} is not a plain matrix product"
+        elif uses[layer.weight] > 1:
+            found[layer.node] = f"its weight {layer.weight} is shared by several layers"
+    return found
 
 
 def _with_open_layers(quantized: ModelProto, plan: Plan) -> tuple[ModelProto, dict[str, tuple[str, str]]]:

@@ -15,6 +15,7 @@ from eptq_onnx import quant_math
 from eptq_onnx.config import Config
 from eptq_onnx.data import Samples
 from eptq_onnx.graph import edit
+from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Calibration, Plan, Scores
 
@@ -50,11 +51,12 @@ def sensitive_activations(
     if not quantizers or config.max_noise == 0:
         return {}
     session = Session(edit.exposing(model, quantizers))
-    size = samples.micro_batch(4)
+    size = samples.micro_batch()
     noise = dict.fromkeys(quantizers, 0.0)
     seen = 0
-    for part in samples.batches(range(min(len(indices), _SAMPLES)), size):
-        values = session.run(samples.take(indices[part]), list(quantizers))
+    parts = list(samples.batches(range(min(len(indices), _SAMPLES)), size))
+    runs = ordered_map(lambda part: session.run(samples.take(indices[part]), list(quantizers)), parts)
+    for part, values in zip(parts, runs, strict=True):
         for name, quantizer in quantizers.items():
             x = np.asarray(values[name], np.float32)
             error = np.square(quant_math.fake_quantize(x, calibration.activations[name], quantizer.spec) - x)

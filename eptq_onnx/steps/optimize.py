@@ -20,6 +20,7 @@ from eptq_onnx.config import Attention, Config, Optimizer, RoundingVariable
 from eptq_onnx.data import Samples
 from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LAYER_ERRORS, LOSS, TrainingGraph
 from eptq_onnx.optimizers import Adam, RAdam
+from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Array, Calibration, Feeds, OptimizationTrace, Plan, QuantParams, QuantSpec, Rounding, Scores
 
@@ -318,8 +319,8 @@ class _State:
         feeds[FLOAT_SHARE] = np.array([max(0.0, 1 - (step + 1) / total)], np.float32)
         gradients: dict[str, Array] = {}
         loss = 0.0
-        for run in batches.runs(chosen, feeds, session):
-            values = session.run(run, [LOSS, *self._graph.gradients.values()])
+        wanted = [LOSS, *self._graph.gradients.values()]
+        for values in ordered_map(lambda run: session.run(run, wanted), batches.runs(chosen, feeds, session)):
             loss += float(values[LOSS])
             for name, output in self._graph.gradients.items():
                 value = values[output]
@@ -423,7 +424,10 @@ class _Judge:
         self._session, self._batches, self._held = Session(graph.evaluate, integers=False), batches, held
 
     def __call__(self, state: _State, candidate: Rounding) -> Array:
-        rows = []
-        for feeds in self._batches.runs(self._held, state.hard_parameters(candidate), self._session):
-            rows.append((self._session.run(feeds, [LAYER_ERRORS])[LAYER_ERRORS] * feeds[ATTENTION]).sum(axis=1))
+        runs = self._batches.runs(self._held, state.hard_parameters(candidate), self._session)
+        rows = list(ordered_map(self._errors, runs))
         return np.asarray(np.concatenate(rows)[: len(self._held)], np.float32)
+
+    def _errors(self, feeds: Feeds) -> Array:
+        errors: Array = (self._session.run(feeds, [LAYER_ERRORS])[LAYER_ERRORS] * feeds[ATTENTION]).sum(axis=1)
+        return errors

@@ -7,7 +7,7 @@ vanish in expectation, so that it estimates the sum over the samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +21,9 @@ from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.view import GraphView, int_attribute
+from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
-from eptq_onnx.types import Array, Calibration, Plan, Scores
+from eptq_onnx.types import Array, Calibration, Feeds, Plan, Scores
 
 _LOSS, _ATTENTION = "eptq/probe_loss", "eptq/attention"
 _MOST_JOINT_CHANNELS = 2048
@@ -34,11 +35,12 @@ def score(
     samples: Samples,
     indices: NDArray[np.int64],
     calibration: Calibration,
+    weights: Collection[str],
     engine: Engine,
     config: Config,
     progress: Callable[[int, int], None],
 ) -> Scores:
-    """Scores of all layers, samples and weight elements.
+    """Scores of all layers, samples and channels, and of the elements of some weights.
 
     Parameters
     ----------
@@ -50,6 +52,9 @@ def score(
         The samples to score.
     calibration : Calibration
         Gives the spread that each part of the outputs is divided by.
+    weights : collection of str
+        The weights whose elements are scored. They cost as much again as everything else: their gradients, and the fast
+        kernels that convolutions have for constant weights.
     engine : Engine
     config : Config
         ``probes`` and ``seed``.
@@ -61,13 +66,12 @@ def score(
     GradientError
         If no output of the model can be differentiated.
     """
-    size = samples.micro_batch(min(config.batch_size, len(indices)))
+    size = samples.micro_batch(len(indices))
     private, _ = lower(edit.specialize(model, samples.shapes(size)), ops.LOWERINGS)
     points = ops.output_parts(GraphView(model))
     if not points:
         raise GradientError("no output of the model depends on its layers through operators that have a gradient.")
     probes = _add_loss(private, points)
-    weights = list(plan.weight_specs)
     axes = _scored_tensors(GraphView(private), plan)
     gradient = engine.differentiate(private, _LOSS, [*weights, *axes])
     reached = {tensor: axis for tensor, axis in axes.items() if tensor in gradient.gradients}
@@ -84,19 +88,23 @@ def score(
     rng = np.random.default_rng(config.seed)
     rounds = -(-len(indices) // size)
     wanted = [_ATTENTION, *(gradient.gradients[n] for n in fixed), *products.values()]
-    for k in range(rounds):
+
+    def probe(k: int) -> Iterator[Feeds]:
         places = np.arange(k * size, (k + 1) * size)
-        real = places < len(indices)
-        feeds = samples.take(indices[places % len(indices)])
-        for turn in range(config.probes):
-            draw = {n: _rademacher(rng, shapes[n], real) / np.float32(spread[n]) for n in probes.values()}
-            values = session.run({**{n: v for n, v in feeds.items() if n in session.inputs}, **fixed, **draw}, wanted)
-            power[places[real]] += values[_ATTENTION][real]
-            for name in fixed:
-                squared[name] += np.square(values[gradient.gradients[name]])
-            for name, product in products.items():
-                outputs[name] = outputs.get(name, 0.0) + values[product].astype(np.float64)
-            progress(k * config.probes + turn + 1, rounds * config.probes)
+        feeds = {n: v for n, v in samples.take(indices[places % len(indices)]).items() if n in session.inputs}
+        for _ in range(config.probes):
+            draw = {n: _rademacher(rng, shapes[n], places < len(indices)) / np.float32(spread[n]) for n in probes.values()}
+            yield {**feeds, **fixed, **draw}
+
+    runs = ordered_map(lambda feeds: session.run(feeds, wanted), (feeds for k in range(rounds) for feeds in probe(k)))
+    for turn, values in enumerate(runs):
+        rows = power[turn // config.probes * size :][:size]
+        rows += values[_ATTENTION][: len(rows)]
+        for name in fixed:
+            squared[name] += np.square(values[gradient.gradients[name]])
+        for name, product in products.items():
+            outputs[name] = outputs.get(name, 0.0) + values[product].astype(np.float64)
+        progress(turn + 1, rounds * config.probes)
     count = config.probes * len(indices)
     columns = np.split((power / config.probes).astype(np.float32), np.cumsum(channels)[:-1], axis=1)
     return Scores(

@@ -18,6 +18,7 @@ from eptq_onnx.data import Samples
 from eptq_onnx.errors import OutputError
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import PROTOBUF_LIMIT, Session
 from eptq_onnx.targets import Target
 from eptq_onnx.types import Feeds, Plan, Verification
@@ -76,14 +77,16 @@ def verify(
     reference = Session(edit.exposing(model, [float_name for float_name, _ in pairs.values()]))
     inside = Session(edit.exposing(quantized, [quantized_name for _, quantized_name in pairs.values()]))
     chosen = indices[:_SAMPLES]
-    size = samples.micro_batch(8)
     power: dict[str, float] = defaultdict(float)
     noise: dict[str, float] = defaultdict(float)
     done = 0
-    for part in samples.batches(chosen, size):
-        feeds: Feeds = samples.take(part)
-        expected = reference.run(feeds)
-        got, layers = session.run(feeds, outputs) if outputs else {}, inside.run(feeds)
+
+    def run(part: NDArray[np.int64]) -> tuple[Feeds, Feeds, Feeds]:
+        feeds = samples.take(part)
+        return reference.run(feeds), session.run(feeds, outputs) if outputs else {}, inside.run(feeds)
+
+    parts = list(samples.batches(chosen, samples.micro_batch()))
+    for part, (expected, got, layers) in zip(parts, ordered_map(run, parts), strict=True):
         for name in outputs:
             _measure(f"output {name}", expected[name], got[name], power, noise)
         for node, (float_name, quantized_name) in pairs.items():

@@ -36,7 +36,7 @@ def case(engine):
     p = plan(model, targets.load("ort-x64"), config)
     samples = data.read(images(16), model)
     calibration = calibrate(model, p, samples, config, silent)
-    scores = score(model, p, samples, np.arange(16), calibration, engine, config, silent)
+    scores = score(model, p, samples, np.arange(16), calibration, set(), engine, config, silent)
     return model, p, samples, calibration, scores
 
 

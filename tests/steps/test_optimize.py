@@ -32,21 +32,21 @@ class Case:
         self.samples = data.read({"image": images(24)}, self.model)
         self.calibration = calibrate(self.model, self.plan, self.samples, self.config, silent)
         self.indices = np.arange(24)
-        self.scores = score(self.model, self.plan, self.samples, self.indices, self.calibration, engine, self.config, silent)
+        self.scores = score(self.model, self.plan, self.samples, self.indices, self.calibration, set(), engine, self.config, silent)
         self.start = weight_ranges(self.model, self.plan, self.calibration, self.scores, self.config)
         self.graph = soften(self.model, self.plan, self.start, self.samples, self.config, engine)
 
     def feeds(self) -> dict[str, np.ndarray]:
         weights = {n: quant_math.dequantize(self.start.integers[n], self.start.weights[n], s) for n, s in self.plan.weight_specs.items()}
         scales = np.array([float(self.start.activations[q].scale) for q in self.graph.quantizers], np.float32)
-        attention = np.random.default_rng(0).uniform(0.5, 1, (6, sum(self.graph.channels))).astype(np.float32)
+        attention = np.random.default_rng(0).uniform(0.5, 1, (self.graph.micro_batch, sum(self.graph.channels))).astype(np.float32)
         quantizers = self.plan.quantizer_of
         biases = {}
         for x in self.plan.layers:
             grid = self.start.activations[quantizers[x.input].name].scale, self.start.weights[x.weight].scale
             biases[x.bias] = quant_math.round_bias(self.start.biases[x.bias], *grid)
         return {
-            **self.samples.take(np.arange(6)), **weights, **biases,
+            **self.samples.take(np.arange(self.graph.micro_batch)), **weights, **biases,
             ACTIVATION_SCALES: scales, ATTENTION: attention, FLOAT_SHARE: np.array([0.0], np.float32),
         }  # fmt: skip
 
@@ -92,8 +92,8 @@ def test_the_loss_is_the_weighted_error_of_the_written_model(case):
     quantized, _ = write(case.model, case.plan, case.start)
     last = case.plan.layers[-1]
     feeds = case.feeds()
-    expected = Session(case.model).run(case.samples.take(np.arange(6)))[last.output]
-    got = Session(quantized, optimize=False).run(case.samples.take(np.arange(6)))[last.output]
+    expected = Session(case.model).run(case.samples.take(np.arange(case.graph.micro_batch)))[last.output]
+    got = Session(quantized, optimize=False).run(case.samples.take(np.arange(case.graph.micro_batch)))[last.output]
     errors = _run(Session(case.graph.evaluate), feeds)[LAYER_ERRORS]
     assert case.graph.channels == (8, 8, 8, 5)
     np.testing.assert_allclose(errors[:, -5:], np.square(expected - got), rtol=1e-3, atol=1e-5)
@@ -219,7 +219,7 @@ def test_a_model_that_takes_one_sample_at_a_time(engine):
     model = small_convnet()
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
     single, many = Case(engine, model, steps=6), Case(engine, steps=6)
-    assert (single.graph.micro_batch, many.graph.micro_batch) == (1, 6)
+    assert (single.graph.micro_batch, many.graph.micro_batch) == (1, 4)
     np.testing.assert_allclose(single.run()[1].losses[0], many.run()[1].losses[0], rtol=0.2)
 
 

@@ -47,7 +47,7 @@ def case(engine):
     the_plan = plan(model, target, config)
     samples = data.read({"image": images}, model)
     calibration = calibrate(model, the_plan, samples, config, silent)
-    scores = score(model, the_plan, samples, np.arange(6), calibration, engine, config, silent)
+    scores = score(model, the_plan, samples, np.arange(6), calibration, the_plan.weight_specs, engine, config, silent)
     spread = {o: np.sqrt(calibration.variance[o]) for o in ("logits", "features")}
     return model, images, the_plan, scores, spread
 
@@ -116,6 +116,6 @@ def test_a_short_last_batch_counts_no_sample_twice(case, engine):
     samples = data.read({"image": images}, model)
     config = Config(probes=1500, batch_size=3, seed=5)
     calibration = calibrate(model, the_plan, samples, config, silent)
-    other = score(model, the_plan, samples, np.arange(6), calibration, engine, config, silent)
+    other = score(model, the_plan, samples, np.arange(6), calibration, the_plan.weight_specs, engine, config, silent)
     for name in scores.weights:
         assert float(other.weights[name].mean()) == pytest.approx(float(scores.weights[name].mean()), rel=0.1)
