@@ -1,8 +1,8 @@
 """Rounding a matrix so that its products keep, in closed form. Pure numpy, no ONNX.
 
 With second moments ``A = E[x_q x_qᵀ]`` of the inputs that a layer gets in the quantized network, and
-``B = E[x_f x_qᵀ]`` with those of the float network, the weights that come closest to the float outputs are
-``W* = W B A⁻¹`` (input-error correction), and integers Q cost ``tr((sQ - W*) A (sQ - W*)ᵀ)``. That is minimised element by
+``C = E[x_q yᵀ]`` with the outputs ``y = W x_f`` of the float network, the weights that come closest to these outputs are
+``W* = Cᵀ A⁻¹`` (input-error correction), and integers Q cost ``tr((sQ - W*) A (sQ - W*)ᵀ)``. That is minimised element by
 element, each rounding error being made up for by the elements that follow (OBQ, Frantar & Alistarh 2022; GPTQ,
 Frantar et al. 2023), and then by coordinate descent.
 
@@ -16,7 +16,7 @@ scales (n_groups, n_outputs).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.linear import LinearForm
+from eptq_onnx.parallel import ordered_map
 from eptq_onnx.types import Array, QuantSpec
 
 Float64 = NDArray[np.float64]
@@ -42,43 +43,55 @@ _BLOCK = 64
 
 
 Covariances = tuple[Float64, Float64, Float64]
-"""A, Bᵀ and F, centred: E[x_q x_qᵀ], E[x_q x_fᵀ] and E[x_f x_fᵀ]."""
+"""Centred: A = E[x_q x_qᵀ], C = E[x_q yᵀ] and V = E[y²], of shapes (n_groups, n_terms, n_terms), (n_groups, n_terms,
+n_outputs) and (n_groups, n_outputs)."""
 
 
 class Moments:
-    """Streaming second moments of float and quantized inputs, of two halves of the batches apart."""
+    """Streaming second moments of a layer's quantized inputs and float outputs, of two halves of the batches apart.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    weight : ndarray of shape (n_groups, n_outputs, n_terms)
+        Makes the float outputs of the float inputs; without a bias.
+    """
+
+    def __init__(self, weight: Array) -> None:
+        self._turned = np.ascontiguousarray(weight.swapaxes(1, 2))
         self._batches = 0
         self._shifts: tuple[Array, Array] | None = None
         self._halves: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 
     def add(self, exact: Array, quantized: Array) -> None:
-        """Take rows of both networks, of shape (n_groups, n_rows, n_terms)."""
+        """Take rows of inputs of both networks, of shape (n_groups, n_rows, n_terms)."""
+        outputs = np.matmul(exact, self._turned)
         if self._shifts is None:
             # Sums of values whose mean is far from 0 would lose the variance to float32.
-            self._shifts = exact.mean(axis=1), quantized.mean(axis=1)
-        exact, quantized = (x - shift[:, None, :] for x, shift in zip((exact, quantized), self._shifts, strict=True))
-        turned = quantized.swapaxes(1, 2)
+            self._shifts = outputs.mean(axis=1), quantized.mean(axis=1)
+        y, q = (x - shift[:, None, :] for x, shift in zip((outputs, quantized), self._shifts, strict=True))
+        turned = q.swapaxes(1, 2)
         parts = {
-            "qq": np.matmul(turned, quantized),
-            "qf": np.matmul(turned, exact),
-            "ff": np.matmul(exact.swapaxes(1, 2), exact),
-            "q": quantized.sum(axis=1, dtype=np.float64),
-            "f": exact.sum(axis=1, dtype=np.float64),
-            "rows": exact.shape[1],
+            "qq": np.matmul(turned, q),
+            "qy": np.matmul(turned, y),
+            "yy": np.square(y).sum(axis=1, dtype=np.float64),
+            "q": q.sum(axis=1, dtype=np.float64),
+            "y": y.sum(axis=1, dtype=np.float64),
+            "rows": q.shape[1],
         }
         sums = self._halves[self._batches % 2]
         for name, value in parts.items():
-            sums[name] = sums[name] + value if name in sums else np.asarray(value, np.float64)
+            if name in sums:
+                sums[name] += value
+            else:
+                sums[name] = np.asarray(value, np.float64)
         self._batches += 1
 
     @property
     def means(self) -> tuple[Float64, Float64]:
-        """Mean rows of the float and of the quantized inputs, each (n_groups, n_terms)."""
-        shift_f, shift_q = self._shifts or (0.0, 0.0)
+        """Mean float outputs (n_groups, n_outputs) and mean quantized inputs (n_groups, n_terms)."""
+        shift_y, shift_q = self._shifts or (0.0, 0.0)
         rows = self._total("rows")
-        return self._total("f") / rows + shift_f, self._total("q") / rows + shift_q
+        return self._total("y") / rows + shift_y, self._total("q") / rows + shift_q
 
     @property
     def covariances(self) -> Covariances:
@@ -96,34 +109,49 @@ class Moments:
 
 
 def _centred(sums: dict[str, Any]) -> Covariances:
-    f, q, rows = sums["f"] / sums["rows"], sums["q"] / sums["rows"], sums["rows"]
+    y, q, rows = sums["y"] / sums["rows"], sums["q"] / sums["rows"], sums["rows"]
     return (
         sums["qq"] / rows - q[:, :, None] * q[:, None, :],
-        sums["qf"] / rows - q[:, :, None] * f[:, None, :],
-        sums["ff"] / rows - f[:, :, None] * f[:, None, :],
+        sums["qy"] / rows - q[:, :, None] * y[:, None, :],
+        sums["yy"] / rows - np.square(y),
     )
 
 
 def sampled_moments(
-    form: LinearForm, exact: Sequence[NDArray[Any]], quantized: Sequence[NDArray[Any]], wanted: int, rng: np.random.Generator
+    form: LinearForm,
+    weight: Array,
+    exact: Sequence[NDArray[Any]],
+    quantized: Sequence[NDArray[Any]],
+    wanted: int,
+    rng: np.random.Generator,
 ) -> Moments:
     """Moments of about ``wanted`` random rows of a layer's inputs, of the same places in both networks.
 
     Parameters
     ----------
     form : LinearForm
+    weight : ndarray
+        The float weight.
     exact, quantized : sequence of ndarray
         The layer's input in the float and in the quantized network, batch by batch.
     wanted : int
     rng : Generator
     """
-    moments = Moments()
+    moments = Moments(form.weight_rows(weight))
     total = sum(form.positions(x.shape) for x in exact)
-    for x_f, x_q in zip(exact, quantized, strict=True):
-        available = form.positions(x_f.shape)
-        share = min(available, max(1, round(wanted * available / total)))
-        chosen = np.sort(rng.choice(available, share, replace=False))
-        moments.add(form.input_rows(np.asarray(x_f, np.float32), chosen), form.input_rows(np.asarray(x_q, np.float32), chosen))
+
+    def places() -> Iterator[NDArray[np.int64]]:
+        for x in exact:
+            available = form.positions(x.shape)
+            share = min(available, max(1, round(wanted * available / total)))
+            yield np.sort(rng.choice(available, share, replace=False))
+
+    def rows(batch: tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]) -> tuple[Array, Array]:
+        x_f, x_q, chosen = batch
+        return form.input_rows(np.asarray(x_f, np.float32), chosen), form.input_rows(np.asarray(x_q, np.float32), chosen)
+
+    for pair in ordered_map(rows, zip(exact, quantized, places(), strict=True)):
+        moments.add(*pair)
     return moments
 
 
@@ -133,35 +161,30 @@ def _ridge(moment: Float64, damping: float | Float64) -> Float64:
     return np.where(mean > 0, damping * mean, 1.0)[:, None, None] * np.eye(moment.shape[1])
 
 
-def _products(left: Float64, moment: Float64, right: Float64) -> Float64:
-    """``l A rᵀ`` of each pair of rows; shape (n_groups, n_outputs)."""
-    return np.asarray((np.matmul(left, moment) * right).sum(axis=2))
-
-
 def damped(moment: Float64, damping: float) -> Float64:
     """``A + damping * mean(diag A) I``, with a diagonal that is nowhere 0."""
     return moment + _ridge(moment, damping)
 
 
-def corrected_target(weight: Array, moment: Float64, cross: Float64, exact: Float64, damping: float | Float64) -> Array:
+def corrected_target(weight: Array, moment: Float64, cross: Float64, power: Float64, damping: float | Float64) -> Array:
     """The weights that, on the quantized inputs, come closest to the float outputs without shrinking them.
 
-    ``W* = g W (B + mu I) (A + mu I)⁻¹`` with mu a share of A's mean diagonal: the larger, the closer to W. Least squares
+    ``W* = g (C + mu Wᵀ)ᵀ (A + mu I)⁻¹`` with mu a share of A's mean diagonal: the larger, the closer to W. Least squares
     shrinks what it predicts from noisy inputs, layer after layer, and rare strong responses (objects, rare classes)
     suffer first. The gain g of each output makes up for that: the slope of the corrected output over the float one is 1.
 
     Parameters
     ----------
     weight : ndarray of shape (n_groups, n_outputs, n_terms)
-    moment, cross, exact : ndarray of shape (n_groups, n_terms, n_terms)
-        A, Bᵀ and F of `Moments.covariances`.
+    moment, cross, power : ndarray
+        A, C and V of `Moments.covariances`.
     damping : float or ndarray of shape (n_groups,)
     """
     ridge = _ridge(moment, damping)
-    rows = weight.astype(np.float64)
-    target = np.matmul(rows, np.linalg.solve(moment + ridge, cross + ridge).swapaxes(1, 2))
-    wanted, reached = _products(rows, exact, rows), _products(target, cross, rows)
-    gain = np.where(reached > 0, wanted / np.where(reached > 0, reached, 1), 1.0)
+    pull = cross + np.einsum("gii->gi", ridge)[:, :, None] * weight.swapaxes(1, 2)
+    target = np.linalg.solve(moment + ridge, pull).swapaxes(1, 2)
+    reached = (target * cross.swapaxes(1, 2)).sum(axis=2)
+    gain = np.where(reached > 0, power / np.where(reached > 0, reached, 1), 1.0)
     return np.asarray(target * np.clip(gain, 1 / _MOST_GAIN, _MOST_GAIN)[:, :, None], np.float32)
 
 
@@ -180,14 +203,12 @@ def best_damping(weight: Array, halves: Sequence[Covariances]) -> Float64:
     """
     if not halves:
         return np.full(len(weight), DAMPINGS[len(DAMPINGS) // 2])
-    rows = weight.astype(np.float64)
     errors = np.zeros((len(DAMPINGS), len(weight)))
-    for fitted, (moment, cross, exact) in zip(halves, reversed(halves), strict=True):
-        wanted = _products(rows, exact, rows)
+    for fitted, (moment, cross, power) in zip(halves, reversed(halves), strict=True):
         for k, damping in enumerate(DAMPINGS):
-            target = corrected_target(weight, *fitted, damping).astype(np.float64)
-            error = _products(target, moment, target) - 2 * _products(target, cross, rows) + wanted
-            errors[k] += error.sum(axis=1)
+            target = corrected_target(weight, *fitted, damping)
+            explained = (target * cross.swapaxes(1, 2)).sum(axis=(1, 2))
+            errors[k] += cost(target, moment).sum(axis=1) - 2 * explained + power.sum(axis=1)
     chosen: Float64 = np.asarray(DAMPINGS, np.float64)[errors.argmin(axis=0)]
     return chosen
 

@@ -32,7 +32,7 @@ class LinearForm(Protocol):
         ...
 
     def input_rows(self, x: Array, chosen: NDArray[np.int64]) -> Array:
-        """The rows at the chosen positions, of shape (n_groups, len(chosen), n_terms)."""
+        """The rows at the chosen positions (ascending), of shape (n_groups, len(chosen), n_terms)."""
         ...
 
 
@@ -143,15 +143,23 @@ class ConvForm:
         begins, ends = self._pads(x.shape)
         x = np.pad(x, [(0, 0), (0, 0), *((max(a, 0), max(e, 0)) for a, e in zip(begins, ends, strict=True))])
         x = x[(slice(None), slice(None), *(slice(max(-a, 0), n + min(e, 0)) for a, e, n in zip(begins, ends, x.shape[2:], strict=True)))]
-        reach = tuple((k - 1) * d + 1 for k, d in zip(self.kernel, self.dilations, strict=True))
-        rank = len(self.kernel)
-        windows: NDArray[Any] = np.lib.stride_tricks.sliding_window_view(x, reach, axis=tuple(range(2, 2 + rank)))
-        strides = (1,) * rank if self.transposed else self.strides
-        kept: Any = (..., *(slice(None, None, step) for step in (*strides, *self.dilations)))
-        windows = windows[kept]
-        sample, *places = np.unravel_index(chosen, (len(x), *windows.shape[2 : 2 + rank]))
-        rows = np.moveaxis(windows, 1, rank + 1)[(sample, *places)]
-        return np.ascontiguousarray(rows.reshape(len(chosen), self.group, -1).swapaxes(0, 1))
+        strides = (1,) * len(self.kernel) if self.transposed else self.strides
+        extents = [(n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(x.shape[2:], self.kernel, self.dilations, strides, strict=True)]
+        pitches = np.cumprod([1, *x.shape[:2:-1]])[::-1]
+        # Where each patch begins in a flat channel, and where its elements lie behind that.
+        sample, *places = np.unravel_index(chosen, (len(x), *extents))
+        begin = sum(p * s * pitch for p, s, pitch in zip(places, strides, pitches, strict=True))
+        offset = sum(
+            np.arange(k).reshape([-1 if i == axis else 1 for i in range(len(self.kernel))]) * d * pitch
+            for axis, (k, d, pitch) in enumerate(zip(self.kernel, self.dilations, pitches, strict=True))
+        )
+        flat = x.reshape(*x.shape[:2], -1)
+        # Channel by channel, so that what is read together lies together.
+        columns = np.empty((x.shape[1], np.size(offset), len(chosen)), x.dtype)
+        for n in range(len(x)):
+            here = slice(*np.searchsorted(sample, [n, n + 1]))
+            columns[:, :, here] = np.take(flat[n], np.reshape(offset, (-1, 1)) + begin[here], axis=1)
+        return columns.reshape(self.group, -1, len(chosen)).swapaxes(1, 2)
 
     def _spread(self, x: Array) -> Array:
         """The input with stride - 1 zeros between its elements."""

@@ -19,8 +19,10 @@ def _inputs(rows: int, terms: int, groups: int = 1, seed: int = 0) -> np.ndarray
     return (rng.normal(size=(groups, rows, terms)) @ rng.normal(size=(groups, terms, terms)) + 1).astype(np.float32)
 
 
-def _moments(exact: np.ndarray, quantized: np.ndarray, parts: int = 3) -> compensation.Moments:
-    moments = compensation.Moments()
+def _moments(exact: np.ndarray, quantized: np.ndarray, parts: int = 3, weight: np.ndarray | None = None) -> compensation.Moments:
+    """By default of outputs that are the inputs."""
+    terms = exact.shape[2]
+    moments = compensation.Moments(np.stack([np.eye(terms, dtype=np.float32)] * len(exact)) if weight is None else weight)
     for f, q in zip(np.array_split(exact, parts, axis=1), np.array_split(quantized, parts, axis=1), strict=True):
         moments.add(f, q)
     return moments
@@ -28,21 +30,24 @@ def _moments(exact: np.ndarray, quantized: np.ndarray, parts: int = 3) -> compen
 
 def test_moments_are_those_of_all_rows_at_once():
     exact, quantized = _inputs(200, 5, 2), _inputs(200, 5, 2, seed=1)
-    moments = _moments(exact, quantized)
-    a, b, exact_only = moments.covariances
+    weight = np.random.default_rng(2).normal(size=(2, 3, 5)).astype(np.float32)
+    moments = _moments(exact, quantized, weight=weight)
+    a, c, v = moments.covariances
     for g in range(2):
-        f, q = exact[g] - exact[g].mean(axis=0), quantized[g] - quantized[g].mean(axis=0)
+        outputs = exact[g] @ weight[g].T
+        y, q = outputs - outputs.mean(axis=0), quantized[g] - quantized[g].mean(axis=0)
         np.testing.assert_allclose(a[g], q.T @ q / 200, rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(b[g], q.T @ f / 200, rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(exact_only[g], f.T @ f / 200, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(c[g], q.T @ y / 200, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(v[g], np.square(y).mean(axis=0), rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(moments.means[0][g], outputs.mean(axis=0), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(moments.means[1][g], quantized[g].mean(axis=0), rtol=1e-4)
 
 
 def test_the_target_undoes_a_linear_error_upstream():
     exact = _inputs(500, 4)
     mixing = np.eye(4, dtype=np.float32) + 0.2 * np.random.default_rng(3).normal(size=(4, 4)).astype(np.float32)
-    moments = _moments(exact, exact @ mixing)
     weight = np.random.default_rng(4).normal(size=(1, 3, 4)).astype(np.float32)
+    moments = _moments(exact, exact @ mixing, weight=weight)
     target = compensation.corrected_target(weight, *moments.covariances, damping=1e-9)
     np.testing.assert_allclose(target[0], weight[0] @ np.linalg.inv(mixing).T, rtol=1e-2, atol=1e-3)
 
@@ -52,7 +57,7 @@ def test_noise_in_the_inputs_does_not_shrink_the_outputs():
     exact = rng.normal(size=(1, 4000, 4)).astype(np.float32)
     noisy = exact + rng.normal(0, 0.25, size=exact.shape).astype(np.float32)
     weight = np.array([[[1, -2, 0.5, 1], [0, 1, 3, -1]]], np.float32)
-    target = compensation.corrected_target(weight, *_moments(exact, noisy).covariances, damping=1e-9)
+    target = compensation.corrected_target(weight, *_moments(exact, noisy, weight=weight).covariances, damping=1e-9)
     for channel in range(2):
         wanted = exact[0] @ weight[0, channel]
         least_squares = np.linalg.lstsq(noisy[0], wanted)[0]
@@ -101,10 +106,9 @@ def test_descent_finds_the_best_of_all_integers_when_started_everywhere():
 
 def test_inputs_that_never_vary_do_no_harm():
     constant = np.ones((1, 20, 4), np.float32)
-    moments = _moments(constant, constant)
-    a, b, f = moments.covariances
     weight = np.random.default_rng(0).normal(size=(1, 2, 4)).astype(np.float32)
-    target = compensation.corrected_target(weight, a, b, f, 0.5)
+    a, c, v = _moments(constant, constant, weight=weight).covariances
+    target = compensation.corrected_target(weight, a, c, v, 0.5)
     np.testing.assert_allclose(target, weight, rtol=1e-5)
     q = compensation.compensated_rounding(
         target, np.full((1, 2), 0.5, np.float32), compensation.Feedback.of(compensation.damped(a, 0.03)), SPEC
@@ -179,8 +183,8 @@ def test_the_damping_is_what_serves_inputs_that_were_not_fitted():
     many = rng.normal(size=(2, 20_000, 30)).astype(np.float32)
     few = many[:, :80]
     noise = rng.normal(0, 0.1, size=few.shape).astype(np.float32)
-    correctable = compensation.best_damping(weight, _moments(many, many @ mixing, 4).halves)
-    chance = compensation.best_damping(weight, _moments(few, few + noise, 4).halves)
+    correctable = compensation.best_damping(weight, _moments(many, many @ mixing, 4, weight).halves)
+    chance = compensation.best_damping(weight, _moments(few, few + noise, 4, weight).halves)
     assert correctable.shape == (2,)
     assert (correctable < chance).all()
     assert set(correctable) | set(chance) <= set(compensation.DAMPINGS)

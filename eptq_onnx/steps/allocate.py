@@ -105,7 +105,7 @@ def allocate(
             weights.setdefault(layer.weight, Candidates(value.size, {8: 0.0}))
         else:
             known = weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
-            rows = compensation.sampled_moments(form, inputs, inputs, _ROWS, np.random.default_rng((config.seed, k)))
+            rows = compensation.sampled_moments(form, value, inputs, inputs, _ROWS, np.random.default_rng((config.seed, k)))
             positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
             known.operations += value.size * positions * quantizers[layer.input].spec.bits
             specs = {bits: target.weight_spec(bits, layer.weight_spec.axis or 0) for bits in known.effects}

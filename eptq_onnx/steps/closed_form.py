@@ -97,7 +97,7 @@ def closed_form(
         input_scale = start.activations[plan.quantizer_of[layer.input].name].scale
         if form is not None:
             wanted = int(np.clip(_ROWS_PER_TERM * form.weight_rows(weight).shape[2], _LEAST_ROWS, _MOST_ROWS))
-            moments = compensation.sampled_moments(form, *pair, wanted, np.random.default_rng((config.seed, k)))
+            moments = compensation.sampled_moments(form, weight, *pair, wanted, np.random.default_rng((config.seed, k)))
             if layer.node not in skipped:
                 least: Array = np.zeros(1, np.float32)
                 if layer.bias is not None and plan.integer_bias:
@@ -109,7 +109,7 @@ def closed_form(
         rough.set_constant(names[layer.node][0], rounded)
         if layer.bias is not None:
             if form is not None and moments is not None:
-                biases[layer.bias] = biases[layer.bias] + _mean_error(form, weight, rounded, moments)
+                biases[layer.bias] = biases[layer.bias] + _mean_error(form, rounded, moments)
             bias = biases[layer.bias]
             if plan.integer_bias:
                 bias = quant_math.round_bias(bias, input_scale, params[layer.weight].scale)
@@ -151,10 +151,10 @@ def _with_open_layers(quantized: ModelProto, plan: Plan) -> tuple[ModelProto, di
     return onnx.shape_inference.infer_shapes(edit.with_nodes(quantized, builder.nodes)), names
 
 
-def _mean_error(form: LinearForm, weight: Array, rounded: Array, moments: compensation.Moments) -> Array:
+def _mean_error(form: LinearForm, rounded: Array, moments: compensation.Moments) -> Array:
     """What the bias must take up: mean float output less mean quantized output, of shape (n_channels,)."""
-    f, q = moments.means
-    shift = np.einsum("gnt,gt->gn", form.weight_rows(weight), f) - np.einsum("gnt,gt->gn", form.weight_rows(rounded), q)
+    outputs, inputs = moments.means
+    shift = outputs - np.einsum("gnt,gt->gn", form.weight_rows(rounded), inputs)
     return np.asarray(shift.reshape(-1), np.float32)
 
 
@@ -171,11 +171,11 @@ class _Problem:
 
     def solve(self, least: Array) -> tuple[IntArray, QuantParams, Array]:
         """Integers, scales of at least ``least``, and the real weights that they stand for."""
-        moment, cross, exact = self.moments.covariances
+        moment, cross, power = self.moments.covariances
         rows = self.form.weight_rows(self.weight)
         damping = self.config.correction_damping
         chosen = compensation.best_damping(rows, self.moments.halves) if damping is None else damping
-        target = compensation.corrected_target(rows, moment, cross, exact, chosen)
+        target = compensation.corrected_target(rows, moment, cross, power, chosen)
         moment = compensation.damped(moment, self.config.rounding_damping)
         full = self.form.weight_from_rows(target)
         base = quant_math.weight_scales(full, self.spec)
