@@ -391,8 +391,9 @@ def joint_descent(
             local = pull[:, begin:end]
             for i in range(end - begin):
                 t = begin + i
-                if _descend_column(q[:, t], s, local[:, i], steps[:, i], moment[t, t], output_moment, spec):
-                    local[:, i + 1 :] -= np.outer(output_moment @ steps[:, i], moment[t, t + 1 : end])
+                effect = _descend_column(q[:, t], s, local[:, i], steps[:, i], moment[t, t], output_moment, spec)
+                if effect is not None:
+                    local[:, i + 1 :] -= np.outer(effect, moment[t, t + 1 : end])
             if steps.any():
                 moved = True
                 pull[:, end:] -= (output_moment @ steps) @ moment[begin:end, end:]
@@ -403,9 +404,13 @@ def joint_descent(
 
 def _descend_column(
     column: Float64, scale: Float64, pull: Float64, steps: Float64, variance: float, output_moment: Float64, spec: QuantSpec
-) -> bool:
-    """Move integers of one column, the most useful move first, in place; ``steps`` collects the moves in real units."""
+) -> Float64 | None:
+    """Move integers of one column, the most useful move first, in place; ``steps`` collects the moves in real units.
+
+    Returns the moves times G, or None if there are none.
+    """
     curvature = scale * np.diag(output_moment) * variance
+    effect: Float64 | None = None
     for _ in range(2 * len(column)):
         wanted = np.clip(np.rint(column + pull / curvature), spec.qmin, spec.qmax) - column
         gain = scale * wanted * (2 * pull - wanted * curvature)
@@ -415,5 +420,7 @@ def _descend_column(
         step = scale[best] * wanted[best]
         column[best] += wanted[best]
         steps[best] += step
-        pull -= step * variance * output_moment[:, best]
-    return bool(steps.any())
+        push = step * output_moment[best]
+        pull -= push * variance
+        effect = push if effect is None else effect + push
+    return effect
