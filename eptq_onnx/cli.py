@@ -35,7 +35,7 @@ def quantize(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the QDQ model.")],
     weight_bits: Annotated[int, typer.Option(help="Bits of the weights, 2 to 8.")] = _DEFAULTS.weight_bits,
-    activation_bits: Annotated[int, typer.Option(help="Bits of the activations, 2 to 8.")] = _DEFAULTS.activation_bits,
+    activation_bits: Annotated[int, typer.Option(help="Bits of the activations, 2 to 8, or 16.")] = _DEFAULTS.activation_bits,
     edge_bits: Annotated[int, typer.Option(help="Bits of the first and last layers.")] = _DEFAULTS.edge_bits,
     budget: Annotated[
         str | None, typer.Option(help="Mixed precision: weights=4 (mean bits), bytes=2e6 or bitops=1e10; instead of --weight-bits.")

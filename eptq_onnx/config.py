@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from eptq_onnx.errors import ConfigError
 
@@ -109,11 +109,13 @@ class Config(BaseModel):
 
     Parameters
     ----------
-    weight_bits, activation_bits : int
-        Bit widths, 2 to 8.
+    weight_bits : int
+        Bit width, 2 to 8.
+    activation_bits : int
+        Bit width, 2 to 8, or 16, which takes opset 21.
     edge_bits : int
-        Bit width of the first and last layers: their weights, the model's inputs, the last layers' inputs and
-        outputs.
+        Bit width of the first and last layers: their weights, and, unless `activation_bits` is 16, the model's inputs
+        and the last layers' inputs and outputs.
     budget : Budget or str, optional
         Mixed precision: every weight gets the width, of 2 to 8 bits, with which the error of the outputs is least within
         this limit; `weight_bits` and, for weights, `edge_bits` then mean nothing. As ``weights=4`` (mean bits), ``bytes=2e6``
@@ -182,7 +184,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     weight_bits: int = Field(8, ge=2, le=8)
-    activation_bits: int = Field(8, ge=2, le=8)
+    activation_bits: int = Field(8, ge=2, le=16)
     edge_bits: int = Field(8, ge=2, le=8)
     budget: Budget | None = None
     target: str = "ort-x64"
@@ -213,6 +215,13 @@ class Config(BaseModel):
     warmup: float = Field(0.2, ge=0, lt=1)
     attention: Attention = Attention.CHANNEL
     gradual_activations: bool = False
+
+    @field_validator("activation_bits")
+    @classmethod
+    def _stored(cls, bits: int) -> int:
+        if 8 < bits < 16:
+            raise ValueError("give 2 to 8, or 16")
+        return bits
 
     @classmethod
     def of(cls, **options: Any) -> Config:

@@ -111,7 +111,7 @@ def quantize(
     with clock("normalize"):
         original = io.load(model)
         samples = read(data, original)
-        float_model = normalize(original, target.min_opset)
+        float_model = normalize(original, target.opset_for(config.activation_bits))
     with clock("plan"):
         plan = make_plan(float_model, target, config)
     with clock("calibrate"):
@@ -175,7 +175,7 @@ def quantize(
         unused_samples=calibration.unused_samples,
         layers=_layer_reports(plan, scores, verification, len(chosen)),
         kept_float=plan.kept_float,
-        notes=(*_float_notes(original), *notes),
+        notes=(*_type_notes(original, config), *notes),
         optimization=trace,
         verification=verification,
         seconds=clock.seconds,
@@ -213,8 +213,11 @@ def _noting(notes: list[str], consequence: str) -> Iterator[None]:
         notes.append(f"{consequence}: {e}")
 
 
-def _float_notes(model: ModelProto) -> list[str]:
-    return [f"{name} tensors are computed and stored in float32; inputs and outputs keep their types" for name in other_float_types(model)]
+def _type_notes(model: ModelProto, config: Config) -> list[str]:
+    notes = [f"{name} tensors are computed and stored in float32; inputs and outputs keep their types" for name in other_float_types(model)]
+    if config.activation_bits > 8:
+        notes.append("no integer kernels are known for 16-bit activations: operators compute in float32 between their quantizers")
+    return notes
 
 
 def _tell_loss(progress: Progress, done: int, total: int, loss: float) -> None:

@@ -25,7 +25,7 @@ class QuantSpec:
     qmin, qmax : int
         Integer range that the values are kept in; it may be narrower than the container's.
     container : str
-        Integer type that the runtime stores: ``"int8"`` or ``"uint8"``.
+        Integer type that the runtime stores: ``"int8"``, ``"uint8"``, ``"int16"`` or ``"uint16"``.
     symmetric : bool
         True if the zero point is 0.
     axis : int or None

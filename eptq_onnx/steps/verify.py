@@ -101,11 +101,18 @@ def verify(
         samples=done,
         outputs={name: ratio(f"output {name}") for name in outputs},
         layers={node: ratio(f"layer {node}") for node in pairs},
-        planned=dict(sorted(Counter(t for t in plan.integer_nodes.values() if t in target.kernels).items())),
+        planned=_planned_kernels(plan, target),
         kernels=kernels,
         float_bytes=model.ByteSize(),
         quantized_bytes=quantized.ByteSize(),
     )
+
+
+def _planned_kernels(plan: Plan, target: Target) -> dict[str, int]:
+    """Operators that shall run on integers; the target's kernels are for types of 8 bits."""
+    if any(q.spec.bits > 8 for q in plan.activations):
+        return {}
+    return dict(sorted(Counter(t for t in plan.integer_nodes.values() if t in target.kernels).items()))
 
 
 def count_kernels(optimized: ModelProto, target: Target) -> dict[str, int]:

@@ -18,6 +18,10 @@ else:
     import tomli as tomllib
 
 
+_OPSET_OF_16_BITS = 21
+"""From where QuantizeLinear knows 16-bit integers."""
+
+
 class _Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -85,9 +89,13 @@ class Target(_Row):
         low, high = self.weight.range_8_bits if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         return QuantSpec(bits, low, high, self.weight.container, True, axis if self.weight.per_channel else None)
 
+    def opset_for(self, activation_bits: int) -> int:
+        """Lowest opset that can write these activations."""
+        return max(self.min_opset, _OPSET_OF_16_BITS) if activation_bits > 8 else self.min_opset
+
     def activation_spec(self, bits: int) -> QuantSpec:
-        """Spec of an activation."""
-        container = self.activation.container
+        """Spec of an activation; more than 8 bits are stored in 16."""
+        container = self.activation.container.replace("8", "16" if bits > 8 else "8")
         low, high = (0, 2**bits - 1) if container.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         return QuantSpec(bits, low, high, container, self.activation.symmetric)
 

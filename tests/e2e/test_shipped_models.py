@@ -74,3 +74,11 @@ def test_files_above_the_protobuf_limit_get_external_data(tmp_path, monkeypatch)
     assert onnx.load(tmp_path / "q.onnx").graph.node == result.model.graph.node
     assert score.evaluate("digits_resnet", tmp_path / "q.onnx") > 0.95
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q.onnx", "q.onnx.data"]
+
+
+def test_sixteen_bit_activations_are_closer_to_float_than_eight():
+    eight, sixteen = (quantize("digits_resnet", preset="fast", activation_bits=bits) for bits in (8, 16))
+    types = {t.data_type for t in sixteen.model.graph.initializer}
+    assert onnx.TensorProto.UINT16 in types
+    assert sixteen.report.opset == 21
+    assert sixteen.report.verification.outputs["logits"] > eight.report.verification.outputs["logits"] + 2
