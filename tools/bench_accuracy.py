@@ -4,10 +4,13 @@
     python tools/bench_accuracy.py --model m.onnx --data calib.npz --score "score.py {model}" --key top1 4,8
 
 ``--score`` is a command that prints one JSON object for the file put in place of ``{model}``; ``--key`` names the
-figure in it. A row is a pair of weight and activation bits (first and last layers: 8), a column a method:
+figure in it, or several, separated by commas: the first decides. A row is a pair of weight and activation bits (first
+and last layers: 8), a column a method:
 
     static       onnxruntime's quantize_static, per channel, 7-bit weights; the better of its min-max and percentile
                  calibration (8 bits only)
+    nncf         NNCF's ONNX quantization (pip install nncf), its default and its slower, more accurate bias correction;
+                 the better of the two (8 bits only)
     minmax       nearest rounding, weight scales that clip nothing
     mse          nearest rounding, MSE weight ranges
     hmse         nearest rounding, Hessian-weighted MSE weight ranges
@@ -15,6 +18,14 @@ figure in it. A row is a pair of weight and activation bits (first and last laye
     fast         the closed-form start without gradients (``--preset fast``)
     closed-form  the start that knows the Hessian scores (``--steps 0``)
     default      closed-form, then the network-wise optimization
+
+and, as an ablation of what the paper proposes, each but the last from nearest rounding:
+
+    network-no-attention, network-layer   the loss weighs all layers and samples the same, or by the paper's sample-layer
+                                          attention (the default tells channels apart, too)
+    network-mse                           without Hessian-weighted ranges
+    network-gradual                       with gradual activation quantization
+    default-no-attention                  the default, with a loss that weighs all the same
 
 ``--methods`` picks some of them. Below each row stand the seconds that each method took.
 """
@@ -54,7 +65,16 @@ OURS: dict[str, dict[str, object]] = {
     "closed-form": {"steps": 0},
     "default": {},
 }
+ABLATION: dict[str, dict[str, object]] = {
+    "network-no-attention": {"start": "nearest", "attention": "none"},
+    "network-layer": {"start": "nearest", "attention": "layer"},
+    "network-mse": {"start": "nearest", "weight_range": "mse"},
+    "network-gradual": {"start": "nearest", "gradual_activations": True},
+    "default-no-attention": {"attention": "none"},
+}
 METHODS = ("static", *OURS)
+PEERS = ("static", "nncf")
+Figures = tuple[float, ...]
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -77,12 +97,18 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 
 def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], folder: Path) -> list[Path]:
     """Files that a method makes; none if it cannot do these bits."""
-    if method != "static":
-        result = eptq_onnx.quantize(model, data, Config.of(weight_bits=bits[0], activation_bits=bits[1], **OURS[method]))
+    if method not in PEERS:
+        options = (OURS | ABLATION)[method]
+        result = eptq_onnx.quantize(model, data, Config.of(weight_bits=bits[0], activation_bits=bits[1], **options))
         result.save(folder / "ours.onnx")
         return [folder / "ours.onnx"]
     if bits != (8, 8):
         return []
+    return static(model, data, folder) if method == "static" else nncf(model, data, folder)
+
+
+def static(model: Path, data: Path, folder: Path) -> list[Path]:
+    """Files of onnxruntime's quantizer."""
     quant_pre_process(model, folder / "prepared.onnx", skip_symbolic_shape=True)
     files = []
     for calibration in (CalibrationMethod.MinMax, CalibrationMethod.Percentile):
@@ -101,23 +127,43 @@ def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], folder
     return files
 
 
-def by_command(template: str, key: str) -> Callable[[Path], float]:
-    """Scorer that runs a command and reads a figure from the JSON that it prints."""
+def nncf(model: Path, data: Path, folder: Path) -> list[Path]:
+    """Files of NNCF."""
+    try:
+        import nncf as peer
+    except ImportError as e:
+        raise typer.BadParameter("the method nncf needs NNCF: pip install nncf") from e
+    batches = list(iter(Reader(model, data).get_next, None))
+    files = []
+    for fast in (True, False):
+        made = peer.quantize(onnx.load(model), peer.Dataset(batches), subset_size=len(batches), fast_bias_correction=fast)
+        files.append(folder / f"nncf_{fast}.onnx")
+        onnx.save(made, files[-1])
+    return files
 
-    def score(path: Path) -> float:
+
+def by_command(template: str, keys: list[str]) -> Callable[[Path], Figures]:
+    """Scorer that runs a command and reads figures from the JSON that it prints."""
+
+    def score(path: Path) -> Figures:
         command = [part.replace("{model}", str(path)) for part in shlex.split(template)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return float(json.loads(done.stdout)[key])
+        found = json.loads(done.stdout)
+        return tuple(float(found[key]) for key in keys if key in found)
 
     return score
 
 
-def by_shipped_model(name: str) -> Callable[[Path], float]:
+def by_shipped_model(name: str) -> Callable[[Path], Figures]:
     """Scorer of a model that the project ships."""
     sys.path.insert(0, str(MODELS))
     import score
 
-    return lambda path: score.evaluate(name, path)
+    return lambda path: (score.evaluate(name, path),)
+
+
+def _shown(figures: Figures) -> str:
+    return " / ".join(f"{v:.4f}" if abs(v) <= 1 else f"{v:.1f}" for v in figures)
 
 
 def main(
@@ -126,21 +172,22 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Another model.")] = None,
     data: Annotated[Path | None, typer.Option(help="Its calibration data.")] = None,
     score: Annotated[str, typer.Option(help="The command that scores a file.")] = "",
-    key: Annotated[str, typer.Option(help="The figure in the JSON that it prints.")] = "top1",
+    key: Annotated[str, typer.Option(help="The figures in the JSON that it prints, separated by commas.")] = "top1",
     methods: Annotated[str, typer.Option(help="Columns, separated by commas.")] = ",".join(METHODS),
 ) -> None:
     """Print the table."""
     chosen = methods.split(",")
-    unknown = [m for m in chosen if m not in METHODS]
+    known = (*PEERS, *OURS, *ABLATION)
+    unknown = [m for m in chosen if m not in known]
     if unknown:
-        raise typer.BadParameter(f"no method {unknown[0]}; there are {', '.join(METHODS)}")
+        raise typer.BadParameter(f"no method {unknown[0]}; there are {', '.join(known)}")
     if shipped:
         evaluate = by_shipped_model(shipped)
         model, data = MODELS / f"{shipped}.onnx", MODELS / f"{shipped.split('_')[0]}_calib.npz"
     elif model is None or data is None or not score:
         raise typer.BadParameter("give --shipped, or --model, --data and --score")
     else:
-        evaluate = by_command(score, key)
+        evaluate = by_command(score, key.split(","))
     logging.disable(logging.WARNING)
     table = Table("bits", "float", *chosen, title=str(model.name), title_justify="left")
     reference = evaluate(model)
@@ -154,10 +201,10 @@ def main(
                     # onnxruntime's calibration prints what it does.
                     files = quantize(method, model, data, (weight, activation), Path(folder))
                 seconds.append(f"{time.perf_counter() - began:.0f}" if files else "")
-                scores.append(f"{max(evaluate(f) for f in files):.4f}" if files else "-")
-        table.add_row(f"W{weight}A{activation}", f"{reference:.4f}", *scores)
+                scores.append(_shown(max(evaluate(f) for f in files)) if files else "-")
+        table.add_row(f"W{weight}A{activation}", _shown(reference), *scores)
         table.add_row("", "seconds", *seconds)
-    Console(width=140).print(table)
+    Console(width=max(140, 16 * (len(chosen) + 2))).print(table)
 
 
 if __name__ == "__main__":

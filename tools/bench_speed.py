@@ -5,7 +5,8 @@
 
 Prints the time of one float forward pass of a batch in onnxruntime, and as multiples of it: one step of the network-wise
 optimization (gradient graph, updates and all), and the Hessian scores of all layers, per probe. The closed-form start
-and the calibration are given in passes over the samples that they look at. Single machine, single run: compare ratios,
+and the calibration are given in passes over the samples that they look at. ``--torch`` adds the same training step
+written in PyTorch (pip install torch==2.13.0; convolutional classifiers only). Single machine, single run: compare ratios,
 not seconds.
 """
 
@@ -52,6 +53,7 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 16,
     samples: Annotated[int, typer.Option(help="Samples to score and to walk over.")] = 64,
     steps: Annotated[int, typer.Option(help="Steps to time.")] = 20,
+    torch: Annotated[bool, typer.Option(help="Time the step in PyTorch, too.")] = False,
 ) -> None:
     """Print the table."""
     if shipped:
@@ -83,6 +85,14 @@ def main(
     table.add_row("closed-form start", f"{report.seconds['closed form'] / scored:.1f}")
     # Checks on held-out samples fall between some of the ticks; the median knows nothing of them.
     table.add_row("one optimization step", f"{np.median(np.diff(ticks)) / forward:.1f}")
+    if torch:
+        import torch_step
+
+        float_model = io.load(model)
+        batch = next(iter(data.read(source, float_model).take(np.arange(batch_size)).values()))
+        for layout in (True, False):
+            taken = torch_step.seconds(float_model, batch, steps, channels_last=layout) / forward
+            table.add_row(f"the same step in PyTorch, {'channels last' if layout else 'contiguous'}", f"{taken:.1f}")
     table.add_row("peak memory", f"{report.peak_memory_bytes / 2**30:.1f} GB")
     Console(width=140).print(table)
 
