@@ -166,8 +166,8 @@ class Config(BaseModel):
         of the weight that is rounded in every step, which does the same in hundreds.
     optimizer : Optimizer
     rounding_lr, bias_lr, scale_lr, activation_scale_lr : float
-        Learning rates of the rounding variables (default 0.05 for ``soft``; for ``straight-through`` 0.001 integer
-        steps from the closed-form start, 0.005 from nearest rounding), of the biases (in units of the layer output's
+        Learning rates of the rounding variables (default 0.05 for ``soft``, 0.005 integer steps for
+        ``straight-through``), of the biases (in units of the layer output's
         RMS), of the weight scale factors and of the logarithms of the activation scales below 8 bits; all fall to 0 as
         a cosine.
     rounding_strength : float
@@ -179,6 +179,9 @@ class Config(BaseModel):
         channels of a layer apart, ``none`` counts all the same.
     gradual_activations : bool
         Gradual activation quantization: of use with thousands of steps, a loss with hundreds.
+    augment : bool
+        Every step sees its samples varied: images mirrored and shifted, float inputs mixed with each other. Without it a few
+        hundred samples are learned by heart.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -215,6 +218,7 @@ class Config(BaseModel):
     warmup: float = Field(0.2, ge=0, lt=1)
     attention: Attention = Attention.CHANNEL
     gradual_activations: bool = False
+    augment: bool = True
 
     @field_validator("activation_bits")
     @classmethod
@@ -247,9 +251,7 @@ class Config(BaseModel):
         """Learning rate of the rounding variables."""
         if self.rounding_lr is not None:
             return self.rounding_lr
-        if self.rounding is RoundingVariable.SOFT:
-            return 5e-2
-        return 1e-3 if self.start is Start.CLOSED_FORM else 5e-3
+        return 5e-2 if self.rounding is RoundingVariable.SOFT else 5e-3
 
     @property
     def weight_range_method(self) -> WeightRange:

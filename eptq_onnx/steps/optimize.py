@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from eptq_onnx import quant_math
+from eptq_onnx import augment, quant_math
 from eptq_onnx.config import Attention, Config, Optimizer, RoundingVariable
 from eptq_onnx.data import Samples
 from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LAYER_ERRORS, LOSS, TrainingGraph
@@ -25,6 +25,8 @@ from eptq_onnx.runtime import Session
 from eptq_onnx.types import Array, Calibration, Feeds, OptimizationTrace, Plan, QuantParams, QuantSpec, Rounding, Scores
 
 _CHECKPOINTS = 10
+_RISE = 0.1
+"""Share of the steps in which the learning rates rise to their full size."""
 _LEAST_SAMPLES = 5
 """With fewer pairs the signed-rank test never gets below one in twenty."""
 
@@ -193,7 +195,7 @@ def optimize(
     state = _State(plan, start, graph, calibration, config)
     attention = channel_attention(plan, scores, graph.channels, len(indices), config)
     seen, held = split(len(indices), config.holdout, config.seed)
-    batches = _Batches(graph, samples, indices, attention)
+    batches = _Batches(graph, samples, indices, attention, seen)
     judge = _Judge(graph, batches, held)
     best, best_step, untouched = start, 0, judge(state, start)
     checkpoints = {0: float(untouched.sum())}
@@ -207,7 +209,7 @@ def optimize(
         while len(queue) < batch:
             queue.extend(rng.permutation(seen).tolist())
         chosen, queue = np.array(queue[:batch]), queue[batch:]
-        losses.append(state.step(session, batches, chosen, step, total))
+        losses.append(state.step(session, batches, chosen, step, rng))
         progress(step + 1, total, losses[-1])
         if (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total:
             candidate = state.harden()
@@ -312,15 +314,18 @@ class _State:
         self._biases = Adam(self._bias_shift)
         self._scales = Adam({ACTIVATION_SCALES: self._log_scales})
 
-    def step(self, session: Session, batches: _Batches, chosen: NDArray[np.int64], step: int, total: int) -> float:
+    def step(self, session: Session, batches: _Batches, chosen: NDArray[np.int64], step: int, rng: np.random.Generator) -> float:
         """One update from the samples at places ``chosen``; returns the loss."""
+        total = self._config.step_count
         steps = {n: p.scale for n, p in self._start.weights.items()} | {n: w.scale * w.gamma for n, w in self.weights.items()}
         feeds = self._parameters({n: w.forward() for n, w in self.weights.items()}, steps, self._current_biases(), self._current_scales())
         feeds[FLOAT_SHARE] = np.array([max(0.0, 1 - (step + 1) / total)], np.float32)
         gradients: dict[str, Array] = {}
         loss = 0.0
         wanted = [LOSS, *self._graph.gradients.values()]
-        for values in ordered_map(lambda run: session.run(run, wanted), batches.runs(chosen, feeds, session)):
+        for values in ordered_map(
+            lambda run: session.run(run, wanted), batches.runs(chosen, feeds, session, rng if self._config.augment else None)
+        ):
             loss += float(values[LOSS])
             for name, output in self._graph.gradients.items():
                 value = values[output]
@@ -338,7 +343,8 @@ class _State:
             alphas[name], gammas[name] = weight.backward(gradients[name], factor, exponent)
             if factor:
                 penalty += factor * weight.penalty(exponent)
-        cosine = 0.5 * (1 + np.cos(np.pi * step / total))
+        # Adam's first steps are as long as the others and know the least.
+        cosine = 0.5 * (1 + np.cos(np.pi * step / total)) * min(1.0, (step + 1) / (_RISE * total))
         self._rounding.step(alphas, config.rounding_rate * cosine)
         self._factors.step(gammas, config.scale_lr * cosine)
         self._biases.step({n: gradients[n] * unit for n, unit in self._bias_unit.items()}, config.bias_lr * cosine)
@@ -398,23 +404,44 @@ class _Batches:
     samples : Samples
     indices : ndarray of shape (n_samples,)
     attention : ndarray of shape (n_samples, sum of channels)
+    seen : ndarray of int
+        The places of the samples that others may be mixed with.
     """
 
-    def __init__(self, graph: TrainingGraph, samples: Samples, indices: NDArray[np.int64], attention: Array) -> None:
-        self._graph, self._samples, self._indices, self._attention = graph, samples, indices, attention
+    def __init__(
+        self, graph: TrainingGraph, samples: Samples, indices: NDArray[np.int64], attention: Array, seen: NDArray[np.int64]
+    ) -> None:
+        self._graph, self._samples, self._indices, self._attention, self._seen = graph, samples, indices, attention, seen
         self._positions = np.repeat(graph.positions, graph.channels)
         parts = np.split(attention, np.cumsum(graph.channels)[:-1], axis=1)
         self.layer_weights = [float(part.max(axis=1).mean()) for part in parts]
         """Mean attention of each layer, that of its most sensitive channel."""
 
-    def runs(self, places: NDArray[np.int64], parameters: Feeds, session: Session) -> Iterator[Feeds]:
-        """What to feed the session with, run by run, for the samples at ``places``; fillers of the last run weigh nothing."""
+    def runs(
+        self, places: NDArray[np.int64], parameters: Feeds, session: Session, rng: np.random.Generator | None = None
+    ) -> Iterator[Feeds]:
+        """What to feed the session with, run by run, for the samples at ``places``; fillers of the last run weigh nothing.
+
+        With ``rng`` the samples are varied at random.
+        """
         size = self._graph.micro_batch
         padded = np.concatenate([places, np.full(-len(places) % size, -1, np.int64)])
         for part in padded.reshape(-1, size):
-            weight = self._attention[part] * (part >= 0)[:, None] / (self._positions * np.float32(len(places)))
-            feeds = {**parameters, **self._samples.take(self._indices[part]), ATTENTION: weight.astype(np.float32)}
+            inputs, attention = self._samples.take(self._indices[part]), self._attention[part]
+            if rng is not None:
+                inputs, attention = self._varied(inputs, attention, rng)
+            weight = attention * (part >= 0)[:, None] / (self._positions * np.float32(len(places)))
+            feeds = {**parameters, **inputs, ATTENTION: weight.astype(np.float32)}
             yield {name: value for name, value in feeds.items() if name in session.inputs}
+
+    def _varied(self, inputs: Feeds, attention: Array, rng: np.random.Generator) -> tuple[Feeds, Array]:
+        inputs = augment.moved(inputs, rng)
+        if not augment.can_mix(inputs, len(attention)):
+            return inputs, attention
+        others = rng.choice(self._seen, len(attention))
+        share = rng.uniform(size=len(attention)).astype(np.float32)
+        inputs = augment.mixed(inputs, augment.moved(self._samples.take(self._indices[others]), rng), share)
+        return inputs, share[:, None] * attention + (1 - share[:, None]) * self._attention[others]
 
 
 class _Judge:
