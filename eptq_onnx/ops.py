@@ -13,8 +13,21 @@ from enum import Enum
 import numpy as np
 from onnx import NodeProto
 
-from eptq_onnx.graph import lower
-from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
+from eptq_onnx.graph.lower import (
+    Lowering,
+    activations,
+    attention,
+    fused,
+    losses,
+    moves,
+    norms,
+    pools,
+    products,
+    recurrent,
+    reductions,
+    sampling,
+)
+from eptq_onnx.graph.view import STOP, GraphView, attribute, int_attribute, ints_attribute
 from eptq_onnx.linear import ConvForm, LinearForm, MatrixForm
 
 Bounds = tuple[float, float]
@@ -39,6 +52,7 @@ class Gradient(Enum):
 
     ENGINE = "the gradient engine has a rule"
     LOWERED = "the node is rewritten into operators with a rule"
+    ZERO = "constant almost everywhere: its gradient is 0, and not that of the identity; engines stop there"
     NONE = "no gradient: what lies before it is optimized on its own outputs only"
 
 
@@ -86,7 +100,7 @@ class OpSpec:
     grouped_axis: bool = False
     output_axis: int = 1
     linear: Callable[[NodeProto, GraphView], LinearForm | None] | None = None
-    lowering: lower.Lowering | None = None
+    lowering: Lowering | None = None
     gradient: Gradient = Gradient.ENGINE
     rearranges: bool = False
     elementwise: bool = False
@@ -97,10 +111,6 @@ class OpSpec:
         """Names of the inputs that carry activations."""
         positions = range(len(node.input)) if self.data is None else self.data
         return [node.input[i] for i in positions if i < len(node.input) and node.input[i]]
-
-
-def _lowered(rule: lower.Lowering, role: Role = Role.FLOAT, **options: object) -> OpSpec:
-    return OpSpec(role, lowering=rule, gradient=Gradient.LOWERED, **options)  # type: ignore[arg-type]
 
 
 # ---- details of single rows ------------------------------------------------------------------------------------
@@ -188,14 +198,33 @@ def _matmul_form(node: NodeProto, view: GraphView) -> MatrixForm | None:
     return MatrixForm() if view.constant(node.input[1]).ndim == 2 else None
 
 
+def _lowered(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpSpec:
+    return OpSpec(role, lowering=rule, gradient=Gradient.LOWERED, **options)  # type: ignore[arg-type]
+
+
+def _function(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpSpec:
+    """A function of single elements, made of others."""
+    return _lowered(rule, role, elementwise=True, **options)
+
+
 _MOVES = OpSpec(Role.EQUAL_SCALE)
 _REARRANGES = OpSpec(Role.EQUAL_SCALE, rearranges=True)
 _FLOAT = OpSpec()
+_ZERO = OpSpec(gradient=Gradient.ZERO)
+_MS = "com.microsoft"
 
 TABLE: dict[tuple[str, str], OpSpec] = {
     # layers
-    ("", "Conv"): OpSpec(Role.LAYER, weight=1, bias=2, linear=_conv_form, lowering=lower.explicit_padding),
-    ("", "ConvTranspose"): OpSpec(Role.LAYER, weight=1, bias=2, weight_axis=lambda node: 1, grouped_axis=True, linear=_conv_transpose_form),
+    ("", "Conv"): OpSpec(Role.LAYER, weight=1, bias=2, linear=_conv_form, lowering=pools.explicit_padding),
+    ("", "ConvTranspose"): OpSpec(
+        Role.LAYER,
+        weight=1,
+        bias=2,
+        weight_axis=lambda node: 1,
+        grouped_axis=True,
+        linear=_conv_transpose_form,
+        lowering=pools.explicit_transposed_padding,
+    ),
     ("", "Gemm"): OpSpec(
         Role.LAYER,
         weight=1,
@@ -212,60 +241,126 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         output_axis=-1,
         linear=_matmul_form,
         objection=_matmul_objection,
+        lowering=products.matmul,
     ),
     # arithmetic that some runtimes do on integers
-    ("", "Add"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
-    ("", "Sub"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
-    ("", "Mul"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
-    ("", "Div"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True),
+    **{("", name): OpSpec(Role.ARITHMETIC, data=None, elementwise=True) for name in ("Add", "Sub", "Mul", "Div")},
     ("", "Concat"): OpSpec(Role.ARITHMETIC, data=None, rearranges=True),
     ("", "Where"): OpSpec(Role.ARITHMETIC, data=(1, 2)),
-    ("", "AveragePool"): OpSpec(Role.ARITHMETIC, lowering=lower.explicit_padding),
+    ("", "AveragePool"): OpSpec(Role.ARITHMETIC, lowering=pools.average_pool),
     ("", "GlobalAveragePool"): OpSpec(Role.ARITHMETIC),
     ("", "LeakyRelu"): OpSpec(Role.ARITHMETIC, elementwise=True),
     ("", "Sigmoid"): OpSpec(Role.ARITHMETIC, elementwise=True, bounds=_unit),
     ("", "Softmax"): OpSpec(Role.ARITHMETIC, bounds=_unit),
     ("", "Tanh"): OpSpec(Role.ARITHMETIC, elementwise=True),
-    ("", "HardSigmoid"): _lowered(lower.hard_sigmoid, Role.ARITHMETIC, elementwise=True, bounds=_unit),
-    ("", "HardSwish"): _lowered(lower.hard_swish, Role.ARITHMETIC, elementwise=True),
-    ("", "PRelu"): _lowered(lower.prelu, Role.ARITHMETIC, data=(0, 1), elementwise=True),
+    ("", "HardSigmoid"): _function(activations.hard_sigmoid, Role.ARITHMETIC, bounds=_unit),
+    ("", "HardSwish"): _function(activations.hard_swish, Role.ARITHMETIC),
+    ("", "PRelu"): _function(activations.prelu, Role.ARITHMETIC, data=(0, 1)),
     # values move, the scale stays
-    ("", "MaxPool"): OpSpec(Role.EQUAL_SCALE, lowering=lower.explicit_padding, objection=_maxpool_objection),
-    ("", "Reshape"): _REARRANGES,
-    ("", "Flatten"): _REARRANGES,
-    ("", "Squeeze"): _REARRANGES,
-    ("", "Unsqueeze"): _REARRANGES,
-    ("", "Transpose"): _REARRANGES,
-    ("", "Slice"): _MOVES,
-    ("", "Split"): _lowered(lower.split, Role.EQUAL_SCALE),
-    ("", "Gather"): _MOVES,
-    ("", "Expand"): _MOVES,
-    ("", "Tile"): _MOVES,
-    ("", "Identity"): _REARRANGES,
-    ("", "Pad"): OpSpec(Role.EQUAL_SCALE, objection=_pad_objection),
-    ("", "Resize"): _lowered(lower.resize, Role.EQUAL_SCALE, objection=_resize_objection),
-    ("", "DepthToSpace"): _lowered(lower.depth_to_space, Role.EQUAL_SCALE),
-    ("", "SpaceToDepth"): _lowered(lower.space_to_depth, Role.EQUAL_SCALE),
+    ("", "MaxPool"): OpSpec(Role.EQUAL_SCALE, lowering=pools.max_pool, objection=_maxpool_objection),
+    **{("", name): _REARRANGES for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")},
+    **{("", name): _MOVES for name in ("Gather", "GatherElements", "GatherND", "Expand", "Tile")},
+    ("", "Slice"): OpSpec(Role.EQUAL_SCALE, lowering=moves.slices),
+    ("", "Split"): _lowered(moves.split, Role.EQUAL_SCALE),
+    ("", "Pad"): OpSpec(Role.EQUAL_SCALE, objection=_pad_objection, lowering=moves.pad),
+    ("", "Resize"): _lowered(sampling.resize, Role.EQUAL_SCALE, objection=_resize_objection),
+    ("", "Upsample"): _lowered(sampling.resize, Role.EQUAL_SCALE, objection=_resize_objection),
+    ("", "DepthToSpace"): _lowered(moves.depth_to_space, Role.EQUAL_SCALE, rearranges=True),
+    ("", "SpaceToDepth"): _lowered(moves.space_to_depth, Role.EQUAL_SCALE, rearranges=True),
+    ("", "CenterCropPad"): _lowered(moves.centre_crop_pad, Role.EQUAL_SCALE),
+    ("", "Compress"): _lowered(moves.compress, Role.EQUAL_SCALE),
+    ("", "Dropout"): _lowered(activations.dropout, Role.EQUAL_SCALE, rearranges=True),
+    ("", "ReverseSequence"): _lowered(moves.reverse_sequence, Role.EQUAL_SCALE, rearranges=True),
+    ("", "Trilu"): _lowered(moves.trilu, Role.EQUAL_SCALE),
+    ("", "TopK"): _lowered(reductions.top_k),
+    ("", "Unique"): _lowered(moves.unique),
     # clipping
     ("", "Relu"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_positive),
     ("", "Clip"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_clip_bounds, objection=_clip_objection),
-    # float, with a gradient
-    ("", "BatchNormalization"): _lowered(lower.batch_normalization),
-    ("", "LayerNormalization"): _lowered(lower.layer_normalization),
-    ("", "Elu"): _lowered(lower.elu, elementwise=True),
-    ("", "Softplus"): _lowered(lower.softplus, elementwise=True),
-    ("", "Mish"): _lowered(lower.mish, elementwise=True),
-    ("", "Sum"): _lowered(lower.sum_variadic, data=None),
-    ("", "Mean"): _lowered(lower.mean_variadic, data=None),
-    ("", "ReduceSumSquare"): _lowered(lower.reduce_sum_square),
-    **{("", name): OpSpec(elementwise=True) for name in ["Abs", "Cos", "Erf", "Exp", "Log", "Neg", "Reciprocal", "Sin", "Sqrt"]},
-    **{("", name): _FLOAT for name in ["LogSoftmax", "ReduceMean", "ReduceSum", "Pow", "Cast", "ReduceL2", "ReduceLogSumExp", "Trilu"]},
+    # float functions of single elements
+    **{("", name): OpSpec(elementwise=True) for name in ("Abs", "Cos", "Erf", "Exp", "Log", "Neg", "Reciprocal", "Sin", "Sqrt")},
+    ("", "Acos"): _function(activations.acos),
+    ("", "Acosh"): _function(activations.acosh),
+    ("", "Asin"): _function(activations.asin),
+    ("", "Asinh"): _function(activations.asinh),
+    ("", "Atan"): _function(activations.atan),
+    ("", "Atanh"): _function(activations.atanh),
+    ("", "Celu"): _function(activations.celu),
+    ("", "Cosh"): _function(activations.cosh),
+    ("", "Elu"): _function(activations.elu),
+    ("", "Gelu"): _function(activations.gelu),
+    ("", "Mish"): _function(activations.mish),
+    ("", "Selu"): _function(activations.selu),
+    ("", "Shrink"): _function(activations.shrink),
+    ("", "Sinh"): _function(activations.sinh),
+    ("", "Softplus"): _function(activations.softplus),
+    ("", "Softsign"): _function(activations.softsign),
+    ("", "Tan"): _function(activations.tan),
+    ("", "ThresholdedRelu"): _function(activations.thresholded_relu),
+    ("", "Cast"): _lowered(activations.cast),
+    ("", "CastLike"): _lowered(activations.cast),
+    ("", "Mod"): _lowered(activations.modulo, data=(0, 1)),
+    ("", "Pow"): OpSpec(data=(0, 1), lowering=products.power),
+    **{("", name): _ZERO for name in ("Ceil", "Floor", "Round", "Sign", "Hardmax")},
+    # normalizations
+    ("", "BatchNormalization"): _lowered(norms.batch_normalization),
+    ("", "GroupNormalization"): _lowered(norms.group_normalization),
+    ("", "InstanceNormalization"): _lowered(norms.instance_normalization),
+    ("", "LayerNormalization"): _lowered(norms.layer_normalization),
+    ("", "LpNormalization"): _lowered(norms.lp_normalization),
+    ("", "LRN"): _lowered(norms.local_response_normalization),
+    ("", "MeanVarianceNormalization"): _lowered(norms.mean_variance_normalization),
+    ("", "SimplifiedLayerNormalization"): _lowered(norms.rms_normalization),
+    ("", "LogSoftmax"): _FLOAT,
+    # sums, products and extremes
+    ("", "CumSum"): _lowered(reductions.cumulative_sum),
+    ("", "Einsum"): _lowered(products.einsum, data=None),
+    ("", "Max"): _lowered(reductions.extreme_variadic, data=None),
+    ("", "Mean"): _lowered(reductions.mean_variadic, data=None),
+    ("", "Min"): _lowered(reductions.extreme_variadic, data=None),
+    ("", "Sum"): _lowered(reductions.sum_variadic, data=None),
+    ("", "ReduceL1"): _lowered(reductions.reduce_l1),
+    ("", "ReduceL2"): _lowered(reductions.reduce_l2),
+    ("", "ReduceLogSum"): _lowered(reductions.reduce_log_sum),
+    ("", "ReduceLogSumExp"): _lowered(reductions.reduce_log_sum_exp),
+    ("", "ReduceMax"): _lowered(reductions.reduce_extreme),
+    ("", "ReduceMean"): OpSpec(lowering=reductions.unless_nothing),
+    ("", "ReduceMin"): _lowered(reductions.reduce_extreme),
+    ("", "ReduceProd"): _lowered(reductions.reduce_prod),
+    ("", "ReduceSum"): OpSpec(lowering=reductions.unless_nothing),
+    ("", "ReduceSumSquare"): _lowered(reductions.reduce_sum_square),
+    # windows, places and sampling
+    ("", "AffineGrid"): _lowered(sampling.affine_grid),
+    ("", "Col2Im"): _lowered(pools.col2im),
+    ("", "GlobalLpPool"): _lowered(reductions.global_pool),
+    ("", "GlobalMaxPool"): _lowered(reductions.global_pool),
+    ("", "GridSample"): _lowered(sampling.grid_sample, data=(0, 1)),
+    ("", "LpPool"): _lowered(pools.lp_pool),
+    ("", "MaxUnpool"): _lowered(pools.max_unpool),
+    ("", "OneHot"): _lowered(moves.one_hot, data=(2,)),
+    ("", "RoiAlign"): _lowered(sampling.roi_align, data=(0, 1)),
+    ("", "ScatterElements"): OpSpec(data=(0, 2), lowering=moves.scatter),
+    ("", "ScatterND"): OpSpec(data=(0, 2), lowering=moves.scatter),
+    # recurrent layers and losses
+    **{("", name): _lowered(recurrent.recurrent, data=(0,)) for name in ("GRU", "LSTM", "RNN")},
+    ("", "NegativeLogLikelihoodLoss"): _lowered(losses.negative_log_likelihood),
+    ("", "SoftmaxCrossEntropyLoss"): _lowered(losses.softmax_cross_entropy),
+    # onnxruntime's own
+    (_MS, "Attention"): _lowered(attention.attention),
+    (_MS, "BiasGelu"): _lowered(activations.gelu, data=(0, 1)),
+    (_MS, "FastGelu"): _lowered(activations.fast_gelu),
+    (_MS, "FusedConv"): _lowered(fused.fused_conv),
+    (_MS, "FusedGemm"): _lowered(fused.fused_gemm),
+    (_MS, "FusedMatMul"): _lowered(fused.fused_matmul, data=(0, 1)),
+    (_MS, "Gelu"): _function(activations.gelu),
+    (_MS, "MultiHeadAttention"): _lowered(attention.multi_head_attention, data=(0, 1, 2)),
+    (_MS, "QuickGelu"): _function(activations.swish),
+    (_MS, "SkipLayerNormalization"): _lowered(norms.skip_layer_normalization, data=(0, 1)),
+    (_MS, "SkipSimplifiedLayerNormalization"): _lowered(norms.skip_layer_normalization, data=(0, 1)),
     # quantizers of the training graph; gradients pass them straight through
     (LSQ_DOMAIN, "FakeQuant"): _FLOAT,
     ("", "QuantizeLinear"): _FLOAT,
     ("", "DequantizeLinear"): _FLOAT,
-    ("", "Min"): OpSpec(data=None),
-    ("", "Max"): OpSpec(data=None),
 }
 """(domain, operator) to its row."""
 
@@ -303,7 +398,7 @@ def output_channels(node: NodeProto, view: GraphView) -> int:
 
 def without_gradient(view: GraphView) -> frozenset[str]:
     """Names of the nodes that gradients cannot pass."""
-    return frozenset(n.name for n in view.nodes if spec_of(n).gradient is Gradient.NONE)
+    return frozenset(n.name for n in view.nodes if spec_of(n).gradient in (Gradient.NONE, Gradient.ZERO) or n.doc_string == STOP)
 
 
 def output_parts(view: GraphView) -> list[str]:

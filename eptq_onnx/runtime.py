@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from eptq_onnx.errors import InstallError, ModelError
 from eptq_onnx.types import Feeds
@@ -27,6 +27,14 @@ _DISTRIBUTIONS = (
     "onnxruntime-training",
     "onnxruntime-training-cpu",
 )
+_TYPES = {
+    "tensor(float)": TensorProto.FLOAT,
+    "tensor(bool)": TensorProto.BOOL,
+    "tensor(int8)": TensorProto.INT8,
+    "tensor(uint8)": TensorProto.UINT8,
+    "tensor(int32)": TensorProto.INT32,
+    "tensor(int64)": TensorProto.INT64,
+}
 _INSTALL = 'install it with: pip install "eptq-onnx[training]"'
 
 
@@ -149,6 +157,7 @@ class Session:
             # onnxruntime raises a family of pybind exceptions with no common base but Exception.
             raise ModelError(f"onnxruntime refuses the model: {_one_line(e)}") from e
         self.inputs: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
+        self.signature = [(o.name, str(o.type), list(o.shape)) for o in self._session.get_outputs()]
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
@@ -159,6 +168,22 @@ class Session:
         except Exception as e:
             raise ModelError(f"onnxruntime cannot run the model: {_one_line(e)}") from e
         return dict(zip(names, values, strict=True))
+
+
+def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, tuple[int, list[int | str | None]]]:
+    """Element type and shape (None or a name for what is not known) of tensors, as onnxruntime infers them.
+
+    Raises
+    ------
+    ModelError
+        If onnxruntime refuses the model.
+    """
+    exposed = ModelProto()
+    exposed.CopyFrom(model)
+    outputs = {o.name for o in model.graph.output}
+    exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
+    session = Session(exposed, optimize=False)
+    return {name: (_TYPES[kind], shape) for name, kind, shape in session.signature if name in names and kind in _TYPES}
 
 
 def _source(model: ModelProto, folder: Path) -> bytes | Path:

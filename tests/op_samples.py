@@ -1,262 +1,407 @@
-"""Sample inputs for every row of the operator table; a row without samples fails a test.
-
-Values keep away from the kinks of piecewise functions, so that finite differences exist.
-"""
+"""Sample inputs for every row of the operator table; a row without samples fails a test."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import onnx
-from onnx import ModelProto, helper, numpy_helper
+from op_sample import MS, Sample, binary, conv, conv_transpose, einsum, f, grid, ints, ms, recurrent, reduction, resize, scalar, unary
 
 from eptq_onnx.ops import LSQ_DOMAIN
 
-OPSET = 17
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One node and its inputs; None is an absent optional input.
-
-    ``varying`` are the positions of float inputs that are graph inputs and differentiated; the others are
-    initializers.
-    """
-
-    op_type: str
-    inputs: tuple[np.ndarray | None, ...]
-    attributes: dict[str, object] = field(default_factory=dict)
-    varying: tuple[int, ...] = (0,)
-    outputs: int = 1
-    domain: str = ""
-    opset: int = OPSET
-    differentiable: tuple[int, ...] | None = None
-    """Positions whose gradient is checked (default: all that vary)."""
-    output_type: int = onnx.TensorProto.FLOAT
-
-    def model(self) -> ModelProto:
-        names = [f"x{k}" if v is not None else "" for k, v in enumerate(self.inputs)]
-        outputs = [f"y{k}" for k in range(self.outputs)]
-        node = helper.make_node(self.op_type, names, outputs, name="node", domain=self.domain, **self.attributes)
-        graph_inputs = [
-            helper.make_tensor_value_info(names[k], helper.np_dtype_to_tensor_dtype(self.inputs[k].dtype), self.inputs[k].shape)
-            for k in self.varying
-        ]
-        constants = [numpy_helper.from_array(v, names[k]) for k, v in enumerate(self.inputs) if v is not None and k not in self.varying]
-        dtype = self.output_type
-        graph = helper.make_graph(
-            [node], "sample", graph_inputs, [helper.make_tensor_value_info(o, dtype, None) for o in outputs[:1]], constants
-        )
-        opsets = [helper.make_opsetid("", self.opset)] + ([helper.make_opsetid(self.domain, 1)] if self.domain else [])
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-        return model if self.domain else onnx.shape_inference.infer_shapes(model, data_prop=True)
-
-    @property
-    def feeds(self) -> dict[str, np.ndarray]:
-        return {f"x{k}": self.inputs[k] for k in self.varying}
-
-    @property
-    def checked(self) -> tuple[str, ...]:
-        positions = self.varying if self.differentiable is None else self.differentiable
-        return tuple(f"x{k}" for k in positions if self.inputs[k].dtype == np.float32)
-
-    def __str__(self) -> str:
-        return f"{self.op_type}{''.join(f'-{k}={v}' for k, v in self.attributes.items())}-{'x'.join(map(str, self.inputs[0].shape))}"
-
-
-def _x(*shape: int, low: float = -2.0, high: float = 2.0, seed: int = 0) -> np.ndarray:
-    """Values on a shuffled even grid, never near 0: no ties, no kinks."""
-    count = int(np.prod(shape))
-    values = np.linspace(low, high, 2 * count + 1)[1::2]
-    values = np.where(np.abs(values) < 0.02, 0.05, values)
-    return np.random.default_rng(seed).permutation(values).reshape(shape).astype(np.float32)
-
-
-def _ints(*values: int) -> np.ndarray:
-    return np.array(values, np.int64)
-
-
-def _f(*values: float) -> np.ndarray:
-    return np.array(values, np.float32)
-
-
-def _scalar(value: float) -> np.ndarray:
-    return np.array(value, np.float32)
-
-
-def _unary(op_type: str, low: float = -2.0, high: float = 2.0, **attributes: object) -> list[Sample]:
-    return [Sample(op_type, (_x(2, 3, 4, low=low, high=high),), attributes)]
-
-
-def _binary(op_type: str, low: float = -2.0) -> list[Sample]:
-    a, b = _x(2, 3, 4, low=low), _x(2, 3, 4, low=low, seed=1)
-    return [
-        Sample(op_type, (a, b), varying=(0, 1)),
-        Sample(op_type, (a, _x(3, 1, low=low, seed=2)), varying=(0, 1)),
-        Sample(op_type, (a, _scalar(1.7))),
-    ]
-
-
-def _conv(k: int = 3, group: int = 1, rank: int = 2, c_in: int = 4, c_out: int = 6, **attributes: object) -> Sample:
-    size = (7, 6, 5)[:rank]
-    weight = _x(c_out, c_in // group, *([k] * rank), seed=1)
-    return Sample("Conv", (_x(2, c_in, *size), weight, _x(c_out, seed=2)), {"group": group, **attributes}, varying=(0, 1, 2))
-
-
-def _conv_transpose(group: int = 1, bias: bool = True, **attributes: object) -> Sample:
-    inputs: tuple[np.ndarray | None, ...] = (_x(2, 4, 5, 4), _x(4, 6 // group, 3, 3, seed=1))
-    varying: tuple[int, ...] = (0, 1)
-    if bias:
-        inputs, varying = (*inputs, _x(6, seed=2)), (0, 1, 2)
-    return Sample("ConvTranspose", inputs, {"group": group, **attributes}, varying=varying)
-
-
-def _resize(scales: tuple[float, ...] | None, sizes: tuple[int, ...] | None, **attributes: object) -> Sample:
-    told = _f(*scales) if scales else None
-    return Sample("Resize", (_x(2, 3, 4, 5), None, told, _ints(*sizes) if sizes else None)[: 4 if sizes else 3], attributes)
-
-
-_IMAGE = _x(2, 3, 6, 5)
+_IMAGE = grid(2, 3, 6, 5)
+_STATISTICS = (f(1, -2, 0.5), f(0, 1, 2), f(0.1, 0.2, 0.3), f(1, 2, 0.5))
+_ROIS = np.array([[1.3, 2.1, 9.4, 11.2], [0.4, 3.3, 14.1, 12.7]], np.float32)
+_SKIP = (grid(2, 3, 4), grid(2, 3, 4, seed=1))
+_QKV = (grid(2, 3, 4), grid(4, 12, seed=1), grid(12, seed=2))
 
 SAMPLES: dict[tuple[str, str], list[Sample]] = {
     ("", "Conv"): [
-        _conv(),
-        _conv(pads=[1, 1, 1, 1], strides=[2, 2]),
-        _conv(dilations=[2, 2], pads=[2, 1, 2, 1]),
-        _conv(group=2),
-        _conv(group=4, c_out=4),
-        _conv(group=4, c_out=8),
-        _conv(k=1),
-        _conv(auto_pad="SAME_UPPER", strides=[2, 2]),
-        _conv(auto_pad="SAME_LOWER", strides=[2, 2]),
-        _conv(auto_pad="VALID"),
-        _conv(rank=1),
-        _conv(rank=3, k=2),
+        conv(),
+        conv(pads=[1, 1, 1, 1], strides=[2, 2]),
+        conv(dilations=[2, 2], pads=[2, 1, 2, 1]),
+        conv(group=2),
+        conv(group=4, c_out=4),
+        conv(group=4, c_out=8),
+        conv(k=1),
+        conv(auto_pad="SAME_UPPER", strides=[2, 2]),
+        conv(auto_pad="SAME_LOWER", strides=[2, 2]),
+        conv(auto_pad="VALID"),
+        conv(rank=1),
+        conv(rank=3, k=2),
     ],
     ("", "ConvTranspose"): [
-        _conv_transpose(),
-        _conv_transpose(bias=False, strides=[2, 2], pads=[1, 1, 1, 1]),
-        _conv_transpose(strides=[2, 2], output_padding=[1, 1]),
-        _conv_transpose(group=2, strides=[2, 1]),
-        _conv_transpose(dilations=[2, 2]),
+        conv_transpose(),
+        conv_transpose(bias=False, strides=[2, 2], pads=[1, 1, 1, 1]),
+        conv_transpose(strides=[2, 2], output_padding=[1, 1]),
+        conv_transpose(group=2, strides=[2, 1]),
+        conv_transpose(dilations=[2, 2]),
+        conv_transpose(strides=[2, 2], auto_pad="SAME_UPPER"),
+        conv_transpose(strides=[2, 2], auto_pad="SAME_LOWER"),
+        conv_transpose(strides=[2, 2], output_shape=[10, 9]),
     ],
     ("", "Gemm"): [
-        Sample("Gemm", (_x(3, 4), _x(4, 5, seed=1), _x(5, seed=2)), varying=(0, 1, 2)),
-        Sample("Gemm", (_x(3, 4), _x(5, 4, seed=1), _x(5, seed=2)), {"transB": 1, "alpha": 0.5}, varying=(0, 1, 2)),
-        Sample("Gemm", (_x(3, 4), _x(5, 4, seed=1)), {"transB": 1}, varying=(0, 1)),
+        Sample("Gemm", (grid(3, 4), grid(4, 5, seed=1), grid(5, seed=2)), varying=(0, 1, 2)),
+        Sample("Gemm", (grid(3, 4), grid(5, 4, seed=1), grid(5, seed=2)), {"transB": 1, "alpha": 0.5}, varying=(0, 1, 2)),
+        Sample("Gemm", (grid(3, 4), grid(5, 4, seed=1)), {"transB": 1}, varying=(0, 1)),
+        Sample("Gemm", (grid(4, 3), grid(4, 5, seed=1), grid(3, 1, seed=2)), {"transA": 1, "beta": 0.5}, varying=(0, 1, 2)),
     ],
     ("", "MatMul"): [
-        Sample("MatMul", (_x(3, 4), _x(4, 5, seed=1)), varying=(0, 1)),
-        Sample("MatMul", (_x(2, 3, 4), _x(4, 5, seed=1)), varying=(0, 1)),
-        Sample("MatMul", (_x(2, 3, 4), _x(2, 4, 5, seed=1)), varying=(0, 1)),
+        Sample("MatMul", (grid(3, 4), grid(4, 5, seed=1)), varying=(0, 1)),
+        Sample("MatMul", (grid(2, 3, 4), grid(4, 5, seed=1)), varying=(0, 1)),
+        Sample("MatMul", (grid(2, 3, 4), grid(2, 4, 5, seed=1)), varying=(0, 1)),
+        Sample("MatMul", (grid(4), grid(2, 4, 5, seed=1)), varying=(0, 1)),
+        Sample("MatMul", (grid(2, 3, 4), grid(4, seed=1)), varying=(0, 1)),
+        Sample("MatMul", (grid(4), grid(4, seed=1)), varying=(0, 1)),
     ],
-    ("", "Add"): _binary("Add"),
-    ("", "Sub"): _binary("Sub"),
-    ("", "Mul"): _binary("Mul"),
-    ("", "Div"): _binary("Div", low=0.5),
-    ("", "Pow"): [Sample("Pow", (_x(2, 3, low=0.5), _scalar(3.0))), Sample("Pow", (_x(2, 3, low=0.5), _scalar(2.0)))],
+    ("", "Add"): binary("Add"),
+    ("", "Sub"): binary("Sub"),
+    ("", "Mul"): binary("Mul"),
+    ("", "Div"): binary("Div", low=0.5),
     ("", "Concat"): [
-        Sample("Concat", (_x(2, 3), _x(2, 4, seed=1)), {"axis": 1}, varying=(0, 1)),
-        Sample("Concat", (_x(2, 3), _x(4, 3, seed=1), _x(1, 3, seed=2)), {"axis": 0}, varying=(0, 1)),
+        Sample("Concat", (grid(2, 3), grid(2, 4, seed=1)), {"axis": 1}, varying=(0, 1)),
+        Sample("Concat", (grid(2, 3), grid(4, 3, seed=1), grid(1, 3, seed=2)), {"axis": 0}, varying=(0, 1)),
     ],
-    ("", "Where"): [Sample("Where", (_x(2, 3) > 0, _x(2, 3, seed=1), _x(2, 3, seed=2)), varying=(1, 2))],
+    ("", "Where"): [Sample("Where", (grid(2, 3) > 0, grid(2, 3, seed=1), grid(2, 3, seed=2)), varying=(1, 2))],
     ("", "AveragePool"): [
         Sample("AveragePool", (_IMAGE,), {"kernel_shape": [2, 2], "strides": [2, 2]}),
         Sample("AveragePool", (_IMAGE,), {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}),
         Sample("AveragePool", (_IMAGE,), {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1}),
         Sample("AveragePool", (_IMAGE,), {"kernel_shape": [3, 3], "strides": [2, 2], "auto_pad": "SAME_UPPER"}),
+        Sample("AveragePool", (_IMAGE,), {"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1}),
+        Sample("AveragePool", (_IMAGE,), {"kernel_shape": [2, 2], "dilations": [2, 3], "pads": [1, 1, 1, 1]}, opset=19),
+        Sample("AveragePool", (grid(1, 2, 4, 5, 4),), {"kernel_shape": [2, 2, 2], "pads": [0, 1, 0, 1, 0, 0]}),
     ],
     ("", "GlobalAveragePool"): [Sample("GlobalAveragePool", (_IMAGE,))],
-    ("", "LeakyRelu"): _unary("LeakyRelu") + _unary("LeakyRelu", alpha=0.3),
-    ("", "Sigmoid"): _unary("Sigmoid"),
-    ("", "Softmax"): _unary("Softmax") + _unary("Softmax", axis=1),
-    ("", "Tanh"): _unary("Tanh"),
-    ("", "HardSigmoid"): _unary("HardSigmoid") + _unary("HardSigmoid", low=-0.7, high=1.7, alpha=0.4, beta=0.3),
-    ("", "HardSwish"): _unary("HardSwish", low=-5.0, high=5.0),
+    ("", "LeakyRelu"): unary("LeakyRelu") + unary("LeakyRelu", alpha=0.3),
+    ("", "Sigmoid"): unary("Sigmoid"),
+    ("", "Softmax"): unary("Softmax") + unary("Softmax", axis=1),
+    ("", "Tanh"): unary("Tanh"),
+    ("", "HardSigmoid"): unary("HardSigmoid") + unary("HardSigmoid", low=-0.7, high=1.7, alpha=0.4, beta=0.3),
+    ("", "HardSwish"): unary("HardSwish", low=-5.0, high=5.0),
     ("", "PRelu"): [
-        Sample("PRelu", (_IMAGE, _x(3, 1, 1, low=0.1, high=0.5))),
-        Sample("PRelu", (_IMAGE, _f(0.25))),
+        Sample("PRelu", (_IMAGE, grid(3, 1, 1, low=0.1, high=0.5))),
+        Sample("PRelu", (_IMAGE, f(0.25))),
     ],
     ("", "MaxPool"): [
         Sample("MaxPool", (_IMAGE,), {"kernel_shape": [2, 2], "strides": [2, 2]}),
         Sample("MaxPool", (_IMAGE,), {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1]}),
         Sample("MaxPool", (_IMAGE,), {"kernel_shape": [3, 3], "strides": [2, 2], "auto_pad": "SAME_LOWER"}),
+        Sample("MaxPool", (_IMAGE,), {"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1}),
+        Sample("MaxPool", (_IMAGE,), {"kernel_shape": [2, 2], "dilations": [2, 2]}),
+        Sample("MaxPool", (_IMAGE,), {"kernel_shape": [2, 2], "strides": [2, 2], "storage_order": 1}, outputs=2),
+        Sample("MaxPool", (grid(1, 2, 4, 5, 4),), {"kernel_shape": [2, 2, 2]}),
+        Sample("MaxPool", (grid(2, 3, 7),), {"kernel_shape": [3], "strides": [2]}),
     ],
-    ("", "Reshape"): [Sample("Reshape", (_x(2, 3, 4), _ints(2, 12))), Sample("Reshape", (_x(2, 3, 4), _ints(0, -1)))],
-    ("", "Flatten"): [Sample("Flatten", (_x(2, 3, 4),)), Sample("Flatten", (_x(2, 3, 4),), {"axis": 2})],
-    ("", "Squeeze"): [Sample("Squeeze", (_x(2, 1, 3), _ints(1)))],
-    ("", "Unsqueeze"): [Sample("Unsqueeze", (_x(2, 3), _ints(1)))],
-    ("", "Transpose"): [Sample("Transpose", (_x(2, 3, 4),), {"perm": [0, 2, 1]}), Sample("Transpose", (_x(2, 3),))],
+    ("", "Reshape"): [Sample("Reshape", (grid(2, 3, 4), ints(2, 12))), Sample("Reshape", (grid(2, 3, 4), ints(0, -1)))],
+    ("", "Flatten"): [Sample("Flatten", (grid(2, 3, 4),)), Sample("Flatten", (grid(2, 3, 4),), {"axis": 2})],
+    ("", "Squeeze"): [Sample("Squeeze", (grid(2, 1, 3), ints(1)))],
+    ("", "Unsqueeze"): [Sample("Unsqueeze", (grid(2, 3), ints(1)))],
+    ("", "Transpose"): [Sample("Transpose", (grid(2, 3, 4),), {"perm": [0, 2, 1]}), Sample("Transpose", (grid(2, 3),))],
     ("", "Slice"): [
-        Sample("Slice", (_x(4, 6), _ints(1), _ints(5), _ints(1))),
-        Sample("Slice", (_x(4, 6), _ints(0), _ints(6), _ints(1), _ints(2))),
+        Sample("Slice", (grid(4, 6), ints(1), ints(5), ints(1))),
+        Sample("Slice", (grid(4, 6), ints(0), ints(6), ints(1), ints(2))),
+        Sample("Slice", (grid(4, 6), ints(-1, 1), ints(-9, 5), ints(0, 1), ints(-1, 2))),
     ],
-    ("", "Split"): [Sample("Split", (_x(4, 6), _ints(2, 4)), {"axis": 1}, outputs=2)],
-    ("", "Gather"): [Sample("Gather", (_x(4, 6), _ints(0, 2, 2)), {"axis": 1})],
-    ("", "Expand"): [Sample("Expand", (_x(3, 1), _ints(2, 3, 4)))],
-    ("", "Tile"): [Sample("Tile", (_x(2, 3), _ints(2, 3)))],
-    ("", "Identity"): _unary("Identity"),
+    ("", "Split"): [Sample("Split", (grid(4, 6), ints(2, 4)), {"axis": 1}, outputs=2)],
+    ("", "Gather"): [Sample("Gather", (grid(4, 6), ints(0, 2, 2)), {"axis": 1})],
+    ("", "Expand"): [Sample("Expand", (grid(3, 1), ints(2, 3, 4)))],
+    ("", "Tile"): [Sample("Tile", (grid(2, 3), ints(2, 3)))],
+    ("", "Identity"): unary("Identity"),
     ("", "Pad"): [
-        Sample("Pad", (_x(2, 3), _ints(0, 1, 1, 0))),
-        Sample("Pad", (_x(1, 2, 3, 3), _ints(0, 0, 1, 1, 0, 0, 1, 1), _scalar(0.5))),
+        Sample("Pad", (grid(2, 3), ints(0, 1, 1, 0))),
+        Sample("Pad", (grid(1, 2, 3, 3), ints(0, 0, 1, 1, 0, 0, 1, 1), scalar(0.5))),
+        Sample("Pad", (grid(4, 5), ints(-1, 2, 1, -2))),
+        Sample("Pad", (grid(4, 5), ints(1, 2), None, ints(-1)), {"mode": "edge"}, opset=19),
+        Sample("Pad", (grid(4, 5), ints(2, 1), scalar(0.5), ints(1)), opset=19),
+        Sample("Pad", (grid(4, 5), ints(2, 0, 1, 3)), {"mode": "reflect"}),
+        Sample("Pad", (grid(4, 5), ints(2, 0, 1, 3)), {"mode": "wrap"}, opset=19),
     ],
     ("", "Resize"): [
-        _resize((1, 1, 2, 2), None, mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric"),
-        _resize((1, 1, 2, 2), None, mode="linear"),
-        _resize(None, (2, 3, 7, 9), mode="linear", coordinate_transformation_mode="align_corners"),
-        _resize(None, (2, 3, 2, 3), mode="linear", coordinate_transformation_mode="pytorch_half_pixel"),
-        _resize((1, 1, 1.5, 2.5), None, mode="cubic"),
-        _resize((1, 1, 1, 3), None, mode="nearest"),
+        resize((1, 1, 2, 2), None, mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric"),
+        resize((1, 1, 2, 2), None, mode="linear"),
+        resize(None, (2, 3, 7, 9), mode="linear", coordinate_transformation_mode="align_corners"),
+        resize(None, (2, 3, 2, 3), mode="linear", coordinate_transformation_mode="pytorch_half_pixel"),
+        resize((1, 1, 1.5, 2.5), None, mode="cubic"),
+        resize((1, 1, 1, 3), None, mode="nearest"),
+        resize((2, 1, 1.5, 1), None, mode="nearest"),
+        resize(None, (2, 6, 4, 3), mode="nearest"),
+        resize((1, 1, 0.6, 0.5), None, mode="linear", antialias=1, opset=18),
+        resize((0.6, 2), None, mode="linear", axes=[2, 3], opset=18),
+        resize(None, (7, 9), mode="linear", axes=[3, 2], opset=18),
+        resize(None, (6, 9), mode="linear", axes=[2, 3], keep_aspect_ratio_policy="not_larger", opset=18),
+        resize(None, (2, 3, 3, 3), (0, 0, 0.2, 0.4, 1, 1, 0.9, 1.2), mode="linear", coordinate_transformation_mode="tf_crop_and_resize"),
     ],
-    ("", "DepthToSpace"): [Sample("DepthToSpace", (_x(2, 8, 3, 2),), {"blocksize": 2, "mode": m}) for m in ("DCR", "CRD")],
-    ("", "SpaceToDepth"): [Sample("SpaceToDepth", (_x(2, 3, 4, 6),), {"blocksize": 2})],
-    ("", "Relu"): _unary("Relu"),
+    ("", "DepthToSpace"): [Sample("DepthToSpace", (grid(2, 8, 3, 2),), {"blocksize": 2, "mode": m}) for m in ("DCR", "CRD")],
+    ("", "SpaceToDepth"): [Sample("SpaceToDepth", (grid(2, 3, 4, 6),), {"blocksize": 2})],
+    ("", "Relu"): unary("Relu"),
     ("", "Clip"): [
-        Sample("Clip", (_x(2, 3, 4), _scalar(-1.01), _scalar(0.99))),
-        Sample("Clip", (_x(2, 3, 4), None, _scalar(0.99))),
+        Sample("Clip", (grid(2, 3, 4), scalar(-1.01), scalar(0.99))),
+        Sample("Clip", (grid(2, 3, 4), None, scalar(0.99))),
     ],
     ("", "BatchNormalization"): [
-        Sample("BatchNormalization", (_IMAGE, _f(1, -2, 0.5), _f(0, 1, 2), _f(0.1, 0.2, 0.3), _f(1, 2, 0.5)), {"epsilon": 1e-3}),
+        Sample("BatchNormalization", (_IMAGE, *_STATISTICS), {"epsilon": 1e-3}),
+        Sample("BatchNormalization", (_IMAGE, *_STATISTICS), varying=(0, 1, 2, 3, 4)),
     ],
-    ("", "Elu"): _unary("Elu") + _unary("Elu", alpha=0.5),
-    ("", "Softplus"): _unary("Softplus"),
+    **{
+        ("", name): unary(name)
+        for name in ("Abs", "Atan", "Asinh", "Cos", "Cosh", "Erf", "Exp", "Neg", "Sin", "Sinh", "Softplus", "Softsign")
+    },
+    **{("", name): unary(name, low=-0.9, high=0.9) for name in ("Acos", "Asin", "Atanh", "Tan")},
+    **{("", name): unary(name, low=0.5) for name in ("Log", "Reciprocal", "Sqrt")},
+    ("", "Acosh"): unary("Acosh", low=1.2, high=4.0),
+    ("", "Celu"): unary("Celu") + unary("Celu", alpha=0.5),
+    ("", "Elu"): unary("Elu") + unary("Elu", alpha=0.5),
+    ("", "Gelu"): [Sample("Gelu", (grid(2, 3, 4),), {"approximate": a}, opset=20) for a in ("none", "tanh")],
+    ("", "Selu"): unary("Selu") + unary("Selu", alpha=1.5, gamma=0.9),
+    ("", "Shrink"): unary("Shrink", lambd=0.53) + unary("Shrink", lambd=0.83, bias=0.2),
+    ("", "ThresholdedRelu"): unary("ThresholdedRelu", alpha=0.53),
+    ("", "Cast"): unary("Cast", to=onnx.TensorProto.FLOAT),
+    ("", "CastLike"): [Sample("CastLike", (grid(2, 3), f(1)))],
+    ("", "Mod"): [
+        Sample("Mod", (grid(2, 3, seed=3), grid(2, 3, low=0.6, seed=1)), {"fmod": 1}, varying=(0, 1)),
+        Sample("Mod", (grid(2, 3), f(0.45)), {"fmod": 1}),
+    ],
+    ("", "Pow"): [
+        Sample("Pow", (grid(2, 3, low=0.5), scalar(3.0))),
+        Sample("Pow", (grid(2, 3, low=0.5), scalar(2.0))),
+        Sample("Pow", (grid(2, 3, low=0.5), grid(3, seed=1)), varying=(0, 1)),
+        Sample("Pow", (grid(2, 3), ints(2, 3, 1))),
+    ],
+    **{("", name): unary(name, low=-1.9, high=2.1) for name in ("Ceil", "Floor", "Hardmax", "Round", "Sign")},
     ("", "LayerNormalization"): [
-        Sample("LayerNormalization", (_x(2, 3, 4), _f(1, -2, 0.5, 1), _f(0, 1, 2, 3)), opset=17),
-        Sample("LayerNormalization", (_x(2, 3, 4), _x(3, 4, seed=1)), {"axis": 1, "epsilon": 0.1}, opset=17),
+        Sample("LayerNormalization", (grid(2, 3, 4), f(1, -2, 0.5, 1), f(0, 1, 2, 3)), varying=(0, 1, 2)),
+        Sample("LayerNormalization", (grid(2, 3, 4), grid(3, 4, seed=1)), {"axis": 1, "epsilon": 0.1}, outputs=3),
     ],
-    ("", "Mish"): [Sample("Mish", (_x(2, 3, 4),), opset=18)],
-    ("", "Sum"): [Sample("Sum", (_x(2, 3), _x(2, 3, seed=1), _x(3, seed=2)), varying=(0, 1, 2)), Sample("Sum", (_x(2, 3),))],
-    ("", "Mean"): [Sample("Mean", (_x(2, 3), _x(2, 3, seed=1)), varying=(0, 1))],
-    ("", "ReduceSumSquare"): [
-        Sample("ReduceSumSquare", (_x(2, 3, 4),), {"axes": [1], "keepdims": 0}),
-        Sample("ReduceSumSquare", (_x(2, 3, 4),)),
+    ("", "SimplifiedLayerNormalization"): [Sample("SimplifiedLayerNormalization", (grid(2, 3, 4), f(1, -2, 0.5, 1)), {"axis": -1})],
+    ("", "InstanceNormalization"): [
+        Sample("InstanceNormalization", (_IMAGE, f(1, -2, 0.5), f(0, 1, 2)), {"epsilon": 1e-3}, varying=(0, 1, 2)),
+        Sample("InstanceNormalization", (grid(2, 3, 5), f(1, -2, 0.5), f(0, 1, 2))),
     ],
-    ("", "Abs"): _unary("Abs"),
-    ("", "Cos"): _unary("Cos"),
-    ("", "Erf"): _unary("Erf"),
-    ("", "Exp"): _unary("Exp"),
-    ("", "Log"): _unary("Log", low=0.5),
-    ("", "LogSoftmax"): _unary("LogSoftmax", axis=1),
-    ("", "Neg"): _unary("Neg"),
-    ("", "ReduceMean"): _unary("ReduceMean", axes=[1], keepdims=1) + _unary("ReduceMean", axes=[0, 2], keepdims=0),
-    ("", "ReduceSum"): [Sample("ReduceSum", (_x(2, 3, 4), _ints(1)), {"keepdims": 0})],
-    ("", "ReduceL2"): _unary("ReduceL2", axes=[1], keepdims=1),
-    ("", "ReduceLogSumExp"): _unary("ReduceLogSumExp", axes=[1], keepdims=1),
-    ("", "Reciprocal"): _unary("Reciprocal", low=0.5),
-    ("", "Sin"): _unary("Sin"),
-    ("", "Sqrt"): _unary("Sqrt", low=0.5),
-    ("", "Cast"): _unary("Cast", to=onnx.TensorProto.FLOAT),
-    ("", "Trilu"): [Sample("Trilu", (_x(2, 4, 4),), {"upper": 0})],
-    ("", "Min"): [Sample("Min", (_x(2, 3), _x(2, 3, seed=1)), varying=(0, 1))],
-    ("", "Max"): [Sample("Max", (_x(2, 3), _x(2, 3, seed=1)), varying=(0, 1))],
+    ("", "GroupNormalization"): [
+        Sample("GroupNormalization", (grid(2, 4, 3, 2), grid(4, seed=1), grid(4, seed=2)), {"num_groups": 2}, varying=(0, 1, 2), opset=21),
+        Sample("GroupNormalization", (grid(2, 6, 3), grid(3, seed=1), grid(3, seed=2)), {"num_groups": 3, "epsilon": 0.1}, opset=18),
+    ],
+    ("", "LpNormalization"): unary("LpNormalization") + unary("LpNormalization", p=1, axis=1),
+    ("", "LRN"): [
+        Sample("LRN", (grid(2, 5, 3, 2),), {"size": 3, "alpha": 0.5}),
+        Sample("LRN", (grid(2, 5, 3, 2),), {"size": 5, "alpha": 0.3, "beta": 0.6, "bias": 2.0}),
+    ],
+    ("", "MeanVarianceNormalization"): [
+        Sample("MeanVarianceNormalization", (_IMAGE,)),
+        Sample("MeanVarianceNormalization", (_IMAGE,), {"axes": [2, 3]}),
+    ],
+    ("", "LogSoftmax"): unary("LogSoftmax", axis=1),
+    ("", "Mish"): [Sample("Mish", (grid(2, 3, 4),), opset=18)],
+    ("", "Sum"): [Sample("Sum", (grid(2, 3), grid(2, 3, seed=1), grid(3, seed=2)), varying=(0, 1, 2)), Sample("Sum", (grid(2, 3),))],
+    ("", "Mean"): [
+        Sample("Mean", (grid(2, 3), grid(2, 3, seed=1)), varying=(0, 1)),
+        Sample("Mean", (grid(2, 3), grid(3, seed=1)), varying=(0, 1)),
+    ],
+    **{
+        ("", name): [
+            Sample(name, (grid(2, 3), grid(2, 3, seed=1)), varying=(0, 1)),
+            Sample(name, (grid(2, 3), grid(3, seed=1), grid(2, 1, seed=2)), varying=(0, 1, 2)),
+            Sample(name, (grid(2, 3),)),
+        ]
+        for name in ("Min", "Max")
+    },
+    **{
+        ("", name): reduction(name)
+        for name in ("ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSumSquare")
+    },
+    ("", "ReduceLogSum"): reduction("ReduceLogSum", low=0.5),
+    ("", "ReduceSum"): [
+        Sample("ReduceSum", (grid(2, 3, 4), ints(1)), {"keepdims": 0}),
+        Sample("ReduceSum", (grid(2, 3, 4), ints(0, -1))),
+        Sample("ReduceSum", (grid(2, 3, 4), ints()), {"noop_with_empty_axes": 1}),
+    ],
+    ("", "CumSum"): [
+        Sample("CumSum", (grid(2, 3, 4), np.array(axis)), attributes)
+        for axis, attributes in ((0, {}), (1, {"exclusive": 1}), (-1, {"reverse": 1}), (2, {"exclusive": 1, "reverse": 1}))
+    ],
+    ("", "Einsum"): [
+        einsum("bij,bjk->bik", (2, 3, 4), (2, 4, 5)),
+        einsum("bhid,bhjd->bhij", (2, 2, 3, 4), (2, 2, 5, 4)),
+        einsum("...ij,jk->...ik", (2, 3, 2, 4), (4, 3)),
+        einsum("ij,jk,kl", (2, 3), (3, 4), (4, 2)),
+        einsum("ii->i", (3, 3)),
+        einsum("bii", (2, 3, 3)),
+        einsum("ijk->ik", (2, 3, 4)),
+        einsum("i,j->ij", (3,), (4,)),
+        einsum("ij,kj->", (2, 3), (4, 3)),
+    ],
+    ("", "AffineGrid"): [
+        Sample("AffineGrid", (grid(2, 2, 3), ints(2, 3, 4, 5)), {"align_corners": 1}, opset=20),
+        Sample("AffineGrid", (grid(2, 3, 4), ints(2, 3, 4, 2, 3)), opset=20),
+    ],
+    ("", "CenterCropPad"): [
+        Sample("CenterCropPad", (grid(3, 4, 5), ints(5, 3, 5)), opset=18),
+        Sample("CenterCropPad", (grid(3, 4), ints(1)), {"axes": [1]}, opset=18),
+    ],
+    ("", "Col2Im"): [
+        Sample("Col2Im", (grid(1, 8, 12), ints(4, 5), ints(2, 2)), opset=18),
+        Sample("Col2Im", (grid(2, 4, 9), ints(5, 6), ints(2, 2)), {"strides": [2, 2], "pads": [1, 0, 0, 1]}, opset=18),
+        Sample("Col2Im", (grid(1, 6, 6), ints(5, 6), ints(2, 3)), {"dilations": [2, 2], "strides": [1, 1], "pads": [0, 0, 0, 0]}, opset=18),
+        Sample("Col2Im", (grid(2, 6, 4), ints(5), ints(2)), opset=18),
+    ],
+    ("", "Compress"): [
+        Sample("Compress", (grid(3, 4), np.array([True, False, True])), {"axis": 0}),
+        Sample("Compress", (grid(3, 4), np.array([False, True, True, False, True]))),
+    ],
+    ("", "Dropout"): [Sample("Dropout", (grid(2, 3),)), Sample("Dropout", (grid(2, 3), scalar(0.3), np.array(False)), outputs=2)],
+    ("", "GatherElements"): [Sample("GatherElements", (grid(3, 4), np.array([[0, 2, 1, 1], [2, 2, 0, -1]])), {"axis": 0})],
+    ("", "GatherND"): [
+        Sample("GatherND", (grid(3, 4, 2), np.array([[0, 1], [2, 3], [0, 1]]))),
+        Sample("GatherND", (grid(2, 3, 4), np.array([[1], [2]])), {"batch_dims": 1}),
+    ],
+    **{("", name): [Sample(name, (_IMAGE,)), Sample(name, (grid(2, 3, 5),))] for name in ("GlobalMaxPool", "GlobalLpPool")},
+    ("", "GridSample"): [
+        Sample(
+            "GridSample",
+            (_IMAGE, grid(2, 4, 3, 2, low=-1.3, high=1.3, seed=1)),
+            {"mode": m, "padding_mode": p, "align_corners": a},
+            varying=(0, 1),
+            opset=20,
+        )
+        for m, p, a in (
+            ("linear", "zeros", 0),
+            ("linear", "border", 1),
+            ("linear", "reflection", 0),
+            ("linear", "reflection", 1),
+            ("nearest", "zeros", 0),
+            ("cubic", "zeros", 0),
+            ("cubic", "border", 1),
+            ("cubic", "reflection", 0),
+        )
+    ]
+    + [Sample("GridSample", (grid(1, 2, 3, 4, 3), grid(1, 2, 2, 2, 3, low=-1.2, high=1.2, seed=1)), varying=(0, 1), opset=20)],
+    ("", "LpPool"): [
+        Sample("LpPool", (_IMAGE,), {"kernel_shape": [2, 2], "strides": [2, 2]}),
+        Sample("LpPool", (_IMAGE,), {"kernel_shape": [3, 2], "pads": [1, 0, 1, 1], "p": 3}),
+        Sample("LpPool", (_IMAGE,), {"kernel_shape": [2, 2], "dilations": [2, 2], "p": 1}, opset=18),
+        Sample("LpPool", (_IMAGE,), {"kernel_shape": [2, 2], "strides": [2, 2], "auto_pad": "SAME_UPPER"}),
+    ],
+    ("", "MaxUnpool"): [
+        Sample("MaxUnpool", (grid(1, 1, 2, 2), np.array([[[[5, 7], [13, 15]]]])), {"kernel_shape": [2, 2], "strides": [2, 2]}),
+    ],
+    ("", "OneHot"): [Sample("OneHot", (np.array([[0, 2], [1, 3]]), np.array(4), f(-1, 2)), {"axis": a}, varying=(2,)) for a in (-1, 0)],
+    ("", "ReverseSequence"): [
+        Sample("ReverseSequence", (grid(4, 3, 2), ints(1, 4, 3))),
+        Sample("ReverseSequence", (grid(3, 4), ints(2, 1, 4)), {"batch_axis": 0, "time_axis": 1}),
+    ],
+    ("", "RoiAlign"): [
+        Sample(
+            "RoiAlign",
+            (grid(2, 3, 8, 9), _ROIS, ints(0, 1)),
+            {"output_height": 2, "output_width": 3, "sampling_ratio": 2, "spatial_scale": 0.5, **more},
+        )
+        for more in ({}, {"mode": "max"}, {"coordinate_transformation_mode": "output_half_pixel"})
+    ],
+    ("", "ScatterElements"): [
+        Sample("ScatterElements", (grid(3, 4), np.array([[1, 0, 2, 1]]), grid(1, 4, seed=1)), {"axis": 0}, varying=(0, 2)),
+        Sample(
+            "ScatterElements",
+            (grid(2, 4), np.array([[1, 1, -1], [0, 2, 2]]), grid(2, 3, seed=1)),
+            {"axis": 1, "reduction": "add"},
+            varying=(0, 2),
+        ),
+    ],
+    ("", "ScatterND"): [
+        Sample("ScatterND", (grid(3, 4), np.array([[0], [2]]), grid(2, 4, seed=1)), varying=(0, 2)),
+        Sample("ScatterND", (grid(3, 4), np.array([[0, 1], [0, 1], [2, 2]]), grid(3, seed=1)), {"reduction": "add"}, varying=(0, 2)),
+    ],
+    ("", "TopK"): [
+        Sample("TopK", (grid(3, 5), ints(2)), outputs=2),
+        Sample("TopK", (grid(3, 5), ints(3)), {"axis": 0, "largest": 0}, outputs=2),
+    ],
+    ("", "Trilu"): [Sample("Trilu", (grid(2, 4, 4),), {"upper": 0}), Sample("Trilu", (grid(3, 4), np.array(1)))],
+    ("", "Unique"): [Sample("Unique", (grid(6),), outputs=4), Sample("Unique", (grid(3, 2),), {"axis": 0})],
+    ("", "Upsample"): [Sample("Upsample", (_IMAGE, f(1, 1, 2, 1.5)), {"mode": m}, opset=9) for m in ("nearest", "linear")],
+    ("", "RNN"): [
+        recurrent("RNN", 1),
+        recurrent("RNN", 1, 2, activations=["Elu", "LeakyRelu"], activation_alpha=[0.7, 0.1]),
+        recurrent("RNN", 1, activations=["ScaledTanh"], activation_alpha=[0.7], activation_beta=[1.1]),
+        recurrent("RNN", 1, direction="reverse", lengths=(4, 2, 3), clip=0.9),
+    ],
+    ("", "GRU"): [
+        recurrent("GRU", 3),
+        recurrent("GRU", 3, 2, linear_before_reset=1, lengths=(4, 2, 3)),
+        recurrent("GRU", 3, bias=False, activations=["HardSigmoid", "Softsign"], activation_alpha=[0.3], activation_beta=[0.4]),
+    ],
+    ("", "LSTM"): [
+        recurrent("LSTM", 4),
+        recurrent("LSTM", 4, 2, lengths=(4, 2, 3), states=True),
+        recurrent("LSTM", 4, peepholes=True, states=True, input_forget=1),
+        recurrent("LSTM", 4, direction="reverse", bias=False, clip=0.8),
+    ],
+    ("", "NegativeLogLikelihoodLoss"): [
+        Sample("NegativeLogLikelihoodLoss", (grid(3, 4), ints(0, 3, 1))),
+        Sample("NegativeLogLikelihoodLoss", (grid(2, 3, 2), np.array([[0, 2], [1, 0]]), f(1, 2, 0.5)), {"ignore_index": 2}, varying=(0, 2)),
+        Sample("NegativeLogLikelihoodLoss", (grid(3, 4), ints(0, 3, 1)), {"reduction": "none"}),
+    ],
+    ("", "SoftmaxCrossEntropyLoss"): [
+        Sample("SoftmaxCrossEntropyLoss", (grid(3, 4), ints(0, 3, 1)), outputs=2),
+        Sample("SoftmaxCrossEntropyLoss", (grid(3, 4), ints(0, 3, 1), f(1, 2, 3, 4)), {"reduction": "sum"}),
+    ],
+    # onnxruntime's own
+    (MS, "Gelu"): [ms("Gelu", grid(2, 3, 4))],
+    (MS, "QuickGelu"): [ms("QuickGelu", grid(2, 3, 4)), ms("QuickGelu", grid(2, 3, 4), alpha=1.0)],
+    (MS, "FastGelu"): [ms("FastGelu", grid(2, 3, 4)), ms("FastGelu", grid(2, 3, 4), grid(4, seed=1), varying=(0, 1))],
+    (MS, "BiasGelu"): [ms("BiasGelu", grid(2, 3, 4), grid(4, seed=1), varying=(0, 1))],
+    (MS, "SkipLayerNormalization"): [
+        ms("SkipLayerNormalization", *_SKIP, grid(4, seed=2), grid(4, seed=3), grid(4, seed=4), varying=(0, 1, 2, 3, 4), epsilon=1e-5),
+        ms("SkipLayerNormalization", *_SKIP, grid(4, seed=2), epsilon=0.1),
+    ],
+    (MS, "SkipSimplifiedLayerNormalization"): [
+        ms("SkipSimplifiedLayerNormalization", *_SKIP, grid(4, seed=2), varying=(0, 1, 2), epsilon=1e-5),
+    ],
+    (MS, "FusedMatMul"): [
+        ms("FusedMatMul", grid(2, 3, 4), grid(2, 5, 4, seed=1), varying=(0, 1), transB=1, alpha=0.5),
+        ms("FusedMatMul", grid(2, 4, 3), grid(2, 4, 5, seed=1), varying=(0, 1), transA=1),
+        ms("FusedMatMul", grid(3, 2, 4), grid(2, 4, 5, seed=1), varying=(0, 1), transBatchA=1),
+    ],
+    (MS, "FusedConv"): [
+        ms("FusedConv", _IMAGE, grid(4, 3, 3, 3, seed=1), grid(4, seed=2), activation="Relu", pads=[1, 1, 1, 1]),
+        ms("FusedConv", _IMAGE, grid(4, 3, 1, 1, seed=1), activation="HardSigmoid", activation_params=[0.2, 0.5]),
+        ms("FusedConv", _IMAGE, grid(4, 3, 1, 1, seed=1), activation="Clip", activation_params=[-0.5, 0.7]),
+        ms("FusedConv", _IMAGE, grid(4, 3, 1, 1, seed=1), activation="LeakyRelu", activation_params=[0.2]),
+    ],
+    (MS, "FusedGemm"): [
+        ms(
+            "FusedGemm",
+            grid(3, 4),
+            grid(5, 4, seed=1),
+            grid(5, seed=2),
+            varying=(0, 1, 2),
+            transB=1,
+            activation="LeakyRelu",
+            activation_alpha=0.1,
+        ),
+        ms("FusedGemm", grid(3, 4), grid(4, 5, seed=1), grid(5, seed=2), activation="Tanh"),
+    ],
+    (MS, "Attention"): [
+        ms("Attention", *_QKV, varying=(0, 1, 2), num_heads=2),
+        ms("Attention", *_QKV, num_heads=2, unidirectional=1),
+        ms("Attention", *_QKV, np.array([[1, 1, 0], [1, 1, 1]], np.int32), num_heads=2),
+        ms("Attention", *_QKV, np.array([2, 3], np.int32), num_heads=2, scale=0.3),
+        ms("Attention", *_QKV, None, None, grid(2, 2, 3, 3, seed=5), varying=(0, 5), num_heads=2),
+    ],
+    (MS, "MultiHeadAttention"): [
+        ms("MultiHeadAttention", *(grid(2, n, 4, seed=n) for n in (3, 5, 5)), varying=(0, 1, 2), num_heads=2),
+        ms(
+            "MultiHeadAttention",
+            *(grid(2, 3, 4, seed=n) for n in range(3)),
+            grid(12, seed=4),
+            np.array([[1, 1, 0], [1, 1, 1]], np.int32),
+            num_heads=2,
+        ),
+    ],
     # The quantizers' gradients are straight-through, not those of a staircase: they have tests of their own.
     ("", "QuantizeLinear"): [
         Sample(
             "QuantizeLinear",
-            (_x(2, 3), np.float32(0.2), np.uint8(7)),
+            (grid(2, 3), np.float32(0.2), np.uint8(7)),
             differentiable=(),
-            output_type=onnx.TensorProto.UINT8,
         )
     ],
     ("", "DequantizeLinear"): [
@@ -265,7 +410,7 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
     (LSQ_DOMAIN, "FakeQuant"): [
         Sample(
             "FakeQuant",
-            (_x(2, 3, 4), _f(0.2), _f(7)),
+            (grid(2, 3, 4), f(0.2), f(7)),
             {"quant_min": 0, "quant_max": 15},
             varying=(0, 1),
             outputs=2,

@@ -137,7 +137,7 @@ def _prepared(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
     for node in view.nodes:
         if node.op_type == "QuantizeLinear":
             continue
-        if node.op_type == "DequantizeLinear":
+        if node.op_type == "DequantizeLinear" and node.input[0] in view.producer:
             quantize = view.producer[node.input[0]]
             builder.add("ATen", list(quantize.input), node.output[0], domain=_ATEN, operator=_ROUND_TRIP)
             described(node.output[0], quantize.input[0])

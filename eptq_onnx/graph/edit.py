@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import node_reads, opset_of, subgraphs
 
 
@@ -62,17 +62,18 @@ class Builder:
     def add(
         self,
         op_type: str,
-        inputs: Sequence[str],
+        inputs: Sequence[str | float | NDArray[Any]],
         output: str | None = None,
         *,
         domain: str = "",
         outputs: Sequence[str] = (),
         **attributes: Any,
     ) -> str:
-        """A node; returns its (first) output, named by the caller or made up."""
+        """A node; returns its (first) output, named by the caller or made up. Inputs that are values become constants."""
         names = list(outputs) or [output or self.unique(f"{self._prefix}{op_type}_out")]
         self._taken.update(names)
-        node = helper.make_node(op_type, list(inputs), names, name=self.unique(f"{names[0]}/{op_type}"), domain=domain, **attributes)
+        reads = [i if isinstance(i, str) else self.constant(i) for i in inputs]
+        node = helper.make_node(op_type, reads, names, name=self.unique(f"{names[0]}/{op_type}"), domain=domain, **attributes)
         self.nodes.append(node)
         return names[0]
 
@@ -191,7 +192,7 @@ def specialize(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> ModelP
             info.CopyFrom(helper.make_tensor_value_info(info.name, info.type.tensor_type.elem_type, list(shapes[info.name])))
     for info in result.graph.output:
         info.type.tensor_type.ClearField("shape")
-    return onnx.shape_inference.infer_shapes(result, data_prop=True)
+    return infer_shapes(result)
 
 
 def prune(model: ModelProto) -> None:

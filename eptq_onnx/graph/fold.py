@@ -27,7 +27,7 @@ def fold_constants(model: ModelProto) -> ModelProto:
     logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
     while True:
-        model = _folded_once(_constants_to_initializers(model))
+        model = _folded_once(_with_whole_shapes(_constants_to_initializers(model)))
         resolved = _with_known_branches(model)
         if resolved is None:
             return model
@@ -84,6 +84,20 @@ def _constants_to_initializers(model: ModelProto) -> ModelProto:
         else:
             result.graph.initializer.append(value)
     return edit.with_nodes(result, kept)
+
+
+def _with_whole_shapes(model: ModelProto) -> ModelProto:
+    """A copy in which a Shape of some axes is a Slice of all: onnx-graphsurgeon folds it as if it were whole."""
+    builder = edit.Builder(model)
+    for node in model.graph.node:
+        limits = {a.name: a.i for a in node.attribute if node.op_type == "Shape"}
+        if not limits:
+            builder.nodes.append(node)
+            continue
+        start, end = limits.get("start", 0), limits.get("end", np.iinfo(np.int64).max)
+        whole = builder.add("Shape", [node.input[0]])
+        builder.add("Slice", [whole, np.array([start]), np.array([end])], node.output[0])
+    return edit.with_nodes(model, builder.nodes, builder.initializers)
 
 
 def _constant_value(node: NodeProto) -> TensorProto | None:

@@ -41,6 +41,10 @@ def opset_of(model: ModelProto, domain: str = "") -> int:
     return max((int(o.version) for o in model.opset_import if o.domain in names), default=0)
 
 
+STOP = "eptq: a constant to gradients"
+"""``doc_string`` of a node of a private copy that no gradient passes, whatever its operator."""
+
+
 class GraphView:
     """Index of a model's main graph. The model must not be edited while the view is in use."""
 

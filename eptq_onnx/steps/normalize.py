@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper, inliner
 
 from eptq_onnx.graph import edit, fold, io
+from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
 from eptq_onnx.graph.widen import widen
 from eptq_onnx.ops import output_channels
@@ -44,7 +45,7 @@ def normalize(model: ModelProto, min_opset: int) -> ModelProto:
     _name_nodes(result)
     for rewrite in (_fold_batch_normalization, _fold_padding, _own_bias):
         result = rewrite(result)
-    return onnx.shape_inference.infer_shapes(result, data_prop=True)
+    return infer_shapes(result)
 
 
 def _copy(model: ModelProto) -> ModelProto:

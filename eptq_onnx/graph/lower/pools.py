@@ -1,0 +1,170 @@
+"""Windows over images: padding, pooling and its inverses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from eptq_onnx.graph.edit import Builder
+from eptq_onnx.graph.lower.base import NotLowerable, constant_input, ints, rank_of, reshape, shape_of, stay
+from eptq_onnx.graph.lower.reductions import norm, powers
+from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
+
+
+def explicit_padding(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """auto_pad and ceil_mode as pads, which onnxruntime-training's gradients of Conv and MaxPool ignore."""
+    if attribute(node, "auto_pad", "NOTSET") not in ("SAME_UPPER", "SAME_LOWER") and not int_attribute(node, "ceil_mode", 0):
+        b.nodes.append(node)
+        return
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    for item in list(copy.attribute):
+        if item.name in ("auto_pad", "pads", "ceil_mode"):
+            copy.attribute.remove(item)
+    copy.attribute.append(helper.make_attribute("pads", window(node, view)[1]))
+    b.nodes.append(copy)
+
+
+def window(node: NodeProto, view: GraphView) -> tuple[list[int], list[int], dict[str, Any]]:
+    """Kernel, pads (as they come out of auto_pad and ceil_mode, for the sizes at hand), and strides and dilations."""
+    before, after = shape_of(view, node.input[0])[2:], shape_of(view, node.output[0])[2:]
+    kernel = ints_attribute(node, "kernel_shape") or list(shape_of(view, node.input[1]))[2:]
+    strides = ints_attribute(node, "strides") or [1] * len(kernel)
+    dilations = ints_attribute(node, "dilations") or [1] * len(kernel)
+    # What the windows reach over, in all; a negative rest of a stride is not read.
+    reach = [(y - 1) * s + (k - 1) * d + 1 - x for x, y, k, s, d in zip(before, after, kernel, strides, dilations, strict=True)]
+    mode = attribute(node, "auto_pad", "NOTSET")
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        totals = [max(0, r) for r in reach]
+        small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
+        pads = small + large if mode == "SAME_UPPER" else large + small
+    else:
+        told = ints_attribute(node, "pads") or [0] * (2 * len(kernel))
+        first = told[: len(kernel)]
+        pads = first + [max(0, r - p) for r, p in zip(reach, first, strict=True)]
+    return kernel, pads, {"strides": strides, "dilations": dilations}
+
+
+def explicit_transposed_padding(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """auto_pad and output_shape as pads and output_padding (ONNX ConvTranspose)."""
+    mode = attribute(node, "auto_pad", "NOTSET")
+    if mode not in ("SAME_UPPER", "SAME_LOWER") and attribute(node, "output_shape") is None:
+        b.nodes.append(node)
+        return
+    before, after = shape_of(view, node.input[0])[2:], shape_of(view, node.output[0])[2:]
+    kernel = ints_attribute(node, "kernel_shape") or list(shape_of(view, node.input[1]))[2:]
+    strides = ints_attribute(node, "strides") or [1] * len(kernel)
+    dilations = ints_attribute(node, "dilations") or [1] * len(kernel)
+    extra = ints_attribute(node, "output_padding") or [0] * len(kernel)
+    spread = [(x - 1) * s + (k - 1) * d + 1 for x, s, k, d in zip(before, strides, kernel, dilations, strict=True)]
+    totals = [max(0, r + e - y) for r, e, y in zip(spread, extra, after, strict=True)]
+    small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
+    first, last = (small, large) if mode == "SAME_UPPER" else (large, small)
+    grown = [y - r + t for y, r, t in zip(after, spread, totals, strict=True)]
+    keep = {"strides", "dilations", "group", "kernel_shape"}
+    own = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name in keep}
+    b.add("ConvTranspose", list(node.input), node.output[0], pads=first + last, output_padding=grown, **own)
+
+
+def max_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """Indices that count column by column mislead the gradient's kernel: they come from a node of their own."""
+    if not int_attribute(node, "storage_order", 0) or not any(node.output[1:]):
+        explicit_padding(node, view, b)
+        return
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.output[0] = b.unique(f"{node.output[0]}/values")
+    stay(copy, b)
+    own = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name != "storage_order"}
+    b.add("MaxPool", [node.input[0]], node.output[0], **own)
+
+
+def average_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """Sums of windows over their counts for what the gradient's kernel does not know: dilations, ceil_mode, three dimensions."""
+    plain = not int_attribute(node, "ceil_mode", 0) and set(ints_attribute(node, "dilations")) <= {1}
+    if plain and rank_of(view, node.input[0]) < 5:
+        explicit_padding(node, view, b)
+        return
+    kernel, pads, steps = window(node, view)
+    sums = _window_sums(b, node.input[0], shape_of(view, node.input[0]), shape_of(view, node.output[0]), kernel, pads, steps)
+    b.add("Mul", [sums, _shares(node, view, kernel, steps)], node.output[0])
+
+
+def _shares(node: NodeProto, view: GraphView, kernel: list[int], steps: dict[str, Any]) -> np.ndarray:
+    """1 over the number of elements of each window, padding counted if ``count_include_pad`` says so."""
+    sizes, after = shape_of(view, node.input[0])[2:], shape_of(view, node.output[0])[2:]
+    pads = window(node, view)[1]
+    told = ints_attribute(node, "pads") or [0] * (2 * len(kernel))
+    counts = np.ones((1, 1), np.float32).reshape((1, 1) + (1,) * len(kernel))
+    for axis, (size, count) in enumerate(zip(sizes, after, strict=True)):
+        starts = np.arange(count) * steps["strides"][axis] - pads[axis]
+        places = starts[:, None] + np.arange(kernel[axis]) * steps["dilations"][axis]
+        low, high = 0, size
+        if int_attribute(node, "count_include_pad", 0):
+            low, high = -told[axis], size + told[axis + len(kernel)]
+        inside = ((places >= low) & (places < high)).sum(axis=1).astype(np.float32)
+        counts = counts * inside.reshape((1, 1) + (1,) * axis + (-1,) + (1,) * (len(kernel) - axis - 1))
+    return (1 / counts).astype(np.float32)
+
+
+def _window_sums(
+    b: Builder,
+    x: str,
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    kernel: list[int],
+    pads: list[int],
+    steps: dict[str, Any],
+) -> str:
+    """Sum of every window: a convolution with ones, channel by channel."""
+    channels = reshape(b, x, [before[0] * before[1], 1, *before[2:]])
+    sums = b.add("Conv", [channels, np.ones((1, 1, *kernel), np.float32)], kernel_shape=kernel, pads=pads, **steps)
+    return reshape(b, sums, after)
+
+
+def lp_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """The p-th root of the sum of |x|^p over each window."""
+    p = int_attribute(node, "p", 2)
+    kernel, pads, steps = window(node, view)
+    before, after = shape_of(view, node.input[0]), shape_of(view, node.output[0])
+    norm(b, _window_sums(b, powers(b, node.input[0], p), before, after, kernel, pads, steps), p, node.output[0])
+
+
+def max_unpool(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """Scatter the values to their places, which count in the flattened output of the size that the kernel gives."""
+    shape = shape_of(view, node.input[0])
+    kernel = ints_attribute(node, "kernel_shape")
+    strides = ints_attribute(node, "strides") or [1] * len(kernel)
+    pads = ints_attribute(node, "pads") or [0] * (2 * len(kernel))
+    sizes = [(x - 1) * s + k - pads[a] - pads[a + len(kernel)] for a, (x, s, k) in enumerate(zip(shape[2:], strides, kernel, strict=True))]
+    wide = [*shape[:2], *sizes]
+    places, values = reshape(b, node.input[1], [-1]), reshape(b, node.input[0], [-1])
+    image = reshape(b, b.add("ScatterElements", [np.zeros(int(np.prod(wide)), np.float32), places, values], axis=0), wide)
+    told = constant_input(node, view, 2, "output sizes")
+    after = wide if told is None else [int(v) for v in told]
+    b.add("Pad", [image, ints([0] * len(wide) + [a - w for a, w in zip(after, wide, strict=True)])], node.output[0])
+
+
+def col2im(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """A ConvTranspose, channel by channel, whose weight puts each row of a block into its place."""
+    image, block = (constant_input(node, view, k, what) for k, what in ((1, "image sizes"), (2, "block sizes")))
+    if image is None or block is None:
+        raise NotLowerable("its sizes are missing")
+    kernel, sizes = [int(v) for v in block], [int(v) for v in image]
+    count = len(kernel)
+    strides = ints_attribute(node, "strides") or [1] * count
+    dilations = ints_attribute(node, "dilations") or [1] * count
+    pads = ints_attribute(node, "pads") or [0] * (2 * count)
+    spread = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+    padded = [s + pads[a] + pads[a + count] for a, s in enumerate(sizes)]
+    blocks = [(p - r) // s + 1 for p, r, s in zip(padded, spread, strides, strict=True)]
+    rest = [p - r - (n - 1) * s for p, r, n, s in zip(padded, spread, blocks, strides, strict=True)]
+    n, rows, _ = shape_of(view, node.input[0])
+    area = int(np.prod(kernel))
+    x = reshape(b, node.input[0], [n * rows // area, area, *blocks])
+    weight = np.eye(area, dtype=np.float32).reshape(area, 1, *kernel)
+    # What no block reaches at the end is cut off by pads below zero in ONNX's formula: hence output_padding.
+    y = b.add("ConvTranspose", [x, weight], strides=strides, dilations=dilations, pads=pads, output_padding=rest, kernel_shape=kernel)
+    reshape(b, y, [n, rows // area, *sizes], node.output[0])

@@ -1,0 +1,221 @@
+"""Reductions, and sums over several inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from onnx import NodeProto
+
+from eptq_onnx.graph.edit import Builder
+from eptq_onnx.graph.lower.base import (
+    TINY,
+    Lowering,
+    constant_input,
+    ints,
+    rank_of,
+    reshape,
+    shape_of,
+    stay,
+    total,
+    transpose,
+)
+from eptq_onnx.graph.view import STOP, GraphView, int_attribute, ints_attribute
+
+Function = Callable[[Builder, str], str]
+
+
+def sum_variadic(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """y = a + b + ..., pairwise."""
+    total(b, node.input, node.output[0])
+
+
+def mean_variadic(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """y = (a + b + ...) / n."""
+    b.add("Mul", [total(b, node.input), 1.0 / len(node.input)], node.output[0])
+
+
+def extreme_variadic(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """Max and Min of several inputs, pairwise: a where it is the larger one, else b."""
+    compare = "Greater" if node.op_type == "Max" else "Less"
+    result = node.input[0]
+    for k, other in enumerate(node.input[1:], 2):
+        result = b.add("Where", [b.add(compare, [result, other]), result, other], node.output[0] if k == len(node.input) else None)
+    if len(node.input) == 1:
+        b.add("Identity", [result], node.output[0])
+
+
+def reduced_axes(node: NodeProto, view: GraphView) -> list[int] | None:
+    """Axes of a reduction, an attribute or an input, none negative; None where the operator does nothing."""
+    rank = rank_of(view, node.input[0])
+    axes = ints_attribute(node, "axes")
+    told = constant_input(node, view, 1, "axes")
+    if told is not None:
+        axes = told.tolist()
+    if not axes:
+        return None if int_attribute(node, "noop_with_empty_axes", 0) else list(range(rank))
+    return sorted(int(a) % rank for a in axes)
+
+
+def by_sum(before: Function | None = None, after: Function | None = None) -> Lowering:
+    """The rule of y = after(sum(before(x)))."""
+
+    def rule(node: NodeProto, view: GraphView, b: Builder) -> None:
+        axes = reduced_axes(node, view)
+        if axes is None:
+            b.add("Identity", [node.input[0]], node.output[0])
+            return
+        x = before(b, node.input[0]) if before else node.input[0]
+        keep = bool(int_attribute(node, "keepdims", 1))
+        if axes:
+            x = b.reduce("ReduceSum", x, axes, None if after else node.output[0], keepdims=keep)
+        if after:
+            x = after(b, x)
+        if after or not axes:
+            b.add("Identity", [x], node.output[0])
+
+    return rule
+
+
+def square(b: Builder, x: str) -> str:
+    """x * x."""
+    return b.add("Mul", [x, x])
+
+
+def root(b: Builder, x: str) -> str:
+    """The square root, with a finite slope at 0."""
+    return b.add("Sqrt", [b.add("Clip", [x, TINY])])
+
+
+reduce_l1 = by_sum(before=lambda b, x: b.add("Abs", [x]))
+reduce_l2 = by_sum(before=square, after=root)
+reduce_log_sum = by_sum(after=lambda b, x: b.add("Log", [x]))
+reduce_sum_square = by_sum(before=square)
+
+
+def unless_nothing(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """ReduceSum and ReduceMean without axes to reduce do nothing."""
+    if rank_of(view, node.input[0]) and reduced_axes(node, view) is not None:
+        b.nodes.append(node)
+    else:
+        b.add("Identity", [node.input[0]], node.output[0])
+
+
+def reduce_log_sum_exp(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """y = m + log(sum(exp(x - m))), with the maximum m, which is a constant to gradients."""
+    axes = reduced_axes(node, view)
+    if not axes:
+        b.add("Identity", [node.input[0]], node.output[0])
+        return
+    top = b.reduce("ReduceMax", node.input[0], axes, keepdims=True)
+    b.nodes[-1].doc_string = STOP
+    powers = b.add("Exp", [b.add("Sub", [node.input[0], top])])
+    y = b.add("Add", [top, b.add("Log", [b.reduce("ReduceSum", powers, axes, keepdims=True)])])
+    _without_axes(node, axes, y, view, b)
+
+
+def _without_axes(node: NodeProto, axes: list[int], y: str, view: GraphView, b: Builder) -> None:
+    """Name the result, without the reduced axes unless they are kept."""
+    if int_attribute(node, "keepdims", 1):
+        b.add("Identity", [y], node.output[0])
+    else:
+        b.add("Squeeze", [y, ints(axes)], node.output[0])
+
+
+def reduce_extreme(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """ReduceMax and ReduceMin: gather the place of the extreme, the first of equals."""
+    axes = reduced_axes(node, view)
+    if not axes:
+        b.add("Identity", [node.input[0]], node.output[0])
+        return
+    shape = shape_of(view, node.input[0])
+    kept = [a for a in range(len(shape)) if a not in axes]
+    rows = reshape(b, transpose(b, node.input[0], kept + axes), [*(shape[a] for a in kept), -1])
+    finder = "ArgMax" if node.op_type == "ReduceMax" else "ArgMin"
+    picked = b.add("GatherElements", [rows, b.add(finder, [rows], axis=len(kept), keepdims=1)], axis=len(kept))
+    wide = [1 if a in axes else s for a, s in enumerate(shape)]
+    reshape(b, picked, wide if int_attribute(node, "keepdims", 1) else [shape[a] for a in kept], node.output[0])
+
+
+def reduce_prod(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """Halves of the rows are multiplied until one element is left: right for zeros, too."""
+    axes = reduced_axes(node, view)
+    if not axes:
+        b.add("Identity", [node.input[0]], node.output[0])
+        return
+    shape = shape_of(view, node.input[0])
+    kept = [a for a in range(len(shape)) if a not in axes]
+    count, axis = int(np.prod([shape[a] for a in axes])), len(kept)
+    x = reshape(b, transpose(b, node.input[0], kept + axes), [*(shape[a] for a in kept), count])
+    while count > 1:
+        half = count // 2
+        parts = [b.add("Slice", [x, ints([s]), ints([e]), ints([axis])]) for s, e in ((0, half), (half, 2 * half), (2 * half, count))]
+        x = b.add("Mul", parts[:2])
+        if count % 2:
+            x = b.add("Concat", [x, parts[2]], axis=axis)
+        count -= half
+    wide = [1 if a in axes else s for a, s in enumerate(shape)]
+    reshape(b, x, wide if int_attribute(node, "keepdims", 1) else [shape[a] for a in kept], node.output[0])
+
+
+def global_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """GlobalMaxPool and GlobalLpPool are reductions over the spatial axes."""
+    axes = list(range(2, rank_of(view, node.input[0])))
+    if node.op_type == "GlobalMaxPool":
+        b.reduce("ReduceMax", node.input[0], axes, node.output[0], keepdims=True)
+        return
+    p = int_attribute(node, "p", 2)
+    norm(b, b.reduce("ReduceSum", powers(b, node.input[0], p), axes, keepdims=True), p, node.output[0])
+
+
+def powers(b: Builder, x: str, p: int) -> str:
+    """|x|^p."""
+    if p == 2:
+        return square(b, x)
+    return b.add("Abs", [x]) if p == 1 else b.add("Pow", [b.add("Abs", [x]), float(p)])
+
+
+def norm(b: Builder, total_power: str, p: int, output: str | None = None) -> str:
+    """The p-th root."""
+    if p == 1:
+        return b.add("Identity", [total_power], output)
+    safe = b.add("Clip", [total_power, TINY])
+    return b.add("Sqrt", [safe], output) if p == 2 else b.add("Pow", [safe, 1.0 / p], output)
+
+
+def cumulative_sum(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """A product with a triangular matrix of ones along the axis."""
+    shape = shape_of(view, node.input[0])
+    axis = constant_input(node, view, 1, "axis")
+    place = int(np.asarray(axis).reshape(-1)[0]) % len(shape)
+    matrix = np.triu(np.ones((shape[place], shape[place]), np.float32), int_attribute(node, "exclusive", 0))
+    along(b, node.input[0], place, len(shape), matrix.T if int_attribute(node, "reverse", 0) else matrix, node.output[0])
+
+
+def along(b: Builder, x: str, axis: int, rank: int, matrix: np.ndarray, output: str | None = None) -> str:
+    """x times a constant matrix of shape (size, new size), along one axis."""
+    matrix = np.ascontiguousarray(matrix, np.float32)
+    if axis == rank - 1:
+        return b.add("MatMul", [x, matrix], output)
+    if axis == rank - 2:
+        return b.add("MatMul", [np.ascontiguousarray(matrix.T), x], output)
+    order = [a for a in range(rank) if a != axis] + [axis]
+    product = b.add("MatMul", [transpose(b, x, order), matrix])
+    return transpose(b, product, np.argsort(order).tolist(), output)
+
+
+def top_k(node: NodeProto, view: GraphView, b: Builder) -> None:
+    """The values are gathered by the indices; TopK itself makes only those."""
+    if not node.output[0]:
+        stay(node, b)
+        return
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.output[:] = [b.unique(f"{node.output[0]}/sorted"), given_output(node, b)]
+    stay(copy, b)
+    b.add("GatherElements", [node.input[0], copy.output[1]], node.output[0], axis=int_attribute(node, "axis", -1))
+
+
+def given_output(node: NodeProto, b: Builder) -> str:
+    """The name of a second output; a new one if nobody wanted it."""
+    return node.output[1] if len(node.output) > 1 and node.output[1] else b.unique(f"{node.output[0]}/indices")
