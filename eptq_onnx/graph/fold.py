@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.infer import infer_shapes
 
 
 def fold_constants(model: ModelProto) -> ModelProto:
@@ -34,16 +35,23 @@ def fold_constants(model: ModelProto) -> ModelProto:
         model = resolved
 
 
+def fold_sizes(model: ModelProto) -> ModelProto:
+    """A copy of a model with fixed input shapes in which what is computed from shapes is constant; itself if nothing is."""
+    if not any(node.op_type in ("Shape", "Size") for node in model.graph.node):
+        return model
+    return infer_shapes(fold_constants(model))
+
+
 def _folded_once(model: ModelProto) -> ModelProto:
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     graph = gs.import_onnx(inferred)
     try:
         # Its own flattening of conditionals loses outputs of nested ones.
         graph.fold_constants(error_ok=True, flatten_subgraphs=False).cleanup(remove_unused_graph_inputs=False).toposort()
+        folded = gs.export_onnx(graph, do_type_check=False)
     except Exception as e:
         # onnx-graphsurgeon reports every problem as its own or a bare exception.
         raise ModelError(f"the graph cannot be sorted or folded: {' '.join(str(e).split())[:300]}") from e
-    folded = gs.export_onnx(graph, do_type_check=False)
     result = ModelProto()
     result.CopyFrom(model)
     result.graph.CopyFrom(folded.graph)

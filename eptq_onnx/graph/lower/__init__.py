@@ -16,7 +16,6 @@ import onnx
 from onnx import ModelProto
 
 from eptq_onnx.graph.edit import Builder, with_nodes
-from eptq_onnx.graph.fold import fold_constants
 from eptq_onnx.graph.lower.base import Lowering, NotLowerable, stay
 from eptq_onnx.graph.view import STOP, GraphView
 
@@ -40,9 +39,6 @@ def lower(model: ModelProto, rules: Mapping[tuple[str, str], Lowering]) -> tuple
     dict of str to str
         Node name and reason of every node whose rule did not fit.
     """
-    if any(node.op_type in ("Shape", "Size") for node in model.graph.node):
-        # Sizes that are computed from the inputs' shapes are constants now.
-        model = onnx.shape_inference.infer_shapes(fold_constants(model), data_prop=True)
     while True:
         view, builder, refused = GraphView(model), Builder(model, "lowered/"), dict[str, str]()
         changed = False
