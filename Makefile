@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := digits_mobile shapes_detector
 
-.PHONY: setup demo test lint models clean
+.PHONY: setup demo test slow lint models clean
 
 setup: $(VENV)/installed
 
@@ -22,6 +22,9 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .
