@@ -43,7 +43,7 @@ _BLOCK = 64
 
 
 Covariances = tuple[Float64, Float64, Float64]
-"""Centred: A = E[x_q x_qᵀ], C = E[x_q yᵀ] and V = E[y²], of shapes (n_groups, n_terms, n_terms), (n_groups, n_terms,
+"""A = E[x_q x_qᵀ], C = E[x_q yᵀ] and V = E[y²], of shapes (n_groups, n_terms, n_terms), (n_groups, n_terms,
 n_outputs) and (n_groups, n_outputs)."""
 
 
@@ -54,9 +54,12 @@ class Moments:
     ----------
     weight : ndarray of shape (n_groups, n_outputs, n_terms)
         Makes the float outputs of the float inputs; without a bias.
+    centred : bool
+        True if a bias takes up the means: errors in them then count nothing.
     """
 
-    def __init__(self, weight: Array) -> None:
+    def __init__(self, weight: Array, centred: bool = True) -> None:
+        self._centred = centred
         self._turned = np.ascontiguousarray(weight.swapaxes(1, 2))
         self._batches = 0
         self._shifts: tuple[Array, Array] | None = None
@@ -67,7 +70,8 @@ class Moments:
         outputs = np.matmul(exact, self._turned)
         if self._shifts is None:
             # Sums of values whose mean is far from 0 would lose the variance to float32.
-            self._shifts = outputs.mean(axis=1), quantized.mean(axis=1)
+            shifts = outputs.mean(axis=1), quantized.mean(axis=1)
+            self._shifts = shifts if self._centred else (np.zeros_like(shifts[0]), np.zeros_like(shifts[1]))
         y, q = (x - shift[:, None, :] for x, shift in zip((outputs, quantized), self._shifts, strict=True))
         turned = q.swapaxes(1, 2)
         parts = {
@@ -96,25 +100,25 @@ class Moments:
     @property
     def covariances(self) -> Covariances:
         """Of all rows."""
-        return _centred({name: self._total(name) for name in self._halves[0]})
+        return self._covariances({name: self._total(name) for name in self._halves[0]})
 
     @property
     def halves(self) -> tuple[Covariances, ...]:
         """Of each half of the batches; empty where there is one batch only."""
-        return tuple(_centred(sums) for sums in self._halves) if self._batches > 1 else ()
+        return tuple(self._covariances(sums) for sums in self._halves) if self._batches > 1 else ()
 
     def _total(self, name: str) -> Any:
         first, second = self._halves
         return first[name] + second.get(name, 0.0)
 
-
-def _centred(sums: dict[str, Any]) -> Covariances:
-    y, q, rows = sums["y"] / sums["rows"], sums["q"] / sums["rows"], sums["rows"]
-    return (
-        sums["qq"] / rows - q[:, :, None] * q[:, None, :],
-        sums["qy"] / rows - q[:, :, None] * y[:, None, :],
-        sums["yy"] / rows - np.square(y),
-    )
+    def _covariances(self, sums: dict[str, Any]) -> Covariances:
+        rows, share = sums["rows"], float(self._centred)
+        y, q = share * sums["y"] / rows, share * sums["q"] / rows
+        return (
+            sums["qq"] / rows - q[:, :, None] * q[:, None, :],
+            sums["qy"] / rows - q[:, :, None] * y[:, None, :],
+            sums["yy"] / rows - np.square(y),
+        )
 
 
 def sampled_moments(
@@ -124,6 +128,8 @@ def sampled_moments(
     quantized: Sequence[NDArray[Any]],
     wanted: int,
     rng: np.random.Generator,
+    *,
+    centred: bool = True,
 ) -> Moments:
     """Moments of about ``wanted`` random rows of a layer's inputs, of the same places in both networks.
 
@@ -136,8 +142,10 @@ def sampled_moments(
         The layer's input in the float and in the quantized network, batch by batch.
     wanted : int
     rng : Generator
+    centred : bool
+        See `Moments`.
     """
-    moments = Moments(form.weight_rows(weight))
+    moments = Moments(form.weight_rows(weight), centred)
     total = sum(form.positions(x.shape) for x in exact)
 
     def places() -> Iterator[NDArray[np.int64]]:

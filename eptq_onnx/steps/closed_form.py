@@ -97,7 +97,9 @@ def closed_form(
         input_scale = start.activations[plan.quantizer_of[layer.input].name].scale
         if form is not None:
             wanted = int(np.clip(_ROWS_PER_TERM * form.weight_rows(weight).shape[2], _LEAST_ROWS, _MOST_ROWS))
-            moments = compensation.sampled_moments(form, weight, *pair, wanted, np.random.default_rng((config.seed, k)))
+            rng = np.random.default_rng((config.seed, k))
+            # Without a bias, the weights alone must get the mean right.
+            moments = compensation.sampled_moments(form, weight, *pair, wanted, rng, centred=layer.bias is not None)
             if layer.node not in skipped:
                 least: Array = np.zeros(1, np.float32)
                 if layer.bias is not None and plan.integer_bias:
