@@ -165,6 +165,10 @@ def _maxpool_objection(node: NodeProto, view: GraphView) -> str | None:
     return "its indices are used" if len(node.output) > 1 and node.output[1] else None
 
 
+def _averagepool_objection(node: NodeProto, view: GraphView) -> str | None:
+    return "integer kernels know no dilations" if attribute(node, "dilations") is not None else None
+
+
 def _pad_objection(node: NodeProto, view: GraphView) -> str | None:
     if len(node.input) > 2 and node.input[2] and not view.is_constant(node.input[2]):
         return "its fill value is computed at run time"
@@ -247,7 +251,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     **{("", name): OpSpec(Role.ARITHMETIC, data=None, elementwise=True) for name in ("Add", "Sub", "Mul", "Div")},
     ("", "Concat"): OpSpec(Role.ARITHMETIC, data=None, rearranges=True),
     ("", "Where"): OpSpec(Role.ARITHMETIC, data=(1, 2)),
-    ("", "AveragePool"): OpSpec(Role.ARITHMETIC, lowering=pools.average_pool),
+    ("", "AveragePool"): OpSpec(Role.ARITHMETIC, lowering=pools.average_pool, objection=_averagepool_objection),
     ("", "GlobalAveragePool"): OpSpec(Role.ARITHMETIC),
     ("", "LeakyRelu"): OpSpec(Role.ARITHMETIC, elementwise=True),
     ("", "Sigmoid"): OpSpec(Role.ARITHMETIC, elementwise=True, bounds=_unit),

@@ -19,6 +19,8 @@ _QUANTIZED = {
     "MatMulInteger", "MatMulNBits", "QGemm", "MatMulIntegerToFloat", "QAttention",
 }  # fmt: skip
 
+_RUNTIMES_OWN = {"SimplifiedLayerNormalization"}
+
 
 def load(model: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
     """Read a float model, with external data, and check it.
@@ -66,10 +68,32 @@ def _parse(data: bytes, name: str) -> ModelProto:
     return proto
 
 
+def check(model: ModelProto, *, full: bool = False) -> None:
+    """onnx's checker, which does not know onnxruntime's own operators of the default domain: they go under another meanwhile.
+
+    Raises
+    ------
+    onnx.checker.ValidationError
+        Or an inference error, with ``full``.
+    """
+    own = [n for n in model.graph.node if n.op_type in _RUNTIMES_OWN and not n.domain]
+    versions = len(model.opset_import)
+    if own and not opset_of(model, "com.microsoft"):
+        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    for node in own:
+        node.domain = "com.microsoft"
+    try:
+        checker.check_model(model, full_check=full)
+    finally:
+        del model.opset_import[versions:]
+        for node in own:
+            node.domain = ""
+
+
 def _check(proto: ModelProto, name: str) -> None:
     if proto.ByteSize() < PROTOBUF_LIMIT:
         try:
-            checker.check_model(proto)
+            check(proto)
         except checker.ValidationError as e:
             raise ModelError(f"{name} is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
     for node in proto.graph.node:

@@ -207,7 +207,7 @@ def calibrate(
     for part, values in zip(parts, ordered_map(run, parts), strict=True):
         for name, histogram in observed.items():
             if values[name].size:
-                histogram.add(values[name], importance=importance.get(name), axis=axes[name])
+                histogram.add(np.atleast_1d(values[name]), importance=importance.get(name), axis=axes[name])
         for name, total in sums.items():
             flat = values[name].reshape(-1)
             sums[name] = total + np.array([flat.size, flat.sum(dtype=np.float64), np.dot(flat, flat)])

@@ -41,6 +41,7 @@ def normalize(model: ModelProto, min_opset: int) -> ModelProto:
     result = inliner.inline_local_functions(model) if model.functions else _copy(model)
     result = widen(io.convert_opset(result, min_opset))
     _drop_default_inputs(result)
+    _spell_out_axes(result)
     result = fold.fold_constants(result)
     _name_nodes(result)
     for rewrite in (_fold_batch_normalization, _fold_padding, _own_bias):
@@ -60,6 +61,13 @@ def _drop_default_inputs(model: ModelProto) -> None:
     inputs = [i for i in model.graph.input if i.name not in constants]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
+
+
+def _spell_out_axes(model: ModelProto) -> None:
+    """Default axes that onnx's checker does not find where they are left out."""
+    for node in model.graph.node:
+        if node.op_type == "MeanVarianceNormalization" and not node.attribute:
+            node.attribute.append(helper.make_attribute("axes", [0, 2, 3]))
 
 
 def _name_nodes(model: ModelProto) -> None:

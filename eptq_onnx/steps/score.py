@@ -151,7 +151,8 @@ def _scored_tensors(view: GraphView, plan: Plan) -> dict[str, int]:
     for quantizer in plan.activations:
         if quantizer.name in view.producer and quantizer.name not in axes:
             axes[quantizer.name] = quantizer.channel_axis
-    return {tensor: axis % len(_static_shape(view, tensor)) for tensor, axis in axes.items()}
+    ranks = {tensor: len(_static_shape(view, tensor)) for tensor in axes}
+    return {tensor: axis % ranks[tensor] for tensor, axis in axes.items() if ranks[tensor]}
 
 
 def _jointly_scored(view: GraphView, plan: Plan, reached: Iterable[str]) -> list[str]:

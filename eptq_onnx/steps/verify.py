@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, checker
+from onnx import ModelProto
 
 from eptq_onnx import quant_math
 from eptq_onnx.data import Samples
 from eptq_onnx.errors import OutputError
-from eptq_onnx.graph import edit
+from eptq_onnx.graph import edit, io
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import PROTOBUF_LIMIT, Session
@@ -64,7 +64,7 @@ def verify(
     """
     if quantized.ByteSize() < PROTOBUF_LIMIT:
         try:
-            checker.check_model(quantized, full_check=True)
+            io.check(quantized, full=True)
         except Exception as e:
             raise OutputError(f"the quantized model is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
     with tempfile.TemporaryDirectory() as folder:

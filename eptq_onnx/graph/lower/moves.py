@@ -110,7 +110,10 @@ def _padded_places(mode: str, size: int, before: int, after: int) -> NDArray[np.
 
 def compress(node: NodeProto, view: GraphView, b: Builder) -> None:
     """Gather the places where the condition holds."""
-    places = reshape(b, b.add("NonZero", [node.input[1]]), [-1])
+    if view.is_constant(node.input[1]):
+        places = b.constant(np.flatnonzero(view.constant(node.input[1])), "places")
+    else:
+        places = reshape(b, b.add("NonZero", [node.input[1]]), [-1])
     axis = attribute(node, "axis")
     x = reshape(b, node.input[0], [-1]) if axis is None else node.input[0]
     b.add("Gather", [x, places], node.output[0], axis=0 if axis is None else int_attribute(node, "axis", 0))
