@@ -165,6 +165,6 @@ def col2im(node: NodeProto, view: GraphView, b: Builder) -> None:
     area = int(np.prod(kernel))
     x = reshape(b, node.input[0], [n * rows // area, area, *blocks])
     weight = np.eye(area, dtype=np.float32).reshape(area, 1, *kernel)
-    # What no block reaches at the end is cut off by pads below zero in ONNX's formula: hence output_padding.
+    # Rows at the end that no block reaches belong to the image all the same.
     y = b.add("ConvTranspose", [x, weight], strides=strides, dilations=dilations, pads=pads, output_padding=rest, kernel_shape=kernel)
     reshape(b, y, [n, rows // area, *sizes], node.output[0])

@@ -13,8 +13,8 @@ from eptq_onnx.graph.lower.activations import line
 from eptq_onnx.graph.lower.base import NotLowerable, given, ints, reshape, shape_of, total, transpose
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 
-MOST_STEPS = 256
-"""Longer sequences would make graphs of tens of thousands of nodes."""
+MOST_STEPS = 128
+"""A bidirectional LSTM makes 120 nodes a step with its gradient; the time to load them grows with the square."""
 
 State = tuple[str, ...]
 Function = Callable[[str], str]

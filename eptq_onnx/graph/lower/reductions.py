@@ -211,11 +211,7 @@ def top_k(node: NodeProto, view: GraphView, b: Builder) -> None:
         return
     copy = NodeProto()
     copy.CopyFrom(node)
-    copy.output[:] = [b.unique(f"{node.output[0]}/sorted"), given_output(node, b)]
+    places = node.output[1] or b.unique(f"{node.output[0]}/places")
+    copy.output[:] = [b.unique(f"{node.output[0]}/sorted"), places]
     stay(copy, b)
-    b.add("GatherElements", [node.input[0], copy.output[1]], node.output[0], axis=int_attribute(node, "axis", -1))
-
-
-def given_output(node: NodeProto, b: Builder) -> str:
-    """The name of a second output; a new one if nobody wanted it."""
-    return node.output[1] if len(node.output) > 1 and node.output[1] else b.unique(f"{node.output[0]}/indices")
+    b.add("GatherElements", [node.input[0], places], node.output[0], axis=int_attribute(node, "axis", -1))
