@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from eptq_onnx.errors import DataError
 from eptq_onnx.types import Feeds
@@ -43,6 +43,10 @@ class Samples:
     def names(self) -> tuple[str, ...]:
         """Names of the model inputs."""
         return tuple(self._arrays)
+
+    def has_samples(self, name: str) -> bool:
+        """False for an input without a batch axis: it has one value for all samples."""
+        return self._axes[name] is not None
 
     def micro_batch(self, wanted: int | None = None) -> int:
         """Samples that one run of the model takes: what the model prescribes, else at most ``wanted``, and few.
@@ -95,7 +99,7 @@ def read(source: Source, model: ModelProto) -> Samples:
     DataError
         If data is missing, unreadable, or of the wrong name, shape, type or value.
     """
-    inputs = [i for i in model.graph.input if i.name not in {t.name for t in model.graph.initializer}]
+    inputs = _inputs(model)
     if not inputs:
         raise DataError("the model has no input to feed calibration data to.")
     if isinstance(source, np.ndarray):
@@ -131,6 +135,27 @@ def read(source: Source, model: ModelProto) -> Samples:
     if batch is not None and count < batch:
         raise DataError(f"{label} has {count} samples, but the model takes {batch} at a time: give at least {batch}.")
     return Samples(checked, batch, named)
+
+
+def expected(model: ModelProto, count: int, size: int) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
+    """Shape and type of the array of every model input, for ``count`` samples, with open dimensions of ``size``.
+
+    Dimensions of the same name get the same size because all get one; the batch axis goes to the front.
+    """
+    inputs = _inputs(model)
+    axes, _ = _batch_axes([_symbols(i) for i in inputs])
+    result = {}
+    for info, axis in zip(inputs, axes, strict=True):
+        sizes = [d if isinstance(d, int) else size for d in _symbols(info) or []]
+        if axis is not None:
+            sizes = [count, *sizes[:axis], *sizes[axis + 1 :]]
+        result[info.name] = tuple(sizes), np.dtype(helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type))
+    return result
+
+
+def _inputs(model: ModelProto) -> list[ValueInfoProto]:
+    constants = {t.name for t in model.graph.initializer}
+    return [i for i in model.graph.input if i.name not in constants]
 
 
 Symbol = int | str | None

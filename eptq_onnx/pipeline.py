@@ -22,6 +22,7 @@ from eptq_onnx.data import Samples, Source, read, spread
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import io
+from eptq_onnx.graph.branches import flattened, sink
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.report import LayerReport, Report
@@ -111,9 +112,11 @@ def quantize(
     with clock("normalize"):
         original = io.load(model)
         samples = read(data, original)
-        float_model = normalize(original, target.opset_for(config.activation_bits))
+        whole = normalize(original, target.opset_for(config.activation_bits), samples)
+        # Planned and written is the whole model; what the samples run of it is calibrated and optimized.
+        float_model = flattened(whole)
     with clock("plan"):
-        plan = make_plan(float_model, target, config)
+        plan = make_plan(whole, target, config)
     with clock("calibrate"):
         calibration = calibrate(float_model, plan, samples, config, partial(progress, "calibrate"))
     chosen = spread(samples.count, config.score_samples)
@@ -134,8 +137,9 @@ def quantize(
             notes.extend(f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items())
     if scores is not None:
         with clock("recalibrate"):
-            told = partial(progress, "recalibrate")
-            plan, calibration = _guarded(float_model, plan, target, samples, chosen, scores, config, told)
+            plan, calibration = _guarded(
+                whole, float_model, plan, target, samples, chosen, scores, config, partial(progress, "recalibrate")
+            )
     if config.budget is not None:
         with clock("allocate"):
             plan = allocate(
@@ -146,7 +150,7 @@ def quantize(
     seen, held = split(len(chosen), config.holdout, config.seed)
     if config.start is Start.CLOSED_FORM:
         with clock("closed form"):
-            nearest, _ = write(float_model, plan, rounding)
+            nearest = flattened(write(whole, plan, rounding)[0])
             told = partial(progress, "closed form")
             rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, chosen[seen], scores, config, told)
             notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
@@ -156,14 +160,14 @@ def quantize(
             graph = soften(float_model, plan, rounding, samples, config, engine)
             notes.extend(f"no gradient passes {note}" for note in graph.notes)
             notes.extend(f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items())
-            told = partial(_tell_loss, progress)
-            rounding, trace = optimize(plan, rounding, graph, samples, chosen, calibration, scores, config, told)
+            rounding, trace = optimize(plan, rounding, graph, samples, chosen, calibration, scores, config, partial(_tell_loss, progress))
     with clock("write"):
-        quantized, stands_for = write(float_model, plan, rounding)
+        marked, stands_for = write(whole, plan, rounding)
+        flat, quantized = flattened(marked), sink(marked)
     with clock("verify"):
-        verification = verify(float_model, quantized, plan, stands_for, target, samples, chosen[held], partial(progress, "verify"))
-    if calibration.unused_samples:
-        notes.append(f"{calibration.unused_samples} samples are left over: the model takes {samples.fixed_batch} at a time")
+        told = partial(progress, "verify")
+        verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, chosen[held], original.ByteSize(), told)
+    notes = [*_type_notes(original, config), *notes, *_left_over(calibration, samples)]
     report = Report(
         version=eptq_onnx.__version__,
         model=str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name,
@@ -175,7 +179,7 @@ def quantize(
         unused_samples=calibration.unused_samples,
         layers=_layer_reports(plan, scores, verification, len(chosen)),
         kept_float=plan.kept_float,
-        notes=(*_type_notes(original, config), *notes),
+        notes=tuple(notes),
         optimization=trace,
         verification=verification,
         seconds=clock.seconds,
@@ -185,6 +189,7 @@ def quantize(
 
 
 def _guarded(
+    whole: ModelProto,
     model: ModelProto,
     plan: Plan,
     target: Target,
@@ -200,7 +205,7 @@ def _guarded(
     sensitive = sensitive_activations(model, plan, samples, chosen, calibration, scores, config)
     if not sensitive:
         return plan, calibration
-    plan = make_plan(model, target, config, sensitive)
+    plan = make_plan(whole, target, config, sensitive)
     return plan, again(plan=plan)
 
 
@@ -218,6 +223,11 @@ def _type_notes(model: ModelProto, config: Config) -> list[str]:
     if config.activation_bits > 8:
         notes.append("no integer kernels are known for 16-bit activations: operators compute in float32 between their quantizers")
     return notes
+
+
+def _left_over(calibration: Calibration, samples: Samples) -> list[str]:
+    count = calibration.unused_samples
+    return [f"{count} samples are left over: the model takes {samples.fixed_batch} at a time"] if count else []
 
 
 def _tell_loss(progress: Progress, done: int, total: int, loss: float) -> None:

@@ -155,8 +155,8 @@ def add_output(model: ModelProto, name: str, elem_type: int = TensorProto.FLOAT)
                 model.graph.value_info.remove(info)
 
 
-def set_outputs(model: ModelProto, names: Sequence[str]) -> None:
-    """Make ``names`` the graph outputs, in place.
+def set_outputs(model: ModelProto, names: Sequence[str], elem_type: int = TensorProto.FLOAT) -> None:
+    """Make ``names`` the graph outputs, in place; of ``elem_type`` where the model does not tell.
 
     What is known of the former outputs is kept: onnxruntime's pool gradients crash without their output's shape.
     """
@@ -164,7 +164,7 @@ def set_outputs(model: ModelProto, names: Sequence[str]) -> None:
     model.graph.value_info.extend(o for o in model.graph.output if o.name not in known)
     del model.graph.output[:]
     for name in names:
-        add_output(model, name)
+        add_output(model, name, elem_type)
 
 
 def exposing(model: ModelProto, names: Iterable[str]) -> ModelProto:

@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx.errors import ModelError
-from eptq_onnx.graph import edit
+from eptq_onnx.graph import branches, edit
 
 
 def fold_constants(model: ModelProto) -> ModelProto:
@@ -28,7 +28,7 @@ def fold_constants(model: ModelProto) -> ModelProto:
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
     while True:
         model = _folded_once(_constants_to_initializers(model))
-        resolved = _with_known_branches(model)
+        resolved = branches.with_known_branches(model)
         if resolved is None:
             return model
         model = resolved
@@ -49,27 +49,6 @@ def _folded_once(model: ModelProto) -> ModelProto:
     result.graph.CopyFrom(folded.graph)
     result.graph.doc_string = model.graph.doc_string
     return result
-
-
-def _with_known_branches(model: ModelProto) -> ModelProto | None:
-    """A copy in which every If with a constant condition is the branch that it takes; None if there is none."""
-    constants = {t.name: t for t in model.graph.initializer}
-    builder, found = edit.Builder(model, "if/"), False
-    for node in model.graph.node:
-        if node.op_type != "If" or node.input[0] not in constants:
-            builder.nodes.append(node)
-            continue
-        found = True
-        taken = bool(numpy_helper.to_array(constants[node.input[0]]).reshape(-1)[0])
-        branch = next(a.g for a in node.attribute if a.name == ("then_branch" if taken else "else_branch"))
-        own = [t.name for t in branch.initializer] + [o for n in branch.node for o in n.output if o]
-        names = {name: builder.unique(f"{node.name or node.output[0]}/{name}") for name in own}
-        builder.initializers.extend(edit.renamed_tensor(t, names[t.name]) for t in branch.initializer)
-        builder.nodes.extend(edit.renamed(n, names) for n in branch.node)
-        for outer, inner in zip(node.output, branch.output, strict=True):
-            if outer:
-                builder.add("Identity", [names.get(inner.name, inner.name)], outer)
-    return edit.with_nodes(model, builder.nodes, builder.initializers) if found else None
 
 
 def _constants_to_initializers(model: ModelProto) -> ModelProto:

@@ -1,29 +1,32 @@
 """Step 1: bring a model into the one form that the other steps expect.
 
 Functions inlined, opset raised if the target needs it, all floats made float32, constants folded into initializers, nodes named,
-BatchNormalization and padding folded into the layers they belong to, every layer with a bias of its own.
+BatchNormalization and padding folded into the layers they belong to, every layer with a bias of its own; the branches
+that all samples take hoisted into the main graph.
 Inputs and outputs keep their names, and so does every tensor that is still computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper, inliner
+from onnx import ModelProto, NodeProto, TensorProto, helper, inliner
 
-from eptq_onnx.graph import edit, fold, io
+from eptq_onnx.data import Samples
+from eptq_onnx.graph import branches, edit, fold, io
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
 from eptq_onnx.graph.widen import widen
 from eptq_onnx.ops import output_channels
+from eptq_onnx.runtime import Session
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _WITH_BIAS = (*_CONVOLUTIONS, "Gemm")
 
 
-def normalize(model: ModelProto, min_opset: int) -> ModelProto:
+def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None) -> ModelProto:
     """Return the model in normal form; the argument is not changed.
 
     Parameters
@@ -31,6 +34,8 @@ def normalize(model: ModelProto, min_opset: int) -> ModelProto:
     model : ModelProto
     min_opset : int
         The opset is raised to this by onnx's version converter if it is lower.
+    samples : Samples, optional
+        An If whose condition is the same for all of them is settled: see `eptq_onnx.graph.branches`.
 
     Raises
     ------
@@ -40,11 +45,47 @@ def normalize(model: ModelProto, min_opset: int) -> ModelProto:
     result = inliner.inline_local_functions(model) if model.functions else _copy(model)
     result = widen(io.convert_opset(result, min_opset))
     _drop_default_inputs(result)
-    result = fold.fold_constants(result)
+    result = _rewritten(result)
+    if samples is not None:
+        result = _settled(result, samples)
+    return onnx.shape_inference.infer_shapes(result, data_prop=True)
+
+
+def _rewritten(model: ModelProto) -> ModelProto:
+    result = fold.fold_constants(model)
     _name_nodes(result)
     for rewrite in (_fold_batch_normalization, _fold_padding, _own_bias):
         result = rewrite(result)
-    return onnx.shape_inference.infer_shapes(result, data_prop=True)
+    return result
+
+
+def _settled(model: ModelProto, samples: Samples) -> ModelProto:
+    """Hoist the branches that all samples take, those inside them too."""
+    decided: dict[str, bool] = {}
+    stays = {n.name for n in model.graph.node}
+    while found := _decided(model, samples, decided):
+        decided.update(found)
+        model = _rewritten(branches.hoist(model, found))
+    if decided:
+        branches.mark(model, decided, stays)
+    return model
+
+
+def _decided(model: ModelProto, samples: Samples, known: Mapping[str, bool]) -> dict[str, bool]:
+    """The Ifs that are not known yet and whose condition is the same for all samples, with that condition."""
+    conditions = {node: tensor for node, tensor in branches.conditions(model).items() if node not in known}
+    if not conditions:
+        return {}
+    probe = _copy(model)
+    edit.set_outputs(probe, list(dict.fromkeys(conditions.values())), TensorProto.BOOL)
+    edit.prune(probe)
+    session = Session(probe)
+    seen: dict[str, set[bool]] = {tensor: set() for tensor in conditions.values()}
+    for part in samples.batches(range(samples.count), samples.micro_batch(8)):
+        feeds = samples.take(part)
+        for tensor, value in session.run({n: v for n, v in feeds.items() if n in session.inputs}).items():
+            seen[tensor].update(bool(v) for v in value.reshape(-1))
+    return {node: next(iter(seen[tensor])) for node, tensor in conditions.items() if len(seen[tensor]) == 1}
 
 
 def _copy(model: ModelProto) -> ModelProto:

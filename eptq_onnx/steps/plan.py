@@ -11,17 +11,18 @@ The rules, in the words of the operator table (`ops.TABLE`) and the target:
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from onnx import ModelProto, NodeProto
+from onnx import AttributeProto, ModelProto, NodeProto
 
 from eptq_onnx.config import Config
 from eptq_onnx.errors import ModelError
+from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.edit import all_names
-from eptq_onnx.graph.view import GraphView
+from eptq_onnx.graph.view import GraphView, all_nodes, subgraphs
 from eptq_onnx.ops import Bounds, OpSpec, Role, is_known, spec_of
 from eptq_onnx.targets import Target
 from eptq_onnx.types import ActivationQuantizer, KeptFloat, Layer, Plan, QuantSpec
@@ -117,6 +118,8 @@ def _choose(draft: _Draft) -> None:
 def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
     """Why a node stays float, or None."""
     view, rules = draft.view, draft.target.ops
+    if subgraphs(node):
+        return _inside(node, rules.layers)
     if not is_known(node):
         return f"{node.op_type} is not in the operator table"
     if spec.role is Role.FLOAT or spec.role is Role.CLIPPING:
@@ -152,6 +155,21 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
     if not any(reader.name in draft.quantized and _reads(reader, draft.final(o)) for o in node.output for reader in draft.readers(o)):
         return "no integer operator reads its result"
     return None
+
+
+def _inside(node: NodeProto, layers: frozenset[str]) -> str:
+    """Why a node with bodies stays float, and which layers that leaves float."""
+    bodies = {a.name: a.g for a in node.attribute if a.type == AttributeProto.GRAPH}
+    settled = settled_branch(node)
+    if settled is not None:
+        del bodies[settled]
+    counts = Counter(n.op_type for graph in bodies.values() for n in all_nodes(graph) if n.op_type in layers)
+    left = f" ({', '.join(f'{n} {op}' for op, n in sorted(counts.items()))})" if counts else ""
+    if settled is not None:
+        return f"no sample takes its {next(iter(bodies))}: what is in there stays float{left}"
+    if len(bodies) > 1:
+        return f"samples take different branches: what is in them stays float{left}"
+    return f"what it repeats stays float{left}"
 
 
 def _reads(node: NodeProto, tensor: str) -> bool:

@@ -8,13 +8,14 @@ container's keeps its range by a Clip on the integers, between the two nodes.
 from __future__ import annotations
 
 from collections import ChainMap
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from eptq_onnx import quant_math
-from eptq_onnx.graph import edit
+from eptq_onnx.graph import branches, edit
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.types import ActivationQuantizer, IntArray, Layer, Plan, QuantParams, QuantSpec, Rounding
 
@@ -95,7 +96,11 @@ class _Writer:
     def _rewired(self, node: NodeProto) -> NodeProto:
         layer = self._layers.get(node.name)
         own = {name: self._layer_reads[node.name, name] for name in node.input if (node.name, name) in self._layer_reads}
-        copy = edit.renamed(node, ChainMap(own, self.read_as))
+        reads: Mapping[str, str] = ChainMap(own, self.read_as)
+        if branches.settled_branch(node):
+            # The other branch gets inputs that the scales do not know: it reads them as they come.
+            reads = {name: new for name, new in reads.items() if name not in self._view.inputs}
+        copy = edit.renamed(node, reads)
         if layer is not None and layer.bias is not None and not layer.has_bias and self._rounding.biases[layer.bias].any():
             del copy.input[2:]
             copy.input.append(self._layer_reads[node.name, layer.bias])

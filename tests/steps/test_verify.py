@@ -45,4 +45,4 @@ def test_an_invalid_model_is_not_passed_on():
     broken.CopyFrom(model)
     broken.graph.node[0].op_type = "Nonsense"
     with pytest.raises(OutputError, match="not valid ONNX"):
-        verify(model, broken, p, {}, target, data.read(images(4), model), np.arange(4), silent)
+        verify(model, broken, broken, p, {}, target, data.read(images(4), model), np.arange(4), 0, silent)
