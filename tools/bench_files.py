@@ -34,6 +34,7 @@ from rich.table import Table
 from eptq_onnx import data
 from eptq_onnx.errors import EptqError
 from eptq_onnx.graph import io
+from eptq_onnx.graph.branches import flattened
 from eptq_onnx.quant_math import sqnr_db
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.normalize import normalize
@@ -110,7 +111,7 @@ def counted(layers: list[dict[str, Any]]) -> str:
     return ", ".join(f"{n} {op}" for op, n in sorted(Counter(x["op_type"] for x in layers).items()))
 
 
-def reasons(kept: list[dict[str, Any]], most: int = 6) -> str:
+def reasons(kept: list[dict[str, Any]], most: int = 4) -> str:
     """The most frequent reasons to stay float."""
     counts = Counter((k["op_type"], k["reason"]) for k in kept)
     lines = [f"{n} {op}: {why}" for (op, why), n in counts.most_common(most)]
@@ -150,7 +151,7 @@ def peer_fidelity(file: Path, calibration: data.Samples, evaluation: data.Sample
     try:
         found = best_setting(file, calibration, evaluation, reference, folder)
         if found is None:
-            onnx.save(normalize(io.load(file), 13), folder / "flat.onnx")
+            onnx.save(flattened(normalize(io.load(file), 13, calibration)), folder / "flat.onnx")
             found = best_setting(folder / "flat.onnx", calibration, evaluation, reference, folder)
             return f"nothing quantized; of the flattened graph: {found}" if found else "nothing quantized"
     except Exception as e:

@@ -8,9 +8,11 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import branches, edit
+from eptq_onnx.graph.view import GraphView
 
 
 def fold_constants(model: ModelProto) -> ModelProto:
@@ -27,7 +29,7 @@ def fold_constants(model: ModelProto) -> ModelProto:
     logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
     while True:
-        model = _folded_once(_constants_to_initializers(model))
+        model = _without_identities(_folded_once(_dequantized(_constants_to_initializers(model))))
         resolved = branches.with_known_branches(model)
         if resolved is None:
             return model
@@ -63,6 +65,30 @@ def _constants_to_initializers(model: ModelProto) -> ModelProto:
         else:
             result.graph.initializer.append(value)
     return edit.with_nodes(result, kept)
+
+
+def _dequantized(model: ModelProto) -> ModelProto:
+    """A copy in which weights that are stored as integers behind DequantizeLinear are float (onnx-graphsurgeon leaves them)."""
+    view, kept, values = GraphView(model), [], []
+    for node in view.nodes:
+        if node.op_type != "DequantizeLinear" or not all(view.is_constant(i) for i in node.input if i):
+            kept.append(node)
+            continue
+        evaluator = ReferenceEvaluator(node, opsets={o.domain: o.version for o in model.opset_import})
+        (value,) = evaluator.run(None, {i: view.constant(i) for i in node.input if i})
+        values.append(numpy_helper.from_array(np.asarray(value), node.output[0]))
+    return edit.with_nodes(model, kept, values) if values else model
+
+
+def _without_identities(model: ModelProto) -> ModelProto:
+    """A copy without the Identity nodes that only give a tensor a second name."""
+    outputs, names, kept = {o.name for o in model.graph.output}, dict[str, str](), []
+    for node in model.graph.node:
+        if node.op_type == "Identity" and node.output[0] not in outputs:
+            names[node.output[0]] = names.get(node.input[0], node.input[0])
+        else:
+            kept.append(edit.renamed(node, names) if names else node)
+    return edit.with_nodes(model, kept) if names else model
 
 
 def _constant_value(node: NodeProto) -> TensorProto | None:

@@ -6,9 +6,10 @@ import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, checker
+from onnx import ModelProto, checker, numpy_helper
 
 from eptq_onnx.errors import ModelError, OutputError
 from eptq_onnx.graph.view import opset_of
@@ -53,7 +54,18 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
         except (OSError, ValueError, checker.ValidationError) as e:
             raise ModelError(f"the external data of {name} cannot be read: {' '.join(str(e).split())}.") from e
     _check(proto, name)
+    _densify(proto)
     return proto
+
+
+def _densify(proto: ModelProto) -> None:
+    """Sparse initializers become ordinary ones, in place."""
+    for sparse in proto.graph.sparse_initializer:
+        values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        dense = np.zeros(tuple(sparse.dims), values.dtype)
+        dense[tuple(places.T) if places.ndim == 2 else np.unravel_index(places, dense.shape)] = values
+        proto.graph.initializer.append(numpy_helper.from_array(dense, sparse.values.name))
+    del proto.graph.sparse_initializer[:]
 
 
 def _parse(data: bytes, name: str) -> ModelProto:
@@ -72,8 +84,10 @@ def _check(proto: ModelProto, name: str) -> None:
             checker.check_model(proto)
         except checker.ValidationError as e:
             raise ModelError(f"{name} is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
+    constants = {t.name for t in proto.graph.initializer} | {o for n in proto.graph.node if n.op_type == "Constant" for o in n.output}
     for node in proto.graph.node:
-        if node.op_type in _QUANTIZED:
+        weight_only = node.op_type == "DequantizeLinear" and constants.issuperset(i for i in node.input if i)
+        if node.op_type in _QUANTIZED and not weight_only:
             raise ModelError(f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): give the float model.")
 
 

@@ -48,13 +48,18 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
     result = _rewritten(result)
     if samples is not None:
         result = _settled(result, samples)
-    return onnx.shape_inference.infer_shapes(result, data_prop=True)
+    result = onnx.shape_inference.infer_shapes(result, data_prop=True)
+    # Behind an If more is known of the branch that samples take than of both.
+    known = list(branches.flattened(result).graph.value_info)
+    del result.graph.value_info[:]
+    result.graph.value_info.extend(known)
+    return result
 
 
 def _rewritten(model: ModelProto) -> ModelProto:
     result = fold.fold_constants(model)
     _name_nodes(result)
-    for rewrite in (_fold_batch_normalization, _fold_padding, _own_bias):
+    for rewrite in (_as_matrix_products, _fold_bias, _fold_batch_normalization, _fold_padding, _own_bias):
         result = rewrite(result)
     return result
 
@@ -114,7 +119,7 @@ def _name_nodes(model: ModelProto) -> None:
 
 
 def _rewrite(model: ModelProto, visit: Callable[[NodeProto, GraphView, edit.Builder], NodeProto | None]) -> ModelProto:
-    """Offer every node to ``visit``; a node that it returns stands for the node and its only data producer."""
+    """Offer every node to ``visit``; a node that it returns stands for the node and the only producer of its data."""
     changed = True
     while changed:
         changed = False
@@ -126,7 +131,7 @@ def _rewrite(model: ModelProto, visit: Callable[[NodeProto, GraphView, edit.Buil
                 continue
             merged = visit(node, view, builder)
             if merged is not None:
-                producer = view.producer[node.input[0]]
+                producer = next(view.producer[i] for i in node.input if i in view.producer)
                 if id(producer) in replaced:
                     continue
                 replaced.update((id(node), id(producer)))
@@ -190,6 +195,84 @@ def _scale_outputs(layer: NodeProto, weight: NDArray[np.float64], a: NDArray[np.
 
 def _constant(b: edit.Builder, value: NDArray[np.float64], stem: str) -> str:
     return b.constant(value.astype(np.float32), stem)
+
+
+def _fold_bias(model: ModelProto) -> ModelProto:
+    """x W + b with matrices x and W is one Gemm, whose bias runtimes add to the products before they are rounded."""
+    return _rewrite(onnx.shape_inference.infer_shapes(model), _visit_bias)
+
+
+def _visit_bias(node: NodeProto, view: GraphView, b: edit.Builder) -> NodeProto | None:
+    if node.op_type != "Add":
+        return None
+    for product, bias in (node.input, reversed(node.input)):
+        layer = view.producer.get(product)
+        if layer is None or layer.op_type != "MatMul" or not _sole_reader(view, product) or not view.is_constant(bias):
+            continue
+        if not view.is_constant(layer.input[1]) or view.is_constant(layer.input[0]) or not view.is_float(bias):
+            continue
+        shapes = [view.shape(layer.input[0]), view.shape(layer.input[1]), view.shape(bias)]
+        if any(s is None for s in shapes) or [len(s or ()) for s in shapes[:2]] != [2, 2]:
+            continue
+        columns = view.constant(layer.input[1]).shape[1]
+        value = view.constant(bias)
+        if value.size not in (1, columns) or value.ndim > 2 or (value.ndim == 2 and value.shape[0] != 1) or not np.isfinite(value).all():
+            continue
+        name = b.constant(np.ascontiguousarray(np.broadcast_to(value.reshape(-1), columns)), f"{node.name}_bias")
+        return helper.make_node("Gemm", [*layer.input, name], list(node.output), name=layer.name)
+    return None
+
+
+def _as_matrix_products(model: ModelProto) -> ModelProto:
+    """Products with a constant in another place or notation become a MatMul with a constant right operand."""
+    view, builder = GraphView(onnx.shape_inference.infer_shapes(model)), edit.Builder(model)
+    for node in view.nodes:
+        if not (_turn_left_constant(node, view, builder) or _einsum_as_matrix_product(node, view, builder)):
+            builder.nodes.append(node)
+    result = edit.with_nodes(model, builder.nodes, builder.initializers)
+    edit.prune(result)
+    return result
+
+
+def _turn_left_constant(node: NodeProto, view: GraphView, b: edit.Builder) -> bool:
+    """W X = (Xᵀ Wᵀ)ᵀ, with W constant and X of two or more axes."""
+    if node.op_type != "MatMul" or not view.is_constant(node.input[0]) or view.is_constant(node.input[1]):
+        return False
+    weight, shape = view.constant(node.input[0]), view.shape(node.input[1])
+    if weight.ndim != 2 or shape is None or len(shape) < 2 or not view.is_float(node.input[0]):
+        return False
+    swap = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
+    turned = b.add("Transpose", [node.input[1]], b.unique(f"{node.input[1]}_turned"), perm=swap)
+    constant = b.constant(np.ascontiguousarray(weight.T), f"{node.input[0]}_turned")
+    product = b.unique(f"{node.output[0]}_turned")
+    b.nodes.append(helper.make_node("MatMul", [turned, constant], [product], name=node.name))
+    b.add("Transpose", [product], node.output[0], perm=swap)
+    return True
+
+
+def _einsum_as_matrix_product(node: NodeProto, view: GraphView, b: edit.Builder) -> bool:
+    """Σ over the last axes of x with the axes of a constant: "bsd,dhk->bshk" is x (W as a matrix), reshaped."""
+    if node.op_type != "Einsum" or len(node.input) != 2 or [view.is_constant(i) for i in node.input] != [False, True]:
+        return False
+    left, _, result = str(attribute(node, "equation")).replace(" ", "").partition("->")
+    x, _, w = left.partition(",")
+    summed = [c for c in x if c in w]
+    kept, new = x[: len(x) - len(summed)], [c for c in w if c not in x]
+    weight = view.constant(node.input[1])
+    plain = "." not in left and result == kept + "".join(new) and x == kept + "".join(summed)
+    if not plain or not kept or not new or not summed or len(set(w)) != len(w) or len(set(x)) != len(x) or not view.is_float(node.input[1]):
+        return False
+    order = weight.transpose([w.index(c) for c in (*summed, *new)])
+    sizes = [weight.shape[w.index(c)] for c in new]
+    matrix = np.ascontiguousarray(order.reshape(-1, int(np.prod(sizes))))
+    source = node.input[0]
+    if len(summed) > 1:
+        source = b.add("Reshape", [source, b.constant(np.array([0] * len(kept) + [len(matrix)]), "shape")])
+    flat = b.unique(f"{node.output[0]}_flat") if len(new) > 1 else node.output[0]
+    b.nodes.append(helper.make_node("MatMul", [source, b.constant(matrix, f"{node.input[1]}_matrix")], [flat], name=node.name))
+    if len(new) > 1:
+        b.add("Reshape", [flat, b.constant(np.array([0] * len(kept) + sizes), "shape")], node.output[0])
+    return True
 
 
 def _fold_padding(model: ModelProto) -> ModelProto:

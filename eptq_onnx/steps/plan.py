@@ -225,7 +225,8 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
                 result=draft.final(node.output[0]),
                 bias=bias,
                 has_bias=has_bias,
-                weight_spec=draft.target.weight_spec(bits, axis),
+                # Integer kernels of stacked matrices take one scale in all.
+                weight_spec=draft.target.weight_spec(bits, None if spec.weight in (spec.data or ()) and rank > 2 else axis),
                 output_axis=spec.output_axis,
                 edge=edge,
             )
@@ -326,9 +327,11 @@ def _through(view: GraphView, tensor: str) -> str:
 
 
 def _channel_axis(view: GraphView, tensor: str) -> int:
-    """That of the layer that makes the tensor; else axis 1 of images and the last of all others."""
+    """That of the layer that makes the tensor, if scalar functions alone stand between; else axis 1 of images and the last of others."""
     rank = len(view.shape(tensor) or ())
     producer = view.producer.get(tensor)
+    while producer is not None and spec_of(producer).elementwise and len([i for i in producer.input if not view.is_constant(i)]) == 1:
+        producer = view.producer.get(producer.input[0])
     if producer is not None and spec_of(producer).role is Role.LAYER and rank:
         return spec_of(producer).output_axis % rank
     return 1 if rank >= 4 else max(rank - 1, 0)

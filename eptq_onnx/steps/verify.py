@@ -55,7 +55,7 @@ def verify(
         Names the integer kernels.
     samples : Samples
     indices : ndarray of shape (n_samples,)
-        Samples that the optimization has not seen; at most 32 are used.
+        Samples that the optimization has not seen; at most 32 are used (or what one batch needs).
     float_bytes : int
         Size of the original model.
     progress : callable
@@ -82,7 +82,8 @@ def verify(
     pairs = {x.node: (x.result, stands_for.get(x.result, x.result)) for x in plan.layers}
     reference = Session(edit.exposing(model, [float_name for float_name, _ in pairs.values()]))
     inside = Session(edit.exposing(flat, [quantized_name for _, quantized_name in pairs.values()]))
-    chosen = indices[:_SAMPLES]
+    # A model that prescribes more samples at a time than were held out is compared on some that were not.
+    chosen = indices[:_SAMPLES] if len(indices) >= (samples.fixed_batch or 1) else np.arange(samples.fixed_batch or 0)
     power: dict[str, float] = defaultdict(float)
     noise: dict[str, float] = defaultdict(float)
     done = 0

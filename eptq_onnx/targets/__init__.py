@@ -84,8 +84,8 @@ class Target(_Row):
     ops: OpRules
     kernels: dict[str, tuple[str, ...]]
 
-    def weight_spec(self, bits: int, axis: int) -> QuantSpec:
-        """Spec of a weight with output-channel axis ``axis``."""
+    def weight_spec(self, bits: int, axis: int | None) -> QuantSpec:
+        """Spec of a weight with output-channel axis ``axis``; None for one scale in all."""
         low, high = self.weight.range_8_bits if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         return QuantSpec(bits, low, high, self.weight.container, True, axis if self.weight.per_channel else None)
 
