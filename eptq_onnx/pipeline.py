@@ -23,6 +23,7 @@ from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import flattened, sink
+from eptq_onnx.graph.opsets import restored
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.report import LayerReport, Report
@@ -167,14 +168,14 @@ def quantize(
     with clock("verify"):
         told = partial(progress, "verify")
         verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, chosen[held], original.ByteSize(), told)
-    notes = [*_type_notes(original, config), *notes, *_left_over(calibration, samples)]
+    notes = [*_type_notes(original, config), *_opset_notes(original, whole), *notes, *_left_over(calibration, samples)]
     report = Report(
         version=eptq_onnx.__version__,
         model=str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name,
         target=target.name,
         engine=engine.name if engine else "",
         config=config.model_dump(mode="json"),
-        opset=opset_of(quantized),
+        opset=max(opset_of(quantized), opset_of(original)),
         samples=samples.count,
         unused_samples=calibration.unused_samples,
         layers=_layer_reports(plan, scores, verification, len(chosen)),
@@ -185,7 +186,7 @@ def quantize(
         seconds=clock.seconds,
         peak_memory_bytes=_peak_memory(),
     )
-    return Result(quantized, report)
+    return Result(restored(quantized, opset_of(original), original.ir_version), report)
 
 
 def _guarded(
@@ -223,6 +224,11 @@ def _type_notes(model: ModelProto, config: Config) -> list[str]:
     if config.activation_bits > 8:
         notes.append("no integer kernels are known for 16-bit activations: operators compute in float32 between their quantizers")
     return notes
+
+
+def _opset_notes(model: ModelProto, readable: ModelProto) -> list[str]:
+    own, read = opset_of(model), opset_of(readable)
+    return [f"the installed onnxruntime does not read opset {own}: the result was made and verified in opset {read}"] if own > read else []
 
 
 def _left_over(calibration: Calibration, samples: Samples) -> list[str]:

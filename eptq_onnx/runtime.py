@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -11,13 +12,16 @@ from typing import Any
 
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, helper
 
 from eptq_onnx.errors import InstallError, ModelError
 from eptq_onnx.types import Feeds
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A message must stay below 2 GiB; some room is left for what onnxruntime adds."""
+
+_OLDEST_OPSET, _OLDEST_IR = 19, 9
+"""What every supported onnxruntime reads."""
 
 _DISTRIBUTIONS = (
     "onnxruntime",
@@ -96,6 +100,32 @@ def load_gradient_builder() -> Any:
             f"uninstall it (pip uninstall -y {' '.join(found) or 'onnxruntime'}), then {_INSTALL}."
         )
     return _pybind_state
+
+
+@cache
+def newest_readable() -> tuple[int, int]:
+    """Highest default-domain opset and IR version that the installed onnxruntime reads and onnx can write.
+
+    It does not tell: it is tried.
+    """
+    opset = _highest(lambda version: _tiny(version, _OLDEST_IR), _OLDEST_OPSET, onnx.defs.onnx_opset_version())
+    return opset, _highest(lambda version: _tiny(_OLDEST_OPSET, version), _OLDEST_IR, onnx.IR_VERSION)
+
+
+def _tiny(opset: int, ir_version: int) -> ModelProto:
+    info = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "tiny", info[:1], info[1:])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+
+
+def _highest(model: Callable[[int], ModelProto], low: int, high: int) -> int:
+    for version in range(high, low, -1):
+        try:
+            Session(model(version))
+        except ModelError:
+            continue
+        return version
+    return low
 
 
 class Session:

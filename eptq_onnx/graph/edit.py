@@ -109,6 +109,22 @@ def renamed_tensor(tensor: TensorProto, name: str) -> TensorProto:
     return copy
 
 
+def without_weights(model: ModelProto) -> ModelProto:
+    """A copy of everything but the initializers."""
+    result = ModelProto()
+    for source, copy, left_out in ((model, result, "graph"), (model.graph, result.graph, "initializer")):
+        for field, value in source.ListFields():
+            if field.name == left_out:
+                continue
+            if field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED:
+                getattr(copy, field.name).extend(value)
+            elif field.message_type is not None:
+                getattr(copy, field.name).CopyFrom(value)
+            else:
+                setattr(copy, field.name, value)
+    return result
+
+
 def with_nodes(
     model: ModelProto,
     nodes: Iterable[NodeProto],
@@ -117,13 +133,11 @@ def with_nodes(
     drop: Iterable[str] = (),
 ) -> ModelProto:
     """A copy of the model whose node list is replaced, with initializers added and dropped by name."""
-    result = ModelProto()
-    result.CopyFrom(model)
-    gone = set(drop)
-    kept = [t for t in result.graph.initializer if t.name not in gone]
-    del result.graph.node[:], result.graph.initializer[:]
-    result.graph.node.extend(nodes)
-    result.graph.initializer.extend([*kept, *initializers])
+    result, gone, replacement = without_weights(model), set(drop), list(nodes)
+    del result.graph.node[:]
+    result.graph.node.extend(replacement)
+    result.graph.initializer.extend(t for t in model.graph.initializer if t.name not in gone)
+    result.graph.initializer.extend(initializers)
     if gone:
         inputs = [i for i in result.graph.input if i.name not in gone]
         del result.graph.input[:]

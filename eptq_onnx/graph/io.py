@@ -12,7 +12,6 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, checker, numpy_helper
 
 from eptq_onnx.errors import ModelError, OutputError
-from eptq_onnx.graph.view import opset_of
 from eptq_onnx.runtime import PROTOBUF_LIMIT
 
 _QUANTIZED = {
@@ -89,27 +88,6 @@ def _check(proto: ModelProto, name: str) -> None:
         weight_only = node.op_type == "DequantizeLinear" and constants.issuperset(i for i in node.input if i)
         if node.op_type in _QUANTIZED and not weight_only:
             raise ModelError(f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): give the float model.")
-
-
-def convert_opset(model: ModelProto, minimum: int) -> ModelProto:
-    """Raise the default-domain opset to at least ``minimum`` with onnx's version converter.
-
-    Raises
-    ------
-    ModelError
-        If an operator cannot be converted.
-    """
-    current = opset_of(model)
-    if current >= minimum:
-        return model
-    try:
-        result = onnx.version_converter.convert_version(model, minimum)
-    except Exception as e:
-        # The converter raises bare C++ exceptions of several kinds.
-        raise ModelError(
-            f"the model's opset {current} cannot be raised to {minimum}, which the target needs: {' '.join(str(e).split())[:300]}"
-        ) from e
-    return result
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:

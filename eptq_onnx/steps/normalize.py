@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, inliner
 
 from eptq_onnx.data import Samples
-from eptq_onnx.graph import branches, edit, fold, io
+from eptq_onnx.graph import branches, edit, fold, opsets
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
 from eptq_onnx.graph.widen import widen
 from eptq_onnx.ops import output_channels
-from eptq_onnx.runtime import Session
+from eptq_onnx.runtime import Session, newest_readable
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _WITH_BIAS = (*_CONVOLUTIONS, "Gemm")
+_FIRST_IR_WITH_CONSTANTS = 4
 
 
 def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None) -> ModelProto:
@@ -33,7 +34,7 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
     ----------
     model : ModelProto
     min_opset : int
-        The opset is raised to this by onnx's version converter if it is lower.
+        The opset is raised to this if it is lower, and lowered to what the installed onnxruntime reads if it is higher.
     samples : Samples, optional
         An If whose condition is the same for all of them is settled: see `eptq_onnx.graph.branches`.
 
@@ -43,9 +44,8 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
         If the model cannot be converted or folded.
     """
     result = inliner.inline_local_functions(model) if model.functions else _copy(model)
-    result = widen(io.convert_opset(result, min_opset))
     _drop_default_inputs(result)
-    result = _rewritten(result)
+    result = _rewritten(widen(opsets.within(result, min_opset, *newest_readable())))
     if samples is not None:
         result = _settled(result, samples)
     result = onnx.shape_inference.infer_shapes(result, data_prop=True)
@@ -101,6 +101,7 @@ def _copy(model: ModelProto) -> ModelProto:
 
 def _drop_default_inputs(model: ModelProto) -> None:
     """Initializers listed as inputs (IR 3 style) become constants."""
+    model.ir_version = max(model.ir_version, _FIRST_IR_WITH_CONSTANTS)
     constants = {t.name for t in model.graph.initializer}
     inputs = [i for i in model.graph.input if i.name not in constants]
     del model.graph.input[:]

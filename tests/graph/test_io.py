@@ -25,19 +25,6 @@ def test_missing_external_data_is_told(tmp_path):
         io.load(tmp_path / "m.onnx")
 
 
-def test_an_operator_that_cannot_be_converted_is_told():
-    model = onnx.parser.parse_model(
-        '<ir_version: 4, opset_import: ["" : 7]> g (float[N,1,4,4] x) => (float[N,1,h,w] y) { y = Upsample <mode = "nearest"> (x) }'
-    )
-    with pytest.raises(ModelError, match="opset 7 cannot be raised to 13"):
-        io.convert_opset(model, 13)
-
-
-def test_a_high_enough_opset_is_left_alone():
-    model = small_convnet()
-    assert io.convert_opset(model, 13) is model
-
-
 def test_unwritable_places(tmp_path):
     with pytest.raises(OutputError, match="is a folder"):
         io.check_writable(tmp_path)
