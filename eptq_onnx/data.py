@@ -63,6 +63,11 @@ class Samples:
             feeds[name] = np.ascontiguousarray(np.moveaxis(array[indices], 0, axis)) if axis is not None else array
         return feeds
 
+    def two_batches(self, size: int) -> tuple[Feeds, Feeds]:
+        """Batches of the first and of the last samples, repeated where there are fewer."""
+        first = np.arange(size) % self.count
+        return self.take(first), self.take(self.count - 1 - first)
+
     def shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         """Input shapes of a batch."""
         shapes = {}

@@ -58,7 +58,8 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
 
     def __init__(self, samples: Samples) -> None:
         size = samples.micro_batch(8)
-        self._batches = [samples.take(part) for part in samples.batches(range(samples.count), size)]
+        # The calibrators want batches of one size.
+        self._batches = [samples.take(part) for part in samples.batches(range(samples.count), size) if len(part) == size]
         self._left: Iterator[Feeds] = iter(self._batches)
 
     def __len__(self) -> int:

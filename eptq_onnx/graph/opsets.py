@@ -77,7 +77,8 @@ def converted(model: ModelProto, opset: int) -> ModelProto:
     stand_ins = [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in large if t.name not in present]
     light.graph.input.extend(stand_ins)
     try:
-        light = onnx.version_converter.convert_version(light, opset)
+        # Some adapters ask for the ranks of tensors.
+        light = onnx.version_converter.convert_version(onnx.shape_inference.infer_shapes(light, data_prop=True), opset)
     except Exception as e:
         # The converter raises bare C++ exceptions of several kinds.
         raise ModelError(

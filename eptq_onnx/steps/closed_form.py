@@ -20,6 +20,7 @@ from eptq_onnx import compensation, quant_math
 from eptq_onnx.config import Config
 from eptq_onnx.data import Samples, spread
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk, peak_bytes
 from eptq_onnx.linear import LinearForm, scale_places
@@ -79,7 +80,7 @@ def closed_form(
     Input-error correction and sequential rounding follow OBQ (Frantar and Alistarh 2022) and GPTQ (Frantar et al. 2023).
     """
     size = samples.micro_batch()
-    affordable = _MEMORY // max(1, 2 * peak_bytes(edit.specialize(model, samples.shapes(size)))) * size
+    affordable = _MEMORY // max(1, 2 * peak_bytes(specialize(model, samples.two_batches(size)))) * size
     kept = indices[spread(len(indices), max(affordable, size))]
     feeds = [samples.take(part) for part in (kept[p] for p in samples.batches(range(len(kept)), size))]
     student, names = _with_open_layers(quantized, plan)

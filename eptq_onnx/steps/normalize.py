@@ -17,6 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, inliner
 
 from eptq_onnx.data import Samples
 from eptq_onnx.graph import branches, edit, fold, opsets
+from eptq_onnx.graph.shapes import with_ranks
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
 from eptq_onnx.graph.widen import widen
 from eptq_onnx.ops import output_channels
@@ -46,14 +47,15 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
     result = inliner.inline_local_functions(model) if model.functions else _copy(model)
     _drop_default_inputs(result)
     result = _rewritten(widen(opsets.within(result, min_opset, *newest_readable())))
-    if samples is not None:
-        result = _settled(result, samples)
-    result = onnx.shape_inference.infer_shapes(result, data_prop=True)
+    if samples is None:
+        return onnx.shape_inference.infer_shapes(result, data_prop=True)
+    result = onnx.shape_inference.infer_shapes(_settled(result, samples), data_prop=True)
     # Behind an If more is known of the branch that samples take than of both.
-    known = list(branches.flattened(result).graph.value_info)
-    del result.graph.value_info[:]
-    result.graph.value_info.extend(known)
-    return result
+    known = with_ranks(branches.flattened(result), samples.two_batches(samples.micro_batch(1))[0]).graph.value_info
+    replaced = edit.with_nodes(result, result.graph.node)
+    del replaced.graph.value_info[:]
+    replaced.graph.value_info.extend(known)
+    return replaced
 
 
 def _rewritten(model: ModelProto) -> ModelProto:
