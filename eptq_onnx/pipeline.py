@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 import eptq_onnx
 from eptq_onnx import targets
 from eptq_onnx.config import Attention, Config, Start, WeightRange
-from eptq_onnx.data import Samples, Source, read, spread
+from eptq_onnx.data import Samples, read, spread
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import io
@@ -26,6 +27,7 @@ from eptq_onnx.graph.branches import flattened, sink
 from eptq_onnx.graph.opsets import restored
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.widen import other_float_types
+from eptq_onnx.readers import Source
 from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.steps.allocate import allocate
 from eptq_onnx.steps.calibrate import calibrate
@@ -92,8 +94,9 @@ def quantize(
     ----------
     model : path, bytes or ModelProto
         The float model; never changed.
-    data : path of a .npz, mapping of arrays, or array
-        Calibration samples without labels: one array per model input, samples along the first axis.
+    data : Source
+        Calibration samples without labels: one array per model input, samples along the first axis; or feeds, files, or
+        a function that gives them; see `eptq_onnx.readers.opened`.
     config : Config, optional
     progress : callable, optional
 
@@ -120,7 +123,7 @@ def quantize(
         plan = make_plan(whole, target, config)
     with clock("calibrate"):
         calibration = calibrate(float_model, plan, samples, config, partial(progress, "calibrate"))
-    chosen = spread(samples.count, config.score_samples)
+    chosen, walked, held = _shares(samples, config)
     scores: Scores | None = None
     if engine is not None and _wants_scores(config):
         with clock("score"), _noting(notes, "no Hessian scores, plain MSE ranges instead"):
@@ -148,12 +151,11 @@ def quantize(
             )
     with clock("ranges"):
         rounding = weight_ranges(float_model, plan, calibration, scores, config)
-    seen, held = split(len(chosen), config.holdout, config.seed)
     if config.start is Start.CLOSED_FORM:
         with clock("closed form"):
             nearest = flattened(write(whole, plan, rounding)[0])
             told = partial(progress, "closed form")
-            rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, chosen[seen], scores, config, told)
+            rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, walked, scores, config, told)
             notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
     trace: OptimizationTrace | None = None
     if engine is not None and config.step_count:
@@ -167,8 +169,8 @@ def quantize(
         flat, quantized = flattened(marked), sink(marked)
     with clock("verify"):
         told = partial(progress, "verify")
-        verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, chosen[held], original.ByteSize(), told)
-    notes = [*_type_notes(original, config), *_opset_notes(original, whole), *notes, *_left_over(calibration, samples)]
+        verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, held, original.ByteSize(), told)
+    notes = [*_type_notes(original, config), *_opset_notes(original, whole), *notes, *_left_over(calibration, samples, engine)]
     report = Report(
         version=eptq_onnx.__version__,
         model=str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name,
@@ -187,6 +189,17 @@ def quantize(
         peak_memory_bytes=_peak_memory(),
     )
     return Result(restored(quantized, opset_of(original), original.ir_version), report)
+
+
+def _shares(samples: Samples, config: Config) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Samples to score and optimize on, to round layer by layer on, and to compare on; the last are not among the second."""
+    alike = samples.alike()
+    chosen = alike[spread(len(alike), config.score_samples)]
+    seen, held = split(len(chosen), config.holdout, config.seed)
+    if len(alike) == samples.count:
+        return chosen, chosen[seen], chosen[held]
+    # Fixed shapes are for gradients: layers are rounded on samples of all sizes.
+    return chosen, np.setdiff1d(spread(samples.count, config.score_samples), chosen[held]), chosen[held]
 
 
 def _guarded(
@@ -231,9 +244,14 @@ def _opset_notes(model: ModelProto, readable: ModelProto) -> list[str]:
     return [f"the installed onnxruntime does not read opset {own}: the result was made and verified in opset {read}"] if own > read else []
 
 
-def _left_over(calibration: Calibration, samples: Samples) -> list[str]:
-    count = calibration.unused_samples
-    return [f"{count} samples are left over: the model takes {samples.fixed_batch} at a time"] if count else []
+def _left_over(calibration: Calibration, samples: Samples, engine: Engine | None) -> list[str]:
+    count, alike = calibration.unused_samples, len(samples.alike())
+    notes = [f"{count} samples are left over: the model takes {samples.fixed_batch} at a time"] if count else []
+    if engine is not None and alike < samples.count:
+        notes.append(
+            f"gradients need fixed shapes: scored and optimized on the {alike} of {samples.count} samples of the most frequent size"
+        )
+    return notes
 
 
 def _tell_loss(progress: Progress, done: int, total: int, loss: float) -> None:

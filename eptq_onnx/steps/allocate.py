@@ -92,7 +92,7 @@ def allocate(
     """
     size = samples.micro_batch()
     chosen = indices[spread(len(indices), max(_SAMPLES, size))]
-    walk = Walk(model, [samples.take(chosen[part]) for part in samples.batches(range(len(chosen)), size)])
+    walk = Walk(model, [samples.take(part) for part in samples.batches(chosen, size)])
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
     quantizers = plan.quantizer_of

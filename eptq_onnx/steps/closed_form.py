@@ -82,7 +82,7 @@ def closed_form(
     size = samples.micro_batch()
     affordable = _MEMORY // max(1, 2 * peak_bytes(specialize(model, samples.two_batches(size)))) * size
     kept = indices[spread(len(indices), max(affordable, size))]
-    feeds = [samples.take(part) for part in (kept[p] for p in samples.batches(range(len(kept)), size))]
+    feeds = [samples.take(part) for part in samples.batches(kept, size)]
     student, names = _with_open_layers(quantized, plan)
     inputs = {n.name: n.input[0] for n in student.graph.node}
     exact, rough = Walk(model, feeds), Walk(student, feeds)

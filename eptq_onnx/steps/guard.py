@@ -54,7 +54,7 @@ def sensitive_activations(
     size = samples.micro_batch()
     noise = dict.fromkeys(quantizers, 0.0)
     seen = 0
-    parts = list(samples.batches(range(min(len(indices), _SAMPLES)), size))
+    parts = list(samples.parts(indices[:_SAMPLES], size))
     runs = ordered_map(lambda part: session.run(samples.take(indices[part]), list(quantizers)), parts)
     for part, values in zip(parts, runs, strict=True):
         for name, quantizer in quantizers.items():
