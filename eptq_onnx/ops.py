@@ -66,6 +66,8 @@ class OpSpec:
         Channel axis of a layer's output.
     linear : callable or None
         (node, view) to the layer as a matrix product; None where it is none.
+    table : callable or None
+        Node to position of the input whose rows (axis 0) it looks up; None where it does not.
     lowering : Lowering or None
     gradient : Gradient
     rearranges : bool
@@ -86,6 +88,7 @@ class OpSpec:
     grouped_axis: bool = False
     output_axis: int = 1
     linear: Callable[[NodeProto, GraphView], LinearForm | None] | None = None
+    table: Callable[[NodeProto], int | None] | None = None
     lowering: lower.Lowering | None = None
     gradient: Gradient = Gradient.ENGINE
     rearranges: bool = False
@@ -188,6 +191,10 @@ def _matmul_form(node: NodeProto, view: GraphView) -> MatrixForm | None:
     return MatrixForm() if view.constant(node.input[1]).ndim == 2 else None
 
 
+def _rows_looked_up(node: NodeProto) -> int | None:
+    return 0 if int_attribute(node, "axis", 0) == 0 else None
+
+
 _MOVES = OpSpec(Role.EQUAL_SCALE)
 _REARRANGES = OpSpec(Role.EQUAL_SCALE, rearranges=True)
 _FLOAT = OpSpec()
@@ -238,7 +245,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Transpose"): _REARRANGES,
     ("", "Slice"): _MOVES,
     ("", "Split"): _lowered(lower.split, Role.EQUAL_SCALE),
-    ("", "Gather"): _MOVES,
+    ("", "Gather"): OpSpec(Role.EQUAL_SCALE, table=_rows_looked_up),
     ("", "Expand"): _MOVES,
     ("", "Tile"): _MOVES,
     ("", "Identity"): _REARRANGES,

@@ -28,6 +28,7 @@ from eptq_onnx.targets import Target
 from eptq_onnx.types import ActivationQuantizer, KeptFloat, Layer, Plan, QuantSpec
 
 _NO_BOUNDS: Bounds = (-np.inf, np.inf)
+_LEAST_TABLE = 16_384
 
 
 @dataclass
@@ -80,7 +81,7 @@ def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[s
             f"there is nothing to quantize: no {', '.join(sorted(target.ops.layers))} with a constant float32 weight"
             f"{' (' + reasons + ')' if reasons else ''}."
         )
-    activations = _activations(draft, layers, config)
+    activations = (*_activations(draft, layers, config), *_tables(draft))
     absorbed = _absorbed_nodes(draft, activations)
     return Plan(layers, activations, _integer_nodes(draft), absorbed, _kept_float(draft, absorbed), target.bias.integer)
 
@@ -275,6 +276,28 @@ def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tu
             ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), constant, through, _channel_axis(view, first))
         )
     return tuple(result)
+
+
+def _tables(draft: _Draft) -> list[ActivationQuantizer]:
+    """Tables whose rows float nodes look up, stored as 8-bit integers with one scale a row."""
+    view = draft.view
+    found: dict[str, None] = {}
+    for node in view.nodes:
+        row = spec_of(node)
+        place = row.table(node) if row.table is not None and node.op_type in draft.target.ops.stored else None
+        if place is None or node.name in draft.quantized or not view.is_constant(node.input[place]):
+            continue
+        table = node.input[place]
+        value = view.constant(table)
+        if not view.is_float(table) or value.ndim < 2 or not np.isfinite(value).all():
+            continue
+        if value.size < _LEAST_TABLE:
+            draft.reasons[node.name] = f"its table has fewer than {_LEAST_TABLE} values: storing it as integers would not pay"
+            continue
+        draft.reasons[node.name] = "its table is stored in 8 bits, one scale a row; what is looked up is float"
+        found[table] = None
+    spec = QuantSpec(8, -127, 127, "int8", True, 0)
+    return [ActivationQuantizer(t, (t,), spec, constant=True, through=t) for t in found]
 
 
 def _read_as_integer(draft: _Draft, tensors: list[str]) -> bool:

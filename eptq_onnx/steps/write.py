@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx import quant_math
 from eptq_onnx.graph import branches, edit
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.ops import spec_of
 from eptq_onnx.types import ActivationQuantizer, IntArray, Layer, Plan, QuantParams, QuantSpec, Rounding
 
 PRODUCER = "eptq-onnx"
@@ -56,6 +57,8 @@ class _Writer:
         """(layer node, constant) to what that layer alone shall read instead."""
         self._made_as: dict[str, str] = {}
         """Tensor to the name under which its producer shall make it."""
+        self._tables: dict[str, tuple[str, str]] = {}
+        """Table that is looked up to the names of its integers and scales."""
         self._replaced: set[str] = set()
         """Float constants whose name a DequantizeLinear has now."""
 
@@ -72,8 +75,12 @@ class _Writer:
         for node in view.nodes:
             if node.name in skipped:
                 continue
-            copy = self._rewired(node)
-            b.nodes.append(copy)
+            table = next((i for i in node.input if i in self._tables and node.name not in self._plan.integer_nodes), None)
+            if table is not None and spec_of(node).table is not None:
+                self._looked_up(self._rewired(node), table)
+            else:
+                b.nodes.append(self._rewired(node))
+            copy = b.nodes[-1]
             for k, name in enumerate(node.output):
                 final = self._final(name)
                 if final in self._quantizers:
@@ -132,7 +139,9 @@ class _Writer:
             for node in readers:
                 self._layer_reads[node, weight] = name
         for quantizer in self._plan.activations:
-            if quantizer.constant:
+            if quantizer.spec.axis is not None:
+                self._table(quantizer)
+            elif quantizer.constant:
                 self._constant_operand(quantizer)
         if self._plan.integer_bias:
             for layer in self._plan.layers:
@@ -158,6 +167,28 @@ class _Writer:
             return self._b.unique(f"{tensor}_dequantized")
         self._replaced.add(tensor)
         return tensor
+
+    def _table(self, quantizer: ActivationQuantizer) -> None:
+        """Integers and scales under new names, from which `_looked_up` makes the rows that a node wants."""
+        b, tensor = self._b, quantizer.name
+        value, params = np.asarray(self._view.constant(tensor), np.float32), self._rounding.activations[tensor]
+        names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
+        integers = quant_math.quantize(value, params, quantizer.spec).astype(quantizer.spec.container)
+        scale = params.scale.reshape(-1, *(1,) * (value.ndim - 1))
+        b.initializers.extend(numpy_helper.from_array(a, n) for a, n in zip((integers, scale), names, strict=True))
+        self._tables[tensor] = names
+
+    def _looked_up(self, node: NodeProto, tensor: str) -> None:
+        """Rows of integers times their scales: no DequantizeLinear has scales that depend on an index."""
+        b = self._b
+        parts = []
+        for name in self._tables[tensor]:
+            part = edit.renamed(node, {tensor: name, node.output[0]: b.unique(f"{node.output[0]}_{name}")})
+            part.name = b.unique(f"{node.name}/{name}")
+            b.nodes.append(part)
+            parts.append(part.output[0])
+        as_float = b.add("Cast", [parts[0]], to=TensorProto.FLOAT)
+        b.nodes.append(helper.make_node("Mul", [as_float, parts[1]], list(node.output), name=node.name))
 
     def _constant_operand(self, quantizer: ActivationQuantizer) -> None:
         view, tensor = self._view, quantizer.name

@@ -52,6 +52,8 @@ class OpRules(_Row):
 
     ``float_output``: layers that run on integers even if their output is not quantized.
     ``absorbed``: clipping operators that vanish into the quantizer behind them.
+    ``stored``: operators that look rows up in a constant table: it is stored as int8, one scale a row, and what is
+    looked up is made float again.
     """
 
     layers: frozenset[str]
@@ -59,6 +61,7 @@ class OpRules(_Row):
     equal_scale: frozenset[str]
     absorbed: frozenset[str]
     float_output: frozenset[str]
+    stored: frozenset[str] = frozenset()
 
 
 class Target(_Row):

@@ -121,3 +121,41 @@ def test_a_model_whose_activations_are_quantized_is_refused():
     )
     with pytest.raises(eptq_onnx.ModelError, match="quantized already"):
         eptq_onnx.quantize(model, {"x": normal(12, 3, 8, 8)}, Config.of(preset="fast"))
+
+
+TABLE = normal(400, 48, seed=5) * np.geomspace(0.1, 10, 400, dtype=np.float32)[:, None]
+EMBEDDING = parse(
+    "g (int64[N,7] x) => (float[N,7,4] y, float[N,7,48] e) { e = Gather (t, x)  n = LayerNormalization (e, g, h)  y = MatMul (n, w) }",
+    {"t": TABLE, "g": np.ones(48, np.float32), "h": np.zeros(48, np.float32), "w": normal(48, 4)},
+)
+
+
+@pytest.mark.parametrize("options", [{"preset": "fast"}, {"steps": 2}])
+def test_an_embedding_is_stored_in_8_bits_with_a_scale_for_each_row(options):
+    ids = np.random.default_rng(0).integers(0, 400, (12, 7))
+    result = eptq_onnx.quantize(EMBEDDING, {"x": ids}, Config.of(**options))
+    onnx.checker.check_model(result.model, full_check=True)
+    assert [k.reason for k in result.report.kept_float if k.op_type == "Gather"] == [
+        "its table is stored in 8 bits, one scale a row; what is looked up is float"
+    ]
+    assert result.report.verification.quantized_bytes < 0.4 * result.report.verification.float_bytes
+    got = Session(result.model).run({"x": ids - 400})  # counted from the end, as Gather allows
+    rows = TABLE[ids]
+    step = np.abs(rows).max(axis=-1, keepdims=True) / 127
+    assert (np.abs(got["e"] - rows) <= step).all()
+    assert np.square(got["e"] - rows).mean(axis=-1).max() > 0
+    expected = Session(EMBEDDING).run({"x": ids})["y"]
+    assert np.square(got["y"] - expected).mean() < 0.01 * np.square(expected).mean()
+
+
+def test_small_tables_and_other_axes_stay_as_they_are():
+    model = parse(
+        "g (int64[N,7] x) => (float[N,7,4] y) { e = Gather (t, x)  f = Gather <axis = 1> (u, k)  m = MatMul (e, f)"
+        " r = Tanh (m)  y = MatMul (r, w) }",
+        {"t": normal(20, 6), "u": normal(6, 4000), "k": np.array([0, 5, 7]), "w": normal(3, 4)},
+    )
+    ids = np.random.default_rng(0).integers(0, 20, (12, 7))
+    result = eptq_onnx.quantize(model, {"x": ids}, Config.of(preset="fast"))
+    assert [k.reason for k in result.report.kept_float if k.op_type == "Gather"] == [
+        "its table has fewer than 16384 values: storing it as integers would not pay"
+    ]
