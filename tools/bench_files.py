@@ -129,8 +129,13 @@ def ratio(reference: list[Arrays], got: list[Arrays]) -> dict[str, float]:
     """SQNR of every output, in dB."""
     result = {}
     for name in reference[0]:
-        pairs = [(a[name].astype(np.float64), b[name].astype(np.float64)) for a, b in zip(reference, got, strict=True)]
-        result[name] = sqnr_db(sum(float((a**2).sum()) for a, _ in pairs), sum(float(((a - b) ** 2).sum()) for a, b in pairs))
+        power = noise = 0.0
+        for a, b in zip(reference, got, strict=True):
+            value = a[name].astype(np.float64)
+            power += float((value**2).sum())
+            # Another size is a loss of all.
+            noise += float(((value - b[name]) ** 2 if b[name].shape == value.shape else value**2).sum())
+        result[name] = sqnr_db(power, noise)
     return result
 
 
