@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper, shape_inference
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView, node_reads
@@ -113,7 +113,7 @@ def flattened(model: ModelProto) -> ModelProto:
                 builder.add("Identity", [made[inner.name]], outer)
     result = edit.with_nodes(model, builder.nodes, builder.initializers)
     _forget_shapes(result)
-    return shape_inference.infer_shapes(result, data_prop=True)
+    return edit.infer_shapes(result)
 
 
 def sink(model: ModelProto) -> ModelProto:

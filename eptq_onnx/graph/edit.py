@@ -125,6 +125,32 @@ def without_weights(model: ModelProto) -> ModelProto:
     return result
 
 
+_HEAVY = 4096
+"""Bytes above which a constant's value is of no use to shape inference and the version converter."""
+
+
+def light(model: ModelProto) -> tuple[ModelProto, list[TensorProto]]:
+    """A copy in which heavy initializers are inputs, and these initializers: what goes through onnx's C++ passes is copied there."""
+    heavy = [t for t in model.graph.initializer if len(t.raw_data) > _HEAVY]
+    result = without_weights(model)
+    result.graph.initializer.extend(t for t in model.graph.initializer if len(t.raw_data) <= _HEAVY)
+    present = {i.name for i in model.graph.input}
+    stand_ins = [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in heavy if t.name not in present]
+    result.graph.input.extend(stand_ins)
+    return result, heavy
+
+
+def infer_shapes(model: ModelProto) -> ModelProto:
+    """A copy with all the types and shapes that onnx infers."""
+    inferred = onnx.shape_inference.infer_shapes(light(model)[0], data_prop=True)
+    result = with_nodes(model, inferred.graph.node)
+    for name in ("value_info", "output"):
+        field = getattr(result.graph, name)
+        del field[:]
+        field.extend(getattr(inferred.graph, name))
+    return result
+
+
 def with_nodes(
     model: ModelProto,
     nodes: Iterable[NodeProto],
@@ -205,7 +231,7 @@ def specialize(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> ModelP
             info.CopyFrom(helper.make_tensor_value_info(info.name, info.type.tensor_type.elem_type, list(shapes[info.name])))
     for info in result.graph.output:
         info.type.tensor_type.ClearField("shape")
-    return onnx.shape_inference.infer_shapes(result, data_prop=True)
+    return infer_shapes(result)
 
 
 def prune(model: ModelProto) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -37,7 +36,7 @@ def fold_constants(model: ModelProto) -> ModelProto:
 
 
 def _folded_once(model: ModelProto) -> ModelProto:
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    inferred = edit.infer_shapes(model)
     graph = gs.import_onnx(inferred)
     try:
         # Its own flattening of conditionals loses outputs of nested ones.

@@ -14,9 +14,6 @@ from eptq_onnx.graph import edit
 from eptq_onnx.graph.fold import fold_constants
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, opset_of
 
-_HELD_OUT_BYTES = 4096
-"""Constants that are larger do not go through the converter: no conversion depends on their values."""
-
 
 def within(model: ModelProto, least: int, newest: int, newest_ir: int) -> ModelProto:
     """The model in an opset and IR version that both target and runtime read; itself if it is.
@@ -70,12 +67,7 @@ def converted(model: ModelProto, opset: int) -> ModelProto:
     ModelError
         If an operator cannot be converted.
     """
-    large = [t for t in model.graph.initializer if len(t.raw_data) > _HELD_OUT_BYTES]
-    light = edit.without_weights(model)
-    light.graph.initializer.extend(t for t in model.graph.initializer if len(t.raw_data) <= _HELD_OUT_BYTES)
-    present = {i.name for i in model.graph.input}
-    stand_ins = [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in large if t.name not in present]
-    light.graph.input.extend(stand_ins)
+    light, heavy = edit.light(model)
     try:
         # Some adapters ask for the ranks of tensors.
         light = onnx.version_converter.convert_version(onnx.shape_inference.infer_shapes(light, data_prop=True), opset)
@@ -89,7 +81,7 @@ def converted(model: ModelProto, opset: int) -> ModelProto:
     result.ir_version = light.ir_version
     del result.graph.node[:], result.graph.value_info[:]
     result.graph.node.extend(light.graph.node)
-    result.graph.initializer.extend([*light.graph.initializer, *large])
+    result.graph.initializer.extend([*light.graph.initializer, *heavy])
     others = [o for o in result.opset_import if o.domain not in ("", "ai.onnx")]
     del result.opset_import[:]
     result.opset_import.extend([helper.make_opsetid("", opset), *others])
@@ -168,7 +160,7 @@ _OLD_FORMS: dict[str, Callable[[NodeProto, GraphView, edit.Builder], bool]] = {
 def _expanded(model: ModelProto, newest: int) -> ModelProto:
     """A copy in which operators younger than ``newest`` are the simpler ones that their definition is made of."""
     opset = opset_of(model)
-    view = GraphView(onnx.shape_inference.infer_shapes(model))
+    view = GraphView(edit.infer_shapes(model))
     young = [n for n in view.nodes if n.domain in ("", "ai.onnx") and _first_version(n, opset) > newest]
     if not young:
         return model

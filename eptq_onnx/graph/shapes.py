@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from onnx import ModelProto, helper, shape_inference
+from onnx import ModelProto, helper
 
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
@@ -76,4 +76,4 @@ def _with_shapes(model: ModelProto, known: Mapping[str, Known]) -> ModelProto:
         if info.name in known:
             elem_type, shape = known[info.name]
             info.CopyFrom(helper.make_tensor_value_info(info.name, elem_type, list(shape)))
-    return shape_inference.infer_shapes(model, data_prop=True)
+    return edit.infer_shapes(model)

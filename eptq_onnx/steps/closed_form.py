@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
@@ -149,7 +148,7 @@ def _with_open_layers(quantized: ModelProto, plan: Plan) -> tuple[ModelProto, di
                 del copy.input[row.bias :]
                 copy.input.append(names[node.name][1])
         builder.nodes.append(copy)
-    return onnx.shape_inference.infer_shapes(edit.with_nodes(quantized, builder.nodes)), names
+    return edit.infer_shapes(edit.with_nodes(quantized, builder.nodes)), names
 
 
 def _mean_error(form: LinearForm, rounded: Array, moments: compensation.Moments) -> Array:

@@ -48,8 +48,8 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
     _drop_default_inputs(result)
     result = _rewritten(widen(opsets.within(result, min_opset, *newest_readable())))
     if samples is None:
-        return onnx.shape_inference.infer_shapes(result, data_prop=True)
-    result = onnx.shape_inference.infer_shapes(_settled(result, samples), data_prop=True)
+        return edit.infer_shapes(result)
+    result = edit.infer_shapes(_settled(result, samples))
     # Behind an If more is known of the branch that samples take than of both.
     known = with_ranks(branches.flattened(result), samples.two_batches(samples.micro_batch(1))[0]).graph.value_info
     replaced = edit.with_nodes(result, result.graph.node)
@@ -202,7 +202,7 @@ def _constant(b: edit.Builder, value: NDArray[np.float64], stem: str) -> str:
 
 def _fold_bias(model: ModelProto) -> ModelProto:
     """x W + b with matrices x and W is one Gemm, whose bias runtimes add to the products before they are rounded."""
-    return _rewrite(onnx.shape_inference.infer_shapes(model), _visit_bias)
+    return _rewrite(edit.infer_shapes(model), _visit_bias)
 
 
 def _visit_bias(node: NodeProto, view: GraphView, b: edit.Builder) -> NodeProto | None:
@@ -228,7 +228,7 @@ def _visit_bias(node: NodeProto, view: GraphView, b: edit.Builder) -> NodeProto 
 
 def _as_matrix_products(model: ModelProto) -> ModelProto:
     """Products with a constant in another place or notation become a MatMul with a constant right operand."""
-    view, builder = GraphView(onnx.shape_inference.infer_shapes(model)), edit.Builder(model)
+    view, builder = GraphView(edit.infer_shapes(model)), edit.Builder(model)
     for node in view.nodes:
         if not (_turn_left_constant(node, view, builder) or _einsum_as_matrix_product(node, view, builder)):
             builder.nodes.append(node)
