@@ -114,9 +114,7 @@ def quantize(
     target = targets.load(config.target)
     engine = _engine() if config.needs_gradients else None
     with clock("normalize"):
-        original = io.load(model)
-        samples = read(data, original)
-        whole = normalize(original, target.opset_for(config.activation_bits), samples)
+        origin, samples, whole = _prepared(model, data, target, config)
         # Planned and written is the whole model; what the samples run of it is calibrated and optimized.
         float_model = flattened(whole)
     with clock("plan"):
@@ -169,15 +167,15 @@ def quantize(
         flat, quantized = flattened(marked), sink(marked)
     with clock("verify"):
         told = partial(progress, "verify")
-        verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, held, original.ByteSize(), told)
-    notes = [*_type_notes(original, config), *_opset_notes(original, whole), *notes, *_left_over(calibration, samples, engine)]
+        verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, held, origin.size, told)
+    notes = [*origin.notes, *notes, *_left_over(calibration, samples, engine)]
     report = Report(
         version=eptq_onnx.__version__,
-        model=str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name,
+        model=origin.name,
         target=target.name,
         engine=engine.name if engine else "",
         config=config.model_dump(mode="json"),
-        opset=max(opset_of(quantized), opset_of(original)),
+        opset=max(opset_of(quantized), origin.opset),
         samples=samples.count,
         unused_samples=calibration.unused_samples,
         layers=_layer_reports(plan, scores, verification, len(chosen)),
@@ -188,7 +186,30 @@ def quantize(
         seconds=clock.seconds,
         peak_memory_bytes=_peak_memory(),
     )
-    return Result(restored(quantized, opset_of(original), original.ir_version), report)
+    return Result(restored(quantized, origin.opset, origin.ir_version), report)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What is told of the model that was given; it is not kept."""
+
+    name: str
+    opset: int
+    ir_version: int
+    size: int
+    notes: list[str]
+
+
+def _prepared(
+    model: str | os.PathLike[str] | bytes | ModelProto, data: Source, target: Target, config: Config
+) -> tuple[_Origin, Samples, ModelProto]:
+    """The samples, and the model in normal form."""
+    original = io.load(model)
+    samples = read(data, original)
+    whole = normalize(original, target.opset_for(config.activation_bits), samples)
+    name = str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name
+    notes = [*_type_notes(original, config), *_opset_notes(original, whole)]
+    return _Origin(name, opset_of(original), original.ir_version, original.ByteSize(), notes), samples, whole
 
 
 def _shares(samples: Samples, config: Config) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

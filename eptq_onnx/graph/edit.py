@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,15 +129,30 @@ _HEAVY = 4096
 """Bytes above which a constant's value is of no use to shape inference and the version converter."""
 
 
-def light(model: ModelProto) -> tuple[ModelProto, list[TensorProto]]:
-    """A copy in which heavy initializers are inputs, and these initializers: what goes through onnx's C++ passes is copied there."""
-    heavy = [t for t in model.graph.initializer if len(t.raw_data) > _HEAVY]
+def light(model: ModelProto, needed: Container[str] = ()) -> tuple[ModelProto, list[TensorProto]]:
+    """A copy in which heavy initializers, but those ``needed``, are inputs; and these initializers, for `with_weights`.
+
+    What goes through onnx's and onnx-graphsurgeon's passes is copied there, some of it several times.
+    """
+    heavy = [t for t in model.graph.initializer if len(t.raw_data) > _HEAVY and t.name not in needed]
+    names = {t.name for t in heavy}
     result = without_weights(model)
-    result.graph.initializer.extend(t for t in model.graph.initializer if len(t.raw_data) <= _HEAVY)
+    result.graph.initializer.extend(t for t in model.graph.initializer if t.name not in names)
     present = {i.name for i in model.graph.input}
     stand_ins = [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in heavy if t.name not in present]
     result.graph.input.extend(stand_ins)
     return result, heavy
+
+
+def with_weights(model: ModelProto, weights: Sequence[TensorProto]) -> ModelProto:
+    """The model, changed, with initializers in place of the inputs that stood for them, as far as anybody reads them."""
+    names = {t.name for t in weights}
+    inputs = [i for i in model.graph.input if i.name not in names]
+    read = {i for n in model.graph.node for i in node_reads(n)} | {o.name for o in model.graph.output}
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    model.graph.initializer.extend(t for t in weights if t.name in read)
+    return model
 
 
 def infer_shapes(model: ModelProto) -> ModelProto:

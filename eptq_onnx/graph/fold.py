@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import branches, edit
-from eptq_onnx.graph.view import GraphView
+from eptq_onnx.graph.view import GraphView, node_reads, subgraphs
 
 
 def fold_constants(model: ModelProto) -> ModelProto:
@@ -27,12 +27,25 @@ def fold_constants(model: ModelProto) -> ModelProto:
     """
     logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
+    folded, apart = edit.light(model, _take_part(model))
     while True:
-        model = _without_identities(_folded_once(_dequantized(_constants_to_initializers(model))))
-        resolved = branches.with_known_branches(model)
+        folded = _without_identities(_folded_once(_dequantized(_constants_to_initializers(folded))))
+        resolved = branches.with_known_branches(folded)
         if resolved is None:
-            return model
-        model = resolved
+            return edit.with_weights(folded, apart)
+        folded = resolved
+
+
+def _take_part(model: ModelProto) -> set[str]:
+    """Constants that nodes read which may be folded: the values of all others are of no use here."""
+    known = {t.name for t in model.graph.initializer}
+    found: set[str] = set()
+    for node in model.graph.node:
+        reads = node_reads(node)
+        if known.issuperset(reads) or subgraphs(node):
+            known.update(node.output)
+            found.update(reads)
+    return found | {o.name for o in model.graph.output}
 
 
 def _folded_once(model: ModelProto) -> ModelProto:
@@ -45,8 +58,7 @@ def _folded_once(model: ModelProto) -> ModelProto:
         # onnx-graphsurgeon reports every problem as its own or a bare exception.
         raise ModelError(f"the graph cannot be sorted or folded: {' '.join(str(e).split())[:300]}") from e
     folded = gs.export_onnx(graph, do_type_check=False)
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = edit.without_weights(model)
     result.graph.CopyFrom(folded.graph)
     result.graph.doc_string = model.graph.doc_string
     return result
@@ -54,16 +66,14 @@ def _folded_once(model: ModelProto) -> ModelProto:
 
 def _constants_to_initializers(model: ModelProto) -> ModelProto:
     """A copy without Constant nodes in its main graph (onnx-graphsurgeon reads value_float as double)."""
-    result = ModelProto()
-    result.CopyFrom(model)
-    kept = []
-    for node in result.graph.node:
+    kept, values = [], []
+    for node in model.graph.node:
         value = _constant_value(node)
         if value is None:
             kept.append(node)
         else:
-            result.graph.initializer.append(value)
-    return edit.with_nodes(result, kept)
+            values.append(value)
+    return edit.with_nodes(model, kept, values)
 
 
 def _dequantized(model: ModelProto) -> ModelProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -9,15 +10,20 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, checker, numpy_helper
+from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 
 from eptq_onnx.errors import ModelError, OutputError
+from eptq_onnx.graph import edit
 from eptq_onnx.runtime import PROTOBUF_LIMIT
 
 _QUANTIZED = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
     "MatMulInteger", "MatMulNBits", "QGemm", "MatMulIntegerToFloat", "QAttention",
 }  # fmt: skip
+_PLAIN = {
+    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32, TensorProto.INT64,
+}  # fmt: skip
+"""Types whose values take whole bytes in every version of onnx."""
 
 
 def load(model: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
@@ -78,11 +84,15 @@ def _parse(data: bytes, name: str) -> ModelProto:
 
 
 def _check(proto: ModelProto, name: str) -> None:
-    if proto.ByteSize() < PROTOBUF_LIMIT:
-        try:
-            checker.check_model(proto)
-        except checker.ValidationError as e:
-            raise ModelError(f"{name} is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
+    light, heavy = edit.light(proto)
+    try:
+        checker.check_model(light)
+    except checker.ValidationError as e:
+        raise ModelError(f"{name} is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
+    for tensor in heavy:
+        size = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * math.prod(tensor.dims)
+        if tensor.data_type in _PLAIN and len(tensor.raw_data) != size:
+            raise ModelError(f"{name} is not valid ONNX: the initializer {tensor.name} has {len(tensor.raw_data)} bytes instead of {size}.")
     constants = {t.name for t in proto.graph.initializer} | {o for n in proto.graph.node if n.op_type == "Constant" for o in n.output}
     for node in proto.graph.node:
         weight_only = node.op_type == "DequantizeLinear" and constants.issuperset(i for i in node.input if i)

@@ -202,6 +202,9 @@ def _constant(b: edit.Builder, value: NDArray[np.float64], stem: str) -> str:
 
 def _fold_bias(model: ModelProto) -> ModelProto:
     """x W + b with matrices x and W is one Gemm, whose bias runtimes add to the products before they are rounded."""
+    products = {n.output[0] for n in model.graph.node if n.op_type == "MatMul"}
+    if not any(n.op_type == "Add" and products.intersection(n.input) for n in model.graph.node):
+        return model
     return _rewrite(edit.infer_shapes(model), _visit_bias)
 
 
@@ -228,6 +231,9 @@ def _visit_bias(node: NodeProto, view: GraphView, b: edit.Builder) -> NodeProto 
 
 def _as_matrix_products(model: ModelProto) -> ModelProto:
     """Products with a constant in another place or notation become a MatMul with a constant right operand."""
+    constants = {t.name for t in model.graph.initializer}
+    if not any(n.op_type == "Einsum" or (n.op_type == "MatMul" and n.input[0] in constants) for n in model.graph.node):
+        return model
     view, builder = GraphView(edit.infer_shapes(model)), edit.Builder(model)
     for node in view.nodes:
         if not (_turn_left_constant(node, view, builder) or _einsum_as_matrix_product(node, view, builder)):
@@ -314,6 +320,8 @@ def _own_bias(model: ModelProto) -> ModelProto:
     """Every layer's constant bias is its own one-dimensional initializer, not shared with another node."""
     view, builder = GraphView(model), edit.Builder(model)
     builder.nodes.extend(_with_own_bias(node, view, builder) for node in view.nodes)
+    if not builder.initializers:
+        return model
     result = edit.with_nodes(model, builder.nodes, builder.initializers)
     edit.prune(result)
     return result

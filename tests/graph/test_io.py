@@ -25,6 +25,14 @@ def test_missing_external_data_is_told(tmp_path):
         io.load(tmp_path / "m.onnx")
 
 
+def test_a_large_initializer_of_the_wrong_size_is_told():
+    model = small_convnet()
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(5000, np.float32), "spare"))
+    model.graph.initializer[-1].dims[0] = 4999
+    with pytest.raises(ModelError, match="the initializer spare has 20000 bytes instead of 19996"):
+        io.load(model)
+
+
 def test_unwritable_places(tmp_path):
     with pytest.raises(OutputError, match="is a folder"):
         io.check_writable(tmp_path)
