@@ -15,10 +15,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
 from eptq_onnx.errors import InstallError, ModelError
+from eptq_onnx.graph.external import write_external
 from eptq_onnx.types import Feeds
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A message must stay below 2 GiB; some room is left for what onnxruntime adds."""
+
+_IN_MEMORY = 2**28
+"""Larger models reach onnxruntime through files, which it maps, instead of three copies in memory."""
 
 _OLDEST_OPSET, _OLDEST_IR = 19, 9
 """What every supported onnxruntime reads."""
@@ -134,7 +138,7 @@ class Session:
     Parameters
     ----------
     model : ModelProto or path
-        Above protobuf's 2 GiB limit a ModelProto is passed through a temporary folder.
+        A large ModelProto is passed through a temporary folder.
     optimize : bool
         False runs the graph as written, without fusions.
     save_optimized : path, optional
@@ -192,12 +196,10 @@ class Session:
 
 
 def _source(model: ModelProto, folder: Path) -> bytes | Path:
-    if model.ByteSize() < PROTOBUF_LIMIT:
+    if model.ByteSize() < _IN_MEMORY:
         return bytes(model.SerializeToString())
-    copy = ModelProto()
-    copy.CopyFrom(model)
     path = folder / "model.onnx"
-    onnx.save(copy, str(path), save_as_external_data=True, location="model.data")
+    write_external(model, path, "model.data")
     return path
 
 

@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 
 from eptq_onnx.errors import ModelError, OutputError
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.external import write_external
 from eptq_onnx.runtime import PROTOBUF_LIMIT
 
 _QUANTIZED = {
@@ -155,11 +156,9 @@ def save(model: ModelProto, path: str | os.PathLike[str]) -> None:
         return
     check_writable(target)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        copy = ModelProto()
-        copy.CopyFrom(model)
         data_name = f"{target.name}.data"
         try:
-            onnx.save(copy, os.path.join(folder, target.name), save_as_external_data=True, location=data_name)
+            write_external(model, Path(folder) / target.name, data_name)
             # The data goes first: the model file never points to a file that is not there.
             os.replace(os.path.join(folder, data_name), target.parent / data_name)
             os.replace(os.path.join(folder, target.name), target)
