@@ -51,11 +51,11 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
         return edit.infer_shapes(result)
     result = edit.infer_shapes(_settled(result, samples))
     # Behind an If more is known of the branch that samples take than of both.
-    known = with_ranks(branches.flattened(result), samples.two_batches(samples.micro_batch(1))[0]).graph.value_info
-    replaced = edit.with_nodes(result, result.graph.node)
-    del replaced.graph.value_info[:]
-    replaced.graph.value_info.extend(known)
-    return replaced
+    known = with_ranks(branches.flattened(result), samples.two_batches(samples.micro_batch(1))[0])
+    if known is not result:
+        del result.graph.value_info[:]
+        result.graph.value_info.extend(known.graph.value_info)
+    return result
 
 
 def _rewritten(model: ModelProto) -> ModelProto:

@@ -81,7 +81,7 @@ def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[s
             f"there is nothing to quantize: no {', '.join(sorted(target.ops.layers))} with a constant float32 weight"
             f"{' (' + reasons + ')' if reasons else ''}."
         )
-    activations = (*_activations(draft, layers, config), *_tables(draft))
+    activations = (*_activations(draft, layers, config), *_tables(draft, layers))
     absorbed = _absorbed_nodes(draft, activations)
     return Plan(layers, activations, _integer_nodes(draft), absorbed, _kept_float(draft, absorbed), target.bias.integer)
 
@@ -278,9 +278,9 @@ def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tu
     return tuple(result)
 
 
-def _tables(draft: _Draft) -> list[ActivationQuantizer]:
+def _tables(draft: _Draft, layers: tuple[Layer, ...]) -> list[ActivationQuantizer]:
     """Tables whose rows float nodes look up, stored as 8-bit integers with one scale a row."""
-    view = draft.view
+    view, weights = draft.view, {layer.weight for layer in layers}
     found: dict[str, None] = {}
     for node in view.nodes:
         row = spec_of(node)
@@ -293,6 +293,9 @@ def _tables(draft: _Draft) -> list[ActivationQuantizer]:
             continue
         if value.size < _LEAST_TABLE:
             draft.reasons[node.name] = f"its table has fewer than {_LEAST_TABLE} values: storing it as integers would not pay"
+            continue
+        if table in weights:
+            draft.reasons[node.name] = "its table is the weight of a layer too"
             continue
         draft.reasons[node.name] = "its table is stored in 8 bits, one scale a row; what is looked up is float"
         found[table] = None

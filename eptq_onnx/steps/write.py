@@ -75,11 +75,7 @@ class _Writer:
         for node in view.nodes:
             if node.name in skipped:
                 continue
-            table = next((i for i in node.input if i in self._tables and node.name not in self._plan.integer_nodes), None)
-            if table is not None and spec_of(node).table is not None:
-                self._looked_up(self._rewired(node), table)
-            else:
-                b.nodes.append(self._rewired(node))
+            b.nodes.extend(self._written(node))
             copy = b.nodes[-1]
             for k, name in enumerate(node.output):
                 final = self._final(name)
@@ -169,7 +165,7 @@ class _Writer:
         return tensor
 
     def _table(self, quantizer: ActivationQuantizer) -> None:
-        """Integers and scales under new names, from which `_looked_up` makes the rows that a node wants."""
+        """Integers and scales under new names, from which `_written` makes the rows that a node wants."""
         b, tensor = self._b, quantizer.name
         value, params = np.asarray(self._view.constant(tensor), np.float32), self._rounding.activations[tensor]
         names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
@@ -178,17 +174,25 @@ class _Writer:
         b.initializers.extend(numpy_helper.from_array(a, n) for a, n in zip((integers, scale), names, strict=True))
         self._tables[tensor] = names
 
-    def _looked_up(self, node: NodeProto, tensor: str) -> None:
-        """Rows of integers times their scales: no DequantizeLinear has scales that depend on an index."""
-        b = self._b
+    def _written(self, node: NodeProto) -> list[NodeProto]:
+        """What stands for a node, its results made by the last; rows of a stored table are integers times scales.
+
+        (No DequantizeLinear has scales that depend on an index.)
+        """
+        b, copy, place = self._b, self._rewired(node), None
+        rule = spec_of(node).table
+        if rule is not None and node.name not in self._plan.integer_nodes:
+            place = rule(node)
+        if place is None or node.input[place] not in self._tables:
+            return [copy]
         parts = []
-        for name in self._tables[tensor]:
-            part = edit.renamed(node, {tensor: name, node.output[0]: b.unique(f"{node.output[0]}_{name}")})
+        for name in self._tables[node.input[place]]:
+            part = edit.renamed(copy, {node.input[place]: name, node.output[0]: b.unique(f"{node.output[0]}_{name}")})
             part.name = b.unique(f"{node.name}/{name}")
-            b.nodes.append(part)
-            parts.append(part.output[0])
-        as_float = b.add("Cast", [parts[0]], to=TensorProto.FLOAT)
-        b.nodes.append(helper.make_node("Mul", [as_float, parts[1]], list(node.output), name=node.name))
+            parts.append(part)
+        as_float = b.unique(f"{node.output[0]}_float")
+        cast = helper.make_node("Cast", [parts[0].output[0]], [as_float], name=b.unique(f"{as_float}/Cast"), to=TensorProto.FLOAT)
+        return [*parts, cast, helper.make_node("Mul", [as_float, parts[1].output[0]], list(node.output), name=node.name)]
 
     def _constant_operand(self, quantizer: ActivationQuantizer) -> None:
         view, tensor = self._view, quantizer.name

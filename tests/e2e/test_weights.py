@@ -159,3 +159,15 @@ def test_small_tables_and_other_axes_stay_as_they_are():
     assert [k.reason for k in result.report.kept_float if k.op_type == "Gather"] == [
         "its table has fewer than 16384 values: storing it as integers would not pay"
     ]
+
+
+def test_a_table_that_is_a_layers_weight_too_stays_float():
+    model = parse(
+        "g (int64[N] x) => (float[N,400] y) { e = Gather (t, x)  n = LayerNormalization (e, g, h)  y = Gemm <transB = 1> (n, t) }",
+        {"t": TABLE, "g": np.ones(48, np.float32), "h": np.zeros(48, np.float32)},
+    )
+    ids = np.random.default_rng(0).integers(0, 400, 40)
+    result = eptq_onnx.quantize(model, {"x": ids}, Config.of(steps=2))
+    assert [k.reason for k in result.report.kept_float if k.op_type == "Gather"] == ["its table is the weight of a layer too"]
+    expected, got = Session(model).run({"x": ids})["y"], Session(result.model).run({"x": ids})["y"]
+    assert np.square(got - expected).mean() < 0.01 * np.square(expected).mean()
