@@ -140,14 +140,14 @@ def read(source: Source, model: ModelProto) -> Samples:
         given = _split_feeds(given, inputs, named, label)
     _check_names(given, inputs, label)
     checked = {i.name: _checked(given[i.name], i, named[i.name], label) for i in inputs}
-    counts = {name: len(a) for name, a in checked.items() if named[name] is not None}
-    if not counts:
+    if all(axis is None for axis in axes):
         raise DataError("no input of the model has a batch axis: there is nothing to calibrate with.")
+    counts = {name: len(a) for name, a in checked.items() if named[name] is not None or isinstance(a, list)}
     if len(set(counts.values())) > 1:
         raise DataError(f"{label} has different numbers of samples: {', '.join(f'{n}: {c}' for n, c in counts.items())}.")
-    samples = Samples(checked, batch, named) if next(iter(counts.values())) else None
-    if samples is None:
+    if not next(iter(counts.values())):
         raise DataError(f"{label} has no samples.")
+    samples = Samples(checked, batch, named)
     if batch is not None and next(samples.parts(range(samples.count), batch), None) is None:
         alike = len(samples.alike())
         raise DataError(

@@ -189,6 +189,13 @@ def test_batches_of_different_sizes_in_one_feed_are_told():
         data.read([{"x": normal(3, 4), "state": normal(2, 2, 3), "rate": np.int64(1)}], VAD)
 
 
+def test_values_of_an_input_without_a_batch_must_be_as_many_as_the_samples():
+    good = {"x": normal(3, 4), "state": normal(3, 2, 3)}
+    with pytest.raises(DataError, match="different numbers of samples: x: 3, state: 3, rate: 2"):
+        data.read({**good, "rate": [np.int64(1), np.int64(2)]}, VAD)
+    assert data.read({**good, "rate": [np.int64(1), np.int64(2), np.int64(1)]}, VAD).alike().tolist() == [0, 2]
+
+
 def test_too_few_of_one_size():
     fixed = parse("g (float[4,3,H,W] x) => (float[4,3,H,W] y) { y = Identity (x) }")
     with pytest.raises(DataError, match="3 samples of one size, but the model takes 4 at a time"):
