@@ -31,7 +31,12 @@ def main() -> None:
 def quantize(
     model: Annotated[Path, typer.Argument(help="The float ONNX model.", show_default=False)],
     data: Annotated[
-        Path, typer.Option("--data", help="Calibration samples: a .npz with one array per model input, samples along the first axis.")
+        str,
+        typer.Option(
+            "--data",
+            help="Calibration samples: a .npz with one array per model input, samples along the first axis; a folder of .npz, "
+            "each what the model takes in one run; or module:function, which gives either.",
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the QDQ model.")],
     weight_bits: Annotated[int, typer.Option(help="Bits of the weights, 2 to 8.")] = _DEFAULTS.weight_bits,

@@ -80,6 +80,8 @@ class OpSpec:
         Channel axis of a layer's output.
     linear : callable or None
         (node, view) to the layer as a matrix product; None where it is none.
+    table : callable or None
+        Node to position of the input whose rows (axis 0) it looks up; None where it does not.
     lowering : Lowering or None
     gradient : Gradient
     rearranges : bool
@@ -100,6 +102,7 @@ class OpSpec:
     grouped_axis: bool = False
     output_axis: int = 1
     linear: Callable[[NodeProto, GraphView], LinearForm | None] | None = None
+    table: Callable[[NodeProto], int | None] | None = None
     lowering: Lowering | None = None
     gradient: Gradient = Gradient.ENGINE
     rearranges: bool = False
@@ -202,6 +205,10 @@ def _matmul_form(node: NodeProto, view: GraphView) -> MatrixForm | None:
     return MatrixForm() if view.constant(node.input[1]).ndim == 2 else None
 
 
+def _rows_looked_up(node: NodeProto) -> int | None:
+    return 0 if int_attribute(node, "axis", 0) == 0 else None
+
+
 def _lowered(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpSpec:
     return OpSpec(role, lowering=rule, gradient=Gradient.LOWERED, **options)  # type: ignore[arg-type]
 
@@ -263,7 +270,8 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     # values move, the scale stays
     ("", "MaxPool"): OpSpec(Role.EQUAL_SCALE, lowering=pools.max_pool, objection=_maxpool_objection),
     **{("", name): _REARRANGES for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")},
-    **{("", name): _MOVES for name in ("Gather", "GatherElements", "GatherND", "Expand", "Tile")},
+    ("", "Gather"): OpSpec(Role.EQUAL_SCALE, table=_rows_looked_up),
+    **{("", name): _MOVES for name in ("GatherElements", "GatherND", "Expand", "Tile")},
     ("", "Slice"): OpSpec(Role.EQUAL_SCALE, lowering=moves.slices),
     ("", "Split"): _lowered(moves.split, Role.EQUAL_SCALE),
     ("", "Pad"): OpSpec(Role.EQUAL_SCALE, objection=_pad_objection, lowering=moves.pad),

@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 import eptq_onnx
 from eptq_onnx import targets
 from eptq_onnx.config import Attention, Config, Start, WeightRange
-from eptq_onnx.data import Samples, Source, read, spread
+from eptq_onnx.data import Samples, read, spread
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import io
+from eptq_onnx.graph.branches import flattened, sink
+from eptq_onnx.graph.opsets import restored
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.widen import other_float_types
+from eptq_onnx.readers import Source
 from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.steps.allocate import allocate
 from eptq_onnx.steps.calibrate import calibrate
@@ -90,8 +94,9 @@ def quantize(
     ----------
     model : path, bytes or ModelProto
         The float model; never changed.
-    data : path of a .npz, mapping of arrays, or array
-        Calibration samples without labels: one array per model input, samples along the first axis.
+    data : Source
+        Calibration samples without labels: one array per model input, samples along the first axis; or feeds, files, or
+        a function that gives them; see `eptq_onnx.readers.opened`.
     config : Config, optional
     progress : callable, optional
 
@@ -109,14 +114,14 @@ def quantize(
     target = targets.load(config.target)
     engine = _engine() if config.needs_gradients else None
     with clock("normalize"):
-        original = io.load(model)
-        samples = read(data, original)
-        float_model = normalize(original, target.opset_for(config.activation_bits))
+        origin, samples, whole = _prepared(model, data, target, config)
+        # Planned and written is the whole model; what the samples run of it is calibrated and optimized.
+        float_model = flattened(whole)
     with clock("plan"):
-        plan = make_plan(float_model, target, config)
+        plan = make_plan(whole, target, config)
     with clock("calibrate"):
         calibration = calibrate(float_model, plan, samples, config, partial(progress, "calibrate"))
-    chosen = spread(samples.count, config.score_samples)
+    chosen, walked, held = _shares(samples, config)
     scores: Scores | None = None
     if engine is not None and _wants_scores(config):
         with clock("score"), _noting(notes, "no Hessian scores, plain MSE ranges instead"):
@@ -134,8 +139,9 @@ def quantize(
             notes.extend(f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items())
     if scores is not None:
         with clock("recalibrate"):
-            told = partial(progress, "recalibrate")
-            plan, calibration = _guarded(float_model, plan, target, samples, chosen, scores, config, told)
+            plan, calibration = _guarded(
+                whole, float_model, plan, target, samples, chosen, scores, config, partial(progress, "recalibrate")
+            )
     if config.budget is not None:
         with clock("allocate"):
             plan = allocate(
@@ -143,12 +149,11 @@ def quantize(
             )
     with clock("ranges"):
         rounding = weight_ranges(float_model, plan, calibration, scores, config)
-    seen, held = split(len(chosen), config.holdout, config.seed)
     if config.start is Start.CLOSED_FORM:
         with clock("closed form"):
-            nearest, _ = write(float_model, plan, rounding)
+            nearest = flattened(write(whole, plan, rounding)[0])
             told = partial(progress, "closed form")
-            rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, chosen[seen], scores, config, told)
+            rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, walked, scores, config, told)
             notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
     trace: OptimizationTrace | None = None
     if engine is not None and config.step_count:
@@ -156,35 +161,70 @@ def quantize(
             graph = soften(float_model, plan, rounding, samples, config, engine)
             notes.extend(f"no gradient passes {note}" for note in graph.notes)
             notes.extend(f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items())
-            told = partial(_tell_loss, progress)
-            rounding, trace = optimize(plan, rounding, graph, samples, chosen, calibration, scores, config, told)
+            rounding, trace = optimize(plan, rounding, graph, samples, chosen, calibration, scores, config, partial(_tell_loss, progress))
     with clock("write"):
-        quantized, stands_for = write(float_model, plan, rounding)
+        marked, stands_for = write(whole, plan, rounding)
+        flat, quantized = flattened(marked), sink(marked)
     with clock("verify"):
-        verification = verify(float_model, quantized, plan, stands_for, target, samples, chosen[held], partial(progress, "verify"))
-    if calibration.unused_samples:
-        notes.append(f"{calibration.unused_samples} samples are left over: the model takes {samples.fixed_batch} at a time")
+        told = partial(progress, "verify")
+        verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, held, origin.size, told)
+    notes = [*origin.notes, *notes, *_left_over(calibration, samples, engine)]
     report = Report(
         version=eptq_onnx.__version__,
-        model=str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name,
+        model=origin.name,
         target=target.name,
         engine=engine.name if engine else "",
         config=config.model_dump(mode="json"),
-        opset=opset_of(quantized),
+        opset=max(opset_of(quantized), origin.opset),
         samples=samples.count,
         unused_samples=calibration.unused_samples,
         layers=_layer_reports(plan, scores, verification, len(chosen)),
         kept_float=plan.kept_float,
-        notes=(*_type_notes(original, config), *notes),
+        notes=tuple(notes),
         optimization=trace,
         verification=verification,
         seconds=clock.seconds,
         peak_memory_bytes=_peak_memory(),
     )
-    return Result(quantized, report)
+    return Result(restored(quantized, origin.opset, origin.ir_version), report)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What is told of the model that was given; it is not kept."""
+
+    name: str
+    opset: int
+    ir_version: int
+    size: int
+    notes: list[str]
+
+
+def _prepared(
+    model: str | os.PathLike[str] | bytes | ModelProto, data: Source, target: Target, config: Config
+) -> tuple[_Origin, Samples, ModelProto]:
+    """The samples, and the model in normal form."""
+    original = io.load(model)
+    samples = read(data, original)
+    whole = normalize(original, target.opset_for(config.activation_bits), samples)
+    name = str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name
+    notes = [*_type_notes(original, config), *_opset_notes(original, whole)]
+    return _Origin(name, opset_of(original), original.ir_version, original.ByteSize(), notes), samples, whole
+
+
+def _shares(samples: Samples, config: Config) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Samples to score and optimize on, to round layer by layer on, and to compare on; the last are not among the second."""
+    alike = samples.alike()
+    chosen = alike[spread(len(alike), config.score_samples)]
+    seen, held = split(len(chosen), config.holdout, config.seed)
+    if len(alike) == samples.count:
+        return chosen, chosen[seen], chosen[held]
+    # Fixed shapes are for gradients: layers are rounded on samples of all sizes.
+    return chosen, np.setdiff1d(spread(samples.count, config.score_samples), chosen[held]), chosen[held]
 
 
 def _guarded(
+    whole: ModelProto,
     model: ModelProto,
     plan: Plan,
     target: Target,
@@ -200,7 +240,7 @@ def _guarded(
     sensitive = sensitive_activations(model, plan, samples, chosen, calibration, scores, config)
     if not sensitive:
         return plan, calibration
-    plan = make_plan(model, target, config, sensitive)
+    plan = make_plan(whole, target, config, sensitive)
     return plan, again(plan=plan)
 
 
@@ -217,6 +257,21 @@ def _type_notes(model: ModelProto, config: Config) -> list[str]:
     notes = [f"{name} tensors are computed and stored in float32; inputs and outputs keep their types" for name in other_float_types(model)]
     if config.activation_bits > 8:
         notes.append("no integer kernels are known for 16-bit activations: operators compute in float32 between their quantizers")
+    return notes
+
+
+def _opset_notes(model: ModelProto, readable: ModelProto) -> list[str]:
+    own, read = opset_of(model), opset_of(readable)
+    return [f"the installed onnxruntime does not read opset {own}: the result was made and verified in opset {read}"] if own > read else []
+
+
+def _left_over(calibration: Calibration, samples: Samples, engine: Engine | None) -> list[str]:
+    count, alike = calibration.unused_samples, len(samples.alike())
+    notes = [f"{count} samples are left over: the model takes {samples.fixed_batch} at a time"] if count else []
+    if engine is not None and alike < samples.count:
+        notes.append(
+            f"gradients need fixed shapes: scored and optimized on the {alike} of {samples.count} samples of the most frequent size"
+        )
     return notes
 
 

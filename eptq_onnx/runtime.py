@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -11,13 +12,20 @@ from typing import Any
 
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, helper
 
 from eptq_onnx.errors import InstallError, ModelError
+from eptq_onnx.graph.external import write_external
 from eptq_onnx.types import Feeds
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A message must stay below 2 GiB; some room is left for what onnxruntime adds."""
+
+_IN_MEMORY = 2**28
+"""Larger models reach onnxruntime through files, which it maps, instead of three copies in memory."""
+
+_OLDEST_OPSET, _OLDEST_IR = 19, 9
+"""What every supported onnxruntime reads."""
 
 _DISTRIBUTIONS = (
     "onnxruntime",
@@ -106,13 +114,39 @@ def load_gradient_builder() -> Any:
     return _pybind_state
 
 
+@cache
+def newest_readable() -> tuple[int, int]:
+    """Highest default-domain opset and IR version that the installed onnxruntime reads and onnx can write.
+
+    It does not tell: it is tried.
+    """
+    opset = _highest(lambda version: _tiny(version, _OLDEST_IR), _OLDEST_OPSET, onnx.defs.onnx_opset_version())
+    return opset, _highest(lambda version: _tiny(_OLDEST_OPSET, version), _OLDEST_IR, onnx.IR_VERSION)
+
+
+def _tiny(opset: int, ir_version: int) -> ModelProto:
+    info = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "tiny", info[:1], info[1:])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+
+
+def _highest(model: Callable[[int], ModelProto], low: int, high: int) -> int:
+    for version in range(high, low, -1):
+        try:
+            Session(model(version))
+        except ModelError:
+            continue
+        return version
+    return low
+
+
 class Session:
     """An onnxruntime CPU session.
 
     Parameters
     ----------
     model : ModelProto or path
-        Above protobuf's 2 GiB limit a ModelProto is passed through a temporary folder.
+        A large ModelProto is passed through a temporary folder.
     optimize : bool
         False runs the graph as written, without fusions.
     save_optimized : path, optional
@@ -187,12 +221,10 @@ def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, tuple[int
 
 
 def _source(model: ModelProto, folder: Path) -> bytes | Path:
-    if model.ByteSize() < PROTOBUF_LIMIT:
+    if model.ByteSize() < _IN_MEMORY:
         return bytes(model.SerializeToString())
-    copy = ModelProto()
-    copy.CopyFrom(model)
     path = folder / "model.onnx"
-    onnx.save(copy, str(path), save_as_external_data=True, location="model.data")
+    write_external(model, path, "model.data")
     return path
 
 

@@ -75,7 +75,8 @@ class ActivationQuantizer:
         Limits that the activation function guarantees; the quantized range stays inside, so that the function can
         be dropped (infinite where there is none).
     constant : bool
-        True for a constant operand of an integer operator (its range is known without calibration).
+        True for a constant operand of an integer operator (its range is known without calibration), and for a table that
+        is stored as integers, one scale a row (``spec.axis`` 0).
     through : str
         Tensor at which the error of the range counts: ``name``, or the result of the scalar function that alone reads
         it. What SiLU flattens, say, needs no range in front of it.

@@ -27,7 +27,6 @@ def test_batches_of_a_model_that_prescribes_its_batch():
     assert [len(p) for p in samples.batches(range(10), 4)] == [4, 4]
     free = data.read(images(10), MODEL)
     assert [len(p) for p in free.batches(range(10), 4)] == [4, 4, 2]
-    assert free.shapes(7) == {"image": (7, 3, 8, 8)}
 
 
 def _bad_value(value: float) -> np.ndarray:
@@ -79,8 +78,11 @@ def test_files_that_are_no_npz(tmp_path):
     with pytest.raises(DataError, match=r"not a readable \.npz"):
         data.read(tmp_path / "text.npz", MODEL)
     np.save(tmp_path / "one.npy", images(2))
-    with pytest.raises(DataError, match=r"numpy\.savez"):
-        data.read(tmp_path / "one.npy", MODEL)
+    with pytest.raises(DataError, match="model has 2 inputs"):
+        data.read(tmp_path / "one.npy", TWO)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"has no \.npz file"):
+        data.read(tmp_path / "empty", MODEL)
 
 
 VAD = parse("g (float[batch,4] x, float[2,batch,3] state, int64 rate) => (float[batch,4] y) { y = Identity (x) }")
@@ -91,7 +93,6 @@ def test_a_batch_on_another_axis_and_an_input_without_one():
     samples = data.read({"x": normal(5, 4), "state": state, "rate": np.int64(16000)}, VAD)
     assert samples.count == 5
     assert samples.fixed_batch is None
-    assert samples.shapes(3) == {"x": (3, 4), "state": (2, 3, 3), "rate": ()}
     feeds = samples.take([4, 0])
     np.testing.assert_array_equal(feeds["state"][:, 0], state[4])
     np.testing.assert_array_equal(feeds["state"][:, 1], state[0])
@@ -119,3 +120,83 @@ def test_inputs_without_a_batch_are_checked_too():
         data.read({**good, "rate": np.full(5, 16000)}, VAD)
     with pytest.raises(DataError, match=r"'state' has shape \(2, 5, 3\), but the model wants \(samples, 2, 3\)"):
         data.read({**good, "state": normal(2, 5, 3)}, VAD)
+
+
+FREE = parse("g (float[N,3,H,W] x) => (float[N,3,H,W] y) { y = Identity (x) }")
+SIZES = [8, 6, 8, 8, 6, 4]
+PICTURES = [images(1, size=s, seed=k)[0] for k, s in enumerate(SIZES)]
+
+
+def test_feeds_lists_folders_and_functions_are_the_same(tmp_path, monkeypatch):
+    for k in (0, 2, 4):
+        together = PICTURES[k : k + 2] if SIZES[k] == SIZES[k + 1] else None
+        pairs = [np.stack(together)] if together else [p[None] for p in PICTURES[k : k + 2]]
+        for n, pair in enumerate(pairs):
+            np.savez(tmp_path / f"{k}{n}.npz", x=pair)
+    (tmp_path / "my_reader.py").write_text(
+        "import numpy as np\ndef samples():\n    for k in range(3):\n        yield {'x': np.full((1, 3, 4 + k, 4), k, np.float32)}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    objects = np.empty(len(PICTURES), object)
+    objects[:] = PICTURES
+    for source in (tmp_path, [{"x": p[None]} for p in PICTURES], ({"x": p[None]} for p in PICTURES), {"x": PICTURES}, {"x": objects}):
+        samples = data.read(source, FREE)
+        assert samples.count == 6
+        assert samples.alike().tolist() == [0, 2, 3]
+        assert [p.tolist() for p in samples.batches(range(6), 2)] == [[0, 2], [3], [1, 4], [5]]
+        assert [p.tolist() for p in samples.parts([5, 4, 3, 1], 2)] == [[0], [1, 3], [2]]
+        np.testing.assert_array_equal(samples.take([4, 1])["x"], np.stack([PICTURES[4], PICTURES[1]]))
+        first, last = samples.two_batches(4)
+        np.testing.assert_array_equal(first["x"], np.stack([PICTURES[k] for k in (0, 2, 3, 0)]))
+        np.testing.assert_array_equal(last["x"], np.stack([PICTURES[k] for k in (3, 2, 0, 3)]))
+    made = data.read("my_reader:samples", FREE)
+    assert [made.take([k])["x"].shape for k in range(3)] == [(1, 3, 4, 4), (1, 3, 5, 4), (1, 3, 6, 4)]
+
+
+def test_feeds_of_one_size_are_one_array(tmp_path):
+    feeds = [{"x": normal(3, 4, seed=k), "state": normal(2, 3, 3, seed=k), "rate": np.int64(8000)} for k in range(3)]
+    samples = data.read(feeds, VAD)
+    assert samples.count == 9
+    assert {n: v.shape for n, v in samples.take([0, 1]).items()} == {"x": (2, 4), "state": (2, 2, 3), "rate": ()}
+    np.testing.assert_array_equal(samples.take([3, 4, 5])["state"], feeds[1]["state"])
+    other = data.read([*feeds, {**feeds[0], "rate": np.int64(16000)}], VAD)
+    assert other.alike().tolist() == list(range(9))
+    assert [p.tolist() for p in other.batches(range(7, 12), 8)] == [[7, 8], [9, 10, 11]]
+    assert [int(other.take([k])["rate"]) for k in (8, 9)] == [8000, 16000]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], "has no samples"),
+        ([images(1)], "item 0 is a ndarray, not a mapping"),
+        ([{"y": images(1)}], "feed 0 has no array for the model input 'x'"),
+        ([{"x": PICTURES[0][None]}, {"x": PICTURES[1][None, :2]}], r"sample 1: input 'x' has shape \(1, 2, 6, 6\), but the model wants"),
+        ({"x": [PICTURES[0], np.full((3, 2, 2), np.nan, np.float32)]}, "sample 1: input 'x' has NaN or Inf"),
+        ("nowhere:samples", "data function nowhere:samples cannot be imported"),
+        ("os:nothing", "data function os:nothing cannot be imported"),
+        ("os:sep", "is no function"),
+    ],
+)
+def test_bad_sources_are_told(source, message):
+    with pytest.raises(DataError, match=message) as e:
+        data.read(source, FREE)
+    assert "\n" not in str(e.value)
+
+
+def test_batches_of_different_sizes_in_one_feed_are_told():
+    with pytest.raises(DataError, match="feed 0 has batches of different sizes: x: 3, state: 2"):
+        data.read([{"x": normal(3, 4), "state": normal(2, 2, 3), "rate": np.int64(1)}], VAD)
+
+
+def test_values_of_an_input_without_a_batch_must_be_as_many_as_the_samples():
+    good = {"x": normal(3, 4), "state": normal(3, 2, 3)}
+    with pytest.raises(DataError, match="different numbers of samples: x: 3, state: 3, rate: 2"):
+        data.read({**good, "rate": [np.int64(1), np.int64(2)]}, VAD)
+    assert data.read({**good, "rate": [np.int64(1), np.int64(2), np.int64(1)]}, VAD).alike().tolist() == [0, 2]
+
+
+def test_too_few_of_one_size():
+    fixed = parse("g (float[4,3,H,W] x) => (float[4,3,H,W] y) { y = Identity (x) }")
+    with pytest.raises(DataError, match="3 samples of one size, but the model takes 4 at a time"):
+        data.read({"x": PICTURES}, fixed)

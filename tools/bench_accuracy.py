@@ -44,16 +44,16 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import onnx
+import peers
 import typer
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from rich.console import Console
 from rich.table import Table
 
 import eptq_onnx
 from eptq_onnx import Config
+from eptq_onnx.data import Samples, read
+from eptq_onnx.graph import io
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 OURS: dict[str, dict[str, object]] = {
@@ -77,24 +77,6 @@ PEERS = ("static", "nncf")
 Figures = tuple[float, ...]
 
 
-class Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Feeds the samples of a .npz to onnxruntime's quantizer, in the batches that the model takes."""
-
-    def __init__(self, model: Path, data: Path) -> None:
-        with np.load(data) as archive:
-            self._arrays = {name: archive[name] for name in archive.files}
-        dim = onnx.load(model, load_external_data=False).graph.input[0].type.tensor_type.shape.dim[0]
-        self._batch, self._next = dim.dim_value or 8, 0
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next batch, or None."""
-        part = slice(self._next, self._next + self._batch)
-        self._next = part.stop
-        if part.stop > len(next(iter(self._arrays.values()))):
-            return None
-        return {name: array[part] for name, array in self._arrays.items()}
-
-
 def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], folder: Path) -> list[Path]:
     """Files that a method makes; none if it cannot do these bits."""
     if method not in PEERS:
@@ -104,36 +86,19 @@ def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], folder
         return [folder / "ours.onnx"]
     if bits != (8, 8):
         return []
-    return static(model, data, folder) if method == "static" else nncf(model, data, folder)
+    samples = read(data, io.load(model))
+    if method == "static":
+        return [path for _, path in peers.quantize_static(model, samples, peers.USUAL, folder)]
+    return nncf(model, samples, folder)
 
 
-def static(model: Path, data: Path, folder: Path) -> list[Path]:
-    """Files of onnxruntime's quantizer."""
-    quant_pre_process(model, folder / "prepared.onnx", skip_symbolic_shape=True)
-    files = []
-    for calibration in (CalibrationMethod.MinMax, CalibrationMethod.Percentile):
-        files.append(folder / f"{calibration.name}.onnx")
-        quantize_static(
-            folder / "prepared.onnx",
-            files[-1],
-            Reader(model, data),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-            activation_type=QuantType.QUInt8,
-            calibrate_method=calibration,
-        )
-    return files
-
-
-def nncf(model: Path, data: Path, folder: Path) -> list[Path]:
+def nncf(model: Path, samples: Samples, folder: Path) -> list[Path]:
     """Files of NNCF."""
     try:
         import nncf as peer
     except ImportError as e:
         raise typer.BadParameter("the method nncf needs NNCF: pip install nncf") from e
-    batches = list(iter(Reader(model, data).get_next, None))
+    batches = list(iter(peers.Reader(samples).get_next, None))
     files = []
     for fast in (True, False):
         made = peer.quantize(onnx.load(model), peer.Dataset(batches), subset_size=len(batches), fast_bias_correction=fast)
@@ -198,7 +163,7 @@ def main(
             with tempfile.TemporaryDirectory() as folder:
                 began = time.perf_counter()
                 with redirect_stdout(sys.stderr):
-                    # onnxruntime's calibration prints what it does.
+                    # Peers print what they do.
                     files = quantize(method, model, data, (weight, activation), Path(folder))
                 seconds.append(f"{time.perf_counter() - began:.0f}" if files else "")
                 scores.append(_shown(max(evaluate(f) for f in files)) if files else "-")

@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import node_reads, opset_of, subgraphs
+from eptq_onnx.graph.weights import without_weights
 
 
 def all_names(model: ModelProto) -> set[str]:
@@ -118,13 +119,11 @@ def with_nodes(
     drop: Iterable[str] = (),
 ) -> ModelProto:
     """A copy of the model whose node list is replaced, with initializers added and dropped by name."""
-    result = ModelProto()
-    result.CopyFrom(model)
-    gone = set(drop)
-    kept = [t for t in result.graph.initializer if t.name not in gone]
-    del result.graph.node[:], result.graph.initializer[:]
-    result.graph.node.extend(nodes)
-    result.graph.initializer.extend([*kept, *initializers])
+    result, gone, replacement = without_weights(model), set(drop), list(nodes)
+    del result.graph.node[:]
+    result.graph.node.extend(replacement)
+    result.graph.initializer.extend(t for t in model.graph.initializer if t.name not in gone)
+    result.graph.initializer.extend(initializers)
     if gone:
         inputs = [i for i in result.graph.input if i.name not in gone]
         del result.graph.input[:]
@@ -156,8 +155,8 @@ def add_output(model: ModelProto, name: str, elem_type: int = TensorProto.FLOAT)
                 model.graph.value_info.remove(info)
 
 
-def set_outputs(model: ModelProto, names: Sequence[str]) -> None:
-    """Make ``names`` the graph outputs, in place.
+def set_outputs(model: ModelProto, names: Sequence[str], elem_type: int = TensorProto.FLOAT) -> None:
+    """Make ``names`` the graph outputs, in place; of ``elem_type`` where the model does not tell.
 
     What is known of the former outputs is kept: onnxruntime's pool gradients crash without their output's shape.
     """
@@ -165,7 +164,7 @@ def set_outputs(model: ModelProto, names: Sequence[str]) -> None:
     model.graph.value_info.extend(o for o in model.graph.output if o.name not in known)
     del model.graph.output[:]
     for name in names:
-        add_output(model, name)
+        add_output(model, name, elem_type)
 
 
 def exposing(model: ModelProto, names: Iterable[str]) -> ModelProto:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-import onnx
 import onnx_graphsurgeon as gs
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from eptq_onnx.errors import ModelError
-from eptq_onnx.graph import edit
+from eptq_onnx.graph import branches, edit
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.view import GraphView, node_reads, subgraphs
+from eptq_onnx.graph.weights import light, with_weights, without_weights
 
 
 def fold_constants(model: ModelProto) -> ModelProto:
@@ -27,12 +29,25 @@ def fold_constants(model: ModelProto) -> ModelProto:
     """
     logging.getLogger("onnx_graphsurgeon").setLevel(logging.ERROR)
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
+    folded, apart = light(model, _take_part(model))
     while True:
-        model = _folded_once(_with_whole_shapes(_constants_to_initializers(model)))
-        resolved = _with_known_branches(model)
+        folded = _without_identities(_folded_once(_dequantized(_with_whole_shapes(_constants_to_initializers(folded)))))
+        resolved = branches.with_known_branches(folded)
         if resolved is None:
-            return model
-        model = resolved
+            return with_weights(folded, apart)
+        folded = resolved
+
+
+def _take_part(model: ModelProto) -> set[str]:
+    """Constants that nodes read which may be folded: the values of all others are of no use here."""
+    known = {t.name for t in model.graph.initializer}
+    found: set[str] = set()
+    for node in model.graph.node:
+        reads = node_reads(node)
+        if known.issuperset(reads) or subgraphs(node):
+            known.update(node.output)
+            found.update(reads)
+    return found | {o.name for o in model.graph.output}
 
 
 def fold_sizes(model: ModelProto) -> ModelProto:
@@ -43,7 +58,7 @@ def fold_sizes(model: ModelProto) -> ModelProto:
 
 
 def _folded_once(model: ModelProto) -> ModelProto:
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    inferred = infer_shapes(model)
     graph = gs.import_onnx(inferred)
     try:
         # Its own flattening of conditionals loses outputs of nested ones.
@@ -52,46 +67,46 @@ def _folded_once(model: ModelProto) -> ModelProto:
     except Exception as e:
         # onnx-graphsurgeon reports every problem as its own or a bare exception.
         raise ModelError(f"the graph cannot be sorted or folded: {' '.join(str(e).split())[:300]}") from e
-    result = ModelProto()
-    result.CopyFrom(model)
+    result = without_weights(model)
     result.graph.CopyFrom(folded.graph)
     result.graph.doc_string = model.graph.doc_string
     return result
 
 
-def _with_known_branches(model: ModelProto) -> ModelProto | None:
-    """A copy in which every If with a constant condition is the branch that it takes; None if there is none."""
-    constants = {t.name: t for t in model.graph.initializer}
-    builder, found = edit.Builder(model, "if/"), False
-    for node in model.graph.node:
-        if node.op_type != "If" or node.input[0] not in constants:
-            builder.nodes.append(node)
-            continue
-        found = True
-        taken = bool(numpy_helper.to_array(constants[node.input[0]]).reshape(-1)[0])
-        branch = next(a.g for a in node.attribute if a.name == ("then_branch" if taken else "else_branch"))
-        own = [t.name for t in branch.initializer] + [o for n in branch.node for o in n.output if o]
-        names = {name: builder.unique(f"{node.name or node.output[0]}/{name}") for name in own}
-        builder.initializers.extend(edit.renamed_tensor(t, names[t.name]) for t in branch.initializer)
-        builder.nodes.extend(edit.renamed(n, names) for n in branch.node)
-        for outer, inner in zip(node.output, branch.output, strict=True):
-            if outer:
-                builder.add("Identity", [names.get(inner.name, inner.name)], outer)
-    return edit.with_nodes(model, builder.nodes, builder.initializers) if found else None
-
-
 def _constants_to_initializers(model: ModelProto) -> ModelProto:
     """A copy without Constant nodes in its main graph (onnx-graphsurgeon reads value_float as double)."""
-    result = ModelProto()
-    result.CopyFrom(model)
-    kept = []
-    for node in result.graph.node:
+    kept, values = [], []
+    for node in model.graph.node:
         value = _constant_value(node)
         if value is None:
             kept.append(node)
         else:
-            result.graph.initializer.append(value)
-    return edit.with_nodes(result, kept)
+            values.append(value)
+    return edit.with_nodes(model, kept, values)
+
+
+def _dequantized(model: ModelProto) -> ModelProto:
+    """A copy in which weights that are stored as integers behind DequantizeLinear are float (onnx-graphsurgeon leaves them)."""
+    view, kept, values = GraphView(model), [], []
+    for node in view.nodes:
+        if node.op_type != "DequantizeLinear" or not all(view.is_constant(i) for i in node.input if i):
+            kept.append(node)
+            continue
+        evaluator = ReferenceEvaluator(node, opsets={o.domain: o.version for o in model.opset_import})
+        (value,) = evaluator.run(None, {i: view.constant(i) for i in node.input if i})
+        values.append(numpy_helper.from_array(np.asarray(value), node.output[0]))
+    return edit.with_nodes(model, kept, values) if values else model
+
+
+def _without_identities(model: ModelProto) -> ModelProto:
+    """A copy without the Identity nodes that only give a tensor a second name."""
+    outputs, names, kept = {o.name for o in model.graph.output}, dict[str, str](), []
+    for node in model.graph.node:
+        if node.op_type == "Identity" and node.output[0] not in outputs:
+            names[node.output[0]] = names.get(node.input[0], node.input[0])
+        else:
+            kept.append(edit.renamed(node, names) if names else node)
+    return edit.with_nodes(model, kept) if names else model
 
 
 def _with_whole_shapes(model: ModelProto) -> ModelProto:

@@ -7,6 +7,7 @@ from onnx import ModelProto, helper
 
 from eptq_onnx import runtime
 from eptq_onnx.errors import ModelError
+from eptq_onnx.graph.weights import light, without_weights
 
 
 def infer_shapes(model: ModelProto) -> ModelProto:
@@ -14,7 +15,7 @@ def infer_shapes(model: ModelProto) -> ModelProto:
 
     What onnx cannot tell, the tensors behind operators of other domains, onnxruntime is asked for.
     """
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    inferred = _inferred(model)
     known = {v.name for v in (*inferred.graph.value_info, *inferred.graph.output)}
     unknown = [o for n in inferred.graph.node for o in n.output if o and o not in known]
     if not unknown:
@@ -25,4 +26,16 @@ def infer_shapes(model: ModelProto) -> ModelProto:
         # Tensors that are not told stay float; who runs the model says what is wrong with it.
         return inferred
     inferred.graph.value_info.extend(helper.make_tensor_value_info(n, *types[n]) for n in unknown if n in types)
-    return onnx.shape_inference.infer_shapes(inferred, data_prop=True)
+    return _inferred(inferred)
+
+
+def _inferred(model: ModelProto) -> ModelProto:
+    """A copy with what onnx infers; the weights do not pass through."""
+    inferred = onnx.shape_inference.infer_shapes(light(model)[0], data_prop=True)
+    result = without_weights(model)
+    result.graph.initializer.extend(model.graph.initializer)
+    for name in ("node", "value_info", "output"):
+        field = getattr(result.graph, name)
+        del field[:]
+        field.extend(getattr(inferred.graph, name))
+    return result

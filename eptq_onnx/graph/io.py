@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, checker
+from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 
 from eptq_onnx.errors import ModelError, OutputError
+from eptq_onnx.graph import weights
+from eptq_onnx.graph.external import write_external
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.runtime import PROTOBUF_LIMIT
 
@@ -18,6 +22,10 @@ _QUANTIZED = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
     "MatMulInteger", "MatMulNBits", "QGemm", "MatMulIntegerToFloat", "QAttention",
 }  # fmt: skip
+_PLAIN = {
+    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32, TensorProto.INT64,
+}  # fmt: skip
+"""Types whose values take whole bytes in every version of onnx."""
 
 _RUNTIMES_OWN = {"SimplifiedLayerNormalization"}
 
@@ -55,7 +63,18 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
         except (OSError, ValueError, checker.ValidationError) as e:
             raise ModelError(f"the external data of {name} cannot be read: {' '.join(str(e).split())}.") from e
     _check(proto, name)
+    _densify(proto)
     return proto
+
+
+def _densify(proto: ModelProto) -> None:
+    """Sparse initializers become ordinary ones, in place."""
+    for sparse in proto.graph.sparse_initializer:
+        values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        dense = np.zeros(tuple(sparse.dims), values.dtype)
+        dense[tuple(places.T) if places.ndim == 2 else np.unravel_index(places, dense.shape)] = values
+        proto.graph.initializer.append(numpy_helper.from_array(dense, sparse.values.name))
+    del proto.graph.sparse_initializer[:]
 
 
 def _parse(data: bytes, name: str) -> ModelProto:
@@ -91,35 +110,20 @@ def check(model: ModelProto, *, full: bool = False) -> None:
 
 
 def _check(proto: ModelProto, name: str) -> None:
-    if proto.ByteSize() < PROTOBUF_LIMIT:
-        try:
-            check(proto)
-        except checker.ValidationError as e:
-            raise ModelError(f"{name} is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
-    for node in proto.graph.node:
-        if node.op_type in _QUANTIZED:
-            raise ModelError(f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): give the float model.")
-
-
-def convert_opset(model: ModelProto, minimum: int) -> ModelProto:
-    """Raise the default-domain opset to at least ``minimum`` with onnx's version converter.
-
-    Raises
-    ------
-    ModelError
-        If an operator cannot be converted.
-    """
-    current = opset_of(model)
-    if current >= minimum:
-        return model
+    light, heavy = weights.light(proto)
     try:
-        result = onnx.version_converter.convert_version(model, minimum)
-    except Exception as e:
-        # The converter raises bare C++ exceptions of several kinds.
-        raise ModelError(
-            f"the model's opset {current} cannot be raised to {minimum}, which the target needs: {' '.join(str(e).split())[:300]}"
-        ) from e
-    return result
+        check(light)
+    except checker.ValidationError as e:
+        raise ModelError(f"{name} is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
+    for tensor in heavy:
+        size = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * math.prod(tensor.dims)
+        if tensor.data_type in _PLAIN and len(tensor.raw_data) != size:
+            raise ModelError(f"{name} is not valid ONNX: the initializer {tensor.name} has {len(tensor.raw_data)} bytes instead of {size}.")
+    constants = {t.name for t in proto.graph.initializer} | {o for n in proto.graph.node if n.op_type == "Constant" for o in n.output}
+    for node in proto.graph.node:
+        weight_only = node.op_type == "DequantizeLinear" and constants.issuperset(i for i in node.input if i)
+        if node.op_type in _QUANTIZED and not weight_only:
+            raise ModelError(f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): give the float model.")
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -177,11 +181,9 @@ def save(model: ModelProto, path: str | os.PathLike[str]) -> None:
         return
     check_writable(target)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        copy = ModelProto()
-        copy.CopyFrom(model)
         data_name = f"{target.name}.data"
         try:
-            onnx.save(copy, os.path.join(folder, target.name), save_as_external_data=True, location=data_name)
+            write_external(model, Path(folder) / target.name, data_name)
             # The data goes first: the model file never points to a file that is not there.
             os.replace(os.path.join(folder, data_name), target.parent / data_name)
             os.replace(os.path.join(folder, target.name), target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -130,6 +130,14 @@ def node_reads(node: NodeProto) -> list[str]:
             local.update(inner.output)
         names.extend(o.name for o in graph.output if o.name not in local)
     return names
+
+
+def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes of a graph, and of the bodies inside it."""
+    for node in graph.node:
+        yield node
+        for inner in subgraphs(node):
+            yield from all_nodes(inner)
 
 
 def subgraphs(node: NodeProto) -> list[GraphProto]:

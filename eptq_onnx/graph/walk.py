@@ -32,7 +32,7 @@ class Walk:
     def __init__(self, model: ModelProto, batches: Sequence[Feeds]) -> None:
         self._view = GraphView(model)
         self._imports = model.opset_import
-        self._ir_version = min(model.ir_version, 10)
+        self._ir_version = model.ir_version
         self._live: list[Feeds] = [dict(feeds) for feeds in batches]
         self._waiting: dict[str, NodeProto] = {n.name: n for n in self._view.nodes}
         self._replaced: Feeds = {}

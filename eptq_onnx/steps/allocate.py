@@ -92,7 +92,7 @@ def allocate(
     """
     size = samples.micro_batch()
     chosen = indices[spread(len(indices), max(_SAMPLES, size))]
-    walk = Walk(model, [samples.take(chosen[part]) for part in samples.batches(range(len(chosen)), size)])
+    walk = Walk(model, [samples.take(part) for part in samples.batches(chosen, size)])
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
     quantizers = plan.quantizer_of
@@ -108,12 +108,12 @@ def allocate(
             rows = compensation.sampled_moments(form, value, inputs, inputs, _ROWS, np.random.default_rng((config.seed, k)))
             positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
             known.operations += value.size * positions * quantizers[layer.input].spec.bits
-            specs = {bits: target.weight_spec(bits, layer.weight_spec.axis or 0) for bits in known.effects}
+            specs = {bits: target.weight_spec(bits, layer.weight_spec.axis) for bits in known.effects}
             for bits, error in _channel_errors(form, value, rows, specs, config).items():
                 known.effects[bits] += float((error * _importance(layer, calibration, scores, error.size, positions)).sum())
         progress(k + 1, len(plan.layers))
     widths = solve(weights, budget)
-    layers = (replace(x, weight_spec=target.weight_spec(widths[x.weight], x.weight_spec.axis or 0)) for x in plan.layers)
+    layers = (replace(x, weight_spec=target.weight_spec(widths[x.weight], x.weight_spec.axis)) for x in plan.layers)
     return replace(plan, layers=tuple(layers))
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
@@ -20,6 +19,8 @@ from eptq_onnx import compensation, quant_math
 from eptq_onnx.config import Config
 from eptq_onnx.data import Samples, spread
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk, peak_bytes
 from eptq_onnx.linear import LinearForm, scale_places
@@ -79,9 +80,9 @@ def closed_form(
     Input-error correction and sequential rounding follow OBQ (Frantar and Alistarh 2022) and GPTQ (Frantar et al. 2023).
     """
     size = samples.micro_batch()
-    affordable = _MEMORY // max(1, 2 * peak_bytes(edit.specialize(model, samples.shapes(size)))) * size
+    affordable = _MEMORY // max(1, 2 * peak_bytes(specialize(model, samples.two_batches(size)))) * size
     kept = indices[spread(len(indices), max(affordable, size))]
-    feeds = [samples.take(part) for part in (kept[p] for p in samples.batches(range(len(kept)), size))]
+    feeds = [samples.take(part) for part in samples.batches(kept, size)]
     student, names = _with_open_layers(quantized, plan)
     inputs = {n.name: n.input[0] for n in student.graph.node}
     exact, rough = Walk(model, feeds), Walk(student, feeds)
@@ -150,7 +151,7 @@ def _with_open_layers(quantized: ModelProto, plan: Plan) -> tuple[ModelProto, di
                 del copy.input[row.bias :]
                 copy.input.append(names[node.name][1])
         builder.nodes.append(copy)
-    return onnx.shape_inference.infer_shapes(edit.with_nodes(quantized, builder.nodes)), names
+    return infer_shapes(edit.with_nodes(quantized, builder.nodes)), names
 
 
 def _mean_error(form: LinearForm, rounded: Array, moments: compensation.Moments) -> Array:

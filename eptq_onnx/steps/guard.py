@@ -54,7 +54,7 @@ def sensitive_activations(
     size = samples.micro_batch()
     noise = dict.fromkeys(quantizers, 0.0)
     seen = 0
-    parts = list(samples.batches(range(min(len(indices), _SAMPLES)), size))
+    parts = list(samples.parts(indices[:_SAMPLES], size))
     runs = ordered_map(lambda part: session.run(samples.take(indices[part]), list(quantizers)), parts)
     for part, values in zip(parts, runs, strict=True):
         for name, quantizer in quantizers.items():
@@ -62,10 +62,14 @@ def sensitive_activations(
             error = np.square(quant_math.fake_quantize(x, calibration.activations[name], quantizer.spec) - x)
             axis = quantizer.channel_axis
             others = tuple(i for i in range(x.ndim) if i != axis)
-            if axis == 0 or len(x) != len(part):
-                noise[name] += float((error.sum(axis=others) * scores.channels[name][part].mean(axis=0)).sum())
+            table = scores.channels[name][part]
+            if x.shape[axis] != table.shape[1]:
+                # The axis has as many places as the batch has samples, or the samples are of other sizes.
+                noise[name] += float(error.sum() * table.mean())
+            elif axis == 0 or len(x) != len(part):
+                noise[name] += float((error.sum(axis=others) * table.mean(axis=0)).sum())
             else:
-                noise[name] += float((error.sum(axis=others[1:]) * scores.channels[name][part]).sum())
+                noise[name] += float((error.sum(axis=others[1:]) * table).sum())
         seen += len(part)
     ratio = {name: n / max(seen, 1) / scores.output_size for name, n in noise.items()}
     return {tensor: ratio[name] for name in _spoilers(ratio, config.max_noise) for tensor in quantizers[name].tensors}

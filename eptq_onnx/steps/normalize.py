@@ -1,37 +1,44 @@
 """Step 1: bring a model into the one form that the other steps expect.
 
 Functions inlined, opset raised if the target needs it, all floats made float32, constants folded into initializers, nodes named,
-BatchNormalization and padding folded into the layers they belong to, every layer with a bias of its own.
+BatchNormalization and padding folded into the layers they belong to, every layer with a bias of its own; the branches
+that all samples take hoisted into the main graph.
 Inputs and outputs keep their names, and so does every tensor that is still computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper, inliner
+from onnx import ModelProto, NodeProto, TensorProto, helper, inliner
 
-from eptq_onnx.graph import edit, fold, io
+from eptq_onnx.data import Samples
+from eptq_onnx.graph import branches, edit, fold, opsets
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.shapes import with_ranks
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
 from eptq_onnx.graph.widen import widen
 from eptq_onnx.ops import output_channels
+from eptq_onnx.runtime import Session, newest_readable
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _WITH_BIAS = (*_CONVOLUTIONS, "Gemm")
+_FIRST_IR_WITH_CONSTANTS = 4
 
 
-def normalize(model: ModelProto, min_opset: int) -> ModelProto:
+def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None) -> ModelProto:
     """Return the model in normal form; the argument is not changed.
 
     Parameters
     ----------
     model : ModelProto
     min_opset : int
-        The opset is raised to this by onnx's version converter if it is lower.
+        The opset is raised to this if it is lower, and lowered to what the installed onnxruntime reads if it is higher.
+    samples : Samples, optional
+        An If whose condition is the same for all of them is settled: see `eptq_onnx.graph.branches`.
 
     Raises
     ------
@@ -39,14 +46,55 @@ def normalize(model: ModelProto, min_opset: int) -> ModelProto:
         If the model cannot be converted or folded.
     """
     result = inliner.inline_local_functions(model) if model.functions else _copy(model)
-    result = widen(io.convert_opset(result, min_opset))
     _drop_default_inputs(result)
-    _spell_out_axes(result)
-    result = fold.fold_constants(result)
+    result = _rewritten(widen(opsets.within(result, min_opset, *newest_readable())))
+    if samples is None:
+        return infer_shapes(result)
+    result = infer_shapes(_settled(result, samples))
+    # Behind an If more is known of the branch that samples take than of both.
+    known = with_ranks(branches.flattened(result), samples.two_batches(samples.micro_batch(1))[0])
+    if known is not result:
+        del result.graph.value_info[:]
+        result.graph.value_info.extend(known.graph.value_info)
+    return result
+
+
+def _rewritten(model: ModelProto) -> ModelProto:
+    _spell_out_axes(model)
+    result = fold.fold_constants(model)
     _name_nodes(result)
-    for rewrite in (_fold_batch_normalization, _fold_padding, _own_bias):
+    for rewrite in (_as_matrix_products, _fold_bias, _fold_batch_normalization, _fold_padding, _own_bias):
         result = rewrite(result)
-    return infer_shapes(result)
+    return result
+
+
+def _settled(model: ModelProto, samples: Samples) -> ModelProto:
+    """Hoist the branches that all samples take, those inside them too."""
+    decided: dict[str, bool] = {}
+    stays = {n.name for n in model.graph.node}
+    while found := _decided(model, samples, decided):
+        decided.update(found)
+        model = _rewritten(branches.hoist(model, found))
+    if decided:
+        branches.mark(model, decided, stays)
+    return model
+
+
+def _decided(model: ModelProto, samples: Samples, known: Mapping[str, bool]) -> dict[str, bool]:
+    """The Ifs that are not known yet and whose condition is the same for all samples, with that condition."""
+    conditions = {node: tensor for node, tensor in branches.conditions(model).items() if node not in known}
+    if not conditions:
+        return {}
+    probe = _copy(model)
+    edit.set_outputs(probe, list(dict.fromkeys(conditions.values())), TensorProto.BOOL)
+    edit.prune(probe)
+    session = Session(probe)
+    seen: dict[str, set[bool]] = {tensor: set() for tensor in conditions.values()}
+    for part in samples.batches(range(samples.count), samples.micro_batch(8)):
+        feeds = samples.take(part)
+        for tensor, value in session.run({n: v for n, v in feeds.items() if n in session.inputs}).items():
+            seen[tensor].update(bool(v) for v in value.reshape(-1))
+    return {node: next(iter(seen[tensor])) for node, tensor in conditions.items() if len(seen[tensor]) == 1}
 
 
 def _copy(model: ModelProto) -> ModelProto:
@@ -57,6 +105,7 @@ def _copy(model: ModelProto) -> ModelProto:
 
 def _drop_default_inputs(model: ModelProto) -> None:
     """Initializers listed as inputs (IR 3 style) become constants."""
+    model.ir_version = max(model.ir_version, _FIRST_IR_WITH_CONSTANTS)
     constants = {t.name for t in model.graph.initializer}
     inputs = [i for i in model.graph.input if i.name not in constants]
     del model.graph.input[:]
@@ -82,7 +131,7 @@ def _name_nodes(model: ModelProto) -> None:
 
 
 def _rewrite(model: ModelProto, visit: Callable[[NodeProto, GraphView, edit.Builder], NodeProto | None]) -> ModelProto:
-    """Offer every node to ``visit``; a node that it returns stands for the node and its only data producer."""
+    """Offer every node to ``visit``; a node that it returns stands for the node and the only producer of its data."""
     changed = True
     while changed:
         changed = False
@@ -94,7 +143,7 @@ def _rewrite(model: ModelProto, visit: Callable[[NodeProto, GraphView, edit.Buil
                 continue
             merged = visit(node, view, builder)
             if merged is not None:
-                producer = view.producer[node.input[0]]
+                producer = next(view.producer[i] for i in node.input if i in view.producer)
                 if id(producer) in replaced:
                     continue
                 replaced.update((id(node), id(producer)))
@@ -160,6 +209,90 @@ def _constant(b: edit.Builder, value: NDArray[np.float64], stem: str) -> str:
     return b.constant(value.astype(np.float32), stem)
 
 
+def _fold_bias(model: ModelProto) -> ModelProto:
+    """x W + b with matrices x and W is one Gemm, whose bias runtimes add to the products before they are rounded."""
+    products = {n.output[0] for n in model.graph.node if n.op_type == "MatMul"}
+    if not any(n.op_type == "Add" and products.intersection(n.input) for n in model.graph.node):
+        return model
+    return _rewrite(infer_shapes(model), _visit_bias)
+
+
+def _visit_bias(node: NodeProto, view: GraphView, b: edit.Builder) -> NodeProto | None:
+    if node.op_type != "Add":
+        return None
+    for product, bias in (node.input, reversed(node.input)):
+        layer = view.producer.get(product)
+        if layer is None or layer.op_type != "MatMul" or not _sole_reader(view, product) or not view.is_constant(bias):
+            continue
+        if not view.is_constant(layer.input[1]) or view.is_constant(layer.input[0]) or not view.is_float(bias):
+            continue
+        shapes = [view.shape(layer.input[0]), view.shape(layer.input[1]), view.shape(bias)]
+        if any(s is None for s in shapes) or [len(s or ()) for s in shapes[:2]] != [2, 2]:
+            continue
+        columns = view.constant(layer.input[1]).shape[1]
+        value = view.constant(bias)
+        if value.size not in (1, columns) or value.ndim > 2 or (value.ndim == 2 and value.shape[0] != 1) or not np.isfinite(value).all():
+            continue
+        name = b.constant(np.ascontiguousarray(np.broadcast_to(value.reshape(-1), columns)), f"{node.name}_bias")
+        return helper.make_node("Gemm", [*layer.input, name], list(node.output), name=layer.name)
+    return None
+
+
+def _as_matrix_products(model: ModelProto) -> ModelProto:
+    """Products with a constant in another place or notation become a MatMul with a constant right operand."""
+    constants = {t.name for t in model.graph.initializer}
+    if not any(n.op_type == "Einsum" or (n.op_type == "MatMul" and n.input[0] in constants) for n in model.graph.node):
+        return model
+    view, builder = GraphView(infer_shapes(model)), edit.Builder(model)
+    for node in view.nodes:
+        if not (_turn_left_constant(node, view, builder) or _einsum_as_matrix_product(node, view, builder)):
+            builder.nodes.append(node)
+    result = edit.with_nodes(model, builder.nodes, builder.initializers)
+    edit.prune(result)
+    return result
+
+
+def _turn_left_constant(node: NodeProto, view: GraphView, b: edit.Builder) -> bool:
+    """W X = (Xᵀ Wᵀ)ᵀ, with W constant and X of two or more axes."""
+    if node.op_type != "MatMul" or not view.is_constant(node.input[0]) or view.is_constant(node.input[1]):
+        return False
+    weight, shape = view.constant(node.input[0]), view.shape(node.input[1])
+    if weight.ndim != 2 or shape is None or len(shape) < 2 or not view.is_float(node.input[0]):
+        return False
+    swap = [*range(len(shape) - 2), len(shape) - 1, len(shape) - 2]
+    turned = b.add("Transpose", [node.input[1]], b.unique(f"{node.input[1]}_turned"), perm=swap)
+    constant = b.constant(np.ascontiguousarray(weight.T), f"{node.input[0]}_turned")
+    product = b.unique(f"{node.output[0]}_turned")
+    b.nodes.append(helper.make_node("MatMul", [turned, constant], [product], name=node.name))
+    b.add("Transpose", [product], node.output[0], perm=swap)
+    return True
+
+
+def _einsum_as_matrix_product(node: NodeProto, view: GraphView, b: edit.Builder) -> bool:
+    """Σ over the last axes of x with the axes of a constant: "bsd,dhk->bshk" is x (W as a matrix), reshaped."""
+    if node.op_type != "Einsum" or len(node.input) != 2 or [view.is_constant(i) for i in node.input] != [False, True]:
+        return False
+    left, _, result = str(attribute(node, "equation")).replace(" ", "").partition("->")
+    x, _, w = left.partition(",")
+    summed = [c for c in x if c in w]
+    kept, new = x[: len(x) - len(summed)], [c for c in w if c not in x]
+    weight = view.constant(node.input[1])
+    plain = "." not in left and result == kept + "".join(new) and x == kept + "".join(summed)
+    if not plain or not kept or not new or not summed or len(set(w)) != len(w) or len(set(x)) != len(x) or not view.is_float(node.input[1]):
+        return False
+    order = weight.transpose([w.index(c) for c in (*summed, *new)])
+    sizes = [weight.shape[w.index(c)] for c in new]
+    matrix = np.ascontiguousarray(order.reshape(-1, int(np.prod(sizes))))
+    source = node.input[0]
+    if len(summed) > 1:
+        source = b.add("Reshape", [source, b.constant(np.array([0] * len(kept) + [len(matrix)]), "shape")])
+    flat = b.unique(f"{node.output[0]}_flat") if len(new) > 1 else node.output[0]
+    b.nodes.append(helper.make_node("MatMul", [source, b.constant(matrix, f"{node.input[1]}_matrix")], [flat], name=node.name))
+    if len(new) > 1:
+        b.add("Reshape", [flat, b.constant(np.array([0] * len(kept) + sizes), "shape")], node.output[0])
+    return True
+
+
 def _fold_padding(model: ModelProto) -> ModelProto:
     """Pad with zeros in front of a convolution, on spatial axes, is the convolution's own padding."""
     return _rewrite(model, _visit_padding)
@@ -196,6 +329,8 @@ def _own_bias(model: ModelProto) -> ModelProto:
     """Every layer's constant bias is its own one-dimensional initializer, not shared with another node."""
     view, builder = GraphView(model), edit.Builder(model)
     builder.nodes.extend(_with_own_bias(node, view, builder) for node in view.nodes)
+    if not builder.initializers:
+        return model
     result = edit.with_nodes(model, builder.nodes, builder.initializers)
     edit.prune(result)
     return result

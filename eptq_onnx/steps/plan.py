@@ -11,22 +11,24 @@ The rules, in the words of the operator table (`ops.TABLE`) and the target:
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from onnx import ModelProto, NodeProto
+from onnx import AttributeProto, ModelProto, NodeProto
 
 from eptq_onnx.config import Config
 from eptq_onnx.errors import ModelError
+from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.edit import all_names
-from eptq_onnx.graph.view import GraphView
+from eptq_onnx.graph.view import GraphView, all_nodes, subgraphs
 from eptq_onnx.ops import Bounds, OpSpec, Role, is_known, spec_of
 from eptq_onnx.targets import Target
 from eptq_onnx.types import ActivationQuantizer, KeptFloat, Layer, Plan, QuantSpec
 
 _NO_BOUNDS: Bounds = (-np.inf, np.inf)
+_LEAST_TABLE = 16_384
 
 
 @dataclass
@@ -79,7 +81,7 @@ def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[s
             f"there is nothing to quantize: no {', '.join(sorted(target.ops.layers))} with a constant float32 weight"
             f"{' (' + reasons + ')' if reasons else ''}."
         )
-    activations = _activations(draft, layers, config)
+    activations = (*_activations(draft, layers, config), *_tables(draft, layers))
     absorbed = _absorbed_nodes(draft, activations)
     return Plan(layers, activations, _integer_nodes(draft), absorbed, _kept_float(draft, absorbed), target.bias.integer)
 
@@ -117,6 +119,8 @@ def _choose(draft: _Draft) -> None:
 def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
     """Why a node stays float, or None."""
     view, rules = draft.view, draft.target.ops
+    if subgraphs(node):
+        return _inside(node, rules.layers)
     if not is_known(node):
         return f"{node.op_type} is not in the operator table"
     if spec.role is Role.FLOAT or spec.role is Role.CLIPPING:
@@ -152,6 +156,21 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
     if not any(reader.name in draft.quantized and _reads(reader, draft.final(o)) for o in node.output for reader in draft.readers(o)):
         return "no integer operator reads its result"
     return None
+
+
+def _inside(node: NodeProto, layers: frozenset[str]) -> str:
+    """Why a node with bodies stays float, and which layers that leaves float."""
+    bodies = {a.name: a.g for a in node.attribute if a.type == AttributeProto.GRAPH}
+    settled = settled_branch(node)
+    if settled is not None:
+        del bodies[settled]
+    counts = Counter(n.op_type for graph in bodies.values() for n in all_nodes(graph) if n.op_type in layers)
+    left = f" ({', '.join(f'{n} {op}' for op, n in sorted(counts.items()))})" if counts else ""
+    if settled is not None:
+        return f"no sample takes its {next(iter(bodies))}: what is in there stays float{left}"
+    if len(bodies) > 1:
+        return f"samples take different branches: what is in them stays float{left}"
+    return f"what it repeats stays float{left}"
 
 
 def _reads(node: NodeProto, tensor: str) -> bool:
@@ -207,7 +226,8 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
                 result=draft.final(node.output[0]),
                 bias=bias,
                 has_bias=has_bias,
-                weight_spec=draft.target.weight_spec(bits, axis),
+                # Integer kernels of stacked matrices take one scale in all.
+                weight_spec=draft.target.weight_spec(bits, None if spec.weight in (spec.data or ()) and rank > 2 else axis),
                 output_axis=spec.output_axis,
                 edge=edge,
             )
@@ -256,6 +276,31 @@ def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tu
             ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), constant, through, _channel_axis(view, first))
         )
     return tuple(result)
+
+
+def _tables(draft: _Draft, layers: tuple[Layer, ...]) -> list[ActivationQuantizer]:
+    """Tables whose rows float nodes look up, stored as 8-bit integers with one scale a row."""
+    view, weights = draft.view, {layer.weight for layer in layers}
+    found: dict[str, None] = {}
+    for node in view.nodes:
+        row = spec_of(node)
+        place = row.table(node) if row.table is not None and node.op_type in draft.target.ops.stored else None
+        if place is None or node.name in draft.quantized or not view.is_constant(node.input[place]):
+            continue
+        table = node.input[place]
+        value = view.constant(table)
+        if not view.is_float(table) or value.ndim < 2 or not np.isfinite(value).all():
+            continue
+        if value.size < _LEAST_TABLE:
+            draft.reasons[node.name] = f"its table has fewer than {_LEAST_TABLE} values: storing it as integers would not pay"
+            continue
+        if table in weights:
+            draft.reasons[node.name] = "its table is the weight of a layer too"
+            continue
+        draft.reasons[node.name] = "its table is stored in 8 bits, one scale a row; what is looked up is float"
+        found[table] = None
+    spec = QuantSpec(8, -127, 127, "int8", True, 0)
+    return [ActivationQuantizer(t, (t,), spec, constant=True, through=t) for t in found]
 
 
 def _read_as_integer(draft: _Draft, tensors: list[str]) -> bool:
@@ -308,9 +353,11 @@ def _through(view: GraphView, tensor: str) -> str:
 
 
 def _channel_axis(view: GraphView, tensor: str) -> int:
-    """That of the layer that makes the tensor; else axis 1 of images and the last of all others."""
+    """That of the layer that makes the tensor, if scalar functions alone stand between; else axis 1 of images and the last of others."""
     rank = len(view.shape(tensor) or ())
     producer = view.producer.get(tensor)
+    while producer is not None and spec_of(producer).elementwise and len([i for i in producer.input if not view.is_constant(i)]) == 1:
+        producer = view.producer.get(producer.input[0])
     if producer is not None and spec_of(producer).role is Role.LAYER and rank:
         return spec_of(producer).output_axis % rank
     return 1 if rank >= 4 else max(rank - 1, 0)

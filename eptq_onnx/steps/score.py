@@ -21,6 +21,7 @@ from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.fold import fold_sizes
 from eptq_onnx.graph.lower import lower
+from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
@@ -68,7 +69,7 @@ def score(
         If no output of the model can be differentiated.
     """
     size = samples.micro_batch(len(indices))
-    private, _ = lower(fold_sizes(edit.specialize(model, samples.shapes(size))), ops.LOWERINGS)
+    private, _ = lower(fold_sizes(specialize(model, samples.two_batches(size))), ops.LOWERINGS)
     points = ops.output_parts(GraphView(model))
     if not points:
         raise GradientError("no output of the model depends on its layers through operators that have a gradient.")

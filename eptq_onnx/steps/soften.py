@@ -26,6 +26,7 @@ from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.fold import fold_sizes
 from eptq_onnx.graph.lower import lower
+from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView, node_reads
 from eptq_onnx.ops import LSQ_DOMAIN
 from eptq_onnx.types import Array, Plan, Rounding
@@ -55,7 +56,7 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
         If the graph cannot be differentiated.
     """
     size = samples.micro_batch(config.batch_size)
-    private = fold_sizes(edit.specialize(model, samples.shapes(size)))
+    private = fold_sizes(specialize(model, samples.two_batches(size)))
     lowered, refused = lower(private, ops.LOWERINGS)
     view = GraphView(lowered)
     outputs = [layer.output for layer in plan.layers]

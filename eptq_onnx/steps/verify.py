@@ -17,7 +17,7 @@ from eptq_onnx import quant_math
 from eptq_onnx.data import Samples
 from eptq_onnx.errors import OutputError
 from eptq_onnx.graph import edit, io
-from eptq_onnx.graph.view import GraphView
+from eptq_onnx.graph.view import GraphView, all_nodes
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import PROTOBUF_LIMIT, Session
 from eptq_onnx.targets import Target
@@ -28,12 +28,14 @@ _SAMPLES = 32
 
 def verify(
     model: ModelProto,
+    flat: ModelProto,
     quantized: ModelProto,
     plan: Plan,
     stands_for: dict[str, str],
     target: Target,
     samples: Samples,
     indices: NDArray[np.int64],
+    float_bytes: int,
     progress: Callable[[int, int], None],
 ) -> Verification:
     """Compare outputs and layers, and count integer kernels.
@@ -42,8 +44,10 @@ def verify(
     ----------
     model : ModelProto
         The normalized float model.
+    flat : ModelProto
+        The written model without settled Ifs: its layers are compared.
     quantized : ModelProto
-        The written model.
+        The written model: its outputs are compared.
     plan : Plan
     stands_for : dict of str to str
         Quantized tensor to the tensor of the written model that holds its values.
@@ -51,7 +55,9 @@ def verify(
         Names the integer kernels.
     samples : Samples
     indices : ndarray of shape (n_samples,)
-        Samples that the optimization has not seen; at most 32 are used.
+        Samples that the optimization has not seen; at most 32 are used (or what one batch needs).
+    float_bytes : int
+        Size of the original model.
     progress : callable
         Called with samples done and samples in all.
 
@@ -75,8 +81,9 @@ def verify(
     outputs = [o for o in view.outputs if view.is_float(o)]
     pairs = {x.node: (x.result, stands_for.get(x.result, x.result)) for x in plan.layers}
     reference = Session(edit.exposing(model, [float_name for float_name, _ in pairs.values()]))
-    inside = Session(edit.exposing(quantized, [quantized_name for _, quantized_name in pairs.values()]))
-    chosen = indices[:_SAMPLES]
+    inside = Session(edit.exposing(flat, [quantized_name for _, quantized_name in pairs.values()]))
+    # A model that prescribes more samples at a time than were held out is compared on some that were not.
+    chosen = indices[:_SAMPLES] if len(indices) >= (samples.fixed_batch or 1) else np.arange(samples.fixed_batch or 0)
     power: dict[str, float] = defaultdict(float)
     noise: dict[str, float] = defaultdict(float)
     done = 0
@@ -103,7 +110,7 @@ def verify(
         layers={node: ratio(f"layer {node}") for node in pairs},
         planned=_planned_kernels(plan, target),
         kernels=kernels,
-        float_bytes=model.ByteSize(),
+        float_bytes=float_bytes,
         quantized_bytes=quantized.ByteSize(),
     )
 
@@ -117,7 +124,7 @@ def _planned_kernels(plan: Plan, target: Target) -> dict[str, int]:
 
 def count_kernels(optimized: ModelProto, target: Target) -> dict[str, int]:
     """Integer kernels in a graph that onnxruntime optimized, by the operator that they stand for."""
-    counts = Counter(node.op_type for node in optimized.graph.node)
+    counts = Counter(node.op_type for node in all_nodes(optimized.graph))
     found = {op: sum(counts[name] for name in names) for op, names in sorted(target.kernels.items())}
     return {op: n for op, n in found.items() if n}
 
@@ -125,4 +132,6 @@ def count_kernels(optimized: ModelProto, target: Target) -> dict[str, int]:
 def _measure(key: str, expected: NDArray[Any], got: NDArray[Any], power: dict[str, float], noise: dict[str, float]) -> None:
     reference = expected.astype(np.float64)
     power[key] += float(np.square(reference).sum())
-    noise[key] += float(np.square(reference - got).sum())
+    # Of outputs whose size depends on their values (boxes that a threshold passes, say) another size counts as a loss of all.
+    difference = reference - got if got.shape == reference.shape else reference
+    noise[key] += float(np.square(difference).sum())

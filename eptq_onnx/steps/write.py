@@ -8,14 +8,16 @@ container's keeps its range by a Clip on the integers, between the two nodes.
 from __future__ import annotations
 
 from collections import ChainMap
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx import quant_math
-from eptq_onnx.graph import edit
+from eptq_onnx.graph import branches, edit
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.ops import spec_of
 from eptq_onnx.types import ActivationQuantizer, IntArray, Layer, Plan, QuantParams, QuantSpec, Rounding
 
 PRODUCER = "eptq-onnx"
@@ -55,6 +57,8 @@ class _Writer:
         """(layer node, constant) to what that layer alone shall read instead."""
         self._made_as: dict[str, str] = {}
         """Tensor to the name under which its producer shall make it."""
+        self._tables: dict[str, tuple[str, str]] = {}
+        """Table that is looked up to the names of its integers and scales."""
         self._replaced: set[str] = set()
         """Float constants whose name a DequantizeLinear has now."""
 
@@ -71,8 +75,8 @@ class _Writer:
         for node in view.nodes:
             if node.name in skipped:
                 continue
-            copy = self._rewired(node)
-            b.nodes.append(copy)
+            b.nodes.extend(self._written(node))
+            copy = b.nodes[-1]
             for k, name in enumerate(node.output):
                 final = self._final(name)
                 if final in self._quantizers:
@@ -95,7 +99,11 @@ class _Writer:
     def _rewired(self, node: NodeProto) -> NodeProto:
         layer = self._layers.get(node.name)
         own = {name: self._layer_reads[node.name, name] for name in node.input if (node.name, name) in self._layer_reads}
-        copy = edit.renamed(node, ChainMap(own, self.read_as))
+        reads: Mapping[str, str] = ChainMap(own, self.read_as)
+        if branches.settled_branch(node):
+            # The other branch gets inputs that the scales do not know: it reads them as they come.
+            reads = {name: new for name, new in reads.items() if name not in self._view.inputs}
+        copy = edit.renamed(node, reads)
         if layer is not None and layer.bias is not None and not layer.has_bias and self._rounding.biases[layer.bias].any():
             del copy.input[2:]
             copy.input.append(self._layer_reads[node.name, layer.bias])
@@ -127,7 +135,9 @@ class _Writer:
             for node in readers:
                 self._layer_reads[node, weight] = name
         for quantizer in self._plan.activations:
-            if quantizer.constant:
+            if quantizer.spec.axis is not None:
+                self._table(quantizer)
+            elif quantizer.constant:
                 self._constant_operand(quantizer)
         if self._plan.integer_bias:
             for layer in self._plan.layers:
@@ -153,6 +163,36 @@ class _Writer:
             return self._b.unique(f"{tensor}_dequantized")
         self._replaced.add(tensor)
         return tensor
+
+    def _table(self, quantizer: ActivationQuantizer) -> None:
+        """Integers and scales under new names, from which `_written` makes the rows that a node wants."""
+        b, tensor = self._b, quantizer.name
+        value, params = np.asarray(self._view.constant(tensor), np.float32), self._rounding.activations[tensor]
+        names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
+        integers = quant_math.quantize(value, params, quantizer.spec).astype(quantizer.spec.container)
+        scale = params.scale.reshape(-1, *(1,) * (value.ndim - 1))
+        b.initializers.extend(numpy_helper.from_array(a, n) for a, n in zip((integers, scale), names, strict=True))
+        self._tables[tensor] = names
+
+    def _written(self, node: NodeProto) -> list[NodeProto]:
+        """What stands for a node, its results made by the last; rows of a stored table are integers times scales.
+
+        (No DequantizeLinear has scales that depend on an index.)
+        """
+        b, copy, place = self._b, self._rewired(node), None
+        rule = spec_of(node).table
+        if rule is not None and node.name not in self._plan.integer_nodes:
+            place = rule(node)
+        if place is None or node.input[place] not in self._tables:
+            return [copy]
+        parts = []
+        for name in self._tables[node.input[place]]:
+            part = edit.renamed(copy, {node.input[place]: name, node.output[0]: b.unique(f"{node.output[0]}_{name}")})
+            part.name = b.unique(f"{node.name}/{name}")
+            parts.append(part)
+        as_float = b.unique(f"{node.output[0]}_float")
+        cast = helper.make_node("Cast", [parts[0].output[0]], [as_float], name=b.unique(f"{as_float}/Cast"), to=TensorProto.FLOAT)
+        return [*parts, cast, helper.make_node("Mul", [as_float, parts[1].output[0]], list(node.output), name=node.name)]
 
     def _constant_operand(self, quantizer: ActivationQuantizer) -> None:
         view, tensor = self._view, quantizer.name

@@ -52,6 +52,8 @@ class OpRules(_Row):
 
     ``float_output``: layers that run on integers even if their output is not quantized.
     ``absorbed``: clipping operators that vanish into the quantizer behind them.
+    ``stored``: operators that look rows up in a constant table: it is stored as int8, one scale a row, and what is
+    looked up is made float again.
     """
 
     layers: frozenset[str]
@@ -59,6 +61,7 @@ class OpRules(_Row):
     equal_scale: frozenset[str]
     absorbed: frozenset[str]
     float_output: frozenset[str]
+    stored: frozenset[str] = frozenset()
 
 
 class Target(_Row):
@@ -84,8 +87,8 @@ class Target(_Row):
     ops: OpRules
     kernels: dict[str, tuple[str, ...]]
 
-    def weight_spec(self, bits: int, axis: int) -> QuantSpec:
-        """Spec of a weight with output-channel axis ``axis``."""
+    def weight_spec(self, bits: int, axis: int | None) -> QuantSpec:
+        """Spec of a weight with output-channel axis ``axis``; None for one scale in all."""
         low, high = self.weight.range_8_bits if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         return QuantSpec(bits, low, high, self.weight.container, True, axis if self.weight.per_channel else None)
 

@@ -25,17 +25,12 @@ def test_missing_external_data_is_told(tmp_path):
         io.load(tmp_path / "m.onnx")
 
 
-def test_an_operator_that_cannot_be_converted_is_told():
-    model = onnx.parser.parse_model(
-        '<ir_version: 4, opset_import: ["" : 7]> g (float[N,1,4,4] x) => (float[N,1,h,w] y) { y = Upsample <mode = "nearest"> (x) }'
-    )
-    with pytest.raises(ModelError, match="opset 7 cannot be raised to 13"):
-        io.convert_opset(model, 13)
-
-
-def test_a_high_enough_opset_is_left_alone():
+def test_a_large_initializer_of_the_wrong_size_is_told():
     model = small_convnet()
-    assert io.convert_opset(model, 13) is model
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(5000, np.float32), "spare"))
+    model.graph.initializer[-1].dims[0] = 4999
+    with pytest.raises(ModelError, match="the initializer spare has 20000 bytes instead of 19996"):
+        io.load(model)
 
 
 def test_unwritable_places(tmp_path):
@@ -45,3 +40,25 @@ def test_unwritable_places(tmp_path):
         io.check_writable(tmp_path / "nowhere" / "m.onnx")
     io.check_writable(tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_large_model_is_saved_and_run_with_external_data(tmp_path, monkeypatch):
+    model = small_convnet()
+    rows = np.arange(6000, dtype=np.float32).reshape(1200, 5)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(rows, "rows"))
+    model.graph.node.append(onnx.helper.make_node("Gather", ["rows", "place"], ["row"]))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1100]), "place"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("row", 1, [1, 5]))
+    before = model.SerializeToString()
+    expected = Session(model).run({"image": images(2)})
+    monkeypatch.setattr(io, "PROTOBUF_LIMIT", 1000)
+    monkeypatch.setattr("eptq_onnx.runtime._IN_MEMORY", 1000)
+    io.save(model, tmp_path / "m.onnx")
+    assert model.SerializeToString() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert (tmp_path / "m.onnx.data").stat().st_size == rows.nbytes
+    onnx.checker.check_model(tmp_path / "m.onnx", full_check=True)
+    for result in (tmp_path / "m.onnx", io.load(tmp_path / "m.onnx"), model):
+        got = Session(result).run({"image": images(2)})
+        np.testing.assert_array_equal(got["row"], rows[[1100]])
+        np.testing.assert_array_equal(got["logits"], expected["logits"])

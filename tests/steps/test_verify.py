@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from graphs import images, silent, small_convnet
+from graphs import images, normal, parse, silent, small_convnet
 
 import eptq_onnx
 from eptq_onnx import Config, OutputError, data, targets
@@ -45,4 +45,14 @@ def test_an_invalid_model_is_not_passed_on():
     broken.CopyFrom(model)
     broken.graph.node[0].op_type = "Nonsense"
     with pytest.raises(OutputError, match="not valid ONNX"):
-        verify(model, broken, p, {}, target, data.read(images(4), model), np.arange(4), silent)
+        verify(model, broken, broken, p, {}, target, data.read(images(4), model), np.arange(4), 0, silent)
+
+
+def test_outputs_whose_size_depends_on_values_are_compared():
+    model = parse(
+        "g (float[N,4] x) => (float[K] y) { h = MatMul (x, w)  zero = Constant <value_float = 0.0> ()  c = Greater (h, zero)"
+        " last = Constant <value_ints = [-1]> ()  d = Reshape (c, last)  y = Compress (h, d) }",
+        {"w": normal(4, 6)},
+    )
+    result = eptq_onnx.quantize(model, {"x": normal(64, 4)}, Config(preset="fast", activation_bits=3, edge_bits=3))
+    assert 0 <= result.report.verification.outputs["y"] < 20

@@ -1,0 +1,197 @@
+"""Branches of If in the main graph: for good where the condition is constant, for a while where the samples decide it.
+
+A *settled* If is one whose condition is the same for every sample. The nodes of the branch that it takes are hoisted
+into the main graph, where they are quantized like any others, and sunk back at the end. In between, the If itself
+stays, with a branch that only hands the hoisted tensors on, so that the other branch keeps its meaning. Settled Ifs,
+and the nodes that were in the main graph before, are marked in their metadata; the marks go when the nodes sink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.view import GraphView, node_reads
+
+_TAKEN, _STAYS = "eptq_onnx.taken", "eptq_onnx.stays"
+_BRANCHES = {True: "then_branch", False: "else_branch"}
+
+
+def settled_branch(node: NodeProto) -> str | None:
+    """Name of the branch that a settled If takes; None for any other node."""
+    return next((p.value for p in node.metadata_props if p.key == _TAKEN), None)
+
+
+def other_branch(node: NodeProto) -> str:
+    """Name of the branch that a settled If never takes while it is settled."""
+    return _BRANCHES[settled_branch(node) == _BRANCHES[False]]
+
+
+def branch(node: NodeProto, name: str) -> GraphProto:
+    """A branch of an If."""
+    graph: GraphProto = next(a.g for a in node.attribute if a.name == name)
+    return graph
+
+
+def with_known_branches(model: ModelProto) -> ModelProto | None:
+    """A copy in which every If with a constant condition is the branch that it takes; None if there is none."""
+    constants = {t.name: t for t in model.graph.initializer}
+    builder, found = edit.Builder(model, "if/"), False
+    for node in model.graph.node:
+        if node.op_type != "If" or node.input[0] not in constants:
+            builder.nodes.append(node)
+            continue
+        found = True
+        taken = branch(node, _BRANCHES[bool(numpy_helper.to_array(constants[node.input[0]]).reshape(-1)[0])])
+        made = _hoisted(builder, node, taken)
+        for outer, inner in zip(node.output, taken.output, strict=True):
+            if outer:
+                builder.add("Identity", [made.get(inner.name, inner.name)], outer)
+    return edit.with_nodes(model, builder.nodes, builder.initializers) if found else None
+
+
+def conditions(model: ModelProto) -> dict[str, str]:
+    """Name to condition of the Ifs in the main graph."""
+    return {n.name: n.input[0] for n in model.graph.node if n.op_type == "If"}
+
+
+def hoist(model: ModelProto, decided: Mapping[str, bool]) -> ModelProto:
+    """A copy with the nodes of the branches that the named Ifs take in front of them."""
+    builder = edit.Builder(model)
+    for node in model.graph.node:
+        if node.name not in decided:
+            builder.nodes.append(node)
+            continue
+        name = _BRANCHES[decided[node.name]]
+        made = _hoisted(builder, node, branch(node, name))
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        taken = branch(copy, name)
+        inside = edit.Builder(model)
+        for output in taken.output:
+            output.name = inside.add("Identity", [made.get(output.name, output.name)], builder.unique(f"{node.name}/{output.name}/out"))
+        del taken.node[:], taken.initializer[:], taken.value_info[:]
+        taken.node.extend(inside.nodes)
+        builder.nodes.append(copy)
+    return edit.with_nodes(model, builder.nodes, builder.initializers)
+
+
+def _hoisted(builder: edit.Builder, node: NodeProto, taken: GraphProto) -> dict[str, str]:
+    """Add the nodes and constants of a branch to the builder; returns the new names of its tensors."""
+    own = [t.name for t in taken.initializer] + [o for n in taken.node for o in n.output if o]
+    names = {name: builder.unique(f"{node.name or node.output[0]}/{name}") for name in own}
+    builder.initializers.extend(edit.renamed_tensor(t, names[t.name]) for t in taken.initializer)
+    builder.nodes.extend(edit.renamed(n, names) for n in taken.node)
+    return names
+
+
+def mark(model: ModelProto, decided: Mapping[str, bool], stays: set[str]) -> None:
+    """Mark the settled Ifs, and the nodes that do not sink, in place."""
+    for node in model.graph.node:
+        if node.name in stays:
+            node.metadata_props.add(key=_STAYS, value="")
+        if node.name in decided:
+            node.metadata_props.add(key=_TAKEN, value=_BRANCHES[decided[node.name]])
+
+
+def flattened(model: ModelProto) -> ModelProto:
+    """A copy without settled Ifs: what the samples run; the model itself if it has none."""
+    if not any(settled_branch(n) for n in model.graph.node):
+        return model
+    builder = edit.Builder(model)
+    for node in model.graph.node:
+        taken = settled_branch(node)
+        if taken is None:
+            builder.nodes.append(node)
+            continue
+        graph = branch(node, taken)
+        made = {n.output[0]: n.input[0] for n in graph.node}
+        for outer, inner in zip(node.output, graph.output, strict=True):
+            if outer:
+                builder.add("Identity", [made[inner.name]], outer)
+    result = edit.with_nodes(model, builder.nodes, builder.initializers)
+    _forget_shapes(result)
+    return infer_shapes(result)
+
+
+def sink(model: ModelProto) -> ModelProto:
+    """A copy with the nodes that only serve the taken branch of a settled If inside that branch again; without marks."""
+    settled = [n.name for n in model.graph.node if settled_branch(n)]
+    if not settled:
+        return model
+    result = edit.with_nodes(model, model.graph.node)
+    # An If that was hoisted itself comes before the If that it was hoisted from.
+    for name in settled:
+        _sink_into(result, name)
+    for node in result.graph.node:
+        _unmark(node)
+    _forget_shapes(result)
+    return result
+
+
+def _sink_into(model: ModelProto, name: str) -> None:
+    view = GraphView(model)
+    owner = next(n for n in view.nodes if n.name == name)
+    taken = branch(owner, settled_branch(owner) or "")
+    wanted = {i for n in taken.node for i in node_reads(n)}
+    elsewhere = set(owner.input) | set(view.outputs) | _read_inside(branch(owner, other_branch(owner)))
+    inside: list[NodeProto] = []
+    outside: list[NodeProto] = []
+    for node in reversed(view.nodes):
+        stays = any(p.key == _STAYS for p in node.metadata_props) or node.name == name
+        if not stays and wanted.intersection(node.output) and not elsewhere.intersection(node.output):
+            inside.insert(0, node)
+            wanted.update(node_reads(node))
+        else:
+            outside.insert(0, node)
+            if node.name != name:
+                elsewhere.update(node_reads(node))
+    inside = _with_own_dequantizers(edit.Builder(model), inside, {o: n for n in outside for o in n.output})
+    wanted = {i for n in inside for i in node_reads(n)}
+    own = [t for t in model.graph.initializer if t.name in wanted and t.name not in elsewhere]
+    _fill(taken, inside, own)
+    kept = {t.name for t in own}
+    others = [t for t in model.graph.initializer if t.name not in kept]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(outside)
+    model.graph.initializer.extend(others)
+
+
+def _with_own_dequantizers(builder: edit.Builder, inside: list[NodeProto], outside: Mapping[str, NodeProto]) -> list[NodeProto]:
+    """The nodes with a copy of every DequantizeLinear outside that they read: runtimes fuse within one graph only."""
+    read = dict.fromkeys(i for n in inside for i in node_reads(n))
+    names = {}
+    for name in read:
+        source = outside.get(name)
+        if source is not None and source.op_type == "DequantizeLinear":
+            names[name] = builder.unique(f"{name}/inside")
+            builder.nodes.append(edit.renamed(source, {name: names[name]}))
+            builder.nodes[-1].name = builder.unique(f"{source.name}/inside")
+    return [*builder.nodes, *(edit.renamed(n, names) for n in inside)]
+
+
+def _read_inside(graph: GraphProto) -> set[str]:
+    return {i for n in graph.node for i in node_reads(n)} | {o.name for o in graph.output}
+
+
+def _fill(graph: GraphProto, nodes: list[NodeProto], constants: list[TensorProto]) -> None:
+    for node in nodes:
+        _unmark(node)
+    last = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *last])
+    graph.initializer.extend(constants)
+
+
+def _unmark(node: NodeProto) -> None:
+    kept = [p for p in node.metadata_props if p.key not in (_TAKEN, _STAYS)]
+    del node.metadata_props[:]
+    node.metadata_props.extend(kept)
+
+
+def _forget_shapes(model: ModelProto) -> None:
+    """Shapes were inferred for another form of the graph."""
+    del model.graph.value_info[:]

@@ -1,0 +1,203 @@
+"""Between opsets: onnx's version converter, what it lacks, and nothing by changing the number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, helper, inliner
+
+from eptq_onnx.errors import ModelError
+from eptq_onnx.graph import edit, weights
+from eptq_onnx.graph.fold import fold_constants
+from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.view import GraphView, attribute, int_attribute, opset_of
+
+
+def within(model: ModelProto, least: int, newest: int, newest_ir: int) -> ModelProto:
+    """The model in an opset and IR version that both target and runtime read; itself if it is.
+
+    Parameters
+    ----------
+    model : ModelProto
+        Without functions.
+    least : int
+        Lowest default-domain opset that the target allows.
+    newest, newest_ir : int
+        Highest default-domain opset and IR version that the runtime reads.
+
+    Raises
+    ------
+    ModelError
+        If an operator cannot be converted.
+    """
+    current = opset_of(model)
+    if current < least:
+        model = _upgraded(fold_constants(model), least)
+    elif current > newest:
+        model = converted(_expanded(model, newest), newest)
+    if model.ir_version > newest_ir:
+        model = edit.with_nodes(model, model.graph.node)
+        model.ir_version = newest_ir
+    return model
+
+
+def restored(model: ModelProto, opset: int, ir_version: int) -> ModelProto:
+    """The model in at least this opset and IR version; itself if it is.
+
+    Raises
+    ------
+    ModelError
+        If an operator cannot be converted.
+    """
+    if opset_of(model) < opset:
+        model = converted(model, opset)
+    if model.ir_version < ir_version:
+        model = edit.with_nodes(model, model.graph.node)
+        model.ir_version = ir_version
+    return model
+
+
+def converted(model: ModelProto, opset: int) -> ModelProto:
+    """A copy in another default-domain opset, by onnx's version converter.
+
+    Raises
+    ------
+    ModelError
+        If an operator cannot be converted.
+    """
+    light, heavy = weights.light(model)
+    try:
+        # Some adapters ask for the ranks of tensors.
+        light = onnx.version_converter.convert_version(onnx.shape_inference.infer_shapes(light, data_prop=True), opset)
+    except Exception as e:
+        # The converter raises bare C++ exceptions of several kinds.
+        raise ModelError(
+            f"the model's opset {opset_of(model)} cannot be converted to {opset}, which the target or the runtime needs: "
+            f"{' '.join(str(e).split())[:300]}"
+        ) from e
+    result = weights.without_weights(model)
+    result.ir_version = light.ir_version
+    del result.graph.node[:], result.graph.value_info[:]
+    result.graph.node.extend(light.graph.node)
+    result.graph.initializer.extend([*light.graph.initializer, *heavy])
+    others = [o for o in result.opset_import if o.domain not in ("", "ai.onnx")]
+    del result.opset_import[:]
+    result.opset_import.extend([helper.make_opsetid("", opset), *others])
+    return result
+
+
+# ---- up: what the converter refuses, or changes the meaning of -----------------------------------------------------
+def _upgraded(model: ModelProto, opset: int) -> ModelProto:
+    """A copy in a higher opset that computes the same."""
+    view, builder = GraphView(model), edit.Builder(model)
+    for node in view.nodes:
+        rule = _OLD_FORMS.get(node.op_type)
+        if rule is None or not rule(node, view, builder):
+            builder.nodes.append(node)
+    modes = {n.output[0]: mode for n in view.nodes if (mode := _resize_modes(n, view, opset_of(model)))}
+    result = converted(edit.with_nodes(model, builder.nodes, builder.initializers), opset)
+    for node in result.graph.node:
+        for name, value in modes.get(node.output[0], {}).items():
+            kept = [a for a in node.attribute if a.name != name]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute(name, value)])
+    return result
+
+
+def _resize_modes(node: NodeProto, view: GraphView, opset: int) -> dict[str, str]:
+    """How Upsample and the first Resize place their samples, in words of later Resizes, whose defaults are others.
+
+    Source: onnxruntime 1.19, upsamplebase.h: asymmetric coordinates; the nearest is below where an axis grows, and
+    above where it shrinks.
+    """
+    if node.op_type != "Upsample" and (node.op_type != "Resize" or opset >= _RESIZE_WITH_MODES):
+        return {}
+    modes = {"coordinate_transformation_mode": "asymmetric"}
+    if attribute(node, "mode", "nearest") != "nearest":
+        return modes
+    scales = attribute(node, "scales")
+    if scales is None and view.is_constant(node.input[1]):
+        scales = view.constant(node.input[1])
+    if node.op_type == "Upsample" or (scales is not None and np.min(scales) >= 1):  # type: ignore[call-overload]
+        return {**modes, "nearest_mode": "floor"}
+    if scales is not None and np.max(scales) <= 1:  # type: ignore[call-overload]
+        return {**modes, "nearest_mode": "ceil"}
+    raise ModelError(
+        f"{node.name or node.output[0]}, a Resize of opset 10, may grow and shrink: no later Resize does the same; "
+        "export the model with opset 11 or later."
+    )
+
+
+def _places_as_arithmetic(node: NodeProto, view: GraphView, b: edit.Builder) -> bool:
+    """The first BatchNormalizations could have statistics of every place."""
+    if int_attribute(node, "spatial", 1) or len(node.output) > 1 or not all(view.is_constant(i) for i in node.input[1:]):
+        return False
+    scale, offset, mean, var = (view.constant(i).astype(np.float64) for i in node.input[1:5])
+    a = scale / np.sqrt(var + float(attribute(node, "epsilon", 1e-5)))  # type: ignore[arg-type]
+    scaled = b.add("Mul", [node.input[0], b.constant(a.astype(np.float32), "scale")])
+    b.add("Add", [scaled, b.constant((offset - mean * a).astype(np.float32), "offset")], node.output[0])
+    return True
+
+
+def _flatten_hardmax(node: NodeProto, view: GraphView, b: edit.Builder) -> bool:
+    """Until opset 12 Hardmax looked at all axes from its own on as one."""
+    shape = b.add("Shape", [node.input[0]])
+    rows = b.add("Flatten", [node.input[0]], axis=int_attribute(node, "axis", 1))
+    b.add("Reshape", [b.add("Hardmax", [rows], axis=1), shape], node.output[0])
+    return True
+
+
+_RESIZE_WITH_MODES = 11
+_OLD_FORMS: dict[str, Callable[[NodeProto, GraphView, edit.Builder], bool]] = {
+    "BatchNormalization": _places_as_arithmetic,
+    "Hardmax": _flatten_hardmax,
+}
+
+
+# ---- down: operators that older opsets do not have -----------------------------------------------------------------
+def _expanded(model: ModelProto, newest: int) -> ModelProto:
+    """A copy in which operators younger than ``newest`` are the simpler ones that their definition is made of."""
+    opset = opset_of(model)
+    view = GraphView(infer_shapes(model))
+    young = [n for n in view.nodes if n.domain in ("", "ai.onnx") and _first_version(n, opset) > newest]
+    if not young:
+        return model
+    result = edit.with_nodes(model, view.nodes)
+    types = {v.name: v.type for v in (*view.model.graph.value_info, *view.model.graph.input)}
+    types |= {t.name: helper.make_tensor_type_proto(t.data_type, list(t.dims)) for t in model.graph.initializer}
+    wanted = {n.output[0]: k for k, n in enumerate(young)}
+    for node in result.graph.node:
+        if node.output[0] not in wanted:
+            continue
+        body = _definition(node, opset, [types.get(i, onnx.TypeProto()) for i in node.input])
+        body.domain, body.name = "eptq_onnx", f"{node.op_type}_{wanted[node.output[0]]}"
+        node.domain, node.op_type = body.domain, body.name
+        result.functions.append(body)
+    edit.import_domain(result, "eptq_onnx")
+    return inliner.inline_local_functions(result)
+
+
+def _first_version(node: NodeProto, opset: int) -> int:
+    """The opset in which an operator appeared."""
+    version = int(onnx.defs.get_schema(node.op_type, opset, "").since_version)
+    while version > 1 and onnx.defs.has(node.op_type, version - 1, ""):
+        version = int(onnx.defs.get_schema(node.op_type, version - 1, "").since_version)
+    return version
+
+
+def _definition(node: NodeProto, opset: int, types: list[onnx.TypeProto]) -> onnx.FunctionProto:
+    schema: Any = onnx.defs.get_schema(node.op_type, opset, "")  # its stubs lack the functions
+    body = onnx.FunctionProto()
+    if schema.has_function:
+        body.CopyFrom(schema.function_body)
+    elif schema.has_context_dependent_function:
+        body.ParseFromString(schema.get_context_dependent_function(node.SerializeToString(), [t.SerializeToString() for t in types]))
+    else:
+        raise ModelError(
+            f"{node.name or node.output[0]} is a {node.op_type} of opset {opset}, which the installed onnxruntime does not read "
+            "and ONNX does not define by simpler operators: install a newer onnxruntime."
+        )
+    return body

@@ -1,0 +1,135 @@
+"""Branches that all samples take: hoisted, quantized, sunk; the other branch means what it meant."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import pytest
+from graphs import images, normal, parse
+
+import eptq_onnx
+from eptq_onnx import Config
+from eptq_onnx.data import Samples
+from eptq_onnx.graph import branches
+from eptq_onnx.graph.view import all_nodes
+from eptq_onnx.runtime import Session
+from eptq_onnx.steps.normalize import normalize
+
+RATES = """
+g (float[N,3,H,W] x, int64 rate) => (float[N,4,a,b] y, float[N,c,d,e] z) {
+    h0 = Conv (x, w0)
+    h = Relu (h0)
+    high = Constant <value = int64 {16000}> ()
+    low = Constant <value = int64 {8000}> ()
+    is_high = Equal (rate, high)
+    y, z = If (is_high) <
+        then_branch = t () => (float[N,4,a,b] y1, float[N,c,d,e] z1) {
+            c = Conv (h, w1)
+            n = BatchNormalization (c, scale, shift, shift, scale)
+            is_low = Equal (rate, low)
+            y1 = If (is_low) <
+                then_branch = tt () => (float[N,4,a,b] y2) { d = Neg (n)  y2 = Relu (d) },
+                else_branch = te () => (float[N,4,a,b] y3) { d = Conv (n, w2)  y3 = Relu (d) }
+            >
+            z1 = Identity (n)
+        },
+        else_branch = e () => (float[N,4,a,b] y4, float[N,c,d,e] z4) {
+            c = Conv (x, w3)
+            k = Constant <value_ints = [0,4,2,2]> ()
+            y4 = Reshape (c, k)
+            z4 = Conv (h, w3b)
+        }
+    >
+}
+"""
+
+
+def rates() -> onnx.ModelProto:
+    """Only images of the right size fit the branch: with 8 by 8 ones the Reshape of the other fails."""
+    return parse(
+        RATES,
+        {
+            "w0": normal(4, 3, 1, 1), "w1": normal(4, 4, 3, 3, seed=1), "w2": normal(4, 4, 3, 3, seed=2), "w3": normal(4, 3, 3, 3, seed=3),
+            "w3b": normal(4, 4, 3, 3, seed=4), "scale": np.linspace(0.5, 2, 4, dtype=np.float32), "shift": normal(4, seed=5),
+        },
+    )  # fmt: skip
+
+
+def samples(rate: int = 16000) -> Samples:
+    return Samples({"x": images(16), "rate": np.array(rate)}, None, {"x": 0, "rate": None})
+
+
+def counts(graph: onnx.GraphProto) -> Counter[str]:
+    return Counter(n.op_type for n in graph.node)
+
+
+def test_hoisted_and_sunk_a_model_computes_what_it_did():
+    model = rates()
+    hoisted = normalize(model, 13, samples())
+    assert counts(hoisted.graph)["Conv"] == 3, "the taken branch and the one inside it are in the main graph"
+    assert "BatchNormalization" not in counts(hoisted.graph)
+    settled = [n for n in hoisted.graph.node if branches.settled_branch(n)]
+    assert [branches.other_branch(n) for n in settled] == ["then_branch", "else_branch"]
+    assert "If" not in counts(branches.flattened(hoisted).graph)
+    sunk = branches.sink(hoisted)
+    assert counts(sunk.graph) == {"Conv": 1, "Relu": 1, "Equal": 1, "If": 1}
+    assert not any(n.metadata_props for n in all_nodes(sunk.graph))
+    for result in (hoisted, branches.flattened(hoisted), sunk):
+        feeds = {"x": images(3), "rate": np.array(16000)}
+        session = Session(result)
+        got = session.run({n: v for n, v in feeds.items() if n in session.inputs})
+        for name, value in Session(model).run(feeds).items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5)
+    low = {"x": images(3, size=4), "rate": np.array(8000)}
+    for name, value in Session(model).run(low).items():
+        np.testing.assert_allclose(Session(sunk).run(low)[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"preset": "fast"}, {"steps": 2}])
+def test_the_branch_that_samples_take_is_quantized_and_the_other_is_not(options):
+    model = rates()
+    result = eptq_onnx.quantize(model, {"x": images(16), "rate": np.array(16000)}, Config.of(**options))
+    assert counts(result.model.graph)["If"] == 1
+    assert len(result.report.layers) == 3
+    assert result.report.verification.kernels["Conv"] >= 2, "one layer's output leaves the graph, and stays float"
+    assert result.report.verification.outputs["y"] > 20
+    assert [k.reason for k in result.report.kept_float if k.op_type == "If"][-1] == (
+        "no sample takes its else_branch: what is in there stays float (2 Conv)"
+    )
+    low = {"x": images(3, size=4), "rate": np.array(8000)}
+    expected, got = Session(model).run(low), Session(result.model).run(low)
+    np.testing.assert_allclose(got["y"], expected["y"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got["z"], expected["z"], atol=0.1)  # it reads a layer of the main graph
+
+
+def test_branches_that_samples_disagree_on_are_left_alone():
+    model = parse(
+        "g (float[N,3,8,8] x) => (float[N,4,8,8] y) { h = Conv (x, w) s = ReduceMax <keepdims = 0> (h)"
+        " most = Constant <value = float {2.0}> () c = Greater (s, most) y = If (c) <"
+        " then_branch = t () => (float[N,4,8,8] a) { a = Conv (h, v) }, else_branch = e () => (float[N,4,8,8] b) { b = Neg (h) } > }",
+        {"w": normal(4, 3, 1, 1), "v": normal(4, 4, 1, 1, seed=1)},
+    )
+    x = images(16) * np.repeat([0.7, 2], 8).astype(np.float32)[:, None, None, None]
+    assert counts(normalize(model, 13, Samples({"x": x}, None)).graph)["If"] == 1
+    result = eptq_onnx.quantize(model, {"x": x}, Config.of(preset="fast"))
+    assert ("If", "samples take different branches: what is in them stays float (1 Conv)") in [
+        (k.op_type, k.reason) for k in result.report.kept_float
+    ]
+    for sign in (x[:4], x[-4:]):
+        expected, got = Session(model).run({"x": sign})["y"], Session(result.model).run({"x": sign})["y"]
+        np.testing.assert_allclose(got, expected, atol=0.15 * np.abs(expected).max())
+
+
+def test_what_a_loop_repeats_is_told():
+    model = parse(
+        "g (float[N,4] x) => (float[N,4] y) { h = MatMul (x, w) n = Constant <value = int64 {3}> () t = Constant <value = bool {1}> ()"
+        " y = Loop (n, t, h) < body = b (int64 i, bool go, float[N,4] s) => (bool more, float[N,4] r) { m = MatMul (s, v) r = Tanh (m)"
+        " more = Identity (go) } > }",
+        {"w": normal(4, 4), "v": normal(4, 4, seed=1)},
+    )
+    result = eptq_onnx.quantize(model, {"x": normal(16, 4)}, Config.of(preset="fast"))
+    assert [k.reason for k in result.report.kept_float] == ["what it repeats stays float (1 MatMul)"]
+    expected, got = Session(model).run({"x": normal(4, 4, seed=3)})["y"], Session(result.model).run({"x": normal(4, 4, seed=3)})["y"]
+    np.testing.assert_allclose(got, expected, atol=0.15)
