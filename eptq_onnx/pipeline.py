@@ -16,10 +16,9 @@ import numpy as np
 from onnx import ModelProto
 
 import eptq_onnx
-from eptq_onnx import targets
+from eptq_onnx import engines, targets
 from eptq_onnx.config import Attention, Config, Start, WeightRange
 from eptq_onnx.data import Samples, Source, read, spread
-from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.view import opset_of
@@ -107,7 +106,7 @@ def quantize(
     config = config or Config()
     clock, notes = _Clock(), list[str]()
     target = targets.load(config.target)
-    engine = _engine() if config.needs_gradients else None
+    engine = engines.make(config.engine) if config.needs_gradients else None
     with clock("normalize"):
         original = io.load(model)
         samples = read(data, original)
@@ -231,12 +230,6 @@ def _peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _engine() -> Engine:
-    from eptq_onnx.engines.ort_training import OrtTrainingEngine
-
-    return OrtTrainingEngine()
 
 
 def _wants_scores(config: Config) -> bool:
