@@ -2,9 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The standard engine is tested on the newest Python that is found, in an environment of its own.
+NEWEST := $(firstword $(foreach p,python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python3.13),$(shell $(p) -c 'import sys; print(sys.executable)' 2>/dev/null)))
+STANDARD := .venv-standard
+OLDEST := .venv-oldest
 DEMO := digits_mobile shapes_detector
 
-.PHONY: setup demo test slow lint models clean
+.PHONY: setup demo test test-training test-standard test-oldest slow lint models clean
 
 setup: $(VENV)/installed
 
@@ -20,8 +24,30 @@ demo: setup
 		$(BIN)/python models/score.py $$name models/$$name.onnx build/$${name}_int8.onnx || exit; \
 	done
 
-test: lint
+test: lint test-training test-standard test-oldest
+
+test-training: setup
 	$(BIN)/python -m pytest
+
+# Behind the other: it compares with the gradients that the training build leaves in build/.
+test-standard: $(STANDARD)/installed test-training
+	$(if $(NEWEST),,@echo "SKIPPED: Python 3.13, which is not found; the standard engine is tested on the Python that $(PYTHON) is.")
+	$(STANDARD)/bin/python -m pip list --disable-pip-version-check | grep -i "^onnx"
+	$(STANDARD)/bin/python -m pytest
+
+$(STANDARD)/installed: pyproject.toml
+	$(or $(NEWEST),$(PYTHON)) -m venv $(STANDARD)
+	$(STANDARD)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[standard,test]"
+	touch $@
+
+# The gradients with the oldest onnxruntime that the extra allows.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest tests/engines tests/test_ops.py
+
+$(OLDEST)/installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[standard,test]" "onnxruntime==1.18.*" "numpy<2"
+	touch $@
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
@@ -35,4 +61,4 @@ models: setup
 	cd models && ../$(BIN)/python train.py
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) $(STANDARD) $(OLDEST)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import eptq_onnx
-from eptq_onnx.config import ActivationRange, Attention, Config, Optimizer, Preset, RoundingVariable, WeightRange
+from eptq_onnx.config import ActivationRange, Attention, Config, EngineChoice, Optimizer, Preset, RoundingVariable, WeightRange
 from eptq_onnx.errors import EptqError
 from eptq_onnx.graph import io
 from eptq_onnx.pipeline import quantize as run
@@ -48,6 +48,9 @@ def quantize(
     target: Annotated[str, typer.Option(help="Runtime: ort-x64, ort-x64-vnni, or the path of a target .toml file.")] = _DEFAULTS.target,
     preset: Annotated[Preset, typer.Option(help="fast: no gradients; balanced: 100 steps; best: 600 steps.")] = _DEFAULTS.preset,
     steps: Annotated[int | None, typer.Option(help="Steps of the network-wise optimization (default: by the preset).")] = None,
+    engine: Annotated[
+        EngineChoice, typer.Option(help="Where gradients come from: onnxruntime's training build, or standard nodes on any onnxruntime.")
+    ] = _DEFAULTS.engine,
     seed: Annotated[int, typer.Option(help="Seed of all randomness.")] = _DEFAULTS.seed,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = _DEFAULTS.batch_size,
     score_samples: Annotated[int, typer.Option(help="At most so many samples are scored and optimized on.")] = _DEFAULTS.score_samples,

@@ -101,6 +101,14 @@ class Attention(str, Enum):
     CHANNEL = "channel"
 
 
+class EngineChoice(str, Enum):
+    """Where gradients come from."""
+
+    AUTO = "auto"
+    TRAINING = "training"
+    STANDARD = "standard"
+
+
 PRESET_STEPS = {Preset.FAST: 0, Preset.BALANCED: 100, Preset.BEST: 600}
 
 
@@ -126,6 +134,9 @@ class Config(BaseModel):
         ``fast`` uses no gradients: the closed-form start alone; ``balanced`` and ``best`` set `steps` to 100 and 600.
     steps : int, optional
         Steps of the network-wise optimization; overrides the preset.
+    engine : EngineChoice
+        Where gradients come from: ``training`` (onnxruntime's training build), ``standard`` (rules of our own, any
+        onnxruntime), or, with ``auto``, the training build where it is installed.
     seed : int
         Seed of all randomness. The same input, config and seed give the same bytes.
     activation_range, percentile
@@ -193,6 +204,7 @@ class Config(BaseModel):
     target: str = "ort-x64"
     preset: Preset = Preset.BALANCED
     steps: int | None = Field(None, ge=0)
+    engine: EngineChoice = EngineChoice.AUTO
     seed: int = Field(0, ge=0)
     activation_range: ActivationRange = ActivationRange.MSE
     percentile: float = Field(99.99, gt=50, le=100)

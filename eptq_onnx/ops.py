@@ -23,6 +23,7 @@ from eptq_onnx.graph.lower import (
     norms,
     pools,
     products,
+    quantizers,
     recurrent,
     reductions,
     sampling,
@@ -380,6 +381,9 @@ UNKNOWN = OpSpec(gradient=Gradient.NONE)
 """The row of an operator that the table does not know."""
 
 LOWERINGS = {key: row.lowering for key, row in TABLE.items() if row.lowering is not None}
+
+QUANTIZERS: dict[tuple[str, str], Lowering] = {(LSQ_DOMAIN, "FakeQuant"): quantizers.fake_quant}
+"""Quantizers without a kernel in every onnxruntime, as nodes that have one; the nodes' own gradients are lost."""
 
 
 def spec_of(node: NodeProto) -> OpSpec:

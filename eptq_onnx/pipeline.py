@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 import eptq_onnx
-from eptq_onnx import targets
+from eptq_onnx import engines, targets
 from eptq_onnx.config import Attention, Config, Start, WeightRange
 from eptq_onnx.data import Samples, read, spread
 from eptq_onnx.engines.base import Engine
@@ -112,7 +112,7 @@ def quantize(
     config = config or Config()
     clock, notes = _Clock(), list[str]()
     target = targets.load(config.target)
-    engine = _engine() if config.needs_gradients else None
+    engine = engines.make(config.engine) if config.needs_gradients else None
     with clock("normalize"):
         origin, samples, whole = _prepared(model, data, target, config)
         # Planned and written is the whole model; what the samples run of it is calibrated and optimized.
@@ -286,12 +286,6 @@ def _peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _engine() -> Engine:
-    from eptq_onnx.engines.ort_training import OrtTrainingEngine
-
-    return OrtTrainingEngine()
 
 
 def _wants_scores(config: Config) -> bool:

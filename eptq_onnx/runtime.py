@@ -43,7 +43,7 @@ _TYPES = {
     "tensor(int32)": TensorProto.INT32,
     "tensor(int64)": TensorProto.INT64,
 }
-_INSTALL = 'install it with: pip install "eptq-onnx[training]"'
+_INSTALL = 'install it with: pip install "eptq-onnx[standard]", or "eptq-onnx[training]" on Linux x86-64 with Python up to 3.12'
 
 
 def installed_distributions() -> dict[str, str]:
@@ -92,6 +92,25 @@ def load() -> ModuleType:
     return module
 
 
+def is_training_build() -> bool:
+    """True if onnxruntime can build gradient graphs.
+
+    Raises
+    ------
+    InstallError
+        If it could, had another build not overwritten it.
+    """
+    load()
+    from onnxruntime.capi import _pybind_state
+
+    if hasattr(_pybind_state, "GradientGraphBuilder"):
+        return True
+    found = installed_distributions()
+    if any("training" in name for name in found) and len(found) > 1:
+        raise _conflict(found)
+    return False
+
+
 def load_gradient_builder() -> Any:
     """The pybind module of a build that has ``GradientGraphBuilder``.
 
@@ -100,17 +119,14 @@ def load_gradient_builder() -> Any:
     InstallError
         If this onnxruntime has none.
     """
-    onnxruntime = load()
+    if not is_training_build():
+        raise InstallError(
+            f"onnxruntime {load().__version__} has no gradient builder, which the engine 'training' needs: choose the engine 'standard', "
+            f"or uninstall it (pip uninstall -y {' '.join(installed_distributions()) or 'onnxruntime'}), "
+            'then pip install "eptq-onnx[training]" (Linux x86-64, Python up to 3.12).'
+        )
     from onnxruntime.capi import _pybind_state
 
-    if not hasattr(_pybind_state, "GradientGraphBuilder"):
-        found = installed_distributions()
-        if any("training" in name for name in found) and len(found) > 1:
-            raise _conflict(found)
-        raise InstallError(
-            f"onnxruntime {onnxruntime.__version__} has no gradient builder, which every preset but 'fast' needs: "
-            f"uninstall it (pip uninstall -y {' '.join(found) or 'onnxruntime'}), then {_INSTALL}."
-        )
     return _pybind_state
 
 

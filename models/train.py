@@ -1,4 +1,4 @@
-"""Retrain the shipped models, without PyTorch: gradients from onnxruntime-training, updates in numpy.
+"""Retrain the shipped models, without PyTorch: gradients from eptq_onnx's own engines, updates in numpy.
 
     python models/train.py [NAME ...]      writes <name>.onnx, and the calibration and evaluation data, beside itself
 
@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 from sklearn.datasets import load_digits
 
-from eptq_onnx import ops
-from eptq_onnx.engines.ort_training import OrtTrainingEngine
+from eptq_onnx import engines, ops
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.view import GraphView
@@ -155,7 +154,7 @@ def train(name: str) -> ModelProto:
     fixed, _ = lower(edit.specialize(model, feeds_shape), ops.LOWERINGS)
     edit.set_outputs(fixed, ["loss", *statistics])
     learned = [p for p in parameters if GraphView(fixed).is_constant(p)]
-    gradient = OrtTrainingEngine().differentiate(fixed, "loss", learned)
+    gradient = engines.make().differentiate(fixed, "loss", learned)
     edit.set_outputs(gradient.model, ["loss", *statistics, *gradient.gradients.values()])
     session = Session(gradient.model)
     optimizer = Adam({n: parameters[n] for n in learned})

@@ -4,14 +4,26 @@ from pathlib import Path
 
 import pytest
 
-from eptq_onnx.engines.ort_training import OrtTrainingEngine
+from eptq_onnx import engines, runtime
+from eptq_onnx.config import EngineChoice
+from eptq_onnx.engines.base import Engine
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
+INSTALLED = [EngineChoice.STANDARD, *([EngineChoice.TRAINING] if runtime.is_training_build() else [])]
+"""The engines that run here: the standard one does everywhere."""
+
 
 @pytest.fixture(scope="session")
-def engine() -> OrtTrainingEngine:
-    return OrtTrainingEngine()
+def engine() -> Engine:
+    """The engine that is chosen by itself."""
+    return engines.make()
+
+
+@pytest.fixture(scope="session", params=INSTALLED, ids=[choice.value for choice in INSTALLED])
+def each_engine(request: pytest.FixtureRequest) -> Engine:
+    """All engines that run here, one after the other."""
+    return engines.make(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ import onnx
 import onnx.parser
 from onnx import ModelProto, numpy_helper
 
+from eptq_onnx.graph import edit
+
 
 def parse(text: str, constants: dict[str, np.ndarray] | None = None, *, opset: int = 17) -> ModelProto:
     """A model from the body of its graph, with initializers of the given values."""
@@ -18,6 +20,14 @@ def parse(text: str, constants: dict[str, np.ndarray] | None = None, *, opset: i
 
 def normal(*shape: int, seed: int = 0, scale: float = 0.5) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
+
+
+def scalar(body: str, inputs: str = "float[4,3] x", **constants: np.ndarray) -> ModelProto:
+    """A model whose output ``loss`` is the sum of the tensor y."""
+    model = parse(f"g ({inputs}) => (float loss) {{ {body}  loss = ReduceSum <keepdims = 0> (y) }}", {"w": normal(3, 2), **constants})
+    for k, node in enumerate(model.graph.node):
+        node.name = f"n{k}"
+    return edit.specialize(model, {"x": (4, 3)})
 
 
 def small_convnet() -> ModelProto:

@@ -128,7 +128,6 @@ def reduction(op_type: str, low: float = -2.0) -> list[Sample]:
         Sample(op_type, (x,), {"axes": [0, -1], "keepdims": 0}),
         Sample(op_type, (x,)),
         Sample(op_type, (x, ints(2)), {"keepdims": 0}, opset=18),
-        Sample(op_type, (x, ints()), {"noop_with_empty_axes": 1}, opset=18),
     ]
 
 

@@ -25,10 +25,10 @@ def test_every_row_has_samples_and_every_sample_a_row():
 
 
 @pytest.mark.parametrize("sample", ALL)
-def test_gradient_agrees_with_finite_differences(sample: Sample, engine):
+def test_gradient_agrees_with_finite_differences(sample: Sample, each_engine):
     if not sample.checked:
         pytest.skip("its gradient is straight-through")
-    check_gradients(engine, sample.model(), sample.feeds, sample.checked)
+    check_gradients(each_engine, sample.model(), sample.feeds, sample.checked)
 
 
 @pytest.mark.parametrize("sample", [p for p in ALL if (p.values[0].domain, p.values[0].op_type) in ops.LOWERINGS])

@@ -32,7 +32,7 @@ def without_onnxruntime(monkeypatch):
 
 def test_nothing_installed(without_onnxruntime, monkeypatch):
     monkeypatch.setattr(runtime, "installed_distributions", dict)
-    with pytest.raises(InstallError, match=r'not installed: .*pip install "eptq-onnx\[training\]"'):
+    with pytest.raises(InstallError, match=r'not installed: .*pip install "eptq-onnx\[standard\]", or "eptq-onnx\[training\]"'):
         eptq_onnx.quantize(small_convnet(), images(4))
 
 
@@ -54,8 +54,17 @@ def _without_builder(monkeypatch) -> None:
 def test_no_gradient_builder(monkeypatch):
     _without_builder(monkeypatch)
     monkeypatch.setattr(runtime, "installed_distributions", lambda: {"onnxruntime": "1.27.0"})
-    with pytest.raises(InstallError, match="has no gradient builder, which every preset but 'fast' needs: uninstall it"):
-        eptq_onnx.quantize(small_convnet(), images(4))
+    with pytest.raises(InstallError, match="has no gradient builder, which the engine 'training' needs: choose the engine 'standard'"):
+        eptq_onnx.quantize(small_convnet(), images(4), eptq_onnx.Config(engine="training"))
+
+
+def test_without_a_gradient_builder_the_standard_engine_is_chosen(monkeypatch):
+    _without_builder(monkeypatch)
+    monkeypatch.setattr(runtime, "installed_distributions", lambda: {"onnxruntime": "1.27.0"})
+    monkeypatch.setattr(runtime.load(), "__version__", "1.27.0")
+    result = eptq_onnx.quantize(small_convnet(), images(8), eptq_onnx.Config(steps=2))
+    assert result.report.engine == "standard"
+    assert result.report.optimization.steps == 2
 
 
 def test_no_gradient_builder_because_it_was_overwritten(monkeypatch):

@@ -1,7 +1,7 @@
 """What each part of the work costs, in float forward passes over the same samples, measured in one run.
 
     python tools/bench_speed.py --shipped digits_mobile
-    python tools/bench_speed.py --model m.onnx --data calib.npz --batch-size 16
+    python tools/bench_speed.py --model m.onnx --data calib.npz --batch-size 16 --engine standard
 
 Prints the time of one float forward pass of a batch in onnxruntime, and as multiples of it: one step of the network-wise
 optimization (gradient graph, updates and all), and the Hessian scores of all layers, per probe. The closed-form start
@@ -23,6 +23,7 @@ from rich.table import Table
 
 import eptq_onnx
 from eptq_onnx import Config, data
+from eptq_onnx.config import EngineChoice
 from eptq_onnx.graph import io
 from eptq_onnx.runtime import Session
 
@@ -54,6 +55,7 @@ def main(
     samples: Annotated[int, typer.Option(help="Samples to score and to walk over.")] = 64,
     steps: Annotated[int, typer.Option(help="Steps to time.")] = 20,
     torch: Annotated[bool, typer.Option(help="Time the step in PyTorch, too.")] = False,
+    engine: Annotated[EngineChoice, typer.Option(help="Where gradients come from.")] = EngineChoice.AUTO,
 ) -> None:
     """Print the table."""
     if shipped:
@@ -69,6 +71,7 @@ def main(
         steps=steps,
         patience=0,
         probes=1,
+        engine=engine,
     )
     ticks: list[float] = []
 
@@ -78,7 +81,8 @@ def main(
 
     report = eptq_onnx.quantize(model, source, config, progress=note).report
     scored = forward * min(samples, report.samples) / batch_size
-    table = Table("part", "float forward passes", title=f"{model.name}, W{weight_bits}A{activation_bits}", title_justify="left")
+    title = f"{model.name}, W{weight_bits}A{activation_bits}, engine {report.engine}"
+    table = Table("part", "float forward passes", title=title, title_justify="left")
     table.add_row("one forward pass of a batch", f"{forward:.3f} s for {batch_size} samples")
     table.add_row("calibration, all samples", f"{report.seconds['calibrate'] / (forward * report.samples / batch_size):.1f}")
     table.add_row("Hessian scores, one probe", f"{report.seconds['score'] / scored:.1f}")

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from onnx import ModelProto
 
+from eptq_onnx.graph.view import GraphView
 from eptq_onnx.types import Array
 
 LOSS = "eptq/loss"
@@ -15,6 +16,8 @@ LAYER_ERRORS = "eptq/layer_errors"
 ATTENTION = "eptq/attention"
 ACTIVATION_SCALES = "eptq/activation_scales"
 FLOAT_SHARE = "eptq/float_share"
+
+UNREACHED = "no output depends on it through operators that have a gradient"
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class GradientModel:
     Parameters
     ----------
     model : ModelProto
-        The forward graph and its backward pass; the tensors of ``wrt`` that were initializers are inputs.
+        The forward graph and its backward pass; the tensors of ``wrt`` that were initializers are inputs. Outputs: the
+        loss, the outputs of the forward graph, the gradients.
     gradients : dict of str to str
         Tensor to the name of its gradient (same shape).
     unreached : dict of str to str
@@ -72,6 +76,12 @@ class TrainingGraph:
     micro_batch: int
     unreached: dict[str, str]
     notes: tuple[str, ...]
+
+
+def reachable(view: GraphView, loss: str, wrt: Sequence[str], blocked: frozenset[str]) -> tuple[list[str], dict[str, str]]:
+    """Those of ``wrt`` that the loss depends on, not going through nodes named in ``blocked``; and why the others are none."""
+    relevant = view.upstream([loss], blocked)
+    return [n for n in wrt if n in relevant], {n: UNREACHED for n in wrt if n not in relevant}
 
 
 class Engine(Protocol):

@@ -11,15 +11,17 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from eptq_onnx import ops, runtime
-from eptq_onnx.engines.base import GradientModel
+from eptq_onnx.engines.base import GradientModel, reachable
+from eptq_onnx.engines.rules import leaky_relu_slope
+from eptq_onnx.engines.tape import Tape
+from eptq_onnx.engines.windows import Window, turned_convolution
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
-from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
+from eptq_onnx.graph.view import GraphView, attribute
 from eptq_onnx.ops import LSQ_DOMAIN
 
 _ATEN = "org.pytorch.aten"
@@ -46,15 +48,11 @@ class OrtTrainingEngine:
     def differentiate(self, model: ModelProto, loss: str, wrt: Sequence[str]) -> GradientModel:
         """See `Engine.differentiate`."""
         blocked = ops.without_gradient(GraphView(model))
-        private = _prepared(model, blocked)
-        view = GraphView(private)
-        stops = frozenset(n.name for n in view.nodes if attribute(n, "operator") == _STOP)
-        relevant = view.upstream([loss], stops)
-        reached = [name for name in wrt if name in relevant]
-        unreached = {name: "no output depends on it through operators that have a gradient" for name in wrt if name not in relevant}
+        reached, unreached = reachable(GraphView(model), loss, wrt, blocked)
         if not reached:
             return GradientModel(model, {}, unreached)
-        edit.promote_to_inputs(private, [n for n in reached if view.is_constant(n)])
+        private = _prepared(model, blocked)
+        edit.promote_to_inputs(private, reached)
         edit.set_outputs(private, list(dict.fromkeys([loss, *(o.name for o in model.graph.output)])))
         private.ir_version = min(private.ir_version, 10)
         edit.import_domain(private, "com.microsoft")
@@ -162,7 +160,8 @@ def _prepared(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
 
 def _replace_kernels(model: ModelProto) -> None:
     """Swap nodes without a CPU kernel, or with a slow one, for ordinary ones, in place."""
-    builder, view = edit.Builder(model, "gradient/"), GraphView(model)
+    builder = edit.Builder(model, "gradient/")
+    tape = Tape(GraphView(model), builder)
     for node in model.graph.node:
         if attribute(node, "operator") == _ROUND_TRIP:
             constants = node.input[1:]
@@ -170,7 +169,7 @@ def _replace_kernels(model: ModelProto) -> None:
         elif node.domain == _ATEN:
             builder.nodes.append(helper.make_node("Identity", list(node.input), list(node.output), name=node.name))
         elif node.op_type in _GRADIENTS:
-            _GRADIENTS[node.op_type](node, view, builder)
+            _GRADIENTS[node.op_type](node, tape)
         else:
             builder.nodes.append(node)
     del model.graph.node[:]
@@ -178,60 +177,41 @@ def _replace_kernels(model: ModelProto) -> None:
     model.graph.initializer.extend(builder.initializers)
 
 
-def _leaky_relu_gradient(node: NodeProto, view: GraphView, b: edit.Builder) -> None:
-    """dx = dy (alpha + (1 - alpha) [y > 0]) for alpha of at least 0; the kernel takes twice as long."""
+def _leaky_relu_gradient(node: NodeProto, t: Tape) -> None:
+    """The kernel takes twice as long."""
     dy, y = node.input
     alpha = float(attribute(node, "alpha", 0.01))  # type: ignore[arg-type]
     if alpha < 0:
-        b.nodes.append(node)
-        return
-    positive = b.add("Cast", [b.add("Greater", [y, b.constant(0.0, "zero")])], to=TensorProto.FLOAT)
-    slope = b.add("Add", [b.add("Mul", [positive, b.constant(1 - alpha, "rise")]), b.constant(alpha, "alpha")])
-    b.add("Mul", [dy, slope], node.output[0])
+        t.builder.nodes.append(node)
+    else:
+        t.builder.add("Identity", [leaky_relu_slope(t, dy, y, alpha)], node.output[0])
 
 
-def _conv_gradient(node: NodeProto, view: GraphView, b: edit.Builder) -> None:
-    """dx of a Conv with strides 1 is a Conv of dy with the weight flipped and its channel axes exchanged, group by group.
+def _conv_gradient(node: NodeProto, t: Tape) -> None:
+    """dx as a Conv where it is one: onnxruntime's ConvGrad makes it column by column, in two to three times the time.
 
-    onnxruntime's ConvGrad makes dx column by column, in two to three times the time; it keeps dW and the bias.
+    ConvGrad keeps dW and the bias.
     """
     dy, weight = node.input[0], node.input[2]
-    shape = view.static_shape(weight)
-    rank = len(shape or ())
-    kernel = [*(shape or ())[2:]]
-    strides = ints_attribute(node, "strides") or [1] * len(kernel)
-    dilations = ints_attribute(node, "dilations") or [1] * len(kernel)
-    pads = ints_attribute(node, "pads") or [0] * 2 * len(kernel)
-    reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-    turned = [r - p for r, p in zip([*reach, *reach], pads, strict=True)]
-    if not node.output[0] or shape is None or set(strides) != {1} or min(turned) < 0:
-        b.nodes.append(node)
+    shape = t.view.static_shape(weight)
+    dx = turned_convolution(t, Window.of(node, shape[2:]), dy, weight, shape) if node.output[0] and shape else None
+    if dx is None:
+        t.builder.nodes.append(node)
         return
-    group = int_attribute(node, "group", 1)
-    outputs, inputs = shape[0], shape[1]
-    flipped = weight
-    if outputs != group or inputs != 1:
-        split = b.constant(np.array([group, outputs // group, inputs, *kernel], np.int64), "shape")
-        apart = b.add("Transpose", [b.add("Reshape", [weight, split])], perm=[0, 2, 1, *range(3, rank + 1)])
-        joined = b.constant(np.array([group * inputs, outputs // group, *kernel], np.int64), "shape")
-        flipped = b.add("Reshape", [apart, joined])
-    if max(kernel) > 1:
-        count = len(kernel)
-        ends = [[-1] * count, [-(2**31)] * count, list(range(2, rank)), [-1] * count]
-        flipped = b.add("Slice", [flipped, *(b.constant(np.array(v, np.int64), "flip") for v in ends)])
-    b.add("Conv", [dy, flipped], node.output[0], pads=turned, dilations=dilations, group=group, kernel_shape=kernel)
+    t.builder.add("Identity", [dx], node.output[0])
     if any(node.output[1:]):
         rest = NodeProto()
         rest.CopyFrom(node)
         rest.output[0] = ""
-        b.nodes.append(rest)
+        t.builder.nodes.append(rest)
 
 
-def _conv_transpose_gradient(node: NodeProto, view: GraphView, b: edit.Builder) -> None:
+def _conv_transpose_gradient(node: NodeProto, t: Tape) -> None:
     """dx = conv(dy, W); dW = gradient of that Conv's weight with dy as its input and x as its output gradient.
 
     ConvTranspose weights have shape (C_in, C_out / group, *kernel): exactly a Conv weight from dy to x.
     """
+    b = t.builder
     dy, x, weight = node.input[:3]
     keep = {"strides", "pads", "dilations", "group", "kernel_shape", "auto_pad"}
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name in keep}
@@ -245,7 +225,7 @@ def _conv_transpose_gradient(node: NodeProto, view: GraphView, b: edit.Builder) 
         b.reduce("ReduceSum", dy, [0, *range(2, rank)], outputs[2])
 
 
-_GRADIENTS: dict[str, Callable[[NodeProto, GraphView, edit.Builder], None]] = {
+_GRADIENTS: dict[str, Callable[[NodeProto, Tape], None]] = {
     "ConvGrad": _conv_gradient,
     "ConvTransposeGrad": _conv_transpose_gradient,
     "LeakyReluGrad": _leaky_relu_gradient,

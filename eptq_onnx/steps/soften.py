@@ -68,7 +68,7 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     low = [q for q in plan.activations if q.spec.bits < 8 and not q.constant and config.activation_scale_lr]
     learned = tuple(q.name for q in low if q.name in moving & read)
     train, channels, positions = _compose(private, lowered, plan, start, learned, size, gradual=config.gradual_activations)
-    evaluate, _, _ = _compose(private, lowered, plan, start, learned, size, gradual=False)
+    evaluate, _ = lower(_compose(private, lowered, plan, start, learned, size, gradual=False)[0], ops.QUANTIZERS)
     parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
     edit.promote_to_inputs(evaluate, parameters)
     gradient = engine.differentiate(train, LOSS, [*parameters, *([ACTIVATION_SCALES] if learned else [])])
@@ -123,9 +123,8 @@ def _student(
     renamed: dict[str, str] = {}
     infos: list[ValueInfoProto] = []
     scales = {name: f"eptq/scale_{k}" for k, name in enumerate(learned)}
-    if learned:
-        sizes = b.constant(np.ones(len(learned), np.int64), "sizes")
-        b.add("Split", [ACTIVATION_SCALES, sizes], outputs=list(scales.values()), axis=0)
+    for k, name in enumerate(scales.values()):
+        b.add("Slice", [ACTIVATION_SCALES, *(b.constant(np.array([v], np.int64), "place") for v in (k, k + 1))], name)
     if gradual:
         b.add("Sub", [b.constant(np.ones(1, np.float32), "one"), FLOAT_SHARE], "eptq/integer_share")
 

@@ -113,7 +113,7 @@ def test_gradients_of_the_last_layer_agree_with_finite_differences(case):
         assert analytic == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=2e-2)
 
 
-def test_scale_gradient_is_the_lsq_rule(engine):
+def test_scale_gradient_is_the_lsq_rule(each_engine):
     """One quantizer: dL/ds = sum dy * (q - z - mask * x / s)."""
     from onnx import TensorProto, helper
     from op_samples import SAMPLES
@@ -128,7 +128,7 @@ def test_scale_gradient_is_the_lsq_rule(engine):
     model.graph.node.extend(builder.nodes)
     model.graph.input.append(helper.make_tensor_value_info("v", TensorProto.FLOAT, [2, 3, 4]))
     edit.set_outputs(model, ["loss"])
-    gradient = engine.differentiate(model, "loss", ["x0", "x1"])
+    gradient = each_engine.differentiate(model, "loss", ["x0", "x1"])
     x, s, z = sample.inputs
     v = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
     values = Session(gradient.model).run({"x0": x, "x1": s, "v": v})

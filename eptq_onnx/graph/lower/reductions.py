@@ -11,6 +11,7 @@ from eptq_onnx.graph.edit import Builder
 from eptq_onnx.graph.lower.base import (
     TINY,
     Lowering,
+    NotLowerable,
     constant_input,
     ints,
     rank_of,
@@ -63,8 +64,7 @@ def by_sum(before: Function | None = None, after: Function | None = None) -> Low
     def rule(node: NodeProto, view: GraphView, b: Builder) -> None:
         axes = reduced_axes(node, view)
         if axes is None:
-            b.add("Identity", [node.input[0]], node.output[0])
-            return
+            raise NotLowerable("runtimes disagree about what it does without axes")
         x = before(b, node.input[0]) if before else node.input[0]
         keep = bool(int_attribute(node, "keepdims", 1))
         if axes:
