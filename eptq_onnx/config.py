@@ -177,8 +177,8 @@ class Config(BaseModel):
         of the weight that is rounded in every step, which does the same in hundreds.
     optimizer : Optimizer
     rounding_lr, bias_lr, scale_lr, activation_scale_lr : float
-        Learning rates of the rounding variables (default 0.05 for ``soft``, 0.005 integer steps for
-        ``straight-through``), of the biases (in units of the layer output's
+        Learning rates of the rounding variables (default 0.05 for ``soft``; for ``straight-through`` 0.002 integer
+        steps from the closed-form start, 0.005 from nearest rounding), of the biases (in units of the layer output's
         RMS), of the weight scale factors and of the logarithms of the activation scales below 8 bits; all fall to 0 as
         a cosine.
     rounding_strength : float
@@ -263,7 +263,9 @@ class Config(BaseModel):
         """Learning rate of the rounding variables."""
         if self.rounding_lr is not None:
             return self.rounding_lr
-        return 5e-2 if self.rounding is RoundingVariable.SOFT else 5e-3
+        if self.rounding is RoundingVariable.SOFT:
+            return 5e-2
+        return 2e-3 if self.start is Start.CLOSED_FORM else 5e-3
 
     @property
     def weight_range_method(self) -> WeightRange:

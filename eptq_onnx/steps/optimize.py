@@ -27,6 +27,8 @@ from eptq_onnx.types import Array, Calibration, Feeds, OptimizationTrace, Plan, 
 _CHECKPOINTS = 10
 _RISE = 0.1
 """Share of the steps in which the learning rates rise to their full size."""
+_VARIATIONS = 3
+"""Of each held-out sample, that candidates are judged on beside itself."""
 _LEAST_SAMPLES = 5
 """With fewer pairs the signed-rank test never gets below one in twenty."""
 
@@ -195,8 +197,8 @@ def optimize(
     state = _State(plan, start, graph, calibration, config)
     attention = channel_attention(plan, scores, graph.channels, len(indices), config)
     seen, held = split(len(indices), config.holdout, config.seed)
-    batches = _Batches(graph, samples, indices, attention, seen)
-    judge = _Judge(graph, batches, held)
+    batches = _Batches(graph, samples, indices, attention)
+    judge = _Judge(graph, batches, held, config)
     best, best_step, untouched = start, 0, judge(state, start)
     checkpoints = {0: float(untouched.sum())}
     session = Session(graph.train, integers=False)
@@ -404,14 +406,10 @@ class _Batches:
     samples : Samples
     indices : ndarray of shape (n_samples,)
     attention : ndarray of shape (n_samples, sum of channels)
-    seen : ndarray of int
-        The places of the samples that others may be mixed with.
     """
 
-    def __init__(
-        self, graph: TrainingGraph, samples: Samples, indices: NDArray[np.int64], attention: Array, seen: NDArray[np.int64]
-    ) -> None:
-        self._graph, self._samples, self._indices, self._attention, self._seen = graph, samples, indices, attention, seen
+    def __init__(self, graph: TrainingGraph, samples: Samples, indices: NDArray[np.int64], attention: Array) -> None:
+        self._graph, self._samples, self._indices, self._attention = graph, samples, indices, attention
         self._positions = np.repeat(graph.positions, graph.channels)
         parts = np.split(attention, np.cumsum(graph.channels)[:-1], axis=1)
         self.layer_weights = [float(part.max(axis=1).mean()) for part in parts]
@@ -422,38 +420,45 @@ class _Batches:
     ) -> Iterator[Feeds]:
         """What to feed the session with, run by run, for the samples at ``places``; fillers of the last run weigh nothing.
 
-        With ``rng`` the samples are varied at random.
+        With ``rng`` the samples are varied at random, and mixed with each other.
         """
         size = self._graph.micro_batch
         padded = np.concatenate([places, np.full(-len(places) % size, -1, np.int64)])
         for part in padded.reshape(-1, size):
             inputs, attention = self._samples.take(self._indices[part]), self._attention[part]
             if rng is not None:
-                inputs, attention = self._varied(inputs, attention, rng)
+                inputs, attention = self._varied(inputs, attention, places, rng)
             weight = attention * (part >= 0)[:, None] / (self._positions * np.float32(len(places)))
             feeds = {**parameters, **inputs, ATTENTION: weight.astype(np.float32)}
             yield {name: value for name, value in feeds.items() if name in session.inputs}
 
-    def _varied(self, inputs: Feeds, attention: Array, rng: np.random.Generator) -> tuple[Feeds, Array]:
+    def _varied(self, inputs: Feeds, attention: Array, places: NDArray[np.int64], rng: np.random.Generator) -> tuple[Feeds, Array]:
         inputs = augment.moved(inputs, rng)
         if not augment.can_mix(inputs, len(attention)):
             return inputs, attention
-        others = rng.choice(self._seen, len(attention))
+        others = rng.choice(places, len(attention))
         share = rng.uniform(size=len(attention)).astype(np.float32)
         inputs = augment.mixed(inputs, augment.moved(self._samples.take(self._indices[others]), rng), share)
         return inputs, share[:, None] * attention + (1 - share[:, None]) * self._attention[others]
 
 
 class _Judge:
-    """The attention-weighted errors of hard-rounded candidates, one a held-out sample; shape (n_samples,)."""
+    """The attention-weighted errors of hard-rounded candidates, one a held-out sample; shape (n_samples,).
 
-    def __init__(self, graph: TrainingGraph, batches: _Batches, held: NDArray[np.int64]) -> None:
+    Where the optimization sees varied samples, so does the judge, always the same: a few held-out samples alone tell
+    little apart.
+    """
+
+    def __init__(self, graph: TrainingGraph, batches: _Batches, held: NDArray[np.int64], config: Config) -> None:
         self._session, self._batches, self._held = Session(graph.evaluate, integers=False), batches, held
+        self._variations, self._seed = _VARIATIONS if config.augment else 0, config.seed
 
     def __call__(self, state: _State, candidate: Rounding) -> Array:
-        runs = self._batches.runs(self._held, state.hard_parameters(candidate), self._session)
-        rows = list(ordered_map(self._errors, runs))
-        return np.asarray(np.concatenate(rows)[: len(self._held)], np.float32)
+        parameters, rng = state.hard_parameters(candidate), np.random.default_rng(self._seed)
+        views = [None] + [rng] * self._variations
+        runs = (run for view in views for run in self._batches.runs(self._held, parameters, self._session, view))
+        rows = np.concatenate(list(ordered_map(self._errors, runs))).reshape(len(views), -1)
+        return np.asarray(rows[:, : len(self._held)].mean(axis=0), np.float32)
 
     def _errors(self, feeds: Feeds) -> Array:
         errors: Array = (self._session.run(feeds, [LAYER_ERRORS])[LAYER_ERRORS] * feeds[ATTENTION]).sum(axis=1)
