@@ -109,7 +109,7 @@ class EngineChoice(str, Enum):
     STANDARD = "standard"
 
 
-PRESET_STEPS = {Preset.FAST: 0, Preset.BALANCED: 100, Preset.BEST: 600}
+PRESET_STEPS = {Preset.FAST: 0, Preset.BALANCED: 200, Preset.BEST: 1000}
 
 
 class Config(BaseModel):
@@ -131,7 +131,7 @@ class Config(BaseModel):
     target : str
         Name of a shipped target, or path of a target file (TOML).
     preset : Preset
-        ``fast`` uses no gradients: the closed-form start alone; ``balanced`` and ``best`` set `steps` to 100 and 600.
+        ``fast`` uses no gradients: the closed-form start alone; ``balanced`` and ``best`` set `steps` to 200 and 1000.
     steps : int, optional
         Steps of the network-wise optimization; overrides the preset.
     engine : EngineChoice
@@ -212,13 +212,13 @@ class Config(BaseModel):
     damping: float = Field(0.1, ge=0)
     probes: int = Field(2, ge=1)
     score_samples: int = Field(256, ge=1)
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(16, ge=1)
     holdout: float = Field(0.1, gt=0, lt=0.9)
     start: Start = Start.CLOSED_FORM
     correction_damping: float | None = Field(None, ge=0)
     rounding_damping: float = Field(0.1, gt=0)
     descent_passes: int = Field(3, ge=0)
-    patience: int = Field(3, ge=0)
+    patience: int = Field(5, ge=0)
     max_noise: float = Field(0.05, ge=0)
     rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH
     optimizer: Optimizer = Optimizer.ADAM
