@@ -26,14 +26,14 @@ def within(model: ModelProto, least: int, newest: int, newest_ir: int) -> ModelP
     least : int
         Lowest default-domain opset that the target allows.
     newest, newest_ir : int
-        Highest default-domain opset and IR version that the runtime reads.
+        Highest default-domain opset and IR version of quantized models that the runtime reads.
 
     Raises
     ------
     ModelError
         If an operator cannot be converted.
     """
-    current = opset_of(model)
+    current, newest = opset_of(model), max(newest, least)
     if current < least:
         model = _upgraded(fold_constants(model), least)
     elif current > newest:
