@@ -13,15 +13,14 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.calibrate import calibrate
 from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.optimize import SoftWeight, StraightThroughWeight, channel_attention, is_better, layer_attention, optimize, split
+from eptq_onnx.steps.optimize import channel_attention, is_better, layer_attention, optimize, split
 from eptq_onnx.steps.plan import plan
 from eptq_onnx.steps.ranges import weight_ranges
 from eptq_onnx.steps.score import score
 from eptq_onnx.steps.soften import soften
-from eptq_onnx.types import QuantParams, QuantSpec, Scores
+from eptq_onnx.types import Scores
 
 TARGET = targets.load("ort-x64")
-SPEC = QuantSpec(4, -8, 7, "int8", True, 0)
 
 
 class Case:
@@ -137,39 +136,6 @@ def test_scale_gradient_is_the_lsq_rule(each_engine):
     levels = np.clip(raw, 0, 15) - z
     np.testing.assert_allclose(values[gradient.gradients["x0"]], v * inside, rtol=1e-6)
     np.testing.assert_allclose(values[gradient.gradients["x1"]], [(v * (levels - inside * x / s)).sum()], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", [SoftWeight, StraightThroughWeight])
-def test_a_weight_starts_at_the_given_integers(kind):
-    weight = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
-    params = QuantParams(np.array([0.1, 0.2, 0.05], np.float32))
-    start = np.random.default_rng(1).integers(-8, 8, weight.shape).astype(np.int32)
-    integers, hard = kind(quant_math.continuous(weight, start, params, SPEC), params, SPEC).harden()
-    np.testing.assert_array_equal(integers, start)
-    np.testing.assert_array_equal(hard.scale, params.scale)
-
-
-def test_a_soft_weight_starts_at_the_float_weight_and_its_gradients_are_right():
-    weight = np.random.default_rng(0).normal(0, 0.3, (3, 20)).astype(np.float32)
-    scale = np.array([0.1, 0.2, 0.15], np.float32)
-    soft = SoftWeight(weight / scale[:, None], QuantParams(scale), SPEC)
-    np.testing.assert_allclose(soft.forward(), weight, atol=2e-3)
-    v = np.random.default_rng(1).normal(size=weight.shape).astype(np.float32)
-
-    def loss() -> float:
-        return float((v * soft.forward()).sum(dtype=np.float64)) + 0.3 * soft.penalty(4.0)
-
-    loss()
-    d_alpha, d_gamma = soft.backward(v, 0.3, 4.0)
-    direction = np.random.default_rng(2).choice([-1.0, 1.0], size=weight.shape).astype(np.float32)
-    for value, gradient, along in ((soft.variable, d_alpha, direction), (soft.gamma, d_gamma, np.array([1, -1, 1], np.float32))):
-        kept = value.copy()
-        ends = []
-        for sign in (1, -1):
-            value[...] = kept + sign * 1e-3 * along
-            ends.append(loss())
-        value[...] = kept
-        assert float((gradient * along).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=3e-2, abs=1e-2)
 
 
 @pytest.mark.parametrize("rounding", list(RoundingVariable))
