@@ -26,7 +26,7 @@ def within(model: ModelProto, least: int, newest: int, newest_ir: int) -> ModelP
     least : int
         Lowest default-domain opset that the target allows.
     newest, newest_ir : int
-        Highest default-domain opset and IR version of quantized models that the runtime reads.
+        Highest default-domain opset and IR version that the runtime reads.
 
     Raises
     ------

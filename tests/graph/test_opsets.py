@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from graphs import normal, parse
+from graphs import normal
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import eptq_onnx
@@ -206,18 +206,3 @@ def test_what_has_no_definition_in_older_operators_is_told():
     net.add("TensorScatter", "x", net.constant(normal(2, 3, 1, 6)))
     with pytest.raises(ModelError, match="TensorScatter of opset 24, which the installed onnxruntime does not read"):
         opsets.within(net.model([2, 3, 6, 6], "y"), 13, 21, 10)
-
-
-@pytest.mark.parametrize("activation_bits", [8, 16])
-def test_matrix_products_of_opset_21_are_quantized(activation_bits):
-    """onnxruntime 1.19 reads this opset, but cannot run integer matrix products in it."""
-    model = parse(
-        "mlp (float[N,4,8] x) => (float[N,4,8] y) { a = MatMul (x, w1)  b = Relu (a)  y = MatMul (b, w2) }",
-        {"w1": normal(8, 16), "w2": normal(16, 8, seed=1)},
-        opset=21,
-    )
-    model.ir_version = 10
-    result = eptq_onnx.quantize(model, {"x": normal(32, 4, 8, seed=2)}, Config.of(preset="fast", activation_bits=activation_bits))
-    assert opset_of(result.model) == 21
-    assert result.report.verification.outputs["y"] > 25
-    assert len(result.report.layers) == 2
