@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from eptq_onnx.config import Attention, Config, Start, WeightRange
 from eptq_onnx.data import Samples, read, spread
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
-from eptq_onnx.graph import io
+from eptq_onnx.graph import io, store
 from eptq_onnx.graph.branches import flattened, sink
 from eptq_onnx.graph.opsets import restored
 from eptq_onnx.graph.view import opset_of
@@ -109,12 +110,17 @@ def quantize(
     EptqError
         Its subclasses say what is wrong and what to do; see `eptq_onnx.errors`.
     """
-    config = config or Config()
+    with tempfile.TemporaryDirectory(prefix="eptq-onnx-", ignore_cleanup_errors=True) as folder:
+        return _quantize(model, data, config or Config(), progress, folder)
+
+
+def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config, progress: Progress, folder: str) -> Result:
+    """See `quantize`; ``folder`` is for the weights of a large model."""
     clock, notes = _Clock(), list[str]()
     target = targets.load(config.target)
     engine = engines.make(config.engine) if config.needs_gradients else None
     with clock("normalize"):
-        origin, samples, whole = _prepared(model, data, target, config)
+        origin, samples, whole = _prepared(model, data, target, config, folder)
         # Planned and written is the whole model; what the samples run of it is calibrated and optimized.
         float_model = flattened(whole)
     with clock("plan"):
@@ -131,7 +137,7 @@ def quantize(
                 samples,
                 chosen,
                 calibration,
-                _scored_weights(float_model, plan, config),
+                _ranged_weights(float_model, plan, config) if config.weight_range_method is WeightRange.HMSE else (),
                 engine,
                 config,
                 partial(progress, "score"),
@@ -148,7 +154,7 @@ def quantize(
                 float_model, plan, target, samples, chosen, calibration, scores, config.budget, config, partial(progress, "allocate")
             )
     with clock("ranges"):
-        rounding = weight_ranges(float_model, plan, calibration, scores, config)
+        rounding = weight_ranges(float_model, plan, calibration, scores, config, _ranged_weights(float_model, plan, config))
     if config.start is Start.CLOSED_FORM:
         with clock("closed form"):
             nearest = flattened(write(whole, plan, rounding)[0])
@@ -186,7 +192,7 @@ def quantize(
         seconds=clock.seconds,
         peak_memory_bytes=_peak_memory(),
     )
-    return Result(restored(quantized, origin.opset, origin.ir_version), report)
+    return Result(store.load_all(restored(quantized, origin.opset, origin.ir_version)), report)
 
 
 @dataclass(frozen=True)
@@ -201,15 +207,15 @@ class _Origin:
 
 
 def _prepared(
-    model: str | os.PathLike[str] | bytes | ModelProto, data: Source, target: Target, config: Config
+    model: str | os.PathLike[str] | bytes | ModelProto, data: Source, target: Target, config: Config, folder: str
 ) -> tuple[_Origin, Samples, ModelProto]:
     """The samples, and the model in normal form."""
-    original = io.load(model)
+    original = io.load(model, folder)
     samples = read(data, original)
     whole = normalize(original, target.opset_for(config.activation_bits), samples)
     name = str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name
     notes = [*_type_notes(original, config), *_opset_notes(original, whole)]
-    return _Origin(name, opset_of(original), original.ir_version, original.ByteSize(), notes), samples, whole
+    return _Origin(name, opset_of(original), original.ir_version, store.model_bytes(original), notes), samples, whole
 
 
 def _shares(samples: Samples, config: Config) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -292,10 +298,8 @@ def _wants_scores(config: Config) -> bool:
     return config.weight_range_method is WeightRange.HMSE or (config.step_count > 0 and config.attention is not Attention.NONE)
 
 
-def _scored_weights(model: ModelProto, plan: Plan, config: Config) -> set[str]:
-    """The weights whose ranges are chosen by the scores of their elements."""
-    if config.weight_range_method is not WeightRange.HMSE:
-        return set()
+def _ranged_weights(model: ModelProto, plan: Plan, config: Config) -> set[str]:
+    """The weights whose ranges are those that step 5 chooses: the closed form chooses its own."""
     skipped = unsolved(model, plan)
     return {x.weight for x in plan.layers if config.start is not Start.CLOSED_FORM or x.node in skipped}
 

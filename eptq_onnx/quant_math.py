@@ -7,16 +7,21 @@ QuantizeLinear and DequantizeLinear compute it.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eptq_onnx.parallel import ordered_map
 from eptq_onnx.types import Array, IntArray, QuantParams, QuantSpec
 
 ZETA, GAMMA = 1.1, -0.1
 """Stretch of the rectified sigmoid (AdaRound, Nagel et al. 2020, equation 23)."""
 
 _TINY = np.float32(1e-30)
+
+_PART = 2**20
+"""Values of a large array that are worked on at a time: what is made of them in between stays small, and in the cache."""
 
 _BIAS_LIMIT = np.float32(2.0**30)
 """Largest integer that a bias may need: half of int32, so that learned scales and biases keep room."""
@@ -57,18 +62,29 @@ def channel_sum(values: Array, axis: int | None) -> Array:
     return np.asarray(values.sum(axis=others, dtype=np.float64), np.float32)
 
 
+def _parts(values: NDArray[np.generic]) -> list[Any]:
+    """Slices of the first axis."""
+    if values.ndim == 0 or values.size <= _PART:
+        return [...]
+    step = max(1, _PART * len(values) // values.size)
+    return [slice(begin, begin + step) for begin in range(0, len(values), step)]
+
+
 # ---- quantizers ---------------------------------------------------------------------------------------------
 def quantize(x: Array, params: QuantParams, spec: QuantSpec) -> IntArray:
-    """Round to the integer grid (ONNX QuantizeLinear, clipped to the spec's range)."""
+    """Round to the integer grid, in the container's type (ONNX QuantizeLinear, clipped to the spec's range)."""
     scale = along_axis(params.scale, spec.axis, x.ndim)
-    result: IntArray = np.clip(np.rint(x / scale) + params.zero_point, spec.qmin, spec.qmax).astype(np.int32)
+    result: IntArray = np.empty(x.shape, spec.container)
+    for part in _parts(x):
+        own = scale[part] if np.ndim(scale) and len(scale) > 1 else scale
+        result[part] = np.clip(np.rint(x[part] / own) + params.zero_point, spec.qmin, spec.qmax)
     return result
 
 
 def dequantize(integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
     """Back to real values (ONNX DequantizeLinear)."""
     scale = along_axis(params.scale, spec.axis, integers.ndim)
-    result: Array = (integers - np.int32(params.zero_point)).astype(np.float32) * scale
+    result: Array = (integers.astype(np.float32) - np.float32(params.zero_point)) * scale
     return result
 
 
@@ -129,14 +145,20 @@ def weight_scales(
     ndarray of float32, scalar or of shape (n_channels,)
         Positive; 1 for a channel of zeros.
     """
-    rows = channel_rows(weight, spec.axis).astype(np.float32)
-    largest = max_scales(rows, spec)
-    if importance is None:
-        h = np.ones((1, 1), np.float32)
-    else:
+    rows = channel_rows(weight, spec.axis)
+    h: Array = np.ones((len(rows), 1), np.float32)
+    if importance is not None and importance.any():
         h = channel_rows(importance, spec.axis).astype(np.float32)
-        mean = float(h.mean(dtype=np.float64))
-        h = h / np.float32(mean) + np.float32(damping) if mean > 0 else np.ones((1, 1), np.float32)
+        h = h / np.float32(h.mean(dtype=np.float64)) + np.float32(damping)
+    parts = _parts(rows)
+    found = ordered_map(lambda part: _row_scales(rows[part].astype(np.float32), h[part], spec, points, rounds), parts)
+    scales = np.concatenate(list(found))
+    return np.asarray(scales[0]) if spec.axis is None else scales
+
+
+def _row_scales(rows: Array, h: Array, spec: QuantSpec, points: int, rounds: int) -> Array:
+    """The best scale of each row, with an importance of each element or each row."""
+    largest = max_scales(rows, spec)
     low, high = np.full(len(rows), 0.2, np.float32), np.full(len(rows), 1.1, np.float32)
     best = np.ones(len(rows), np.float32)
     best_error = _weighted_error(rows, h, largest, spec)
@@ -149,8 +171,7 @@ def weight_scales(
             best = np.where(better, ratio, best)
         width = (high - low) / np.float32(points - 1)
         low, high = np.maximum(best - width, 0.02), best + width
-    scales = np.where(rows.any(axis=1), largest * best, np.float32(1)).astype(np.float32)
-    return np.asarray(scales[0]) if spec.axis is None else scales
+    return np.where(rows.any(axis=1), largest * best, np.float32(1)).astype(np.float32)
 
 
 def max_scales(rows: NDArray[np.floating], spec: QuantSpec) -> Array:
@@ -226,7 +247,8 @@ def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, flo
 def continuous(target: Array, integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
     """A continuous copy of rounded weights, in integer steps: on the side of ``target``, but safely rounding to ``integers``."""
     steps = target / along_axis(params.scale, spec.axis, target.ndim)
-    return np.asarray(integers + np.clip(steps - integers, -0.45, 0.45), np.float32)
+    near = integers.astype(np.int32)
+    return np.asarray(near + np.clip(steps - near, -0.45, 0.45), np.float32)
 
 
 # ---- soft rounding --------------------------------------------------------------------------------------------

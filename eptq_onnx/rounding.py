@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from eptq_onnx import quant_math
-from eptq_onnx.types import Array, QuantParams, QuantSpec
+from eptq_onnx.types import Array, IntArray, QuantParams, QuantSpec
 
 
 class RoundedWeight(Protocol):
@@ -30,7 +29,7 @@ class RoundedWeight(Protocol):
         """Penalty on undecided elements."""
         ...
 
-    def harden(self) -> tuple[NDArray[np.int32], QuantParams]:
+    def harden(self) -> tuple[IntArray, QuantParams]:
         """Integers and scales with every element decided."""
         ...
 
@@ -63,9 +62,9 @@ class StraightThroughWeight:
         """0: every weight is always decided."""
         return 0.0
 
-    def harden(self) -> tuple[NDArray[np.int32], QuantParams]:
+    def harden(self) -> tuple[IntArray, QuantParams]:
         """Integers and scales."""
-        integers = np.clip(np.rint(self.variable), self.spec.qmin, self.spec.qmax).astype(np.int32)
+        integers = np.clip(np.rint(self.variable), self.spec.qmin, self.spec.qmax).astype(self.spec.container)
         return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32))
 
     def _factor(self) -> Array:
@@ -116,10 +115,10 @@ class SoftWeight:
         """Rounding penalty of the current soft weight."""
         return quant_math.rounding_penalty(self._h, exponent)
 
-    def harden(self) -> tuple[NDArray[np.int32], QuantParams]:
+    def harden(self) -> tuple[IntArray, QuantParams]:
         """Integers and scales with every element decided: up where alpha >= 0."""
         up = self.variable >= 0
-        integers = np.clip(self.floor + up, self.spec.qmin, self.spec.qmax).astype(np.int32)
+        integers = np.clip(self.floor + up, self.spec.qmin, self.spec.qmax).astype(self.spec.container)
         return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32))
 
     def _factor(self) -> Array:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -15,14 +17,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from eptq_onnx.errors import InstallError, ModelError
-from eptq_onnx.graph.external import write_external
+from eptq_onnx.graph import store, weights
 from eptq_onnx.types import Feeds
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A message must stay below 2 GiB; some room is left for what onnxruntime adds."""
-
-_IN_MEMORY = 2**28
-"""Larger models reach onnxruntime through files, which it maps, instead of three copies in memory."""
 
 _OLDEST_OPSET, _OLDEST_IR = 19, 9
 """What every supported onnxruntime reads."""
@@ -197,18 +196,19 @@ class Session:
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
         if save_optimized is not None:
             options.optimized_model_filepath = str(save_optimized)
+        if isinstance(model, ModelProto) and store.folder_of(model) is not None:
+            # Weights stay in their files, mapped into memory; rearranged for the kernels they would be there as well.
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                source = model if not isinstance(model, ModelProto) else _source(model, Path(folder))
-                self._session = ort.InferenceSession(
-                    source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
-                )
+            with _source(model) as source:
+                self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as e:
             # onnxruntime raises a family of pybind exceptions with no common base but Exception.
             raise ModelError(f"onnxruntime refuses the model: {_one_line(e)}") from e
         self.inputs: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
         self.signature = [(o.name, str(o.type), list(o.shape)) for o in self._session.get_outputs()]
-        self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
+        self.outputs: tuple[str, ...] = tuple(name for name, _, _ in self.signature)
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Run the model; returns the named outputs (all by default)."""
@@ -236,12 +236,25 @@ def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, tuple[int
     return {name: (_TYPES[kind], shape) for name, kind, shape in session.signature if name in names and kind in _TYPES}
 
 
-def _source(model: ModelProto, folder: Path) -> bytes | Path:
-    if model.ByteSize() < _IN_MEMORY:
-        return bytes(model.SerializeToString())
-    path = folder / "model.onnx"
-    write_external(model, path, "model.data")
-    return path
+@contextmanager
+def _source(model: ModelProto | str | Path) -> Iterator[bytes | str]:
+    """What onnxruntime reads a model from; of large ones a file, as long as it is needed."""
+    if not isinstance(model, ModelProto):
+        yield str(model)
+        return
+    if store.folder_of(model) is None and model.ByteSize() < store.LARGE:
+        yield bytes(model.SerializeToString())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        light = model if store.folder_of(model) is not None else weights.stored(model, folder)
+        # Beside the weights, where alone onnxruntime looks for them.
+        handle, path = tempfile.mkstemp(dir=store.folder_of(light), suffix=".onnx")
+        with os.fdopen(handle, "wb") as file:
+            file.write(store.with_file_names(light).SerializeToString())
+        try:
+            yield path
+        finally:
+            os.unlink(path)
 
 
 def _one_line(error: Exception) -> str:

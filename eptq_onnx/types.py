@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[np.float32]
-IntArray: TypeAlias = NDArray[np.int32]
+IntArray: TypeAlias = NDArray[np.integer[Any]]
 Feeds: TypeAlias = dict[str, NDArray[Any]]
 
 
@@ -230,15 +230,15 @@ class Rounding:
 
     Parameters
     ----------
-    integers : dict of str to ndarray of int32
-        Per weight tensor.
+    integers : dict of str to ndarray
+        Per weight tensor, in the type of the container.
     weights : dict of str to QuantParams
     activations : dict of str to QuantParams
         Per activation quantizer (by its name).
     biases : dict of str to ndarray
         Per layer bias, float.
     targets : dict of str to ndarray
-        Per weight tensor, the real values that the integers were rounded from.
+        Per weight tensor, the real values that the integers were rounded from; they may be read only when asked for.
     """
 
     integers: Mapping[str, IntArray]

@@ -22,6 +22,7 @@ from eptq_onnx.engines.windows import Window, turned_convolution
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView, attribute
+from eptq_onnx.graph.weights import light, with_weights
 from eptq_onnx.ops import LSQ_DOMAIN
 
 _ATEN = "org.pytorch.aten"
@@ -51,7 +52,8 @@ class OrtTrainingEngine:
         reached, unreached = reachable(GraphView(model), loss, wrt, blocked)
         if not reached:
             return GradientModel(model, {}, unreached)
-        private = _prepared(model, blocked)
+        # The builder copies what it is given several times; it needs no values of weights.
+        private, heavy = light(_prepared(model, blocked))
         edit.promote_to_inputs(private, reached)
         edit.set_outputs(private, list(dict.fromkeys([loss, *(o.name for o in model.graph.output)])))
         private.ir_version = min(private.ir_version, 10)
@@ -63,7 +65,7 @@ class OrtTrainingEngine:
         except Exception as e:
             # The builder raises pybind exceptions that share only Exception.
             raise GradientError(f"onnxruntime-training cannot differentiate the model: {' '.join(str(e).split())[:400]}") from e
-        _replace_kernels(built)
+        _replace_kernels(with_weights(built, [t for t in heavy if t.name not in reached]))
         return GradientModel(built, {name: f"{name}_grad" for name in reached}, unreached)
 
 

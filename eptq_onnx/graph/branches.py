@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-from eptq_onnx.graph import edit
+from eptq_onnx.graph import edit, store
+from eptq_onnx.graph.bodies import node_reads
 from eptq_onnx.graph.infer import infer_shapes
-from eptq_onnx.graph.view import GraphView, node_reads
+from eptq_onnx.graph.view import GraphView
 
 _TAKEN, _STAYS = "eptq_onnx.taken", "eptq_onnx.stays"
 _BRANCHES = {True: "then_branch", False: "else_branch"}
@@ -45,7 +46,7 @@ def with_known_branches(model: ModelProto) -> ModelProto | None:
             builder.nodes.append(node)
             continue
         found = True
-        taken = branch(node, _BRANCHES[bool(numpy_helper.to_array(constants[node.input[0]]).reshape(-1)[0])])
+        taken = branch(node, _BRANCHES[bool(store.array(constants[node.input[0]]).reshape(-1)[0])])
         made = _hoisted(builder, node, taken)
         for outer, inner in zip(node.output, taken.output, strict=True):
             if outer:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from eptq_onnx.graph import store
+from eptq_onnx.graph.bodies import node_reads, subgraphs
 from eptq_onnx.graph.infer import infer_shapes
-from eptq_onnx.graph.view import node_reads, opset_of, subgraphs
+from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.weights import without_weights
 
 
@@ -39,8 +42,10 @@ class Builder:
         self.nodes: list[NodeProto] = []
         self.initializers: list[TensorProto] = []
         self._prefix = prefix
+        self._folder = store.folder_of(model)
         self._taken = all_names(model)
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        """Type, shape and digest of a value to its name."""
 
     def unique(self, stem: str) -> str:
         """A name that nobody has, and that is taken from now on."""
@@ -53,12 +58,17 @@ class Builder:
     def constant(self, value: NDArray[np.generic] | float | int, stem: str = "constant") -> str:
         """An initializer; equal values share one. Python floats become float32, ints int64."""
         array = np.asarray(value, np.float32 if isinstance(value, float) else None)
-        key = (array.dtype.str, array.shape, array.tobytes())
+        array = np.ascontiguousarray(array).reshape(array.shape)
+        key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self._constants:
             name = self.unique(self._prefix + stem)
-            self.initializers.append(numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
+            self.keep(array, name)
             self._constants[key] = name
         return self._constants[key]
+
+    def keep(self, value: NDArray[Any], name: str) -> None:
+        """An initializer of this name; with the model's other weights, if these are stored."""
+        self.initializers.append(store.constant(value, name, self._folder))
 
     def add(
         self,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
+from eptq_onnx.graph import store
 from eptq_onnx.graph.weights import light
 
 _ALIGNMENT = 4096
@@ -18,7 +19,7 @@ def write_external(model: ModelProto, path: Path, data_name: str) -> None:
     Parameters
     ----------
     model : ModelProto
-        Without external data; it is not changed.
+        It is not changed.
     path : path
     data_name : str
 
@@ -35,13 +36,8 @@ def write_external(model: ModelProto, path: Path, data_name: str) -> None:
     with open(path.parent / data_name, "wb") as file:
         for tensor in heavy:
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-            result.graph.initializer.append(_reference(tensor, data_name, file.tell()))
-            file.write(tensor.raw_data)
+            data = store.loaded(tensor).raw_data
+            place = store.reference(tensor.name, tensor.data_type, tensor.dims, location=data_name, offset=file.tell(), length=len(data))
+            result.graph.initializer.append(place)
+            file.write(data)
     path.write_bytes(result.SerializeToString(deterministic=True))
-
-
-def _reference(tensor: TensorProto, location: str, offset: int) -> TensorProto:
-    reference = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, data_location=TensorProto.EXTERNAL)
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(len(tensor.raw_data)))):
-        reference.external_data.add(key=key, value=value)
-    return reference

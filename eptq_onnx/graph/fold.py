@@ -10,10 +10,11 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from eptq_onnx.errors import ModelError
-from eptq_onnx.graph import branches, edit
+from eptq_onnx.graph import branches, edit, store
+from eptq_onnx.graph.bodies import node_reads, subgraphs
 from eptq_onnx.graph.infer import infer_shapes
-from eptq_onnx.graph.view import GraphView, node_reads, subgraphs
-from eptq_onnx.graph.weights import light, with_weights, without_weights
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.graph.weights import light, stored, with_weights, without_weights
 
 
 def fold_constants(model: ModelProto) -> ModelProto:
@@ -34,7 +35,9 @@ def fold_constants(model: ModelProto) -> ModelProto:
         folded = _without_identities(_folded_once(_dequantized(_with_whole_shapes(_constants_to_initializers(folded)))))
         resolved = branches.with_known_branches(folded)
         if resolved is None:
-            return with_weights(folded, apart)
+            whole = with_weights(folded, apart)
+            folder = store.folder_of(whole)
+            return whole if folder is None else stored(whole, folder)
         folded = resolved
 
 

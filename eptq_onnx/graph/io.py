@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
+from onnx import ModelProto, TensorProto, checker, numpy_helper
 
 from eptq_onnx.errors import ModelError, OutputError
-from eptq_onnx.graph import weights
+from eptq_onnx.graph import edit, store, weights
+from eptq_onnx.graph.bodies import initializers
 from eptq_onnx.graph.external import write_external
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.runtime import PROTOBUF_LIMIT
@@ -22,49 +23,75 @@ _QUANTIZED = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
     "MatMulInteger", "MatMulNBits", "QGemm", "MatMulIntegerToFloat", "QAttention",
 }  # fmt: skip
-_PLAIN = {
-    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32, TensorProto.INT64,
-}  # fmt: skip
-"""Types whose values take whole bytes in every version of onnx."""
-
 _RUNTIMES_OWN = {"SimplifiedLayerNormalization"}
 
 
-def load(model: str | os.PathLike[str] | bytes | ModelProto) -> ModelProto:
+def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None = None) -> ModelProto:
     """Read a float model, with external data, and check it.
 
     Parameters
     ----------
     model : path, bytes or ModelProto
         A ModelProto is copied, never changed.
+    folder : str, optional
+        Where the weights of a large model are put; see `eptq_onnx.graph.store`.
 
     Raises
     ------
     ModelError
         If there is no such file, it is not valid ONNX, or it is quantized already.
     """
-    if isinstance(model, ModelProto):
-        name, proto = "the model", ModelProto()
-        proto.CopyFrom(model)
-    elif isinstance(model, bytes):
-        name, proto = "the model", _parse(model, "the model")
+    if isinstance(model, (ModelProto, bytes)):
+        name, proto = "the model", _parse(model, "the model") if isinstance(model, bytes) else model
+        apart = next((t.name for t in initializers(proto.graph) if store.is_stored(t)), None)
+        if apart is not None:
+            raise ModelError(f"the weight {apart} is in a file beside the model, which is not told: give the model's path.")
     else:
         path = Path(model)
-        name = str(path)
-        if not path.is_file():
-            raise ModelError(f"model file {name} does not exist.")
+        name, proto = str(path), _read(path)
         try:
-            data = path.read_bytes()
-        except OSError as e:
-            raise ModelError(f"model file {name} cannot be read: {e.strerror}.") from e
-        proto = _parse(data, name)
-        try:
-            onnx.load_external_data_for_model(proto, str(path.parent))
+            proto = _with_external(proto, path.parent, folder)
         except (OSError, ValueError, checker.ValidationError) as e:
             raise ModelError(f"the external data of {name} cannot be read: {' '.join(str(e).split())}.") from e
+    if folder is not None and _is_large(proto):
+        proto = weights.stored(proto, folder)
+    elif proto is model:
+        proto = ModelProto()
+        proto.CopyFrom(model)
     _check(proto, name)
     _densify(proto)
     return proto
+
+
+def _read(path: Path) -> ModelProto:
+    """The file alone."""
+    if not path.is_file():
+        raise ModelError(f"model file {path} does not exist.")
+    try:
+        return _parse(path.read_bytes(), str(path))
+    except OSError as e:
+        raise ModelError(f"model file {path} cannot be read: {e.strerror}.") from e
+
+
+def _is_large(proto: ModelProto) -> bool:
+    values = sum(math.prod(t.dims) for t in initializers(proto.graph))
+    return bool(4 * values > store.LARGE)
+
+
+def _with_external(proto: ModelProto, beside: Path, folder: str | None) -> ModelProto:
+    """A copy with its external data; in the folder, if there is one and the model is large."""
+    apart = weights.without_weights(proto)
+    onnx.load_external_data_for_model(apart, str(beside))
+    folder = folder if _is_large(proto) else None
+    for tensor in proto.graph.initializer:
+        # A message keeps the memory of what it once held: each weight gets one of its own.
+        copy = edit.renamed_tensor(tensor, tensor.name)
+        if store.is_stored(copy):
+            onnx.external_data_helper.load_external_data_for_tensor(copy, str(beside))
+            copy.data_location = TensorProto.DEFAULT
+            del copy.external_data[:]
+        apart.graph.initializer.append(store.stored(copy, folder))
+    return apart
 
 
 def _densify(proto: ModelProto) -> None:
@@ -116,9 +143,9 @@ def _check(proto: ModelProto, name: str) -> None:
     except checker.ValidationError as e:
         raise ModelError(f"{name} is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
     for tensor in heavy:
-        size = helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * math.prod(tensor.dims)
-        if tensor.data_type in _PLAIN and len(tensor.raw_data) != size:
-            raise ModelError(f"{name} is not valid ONNX: the initializer {tensor.name} has {len(tensor.raw_data)} bytes instead of {size}.")
+        expected, found = store.value_bytes(tensor), store.held_bytes(tensor)
+        if found != expected:
+            raise ModelError(f"{name} is not valid ONNX: the initializer {tensor.name} has {found} bytes instead of {expected}.")
     constants = {t.name for t in proto.graph.initializer} | {o for n in proto.graph.node if n.op_type == "Constant" for o in n.output}
     for node in proto.graph.node:
         weight_only = node.op_type == "DequantizeLinear" and constants.issuperset(i for i in node.input if i)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto
+
+from eptq_onnx.graph import store
+from eptq_onnx.graph.bodies import node_reads
 
 Shape = tuple[int | None, ...]
 
@@ -79,9 +83,12 @@ class GraphView:
         return name in self.initializers
 
     def constant(self, name: str) -> NDArray[Any]:
-        """Value of an initializer."""
+        """Value of an initializer; one that is stored is read anew each time."""
+        tensor = self.initializers[name]
+        if store.is_stored(tensor):
+            return store.array(tensor)
         if name not in self._arrays:
-            self._arrays[name] = numpy_helper.to_array(self.initializers[name])
+            self._arrays[name] = store.array(tensor)
         return self._arrays[name]
 
     def elem_type(self, name: str) -> int:
@@ -120,26 +127,25 @@ class GraphView:
         return needed
 
 
-def node_reads(node: NodeProto) -> list[str]:
-    """Tensors that a node reads, those of its subgraphs' outer scope included."""
-    names = [i for i in node.input if i]
-    for graph in subgraphs(node):
-        local = {i.name for i in graph.input} | {t.name for t in graph.initializer}
-        for inner in graph.node:
-            names.extend(i for i in node_reads(inner) if i not in local)
-            local.update(inner.output)
-        names.extend(o.name for o in graph.output if o.name not in local)
-    return names
+class Constants(Mapping[str, NDArray[Any]]):
+    """Constants of a model by name, as float32, read when asked for.
 
+    Parameters
+    ----------
+    view : GraphView
+    names : collection of str
+    """
 
-def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """The nodes of a graph, and of the bodies inside it."""
-    for node in graph.node:
-        yield node
-        for inner in subgraphs(node):
-            yield from all_nodes(inner)
+    def __init__(self, view: GraphView, names: Collection[str]) -> None:
+        self._view, self._names = view, tuple(names)
 
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self._names:
+            raise KeyError(name)
+        return np.asarray(self._view.constant(name), np.float32)
 
-def subgraphs(node: NodeProto) -> list[GraphProto]:
-    """The bodies of If, Loop and Scan."""
-    return [g for a in node.attribute for g in ([a.g] if a.type == AttributeProto.GRAPH else a.graphs)]
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
-from eptq_onnx.graph.view import GraphView, node_reads
+from eptq_onnx.graph.bodies import node_reads
+from eptq_onnx.graph.view import GraphView
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Feeds
@@ -111,6 +112,8 @@ class Walk:
         for feeds in self._live:
             for name in done:
                 del feeds[name]
+        for name in [t for t in self._replaced if not any(n.name in self._waiting for n in view.consumers[t])]:
+            del self._replaced[name]
 
 
 def peak_bytes(model: ModelProto) -> int:

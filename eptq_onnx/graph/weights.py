@@ -6,7 +6,8 @@ from collections.abc import Container, Sequence
 
 from onnx import ModelProto, TensorProto, helper
 
-from eptq_onnx.graph.view import node_reads
+from eptq_onnx.graph import store
+from eptq_onnx.graph.bodies import initializers, node_reads
 
 
 def without_weights(model: ModelProto) -> ModelProto:
@@ -25,6 +26,15 @@ def without_weights(model: ModelProto) -> ModelProto:
     return result
 
 
+def stored(model: ModelProto, folder: str) -> ModelProto:
+    """A copy whose heavy weights are in files of the folder."""
+    result = without_weights(model)
+    for tensor in initializers(result.graph):
+        tensor.CopyFrom(store.stored(tensor, folder))
+    result.graph.initializer.extend(store.stored(t, folder) for t in model.graph.initializer)
+    return result
+
+
 _HEAVY = 4096
 """Bytes above which a constant's value is of no use to shape inference and the version converter."""
 
@@ -34,10 +44,10 @@ def light(model: ModelProto, needed: Container[str] = ()) -> tuple[ModelProto, l
 
     What goes through onnx's and onnx-graphsurgeon's passes is copied there, some of it several times.
     """
-    heavy = [t for t in model.graph.initializer if len(t.raw_data) > _HEAVY and t.name not in needed]
+    heavy = [t for t in model.graph.initializer if (store.is_stored(t) or len(t.raw_data) > _HEAVY) and t.name not in needed]
     names = {t.name for t in heavy}
     result = without_weights(model)
-    result.graph.initializer.extend(t for t in model.graph.initializer if t.name not in names)
+    result.graph.initializer.extend(store.loaded(t) for t in model.graph.initializer if t.name not in names)
     present = {i.name for i in model.graph.input}
     stand_ins = [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in heavy if t.name not in present]
     result.graph.input.extend(stand_ins)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
-from eptq_onnx.graph import edit
-from eptq_onnx.graph.view import subgraphs
+from eptq_onnx.graph import edit, store
+from eptq_onnx.graph.bodies import subgraphs
 
 _WIDENED: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.DOUBLE: "double"}
 _TYPE_ATTRIBUTES = ("to", "dtype", "stash_type", "output_dtype")
@@ -36,7 +36,7 @@ def widen(model: ModelProto) -> ModelProto:
     for name, inside in inputs.items():
         builder.add("Cast", [name], inside, to=TensorProto.FLOAT)
     interface = [(i, i.type.tensor_type.elem_type) for i in (*graph.input, *graph.output) if i.name not in constants]
-    _widen_graph(graph)
+    _widen_graph(graph, store.folder_of(model))
     for info, elem_type in interface:
         info.type.tensor_type.elem_type = elem_type
     builder.nodes.extend(edit.renamed(node, {**inputs, **outputs}) for node in graph.node)
@@ -68,10 +68,10 @@ def _visit(graph: GraphProto, found: set[int]) -> None:
     found.update(t for t in types if t in _WIDENED)
 
 
-def _widen_graph(graph: GraphProto) -> None:
+def _widen_graph(graph: GraphProto, folder: str | None) -> None:
     for tensor in _tensors(graph):
         if tensor.data_type in _WIDENED:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+            tensor.CopyFrom(store.constant(store.array(tensor).astype(np.float32), tensor.name, folder))
     for info in (*graph.input, *graph.output, *graph.value_info):
         if _is_other(info):
             info.type.tensor_type.elem_type = TensorProto.FLOAT
@@ -80,4 +80,4 @@ def _widen_graph(graph: GraphProto) -> None:
             if item.name in _TYPE_ATTRIBUTES and item.i in _WIDENED:
                 item.CopyFrom(helper.make_attribute(item.name, TensorProto.FLOAT))
         for inner in subgraphs(node):
-            _widen_graph(inner)
+            _widen_graph(inner, folder)

@@ -7,8 +7,8 @@ are walked once, side by side: the inputs of a layer follow from those of the la
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections import ChainMap, Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,7 +88,8 @@ def closed_form(
     exact, rough = Walk(model, feeds), Walk(student, feeds)
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    integers, params, biases, targets = dict(start.integers), dict(start.weights), dict(start.biases), dict(start.targets)
+    integers, params, biases = dict(start.integers), dict(start.weights), dict(start.biases)
+    targets: dict[str, Array] = {}
     skipped = unsolved(model, plan)
     for k, layer in enumerate(plan.layers):
         weight: Array = np.asarray(view.constant(layer.weight), np.float32)
@@ -107,7 +108,9 @@ def closed_form(
                     least = quant_math.smallest_weight_scale(biases[layer.bias], input_scale)
                 outputs = scores.outputs.get(layer.output) if scores is not None else None
                 problem = _Problem(form, weight, layer.weight_spec, moments, outputs, config)
-                integers[layer.weight], params[layer.weight], targets[layer.weight] = problem.solve(least)
+                integers[layer.weight], params[layer.weight], target = problem.solve(least)
+                if config.step_count:
+                    targets[layer.weight] = target
         rounded = quant_math.dequantize(integers[layer.weight], params[layer.weight], layer.weight_spec)
         rough.set_constant(names[layer.node][0], rounded)
         if layer.bias is not None:
@@ -118,7 +121,8 @@ def closed_form(
                 bias = quant_math.round_bias(bias, input_scale, params[layer.weight].scale)
             rough.set_constant(names[layer.node][1], bias)
         progress(k + 1, len(plan.layers))
-    return replace(start, integers=integers, weights=params, biases=biases, targets=targets), skipped
+    bent: Mapping[str, Array] = ChainMap(targets, start.targets)  # type: ignore[arg-type]  # it is only read
+    return replace(start, integers=integers, weights=params, biases=biases, targets=bent), skipped
 
 
 def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:
@@ -212,7 +216,7 @@ class _Problem:
             )
             integers = lone[None]
         params = QuantParams(np.asarray(scale if self.spec.axis is not None else scale[0], np.float32))
-        return self.form.weight_from_rows(integers).astype(np.int32), params, full
+        return self.form.weight_from_rows(integers).astype(self.spec.container), params, full
 
     def _in_turns(
         self,

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, inliner
 
@@ -349,7 +348,7 @@ def _with_own_bias(node: NodeProto, view: GraphView, builder: edit.Builder) -> N
     if not fits or not (shared or value.ndim != 1 or flat.size != value.size):
         return node
     name = builder.unique(f"{node.name}_bias")
-    builder.initializers.append(onnx.numpy_helper.from_array(np.ascontiguousarray(flat), name))
+    builder.keep(np.ascontiguousarray(flat), name)
     copy = NodeProto()
     copy.CopyFrom(node)
     copy.input[2] = name

@@ -20,9 +20,10 @@ from onnx import AttributeProto, ModelProto, NodeProto
 
 from eptq_onnx.config import Config
 from eptq_onnx.errors import ModelError
+from eptq_onnx.graph.bodies import all_nodes, subgraphs
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.edit import all_names
-from eptq_onnx.graph.view import GraphView, all_nodes, subgraphs
+from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import Bounds, OpSpec, Role, is_known, spec_of
 from eptq_onnx.targets import Target
 from eptq_onnx.types import ActivationQuantizer, KeptFloat, Layer, Plan, QuantSpec

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 from onnx import ModelProto
 
 from eptq_onnx import quant_math
 from eptq_onnx.config import Config, WeightRange
-from eptq_onnx.graph.view import GraphView
+from eptq_onnx.graph.view import Constants, GraphView
 from eptq_onnx.ops import output_channels
 from eptq_onnx.types import Array, Calibration, Plan, QuantParams, QuantSpec, Rounding, Scores
 
 
-def weight_ranges(model: ModelProto, plan: Plan, calibration: Calibration, scores: Scores | None, config: Config) -> Rounding:
+def weight_ranges(
+    model: ModelProto,
+    plan: Plan,
+    calibration: Calibration,
+    scores: Scores | None,
+    config: Config,
+    searched: Collection[str] | None = None,
+) -> Rounding:
     """Choose weight scales and round to nearest.
 
     Parameters
@@ -25,6 +34,8 @@ def weight_ranges(model: ModelProto, plan: Plan, calibration: Calibration, score
     scores : Scores or None
         Hessian scores; weights without one are ranged by plain MSE.
     config : Config
+    searched : collection of str, optional
+        The weights whose ranges matter; the others, which a later step ranges anew, get their extremes. By default all.
 
     Returns
     -------
@@ -32,16 +43,16 @@ def weight_ranges(model: ModelProto, plan: Plan, calibration: Calibration, score
         Nearest rounding with the chosen ranges: the start of the optimization.
     """
     view = GraphView(model)
-    params, integers, targets = {}, {}, {}
+    params, integers = {}, {}
     smallest = _smallest_scales(view, plan, calibration)
     for name, spec in plan.weight_specs.items():
         weight: Array = np.asarray(view.constant(name), np.float32)
         importance = scores.weights.get(name) if scores else None
-        scale = _scales(weight, spec, importance, config)
+        method = config.weight_range_method if searched is None or name in searched else WeightRange.MINMAX
+        scale = _scales(weight, spec, importance, method, config.damping)
         params[name] = QuantParams(np.maximum(scale, smallest.get(name, np.float32(0))))
         integers[name] = quant_math.quantize(weight, params[name], spec)
-        targets[name] = weight
-    return Rounding(integers, params, dict(calibration.activations), biases(view, plan), targets)
+    return Rounding(integers, params, dict(calibration.activations), biases(view, plan), Constants(view, integers))
 
 
 def biases(view: GraphView, plan: Plan) -> dict[str, Array]:
@@ -56,13 +67,12 @@ def biases(view: GraphView, plan: Plan) -> dict[str, Array]:
     return result
 
 
-def _scales(weight: Array, spec: QuantSpec, importance: Array | None, config: Config) -> Array:
-    method = config.weight_range_method
+def _scales(weight: Array, spec: QuantSpec, importance: Array | None, method: WeightRange, damping: float) -> Array:
     if method is WeightRange.MINMAX:
         rows = quant_math.channel_rows(weight, spec.axis)
         scales = np.where(rows.any(axis=1), quant_math.max_scales(rows, spec), np.float32(1)).astype(np.float32)
         return np.asarray(scales[0]) if spec.axis is None else scales
-    return quant_math.weight_scales(weight, spec, importance if method is WeightRange.HMSE else None, config.damping)
+    return quant_math.weight_scales(weight, spec, importance if method is WeightRange.HMSE else None, damping)
 
 
 def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> dict[str, Array]:

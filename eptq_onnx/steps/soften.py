@@ -24,10 +24,11 @@ from eptq_onnx.engines.base import (
 )
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.bodies import node_reads
 from eptq_onnx.graph.fold import fold_sizes
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.shapes import specialize
-from eptq_onnx.graph.view import GraphView, node_reads
+from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import LSQ_DOMAIN
 from eptq_onnx.types import Array, Plan, Rounding
 
@@ -136,7 +137,7 @@ def _student(
             if scale is None:
                 # Not b.constant: engines may give each scale a gradient, so that no two quantizers can share one.
                 scale = b.unique("eptq/fixed_scale")
-                b.initializers.append(numpy_helper.from_array(params.scale.reshape(1), scale))
+                b.keep(params.scale.reshape(1), scale)
             zero = b.constant(np.array([params.zero_point], np.float32), "zero_point")
             b.add(
                 "FakeQuant",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ from onnx import ModelProto
 from eptq_onnx import quant_math
 from eptq_onnx.data import Samples
 from eptq_onnx.errors import OutputError
-from eptq_onnx.graph import edit, io
-from eptq_onnx.graph.view import GraphView, all_nodes
+from eptq_onnx.graph import io, store
+from eptq_onnx.graph.bodies import all_nodes
+from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.graph.walk import Walk
+from eptq_onnx.graph.weights import light
 from eptq_onnx.parallel import ordered_map
-from eptq_onnx.runtime import PROTOBUF_LIMIT, Session
+from eptq_onnx.runtime import Session
 from eptq_onnx.targets import Target
 from eptq_onnx.types import Feeds, Plan, Verification
 
@@ -59,7 +63,7 @@ def verify(
     float_bytes : int
         Size of the original model.
     progress : callable
-        Called with samples done and samples in all.
+        Called with layers done and layers in all.
 
     Raises
     ------
@@ -68,51 +72,51 @@ def verify(
     ModelError
         If onnxruntime refuses it.
     """
-    if quantized.ByteSize() < PROTOBUF_LIMIT:
-        try:
-            io.check(quantized, full=True)
-        except Exception as e:
-            raise OutputError(f"the quantized model is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
+    try:
+        io.check(light(quantized)[0], full=True)
+    except Exception as e:
+        raise OutputError(f"the quantized model is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
+    # A model that prescribes more samples at a time than were held out is compared on some that were not.
+    chosen = indices[:_SAMPLES] if len(indices) >= (samples.fixed_batch or 1) else np.arange(samples.fixed_batch or 0)
+    parts = list(samples.batches(chosen, samples.micro_batch()))
+    feeds = [samples.take(part) for part in parts]
+    power: dict[str, float] = defaultdict(float)
+    noise: dict[str, float] = defaultdict(float)
+    view = GraphView(model)
+    outputs = [o for o in view.outputs if view.is_float(o)]
+    # One session at a time: each holds all weights.
+    expected = _outputs(Session(model), feeds, outputs)
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session = Session(quantized, save_optimized=optimized)
         kernels = count_kernels(onnx.load(optimized, load_external_data=False), target)
-    view = GraphView(model)
-    outputs = [o for o in view.outputs if view.is_float(o)]
-    pairs = {x.node: (x.result, stands_for.get(x.result, x.result)) for x in plan.layers}
-    reference = Session(edit.exposing(model, [float_name for float_name, _ in pairs.values()]))
-    inside = Session(edit.exposing(flat, [quantized_name for _, quantized_name in pairs.values()]))
-    # A model that prescribes more samples at a time than were held out is compared on some that were not.
-    chosen = indices[:_SAMPLES] if len(indices) >= (samples.fixed_batch or 1) else np.arange(samples.fixed_batch or 0)
-    power: dict[str, float] = defaultdict(float)
-    noise: dict[str, float] = defaultdict(float)
-    done = 0
-
-    def run(part: NDArray[np.int64]) -> tuple[Feeds, Feeds, Feeds]:
-        feeds = samples.take(part)
-        return reference.run(feeds), session.run(feeds, outputs) if outputs else {}, inside.run(feeds)
-
-    parts = list(samples.batches(chosen, samples.micro_batch()))
-    for part, (expected, got, layers) in zip(parts, ordered_map(run, parts), strict=True):
+    for wanted, got in zip(expected, _outputs(session, feeds, outputs), strict=True):
         for name in outputs:
-            _measure(f"output {name}", expected[name], got[name], power, noise)
-        for node, (float_name, quantized_name) in pairs.items():
-            _measure(f"layer {node}", expected[float_name], layers[quantized_name], power, noise)
-        done += len(part)
-        progress(done, len(chosen))
+            _measure(f"output {name}", wanted[name], got[name], power, noise)
+    del session, expected
+    exact, rough = Walk(model, feeds), Walk(infer_shapes(flat), feeds)
+    for k, layer in enumerate(plan.layers):
+        pair = exact.reach(layer.result), rough.reach(stands_for.get(layer.result, layer.result))
+        for value, other in zip(*pair, strict=True):
+            _measure(f"layer {layer.node}", value, other, power, noise)
+        progress(k + 1, len(plan.layers))
 
     def ratio(key: str) -> float:
         return round(quant_math.sqnr_db(power[key], noise[key]), 3)
 
     return Verification(
-        samples=done,
+        samples=sum(map(len, parts)),
         outputs={name: ratio(f"output {name}") for name in outputs},
-        layers={node: ratio(f"layer {node}") for node in pairs},
+        layers={layer.node: ratio(f"layer {layer.node}") for layer in plan.layers},
         planned=_planned_kernels(plan, target),
         kernels=kernels,
         float_bytes=float_bytes,
-        quantized_bytes=quantized.ByteSize(),
+        quantized_bytes=store.model_bytes(quantized),
     )
+
+
+def _outputs(session: Session, feeds: Sequence[Feeds], names: Sequence[str]) -> list[Feeds]:
+    return list(ordered_map(lambda f: session.run({n: v for n, v in f.items() if n in session.inputs}, names), feeds)) if names else []
 
 
 def _planned_kernels(plan: Plan, target: Target) -> dict[str, int]:

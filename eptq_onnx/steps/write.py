@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from eptq_onnx import quant_math
 from eptq_onnx.graph import branches, edit
@@ -150,7 +150,7 @@ class _Writer:
         """Initializers and DequantizeLinear of a constant; returns the name to read."""
         b = self._b
         stored = b.unique(f"{tensor}_quantized")
-        b.initializers.append(numpy_helper.from_array(integers.astype(spec.container), stored))
+        b.keep(integers.astype(spec.container), stored)
         scale, zero = self._scale_names(tensor, params, spec)
         name = self._take_over(tensor, readers)
         b.add("DequantizeLinear", [stored, scale, zero], name, **_axis(spec.axis))
@@ -171,7 +171,8 @@ class _Writer:
         names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
         integers = quant_math.quantize(value, params, quantizer.spec).astype(quantizer.spec.container)
         scale = params.scale.reshape(-1, *(1,) * (value.ndim - 1))
-        b.initializers.extend(numpy_helper.from_array(a, n) for a, n in zip((integers, scale), names, strict=True))
+        for value, name in zip((integers, scale), names, strict=True):
+            b.keep(value, name)
         self._tables[tensor] = names
 
     def _written(self, node: NodeProto) -> list[NodeProto]:
@@ -209,7 +210,7 @@ class _Writer:
         scales = self._rounding.activations[self._quantizers[layer.input].name].scale, self._rounding.weights[layer.weight].scale
         scale = quant_math.bias_scale(*scales)
         stored = b.unique(f"{name}_quantized")
-        b.initializers.append(numpy_helper.from_array(quant_math.bias_integers(self._rounding.biases[name], *scales), stored))
+        b.keep(quant_math.bias_integers(self._rounding.biases[name], *scales), stored)
         inputs = [stored, b.constant(scale, f"{name}_scale"), b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point")]
         output = self._take_over(name, [layer.node])
         b.add("DequantizeLinear", inputs, output, **_axis(0 if scale.ndim else None))
@@ -219,7 +220,7 @@ class _Writer:
         for layer in self._plan.layers:
             if layer.bias is not None and (layer.has_bias or self._rounding.biases[layer.bias].any()):
                 name = self._b.unique(f"{layer.bias}_learned")
-                self._b.initializers.append(numpy_helper.from_array(self._rounding.biases[layer.bias], name))
+                self._b.keep(self._rounding.biases[layer.bias], name)
                 self._layer_reads[layer.node, layer.bias] = name
 
     def _restore_value_info(self, model: ModelProto) -> None:

@@ -13,7 +13,7 @@ import eptq_onnx
 from eptq_onnx import Config
 from eptq_onnx.data import Samples
 from eptq_onnx.graph import branches
-from eptq_onnx.graph.view import all_nodes
+from eptq_onnx.graph.bodies import all_nodes
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.normalize import normalize
 

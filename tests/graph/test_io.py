@@ -6,7 +6,7 @@ import pytest
 from graphs import images, small_convnet
 
 from eptq_onnx import ModelError, OutputError
-from eptq_onnx.graph import io
+from eptq_onnx.graph import io, store
 from eptq_onnx.runtime import Session
 
 
@@ -52,7 +52,7 @@ def test_a_large_model_is_saved_and_run_with_external_data(tmp_path, monkeypatch
     before = model.SerializeToString()
     expected = Session(model).run({"image": images(2)})
     monkeypatch.setattr(io, "PROTOBUF_LIMIT", 1000)
-    monkeypatch.setattr("eptq_onnx.runtime._IN_MEMORY", 1000)
+    monkeypatch.setattr(store, "LARGE", 1000)
     io.save(model, tmp_path / "m.onnx")
     assert model.SerializeToString() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]

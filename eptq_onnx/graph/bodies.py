@@ -1,0 +1,40 @@
+"""Nodes and the bodies inside them: the branches of If, what Loop and Scan repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
+
+
+def node_reads(node: NodeProto) -> list[str]:
+    """Tensors that a node reads, those of its subgraphs' outer scope included."""
+    names = [i for i in node.input if i]
+    for graph in subgraphs(node):
+        local = {i.name for i in graph.input} | {t.name for t in graph.initializer}
+        for inner in graph.node:
+            names.extend(i for i in node_reads(inner) if i not in local)
+            local.update(inner.output)
+        names.extend(o.name for o in graph.output if o.name not in local)
+    return names
+
+
+def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes of a graph, and of the bodies inside it."""
+    for node in graph.node:
+        yield node
+        for inner in subgraphs(node):
+            yield from all_nodes(inner)
+
+
+def subgraphs(node: NodeProto) -> list[GraphProto]:
+    """The bodies of If, Loop and Scan."""
+    return [g for a in node.attribute for g in ([a.g] if a.type == AttributeProto.GRAPH else a.graphs)]
+
+
+def initializers(graph: GraphProto) -> Iterator[TensorProto]:
+    """The initializers of a graph, and of the bodies inside it."""
+    yield from graph.initializer
+    for node in graph.node:
+        for inner in subgraphs(node):
+            yield from initializers(inner)
