@@ -180,10 +180,10 @@ def _pad_objection(node: NodeProto, view: GraphView) -> str | None:
 
 
 def _conv_form(node: NodeProto, view: GraphView) -> ConvForm:
-    weight = view.constant(node.input[1])
-    rank = weight.ndim - 2
+    shape = view.constant_shape(node.input[1])
+    rank = len(shape) - 2
     return ConvForm(
-        kernel=weight.shape[2:],
+        kernel=shape[2:],
         strides=tuple(ints_attribute(node, "strides")) or (1,) * rank,
         dilations=tuple(ints_attribute(node, "dilations")) or (1,) * rank,
         pads=tuple(ints_attribute(node, "pads")) or None,
@@ -203,7 +203,7 @@ def _gemm_form(node: NodeProto, view: GraphView) -> MatrixForm:
 
 
 def _matmul_form(node: NodeProto, view: GraphView) -> MatrixForm | None:
-    return MatrixForm() if view.constant(node.input[1]).ndim == 2 else None
+    return MatrixForm() if len(view.constant_shape(node.input[1])) == 2 else None
 
 
 def _rows_looked_up(node: NodeProto) -> int | None:
@@ -408,7 +408,7 @@ def output_channels(node: NodeProto, view: GraphView) -> int:
     Source: ONNX operators Conv (weight M x C/group x k), ConvTranspose (C x M/group x k), Gemm, MatMul.
     """
     spec = spec_of(node)
-    shape = view.constant(node.input[spec.weight or 0]).shape
+    shape = view.constant_shape(node.input[spec.weight or 0])
     return int(shape[spec.weight_axis(node)]) * (int_attribute(node, "group", 1) if spec.grouped_axis else 1)
 
 

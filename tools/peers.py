@@ -57,7 +57,7 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
     """Feeds samples to onnxruntime's calibrators, in the batches that the model takes."""
 
     def __init__(self, samples: Samples) -> None:
-        size = samples.micro_batch(8)
+        size = samples.micro_batch()
         # The calibrators want batches of one size.
         self._batches = [samples.take(part) for part in samples.batches(range(samples.count), size) if len(part) == size]
         self._left: Iterator[Feeds] = iter(self._batches)

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto, checker, numpy_helper
 
 from eptq_onnx.errors import ModelError, OutputError
-from eptq_onnx.graph import edit, store, weights
+from eptq_onnx.graph import store, weights
 from eptq_onnx.graph.bodies import initializers
 from eptq_onnx.graph.external import write_external
 from eptq_onnx.graph.view import opset_of
@@ -84,13 +84,16 @@ def _with_external(proto: ModelProto, beside: Path, folder: str | None) -> Model
     onnx.load_external_data_for_model(apart, str(beside))
     folder = folder if _is_large(proto) else None
     for tensor in proto.graph.initializer:
-        # A message keeps the memory of what it once held: each weight gets one of its own.
-        copy = edit.renamed_tensor(tensor, tensor.name)
-        if store.is_stored(copy):
+        if not store.is_stored(tensor):
+            apart.graph.initializer.append(store.stored(tensor, folder))
+        elif folder is not None:
+            apart.graph.initializer.append(store.copied(tensor, beside, folder))
+        else:
+            apart.graph.initializer.append(tensor)
+            copy = apart.graph.initializer[-1]
             onnx.external_data_helper.load_external_data_for_tensor(copy, str(beside))
             copy.data_location = TensorProto.DEFAULT
             del copy.external_data[:]
-        apart.graph.initializer.append(store.stored(copy, folder))
     return apart
 
 

@@ -11,9 +11,11 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -23,6 +25,8 @@ LARGE = 2**28
 """Bytes of weights from which on a model is stored."""
 _HEAVY = 2**16
 """Bytes above which a weight of a stored model is."""
+_CHUNK = 2**24
+"""Bytes that are read of a file at a time, where all are not needed at once."""
 _WHOLE_BYTES = {
     TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BOOL, TensorProto.INT8, TensorProto.UINT8,
     TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32, TensorProto.UINT32, TensorProto.INT64, TensorProto.UINT64,
@@ -64,6 +68,42 @@ def array(tensor: TensorProto) -> NDArray[Any]:
     if tensor.data_type in _WHOLE_BYTES:
         return np.fromfile(path_of(tensor), helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
     return numpy_helper.to_array(loaded(tensor))
+
+
+def is_finite(tensor: TensorProto) -> bool:
+    """False if the value has NaN or Inf somewhere."""
+    if not is_stored(tensor) or tensor.data_type not in _WHOLE_BYTES:
+        return bool(np.isfinite(array(tensor)).all())
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    with open(path_of(tensor), "rb") as file:
+        return all(np.isfinite(np.frombuffer(part, dtype)).all() for part in iter(lambda: file.read(_CHUNK), b""))
+
+
+def copied(tensor: TensorProto, beside: Path, folder: str) -> TensorProto:
+    """A stored copy of an initializer that is in a file beside the model, without reading it into memory at once.
+
+    Raises
+    ------
+    ValueError
+        If the file is not beside the model, or too short.
+    OSError
+        If it cannot be read.
+    """
+    info = onnx.external_data_helper.ExternalDataInfo(tensor)
+    source = (beside / info.location).resolve()
+    if not source.is_relative_to(beside.resolve()):
+        raise ValueError(f"{info.location} is not below the model's folder")
+    handle, path = tempfile.mkstemp(dir=folder, suffix=".weight")
+    with open(source, "rb") as file, os.fdopen(handle, "wb") as target:
+        file.seek(info.offset or 0)
+        left = source.stat().st_size - (info.offset or 0) if info.length is None else info.length
+        while left:
+            part = file.read(min(left, _CHUNK))
+            if not part:
+                raise ValueError(f"{info.location} ends before the value of {tensor.name} does")
+            target.write(part)
+            left -= len(part)
+    return reference(tensor.name, tensor.data_type, tensor.dims, location=path)
 
 
 def loaded(tensor: TensorProto) -> TensorProto:

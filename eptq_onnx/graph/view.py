@@ -64,6 +64,7 @@ class GraphView:
         self.outputs: tuple[str, ...] = tuple(o.name for o in model.graph.output)
         self.inputs: tuple[str, ...] = tuple(i.name for i in model.graph.input if i.name not in self.initializers)
         self._arrays: dict[str, NDArray[Any]] = {}
+        self._finite: dict[str, bool] = {}
 
     @cached_property
     def _types(self) -> dict[str, tuple[int, Shape | None]]:
@@ -90,6 +91,16 @@ class GraphView:
         if name not in self._arrays:
             self._arrays[name] = store.array(tensor)
         return self._arrays[name]
+
+    def constant_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of an initializer."""
+        return tuple(int(d) for d in self.initializers[name].dims)
+
+    def is_finite(self, name: str) -> bool:
+        """False if an initializer has NaN or Inf somewhere."""
+        if name not in self._finite:
+            self._finite[name] = store.is_finite(self.initializers[name])
+        return self._finite[name]
 
     def elem_type(self, name: str) -> int:
         """TensorProto data type, or UNDEFINED where inference did not tell."""

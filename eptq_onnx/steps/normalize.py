@@ -89,7 +89,7 @@ def _decided(model: ModelProto, samples: Samples, known: Mapping[str, bool]) -> 
     edit.prune(probe)
     session = Session(probe)
     seen: dict[str, set[bool]] = {tensor: set() for tensor in conditions.values()}
-    for part in samples.batches(range(samples.count), samples.micro_batch(8)):
+    for part in samples.batches(range(samples.count), samples.micro_batch()):
         feeds = samples.take(part)
         for tensor, value in session.run({n: v for n, v in feeds.items() if n in session.inputs}).items():
             seen[tensor].update(bool(v) for v in value.reshape(-1))
@@ -228,7 +228,7 @@ def _visit_bias(node: NodeProto, view: GraphView, b: edit.Builder) -> NodeProto 
         shapes = [view.shape(layer.input[0]), view.shape(layer.input[1]), view.shape(bias)]
         if any(s is None for s in shapes) or [len(s or ()) for s in shapes[:2]] != [2, 2]:
             continue
-        columns = view.constant(layer.input[1]).shape[1]
+        columns = view.constant_shape(layer.input[1])[1]
         value = view.constant(bias)
         if value.size not in (1, columns) or value.ndim > 2 or (value.ndim == 2 and value.shape[0] != 1) or not np.isfinite(value).all():
             continue

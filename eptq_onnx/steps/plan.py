@@ -11,6 +11,7 @@ The rules, in the words of the operator table (`ops.TABLE`) and the target:
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -149,7 +150,7 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
             return f"quantizing {tensor} alone would cause noise of {draft.sensitive[tensor]:.0%} of the outputs' power"
     if weighted:
         return None
-    infinite = [d for d in data if view.is_constant(d) and not np.isfinite(view.constant(d)).all()]
+    infinite = [d for d in data if view.is_constant(d) and not view.is_finite(d)]
     if infinite:
         return f"its operand {infinite[0]} has infinite values"
     if all(view.is_constant(d) for d in data):
@@ -199,7 +200,7 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
     for node in nodes:
         spec = spec_of(node)
         weight = node.input[spec.weight or 0]
-        rank = view.constant(weight).ndim
+        rank = len(view.constant_shape(weight))
         axis = spec.weight_axis(node) % rank
         if axes.setdefault(weight, axis) != axis:
             draft.reasons[node.name] = f"its weight {weight} is shared with a layer that has other output channels"
@@ -215,7 +216,7 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
         edge = weight in edges
         bits = config.edge_bits if edge else config.weight_bits
         for constant in (weight, *([bias] if has_bias and bias else [])):
-            if not np.isfinite(view.constant(constant)).all():
+            if not view.is_finite(constant):
                 raise ModelError(f"the weight {constant} of {node.name} has NaN or Inf: no scale can hold it.")
         layers.append(
             Layer(
@@ -289,10 +290,10 @@ def _tables(draft: _Draft, layers: tuple[Layer, ...]) -> list[ActivationQuantize
         if place is None or node.name in draft.quantized or not view.is_constant(node.input[place]):
             continue
         table = node.input[place]
-        value = view.constant(table)
-        if not view.is_float(table) or value.ndim < 2 or not np.isfinite(value).all():
+        shape = view.constant_shape(table)
+        if not view.is_float(table) or len(shape) < 2 or not view.is_finite(table):
             continue
-        if value.size < _LEAST_TABLE:
+        if math.prod(shape) < _LEAST_TABLE:
             draft.reasons[node.name] = f"its table has fewer than {_LEAST_TABLE} values: storing it as integers would not pay"
             continue
         if table in weights:
@@ -344,7 +345,7 @@ def _through(view: GraphView, tensor: str) -> str:
     inside, nodes = {tensor}, set()
     for node in view.nodes:
         reads = [i for i in node.input if i]
-        constants_fit = all(view.constant(i).size == 1 for i in reads if view.is_constant(i))
+        constants_fit = all(math.prod(view.constant_shape(i)) == 1 for i in reads if view.is_constant(i))
         known = all(i in inside or view.is_constant(i) for i in reads)
         if known and constants_fit and inside.intersection(reads) and spec_of(node).elementwise:
             inside.add(node.output[0])

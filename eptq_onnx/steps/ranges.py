@@ -83,7 +83,7 @@ def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> d
         if layer.bias is None or not layer.has_bias or layer.weight_spec.axis is None:
             continue
         bias = np.asarray(view.constant(layer.bias), np.float32)
-        if bias.size != view.constant(layer.weight).shape[layer.weight_spec.axis]:
+        if bias.size != view.constant_shape(layer.weight)[layer.weight_spec.axis]:
             continue
         limit = quant_math.smallest_weight_scale(bias, calibration.activations[quantizers[layer.input].name].scale)
         result[layer.weight] = np.maximum(result.get(layer.weight, np.float32(0)), limit)
