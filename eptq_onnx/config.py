@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from eptq_onnx.errors import ConfigError
 
@@ -193,6 +193,11 @@ class Config(BaseModel):
     augment : bool
         Every step sees its samples varied: images mirrored and shifted, float inputs mixed with each other. Without it a few
         hundred samples are learned by heart.
+    max_memory : int or str, optional
+        Bytes that the process may take, also as ``"4GB"``; by default, for models of more than 256 MB, nine tenths of the
+        machine's memory. A model whose tensors do not fit is calibrated and scored block by block; its optimization over
+        the whole network is left out, with a note, where it does not fit. What the runtime maps of weight files does not
+        count: the system takes it back when it needs to.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -231,6 +236,7 @@ class Config(BaseModel):
     attention: Attention = Attention.CHANNEL
     gradual_activations: bool = False
     augment: bool = True
+    max_memory: ByteSize | None = Field(None, gt=0)
 
     @field_validator("activation_bits")
     @classmethod
@@ -252,6 +258,11 @@ class Config(BaseModel):
             return cls(**options)
         except ValidationError as e:
             raise ConfigError(describe(e, "option")) from e
+
+    @property
+    def block_bytes(self) -> int | None:
+        """What the tensors of one batch may take: several are in work, beside what is kept of all of them."""
+        return None if self.max_memory is None else self.max_memory // 16
 
     @property
     def step_count(self) -> int:

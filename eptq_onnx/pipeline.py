@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from onnx import ModelProto
+from pydantic import ByteSize
 
 import eptq_onnx
 from eptq_onnx import engines, targets
@@ -35,7 +37,7 @@ from eptq_onnx.steps.calibrate import calibrate
 from eptq_onnx.steps.closed_form import closed_form, unsolved
 from eptq_onnx.steps.guard import sensitive_activations
 from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.optimize import layer_attention, optimize, split
+from eptq_onnx.steps.optimize import layer_attention, needed_bytes, optimize, split
 from eptq_onnx.steps.plan import plan as make_plan
 from eptq_onnx.steps.ranges import weight_ranges
 from eptq_onnx.steps.score import score
@@ -52,6 +54,10 @@ class Progress(Protocol):
     def __call__(self, step: str, done: int, total: int, detail: str = "") -> None:
         """Take note."""
         ...
+
+
+_SHARE_OF_MEMORY = 0.9
+"""Of the machine's, that a large model's work may take where nothing else is said."""
 
 
 def _silent(step: str, done: int, total: int, detail: str = "") -> None:
@@ -125,6 +131,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         float_model = flattened(whole)
     with clock("plan"):
         plan = make_plan(whole, target, config)
+    given, config = config, _affordable(config, float_model, plan, samples, notes)
     with clock("calibrate"):
         calibration = calibrate(float_model, plan, samples, config, partial(progress, "calibrate"))
     chosen, walked, held = _shares(samples, config)
@@ -146,7 +153,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     if scores is not None:
         with clock("recalibrate"):
             plan, calibration = _guarded(
-                whole, float_model, plan, target, samples, chosen, scores, config, partial(progress, "recalibrate")
+                whole, float_model, plan, target, samples, chosen, calibration, scores, config, partial(progress, "recalibrate")
             )
     if config.budget is not None:
         with clock("allocate"):
@@ -180,7 +187,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         model=origin.name,
         target=target.name,
         engine=engine.name if engine else "",
-        config=config.model_dump(mode="json"),
+        config=given.model_dump(mode="json"),
         opset=max(opset_of(quantized), origin.opset),
         samples=samples.count,
         unused_samples=calibration.unused_samples,
@@ -218,6 +225,20 @@ def _prepared(
     return _Origin(name, opset_of(original), original.ir_version, store.model_bytes(original), notes), samples, whole
 
 
+def _affordable(config: Config, model: ModelProto, plan: Plan, samples: Samples, notes: list[str]) -> Config:
+    """The config with a limit for the memory of a large model, and without steps that do not fit into it."""
+    if config.max_memory is None and store.folder_of(model) is not None:
+        config = config.model_copy(update={"max_memory": ByteSize(_SHARE_OF_MEMORY * psutil.virtual_memory().total)})
+    if config.max_memory is None or not config.step_count:
+        return config
+    needed = ByteSize(needed_bytes(model, plan, samples))
+    if needed <= config.max_memory:
+        return config
+    sizes = [size.human_readable(decimal=True) for size in (needed, ByteSize(config.max_memory))]
+    notes.append(f"not optimized over the whole network: that takes about {sizes[0]} of memory, and {sizes[1]} is the limit")
+    return config.model_copy(update={"steps": 0})
+
+
 def _shares(samples: Samples, config: Config) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Samples to score and optimize on, to round layer by layer on, and to compare on; the last are not among the second."""
     alike = samples.alike()
@@ -236,12 +257,15 @@ def _guarded(
     target: Target,
     samples: Samples,
     chosen: np.ndarray,
+    calibration: Calibration,
     scores: Scores,
     config: Config,
     progress: Callable[[int, int], None],
 ) -> tuple[Plan, Calibration]:
     """Ranges that know the Hessian scores, and the plan without the activations that would spoil the outputs all the same."""
-    again = partial(calibrate, model, samples=samples, config=config, progress=progress, scores=scores.channels)
+    again = partial(
+        calibrate, model, samples=samples, config=config, progress=progress, scores=scores.channels, known=calibration.activations
+    )
     calibration = again(plan=plan)
     sensitive = sensitive_activations(model, plan, samples, chosen, calibration, scores, config)
     if not sensitive:
@@ -286,9 +310,9 @@ def _tell_loss(progress: Progress, done: int, total: int, loss: float) -> None:
 
 
 def _peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes; 0 where the system does not tell."""
+    """Largest resident size of this process so far, in bytes."""
     if sys.platform == "win32":
-        return 0
+        return int(psutil.Process().memory_info().peak_wset)
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -70,21 +70,27 @@ def _parts(values: NDArray[np.generic]) -> list[Any]:
     return [slice(begin, begin + step) for begin in range(0, len(values), step)]
 
 
+def _of(scale: Array, part: Any) -> Array:
+    """The scales of a part."""
+    return scale[part] if np.ndim(scale) and len(scale) > 1 else scale
+
+
 # ---- quantizers ---------------------------------------------------------------------------------------------
 def quantize(x: Array, params: QuantParams, spec: QuantSpec) -> IntArray:
     """Round to the integer grid, in the container's type (ONNX QuantizeLinear, clipped to the spec's range)."""
     scale = along_axis(params.scale, spec.axis, x.ndim)
     result: IntArray = np.empty(x.shape, spec.container)
     for part in _parts(x):
-        own = scale[part] if np.ndim(scale) and len(scale) > 1 else scale
-        result[part] = np.clip(np.rint(x[part] / own) + params.zero_point, spec.qmin, spec.qmax)
+        result[part] = np.clip(np.rint(x[part] / _of(scale, part)) + params.zero_point, spec.qmin, spec.qmax)
     return result
 
 
 def dequantize(integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
     """Back to real values (ONNX DequantizeLinear)."""
     scale = along_axis(params.scale, spec.axis, integers.ndim)
-    result: Array = (integers.astype(np.float32) - np.float32(params.zero_point)) * scale
+    result: Array = np.empty(integers.shape, np.float32)
+    for part in _parts(integers):
+        result[part] = (integers[part].astype(np.float32) - np.float32(params.zero_point)) * _of(scale, part)
     return result
 
 

@@ -62,11 +62,12 @@ def model_bytes(model: ModelProto) -> int:
 
 
 def array(tensor: TensorProto) -> NDArray[Any]:
-    """The value of an initializer."""
+    """The value of an initializer, not to be written to; of a stored one a map of its file."""
     if not is_stored(tensor):
         return numpy_helper.to_array(tensor)
     if tensor.data_type in _WHOLE_BYTES:
-        return np.fromfile(path_of(tensor), helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        return np.asarray(np.memmap(path_of(tensor), dtype, "r", shape=tuple(tensor.dims)))
     return numpy_helper.to_array(loaded(tensor))
 
 

@@ -15,12 +15,11 @@ from onnx import ModelProto, TensorProto, helper
 from eptq_onnx import quant_math
 from eptq_onnx.config import ActivationRange, Config
 from eptq_onnx.data import Samples
-from eptq_onnx.graph import edit
+from eptq_onnx.graph.blocks import blocks_of, observe
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import output_parts
-from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
-from eptq_onnx.types import ActivationQuantizer, Array, Calibration, Feeds, Plan, QuantParams
+from eptq_onnx.types import ActivationQuantizer, Array, Calibration, Plan, QuantParams
 
 _BINS = 8192
 _VALUES_PER_SAMPLE = 16384
@@ -172,6 +171,7 @@ def calibrate(
     config: Config,
     progress: Callable[[int, int], None],
     scores: Mapping[str, Array] | None = None,
+    known: Mapping[str, QuantParams] | None = None,
 ) -> Calibration:
     """Choose the range of every activation quantizer.
 
@@ -183,9 +183,11 @@ def calibrate(
     samples : Samples
     config : Config
     progress : callable
-        Called with samples done and samples in all.
+        Called with samples done and samples in all, those of every block.
     scores : mapping of str to ndarray of shape (n_samples, n_channels), optional
         Hessian scores: with them, the squared error of a value counts as much as its channel (damped, as in HMSE).
+    known : mapping of str to QuantParams, optional
+        What was chosen before; constants keep it.
     """
     view = GraphView(model)
     observed = {q.name: Histogram() for q in plan.activations if not q.constant}
@@ -194,29 +196,24 @@ def calibrate(
     axes = {q.name: q.channel_axis for q in plan.activations}
     importance = {name: _damped(table.mean(axis=0), config.damping) for name, table in (scores or {}).items() if name in observed}
     sums = {name: np.zeros(3) for name in measured}
-    wanted = [n for n in dict.fromkeys([*observed, *measured]) if n not in view.inputs]
-    session = Session(edit.exposing(model, wanted))
     size = samples.micro_batch()
-    done = 0
-
-    def run(part: NDArray[np.int64]) -> Feeds:
-        feeds = samples.take(part)
-        return {**feeds, **session.run(feeds, wanted)}
-
     parts = list(samples.batches(range(samples.count), size))
-    for part, values in zip(parts, ordered_map(run, parts), strict=True):
-        for name, histogram in observed.items():
-            if values[name].size:
-                histogram.add(np.atleast_1d(values[name]), importance=importance.get(name), axis=axes[name])
-        for name, total in sums.items():
-            flat = values[name].reshape(-1)
-            sums[name] = total + np.array([flat.size, flat.sum(dtype=np.float64), np.dot(flat, flat)])
-        done += len(part)
-        progress(done, samples.count)
-    params = {q.name: _params(q, observed, view, config) for q in plan.activations}
+    blocks = blocks_of(model, samples.two_batches(size), config.block_bytes)
+    done = 0
+    for k, values in observe(blocks, map(samples.take, parts), list(dict.fromkeys([*observed, *measured]))):
+        for name, value in values.items():
+            if name in observed and value.size:
+                observed[name].add(np.atleast_1d(value), importance=importance.get(name), axis=axes[name])
+            if name in sums:
+                flat = value.reshape(-1)
+                sums[name] += np.array([flat.size, flat.sum(dtype=np.float64), np.dot(flat, flat)])
+        done += len(parts[k])
+        progress(done, len(blocks) * samples.count)
+    known = known or {}
+    params = {q.name: known[q.name] if q.constant and q.name in known else _params(q, observed, view, config) for q in plan.activations}
     power = {n: float(t[2] / max(t[0], 1)) for n, t in sums.items()}
     variance = {n: max(power[n] - float(t[1] / max(t[0], 1)) ** 2, 0.0) for n, t in sums.items()}
-    return Calibration(params, power, variance, samples.count - done)
+    return Calibration(params, power, variance, samples.count - sum(map(len, parts)))
 
 
 def _damped(channels: Array, damping: float) -> Array:

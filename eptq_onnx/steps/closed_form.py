@@ -35,7 +35,7 @@ _REFITS = 2
 _OUTPUT_DAMPING = 0.1
 """Added to the outputs' Hessian factor, in units of its mean diagonal: few probes leave directions unseen."""
 _MEMORY = 3 * 2**30
-"""Bytes that the tensors of both walks may take."""
+"""Bytes that the tensors of both walks may take, where no less is allowed."""
 
 
 def closed_form(
@@ -80,7 +80,8 @@ def closed_form(
     Input-error correction and sequential rounding follow OBQ (Frantar and Alistarh 2022) and GPTQ (Frantar et al. 2023).
     """
     size = samples.micro_batch()
-    affordable = _MEMORY // max(1, 2 * peak_bytes(specialize(model, samples.two_batches(size)))) * size
+    memory = _MEMORY if config.max_memory is None else min(_MEMORY, config.max_memory // 4)
+    affordable = memory // max(1, 2 * peak_bytes(specialize(model, samples.two_batches(size)))) * size
     kept = indices[spread(len(indices), max(affordable, size))]
     feeds = [samples.take(part) for part in samples.batches(kept, size)]
     student, names = _with_open_layers(quantized, plan)

@@ -14,9 +14,7 @@ from onnx import ModelProto
 from eptq_onnx import quant_math
 from eptq_onnx.config import Config
 from eptq_onnx.data import Samples
-from eptq_onnx.graph import edit
-from eptq_onnx.parallel import ordered_map
-from eptq_onnx.runtime import Session
+from eptq_onnx.graph.blocks import blocks_of, observe
 from eptq_onnx.types import Calibration, Plan, Scores
 
 _SAMPLES = 16
@@ -50,15 +48,14 @@ def sensitive_activations(
     quantizers = {q.name: q for q in plan.activations if q.name in scores.channels}
     if not quantizers or config.max_noise == 0:
         return {}
-    session = Session(edit.exposing(model, quantizers))
     size = samples.micro_batch()
     noise = dict.fromkeys(quantizers, 0.0)
-    seen = 0
     parts = list(samples.parts(indices[:_SAMPLES], size))
-    runs = ordered_map(lambda part: session.run(samples.take(indices[part]), list(quantizers)), parts)
-    for part, values in zip(parts, runs, strict=True):
-        for name, quantizer in quantizers.items():
-            x = np.asarray(values[name], np.float32)
+    blocks = blocks_of(model, samples.two_batches(size), config.block_bytes)
+    for k, values in observe(blocks, (samples.take(indices[part]) for part in parts), list(quantizers)):
+        part = parts[k]
+        for name, value in values.items():
+            quantizer, x = quantizers[name], np.asarray(value, np.float32)
             error = np.square(quant_math.fake_quantize(x, calibration.activations[name], quantizer.spec) - x)
             axis = quantizer.channel_axis
             others = tuple(i for i in range(x.ndim) if i != axis)
@@ -70,8 +67,8 @@ def sensitive_activations(
                 noise[name] += float((error.sum(axis=others) * table.mean(axis=0)).sum())
             else:
                 noise[name] += float((error.sum(axis=others[1:]) * table).sum())
-        seen += len(part)
-    ratio = {name: n / max(seen, 1) / scores.output_size for name, n in noise.items()}
+    seen = max(sum(map(len, parts)), 1)
+    ratio = {name: n / seen / scores.output_size for name, n in noise.items()}
     return {tensor: ratio[name] for name in _spoilers(ratio, config.max_noise) for tensor in quantizers[name].tensors}
 
 

@@ -6,20 +6,25 @@ them: a candidate must beat it sample by sample, by more than chance would.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 from scipy import stats
 
 from eptq_onnx import augment, quant_math
 from eptq_onnx.config import Attention, Config, Optimizer, RoundingVariable
 from eptq_onnx.data import Samples
 from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LAYER_ERRORS, LOSS, TrainingGraph
+from eptq_onnx.graph.blocks import tensor_bytes
+from eptq_onnx.graph.shapes import specialize
+from eptq_onnx.graph.view import GraphView
 from eptq_onnx.optimizers import Adam, RAdam
-from eptq_onnx.parallel import ordered_map
+from eptq_onnx.parallel import ordered_map, worker_count
 from eptq_onnx.rounding import RoundedWeight, SoftWeight, StraightThroughWeight
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Array, Calibration, Feeds, OptimizationTrace, Plan, Rounding, Scores
@@ -29,6 +34,10 @@ _RISE = 0.1
 """Share of the steps in which the learning rates rise to their full size."""
 _VARIATIONS = 3
 """Of each held-out sample, that candidates are judged on beside itself."""
+_BYTES_A_WEIGHT = 36
+"""Of a weight element: its value, target and float twin, what the optimizer keeps, its rounded form and its gradients."""
+_COPIES_OF_TENSORS = 3
+"""Of each tensor while a batch is worked on: in the float network, in the quantized one, and its gradient."""
 _LEAST_SAMPLES = 5
 """With fewer pairs the signed-rank test never gets below one in twenty."""
 
@@ -44,6 +53,22 @@ def split(count: int, holdout: float, seed: int) -> tuple[NDArray[np.int64], NDA
     order = np.random.default_rng(seed).permutation(count)
     kept = min(max(1, round(count * holdout)), max(1, count - 1))
     return (np.sort(order[kept:]), np.sort(order[:kept])) if count > 1 else (order, order)
+
+
+def needed_bytes(model: ModelProto, plan: Plan, samples: Samples) -> int:
+    """Memory that `optimize` takes, about.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model.
+    plan : Plan
+    samples : Samples
+    """
+    view = GraphView(model)
+    weights = sum(math.prod(view.constant_shape(name)) for name in plan.weight_specs)
+    tensors = tensor_bytes(specialize(model, samples.two_batches(samples.micro_batch())))
+    return _BYTES_A_WEIGHT * weights + _COPIES_OF_TENSORS * tensors * worker_count()
 
 
 def optimize(

@@ -7,7 +7,9 @@ vanish in expectation, so that it estimates the sum over the samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +18,10 @@ from onnx import ModelProto, TensorProto, helper
 from eptq_onnx import ops
 from eptq_onnx.config import Config
 from eptq_onnx.data import Samples
-from eptq_onnx.engines.base import Engine
+from eptq_onnx.engines.base import UNREACHED, Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.blocks import Block, advance, cut
 from eptq_onnx.graph.fold import fold_sizes
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.shapes import specialize
@@ -70,56 +73,172 @@ def score(
     """
     size = samples.micro_batch(len(indices))
     private, _ = lower(fold_sizes(specialize(model, samples.two_batches(size))), ops.LOWERINGS)
-    points = ops.output_parts(GraphView(model))
-    if not points:
+    view = GraphView(private)
+    probes = {point: f"eptq/probe_{k}" for k, point in enumerate(ops.output_parts(GraphView(model)))}
+    if not probes:
         raise GradientError("no output of the model depends on its layers through operators that have a gradient.")
-    probes = _add_loss(private, points)
-    axes = _scored_tensors(GraphView(private), plan)
-    gradient = engine.differentiate(private, _LOSS, [*weights, *axes])
-    reached = {tensor: axis for tensor, axis in axes.items() if tensor in gradient.gradients}
-    joint = _jointly_scored(GraphView(private), plan, reached)
-    summary, channels, products = _summarize(gradient.model, reached, gradient.gradients, GraphView(private), size, joint)
-    session = Session(summary)
-    fixed = {name: GraphView(private).constant(name) for name in weights if name in session.inputs}
+    axes = _scored_tensors(view, plan)
+    blocks = [Block(private)] if config.block_bytes is None else cut(private, private, config.block_bytes)
+    stages, unreached = _stages(blocks, view, plan, probes, axes, weights, size, engine)
     spread = {name: float(np.sqrt(calibration.variance.get(point, 0.0))) or 1.0 for point, name in probes.items()}
-    shapes = {name: _shape(private, point) for point, name in probes.items()}
-
-    squared = {name: np.zeros(fixed[name].shape, np.float64) for name in fixed}
-    outputs: dict[str, NDArray[np.float64]] = {}
-    power = np.zeros((len(indices), sum(channels)), np.float64)
+    shapes = {name: _static_shape(view, point) for point, name in probes.items()}
     rng = np.random.default_rng(config.seed)
+
+    def batches(turns: range) -> Iterator[_Batch]:
+        for turn in turns:
+            places = np.arange(turn * size, (turn + 1) * size)
+            real = places < len(indices)
+            draws = [{n: _rademacher(rng, shapes[n], real) / np.float32(spread[n]) for n in shapes} for _ in range(config.probes)]
+            yield _Batch(turn, samples.take(indices[places % len(indices)]), draws)
+
+    sums = _Sums(len(indices), size)
     rounds = -(-len(indices) // size)
-    wanted = [_ATTENTION, *(gradient.gradients[n] for n in fixed), *products.values()]
-
-    def probe(k: int) -> Iterator[Feeds]:
-        places = np.arange(k * size, (k + 1) * size)
-        feeds = {n: v for n, v in samples.take(indices[places % len(indices)]).items() if n in session.inputs}
-        for _ in range(config.probes):
-            draw = {n: _rademacher(rng, shapes[n], places < len(indices)) / np.float32(spread[n]) for n in probes.values()}
-            yield {**feeds, **fixed, **draw}
-
-    runs = ordered_map(lambda feeds: session.run(feeds, wanted), (feeds for k in range(rounds) for feeds in probe(k)))
-    for turn, values in enumerate(runs):
-        rows = power[turn // config.probes * size :][:size]
-        rows += values[_ATTENTION][: len(rows)]
-        for name in fixed:
-            squared[name] += np.square(values[gradient.gradients[name]])
-        for name, product in products.items():
-            outputs[name] = outputs.get(name, 0.0) + values[product].astype(np.float64)
-        progress(turn + 1, rounds * config.probes)
+    together = _rounds_together(blocks, view, config)
+    done, total = 0, rounds * config.probes * len(stages)
+    for first in range(0, rounds, together):
+        chunk: Iterable[_Batch] = batches(range(first, min(first + together, rounds)))
+        if len(blocks) > 1:
+            chunk = list(chunk)
+            for block in blocks[:-1]:
+                advance(block, [batch.feeds for batch in chunk])
+        for stage in stages:
+            for turn, values in stage.run(chunk):
+                sums.add(stage, turn, values)
+                done += 1
+                progress(done, total)
     count = config.probes * len(indices)
-    columns = np.split((power / config.probes).astype(np.float32), np.cumsum(channels)[:-1], axis=1)
     return Scores(
-        channels=dict(zip(reached, columns, strict=True)),
-        weights={n: (h / count).astype(np.float32) for n, h in squared.items()},
-        outputs={n: h / count for n, h in outputs.items()},
+        channels={n: (power / config.probes).astype(np.float32) for n, power in sums.channels.items()},
+        weights={n: (h / count).astype(np.float32) for n, h in sums.weights.items()},
+        outputs={n: h / count for n, h in sums.outputs.items()},
         output_size=sum(int(np.prod(s)) for s in shapes.values()) // size,
-        unreached={layer.node: gradient.unreached[layer.output] for layer in plan.layers if layer.output in gradient.unreached},
+        unreached={layer.node: unreached[layer.output] for layer in plan.layers if layer.output in unreached},
     )
 
 
-def _shape(model: ModelProto, name: str) -> tuple[int, ...]:
-    return _static_shape(GraphView(model), name)
+@dataclass(frozen=True)
+class _Batch:
+    """One batch: its place, its inputs and what blocks made of them, and for each probe the signs and gradients so far."""
+
+    turn: int
+    feeds: Feeds
+    probes: list[Feeds]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The backward pass of a block: from the gradients of what later blocks read to those of what it reads.
+
+    Parameters
+    ----------
+    model : ModelProto
+        Gives `_ATTENTION` and the other outputs named below.
+    channels : dict of str to int
+        Scored tensors and their channels, in the order of the columns of `_ATTENTION`.
+    weights, products, passed : dict of str to str
+        Scored weights, jointly scored tensors, and tensors of earlier blocks: to the outputs with their gradients or products.
+    fixed : Feeds
+        The scored weights, which are inputs.
+    """
+
+    model: ModelProto
+    channels: dict[str, int]
+    weights: dict[str, str]
+    products: dict[str, str]
+    passed: dict[str, str]
+    fixed: Feeds
+
+    def run(self, batches: Iterable[_Batch]) -> Iterator[tuple[int, Feeds]]:
+        """Number of each batch and outputs, once a probe; hands the gradients on to the batch."""
+        session = Session(self.model)
+
+        def run(work: tuple[_Batch, Feeds]) -> tuple[_Batch, Feeds, Feeds]:
+            batch, probe = work
+            known = {**batch.feeds, **self.fixed, **probe}
+            return batch, probe, session.run({n: known[n] for n in session.inputs})
+
+        for done, probe, values in ordered_map(run, ((batch, probe) for batch in batches for probe in batch.probes)):
+            for tensor, gradient in self.passed.items():
+                name = _upstream(tensor)
+                probe[name] = probe[name] + values[gradient] if name in probe else values[gradient]
+            yield done.turn, values
+
+
+class _Sums:
+    """What all batches add up to."""
+
+    def __init__(self, count: int, size: int) -> None:
+        self._count, self._size = count, size
+        self.channels: dict[str, NDArray[np.float64]] = {}
+        self.weights: dict[str, NDArray[np.float64]] = {}
+        self.outputs: dict[str, NDArray[np.float64]] = {}
+
+    def add(self, stage: _Stage, turn: int, values: Feeds) -> None:
+        """The outputs of one probe of a batch."""
+        column = 0
+        for tensor, width in stage.channels.items():
+            power = self.channels.setdefault(tensor, np.zeros((self._count, width)))
+            rows = power[turn * self._size :][: self._size]
+            rows += values[_ATTENTION][: len(rows), column : column + width]
+            column += width
+        for name, gradient in stage.weights.items():
+            self.weights[name] = self.weights.get(name, 0.0) + np.square(values[gradient]).astype(np.float64)
+        for name, product in stage.products.items():
+            self.outputs[name] = self.outputs.get(name, 0.0) + values[product].astype(np.float64)
+
+
+def _upstream(tensor: str) -> str:
+    """Input that takes the gradient of what a later block reads."""
+    return f"eptq/upstream/{tensor}"
+
+
+def _rounds_together(blocks: Sequence[Block], view: GraphView, config: Config) -> int:
+    """Batches that are taken through all blocks before the next are begun: what blocks read of each other is kept."""
+    if config.block_bytes is None or len(blocks) == 1:
+        return sys.maxsize
+    kept = sum(4 * int(np.prod(view.static_shape(name) or (0,))) for block in blocks for name in block.makes)
+    return max(1, 4 * config.block_bytes // max(1, kept * (1 + config.probes)))
+
+
+def _stages(
+    blocks: Sequence[Block],
+    view: GraphView,
+    plan: Plan,
+    probes: Mapping[str, str],
+    axes: Mapping[str, int],
+    weights: Collection[str],
+    size: int,
+    engine: Engine,
+) -> tuple[list[_Stage], dict[str, str]]:
+    """The backward passes of the blocks that gradients reach, the last block first; and why tensors have no gradient."""
+    stages: list[_Stage] = []
+    unreached: dict[str, str] = {}
+    live: set[str] = set()
+    for block in reversed(blocks):
+        made = {o for n in block.model.graph.node for o in n.output}
+        read = {t.name for t in block.model.graph.initializer}
+        private = edit.with_nodes(block.model, block.model.graph.node)
+        # An output that later blocks read has both.
+        entering = [(p, name) for p, name in probes.items() if p in made] + [(t, _upstream(t)) for t in block.makes if t in live]
+        scored = {tensor: axis for tensor, axis in axes.items() if tensor in made}
+        if not entering:
+            unreached |= dict.fromkeys(scored, UNREACHED)
+            continue
+        _add_loss(private, entering, view)
+        backward = [t for t in block.reads if view.is_float(t)]
+        gradient = engine.differentiate(private, _LOSS, [*(w for w in weights if w in read), *scored, *backward])
+        unreached |= {t: why for t, why in gradient.unreached.items() if t in scored}
+        reached = {tensor: axis for tensor, axis in scored.items() if tensor in gradient.gradients}
+        own = {w: gradient.gradients[w] for w in weights if w in gradient.gradients}
+        passed = {t: gradient.gradients[t] for t in backward if t in gradient.gradients}
+        live.update(passed)
+        joint = _jointly_scored(view, plan, reached)
+        summary, channels, products = _summarize(
+            gradient.model, reached, gradient.gradients, view, size, joint, [*own.values(), *passed.values()]
+        )
+        fixed = {name: view.constant(name) for name in own}
+        stages.append(_Stage(summary, dict(zip(reached, channels, strict=True)), own, products, passed, fixed))
+    return stages, unreached
 
 
 def _static_shape(view: GraphView, name: str) -> tuple[int, ...]:
@@ -129,13 +248,12 @@ def _static_shape(view: GraphView, name: str) -> tuple[int, ...]:
     return shape
 
 
-def _add_loss(model: ModelProto, points: list[str]) -> dict[str, str]:
-    """Append ``sum <v, output>``; returns probe point to the input that feeds v."""
-    builder, names, terms = edit.Builder(model, "eptq/"), {}, []
-    for k, point in enumerate(points):
-        names[point] = f"eptq/probe_{k}"
-        model.graph.input.append(helper.make_tensor_value_info(names[point], TensorProto.FLOAT, _shape(model, point)))
-        terms.append(builder.reduce("ReduceSum", builder.add("Mul", [point, names[point]]), None))
+def _add_loss(model: ModelProto, entering: Iterable[tuple[str, str]], view: GraphView) -> None:
+    """Append the sum of every tensor times the input that it is named with: its probe, or its gradient from later blocks."""
+    builder, terms = edit.Builder(model, "eptq/"), []
+    for tensor, name in entering:
+        model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, _static_shape(view, tensor)))
+        terms.append(builder.reduce("ReduceSum", builder.add("Mul", [tensor, name]), None))
     total = terms[0]
     for term in terms[1:]:
         total = builder.add("Add", [total, term])
@@ -143,7 +261,6 @@ def _add_loss(model: ModelProto, points: list[str]) -> dict[str, str]:
     model.graph.node.extend(builder.nodes)
     model.graph.initializer.extend(builder.initializers)
     edit.add_output(model, _LOSS)
-    return names
 
 
 def _scored_tensors(view: GraphView, plan: Plan) -> dict[str, int]:
@@ -168,7 +285,7 @@ def _jointly_scored(view: GraphView, plan: Plan, reached: Iterable[str]) -> list
 
 
 def _summarize(
-    model: ModelProto, axes: dict[str, int], gradients: dict[str, str], shapes: GraphView, size: int, joint: list[str]
+    model: ModelProto, axes: dict[str, int], gradients: dict[str, str], shapes: GraphView, size: int, joint: list[str], others: list[str]
 ) -> tuple[ModelProto, list[int], dict[str, str]]:
     """Reduce every J^T v to its channels' mean squares, one row a sample, and multiply those of ``joint`` tensors.
 
@@ -190,10 +307,9 @@ def _summarize(
         channels.append(shape[axis])
         # Where samples are mixed, all get the same row.
         parts.append(builder.add("Expand", [mean, builder.constant(np.array([size, shape[axis]], np.int64), "rows")]))
-    builder.add("Concat", parts, _ATTENTION, axis=1)
+    columns = [builder.add("Concat", parts, _ATTENTION, axis=1)] if parts else []
     result = edit.with_nodes(model, [*model.graph.node, *builder.nodes], builder.initializers)
-    weights = [g for tensor, g in gradients.items() if tensor not in axes]
-    edit.set_outputs(result, [_ATTENTION, *weights, *products.values()])
+    edit.set_outputs(result, [*columns, *others, *products.values()])
     return result, channels, products
 
 

@@ -23,7 +23,7 @@ from eptq_onnx.engines.base import (
     TrainingGraph,
 )
 from eptq_onnx.errors import GradientError
-from eptq_onnx.graph import edit
+from eptq_onnx.graph import edit, store
 from eptq_onnx.graph.bodies import node_reads
 from eptq_onnx.graph.fold import fold_sizes
 from eptq_onnx.graph.lower import lower
@@ -233,10 +233,9 @@ def _zero_biases(plan: Plan, start: Rounding) -> list[TensorProto]:
 
 def _constant_operands(view: GraphView, plan: Plan, start: Rounding) -> list[TensorProto]:
     """Constant operands of integer operators, as the written model will hold them."""
+    folder = store.folder_of(view.model)
     return [
-        numpy_helper.from_array(
-            quant_math.fake_quantize(np.asarray(view.constant(q.name), np.float32), start.activations[q.name], q.spec), q.name
-        )
+        store.constant(quant_math.fake_quantize(view.constant(q.name), start.activations[q.name], q.spec), q.name, folder)
         for q in plan.activations
         if q.constant
     ]

@@ -119,3 +119,23 @@ def test_a_short_last_batch_counts_no_sample_twice(case, engine):
     other = score(model, the_plan, samples, np.arange(6), calibration, the_plan.weight_specs, engine, config, silent)
     for name in scores.weights:
         assert float(other.weights[name].mean()) == pytest.approx(float(scores.weights[name].mean()), rel=0.1)
+
+
+@pytest.mark.parametrize("limit", [1, 40_000])
+def test_block_by_block_gives_the_same_scores(case, engine, limit):
+    model, images, the_plan, _, _ = case
+    samples = data.read({"image": images}, model)
+    config = Config(probes=3, batch_size=4)
+    calibration = calibrate(model, the_plan, samples, config, silent)
+    calls = []
+    whole, parts = (
+        score(model, the_plan, samples, np.arange(6), calibration, the_plan.weight_specs, engine, c, lambda *a: calls.append(a))
+        for c in (config, Config(probes=3, batch_size=4, max_memory=limit))
+    )
+    assert calls[-1][0] == calls[-1][1] > 2 * 3
+    for name in ("channels", "weights", "outputs"):
+        expected, got = getattr(whole, name), getattr(parts, name)
+        assert expected.keys() == got.keys()
+        for tensor in expected:
+            np.testing.assert_allclose(got[tensor], expected[tensor], rtol=1e-4, atol=1e-5 * float(np.abs(expected[tensor]).max()))
+    assert whole.output_size == parts.output_size
