@@ -308,6 +308,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Sinh"): _function(activations.sinh),
     ("", "Softplus"): _function(activations.softplus),
     ("", "Softsign"): _function(activations.softsign),
+    ("", "Swish"): _function(activations.swish),
     ("", "Tan"): _function(activations.tan),
     ("", "ThresholdedRelu"): _function(activations.thresholded_relu),
     ("", "Cast"): _lowered(activations.cast),
@@ -323,6 +324,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "LpNormalization"): _lowered(norms.lp_normalization),
     ("", "LRN"): _lowered(norms.local_response_normalization),
     ("", "MeanVarianceNormalization"): _lowered(norms.mean_variance_normalization),
+    ("", "RMSNormalization"): _lowered(norms.rms_normalization),
     ("", "SimplifiedLayerNormalization"): _lowered(norms.rms_normalization),
     ("", "LogSoftmax"): _FLOAT,
     # sums, products and extremes

@@ -38,6 +38,8 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
         conv_transpose(strides=[2, 2], auto_pad="SAME_UPPER"),
         conv_transpose(strides=[2, 2], auto_pad="SAME_LOWER"),
         conv_transpose(strides=[2, 2], output_shape=[10, 9]),
+        Sample("ConvTranspose", (grid(2, 4, 5), grid(4, 3, 3, seed=1), grid(3, seed=2)), {"strides": [2]}, varying=(0, 1, 2)),
+        Sample("ConvTranspose", (grid(1, 2, 3, 2, 3), grid(2, 3, 2, 2, 2, seed=1), grid(3, seed=2)), varying=(0, 1, 2)),
     ],
     ("", "Gemm"): [
         Sample("Gemm", (grid(3, 4), grid(4, 5, seed=1), grid(5, seed=2)), varying=(0, 1, 2)),
@@ -89,6 +91,7 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
         Sample("MaxPool", (_IMAGE,), {"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1}),
         Sample("MaxPool", (_IMAGE,), {"kernel_shape": [2, 2], "dilations": [2, 2]}),
         Sample("MaxPool", (_IMAGE,), {"kernel_shape": [2, 2], "strides": [2, 2], "storage_order": 1}, outputs=2),
+        Sample("MaxPool", (_IMAGE,), {"kernel_shape": [2, 2], "storage_order": 1}),
         Sample("MaxPool", (grid(1, 2, 4, 5, 4),), {"kernel_shape": [2, 2, 2]}),
         Sample("MaxPool", (grid(2, 3, 7),), {"kernel_shape": [3], "strides": [2]}),
     ],
@@ -146,6 +149,7 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
         ("", name): unary(name)
         for name in ("Abs", "Atan", "Asinh", "Cos", "Cosh", "Erf", "Exp", "Neg", "Sin", "Sinh", "Softplus", "Softsign")
     },
+    ("", "Swish"): [Sample("Swish", (grid(2, 3, 4),), {"alpha": alpha}, opset=24) for alpha in (1.0, 0.5)],
     **{("", name): unary(name, low=-0.9, high=0.9) for name in ("Acos", "Asin", "Atanh", "Tan")},
     **{("", name): unary(name, low=0.5) for name in ("Log", "Reciprocal", "Sqrt")},
     ("", "Acosh"): unary("Acosh", low=1.2, high=4.0),
@@ -171,6 +175,10 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
     ("", "LayerNormalization"): [
         Sample("LayerNormalization", (grid(2, 3, 4), f(1, -2, 0.5, 1), f(0, 1, 2, 3)), varying=(0, 1, 2)),
         Sample("LayerNormalization", (grid(2, 3, 4), grid(3, 4, seed=1)), {"axis": 1, "epsilon": 0.1}, outputs=3),
+    ],
+    ("", "RMSNormalization"): [
+        Sample("RMSNormalization", (grid(2, 3, 4), grid(3, 4, seed=1)), {"axis": 1}, varying=(0, 1), opset=23),
+        Sample("RMSNormalization", (grid(2, 3, 4), f(1, -2, 0.5, 1)), {"epsilon": 0.1}, opset=23),
     ],
     ("", "SimplifiedLayerNormalization"): [Sample("SimplifiedLayerNormalization", (grid(2, 3, 4), f(1, -2, 0.5, 1)), {"axis": -1})],
     ("", "InstanceNormalization"): [
@@ -218,6 +226,10 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
     ("", "CumSum"): [
         Sample("CumSum", (grid(2, 3, 4), np.array(axis)), attributes)
         for axis, attributes in ((0, {}), (1, {"exclusive": 1}), (-1, {"reverse": 1}), (2, {"exclusive": 1, "reverse": 1}))
+    ]
+    + [
+        Sample("CumSum", (grid(2, 600, 3), np.array(1)), attributes)
+        for attributes in ({}, {"exclusive": 1}, {"reverse": 1}, {"exclusive": 1, "reverse": 1})
     ],
     ("", "Einsum"): [
         einsum("bij,bjk->bik", (2, 3, 4), (2, 4, 5)),

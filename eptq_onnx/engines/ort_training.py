@@ -223,8 +223,7 @@ def _conv_transpose_gradient(node: NodeProto, t: Tape) -> None:
     if outputs[1]:
         b.add("ConvGrad", [x, dy, weight], outputs=["", outputs[1]], domain="com.microsoft", **attributes)
     if outputs[2]:
-        rank = 2 + len(attributes.get("kernel_shape", (0, 0)))
-        b.reduce("ReduceSum", dy, [0, *range(2, rank)], outputs[2])
+        b.reduce("ReduceSum", dy, [0, *range(2, len(t.shape(weight)))], outputs[2])
 
 
 _GRADIENTS: dict[str, Callable[[NodeProto, Tape], None]] = {

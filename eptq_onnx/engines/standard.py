@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
-import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from eptq_onnx import ops, runtime
@@ -18,6 +17,7 @@ from eptq_onnx.engines.base import UNREACHED, GradientModel, reachable
 from eptq_onnx.engines.rules import rule_of
 from eptq_onnx.engines.tape import FLOAT_OR_UNKNOWN, Tape, refusal
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.view import GraphView
 
@@ -43,7 +43,7 @@ class StandardEngine:
         private = edit.with_nodes(model, model.graph.node)
         edit.promote_to_inputs(private, reached)
         edit.set_outputs(private, list(dict.fromkeys([loss, *(o.name for o in model.graph.output)])))
-        result = onnx.shape_inference.infer_shapes(lower(private, ops.QUANTIZERS)[0], data_prop=True)
+        result = infer_shapes(lower(private, ops.QUANTIZERS)[0])
         tape = Tape(GraphView(result), edit.Builder(result, "gradient/"))
         found = _backward(_with_quantizers(private, tape.view), loss, reached, blocked, tape)
         builder = tape.builder

@@ -85,7 +85,10 @@ def _hoisted(builder: edit.Builder, node: NodeProto, taken: GraphProto) -> dict[
     own = [t.name for t in taken.initializer] + [o for n in taken.node for o in n.output if o]
     names = {name: builder.unique(f"{node.name or node.output[0]}/{name}") for name in own}
     builder.initializers.extend(edit.renamed_tensor(t, names[t.name]) for t in taken.initializer)
-    builder.nodes.extend(edit.renamed(n, names) for n in taken.node)
+    for inner in taken.node:
+        builder.nodes.append(edit.renamed(inner, names))
+        # A name of its own: the outer node's must stay the outer node's.
+        builder.nodes[-1].name = builder.unique(f"{node.name or node.output[0]}/{inner.name or inner.op_type}")
     return names
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -44,14 +45,17 @@ class Builder:
         self._prefix = prefix
         self._folder = store.folder_of(model)
         self._taken = all_names(model)
+        self._next: defaultdict[str, int] = defaultdict(lambda: 1)
+        """The number to try first for each stem."""
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         """Type, shape and digest of a value to its name."""
 
     def unique(self, stem: str) -> str:
         """A name that nobody has, and that is taken from now on."""
-        name, k = stem, 1
+        name, k = stem, self._next[stem]
         while name in self._taken:
             name, k = f"{stem}_{k}", k + 1
+        self._next[stem] = k
         self._taken.add(name)
         return name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -11,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import branches, edit, store
-from eptq_onnx.graph.bodies import node_reads, subgraphs
+from eptq_onnx.graph.bodies import all_nodes, node_reads, subgraphs
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.weights import light, stored, with_weights, without_weights
@@ -33,6 +34,12 @@ def fold_constants(model: ModelProto) -> ModelProto:
     folded, apart = light(model, _take_part(model))
     while True:
         folded = _without_identities(_folded_once(_dequantized(_with_whole_shapes(_constants_to_initializers(folded)))))
+        late = _take_part(folded, [t.name for t in apart])
+        if any(t.name in late for t in apart):
+            # What a folded shape has made constant.
+            folded = with_weights(folded, [store.loaded(t) for t in apart if t.name in late])
+            apart = [t for t in apart if t.name not in late]
+            continue
         resolved = branches.with_known_branches(folded)
         if resolved is None:
             whole = with_weights(folded, apart)
@@ -41,9 +48,9 @@ def fold_constants(model: ModelProto) -> ModelProto:
         folded = resolved
 
 
-def _take_part(model: ModelProto) -> set[str]:
-    """Constants that nodes read which may be folded: the values of all others are of no use here."""
-    known = {t.name for t in model.graph.initializer}
+def _take_part(model: ModelProto, others: Iterable[str] = ()) -> set[str]:
+    """Constants, ``others`` among them, that nodes read which may be folded: the values of all others are of no use here."""
+    known = {*others, *(t.name for t in model.graph.initializer)}
     found: set[str] = set()
     for node in model.graph.node:
         reads = node_reads(node)
@@ -77,7 +84,10 @@ def _folded_once(model: ModelProto) -> ModelProto:
 
 
 def _constants_to_initializers(model: ModelProto) -> ModelProto:
-    """A copy without Constant nodes in its main graph (onnx-graphsurgeon reads value_float as double)."""
+    """A copy without Constant nodes in its main graph, and with tensors in those of bodies.
+
+    (onnx-graphsurgeon reads value_float as double.)
+    """
     kept, values = [], []
     for node in model.graph.node:
         value = _constant_value(node)
@@ -85,7 +95,13 @@ def _constants_to_initializers(model: ModelProto) -> ModelProto:
             kept.append(node)
         else:
             values.append(value)
-    return edit.with_nodes(model, kept, values)
+    result = edit.with_nodes(model, kept, values)
+    for node in all_nodes(result.graph):
+        value = _constant_value(node)
+        if value is not None:
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("value", value))
+    return result
 
 
 def _dequantized(model: ModelProto) -> ModelProto:

@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, checker, numpy_helper
 
 from eptq_onnx.errors import ModelError, OutputError
 from eptq_onnx.graph import store, weights
-from eptq_onnx.graph.bodies import initializers
+from eptq_onnx.graph.bodies import all_nodes, initializers
 from eptq_onnx.graph.external import write_external
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.runtime import PROTOBUF_LIMIT
@@ -125,7 +125,7 @@ def check(model: ModelProto, *, full: bool = False) -> None:
     onnx.checker.ValidationError
         Or an inference error, with ``full``.
     """
-    own = [n for n in model.graph.node if n.op_type in _RUNTIMES_OWN and not n.domain]
+    own = [n for n in all_nodes(model.graph) if n.op_type in _RUNTIMES_OWN and not n.domain]
     versions = len(model.opset_import)
     if own and not opset_of(model, "com.microsoft"):
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))

@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto, helper, inliner
 
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import edit, weights
+from eptq_onnx.graph.bodies import all_nodes, subgraphs
 from eptq_onnx.graph.fold import fold_constants
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, opset_of
@@ -94,6 +95,7 @@ def _upgraded(model: ModelProto, opset: int) -> ModelProto:
     """A copy in a higher opset that computes the same."""
     view, builder = GraphView(model), edit.Builder(model)
     for node in view.nodes:
+        _refuse_old_forms_inside(node, opset_of(model))
         rule = _OLD_FORMS.get(node.op_type)
         if rule is None or not rule(node, view, builder):
             builder.nodes.append(node)
@@ -105,6 +107,17 @@ def _upgraded(model: ModelProto, opset: int) -> ModelProto:
             del node.attribute[:]
             node.attribute.extend([*kept, helper.make_attribute(name, value)])
     return result
+
+
+def _refuse_old_forms_inside(node: NodeProto, opset: int) -> None:
+    """The converter changes the meaning of some operators in the bodies of If, Loop and Scan, too."""
+    for inner in (n for graph in subgraphs(node) for n in all_nodes(graph)):
+        changed = inner.op_type in ("Upsample", *_OLD_FORMS) or (inner.op_type == "Resize" and opset < _RESIZE_WITH_MODES)
+        if changed and not (inner.op_type == "BatchNormalization" and int_attribute(inner, "spatial", 1)):
+            raise ModelError(
+                f"{inner.name or inner.output[0]}, a {inner.op_type} of opset {opset} inside {node.name or node.output[0]}, has no "
+                "equal in later opsets there: export the model with opset 13 or later."
+            )
 
 
 def _resize_modes(node: NodeProto, view: GraphView, opset: int) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +62,33 @@ def model_bytes(model: ModelProto) -> int:
 
 
 def array(tensor: TensorProto) -> NDArray[Any]:
-    """The value of an initializer, not to be written to; of a stored one a map of its file."""
+    """The value of an initializer."""
     if not is_stored(tensor):
         return numpy_helper.to_array(tensor)
     if tensor.data_type in _WHOLE_BYTES:
-        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-        return np.asarray(np.memmap(path_of(tensor), dtype, "r", shape=tuple(tensor.dims)))
+        return np.fromfile(path_of(tensor), helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
     return numpy_helper.to_array(loaded(tensor))
+
+
+def parts(tensor: TensorProto) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """The value of an initializer, some rows at a time: where they are along the first axis, and the rows."""
+    if not is_stored(tensor) or tensor.data_type not in _WHOLE_BYTES:
+        value = array(tensor)
+        yield slice(None), value
+        return
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    shape = tuple(tensor.dims)
+    row = math.prod(shape[1:])
+    step = max(1, _CHUNK // (row * dtype.itemsize))
+    for begin in range(0, shape[0], step):
+        count = min(step, shape[0] - begin)
+        values = np.fromfile(path_of(tensor), dtype, count * row, offset=begin * row * dtype.itemsize)
+        yield slice(begin, begin + count), values.reshape(count, *shape[1:])
 
 
 def is_finite(tensor: TensorProto) -> bool:
     """False if the value has NaN or Inf somewhere."""
-    if not is_stored(tensor) or tensor.data_type not in _WHOLE_BYTES:
-        return bool(np.isfinite(array(tensor)).all())
-    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    with open(path_of(tensor), "rb") as file:
-        return all(np.isfinite(np.frombuffer(part, dtype)).all() for part in iter(lambda: file.read(_CHUNK), b""))
+    return all(bool(np.isfinite(values).all()) for _, values in parts(tensor))
 
 
 def copied(tensor: TensorProto, beside: Path, folder: str) -> TensorProto:

@@ -92,6 +92,10 @@ class GraphView:
             self._arrays[name] = store.array(tensor)
         return self._arrays[name]
 
+    def constant_parts(self, name: str) -> Iterator[tuple[slice, NDArray[Any]]]:
+        """Value of an initializer, some rows at a time; see `store.parts`."""
+        return store.parts(self.initializers[name])
+
     def constant_shape(self, name: str) -> tuple[int, ...]:
         """Shape of an initializer."""
         return tuple(int(d) for d in self.initializers[name].dims)

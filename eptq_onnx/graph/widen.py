@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
 from eptq_onnx.graph import edit, store
@@ -68,10 +71,16 @@ def _visit(graph: GraphProto, found: set[int]) -> None:
     found.update(t for t in types if t in _WIDENED)
 
 
+def _as_float32(value: NDArray[Any]) -> NDArray[np.float32]:
+    """Finite values stay finite: masks are filled with the lowest double."""
+    limits = np.finfo(np.float32)
+    return np.where(np.isfinite(value), np.clip(value, limits.min, limits.max), value).astype(np.float32)
+
+
 def _widen_graph(graph: GraphProto, folder: str | None) -> None:
     for tensor in _tensors(graph):
         if tensor.data_type in _WIDENED:
-            tensor.CopyFrom(store.constant(store.array(tensor).astype(np.float32), tensor.name, folder))
+            tensor.CopyFrom(store.constant(_as_float32(store.array(tensor)), tensor.name, folder))
     for info in (*graph.input, *graph.output, *graph.value_info):
         if _is_other(info):
             info.type.tensor_type.elem_type = TensorProto.FLOAT

@@ -224,7 +224,8 @@ def _damped(channels: Array, damping: float) -> Array:
 
 def _params(quantizer: ActivationQuantizer, observed: dict[str, Histogram], view: GraphView, config: Config) -> QuantParams:
     if quantizer.spec.axis is not None:
-        return QuantParams(quant_math.weight_scales(np.asarray(view.constant(quantizer.name), np.float32), quantizer.spec))
+        scales = [quant_math.weight_scales(rows, quantizer.spec) for _, rows in view.constant_parts(quantizer.name)]
+        return QuantParams(np.concatenate(scales))
     if quantizer.constant:
         value = view.constant(quantizer.name)
         low, high = float(value.min()), float(value.max())

@@ -20,6 +20,7 @@ from eptq_onnx import augment, quant_math
 from eptq_onnx.config import Attention, Config, Optimizer, RoundingVariable
 from eptq_onnx.data import Samples
 from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LAYER_ERRORS, LOSS, TrainingGraph
+from eptq_onnx.errors import GradientError
 from eptq_onnx.graph.blocks import tensor_bytes
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
@@ -36,6 +37,8 @@ _VARIATIONS = 3
 """Of each held-out sample, that candidates are judged on beside itself."""
 _BYTES_A_WEIGHT = 36
 """Of a weight element: its value, target and float twin, what the optimizer keeps, its rounded form and its gradients."""
+_BYTES_A_CONSTANT = 9
+"""Of an element of a table: its value, its integer, and what that stands for."""
 _COPIES_OF_TENSORS = 3
 """Of each tensor while a batch is worked on: in the float network, in the quantized one, and its gradient."""
 _LEAST_SAMPLES = 5
@@ -67,8 +70,9 @@ def needed_bytes(model: ModelProto, plan: Plan, samples: Samples) -> int:
     """
     view = GraphView(model)
     weights = sum(math.prod(view.constant_shape(name)) for name in plan.weight_specs)
+    constants = sum(math.prod(view.constant_shape(q.name)) for q in plan.activations if q.constant)
     tensors = tensor_bytes(specialize(model, samples.two_batches(samples.micro_batch())))
-    return _BYTES_A_WEIGHT * weights + _COPIES_OF_TENSORS * tensors * worker_count()
+    return _BYTES_A_WEIGHT * weights + _BYTES_A_CONSTANT * constants + _COPIES_OF_TENSORS * tensors * worker_count()
 
 
 def optimize(
@@ -102,6 +106,11 @@ def optimize(
     Returns
     -------
     Rounding, OptimizationTrace
+
+    Raises
+    ------
+    GradientError
+        If the loss is not a number.
     """
     began = time.perf_counter()
     state = _State(plan, start, graph, calibration, config)
@@ -122,6 +131,8 @@ def optimize(
             queue.extend(rng.permutation(seen).tolist())
         chosen, queue = np.array(queue[:batch]), queue[batch:]
         losses.append(state.step(session, batches, chosen, step, rng))
+        if not np.isfinite(losses[-1]):
+            raise GradientError(f"the loss of step {step + 1} is not a number.")
         progress(step + 1, total, losses[-1])
         if (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total:
             candidate = state.harden()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -167,10 +168,12 @@ class _Writer:
     def _table(self, quantizer: ActivationQuantizer) -> None:
         """Integers and scales under new names, from which `_written` makes the rows that a node wants."""
         b, tensor = self._b, quantizer.name
-        value, params = np.asarray(self._view.constant(tensor), np.float32), self._rounding.activations[tensor]
+        shape, params = self._view.constant_shape(tensor), self._rounding.activations[tensor]
         names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
-        integers = quant_math.quantize(value, params, quantizer.spec).astype(quantizer.spec.container)
-        scale = params.scale.reshape(-1, *(1,) * (value.ndim - 1))
+        integers = np.empty(shape, quantizer.spec.container)
+        for part, rows in self._view.constant_parts(tensor):
+            integers[part] = quant_math.quantize(rows, replace(params, scale=params.scale[part]), quantizer.spec)
+        scale = params.scale.reshape(-1, *(1,) * (len(shape) - 1))
         for value, name in zip((integers, scale), names, strict=True):
             b.keep(value, name)
         self._tables[tensor] = names

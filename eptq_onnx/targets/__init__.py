@@ -18,6 +18,8 @@ else:
     import tomli as tomllib
 
 
+_OLDEST_OPSET = 13
+"""From where quantizers have an axis, and axes are inputs, as the rewrites of operators write them."""
 _OPSET_OF_16_BITS = 21
 """From where QuantizeLinear knows 16-bit integers."""
 
@@ -71,7 +73,7 @@ class Target(_Row):
     ----------
     name, title : str
     min_opset : int
-        Lowest default-domain opset of the written file.
+        Lowest default-domain opset of the written file, at least 13.
     weight, activation, bias, ops
         Rules, see their classes.
     kernels : dict of str to tuple of str
@@ -80,7 +82,7 @@ class Target(_Row):
 
     name: str
     title: str
-    min_opset: int
+    min_opset: int = Field(ge=_OLDEST_OPSET)
     weight: WeightRules
     activation: ActivationRules
     bias: BiasRules

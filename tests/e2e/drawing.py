@@ -15,8 +15,8 @@ from eptq_onnx.runtime import Session
 
 INPUTS = {"a": 12, "b": 7}
 """Inputs of the drawn models and their widths; the batch is 1, for rows have no batch axis in common."""
-NOT_DRAWN = {"QuantizeLinear", "DequantizeLinear", "FakeQuant", "GroupNormalization"}
-"""Rows of the quantized model itself, and one that is valid in opset 21 only."""
+NOT_DRAWN = {"QuantizeLinear", "DequantizeLinear", "FakeQuant", "GroupNormalization", "RMSNormalization", "Swish"}
+"""Rows of the quantized model itself, and those that are valid from opset 21 on only."""
 OPSETS = (20, 18, 17, 9)
 """Not 21: onnxruntime 1.19 has no QLinearMatMul of that opset."""
 

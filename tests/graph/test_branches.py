@@ -133,3 +133,33 @@ def test_what_a_loop_repeats_is_told():
     assert [k.reason for k in result.report.kept_float] == ["what it repeats stays float (1 MatMul)"]
     expected, got = Session(model).run({"x": normal(4, 4, seed=3)})["y"], Session(result.model).run({"x": normal(4, 4, seed=3)})["y"]
     np.testing.assert_allclose(got, expected, atol=0.15)
+
+
+def test_an_if_inside_a_settled_one_keeps_its_own_fate():
+    """Nodes without names: those of the branch must not take the outer one's."""
+    graph = """g (float[N,4] x, bool c) => (float[N,M] y) {
+        h = MatMul (x, w)
+        s = ReduceSum <keepdims = 0> (h)
+        d = Greater (s, zero)
+        y = If (c) <
+            then_branch = t () => (float[N,M] y1) {
+                y1 = If (d) <
+                    then_branch = tt () => (float[N,M] y2) { y2 = MatMul (h, w1) },
+                    else_branch = te () => (float[N,M] y3) { y3 = MatMul (h, w2) }
+                >
+            },
+            else_branch = e () => (float[N,M] y4) { y4 = Abs (h) }
+        >
+    }"""
+    constants = {"w": normal(4, 4), "w1": normal(4, 4, seed=1), "w2": normal(4, 4, seed=2), "zero": np.array(0, np.float32)}
+    x = normal(16, 4, seed=3)
+    x = x[np.argsort((x @ constants["w"]).sum(axis=1))]
+    seen = Samples({"x": x, "c": np.array(True)}, None, {"x": 0, "c": None})
+    model = parse(graph, constants)
+    flat = branches.flattened(normalize(model, 13, seen))
+    assert [n.op_type for n in flat.graph.node].count("If") == 1
+    for part in (x[:4], x[-4:]):
+        feeds = {"x": part, "c": np.array(True)}
+        session = Session(flat)
+        (got,) = session.run({n: feeds[n] for n in session.inputs}).values()
+        np.testing.assert_allclose(got, Session(model).run(feeds)["y"], rtol=1e-5, atol=1e-6)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from graphs import images, small_convnet
+from graphs import images, parse, small_convnet
 
 from eptq_onnx import ModelError, OutputError
 from eptq_onnx.graph import io, store
@@ -62,3 +62,13 @@ def test_a_large_model_is_saved_and_run_with_external_data(tmp_path, monkeypatch
         got = Session(result).run({"image": images(2)})
         np.testing.assert_array_equal(got["row"], rows[[1100]])
         np.testing.assert_array_equal(got["logits"], expected["logits"])
+
+
+def test_an_operator_of_onnxruntime_inside_a_body_is_no_error():
+    graph = """g (float[N,3] x, bool c) => (float[N,3] y) {
+        y = If (c) <
+            then_branch = t () => (float[N,3] a) { a = SimplifiedLayerNormalization <axis = -1> (x, scale) },
+            else_branch = e () => (float[N,3] b) { b = Neg (x) }
+        >
+    }"""
+    io.load(parse(graph, {"scale": np.ones(3, np.float32)}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from graphs import normal
+from graphs import normal, parse
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import eptq_onnx
@@ -206,3 +206,17 @@ def test_what_has_no_definition_in_older_operators_is_told():
     net.add("TensorScatter", "x", net.constant(normal(2, 3, 1, 6)))
     with pytest.raises(ModelError, match="TensorScatter of opset 24, which the installed onnxruntime does not read"):
         opsets.within(net.model([2, 3, 6, 6], "y"), 13, 21, 10)
+
+
+@pytest.mark.parametrize(("opset", "inner"), [(10, 'Resize <mode = "nearest"> (h, s)'), (9, "Upsample (h, s)"), (11, "Hardmax (h)")])
+def test_what_a_body_would_do_otherwise_in_a_later_opset_is_told(opset, inner):
+    graph = f"""g (float[1,1,2,2] x, bool c) => (float[N,M,H,W] y) {{
+        h = Relu (x)
+        y = If (c) <
+            then_branch = t () => (float[N,M,H,W] a) {{ a = {inner} }},
+            else_branch = e () => (float[N,M,H,W] b) {{ b = Neg (h) }}
+        >
+    }}"""
+    model = parse(graph, {"s": np.float32([1, 1, 2, 2])}, opset=opset)
+    with pytest.raises(ModelError, match=rf"of opset {opset} inside y, has no equal in later opsets there"):
+        opsets.within(model, 13, 21, 10)

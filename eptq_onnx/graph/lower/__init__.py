@@ -13,13 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import onnx
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto, TensorProto
 
 from eptq_onnx.graph.edit import Builder, with_nodes
 from eptq_onnx.graph.lower.base import Lowering, NotLowerable, stay
 from eptq_onnx.graph.view import STOP, GraphView
 
 __all__ = ["Lowering", "NotLowerable", "lower"]
+
+
+def _computes_floats(node: NodeProto, view: GraphView) -> bool:
+    """False for arithmetic on positions, masks and sizes: it has no gradient, and float operators would not take it."""
+    return any(view.elem_type(name) in (TensorProto.FLOAT, TensorProto.UNDEFINED) for name in [*node.input[:1], *node.output])
 
 
 def lower(model: ModelProto, rules: Mapping[tuple[str, str], Lowering]) -> tuple[ModelProto, dict[str, str]]:
@@ -44,7 +49,7 @@ def lower(model: ModelProto, rules: Mapping[tuple[str, str], Lowering]) -> tuple
         changed = False
         for node in view.nodes:
             rule = rules.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))
-            if rule is None or node.doc_string == STOP:
+            if rule is None or node.doc_string == STOP or not _computes_floats(node, view):
                 builder.nodes.append(node)
                 continue
             before = len(builder.nodes)

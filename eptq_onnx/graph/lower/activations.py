@@ -8,7 +8,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
 from eptq_onnx.graph.edit import Builder
-from eptq_onnx.graph.lower.base import Lowering, NotLowerable, constant_input, given, number, shape_of, stay, stopped
+from eptq_onnx.graph.lower.base import TINY, Lowering, NotLowerable, constant_input, given, number, shape_of, stay, stopped
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 
 
@@ -38,7 +38,7 @@ def _square_plus(b: Builder, x: str, factor: float, offset: float) -> str:
 
 
 def _inverse_root(b: Builder, square: str) -> str:
-    return b.add("Reciprocal", [b.add("Sqrt", [square])])
+    return b.add("Reciprocal", [b.add("Sqrt", [b.add("Clip", [square, TINY])])])
 
 
 tan = by_slope(lambda n, b, x, y: _square_plus(b, y, 1.0, 1.0))

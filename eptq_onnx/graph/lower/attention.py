@@ -85,7 +85,9 @@ def _attend(node: NodeProto, b: Builder, parts: list[str], shape: tuple[int, int
     for term in bias:
         scores = b.add("Add", [scores, term])
     if int_attribute(node, "unidirectional", 0):
-        allowed = np.tril(np.ones((length, keys), np.bool_), keys - length)
+        if length != keys:
+            raise NotLowerable("it is unidirectional with other numbers of queries and keys")
+        allowed = np.tril(np.ones((length, keys), np.bool_))
         scores = b.add("Where", [allowed, scores, float(np.finfo(np.float32).min)])
     mixed = b.add("MatMul", [b.add("Softmax", [scores], axis=-1), v])
     reshape(b, transpose(b, mixed, [0, 2, 1, 3]), [batch, length, sizes[2]], node.output[0])

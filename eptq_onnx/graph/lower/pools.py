@@ -70,13 +70,14 @@ def explicit_transposed_padding(node: NodeProto, view: GraphView, b: Builder) ->
 
 def max_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
     """Indices that count column by column mislead the gradient's kernel: they come from a node of their own."""
-    if not int_attribute(node, "storage_order", 0) or not any(node.output[1:]):
+    if not int_attribute(node, "storage_order", 0):
         explicit_padding(node, view, b)
         return
-    copy = NodeProto()
-    copy.CopyFrom(node)
-    copy.output[0] = b.unique(f"{node.output[0]}/values")
-    stay(copy, b)
+    if any(node.output[1:]):
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copy.output[0] = b.unique(f"{node.output[0]}/values")
+        stay(copy, b)
     own = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name != "storage_order"}
     b.add("MaxPool", [node.input[0]], node.output[0], **own)
 
@@ -106,7 +107,7 @@ def _shares(node: NodeProto, view: GraphView, kernel: list[int], steps: dict[str
             low, high = -told[axis], size + told[axis + len(kernel)]
         inside = ((places >= low) & (places < high)).sum(axis=1).astype(np.float32)
         counts = counts * inside.reshape((1, 1) + (1,) * axis + (-1,) + (1,) * (len(kernel) - axis - 1))
-    return (1 / counts).astype(np.float32)
+    return (1 / np.maximum(counts, 1)).astype(np.float32)
 
 
 def _window_sums(

@@ -37,8 +37,9 @@ def power(node: NodeProto, view: GraphView, b: Builder) -> None:
         e = b.add("Cast", [e], to=TensorProto.FLOAT)
     fixed_x, fixed_e = stopped(b, "Identity", [x]), stopped(b, "Identity", [e])
     y = stopped(b, "Pow", [fixed_x, fixed_e])
+    beside = b.add("Where", [b.add("Equal", [fixed_x, 0.0]), TINY, fixed_x])
     slopes = (
-        b.add("Mul", [fixed_e, stopped(b, "Pow", [fixed_x, b.add("Sub", [fixed_e, 1.0])])]),
+        b.add("Mul", [fixed_e, stopped(b, "Pow", [beside, b.add("Sub", [fixed_e, 1.0])])]),
         b.add("Mul", [y, b.add("Log", [b.add("Clip", [fixed_x, TINY])])]),
     )
     for name, fixed, slope in zip((x, e), (fixed_x, fixed_e), slopes, strict=True):

@@ -24,6 +24,7 @@ from eptq_onnx.graph.lower.base import (
 from eptq_onnx.graph.view import STOP, GraphView, int_attribute, ints_attribute
 
 Function = Callable[[Builder, str], str]
+_CUMULATED_AT_ONCE = 256
 
 
 def sum_variadic(node: NodeProto, view: GraphView, b: Builder) -> None:
@@ -128,13 +129,26 @@ def reduce_extreme(node: NodeProto, view: GraphView, b: Builder) -> None:
     if not axes:
         b.add("Identity", [node.input[0]], node.output[0])
         return
+    rows, sizes = _rows(node, view, b, axes)
+    finder = "ArgMax" if node.op_type == "ReduceMax" else "ArgMin"
+    axis = len(sizes) - 1
+    picked = b.add("GatherElements", [rows, b.add(finder, [rows], axis=axis, keepdims=1)], axis=axis)
+    _from_rows(node, view, b, axes, picked)
+
+
+def _rows(node: NodeProto, view: GraphView, b: Builder, axes: list[int]) -> tuple[str, list[int]]:
+    """The input with its reduced axes as one, the last; and its shape."""
     shape = shape_of(view, node.input[0])
     kept = [a for a in range(len(shape)) if a not in axes]
-    rows = reshape(b, transpose(b, node.input[0], kept + axes), [*(shape[a] for a in kept), -1])
-    finder = "ArgMax" if node.op_type == "ReduceMax" else "ArgMin"
-    picked = b.add("GatherElements", [rows, b.add(finder, [rows], axis=len(kept), keepdims=1)], axis=len(kept))
-    wide = [1 if a in axes else s for a, s in enumerate(shape)]
-    reshape(b, picked, wide if int_attribute(node, "keepdims", 1) else [shape[a] for a in kept], node.output[0])
+    sizes = [*(shape[a] for a in kept), int(np.prod([shape[a] for a in axes]))]
+    return reshape(b, transpose(b, node.input[0], kept + axes), sizes), sizes
+
+
+def _from_rows(node: NodeProto, view: GraphView, b: Builder, axes: list[int], y: str) -> None:
+    """Name the result, one element a row, in the shape that the node promises."""
+    shape = shape_of(view, node.input[0])
+    keep = bool(int_attribute(node, "keepdims", 1))
+    reshape(b, y, [1 if a in axes else s for a, s in enumerate(shape) if keep or a not in axes], node.output[0])
 
 
 def reduce_prod(node: NodeProto, view: GraphView, b: Builder) -> None:
@@ -143,10 +157,8 @@ def reduce_prod(node: NodeProto, view: GraphView, b: Builder) -> None:
     if not axes:
         b.add("Identity", [node.input[0]], node.output[0])
         return
-    shape = shape_of(view, node.input[0])
-    kept = [a for a in range(len(shape)) if a not in axes]
-    count, axis = int(np.prod([shape[a] for a in axes])), len(kept)
-    x = reshape(b, transpose(b, node.input[0], kept + axes), [*(shape[a] for a in kept), count])
+    x, sizes = _rows(node, view, b, axes)
+    count, axis = sizes[-1], len(sizes) - 1
     while count > 1:
         half = count // 2
         parts = [b.add("Slice", [x, ints([s]), ints([e]), ints([axis])]) for s, e in ((0, half), (half, 2 * half), (2 * half, count))]
@@ -154,8 +166,7 @@ def reduce_prod(node: NodeProto, view: GraphView, b: Builder) -> None:
         if count % 2:
             x = b.add("Concat", [x, parts[2]], axis=axis)
         count -= half
-    wide = [1 if a in axes else s for a, s in enumerate(shape)]
-    reshape(b, x, wide if int_attribute(node, "keepdims", 1) else [shape[a] for a in kept], node.output[0])
+    _from_rows(node, view, b, axes, x)
 
 
 def global_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
@@ -184,12 +195,31 @@ def norm(b: Builder, total_power: str, p: int, output: str | None = None) -> str
 
 
 def cumulative_sum(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """A product with a triangular matrix of ones along the axis."""
+    """A product with a triangular matrix of ones along the axis; of a long one, part by part, and one of the parts' sums."""
     shape = shape_of(view, node.input[0])
     axis = constant_input(node, view, 1, "axis")
     place = int(np.asarray(axis).reshape(-1)[0]) % len(shape)
-    matrix = np.triu(np.ones((shape[place], shape[place]), np.float32), int_attribute(node, "exclusive", 0))
-    along(b, node.input[0], place, len(shape), matrix.T if int_attribute(node, "reverse", 0) else matrix, node.output[0])
+    size, rank = shape[place], len(shape)
+
+    def triangle(count: int, exclusive: int) -> np.ndarray:
+        matrix = np.triu(np.ones((count, count), np.float32), exclusive)
+        return matrix.T if int_attribute(node, "reverse", 0) else matrix
+
+    exclusive = int_attribute(node, "exclusive", 0)
+    if size <= _CUMULATED_AT_ONCE:
+        along(b, node.input[0], place, rank, triangle(size, exclusive), node.output[0])
+        return
+    part = _CUMULATED_AT_ONCE
+    count = -(-size // part)
+    order = [a for a in range(rank) if a != place] + [place]
+    rest = [shape[a] for a in order[:-1]]
+    rows = b.add("Pad", [transpose(b, node.input[0], order), ints([0] * (2 * rank - 1) + [count * part - size])])
+    parts = reshape(b, rows, [*rest, count, part])
+    inside = b.add("MatMul", [parts, triangle(part, exclusive)])
+    before = b.add("MatMul", [b.reduce("ReduceSum", parts, [rank]), triangle(count, 1)])
+    sums = reshape(b, b.add("Add", [inside, reshape(b, before, [*rest, count, 1])]), [*rest, count * part])
+    wanted = b.add("Slice", [sums, ints([0]), ints([size]), ints([rank - 1])])
+    transpose(b, wanted, np.argsort(order).tolist(), node.output[0])
 
 
 def along(b: Builder, x: str, axis: int, rank: int, matrix: np.ndarray, output: str | None = None) -> str:

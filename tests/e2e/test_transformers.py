@@ -1,0 +1,56 @@
+"""What exporters and onnxruntime's optimizer write for transformers, through the whole road, with each engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from graphs import normal, parse
+
+from eptq_onnx import Config, quantize
+from eptq_onnx.config import EngineChoice
+
+POSITIONS = """
+g (int64[N,6] ids) => (float[N,6,4] y) {
+    pad = Equal (ids, one)
+    real = Not (pad)
+    mask = Cast <to = 7> (real)
+    sums = CumSum (mask, axis)
+    counted = Mul (sums, mask)
+    places = Add (counted, one)
+    word = Gather (words, ids)
+    place = Gather (table, places)
+    x = Add (word, place)
+    h = MatMul (x, w1)
+    a = Relu (h)
+    y = MatMul (a, w2)
+}
+"""
+OWN = {
+    "Gelu": "c = com.microsoft.Gelu (h)",
+    "BiasGelu": "c = com.microsoft.BiasGelu (h, bias)",
+    "FastGelu": "c = com.microsoft.FastGelu (h)",
+    "SkipLayerNormalization": "c = com.microsoft.SkipLayerNormalization (h, h, bias, bias)",
+    "SimplifiedLayerNormalization": "c = SimplifiedLayerNormalization <axis = -1> (h, bias)",
+}
+
+
+def options(engine: str) -> Config:
+    return Config(weight_bits=4, steps=3, engine=EngineChoice.TRAINING if "training" in engine else EngineChoice.STANDARD)
+
+
+def test_positions_that_count_what_is_not_padded(each_engine):
+    constants = {"one": np.array(1), "axis": np.array(1), "words": normal(20, 8), "table": normal(9, 8, seed=1)}
+    model = parse(POSITIONS, {**constants, "w1": normal(8, 16, seed=2), "w2": normal(16, 4, seed=3)})
+    ids = np.random.default_rng(0).integers(0, 20, (32, 6))
+    result = quantize(model, {"ids": ids}, options(each_engine.name))
+    assert result.report.optimization is not None
+    assert not [note for note in result.report.notes if "no gradient" in note or "no Hessian" in note]
+
+
+@pytest.mark.parametrize("operator", OWN)
+def test_operators_of_onnxruntime_do_not_stop_the_optimization(each_engine, operator):
+    text = f"g (float[N,5,8] x) => (float[N,5,4] y) {{ h = MatMul (x, w1)  {OWN[operator]}  y = MatMul (c, w2) }}"
+    model = parse(text, {"w1": normal(8, 16), "bias": normal(16, seed=1), "w2": normal(16, 4, seed=2)})
+    result = quantize(model, {"x": normal(32, 5, 8, seed=3)}, options(each_engine.name))
+    assert result.report.optimization is not None, result.report.notes
+    assert all(np.isfinite(result.report.optimization.losses))
