@@ -12,9 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx.errors import InstallError, ModelError
 from eptq_onnx.graph import store, weights
@@ -131,7 +132,7 @@ def load_gradient_builder() -> Any:
 
 @cache
 def newest_readable() -> tuple[int, int]:
-    """Highest default-domain opset and IR version that the installed onnxruntime reads and onnx can write.
+    """Highest default-domain opset and IR version of quantized models that the installed onnxruntime runs and onnx can write.
 
     It does not tell: it is tried.
     """
@@ -140,8 +141,16 @@ def newest_readable() -> tuple[int, int]:
 
 
 def _tiny(opset: int, ir_version: int) -> ModelProto:
-    info = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "tiny", info[:1], info[1:])
+    """A quantized matrix product: onnxruntime 1.19 reads opset 21, but has no integer kernel to put in its place."""
+    info = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 1]) for name in "xy"]
+    values: dict[str, NDArray[Any]] = {"one": np.array(1, np.float32), "zero": np.array(0, np.uint8), "weight": np.array([[1]], np.uint8)}
+    nodes = [helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value)) for name, value in values.items()]
+    for op_type, x, y in (("Quantize", "x", "q"), ("Dequantize", "q", "d"), ("Dequantize", "weight", "w")):
+        nodes.append(helper.make_node(f"{op_type}Linear", [x, "one", "zero"], [y]))
+    nodes.append(helper.make_node("MatMul", ["d", "w"], ["product"]))
+    for op_type, x, y in (("Quantize", "product", "p"), ("Dequantize", "p", "y")):
+        nodes.append(helper.make_node(f"{op_type}Linear", [x, "one", "zero"], [y]))
+    graph = helper.make_graph(nodes, "tiny", info[:1], info[1:])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
 
 

@@ -15,7 +15,7 @@ from eptq_onnx.graph.view import STOP, GraphView
 from eptq_onnx.ops import Gradient
 from eptq_onnx.runtime import Session, newest_readable
 
-_NEWEST, _ = newest_readable()
+_NEWEST = max(21, newest_readable()[0])
 ALL = [
     pytest.param(s, id=str(s), marks=pytest.mark.skipif(s.opset > _NEWEST, reason="the installed onnxruntime does not read its opset"))
     for rows in SAMPLES.values()

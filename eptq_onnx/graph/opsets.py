@@ -27,7 +27,7 @@ def within(model: ModelProto, least: int, newest: int, newest_ir: int) -> ModelP
     least : int
         Lowest default-domain opset that the target allows.
     newest, newest_ir : int
-        Highest default-domain opset and IR version that the runtime reads.
+        Highest default-domain opset and IR version of quantized models that the runtime reads.
 
     Raises
     ------
@@ -175,7 +175,7 @@ def _expanded(model: ModelProto, newest: int) -> ModelProto:
     """A copy in which operators younger than ``newest`` are the simpler ones that their definition is made of."""
     opset = opset_of(model)
     view = GraphView(infer_shapes(model))
-    young = [n for n in view.nodes if n.domain in ("", "ai.onnx") and _first_version(n, opset) > newest]
+    young = [n for n in view.nodes if n.domain in ("", "ai.onnx") and _is_younger(n, opset, newest)]
     if not young:
         return model
     result = edit.with_nodes(model, view.nodes)
@@ -191,6 +191,17 @@ def _expanded(model: ModelProto, newest: int) -> ModelProto:
         result.functions.append(body)
     edit.import_domain(result, "eptq_onnx")
     return inliner.inline_local_functions(result)
+
+
+_CHANGED = {"GroupNormalization"}
+"""Operators with another meaning since some opset: the converter has no way back."""
+
+
+def _is_younger(node: NodeProto, opset: int, newest: int) -> bool:
+    """True if the operator, or its meaning, appeared after an opset."""
+    if node.op_type in _CHANGED:
+        return int(onnx.defs.get_schema(node.op_type, opset, "").since_version) > newest
+    return _first_version(node, opset) > newest
 
 
 def _first_version(node: NodeProto, opset: int) -> int:

@@ -220,3 +220,30 @@ def test_what_a_body_would_do_otherwise_in_a_later_opset_is_told(opset, inner):
     model = parse(graph, {"s": np.float32([1, 1, 2, 2])}, opset=opset)
     with pytest.raises(ModelError, match=rf"of opset {opset} inside y, has no equal in later opsets there"):
         opsets.within(model, 13, 21, 10)
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_matrix_products_of_opset_21_are_quantized(activation_bits):
+    """onnxruntime 1.19 reads this opset, but cannot run integer matrix products in it."""
+    model = parse(
+        "mlp (float[N,4,8] x) => (float[N,4,8] y) { a = MatMul (x, w1)  b = Relu (a)  y = MatMul (b, w2) }",
+        {"w1": normal(8, 16), "w2": normal(16, 8, seed=1)},
+        opset=21,
+    )
+    model.ir_version = 10
+    result = eptq_onnx.quantize(model, {"x": normal(32, 4, 8, seed=2)}, Config.of(preset="fast", activation_bits=activation_bits))
+    assert opset_of(result.model) == 21
+    assert result.report.verification.outputs["y"] > 25
+    assert len(result.report.layers) == 2
+
+
+def test_group_normalization_of_opset_21_is_written_in_older_operators():
+    model = parse(
+        "g (float[N,4,3] x) => (float[N,4,3] y) { a = MatMul (x, w)  y = GroupNormalization <num_groups = 2> (a, scale, shift) }",
+        {"w": normal(3, 3), "scale": normal(4, seed=1), "shift": normal(4, seed=2)},
+        opset=21,
+    )
+    x = normal(8, 4, 3, seed=3)
+    older = opsets.within(model, 13, 20, 9)
+    assert opset_of(older) == 20
+    np.testing.assert_allclose(Session(older).run({"x": x})["y"], Session(model).run({"x": x})["y"], rtol=1e-4, atol=1e-5)
