@@ -353,13 +353,14 @@ def jointly_refitted_scale(
     target, integers, moment, output_moment : ndarray
         As in `joint_descent`.
     scale : ndarray of shape (n_scales,)
-    owners : ndarray of int, shape (n_outputs,)
+    owners : ndarray of int, shape (n_groups, n_outputs)
         The place of each row's scale.
     """
-    product = integers.astype(np.float64) @ moment
     system, right = np.zeros((scale.size, scale.size)), np.zeros(scale.size)
-    np.add.at(system, (owners[:, None], owners[None, :]), output_moment * (product @ integers.T))
-    np.add.at(right, owners, ((output_moment @ target) * product).sum(axis=1))
+    for wanted, q, inputs, outputs, owner in zip(target, integers.astype(np.float64), moment, output_moment, owners, strict=True):
+        product = q @ inputs
+        np.add.at(system, (owner[:, None], owner[None, :]), outputs * (product @ q.T))
+        np.add.at(right, owner, ((outputs @ wanted) * product).sum(axis=1))
     # Scales that hardly matter stay where they are, and none goes far.
     diagonal = np.diag(system)
     ridge = np.where(diagonal > 0, _SCALE_DAMPING * diagonal, 1.0)
@@ -370,15 +371,15 @@ def jointly_refitted_scale(
 def joint_descent(
     target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, spec: QuantSpec, passes: int
 ) -> Array:
-    """Coordinate descent on the effect of one group's errors on the network outputs, ``tr(G E A Eᵀ)``.
+    """Coordinate descent on the effect of each group's errors on the network outputs, ``tr(G E A Eᵀ)``.
 
     Parameters
     ----------
-    target, integers : ndarray of shape (n_outputs, n_terms)
-    scale : ndarray of shape (n_outputs,)
-    moment : ndarray of shape (n_terms, n_terms)
+    target, integers : ndarray of shape (n_groups, n_outputs, n_terms)
+    scale : ndarray of shape (n_groups, n_outputs)
+    moment : ndarray of shape (n_groups, n_terms, n_terms)
         A.
-    output_moment : ndarray of shape (n_outputs, n_outputs)
+    output_moment : ndarray of shape (n_groups, n_outputs, n_outputs)
         G.
     spec : QuantSpec
     passes : int
@@ -388,6 +389,14 @@ def joint_descent(
     ndarray of float32
         Integers of no higher cost.
     """
+    groups = zip(target, integers, scale, moment, output_moment, strict=True)
+    return np.stack([_joint_descent(*group, spec, passes) for group in groups])
+
+
+def _joint_descent(
+    target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, spec: QuantSpec, passes: int
+) -> Array:
+    """`joint_descent` of one group."""
     q, s = integers.astype(np.float64), scale.astype(np.float64)
     terms = q.shape[1]
     for _ in range(passes):

@@ -209,8 +209,8 @@ class Scores:
     weights : dict of str to ndarray
         Per weight tensor, the mean of (d<v, f>/dW)^2 over samples, in the weight's shape.
     outputs : dict of str to ndarray of shape (n_channels, n_channels)
-        Per output of a layer without groups, the mean of (J^T v)(J^T v)^T over samples and probes, summed over
-        positions.
+        Per output of a layer whose groups have several channels each, the mean of (J^T v)(J^T v)^T over samples and
+        probes, summed over positions.
     output_size : int
         Elements of all probed outputs of one sample.
     unreached : dict of str to str

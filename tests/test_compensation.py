@@ -116,25 +116,32 @@ def test_inputs_that_never_vary_do_no_harm():
     assert np.isfinite(q).all()
 
 
-def test_joint_descent_lowers_the_effect_on_the_outputs_and_is_coordinate_descent_without_one():
-    inputs = _inputs(400, 80)
+def _output_moments(groups: int, channels: int, rng: np.random.Generator) -> np.ndarray:
+    """Of outputs that the rest of the network adds up in three ways, of shape (groups, channels, channels)."""
+    mixing = rng.normal(size=(groups, channels, 3))
+    return mixing @ mixing.swapaxes(1, 2) + 0.1 * np.eye(channels)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_joint_descent_lowers_the_effect_on_the_outputs_and_is_coordinate_descent_without_one(groups):
+    inputs = _inputs(400, 80, groups)
     a = compensation.damped(_moments(inputs, inputs).covariances[0], 0.01)
     rng = np.random.default_rng(1)
-    target, scale = rng.normal(size=(1, 8, 80)).astype(np.float32), np.full((1, 8), 0.6, np.float32)
-    mixing = rng.normal(size=(8, 3))
-    g = mixing @ mixing.T + 0.1 * np.eye(8)
+    target, scale = rng.normal(size=(groups, 8, 80)).astype(np.float32), np.full((groups, 8), 0.6, np.float32)
+    g = _output_moments(groups, 8, rng)
     start = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), SPEC)
 
-    def effect(q: np.ndarray, outputs: np.ndarray) -> float:
-        error = q * 0.6 - target[0]
-        return float(np.trace(outputs @ error @ a[0] @ error.T))
+    def effect(q: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+        error = q * 0.6 - target
+        return np.einsum("gij,gjt,gts,gis->g", outputs, error, a, error, optimize=True)
 
-    alone = compensation.coordinate_descent(target, start, scale, a, SPEC, 9)[0]
-    joint = compensation.joint_descent(target[0], start[0], scale[0], a[0], g, SPEC, 9)
-    assert effect(joint, g) < 0.9 * effect(alone, g)
+    plain = np.stack([np.eye(8)] * groups)
+    alone = compensation.coordinate_descent(target, start, scale, a, SPEC, 9)
+    joint = compensation.joint_descent(target, start, scale, a, g, SPEC, 9)
+    assert (effect(joint, g) < 0.9 * effect(alone, g)).all()
     np.testing.assert_array_equal(joint, np.clip(np.rint(joint), -4, 3))
-    same = compensation.joint_descent(target[0], start[0], scale[0], a[0], np.eye(8), SPEC, 9)
-    assert effect(same, np.eye(8)) == pytest.approx(effect(alone, np.eye(8)), rel=1e-3)
+    same = compensation.joint_descent(target, start, scale, a, plain, SPEC, 9)
+    np.testing.assert_allclose(effect(same, plain), effect(alone, plain), rtol=1e-3)
 
 
 def test_refitted_scales_lower_the_cost_and_leave_empty_rows_alone():
@@ -156,20 +163,22 @@ def test_refitted_scales_lower_the_cost_and_leave_empty_rows_alone():
         assert (cost(fitted)[:2] < cost(fitted * np.float32(factor))[:2]).all()
 
 
-@pytest.mark.parametrize("owners", [np.arange(6), np.zeros(6, np.int64)], ids=["per channel", "per tensor"])
+@pytest.mark.parametrize(
+    "owners", [np.arange(12).reshape(2, 6), np.stack([np.arange(6)] * 2), np.zeros((2, 6), np.int64)],
+    ids=["per channel", "shared by groups", "per tensor"],
+)  # fmt: skip
 def test_jointly_refitted_scales_lower_the_effect_on_the_outputs(owners):
-    inputs = _inputs(400, 12)
-    a = compensation.damped(_moments(inputs, inputs).covariances[0], 0.01)[0]
+    inputs = _inputs(400, 12, 2)
+    a = compensation.damped(_moments(inputs, inputs).covariances[0], 0.01)
     rng = np.random.default_rng(2)
-    target = rng.normal(size=(6, 12)).astype(np.float32)
-    mixing = rng.normal(size=(6, 3))
-    g = mixing @ mixing.T + 0.1 * np.eye(6)
+    target = rng.normal(size=(2, 6, 12)).astype(np.float32)
+    g = _output_moments(2, 6, rng)
     scale = np.full(owners.max() + 1, 0.5, np.float32)
     integers = np.rint(target / 0.6).astype(np.float32)
 
     def effect(scales: np.ndarray) -> float:
-        error = integers * scales[owners][:, None] - target
-        return float(np.trace(g @ error @ a @ error.T))
+        error = integers * scales[owners][:, :, None] - target
+        return float(np.einsum("gij,gjt,gts,gis->", g, error, a, error, optimize=True))
 
     fitted = compensation.jointly_refitted_scale(target, integers, scale, a, g, owners)
     assert effect(fitted) < effect(scale)

@@ -206,18 +206,25 @@ class _Problem:
             lambda q, s: compensation.coordinate_descent(target, q, s[owners], moment, self.spec, passes),
             lambda q, s: compensation.refitted_scale(target, q, s, moment, owners),
         )
-        if self.outputs is not None and np.trace(self.outputs) > 0:
-            effect, owner = compensation.damped(self.outputs[None], _OUTPUT_DAMPING)[0], owners[0]
-            lone, scale = self._in_turns(
-                integers[0],
+        effect = self._output_moment(len(rows))
+        if effect is not None:
+            integers, scale = self._in_turns(
+                integers,
                 scale,
                 least,
-                lambda q, s: compensation.joint_descent(target[0], q, s[owner], moment[0], effect, self.spec, passes),
-                lambda q, s: compensation.jointly_refitted_scale(target[0], q, s, moment[0], effect, owner),
+                lambda q, s: compensation.joint_descent(target, q, s[owners], moment, effect, self.spec, passes),
+                lambda q, s: compensation.jointly_refitted_scale(target, q, s, moment, effect, owners),
             )
-            integers = lone[None]
         params = QuantParams(np.asarray(scale if self.spec.axis is not None else scale[0], np.float32))
         return self.form.weight_from_rows(integers).astype(self.spec.container), params, full
+
+    def _output_moment(self, groups: int) -> compensation.Float64 | None:
+        """G of every group, of shape (n_groups, n_outputs, n_outputs); None if it is unknown or 0."""
+        if self.outputs is None or np.trace(self.outputs) <= 0:
+            return None
+        own = np.arange(groups)
+        blocks = self.outputs.reshape(groups, len(self.outputs) // groups, groups, -1)[own, :, own, :]
+        return compensation.damped(blocks, _OUTPUT_DAMPING)
 
     def _in_turns(
         self,

@@ -274,13 +274,12 @@ def _scored_tensors(view: GraphView, plan: Plan) -> dict[str, int]:
 
 
 def _jointly_scored(view: GraphView, plan: Plan, reached: Iterable[str]) -> list[str]:
-    """Outputs of the layers without groups; of very many channels the products would not pay."""
+    """Outputs of the layers whose groups have several each; of very many channels the products would not pay."""
     nodes = {n.name: n for n in view.nodes}
     return [
         layer.output for layer in plan.layers
         if layer.output in reached
-        and int_attribute(nodes[layer.node], "group", 1) == 1
-        and _static_shape(view, layer.output)[layer.output_axis] <= _MOST_JOINT_CHANNELS
+        and int_attribute(nodes[layer.node], "group", 1) < _static_shape(view, layer.output)[layer.output_axis] <= _MOST_JOINT_CHANNELS
     ]  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from graphs import images, normal, parse, silent, small_convnet
@@ -15,19 +17,20 @@ from eptq_onnx.steps.normalize import normalize
 from eptq_onnx.steps.plan import plan
 from eptq_onnx.steps.ranges import weight_ranges
 from eptq_onnx.steps.write import write
+from eptq_onnx.types import Scores
 
 TARGET = targets.load("ort-x64")
 
 
-def run(model, **options):
+def run(model, scores=None, make=images, **options):
     config = Config(**{"weight_bits": 3, "edge_bits": 3, "preset": "fast", **options})
     model = normalize(model, 13)
     p = plan(model, TARGET, config)
-    samples = data.read({model.graph.input[0].name: images(64)}, model)
+    samples = data.read({model.graph.input[0].name: make(64)}, model)
     calibration = calibrate(model, p, samples, config, silent)
     nearest = weight_ranges(model, p, calibration, None, config)
     quantized, _ = write(model, p, nearest)
-    rounding, skipped = closed_form(model, quantized, p, nearest, samples, np.arange(64), None, config, silent)
+    rounding, skipped = closed_form(model, quantized, p, nearest, samples, np.arange(64), scores, config, silent)
     return model, p, nearest, rounding, skipped
 
 
@@ -76,6 +79,21 @@ def test_grouped_transposed_convolutions_share_the_scales_of_their_channels():
     assert not skipped
     assert rounding.weights["w2"].scale.shape == (3,)
     assert error(model, p, rounding, smooth) < 0.9 * error(model, p, nearest, smooth)
+
+
+def test_outputs_of_a_group_make_up_for_each_others_errors_where_they_are_added():
+    weight = normal(16, 2, 3, 3)
+    model = parse(
+        "g (float[N,4,8,8] x) => (float[N,1,8,8] y) { c = Conv <group = 2, pads = [1,1,1,1]> (x, w)  y = ReduceSum (c, channels) }",
+        {"w": weight, "channels": np.array([1])},
+    )
+    added = Scores(channels={}, weights={}, outputs={"c": np.ones((16, 16))}, output_size=64)
+    errors = {}
+    for name, scores in (("apart", None), ("together", added)):
+        _, p, _, rounding, _ = run(model, scores, partial(images, channels=4))
+        off = quant_math.dequantize(rounding.integers["w"], rounding.weights["w"], p.weight_specs["w"]) - weight
+        errors[name] = np.square(off.reshape(2, 8, -1).sum(axis=1)).sum()
+    assert errors["together"] < 0.3 * errors["apart"]
 
 
 def test_a_shared_weight_keeps_its_rounding_and_says_so():
