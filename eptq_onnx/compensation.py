@@ -404,28 +404,26 @@ def _joint_descent(
         moved = False
         for begin in range(0, terms, _BLOCK):
             end = min(begin + _BLOCK, terms)
-            steps = np.zeros((len(q), end - begin))
+            effects = np.zeros((len(q), end - begin))
             local = pull[:, begin:end]
             for i in range(end - begin):
                 t = begin + i
-                effect = _descend_column(q[:, t], s, local[:, i], steps[:, i], moment[t, t], output_moment, spec)
+                effect = _descend_column(q[:, t], s, local[:, i], moment[t, t], output_moment, spec)
                 if effect is not None:
+                    effects[:, i] = effect
                     local[:, i + 1 :] -= np.outer(effect, moment[t, t + 1 : end])
-            if steps.any():
+            if effects.any():
                 moved = True
-                pull[:, end:] -= (output_moment @ steps) @ moment[begin:end, end:]
+                pull[:, end:] -= effects @ moment[begin:end, end:]
         if not moved:
             break
     return q.astype(np.float32)
 
 
 def _descend_column(
-    column: Float64, scale: Float64, pull: Float64, steps: Float64, variance: float, output_moment: Float64, spec: QuantSpec
+    column: Float64, scale: Float64, pull: Float64, variance: float, output_moment: Float64, spec: QuantSpec
 ) -> Float64 | None:
-    """Move integers of one column, the most useful move first, in place; ``steps`` collects the moves in real units.
-
-    Returns the moves times G, or None if there are none.
-    """
+    """Move integers of one column, the most useful move first, in place; returns G times the moves, None if there are none."""
     curvature = scale * np.diag(output_moment) * variance
     effect: Float64 | None = None
     for _ in range(2 * len(column)):
@@ -436,7 +434,6 @@ def _descend_column(
             break
         step = scale[best] * wanted[best]
         column[best] += wanted[best]
-        steps[best] += step
         push = step * output_moment[best]
         pull -= push * variance
         effect = push if effect is None else effect + push
