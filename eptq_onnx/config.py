@@ -149,7 +149,7 @@ class Config(BaseModel):
     probes : int
         Hutchinson probes per sample.
     score_samples : int
-        At most so many samples are scored and optimized on.
+        At most so many samples are scored and optimized on; the closed-form start takes more, up to 1,024, as they are cheap.
     batch_size : int
         Samples a step.
     holdout : float

@@ -56,6 +56,8 @@ class Progress(Protocol):
         ...
 
 
+_WALKED = 1024
+"""At most so many samples are rounded on, layer by layer, if no more are scored."""
 _SHARE_OF_MEMORY = 0.9
 """Of the machine's, that a large model's work may take where nothing else is said."""
 
@@ -243,11 +245,10 @@ def _shares(samples: Samples, config: Config) -> tuple[NDArray[np.int64], NDArra
     """Samples to score and optimize on, to round layer by layer on, and to compare on; the last are not among the second."""
     alike = samples.alike()
     chosen = alike[spread(len(alike), config.score_samples)]
-    seen, held = split(len(chosen), config.holdout, config.seed)
-    if len(alike) == samples.count:
-        return chosen, chosen[seen], chosen[held]
-    # Fixed shapes are for gradients: layers are rounded on samples of all sizes.
-    return chosen, np.setdiff1d(spread(samples.count, config.score_samples), chosen[held]), chosen[held]
+    held = chosen[split(len(chosen), config.holdout, config.seed)[1]]
+    # Gradients cost more, and want fixed shapes: layers are rounded on more samples, and on those of all sizes.
+    walked = np.setdiff1d(spread(samples.count, max(_WALKED, config.score_samples)), held)
+    return chosen, walked if len(walked) else chosen, held
 
 
 def _guarded(
