@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from eptq_onnx.errors import OutputError
 from eptq_onnx.graph.bodies import initializers
 
 LARGE = 2**28
@@ -100,22 +102,37 @@ def copied(tensor: TensorProto, beside: Path, folder: str) -> TensorProto:
         If the file is not beside the model, or too short.
     OSError
         If it cannot be read.
+    OutputError
+        If the folder has no room for it.
     """
     info = onnx.external_data_helper.ExternalDataInfo(tensor)
-    source = (beside / info.location).resolve()
-    if not source.is_relative_to(beside.resolve()):
+    # By name: caches keep links to files elsewhere.
+    source = Path(os.path.normpath(beside / info.location))
+    if not source.is_relative_to(os.path.normpath(beside)):
         raise ValueError(f"{info.location} is not below the model's folder")
-    handle, path = tempfile.mkstemp(dir=folder, suffix=".weight")
-    with open(source, "rb") as file, os.fdopen(handle, "wb") as target:
+    with open(source, "rb") as file:
         file.seek(info.offset or 0)
         left = source.stat().st_size - (info.offset or 0) if info.length is None else info.length
-        while left:
-            part = file.read(min(left, _CHUNK))
-            if not part:
-                raise ValueError(f"{info.location} ends before the value of {tensor.name} does")
-            target.write(part)
-            left -= len(part)
-    return reference(tensor.name, tensor.data_type, tensor.dims, location=path)
+        with _new_file(folder) as target:
+            while left:
+                part = file.read(min(left, _CHUNK))
+                if not part:
+                    raise ValueError(f"{info.location} ends before the value of {tensor.name} does")
+                target.write(part)
+                left -= len(part)
+    return reference(tensor.name, tensor.data_type, tensor.dims, location=target.name)
+
+
+@contextmanager
+def _new_file(folder: str) -> Iterator[Any]:
+    """A file to write a weight to."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".weight", delete=False) as file:
+            yield file
+    except OSError as e:
+        raise OutputError(
+            f"weights cannot be put into the temporary folder {folder}: {e.strerror or e}; let TMPDIR name one with room."
+        ) from e
 
 
 def loaded(tensor: TensorProto) -> TensorProto:
@@ -147,10 +164,9 @@ def stored(tensor: TensorProto, folder: str | None) -> TensorProto:
 
 
 def _written(folder: str, name: str, data_type: int, dims: Iterable[int], data: NDArray[Any]) -> TensorProto:
-    handle, path = tempfile.mkstemp(dir=folder, suffix=".weight")
-    with os.fdopen(handle, "wb") as file:
+    with _new_file(folder) as file:
         data.tofile(file)
-    return reference(name, data_type, dims, location=path)
+    return reference(name, data_type, dims, location=file.name)
 
 
 def reference(name: str, data_type: int, dims: Iterable[int], **place: str | int) -> TensorProto:

@@ -5,7 +5,7 @@ import onnx
 import pytest
 from graphs import images, normal, small_convnet
 
-from eptq_onnx import Config, ModelError, quantize
+from eptq_onnx import Config, ModelError, OutputError, quantize
 from eptq_onnx.graph import io, store
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.weights import stored
@@ -89,3 +89,27 @@ def test_weights_that_are_elsewhere_are_asked_for(tmp_path):
     onnx.save(small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
     with pytest.raises(ModelError, match=r"in a file beside the model, which is not told: give the model's path"):
         io.load((tmp_path / "m.onnx").read_bytes())
+
+
+def test_a_full_disk_is_told(tmp_path):
+    with pytest.raises(OutputError, match=r"temporary folder .*nowhere: No such file or directory; let TMPDIR name one with room"):
+        store.constant(normal(200, 200), "w", str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("location", "length", "message"),
+    [
+        ("../m.data", "80000", "not below the model's folder"),
+        ("m.data", "99999", "ends before the value of w does"),
+        ("n.data", "1", "No such file"),
+    ],
+)
+def test_external_data_that_is_not_there_is_told(tmp_path, monkeypatch, location, length, message):
+    monkeypatch.setattr(store, "LARGE", 0)
+    (tmp_path / "m.data").write_bytes(bytes(80_000))
+    model = small_convnet()
+    model.graph.initializer.append(store.reference("w", onnx.TensorProto.FLOAT, [20_000], location=location, offset=0, length=length))
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ModelError, match=f"external data of .*m.onnx cannot be read: .*{message}"):
+        io.load(tmp_path / "m.onnx", str(tmp_path / "folder"))
