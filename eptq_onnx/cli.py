@@ -68,7 +68,7 @@ def quantize(
     max_memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory to get along with, as 4GB: block by block where all does not fit (default for large models: what is there)."
+            help="Memory to get along with, such as 4GB: block by block where all does not fit (large models: nine tenths of all)."
         ),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Where to write the report as JSON.")] = None,

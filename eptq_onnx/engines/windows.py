@@ -15,6 +15,7 @@ import numpy as np
 from onnx import NodeProto
 
 from eptq_onnx.engines.tape import Tape, refusal
+from eptq_onnx.graph.lower.pools import window_counts
 from eptq_onnx.graph.view import attribute, int_attribute, ints_attribute
 
 Shape = Sequence[int]
@@ -178,9 +179,8 @@ def average_pool(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     w = Window.of(node, ints_attribute(node, "kernel_shape"))
     share = np.ones((), np.float32)
     for i, (size, count) in enumerate(zip(wide[2:], narrow[2:], strict=True)):
-        first = np.arange(count)[:, None] * w.strides[i] - w.pads[i] + np.arange(w.kernel[i]) * w.dilations[i]
-        before, behind = (w.pads[i], w.pads[len(w.kernel) + i]) if int_attribute(node, "count_include_pad", 0) else (0, 0)
-        inside = ((first >= -before) & (first < size + behind)).sum(axis=1)
+        counted = (w.pads[i], w.pads[len(w.kernel) + i]) if int_attribute(node, "count_include_pad", 0) else (0, 0)
+        inside = window_counts(size, count, w.kernel[i], w.strides[i], w.dilations[i], w.pads[i], counted)
         share = np.multiply.outer(share, 1 / np.maximum(inside, 1)).astype(np.float32)
     shares = t.add("Mul", dy, t.builder.constant(share, "share"))
     lone = t.reshape(shares, [wide[0] * wide[1], 1, *narrow[2:]])

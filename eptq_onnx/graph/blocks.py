@@ -70,7 +70,7 @@ def _ends(view: GraphView, most: int) -> list[int]:
     open_until: dict[str, int] = {}
     for k, node in enumerate(view.nodes):
         fresh = [i for i in node_reads(node) if i in view.initializers and i not in seen]
-        own = sum(store.value_bytes(view.initializers[i]) for i in fresh) + sum(_bytes(view, o) for o in node.output)
+        own = sum(store.value_bytes(view.initializers[i]) for i in fresh) + sum(bytes_of(view, o) for o in node.output)
         open_until = {name: end for name, end in open_until.items() if end >= k}
         # What crosses into another block is fed and returned: it must be a tensor of a known type.
         if size and size + own > most and all(view.elem_type(name) for name in open_until):
@@ -85,10 +85,11 @@ def _ends(view: GraphView, most: int) -> list[int]:
 def tensor_bytes(model: ModelProto) -> int:
     """Bytes of all tensors that a model with the shapes of one batch computes; those of unknown shape count nothing."""
     view = GraphView(model)
-    return sum(_bytes(view, name) for name in view.producer)
+    return sum(bytes_of(view, name) for name in view.producer)
 
 
-def _bytes(view: GraphView, name: str) -> int:
+def bytes_of(view: GraphView, name: str) -> int:
+    """Bytes of a tensor; 0 where its type or shape is unknown."""
     shape = view.static_shape(name)
     if shape is None or not view.elem_type(name):
         return 0
@@ -134,7 +135,8 @@ def observe(blocks: Sequence[Block], batches: Iterable[Feeds], wanted: Sequence[
         batches = [dict(feeds) for feeds in batches]
     for k, block in enumerate(blocks):
         made = {o for n in block.model.graph.node for o in n.output}
-        chosen = [name for name in wanted if name in made or (k == 0 and name in {i.name for i in block.model.graph.input})]
+        given = {i.name for i in block.model.graph.input} if k == 0 else set()
+        chosen = [name for name in wanted if name in made or name in given]
         for number, (feeds, values) in enumerate(_run(block, batches, [name for name in chosen if name in made])):
             yield number, {name: values[name] if name in values else feeds[name] for name in chosen}
 

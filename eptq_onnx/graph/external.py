@@ -7,7 +7,7 @@ from pathlib import Path
 from onnx import ModelProto
 
 from eptq_onnx.graph import store
-from eptq_onnx.graph.weights import light
+from eptq_onnx.graph.weights import light, with_weights
 
 _ALIGNMENT = 4096
 """Of each tensor in the file, so that runtimes can map it into memory."""
@@ -29,15 +29,12 @@ def write_external(model: ModelProto, path: Path, data_name: str) -> None:
         If a file cannot be written.
     """
     result, heavy = light(model)
-    names = {t.name for t in heavy}
-    listed = [i for i in result.graph.input if i.name not in names]
-    del result.graph.input[:]
-    result.graph.input.extend(listed)
+    places = []
     with open(path.parent / data_name, "wb") as file:
         for tensor in heavy:
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
             data = store.loaded(tensor).raw_data
-            place = store.reference(tensor.name, tensor.data_type, tensor.dims, location=data_name, offset=file.tell(), length=len(data))
-            result.graph.initializer.append(place)
+            place = {"location": data_name, "offset": file.tell(), "length": len(data)}
+            places.append(store.reference(tensor.name, tensor.data_type, tensor.dims, place))
             file.write(data)
-    path.write_bytes(result.SerializeToString(deterministic=True))
+    path.write_bytes(with_weights(result, places).SerializeToString(deterministic=True))

@@ -34,11 +34,12 @@ def fold_constants(model: ModelProto) -> ModelProto:
     folded, apart = light(model, _take_part(model))
     while True:
         folded = _without_identities(_folded_once(_dequantized(_with_whole_shapes(_constants_to_initializers(folded)))))
-        late = _take_part(folded, [t.name for t in apart])
-        if any(t.name in late for t in apart):
-            # What a folded shape has made constant.
-            folded = with_weights(folded, [store.loaded(t) for t in apart if t.name in late])
-            apart = [t for t in apart if t.name not in late]
+        needed = _take_part(folded, [t.name for t in apart])
+        late = [t for t in apart if t.name in needed]
+        if late:
+            # What they are read for has become constant only now.
+            folded = with_weights(folded, [store.loaded(t) for t in late])
+            apart = [t for t in apart if t.name not in needed]
             continue
         resolved = branches.with_known_branches(folded)
         if resolved is None:

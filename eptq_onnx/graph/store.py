@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def copied(tensor: TensorProto, beside: Path, folder: str) -> TensorProto:
                     raise ValueError(f"{info.location} ends before the value of {tensor.name} does")
                 target.write(part)
                 left -= len(part)
-    return reference(tensor.name, tensor.data_type, tensor.dims, location=target.name)
+    return reference(tensor.name, tensor.data_type, tensor.dims, {"location": target.name})
 
 
 @contextmanager
@@ -166,10 +166,10 @@ def stored(tensor: TensorProto, folder: str | None) -> TensorProto:
 def _written(folder: str, name: str, data_type: int, dims: Iterable[int], data: NDArray[Any]) -> TensorProto:
     with _new_file(folder) as file:
         data.tofile(file)
-    return reference(name, data_type, dims, location=file.name)
+    return reference(name, data_type, dims, {"location": file.name})
 
 
-def reference(name: str, data_type: int, dims: Iterable[int], **place: str | int) -> TensorProto:
+def reference(name: str, data_type: int, dims: Iterable[int], place: Mapping[str, object]) -> TensorProto:
     """An initializer whose value is elsewhere: location, offset and length, as `TensorProto.external_data` has them."""
     tensor = TensorProto(name=name, data_type=data_type, dims=dims, data_location=TensorProto.EXTERNAL)
     for key, value in place.items():

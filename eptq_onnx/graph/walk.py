@@ -78,7 +78,7 @@ class Walk:
         made = {o for n in piece for o in n.output if o}
         for node in piece:
             del self._waiting[node.name]
-        kept = [o for o in made if o == wanted or any(n.name in self._waiting for n in view.consumers[o])]
+        kept = [o for o in made if o == wanted or self._is_awaited(o)]
         read = dict.fromkeys(i for n in piece for i in node_reads(n) if i not in made)
         inputs = [i for i in read if self._known(i)]
         graph = helper.make_graph(
@@ -107,13 +107,13 @@ class Walk:
 
     def _forget(self) -> None:
         """Drop what no waiting node reads."""
-        view = self._view
-        done = [t for t in self._live[0] if not any(n.name in self._waiting for n in view.consumers[t])]
-        for feeds in self._live:
-            for name in done:
-                del feeds[name]
-        for name in [t for t in self._replaced if not any(n.name in self._waiting for n in view.consumers[t])]:
-            del self._replaced[name]
+        for values in (*self._live, self._replaced):
+            for name in [t for t in values if not self._is_awaited(t)]:
+                del values[name]
+
+    def _is_awaited(self, tensor: str) -> bool:
+        """True if a node that has not run reads it."""
+        return any(n.name in self._waiting for n in self._view.consumers[tensor])
 
 
 def peak_bytes(model: ModelProto) -> int:

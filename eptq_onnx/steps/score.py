@@ -21,7 +21,7 @@ from eptq_onnx.data import Samples
 from eptq_onnx.engines.base import UNREACHED, Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
-from eptq_onnx.graph.blocks import Block, advance, cut
+from eptq_onnx.graph.blocks import Block, advance, bytes_of, cut
 from eptq_onnx.graph.fold import fold_sizes
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.shapes import specialize
@@ -196,7 +196,7 @@ def _rounds_together(blocks: Sequence[Block], view: GraphView, config: Config) -
     """Batches that are taken through all blocks before the next are begun: what blocks read of each other is kept."""
     if config.block_bytes is None or len(blocks) == 1:
         return sys.maxsize
-    kept = sum(4 * int(np.prod(view.static_shape(name) or (0,))) for block in blocks for name in block.makes)
+    kept = sum(bytes_of(view, name) for block in blocks for name in block.makes)
     return max(1, 4 * config.block_bytes // max(1, kept * (1 + config.probes)))
 
 

@@ -108,7 +108,9 @@ def test_external_data_that_is_not_there_is_told(tmp_path, monkeypatch, location
     monkeypatch.setattr(store, "LARGE", 0)
     (tmp_path / "m.data").write_bytes(bytes(80_000))
     model = small_convnet()
-    model.graph.initializer.append(store.reference("w", onnx.TensorProto.FLOAT, [20_000], location=location, offset=0, length=length))
+    model.graph.initializer.append(
+        store.reference("w", onnx.TensorProto.FLOAT, [20_000], {"location": location, "offset": 0, "length": length})
+    )
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     (tmp_path / "folder").mkdir()
     with pytest.raises(ModelError, match=f"external data of .*m.onnx cannot be read: .*{message}"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import NodeProto, helper
 
 from eptq_onnx.graph.edit import Builder
@@ -93,6 +94,22 @@ def average_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
     b.add("Mul", [sums, _shares(node, view, kernel, steps)], node.output[0])
 
 
+def window_counts(size: int, count: int, kernel: int, stride: int, dilation: int, pad: int, counted: tuple[int, int]) -> NDArray[np.int64]:
+    """Elements of each of ``count`` windows along one axis, as AveragePool counts them.
+
+    Parameters
+    ----------
+    size, count : int
+        Length of the input and of the output.
+    kernel, stride, dilation, pad : int
+        The first window begins ``pad`` before the input.
+    counted : tuple of int
+        Padding before and behind the input that counts, too.
+    """
+    places = (np.arange(count) * stride - pad)[:, None] + np.arange(kernel) * dilation
+    return np.asarray(((places >= -counted[0]) & (places < size + counted[1])).sum(axis=1))
+
+
 def _shares(node: NodeProto, view: GraphView, kernel: list[int], steps: dict[str, Any]) -> np.ndarray:
     """1 over the number of elements of each window, padding counted if ``count_include_pad`` says so."""
     sizes, after = shape_of(view, node.input[0])[2:], shape_of(view, node.output[0])[2:]
@@ -100,12 +117,9 @@ def _shares(node: NodeProto, view: GraphView, kernel: list[int], steps: dict[str
     told = ints_attribute(node, "pads") or [0] * (2 * len(kernel))
     counts = np.ones((1, 1), np.float32).reshape((1, 1) + (1,) * len(kernel))
     for axis, (size, count) in enumerate(zip(sizes, after, strict=True)):
-        starts = np.arange(count) * steps["strides"][axis] - pads[axis]
-        places = starts[:, None] + np.arange(kernel[axis]) * steps["dilations"][axis]
-        low, high = 0, size
-        if int_attribute(node, "count_include_pad", 0):
-            low, high = -told[axis], size + told[axis + len(kernel)]
-        inside = ((places >= low) & (places < high)).sum(axis=1).astype(np.float32)
+        counted = (told[axis], told[axis + len(kernel)]) if int_attribute(node, "count_include_pad", 0) else (0, 0)
+        places = (kernel[axis], steps["strides"][axis], steps["dilations"][axis], pads[axis])
+        inside = window_counts(size, count, *places, counted).astype(np.float32)
         counts = counts * inside.reshape((1, 1) + (1,) * axis + (-1,) + (1,) * (len(kernel) - axis - 1))
     return (1 / np.maximum(counts, 1)).astype(np.float32)
 
