@@ -29,14 +29,15 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """``function`` of every item, in order; as many at once as there are workers.
 
     ``function`` must release the GIL to gain anything: onnxruntime's sessions and numpy's large operations do. Items are
-    drawn, and results kept, only a worker's share ahead of what the caller has taken.
+    drawn, and results kept, only a worker's share ahead of what the caller has taken, and one more, so that no worker waits
+    for the next to be made.
     """
     count = worker_count()
     with ThreadPoolExecutor(count) as pool:
         waiting: deque[Future[R]] = deque()
         try:
             for item in items:
-                if len(waiting) == count:
+                if len(waiting) > count:
                     yield waiting.popleft().result()
                 waiting.append(pool.submit(function, item))
             while waiting:

@@ -24,6 +24,9 @@ from eptq_onnx.types import Feeds
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A message must stay below 2 GiB; some room is left for what onnxruntime adds."""
 
+LAYOUT_DOMAIN = "com.microsoft.nchwc"
+"""Operators that compute on blocks of channels."""
+
 _OLDEST_OPSET, _OLDEST_IR = 19, 9
 """What every supported onnxruntime reads."""
 
@@ -152,6 +155,23 @@ def _tiny(opset: int, ir_version: int) -> ModelProto:
         nodes.append(helper.make_node(f"{op_type}Linear", [x, "one", "zero"], [y]))
     graph = helper.make_graph(nodes, "tiny", info[:1], info[1:])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
+
+
+@cache
+def channel_block() -> int:
+    """Channels that onnxruntime keeps together in its own layout of images (NCHWc) on this machine; 0 if it has none.
+
+    It does not tell: a reordered image does, whose values are their place in a row.
+    """
+    image = np.tile(np.arange(2, dtype=np.float32), (1, 64, 1, 1))
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, image.shape) for name in "xy")
+    graph = helper.make_graph([helper.make_node("ReorderInput", ["x"], ["y"], domain=LAYOUT_DOMAIN)], "order", [x], [y])
+    opsets = [helper.make_opsetid("", _OLDEST_OPSET), helper.make_opsetid(LAYOUT_DOMAIN, 1)]
+    try:
+        session = Session(helper.make_model(graph, opset_imports=opsets, ir_version=_OLDEST_IR))
+        return int(np.argmax(session.run({"x": image})["y"]))
+    except ModelError:
+        return 0
 
 
 def _highest(model: Callable[[int], ModelProto], low: int, high: int) -> int:

@@ -18,9 +18,10 @@ from eptq_onnx import ops, runtime
 from eptq_onnx.engines.base import GradientModel, reachable
 from eptq_onnx.engines.rules import leaky_relu_slope
 from eptq_onnx.engines.tape import Tape
-from eptq_onnx.engines.windows import Window, turned_convolution
+from eptq_onnx.engines.windows import Window, turned_convolution, weight_gradient
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.kernels import fits_blocks
 from eptq_onnx.graph.view import GraphView, attribute
 from eptq_onnx.graph.weights import light, with_weights
 from eptq_onnx.ops import LSQ_DOMAIN
@@ -190,21 +191,28 @@ def _leaky_relu_gradient(node: NodeProto, t: Tape) -> None:
 
 
 def _conv_gradient(node: NodeProto, t: Tape) -> None:
-    """dx as a Conv where it is one: onnxruntime's ConvGrad makes it column by column, in two to three times the time.
+    """dx as a Conv where it is one, dW of a depthwise Conv as well: ConvGrad makes them column by column, which takes longer.
 
-    ConvGrad keeps dW and the bias.
+    It keeps what else there is.
     """
-    dy, weight = node.input[0], node.input[2]
-    shape = t.view.static_shape(weight)
-    dx = turned_convolution(t, Window.of(node, shape[2:]), dy, weight, shape) if node.output[0] and shape else None
-    if dx is None:
-        t.builder.nodes.append(node)
-        return
-    t.builder.add("Identity", [dx], node.output[0])
-    if any(node.output[1:]):
-        rest = NodeProto()
-        rest.CopyFrom(node)
-        rest.output[0] = ""
+    dy, x, weight = node.input[:3]
+    shape, x_shape, y_shape = (t.view.static_shape(name) for name in (weight, x, dy))
+    made: dict[int, str | None] = {}
+    if shape is not None:
+        window = Window.of(node, shape[2:])
+        if node.output[0]:
+            sizes = (None if s is None else s[2:] for s in (x_shape, y_shape))
+            made[0] = turned_convolution(t, window, dy, weight, shape, *sizes)
+        if x_shape is not None and y_shape is not None and fits_blocks(shape, window.group):
+            made[1] = weight_gradient(t, window, x, dy, x_shape, y_shape, shape) if node.output[1] else None
+            made[2] = t.sum(dy, [0, 2, 3]) if node.output[2:] and node.output[2] else None
+    rest = NodeProto()
+    rest.CopyFrom(node)
+    for k, name in made.items():
+        if name is not None:
+            t.builder.add("Identity", [name], node.output[k])
+            rest.output[k] = ""
+    if any(rest.output):
         t.builder.nodes.append(rest)
 
 

@@ -6,7 +6,7 @@ Every one of them is a convolution again, forward or transposed, or a matrix pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import product
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from onnx import NodeProto
 
 from eptq_onnx.engines.tape import Tape, refusal
+from eptq_onnx.graph.kernels import fits_blocks
 from eptq_onnx.graph.lower.pools import window_counts
 from eptq_onnx.graph.view import attribute, int_attribute, ints_attribute
 
@@ -74,12 +75,19 @@ class Window:
 
 
 # ---- convolution -----------------------------------------------------------------------------------------------
-def turned_convolution(t: Tape, w: Window, dy: str, weight: str, shape: Shape) -> str | None:
-    """dx of a Conv with strides 1: a Conv of dy with the weight flipped and its channel axes exchanged, group by group.
+def turned_convolution(t: Tape, w: Window, dy: str, weight: str, shape: Shape, wide: Shape | None, narrow: Shape | None) -> str | None:
+    """dx of a Conv: a Conv of dy with the weight flipped and its channel axes exchanged, group by group.
 
-    None where it would need negative padding, or where strides are not 1.
+    None where it would need negative padding, or has strides that do not pay.
+
+    Parameters
+    ----------
+    wide, narrow : sequence of int, optional
+        Sizes of x and y.
     """
     outputs, inputs, rank = shape[0], shape[1], len(w.kernel)
+    if set(w.strides) != {1} and wide is not None and narrow is not None and fits_blocks(shape, w.group):
+        w, dy = _stretched(t, w, dy, wide, narrow)
     pads = [r - p for r, p in zip([*w.reach, *w.reach], w.pads, strict=True)]
     if set(w.strides) != {1} or min(pads) < 0:
         return None
@@ -92,6 +100,16 @@ def turned_convolution(t: Tape, w: Window, dy: str, weight: str, shape: Shape) -
         ends = [[-1] * rank, [-(2**31)] * rank, list(range(2, rank + 2)), [-1] * rank]
         flipped = t.add("Slice", flipped, *map(t.ints, ends))
     return t.add("Conv", dy, flipped, pads=pads, dilations=list(w.dilations), group=w.group, kernel_shape=list(w.kernel))
+
+
+def _stretched(t: Tape, w: Window, dy: str, wide: Shape, narrow: Shape) -> tuple[Window, str]:
+    """The window with strides 1 whose dy has zeros in between; and that dy."""
+    ones = t.builder.constant(np.ones((w.group, *[1] * (len(w.kernel) + 1)), np.float32), "ones")
+    extra = [s - 1 for s in w.strides]
+    apart = t.add("ConvTranspose", dy, ones, group=w.group, strides=list(w.strides), output_padding=extra)
+    begins = w.pads[: len(w.kernel)]
+    ends = (r - p + n * s - m for r, p, n, s, m in zip(w.reach, begins, narrow, w.strides, wide, strict=True))
+    return replace(w, strides=(1,) * len(w.kernel), pads=(*begins, *ends)), apart
 
 
 def weight_gradient(t: Tape, w: Window, x: str, dy: str, x_shape: Shape, y_shape: Shape, shape: Shape) -> str:
@@ -137,8 +155,9 @@ def convolution_input(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     x, weight = node.input[:2]
     shape = t.shape(weight)
     w = Window.of(node, shape[2:])
-    turned = turned_convolution(t, w, dy, weight, shape)
-    return turned or t.add("ConvTranspose", dy, weight, **w.transposed(t.shape(x)[2:], t.shape(node.output[0])[2:]))
+    wide, narrow = t.shape(x)[2:], t.shape(node.output[0])[2:]
+    turned = turned_convolution(t, w, dy, weight, shape, wide, narrow)
+    return turned or t.add("ConvTranspose", dy, weight, **w.transposed(wide, narrow))
 
 
 def convolution_weight(t: Tape, node: NodeProto, k: int, dy: str) -> str:

@@ -26,6 +26,7 @@ from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit, store
 from eptq_onnx.graph.bodies import node_reads
 from eptq_onnx.graph.fold import fold_sizes
+from eptq_onnx.graph.kernels import faster
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
@@ -79,8 +80,8 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     # Gradients that nobody asked for (of scales that are not learned) would cost a fifth of the step.
     edit.prune(gradient.model)
     return TrainingGraph(
-        train=gradient.model,
-        evaluate=evaluate,
+        train=faster(gradient.model),
+        evaluate=faster(evaluate),
         gradients=gradient.gradients,
         quantizers=learned,
         channels=channels,
