@@ -109,7 +109,10 @@ class EngineChoice(str, Enum):
     STANDARD = "standard"
 
 
-PRESET_STEPS = {Preset.FAST: 0, Preset.BALANCED: 200, Preset.BEST: 1000}
+PRESET_STEPS = {Preset.FAST: (0, 0), Preset.BALANCED: (200, 1000), Preset.BEST: (1000, 5000)}
+"""Fewest and most steps of the network-wise optimization."""
+_CHEAP = 8e7
+"""Multiplications a sample of a model that gets most steps; one of five times as many gets fewest."""
 
 
 class Config(BaseModel):
@@ -131,7 +134,8 @@ class Config(BaseModel):
     target : str
         Name of a shipped target, or path of a target file (TOML).
     preset : Preset
-        ``fast`` uses no gradients: the closed-form start alone; ``balanced`` and ``best`` set `steps` to 200 and 1000.
+        ``fast`` uses no gradients: the closed-form start alone; ``balanced`` and ``best`` set `steps` to 200 and 1000, and
+        to up to five times as many for models of less than 400 million multiplications a sample.
     steps : int, optional
         Steps of the network-wise optimization; overrides the preset.
     engine : EngineChoice
@@ -149,7 +153,7 @@ class Config(BaseModel):
     probes : int
         Hutchinson probes per sample.
     score_samples : int
-        At most so many samples are scored and optimized on; the closed-form start takes more, up to 1,024, as they are cheap.
+        At most so many samples are scored and optimized on; the closed-form start always takes up to 1,024, as they are cheap.
     batch_size : int
         Samples a step.
     holdout : float
@@ -216,20 +220,20 @@ class Config(BaseModel):
     weight_range: WeightRange | None = None
     damping: float = Field(0.1, ge=0)
     probes: int = Field(2, ge=1)
-    score_samples: int = Field(256, ge=1)
+    score_samples: int = Field(1024, ge=1)
     batch_size: int = Field(16, ge=1)
     holdout: float = Field(0.1, gt=0, lt=0.9)
     start: Start = Start.CLOSED_FORM
     correction_damping: float | None = Field(None, ge=0)
     rounding_damping: float = Field(0.1, gt=0)
     descent_passes: int = Field(3, ge=0)
-    patience: int = Field(5, ge=0)
+    patience: int = Field(8, ge=0)
     max_noise: float = Field(0.05, ge=0)
     rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH
     optimizer: Optimizer = Optimizer.ADAM
     rounding_lr: float | None = Field(None, ge=0)
-    bias_lr: float = Field(3e-4, ge=0)
-    scale_lr: float = Field(3e-4, ge=0)
+    bias_lr: float = Field(1e-3, ge=0)
+    scale_lr: float = Field(1e-3, ge=0)
     activation_scale_lr: float = Field(1e-3, ge=0)
     rounding_strength: float = Field(1.0, ge=0)
     warmup: float = Field(0.2, ge=0, lt=1)
@@ -265,9 +269,16 @@ class Config(BaseModel):
         return None if self.max_memory is None else self.max_memory // 16
 
     @property
-    def step_count(self) -> int:
-        """Steps of the network-wise optimization."""
-        return PRESET_STEPS[self.preset] if self.steps is None else self.steps
+    def optimizes(self) -> bool:
+        """True if there is to be a network-wise optimization."""
+        return self.step_count(0) > 0
+
+    def step_count(self, multiplications: float) -> int:
+        """Steps of the network-wise optimization of a model with so many multiplications a sample."""
+        if self.steps is not None:
+            return self.steps
+        fewest, most = PRESET_STEPS[self.preset]
+        return round(min(most, max(fewest, most * _CHEAP / max(multiplications, 1))))
 
     @property
     def rounding_rate(self) -> float:
@@ -288,7 +299,7 @@ class Config(BaseModel):
     @property
     def needs_gradients(self) -> bool:
         """True if any step of this run uses the gradient engine."""
-        return self.step_count > 0 or self.weight_range_method is WeightRange.HMSE
+        return self.optimizes or self.weight_range_method is WeightRange.HMSE
 
 
 def describe(error: ValidationError, what: str) -> str:

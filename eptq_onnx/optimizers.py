@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from eptq_onnx.types import Array
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Adam:
@@ -42,6 +45,30 @@ class Adam:
         root = np.sqrt(v / np.float32(1 - self._beta2**self._time))
         result: Array = m / (root + np.float32(self._epsilon))
         return result
+
+
+class MovingAverage(Generic[Key]):
+    """Where parameters go, while single steps wander about it (Polyak and Juditsky 1992).
+
+    Parameters
+    ----------
+    parameters : mapping of hashable to ndarray of float32
+        Followed, never changed.
+    steps : float
+        Steps that count, about; of fewer all count alike.
+    """
+
+    def __init__(self, parameters: Mapping[Key, Array], steps: float) -> None:
+        self._parameters, self._steps, self._seen = parameters, max(1.0, steps), 0
+        self.values: dict[Key, Array] = {n: p.copy() for n, p in parameters.items()}
+
+    def update(self) -> None:
+        """Take the current values in."""
+        self._seen += 1
+        pace = np.float32(1 / min(self._seen, self._steps))
+        for name, value in self._parameters.items():
+            mean = self.values[name]
+            mean += pace * (value - mean)
 
 
 class RAdam(Adam):

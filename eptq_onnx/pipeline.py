@@ -171,7 +171,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
             rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, walked, scores, config, told)
             notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
     trace: OptimizationTrace | None = None
-    if engine is not None and config.step_count:
+    if engine is not None and config.optimizes:
         with clock("optimize"), _noting(notes, "not optimized over the whole network"):
             graph = soften(float_model, plan, rounding, samples, config, engine)
             notes.extend(f"no gradient passes {note}" for note in graph.notes)
@@ -231,7 +231,7 @@ def _affordable(config: Config, model: ModelProto, plan: Plan, samples: Samples,
     """The config with a limit for the memory of a large model, and without steps that do not fit into it."""
     if config.max_memory is None and store.folder_of(model) is not None:
         config = config.model_copy(update={"max_memory": ByteSize(_SHARE_OF_MEMORY * psutil.virtual_memory().total)})
-    if config.max_memory is None or not config.step_count:
+    if config.max_memory is None or not config.optimizes:
         return config
     needed = ByteSize(needed_bytes(model, plan, samples))
     if needed <= config.max_memory:
@@ -322,7 +322,7 @@ def _peak_memory() -> int:
 
 
 def _wants_scores(config: Config) -> bool:
-    return config.weight_range_method is WeightRange.HMSE or (config.step_count > 0 and config.attention is not Attention.NONE)
+    return config.weight_range_method is WeightRange.HMSE or (config.optimizes and config.attention is not Attention.NONE)
 
 
 def _ranged_weights(model: ModelProto, plan: Plan, config: Config) -> set[str]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from eptq_onnx.optimizers import Adam, RAdam
+from eptq_onnx.optimizers import Adam, MovingAverage, RAdam
 
 
 @pytest.mark.parametrize("kind", [Adam, RAdam])
@@ -37,3 +37,16 @@ def test_updates_are_in_place_and_only_of_what_has_a_gradient():
     Adam({"a": a, "b": b}).step({"a": np.ones(2, np.float32)}, 0.1)
     assert a[0] < 1
     assert b[0] == 1
+
+
+def test_a_moving_average_is_the_mean_of_the_first_steps_and_forgets_them_later():
+    values = {"x": np.zeros(2, np.float32)}
+    average = MovingAverage(values, 4)
+    for k in range(1, 5):
+        values["x"][:] = k
+        average.update()
+    np.testing.assert_allclose(average.values["x"], 2.5)
+    for _ in range(60):
+        average.update()
+    np.testing.assert_allclose(average.values["x"], 4, atol=1e-5)
+    assert average.values["x"] is not values["x"]

@@ -52,7 +52,8 @@ def test_there_is_something_to_check():
 def test_options_defaults_and_targets_are_those_of_the_code():
     for name in targets.names():
         assert f"| `{name}` |" in README
-    assert f"`balanced`: {PRESET_STEPS[Preset.BALANCED]} steps; `best`: {PRESET_STEPS[Preset.BEST]} steps" in README
+    for preset, text in ((Preset.BALANCED, "`balanced`: {} steps (small models: up to {})"), (Preset.BEST, "`best`: {} steps (up to {})")):
+        assert text.format(*PRESET_STEPS[preset]) in README
     help_text = CliRunner().invoke(app, ["quantize", "--help"], env={"COLUMNS": "200"}).output
     for option in re.findall(r"`(--[a-z-]+)`", README.split("## Targets")[0].split("| option |")[1]):
         assert option in help_text

@@ -110,7 +110,7 @@ def closed_form(
                 outputs = scores.outputs.get(layer.output) if scores is not None else None
                 problem = _Problem(form, weight, layer.weight_spec, moments, outputs, config)
                 integers[layer.weight], params[layer.weight], target = problem.solve(least)
-                if config.step_count:
+                if config.optimizes:
                     targets[layer.weight] = target
         rounded = quant_math.dequantize(integers[layer.weight], params[layer.weight], layer.weight_spec)
         rough.set_constant(names[layer.node][0], rounded)

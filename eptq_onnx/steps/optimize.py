@@ -1,7 +1,8 @@
 """Step 7: network-wise optimization (paper section 4): soft rounding, biases, weight and activation scales at once.
 
 The result is the best of the hard-rounded candidates on samples that the optimization has not seen, the start among
-them: a candidate must beat it sample by sample, by more than chance would.
+them. A candidate is the moving average of the parameters: single steps wander about where they go. It must beat the start
+sample by sample, by more than chance would.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +26,7 @@ from eptq_onnx.errors import GradientError
 from eptq_onnx.graph.blocks import tensor_bytes
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.optimizers import Adam, RAdam
+from eptq_onnx.optimizers import Adam, MovingAverage, RAdam
 from eptq_onnx.parallel import ordered_map, worker_count
 from eptq_onnx.rounding import RoundedWeight, SoftWeight, StraightThroughWeight
 from eptq_onnx.runtime import Session
@@ -33,10 +35,12 @@ from eptq_onnx.types import Array, Calibration, Feeds, OptimizationTrace, Plan, 
 _CHECKPOINTS = 10
 _RISE = 0.1
 """Share of the steps in which the learning rates rise to their full size."""
+_MEMORY = 0.05
+"""Share of the steps that a candidate is the average of: the single steps wander about where they go."""
 _VARIATIONS = 3
 """Of each held-out sample, that candidates are judged on beside itself."""
-_BYTES_A_WEIGHT = 36
-"""Of a weight element: its value, target and float twin, what the optimizer keeps, its rounded form and its gradients."""
+_BYTES_A_WEIGHT = 40
+"""Of a weight element: its value, target and float twin, what the optimizer keeps, its average, its rounded form and its gradients."""
 _BYTES_A_CONSTANT = 9
 """Of an element of a table: its value, its integer, and what that stands for."""
 _COPIES_OF_TENSORS = 3
@@ -113,7 +117,9 @@ def optimize(
         If the loss is not a number.
     """
     began = time.perf_counter()
-    state = _State(plan, start, graph, calibration, config)
+    # What the layers multiply is what a step takes its time for.
+    total = config.step_count(sum(start.integers[x.weight].size * n for x, n in zip(plan.layers, graph.positions, strict=True)))
+    state = _State(plan, start, graph, calibration, config, total)
     attention = channel_attention(plan, scores, graph.channels, len(indices), config)
     seen, held = split(len(indices), config.holdout, config.seed)
     batches = _Batches(graph, samples, indices, attention)
@@ -125,7 +131,6 @@ def optimize(
     rng = np.random.default_rng(config.seed)
     queue: list[int] = []
     losses: list[float] = []
-    total = config.step_count
     for step in range(total):
         while len(queue) < batch:
             queue.extend(rng.permutation(seen).tolist())
@@ -204,8 +209,8 @@ def _flipped(start: Rounding, end: Rounding) -> float:
 class _State:
     """Everything that is learned, and how it is updated."""
 
-    def __init__(self, plan: Plan, start: Rounding, graph: TrainingGraph, calibration: Calibration, config: Config) -> None:
-        self._plan, self._start, self._graph, self._config = plan, start, graph, config
+    def __init__(self, plan: Plan, start: Rounding, graph: TrainingGraph, calibration: Calibration, config: Config, total: int) -> None:
+        self._plan, self._start, self._graph, self._config, self._total = plan, start, graph, config, total
         learnable = [n for n in plan.weight_specs if n in graph.gradients]
         kind = _KINDS[config.rounding]
         self.weights: dict[str, RoundedWeight] = {
@@ -236,13 +241,22 @@ class _State:
         self._factors = Adam({n: w.gamma for n, w in self.weights.items()})
         self._biases = Adam(self._bias_shift)
         self._scales = Adam({ACTIVATION_SCALES: self._log_scales})
+        self._means = MovingAverage(
+            {
+                **{("variable", n): w.variable for n, w in self.weights.items()},
+                **{("gamma", n): w.gamma for n, w in self.weights.items()},
+                **{("bias", n): shift for n, shift in self._bias_shift.items()},
+                ("scales", ACTIVATION_SCALES): self._log_scales,
+            },
+            _MEMORY * total,
+        )
 
     def step(self, session: Session, batches: _Batches, chosen: NDArray[np.int64], step: int, rng: np.random.Generator) -> float:
         """One update from the samples at places ``chosen``; returns the loss."""
-        total = self._config.step_count
         steps = {n: p.scale for n, p in self._start.weights.items()} | {n: w.scale * w.gamma for n, w in self.weights.items()}
-        feeds = self._parameters({n: w.forward() for n, w in self.weights.items()}, steps, self._current_biases(), self._current_scales())
-        feeds[FLOAT_SHARE] = np.array([max(0.0, 1 - (step + 1) / total)], np.float32)
+        weights = {n: w.forward() for n, w in self.weights.items()}
+        feeds = self._parameters(weights, steps, self._biases_of(self._bias_shift), self._scales_of(self._log_scales))
+        feeds[FLOAT_SHARE] = np.array([max(0.0, 1 - (step + 1) / self._total)], np.float32)
         gradients: dict[str, Array] = {}
         loss = 0.0
         wanted = [LOSS, *self._graph.gradients.values()]
@@ -253,10 +267,10 @@ class _State:
             for name, output in self._graph.gradients.items():
                 value = values[output]
                 gradients[name] = gradients[name] + value if name in gradients else value
-        return loss + self._update(gradients, batches.layer_weights, step, total)
+        return loss + self._update(gradients, batches.layer_weights, step)
 
-    def _update(self, gradients: dict[str, Array], layer_weights: Sequence[float], step: int, total: int) -> float:
-        config = self._config
+    def _update(self, gradients: dict[str, Array], layer_weights: Sequence[float], step: int) -> float:
+        config, total = self._config, self._total
         warm = config.warmup * total
         strength = config.rounding_strength if step >= warm else 0.0
         exponent = 20 + (2 - 20) * min(1.0, max(0.0, (step - warm) / max(1.0, total - warm)))
@@ -273,21 +287,26 @@ class _State:
         self._biases.step({n: gradients[n] * unit for n, unit in self._bias_unit.items()}, config.bias_lr * cosine)
         if ACTIVATION_SCALES in gradients:
             self._scales.step(
-                {ACTIVATION_SCALES: gradients[ACTIVATION_SCALES] * self._current_scales()}, config.activation_scale_lr * cosine
+                {ACTIVATION_SCALES: gradients[ACTIVATION_SCALES] * self._scales_of(self._log_scales)}, config.activation_scale_lr * cosine
             )
+        self._means.update()
         return penalty
 
     def harden(self) -> Rounding:
-        """The current parameters with every weight decided."""
+        """Where the parameters are going, with every weight decided."""
+        means = self._means.values
         integers, params = dict(self._start.integers), dict(self._start.weights)
         for name, weight in self.weights.items():
-            integers[name], params[name] = weight.harden()
+            settled = copy(weight)
+            settled.variable, settled.gamma = means["variable", name], means["gamma", name]
+            integers[name], params[name] = settled.harden()
         activations = dict(self._start.activations)
         bounds = {q.name: q for q in self._plan.activations}
-        for name, scale in zip(self._graph.quantizers, self._current_scales(), strict=True):
+        for name, scale in zip(self._graph.quantizers, self._scales_of(means["scales", ACTIVATION_SCALES]), strict=True):
             changed = replace(activations[name], scale=np.asarray(scale, np.float32))
             activations[name] = quant_math.inside_bounds(changed, bounds[name].spec, bounds[name].bounds)
-        return Rounding(integers, params, activations, {**self._start.biases, **self._current_biases()}, self._start.targets)
+        biases = self._biases_of({n: means["bias", n] for n in self._bias_shift})
+        return Rounding(integers, params, activations, {**self._start.biases, **biases}, self._start.targets)
 
     def hard_parameters(self, rounding: Rounding) -> Feeds:
         """Feeds of the evaluation graph for a hard-rounded candidate."""
@@ -310,11 +329,11 @@ class _State:
             feeds[ACTIVATION_SCALES] = scales
         return feeds
 
-    def _current_biases(self) -> dict[str, Array]:
-        return {n: self._start.biases[n] + shift * self._bias_unit[n] for n, shift in self._bias_shift.items()}
+    def _biases_of(self, shifts: dict[str, Array]) -> dict[str, Array]:
+        return {n: self._start.biases[n] + shift * self._bias_unit[n] for n, shift in shifts.items()}
 
-    def _current_scales(self) -> Array:
-        result: Array = self._first_scales * np.exp(self._log_scales)
+    def _scales_of(self, logarithms: Array) -> Array:
+        result: Array = self._first_scales * np.exp(logarithms)
         return result
 
 
