@@ -232,8 +232,8 @@ class Config(BaseModel):
     rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH
     optimizer: Optimizer = Optimizer.ADAM
     rounding_lr: float | None = Field(None, ge=0)
-    bias_lr: float = Field(1e-3, ge=0)
-    scale_lr: float = Field(1e-3, ge=0)
+    bias_lr: float = Field(3e-4, ge=0)
+    scale_lr: float = Field(3e-4, ge=0)
     activation_scale_lr: float = Field(1e-3, ge=0)
     rounding_strength: float = Field(1.0, ge=0)
     warmup: float = Field(0.2, ge=0, lt=1)
