@@ -37,7 +37,8 @@ def faster(model: ModelProto) -> ModelProto:
         else:
             forms.builder.nodes.append(node)
     result = edit.with_nodes(model, forms.builder.nodes, forms.builder.initializers)
-    edit.import_domain(result, LAYOUT_DOMAIN)
+    if any(node.domain == LAYOUT_DOMAIN for node in result.graph.node):
+        edit.import_domain(result, LAYOUT_DOMAIN)
     edit.prune(result)
     return result
 
