@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -61,11 +61,27 @@ def _take_part(model: ModelProto, others: Iterable[str] = ()) -> set[str]:
     return found | {o.name for o in model.graph.output}
 
 
-def fold_sizes(model: ModelProto) -> ModelProto:
-    """A copy of a model with fixed input shapes in which what is computed from shapes is constant; itself if nothing is."""
+def fold_sizes(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
+    """A copy of a model with fixed input shapes in which what is computed from shapes is constant; itself if nothing is.
+
+    Parameters
+    ----------
+    model : ModelProto
+    kept : collection of str
+        Initializers that stay what they are, and where they are read: a table of positions, say, that is read at constant
+        places once the number of positions is known.
+    """
     if not any(node.op_type in ("Shape", "Size") for node in model.graph.node):
         return model
-    return infer_shapes(fold_constants(model))
+    private = edit.with_nodes(model, model.graph.node)
+    edit.promote_to_inputs(private, kept)
+    folded = fold_constants(private)
+    own = [t for t in model.graph.initializer if t.name in kept]
+    inputs = [i for i in folded.graph.input if i.name not in kept]
+    result = edit.with_nodes(folded, folded.graph.node, own)
+    del result.graph.input[:]
+    result.graph.input.extend(inputs)
+    return infer_shapes(result)
 
 
 def _folded_once(model: ModelProto) -> ModelProto:

@@ -58,7 +58,8 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
         If the graph cannot be differentiated.
     """
     size = samples.micro_batch(config.batch_size)
-    private = fold_sizes(specialize(model, samples.two_batches(size)))
+    kept = {*plan.weight_specs, *(q.name for q in plan.activations if q.constant)}
+    private = fold_sizes(specialize(model, samples.two_batches(size)), kept)
     lowered, refused = lower(private, ops.LOWERINGS)
     view = GraphView(lowered)
     outputs = [layer.output for layer in plan.layers]

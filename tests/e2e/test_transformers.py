@@ -54,3 +54,28 @@ def test_operators_of_onnxruntime_do_not_stop_the_optimization(each_engine, oper
     result = quantize(model, {"x": normal(32, 5, 8, seed=3)}, options(each_engine.name))
     assert result.report.optimization is not None, result.report.notes
     assert all(np.isfinite(result.report.optimization.losses))
+
+
+LEARNED_PLACES = """
+g (int64[N,T] ids) => (float[N,T,4] y) {
+    all = Shape (ids)
+    count = Slice (all, one, two)
+    places = Slice (counted, zero, count, one)
+    place = Gather (table, places)
+    word = Gather (words, ids)
+    x = Add (word, place)
+    h = MatMul (x, w1)
+    a = Relu (h)
+    y = MatMul (a, w2)
+}
+"""
+
+
+def test_a_table_that_is_read_at_constant_places_once_sizes_are_known(each_engine):
+    constants = {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2]), "counted": np.arange(16)[None]}
+    tables = {"words": normal(20, 4), "table": normal(16, 4, seed=1), "w1": normal(4, 8, seed=2), "w2": normal(8, 4, seed=3)}
+    model = parse(LEARNED_PLACES, constants | tables)
+    ids = np.random.default_rng(0).integers(0, 20, (24, 6))
+    report = quantize(model, {"ids": ids}, options(each_engine.name)).report
+    assert report.optimization is not None
+    assert report.verification.outputs["y"] > 10
