@@ -72,8 +72,9 @@ g (int64[N,T] ids) => (float[N,T,4] y) {
 
 
 def test_a_table_that_is_read_at_constant_places_once_sizes_are_known(each_engine):
-    constants = {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2]), "counted": np.arange(16)[None]}
-    tables = {"words": normal(20, 4), "table": normal(16, 4, seed=1), "w1": normal(4, 8, seed=2), "w2": normal(8, 4, seed=3)}
+    constants = {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2]), "counted": np.arange(512)[None]}
+    # As many values as it takes to store a table as integers.
+    tables = {"words": normal(20, 32), "table": normal(512, 32, seed=1), "w1": normal(32, 8, seed=2), "w2": normal(8, 4, seed=3)}
     model = parse(LEARNED_PLACES, constants | tables)
     ids = np.random.default_rng(0).integers(0, 20, (24, 6))
     report = quantize(model, {"ids": ids}, options(each_engine.name)).report
