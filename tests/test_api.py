@@ -53,6 +53,8 @@ def test_config_is_frozen_and_strict():
     with pytest.raises(ConfigError, match="option weight_bits=1 is wrong: input should be"):
         Config.of(weight_bits=1)
     assert not Config(preset="fast").optimizes
+    assert not Config(preset="fast").needs_gradients
+    assert Config(preset="fast", steps=5).needs_gradients
 
 
 def test_small_models_get_more_steps():
@@ -61,5 +63,3 @@ def test_small_models_get_more_steps():
     assert Config(preset="best").step_count(0) == 5000
     assert Config(steps=7).step_count(0) == Config(steps=7).step_count(1e12) == 7
     assert Config(preset="fast").step_count(0) == 0
-    assert not Config(preset="fast").needs_gradients
-    assert Config(preset="fast", steps=5).needs_gradients

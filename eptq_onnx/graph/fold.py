@@ -77,11 +77,7 @@ def fold_sizes(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
     edit.promote_to_inputs(private, kept)
     folded = fold_constants(private)
     own = [t for t in model.graph.initializer if t.name in kept]
-    inputs = [i for i in folded.graph.input if i.name not in kept]
-    result = edit.with_nodes(folded, folded.graph.node, own)
-    del result.graph.input[:]
-    result.graph.input.extend(inputs)
-    return infer_shapes(result)
+    return infer_shapes(edit.with_nodes(folded, folded.graph.node, own, drop=kept))
 
 
 def _folded_once(model: ModelProto) -> ModelProto:

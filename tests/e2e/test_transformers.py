@@ -9,14 +9,7 @@ from graphs import normal, parse
 from eptq_onnx import Config, quantize
 from eptq_onnx.config import EngineChoice
 
-POSITIONS = """
-g (int64[N,6] ids) => (float[N,6,4] y) {
-    pad = Equal (ids, one)
-    real = Not (pad)
-    mask = Cast <to = 7> (real)
-    sums = CumSum (mask, axis)
-    counted = Mul (sums, mask)
-    places = Add (counted, one)
+EMBEDDED = """
     word = Gather (words, ids)
     place = Gather (table, places)
     x = Add (word, place)
@@ -25,6 +18,18 @@ g (int64[N,6] ids) => (float[N,6,4] y) {
     y = MatMul (a, w2)
 }
 """
+POSITIONS = (
+    """
+g (int64[N,6] ids) => (float[N,6,4] y) {
+    pad = Equal (ids, one)
+    real = Not (pad)
+    mask = Cast <to = 7> (real)
+    sums = CumSum (mask, axis)
+    counted = Mul (sums, mask)
+    places = Add (counted, one)
+"""
+    + EMBEDDED
+)
 OWN = {
     "Gelu": "c = com.microsoft.Gelu (h)",
     "BiasGelu": "c = com.microsoft.BiasGelu (h, bias)",
@@ -56,19 +61,15 @@ def test_operators_of_onnxruntime_do_not_stop_the_optimization(each_engine, oper
     assert all(np.isfinite(result.report.optimization.losses))
 
 
-LEARNED_PLACES = """
+LEARNED_PLACES = (
+    """
 g (int64[N,T] ids) => (float[N,T,4] y) {
     all = Shape (ids)
     count = Slice (all, one, two)
     places = Slice (counted, zero, count, one)
-    place = Gather (table, places)
-    word = Gather (words, ids)
-    x = Add (word, place)
-    h = MatMul (x, w1)
-    a = Relu (h)
-    y = MatMul (a, w2)
-}
 """
+    + EMBEDDED
+)
 
 
 def test_a_table_that_is_read_at_constant_places_once_sizes_are_known(each_engine):
