@@ -191,12 +191,12 @@ def _layer_nodes(draft: _Draft) -> list[NodeProto]:
 def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ...]:
     view, taken = draft.view, all_names(model)
     nodes = _layer_nodes(draft)
-    names = frozenset(n.name for n in nodes)
-    early = view.downstream(view.inputs, names)
-    late = view.upstream(view.outputs, names)
+    # That a path past all others leads there does not make a layer the first: residual streams lead past every layer.
+    behind = view.downstream(o for n in nodes for o in n.output)
+    before = view.upstream(n.input[0] for n in nodes)
     layers: list[Layer] = []
     axes: dict[str, int] = {}
-    edges = {n.input[spec_of(n).weight or 0] for n in nodes if n.input[0] in early or n.output[0] in late}
+    edges = {n.input[spec_of(n).weight or 0] for n in nodes if n.input[0] not in behind or n.output[0] not in before}
     for node in nodes:
         spec = spec_of(node)
         weight = node.input[spec.weight or 0]
@@ -322,12 +322,11 @@ def _topological(view: GraphView, wanted: dict[str, str]) -> list[str]:
 
 
 def _edge_tensors(draft: _Draft, layers: tuple[Layer, ...]) -> set[str]:
-    """Tensors with the bit width of the first and last layers."""
-    edge = [layer for layer in layers if layer.edge]
-    late = draft.view.upstream(draft.view.outputs, frozenset(layer.node for layer in layers))
+    """The model's inputs, and what the last layers read and make: they have the bit width of the first and last layers."""
+    before = draft.view.upstream(layer.input for layer in layers)
     wide = set(draft.view.inputs)
-    for layer in edge:
-        if layer.output in late:
+    for layer in layers:
+        if layer.output not in before:
             wide.update((layer.input, draft.final(layer.output)))
     return wide
 

@@ -122,6 +122,20 @@ def test_a_shared_weight_has_one_spec_and_is_wide_if_any_of_its_layers_is_an_edg
     assert {x.weight: x.weight_spec.bits for x in p.layers} == {"w": 8, "v": 4}
 
 
+def test_layers_of_a_residual_stream_are_not_all_first_and_last():
+    p = make(
+        parse(
+            "g (float[N,4] x) => (float[N,4] y) { a = MatMul (x, u)  r = Add (x, a)  b = MatMul (r, v)  s = Add (r, b)"
+            " c = MatMul (s, w)  y = Add (s, c) }",
+            {n: normal(4, 4) for n in "uvw"},
+        ),
+        weight_bits=4,
+        activation_bits=4,
+    )
+    assert {x.weight: (x.edge, x.weight_spec.bits) for x in p.layers} == {"u": (True, 8), "v": (False, 4), "w": (True, 8)}
+    assert {n: p.quantizer_of[n].spec.bits for n in "xrs"} == {"x": 8, "r": 4, "s": 8}
+
+
 def test_constant_operands_are_quantized_with_the_node():
     p = make(
         parse(
