@@ -31,18 +31,18 @@ MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
 def forward_seconds(model: Path, source: Path, batch_size: int) -> float:
-    """Least time of several float forward passes of ``batch_size`` samples, as many at a time as the model takes."""
+    """Median time of float forward passes of ``batch_size`` samples, as many at a time as the model takes."""
     float_model = io.load(model)
     samples = data.read(source, float_model)
     size = samples.micro_batch(batch_size)
     session, feeds = Session(float_model, threads=0), samples.take(np.arange(size))
     session.run(feeds)
     taken = []
-    for _ in range(7):
+    for _ in range(15):
         began = time.perf_counter()
         session.run(feeds)
         taken.append(time.perf_counter() - began)
-    return min(taken) * -(-batch_size // size)
+    return float(np.median(taken)) * -(-batch_size // size)
 
 
 def main(

@@ -3,21 +3,36 @@
 onnxruntime keeps the channels of images in blocks (NCHWc) where weights are constant, and takes ten times as long for a
 depthwise Conv whose weight is not: in a training graph these are the layers, their gradients, and the gradients of their
 weights (a depthwise Conv of x with dy). Its blocked operators take computed weights, too; the memory of a blocked depthwise
-weight is that of a blocked image of one sample.
+weight is that of a blocked image of one sample. What lies between convolutions can be computed in either layout: the one
+is chosen, node by node, with which the least has to be reordered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.bodies import node_reads, subgraphs
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.lower.reductions import reduced_axes
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.runtime import LAYOUT_DOMAIN, channel_block
+
+_ELEMENTWISE = frozenset((
+    "Add", "And", "Cast", "Clip", "DequantizeLinear", "Equal", "FakeQuant", "FakeQuantGrad", "Greater", "HardSigmoid", "HardSwish",
+    "Identity", "LeakyRelu", "Less", "Max", "Min", "Mul", "Neg", "Not", "QuantizeLinear", "Relu", "Sigmoid", "Sub", "Sum", "Tanh", "Where",
+))  # fmt: skip
+"""Operators, of any domain, of tensors of one shape and of single numbers; of the zeros that fill up blocks they make finite values."""
+_REORDERED_TOGETHER = 4
+"""onnxruntime reorders so many channels at a time."""
+_POOLS = frozenset(("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"))
 
 
 def faster(model: ModelProto) -> ModelProto:
@@ -28,14 +43,16 @@ def faster(model: ModelProto) -> ModelProto:
     model : ModelProto
         With fixed input shapes, else nothing changes.
     """
-    forms = _Forms(GraphView(infer_shapes(model)), edit.Builder(model, "faster/"))
-    for node in model.graph.node:
-        if forms.is_blocked(node):
-            forms.convolve(node)
-        elif forms.is_sum_over_images(node):
-            forms.sum_squares(node)
+    view = GraphView(infer_shapes(model))
+    forms = _Forms(view, edit.Builder(model, "faster/"))
+    found = [forms.of(node) for node in view.nodes]
+    for node, form, chosen in zip(view.nodes, found, _least_reordered(view, found), strict=True):
+        if form is not None and chosen:
+            form.write()
         else:
-            forms.builder.nodes.append(node)
+            forms.keep(node)
+    for name in view.outputs:
+        forms.plain(name)
     result = edit.with_nodes(model, forms.builder.nodes, forms.builder.initializers)
     if any(node.domain == LAYOUT_DOMAIN for node in result.graph.node):
         edit.import_domain(result, LAYOUT_DOMAIN)
@@ -49,42 +66,231 @@ def fits_blocks(weight: Sequence[int | None], group: int) -> bool:
     return len(weight) == 4 and tuple(weight[:2]) == (group, 1) and block > 0 and group % block == 0
 
 
+@dataclass(frozen=True)
+class _Form:
+    """How a node is computed on blocks.
+
+    Parameters
+    ----------
+    write : callable
+        Adds the nodes.
+    reads, makes : tuple of str
+        Tensors that are in blocks before and after.
+    always : bool
+        It is worth any reordering.
+    """
+
+    write: Callable[[], None]
+    reads: tuple[str, ...]
+    makes: tuple[str, ...]
+    always: bool = False
+
+
+def _least_reordered(view: GraphView, forms: Sequence[_Form | None]) -> list[bool]:
+    """Which nodes to compute on blocks, so that the tensors between them and the others are smallest: a minimum cut."""
+    if not any(form is not None and form.always for form in forms):
+        return [False] * len(forms)
+    blocked, plain = 0, 1
+    place = [plain if form is None else blocked if form.always else k + 2 for k, form in enumerate(forms)]
+    makers = {name: place[k] for k, form in enumerate(forms) if form is not None for name in form.makes}
+    readers: dict[str, set[int]] = {}
+    for k, (node, form) in enumerate(zip(view.nodes, forms, strict=True)):
+        for name in node_reads(node):
+            readers.setdefault(name, set()).add(place[k] if form is not None and name in form.reads else plain)
+    for name in view.outputs:
+        readers.setdefault(name, set()).add(plain)
+    crossing = [name for name, sides in readers.items() if sides != {makers.get(name, plain)}]
+    sizes = {name: math.prod(view.static_shape(name) or (1,)) for name in crossing}
+    unit = max(1, sum(sizes.values()) >> 28)
+    most = np.iinfo(np.int32).max >> 1
+    edges: dict[tuple[int, int], int] = {}
+    fresh = len(forms) + 2
+    for name, size in sizes.items():
+        maker = makers.get(name, plain)
+        # onnxruntime reorders float tensors only.
+        cost = 1 + size // unit if view.elem_type(name) in (TensorProto.FLOAT, TensorProto.UNDEFINED) else most
+        # Once for all readers of the other layout, whichever the maker's is.
+        for side in readers[name]:
+            edges[fresh, side] = edges[side, fresh + 1] = most
+        edges[maker, fresh] = edges[fresh + 1, maker] = cost
+        fresh += 2
+    rows, columns = np.array(list(edges)).T
+    capacities = csr_array((np.array(list(edges.values()), np.int32), (rows, columns)), shape=(fresh, fresh))
+    left = capacities - maximum_flow(capacities, blocked, plain).flow
+    left.eliminate_zeros()
+    reached = set(breadth_first_order(left, blocked, return_predecessors=False).tolist())
+    return [side in reached for side in place]
+
+
 class _Forms:
-    """Adds the faster forms; each tensor is put in blocks once."""
+    """Finds and adds the faster forms; each tensor is put in blocks, and taken out of them, once."""
 
     def __init__(self, view: GraphView, builder: edit.Builder) -> None:
         self.builder, self._view = builder, view
         self._images: dict[str, str] = {}
         self._weights: dict[str, str] = {}
+        self._waiting: set[str] = set()
+        """Tensors that are only in blocks so far."""
+        self._postponed: dict[str, NodeProto] = {}
+        """Nodes that blocks need not: for readers of the usual layout."""
 
-    def is_blocked(self, node: NodeProto) -> bool:
-        """True for a depthwise Conv of images whose weight is computed, in whole blocks of channels."""
-        if node.op_type != "Conv" or node.domain or self._view.is_constant(node.input[1]):
-            return False
+    def of(self, node: NodeProto) -> _Form | None:
+        """The blocked form of a node, if it has one."""
+        if not channel_block() or subgraphs(node):
+            return None
+        for form in (self._convolution, self._elementwise, self._scaled, self._summed, self._pooled, self._joined, self._side_by_side):
+            found = form(node)
+            if found is not None:
+                return found
+        return None
+
+    def keep(self, node: NodeProto) -> None:
+        """Add a node that computes on plain images."""
+        for name in node_reads(node):
+            self.plain(name)
+        if self._sums_images(node, "ReduceSumSquare", [2, 3]):
+            x = node.input[0]
+            samples, channels, *image = self._shape(x)
+            count = samples * channels
+            sides = [self._reshaped(x, [1, count, *image]), self._reshaped(x, [count, 1, *image])]
+            # The Conv of every channel with itself takes a quarter of the time.
+            self._reshape_sum(node, self.builder.add("Conv", sides, group=count, kernel_shape=image))
+        else:
+            self.builder.nodes.append(node)
+
+    def plain(self, name: str) -> str:
+        """Have a tensor in its usual layout; returns its name."""
+        if name in self._waiting:
+            self._waiting.remove(name)
+            self.builder.add("ReorderOutput", [self._images[name]], name, domain=LAYOUT_DOMAIN, channels=self._shape(name)[1])
+        if name in self._postponed:
+            self.keep(self._postponed.pop(name))
+        return name
+
+    def _convolution(self, node: NodeProto) -> _Form | None:
+        """A depthwise Conv of images, or any without groups whose weight is constant: onnxruntime would compute that on blocks anyway."""
+        if node.op_type != "Conv" or node.domain:
+            return None
         image, weight = (self._view.static_shape(name) for name in node.input[:2])
-        return image is not None and weight is not None and fits_blocks(weight, int_attribute(node, "group", 1))
-
-    def convolve(self, node: NodeProto) -> None:
-        """Add the blocked form of a Conv."""
-        inputs = [self._image(node.input[0]), self._weight(node.input[1]), *node.input[2:]]
+        if image is None or weight is None or len(weight) != 4:
+            return None
+        x, w, bias, group = node.input[0], node.input[1], node.input[2:], int_attribute(node, "group", 1)
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        made = self.builder.add("Conv", inputs, domain=LAYOUT_DOMAIN, **attributes)
-        self._images[node.output[0]] = made
-        self.builder.add("ReorderOutput", [made], node.output[0], domain=LAYOUT_DOMAIN, channels=self._shape(node.input[1])[0])
+        constant = self._view.is_constant(w)
 
-    def is_sum_over_images(self, node: NodeProto) -> bool:
-        """True for a sum of squares over the positions of each channel of each sample."""
-        shape = self._view.static_shape(node.input[0]) if node.op_type == "ReduceSumSquare" else None
-        return shape is not None and len(shape) == 4 and reduced_axes(node, self._view) == [2, 3]
+        def write(image: str, weight: str, bias: Sequence[str]) -> None:
+            for name in bias:
+                self.plain(name)
+            self._made(node, self.builder.add("Conv", [image, weight, *bias], domain=LAYOUT_DOMAIN, **attributes))
 
-    def sum_squares(self, node: NodeProto) -> None:
-        """Add it as the Conv of every channel with itself, which takes a quarter of the time."""
-        x, (samples, channels, *image) = node.input[0], self._shape(node.input[0])
-        count = samples * channels
+        if fits_blocks(weight, group):
+            return _Form(lambda: write(self._image(x), self._weight(w), bias), (x,) if constant else (x, w), (node.output[0],), True)
+        if group > 1 or not all(map(self._view.is_constant, (w, *bias))) or not self._is_image(node.output[0]):
+            return None
+        filled = [self._filled_bias(name) for name in bias]
+        if weight[1] < channel_block():
+            # So few channels are read as they are.
+            return _Form(lambda: write(self.plain(x), self._dense_weight(w), filled), (), (node.output[0],), True)
+        if not self._is_image(x):
+            return None
+        return _Form(lambda: write(self._image(x), self._dense_weight(w), filled), (x,), (node.output[0],), True)
+
+    def _elementwise(self, node: NodeProto) -> _Form | None:
+        if node.op_type not in _ELEMENTWISE or not self._is_image(node.output[0]):
+            return None
+        shape = self._shape(node.output[0])
+        if any(self._view.static_shape(o) != shape for o in node.output):
+            return None
+        images = tuple(dict.fromkeys(i for i in node.input if self._view.static_shape(i) == shape))
+        others = [i for i in node.input if i and i not in images]
+        if not images or any(not self._is_number(i) for i in others):
+            return None
+
+        def write() -> None:
+            for name in others:
+                self.plain(name)
+            names = {name: self._image(name) for name in images}
+            copy = edit.renamed(node, names)
+            copy.output[:] = [self.builder.unique(f"faster/{name}") for name in node.output]
+            self.builder.nodes.append(copy)
+            self._made(node, *copy.output)
+
+        return _Form(write, images, tuple(node.output))
+
+    def _scaled(self, node: NodeProto) -> _Form | None:
+        """An image times one factor for each channel of each sample."""
+        if node.op_type != "Mul" or not self._is_whole(node.output[0]):
+            return None
+        shape = self._shape(node.output[0])
+        images = [i for i in node.input if self._view.static_shape(i) == shape]
+        factors = [i for i in node.input if self._view.static_shape(i) == (*shape[:2], 1, 1)]
+        if len(images) != 1 or len(factors) != 1:
+            return None
+        count = shape[0] * shape[1]
+
+        def write() -> None:
+            self.plain(factors[0])
+            image = self._reshaped(self._image(images[0]), [1, count, *shape[2:]])
+            # Of a single place, the layouts are the same.
+            factor = self._reshaped(factors[0], [count, 1, 1, 1])
+            made = self.builder.add("Conv", [image, factor], domain=LAYOUT_DOMAIN, group=count)
+            self._made(node, self._reshaped(made, shape))
+
+        return _Form(write, (images[0],), (node.output[0],))
+
+    def _summed(self, node: NodeProto) -> _Form | None:
+        """A sum of squares over the positions of each channel of each sample, or a sum over samples, too."""
+        x = node.input[0] if node.input else ""
+        if self._sums_images(node, "ReduceSumSquare", [2, 3]) and self._is_whole(x):
+            return _Form(lambda: self._sum_squares(node), (x,), ())
+        if self._sums_images(node, "ReduceSum", [0, 2, 3]) and self._is_whole(x):
+            return _Form(lambda: self._sum(node), (x,), ())
+        return None
+
+    def _sum_squares(self, node: NodeProto) -> None:
+        """As the blocked Conv of every channel with itself."""
+        samples, channels, *image = self._shape(node.input[0])
+        count, x = samples * channels, self._image(node.input[0])
         sides = [self._reshaped(x, [1, count, *image]), self._reshaped(x, [count, 1, *image])]
-        found = self.builder.add("Conv", sides, group=count, kernel_shape=image)
-        kept = int_attribute(node, "keepdims", 1)
-        self.builder.add("Reshape", [found, np.array([samples, channels, *[1, 1] * kept], np.int64)], node.output[0])
+        self._reshape_sum(node, self.builder.add("Conv", sides, domain=LAYOUT_DOMAIN, group=count, kernel_shape=image))
+
+    def _sum(self, node: NodeProto) -> None:
+        """By way of the means of each sample."""
+        samples, channels, *image = self._shape(node.input[0])
+        means = self.builder.add("GlobalAveragePool", [self._image(node.input[0])], domain=LAYOUT_DOMAIN)
+        rows = self._reshaped(means, [samples, channels, 1, 1])
+        total = self.builder.reduce("ReduceSum", rows, [0, 2, 3], keepdims=bool(int_attribute(node, "keepdims", 1)))
+        self.builder.add("Mul", [total, float(math.prod(image))], node.output[0])
+
+    def _pooled(self, node: NodeProto) -> _Form | None:
+        if node.op_type not in _POOLS or node.domain or len(node.output) > 1:
+            return None
+        if not self._is_image(node.input[0]) or not self._is_image(node.output[0]):
+            return None
+
+        def write() -> None:
+            attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+            self._made(node, self.builder.add(node.op_type, [self._image(node.input[0])], domain=LAYOUT_DOMAIN, **attributes))
+
+        return _Form(write, (node.input[0],), (node.output[0],))
+
+    def _joined(self, node: NodeProto) -> _Form | None:
+        """Images joined channel by channel."""
+        if node.op_type != "Concat" or int_attribute(node, "axis", 0) not in (1, -3) or not all(map(self._is_whole, node.input)):
+            return None
+        return _Form(
+            lambda: self._made(node, self.builder.add("Concat", [self._image(i) for i in node.input], axis=1)),
+            tuple(node.input),
+            (node.output[0],),
+        )
+
+    def _side_by_side(self, node: NodeProto) -> _Form | None:
+        """A Reshape that puts the channels of all samples side by side, for a depthwise Conv: as an image, or as its weight."""
+        name = node.output[0] if node.output else ""
+        if node.op_type != "Reshape" or self._merged(name) is None:
+            return None
+
+        return _Form(lambda: self._postponed.update({name: node}), (node.input[0],), (name,))
 
     def _image(self, name: str) -> str:
         """The tensor in blocks."""
@@ -102,15 +308,59 @@ class _Forms:
             self._weights[name] = self._reshaped(image, shape)
         return self._weights[name]
 
+    def _dense_weight(self, name: str) -> str:
+        """A constant weight without groups in blocks of output channels, and of input channels if these are not fewer."""
+        weight, block = self._view.constant(name), channel_block()
+        outputs, inputs, *kernel = weight.shape
+        whole = inputs if inputs < block else inputs + -inputs % block
+        filled = np.zeros((outputs + -outputs % block, whole, *kernel), np.float32)
+        filled[:outputs, :inputs] = weight
+        if inputs < block:
+            parted = filled.reshape(-1, block, inputs, *kernel).transpose(0, 2, 3, 4, 1)
+        else:
+            parted = filled.reshape(-1, block, whole // block, block, *kernel).transpose(0, 2, 4, 5, 3, 1)
+        return self.builder.constant(parted.reshape(filled.shape), "weight")
+
+    def _filled_bias(self, name: str) -> str:
+        bias = self._view.constant(name)
+        return self.builder.constant(np.pad(bias, (0, -len(bias) % channel_block())), "bias")
+
+    def _made(self, node: NodeProto, *blocked: str) -> None:
+        for name, made in zip(node.output, blocked, strict=True):
+            self._images[name] = made
+            self._waiting.add(name)
+
+    def _sums_images(self, node: NodeProto, op_type: str, axes: list[int]) -> bool:
+        shape = self._view.static_shape(node.input[0]) if node.op_type == op_type else None
+        return shape is not None and len(shape) == 4 and reduced_axes(node, self._view) == axes
+
+    def _reshape_sum(self, node: NodeProto, found: str) -> None:
+        """Give the sums of each channel of each sample the shape that the node gives them."""
+        kept = int_attribute(node, "keepdims", 1)
+        self.builder.add("Reshape", [found, np.array([*self._shape(node.input[0])[:2], *[1, 1] * kept], np.int64)], node.output[0])
+
     def _merged(self, name: str) -> str | None:
         """The images whose channels were put side by side to make this tensor: in blocks, that changes their shape only."""
         node = self._view.producer.get(name)
         if node is None or node.op_type != "Reshape":
             return None
-        shape, before = self._shape(name), self._view.static_shape(node.input[0])
-        if before is None or len(before) != 4 or before[2:] != shape[2:] or before[1] % channel_block():
+        shape, before = self._view.static_shape(name), self._view.static_shape(node.input[0])
+        if shape is None or before is None or len(before) != 4 or before[2:] != shape[2:] or before[1] % channel_block():
             return None
-        return node.input[0] if before[0] * before[1] == shape[0] * shape[1] else None
+        return node.input[0] if before[0] * before[1] in (shape[0], shape[1]) and 1 in shape[:2] else None
+
+    def _is_image(self, name: str) -> bool:
+        """True for images that onnxruntime can reorder; zeros fill up the last block."""
+        shape = self._view.static_shape(name)
+        return shape is not None and len(shape) == 4 and shape[1] > 0 and shape[1] % _REORDERED_TOGETHER == 0
+
+    def _is_whole(self, name: str) -> bool:
+        """True for images in whole blocks of channels."""
+        return self._is_image(name) and self._shape(name)[1] % channel_block() == 0
+
+    def _is_number(self, name: str) -> bool:
+        shape = self._view.static_shape(name)
+        return shape is not None and math.prod(shape) == 1
 
     def _reordered(self, name: str) -> str:
         return self.builder.add("ReorderInput", [name], domain=LAYOUT_DOMAIN)
