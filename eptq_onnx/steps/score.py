@@ -22,7 +22,8 @@ from eptq_onnx.engines.base import UNREACHED, Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.blocks import Block, advance, bytes_of, cut
-from eptq_onnx.graph.fold import fold_sizes
+from eptq_onnx.graph.fold import fold_constants, fold_sizes
+from eptq_onnx.graph.kernels import faster
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView, int_attribute
@@ -309,7 +310,7 @@ def _summarize(
     columns = [builder.add("Concat", parts, _ATTENTION, axis=1)] if parts else []
     result = edit.with_nodes(model, [*model.graph.node, *builder.nodes], builder.initializers)
     edit.set_outputs(result, [*columns, *others, *products.values()])
-    return result, channels, products
+    return faster(fold_constants(result)), channels, products
 
 
 def _product(b: edit.Builder, gradient: str, axis: int, shape: tuple[int, ...]) -> str:
