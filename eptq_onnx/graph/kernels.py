@@ -33,6 +33,7 @@ _ELEMENTWISE = frozenset((
 _REORDERED_TOGETHER = 4
 """onnxruntime reorders so many channels at a time."""
 _POOLS = frozenset(("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"))
+_POOL_ATTRIBUTES = frozenset(("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides"))
 
 
 def faster(model: ModelProto) -> ModelProto:
@@ -100,6 +101,8 @@ def _least_reordered(view: GraphView, forms: Sequence[_Form | None]) -> list[boo
     for name in view.outputs:
         readers.setdefault(name, set()).add(plain)
     crossing = [name for name, sides in readers.items() if sides != {makers.get(name, plain)}]
+    if not crossing:
+        return [side == blocked for side in place]
     sizes = {name: math.prod(view.static_shape(name) or (1,)) for name in crossing}
     unit = max(1, sum(sizes.values()) >> 28)
     most = np.iinfo(np.int32).max >> 1
@@ -265,11 +268,11 @@ class _Forms:
     def _pooled(self, node: NodeProto) -> _Form | None:
         if node.op_type not in _POOLS or node.domain or len(node.output) > 1:
             return None
-        if not self._is_image(node.input[0]) or not self._is_image(node.output[0]):
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if not _POOL_ATTRIBUTES.issuperset(attributes) or not self._is_image(node.input[0]) or not self._is_image(node.output[0]):
             return None
 
         def write() -> None:
-            attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
             self._made(node, self.builder.add(node.op_type, [self._image(node.input[0])], domain=LAYOUT_DOMAIN, **attributes))
 
         return _Form(write, (node.input[0],), (node.output[0],))
@@ -289,7 +292,6 @@ class _Forms:
         name = node.output[0] if node.output else ""
         if node.op_type != "Reshape" or self._merged(name) is None:
             return None
-
         return _Form(lambda: self._postponed.update({name: node}), (node.input[0],), (name,))
 
     def _image(self, name: str) -> str:
