@@ -125,8 +125,8 @@ class Config(BaseModel):
     activation_bits : int
         Bit width, 2 to 8, or 16, which takes opset 21.
     edge_bits : int
-        Bit width of the first and last layers: their weights, and, unless `activation_bits` is 16, the model's inputs
-        and the last layers' inputs and outputs.
+        Bit width of the first and last layers, those that have no layer before or behind them: their weights, and, where
+        `activation_bits` are fewer, the model's inputs and the last layers' inputs and outputs.
     budget : Budget or str, optional
         Mixed precision: every weight gets the width, of 2 to 8 bits, with which the error of the outputs is least within
         this limit; `weight_bits` and, for weights, `edge_bits` then mean nothing. As ``weights=4`` (mean bits), ``bytes=2e6``

@@ -268,8 +268,8 @@ def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tu
     wide = _edge_tensors(draft, layers)
     result = []
     for members in groups.values():
-        edge = any(m in wide for m in members) and config.activation_bits <= 8
-        bits = config.edge_bits if edge else config.activation_bits
+        edge = any(m in wide for m in members)
+        bits = max(config.edge_bits, config.activation_bits) if edge else config.activation_bits
         spec_q: QuantSpec = draft.target.activation_spec(bits)
         first = members[0]
         constant = view.is_constant(first)

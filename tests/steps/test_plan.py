@@ -42,6 +42,12 @@ def test_convnet():
     assert [(x.result, x.output) for x in p.layers][:2] == [("a1", "n1"), ("a2", "c2")]
 
 
+def test_activations_at_the_edges_are_no_narrower_than_the_others():
+    p = make(small_convnet(), weight_bits=4, edge_bits=4)
+    assert {x.weight_spec.bits for x in p.layers} == {4}
+    assert {q.spec.bits for q in p.activations} == {8}
+
+
 def test_eight_bit_weights_leave_room_for_machines_without_vnni():
     spec = make(small_convnet()).layers[0].weight_spec
     assert (spec.qmin, spec.qmax) == (-64, 63)
