@@ -160,7 +160,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     if config.budget is not None:
         with clock("allocate"):
             plan = allocate(
-                float_model, plan, target, samples, chosen, calibration, scores, config.budget, config, partial(progress, "allocate")
+                float_model, plan, target, samples, walked, calibration, scores, config.budget, config, partial(progress, "allocate")
             )
     with clock("ranges"):
         rounding = weight_ranges(float_model, plan, calibration, scores, config, _ranged_weights(float_model, plan, config))

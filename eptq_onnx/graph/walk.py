@@ -15,6 +15,9 @@ from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Feeds
 
+_MEMORY = 3 * 2**30
+"""Bytes that the tensors of all walks may take, where no less is allowed."""
+
 
 class Walk:
     """Runs a model piece by piece, up to one wanted tensor after the other.
@@ -114,6 +117,21 @@ class Walk:
     def _is_awaited(self, tensor: str) -> bool:
         """True if a node that has not run reads it."""
         return any(n.name in self._waiting for n in self._view.consumers[tensor])
+
+
+def affordable_batches(model: ModelProto, walks: int, max_memory: int | None) -> int:
+    """Batches, 1 at least, that so many walks side by side can take at once: 3 GiB, or a quarter of the allowed memory.
+
+    Parameters
+    ----------
+    model : ModelProto
+        With shapes of one batch.
+    walks : int
+    max_memory : int or None
+        In bytes.
+    """
+    memory = _MEMORY if max_memory is None else min(_MEMORY, max_memory // 4)
+    return max(1, memory // max(1, walks * peak_bytes(model)))
 
 
 def peak_bytes(model: ModelProto) -> int:

@@ -1,8 +1,9 @@
 """Step 5a: mixed precision. Bits of every weight under a budget, as an integer program.
 
 Each candidate width of each layer is tried on the inputs of the float network: rounding with error compensation, and
-the error of every output channel weighed by its Hessian score. To first order the errors of layers add up in the
-network's outputs, so that the best choice is an integer linear program, solved by SciPy's MILP.
+the error of every output channel, on samples that the rounding has not seen, weighed by its Hessian score. To first order
+the errors of layers add up in the network's outputs, so that the best choice is an integer linear program, solved by
+SciPy's MILP.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from eptq_onnx import compensation, quant_math
 from eptq_onnx.config import Budget, BudgetUnit, Config
 from eptq_onnx.data import Samples, spread
 from eptq_onnx.errors import ConfigError
+from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.graph.walk import Walk
+from eptq_onnx.graph.walk import Walk, affordable_batches
 from eptq_onnx.linear import LinearForm, scale_places
 from eptq_onnx.ops import linear_form
 from eptq_onnx.targets import Target
 from eptq_onnx.types import Array, Calibration, Layer, Plan, QuantSpec, Scores
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
-_SAMPLES, _ROWS = 32, 4096
+_ROWS = 30_000
 
 
 @dataclass
@@ -71,7 +73,7 @@ def allocate(
     target : Target
     samples : Samples
     indices : ndarray of shape (n_samples,)
-        At most 32 of them are looked at.
+        The samples to look at.
     calibration : Calibration
         Without scores, errors count relative to the variance of each layer's output.
     scores : Scores or None
@@ -90,9 +92,29 @@ def allocate(
     ConfigError
         If no choice meets the budget.
     """
+    widths = solve(candidates(model, plan, target, samples, indices, calibration, scores, config, progress), budget)
+    layers = (replace(x, weight_spec=target.weight_spec(widths[x.weight], x.weight_spec.axis)) for x in plan.layers)
+    return replace(plan, layers=tuple(layers))
+
+
+def candidates(
+    model: ModelProto,
+    plan: Plan,
+    target: Target,
+    samples: Samples,
+    indices: NDArray[np.int64],
+    calibration: Calibration,
+    scores: Scores | None,
+    config: Config,
+    progress: Callable[[int, int], None],
+) -> dict[str, Candidates]:
+    """What every width of every weight does to the outputs; parameters as in `allocate`."""
     size = samples.micro_batch()
-    chosen = indices[spread(len(indices), max(_SAMPLES, size))]
-    walk = Walk(model, [samples.take(part) for part in samples.batches(chosen, size)])
+    affordable = size * affordable_batches(specialize(model, samples.two_batches(size)), 1, config.max_memory)
+    chosen = indices[spread(len(indices), affordable)]
+    # Of two batches at least, one is rounded on and the other tells what came of it.
+    at_once = size if samples.fixed_batch else min(size, max(1, len(chosen) // 2))
+    walk = Walk(model, [samples.take(part) for part in samples.batches(chosen, at_once)])
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
     quantizers = plan.quantizer_of
@@ -112,9 +134,7 @@ def allocate(
             for bits, error in _channel_errors(form, value, rows, specs, config).items():
                 known.effects[bits] += float((error * _importance(layer, calibration, scores, error.size, positions)).sum())
         progress(k + 1, len(plan.layers))
-    widths = solve(weights, budget)
-    layers = (replace(x, weight_spec=target.weight_spec(widths[x.weight], x.weight_spec.axis)) for x in plan.layers)
-    return replace(plan, layers=tuple(layers))
+    return weights
 
 
 def solve(weights: Mapping[str, Candidates], budget: Budget) -> dict[str, int]:
@@ -169,14 +189,15 @@ def _channel_errors(
     form: LinearForm, weight: Array, moments: compensation.Moments, specs: Mapping[int, QuantSpec], config: Config
 ) -> dict[int, Array]:
     """Mean squared error of each output channel at each width, its mean taken up by the bias; each of shape (n_channels,)."""
-    covariance, _, _ = moments.covariances
-    feedback = compensation.Feedback.of(compensation.damped(covariance, config.rounding_damping))
+    # A weight with more terms than there are rows can be rounded to fit all of these: what it is worth, others tell.
+    seen, unseen = (moment for moment, _, _ in moments.halves or 2 * (moments.covariances,))
+    feedback = compensation.Feedback.of(compensation.damped(seen, config.rounding_damping))
     rows = form.weight_rows(weight)
     errors = {}
     for bits, spec in specs.items():
         per_row = quant_math.weight_scales(weight, spec).reshape(-1)[scale_places(form, weight.shape, spec.axis)]
         integers = compensation.compensated_rounding(rows, per_row, feedback, spec)
-        error = compensation.cost(integers * per_row[:, :, None] - rows, covariance)
+        error = compensation.cost(integers * per_row[:, :, None] - rows, unseen)
         errors[bits] = np.asarray(error.reshape(-1), np.float32)
     return errors
 

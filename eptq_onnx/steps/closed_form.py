@@ -22,7 +22,7 @@ from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.graph.walk import Walk, peak_bytes
+from eptq_onnx.graph.walk import Walk, affordable_batches
 from eptq_onnx.linear import LinearForm, scale_places
 from eptq_onnx.ops import linear_form, spec_of
 from eptq_onnx.types import Array, IntArray, Plan, QuantParams, QuantSpec, Rounding, Scores
@@ -34,8 +34,6 @@ _REFITS = 2
 """Times that the scales are fitted to the integers and these descend again."""
 _OUTPUT_DAMPING = 0.1
 """Added to the outputs' Hessian factor, in units of its mean diagonal: few probes leave directions unseen."""
-_MEMORY = 3 * 2**30
-"""Bytes that the tensors of both walks may take, where no less is allowed."""
 
 
 def closed_form(
@@ -80,9 +78,8 @@ def closed_form(
     Input-error correction and sequential rounding follow OBQ (Frantar and Alistarh 2022) and GPTQ (Frantar et al. 2023).
     """
     size = samples.micro_batch()
-    memory = _MEMORY if config.max_memory is None else min(_MEMORY, config.max_memory // 4)
-    affordable = memory // max(1, 2 * peak_bytes(specialize(model, samples.two_batches(size)))) * size
-    kept = indices[spread(len(indices), max(affordable, size))]
+    affordable = size * affordable_batches(specialize(model, samples.two_batches(size)), 2, config.max_memory)
+    kept = indices[spread(len(indices), affordable)]
     feeds = [samples.take(part) for part in samples.batches(kept, size)]
     student, names = _with_open_layers(quantized, plan)
     inputs = {n.name: n.input[0] for n in student.graph.node}
