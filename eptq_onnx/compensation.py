@@ -65,22 +65,23 @@ class Moments:
         self._shifts: tuple[Array, Array] | None = None
         self._halves: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 
-    def add(self, exact: Array, quantized: Array) -> None:
-        """Take rows of inputs of both networks, of shape (n_groups, n_rows, n_terms)."""
+    def add(self, exact: Array, quantized: Array, weights: Array | None = None) -> None:
+        """Take rows of inputs of both networks, of shape (n_groups, n_rows, n_terms); each counts ``weights`` times."""
         outputs = np.matmul(exact, self._turned)
         if self._shifts is None:
             # Sums of values whose mean is far from 0 would lose the variance to float32.
             shifts = outputs.mean(axis=1), quantized.mean(axis=1)
             self._shifts = shifts if self._centred else (np.zeros_like(shifts[0]), np.zeros_like(shifts[1]))
         y, q = (x - shift[:, None, :] for x, shift in zip((outputs, quantized), self._shifts, strict=True))
-        turned = q.swapaxes(1, 2)
+        share: Array = np.ones(q.shape[1], np.float32) if weights is None else weights
+        turned = q.swapaxes(1, 2) * share
         parts = {
             "qq": np.matmul(turned, q),
             "qy": np.matmul(turned, y),
-            "yy": np.square(y).sum(axis=1, dtype=np.float64),
-            "q": q.sum(axis=1, dtype=np.float64),
-            "y": y.sum(axis=1, dtype=np.float64),
-            "rows": q.shape[1],
+            "yy": np.matmul(share, np.square(y)).astype(np.float64),
+            "q": turned.sum(axis=2, dtype=np.float64),
+            "y": np.matmul(share, y).astype(np.float64),
+            "rows": float(share.sum(dtype=np.float64)),
         }
         sums = self._halves[self._batches % 2]
         for name, value in parts.items():
@@ -130,8 +131,9 @@ def sampled_moments(
     rng: np.random.Generator,
     *,
     centred: bool = True,
+    importance: Sequence[Array | None] | None = None,
 ) -> Moments:
-    """Moments of about ``wanted`` random rows of a layer's inputs, of the same places in both networks.
+    """Moments of about ``wanted`` random rows of a layer's inputs, of the same positions in both networks.
 
     Parameters
     ----------
@@ -144,22 +146,30 @@ def sampled_moments(
     rng : Generator
     centred : bool
         See `Moments`.
+    importance : sequence of (ndarray of shape (n_positions,) or None), optional
+        How much each position counts, batch by batch, about 1 on average; by default all count the same. Positions that
+        count more are drawn more often.
     """
     moments = Moments(form.weight_rows(weight), centred)
     total = sum(form.positions(x.shape) for x in exact)
 
-    def places() -> Iterator[NDArray[np.int64]]:
-        for x in exact:
+    def places() -> Iterator[tuple[NDArray[np.int64], Array]]:
+        for k, x in enumerate(exact):
             available = form.positions(x.shape)
-            share = min(available, max(1, round(wanted * available / total)))
-            yield np.sort(rng.choice(available, share, replace=False))
+            counts = importance[k] if importance is not None else None
+            goal = (np.ones(available) if counts is None else counts) * min(1.0, wanted / total)
+            chance = np.minimum(goal, 1.0)
+            chosen = np.flatnonzero(rng.random(available) < chance)
+            if not len(chosen):
+                chosen = np.array([chance.argmax()])
+            yield chosen, (goal[chosen] / chance[chosen]).astype(np.float32)
 
-    def rows(batch: tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]) -> tuple[Array, Array]:
-        x_f, x_q, chosen = batch
-        return form.input_rows(np.asarray(x_f, np.float32), chosen), form.input_rows(np.asarray(x_q, np.float32), chosen)
+    def rows(batch: tuple[NDArray[Any], NDArray[Any], tuple[NDArray[np.int64], Array]]) -> tuple[Array, Array, Array]:
+        x_f, x_q, (chosen, weights) = batch
+        return form.input_rows(np.asarray(x_f, np.float32), chosen), form.input_rows(np.asarray(x_q, np.float32), chosen), weights
 
-    for pair in ordered_map(rows, zip(exact, quantized, places(), strict=True)):
-        moments.add(*pair)
+    for parts in ordered_map(rows, zip(exact, quantized, places(), strict=True)):
+        moments.add(*parts)
     return moments
 
 

@@ -213,6 +213,11 @@ class Scores:
         probes, summed over positions.
     output_size : int
         Elements of all probed outputs of one sample.
+    positions : dict of str to ndarray of shape (n_samples, n_positions)
+        Per layer output, the mean of (J^T v)^2 over probes and channels at each position, in units of the mean over all;
+        of some layers only, where all would take too much memory.
+    samples : ndarray of shape (n_samples,)
+        Indices of the scored samples: the rows above.
     unreached : dict of str to str
         Layers that no gradient reaches, and why.
     """
@@ -221,6 +226,8 @@ class Scores:
     weights: Mapping[str, Array]
     outputs: Mapping[str, NDArray[np.float64]]
     output_size: int
+    positions: Mapping[str, Array] = field(default_factory=dict)
+    samples: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     unreached: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from eptq_onnx import compensation
+from eptq_onnx.linear import MatrixForm
 from eptq_onnx.types import QuantSpec
 
 SPEC = QuantSpec(3, -4, 3, "int8", True, 0)
@@ -41,6 +42,29 @@ def test_moments_are_those_of_all_rows_at_once():
         np.testing.assert_allclose(v[g], np.square(y).mean(axis=0), rtol=1e-3, atol=1e-3)
         np.testing.assert_allclose(moments.means[0][g], outputs.mean(axis=0), rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(moments.means[1][g], quantized[g].mean(axis=0), rtol=1e-4)
+
+
+def test_rows_count_as_often_as_their_weights_say():
+    exact, quantized = _inputs(30, 4, 2), _inputs(30, 4, 2, seed=1)
+    times = np.arange(30) % 3
+    weighed, repeated = (compensation.Moments(np.ones((2, 3, 4), np.float32)) for _ in range(2))
+    weighed.add(exact, quantized, times.astype(np.float32))
+    repeated.add(exact.repeat(times, axis=1), quantized.repeat(times, axis=1))
+    for got, expected in zip((*weighed.covariances, *weighed.means), (*repeated.covariances, *repeated.means), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_important_positions_are_drawn_more_often_and_count_what_they_should():
+    form = MatrixForm()
+    batches = [_inputs(4000, 3, seed=k)[0] for k in range(4)]
+    importance = [np.linspace(0, 2, 4000).astype(np.float32) ** 4 for _ in batches]
+    drawn = compensation.sampled_moments(
+        form, np.eye(3, dtype=np.float32), batches, batches, 3000, np.random.default_rng(0), importance=importance
+    )
+    whole = compensation.Moments(np.eye(3, dtype=np.float32)[None])
+    for rows, counts in zip(batches, importance, strict=True):
+        whole.add(rows[None], rows[None], counts)
+    np.testing.assert_allclose(drawn.covariances[0], whole.covariances[0], atol=0.05 * whole.covariances[0].max())
 
 
 def test_the_target_undoes_a_linear_error_upstream():

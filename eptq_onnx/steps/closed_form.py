@@ -2,13 +2,14 @@
 
 In topological order, each weight is first bent to make up for the errors upstream, then rounded with error
 compensation, and the bias takes up the mean of what is left; see `eptq_onnx.compensation`. Float and quantized network
-are walked once, side by side: the inputs of a layer follow from those of the layers before it.
+are walked once, side by side: the inputs of a layer follow from those of the layers before it. Positions (pixels, tokens,
+samples) count by their Hessian scores: where the network's outputs do not look, errors cost nothing.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap, Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,13 +26,15 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk, affordable_batches
 from eptq_onnx.linear import LinearForm, scale_places
 from eptq_onnx.ops import linear_form, spec_of
-from eptq_onnx.types import Array, IntArray, Plan, QuantParams, QuantSpec, Rounding, Scores
+from eptq_onnx.types import Array, IntArray, Layer, Plan, QuantParams, QuantSpec, Rounding, Scores
 
 _ROWS_PER_TERM, _LEAST_ROWS, _MOST_ROWS = 64, 16_384, 60_000
 _RATIOS = (1.0, 0.85, 0.7, 0.55)
 """Scales that are tried, in units of the one with the least squared error of the corrected weight."""
 _REFITS = 2
 """Times that the scales are fitted to the integers and these descend again."""
+_HESSIAN_SHARE = 0.5
+"""How much the positions' scores decide what a position counts; the rest all have in common."""
 _OUTPUT_DAMPING = 0.1
 """Added to the outputs' Hessian factor, in units of its mean diagonal: few probes leave directions unseen."""
 
@@ -62,7 +65,8 @@ def closed_form(
     indices : ndarray of shape (n_samples,)
         The samples to look at; of more than fit into 3 GiB, evenly spread ones are.
     scores : Scores or None
-        Their ``outputs`` tell which errors of a layer add up in the network's outputs.
+        Their ``positions`` tell which inputs count most, their ``outputs`` which errors of a layer add up in the network's
+        outputs.
     config : Config
     progress : callable
         Called with layers done and layers in all.
@@ -80,7 +84,8 @@ def closed_form(
     size = samples.micro_batch()
     affordable = size * affordable_batches(specialize(model, samples.two_batches(size)), 2, config.max_memory)
     kept = indices[spread(len(indices), affordable)]
-    feeds = [samples.take(part) for part in samples.batches(kept, size)]
+    batches = list(samples.batches(kept, size))
+    feeds = [samples.take(part) for part in batches]
     student, names = _with_open_layers(quantized, plan)
     inputs = {n.name: n.input[0] for n in student.graph.node}
     exact, rough = Walk(model, feeds), Walk(student, feeds)
@@ -99,7 +104,8 @@ def closed_form(
             wanted = int(np.clip(_ROWS_PER_TERM * form.weight_rows(weight).shape[2], _LEAST_ROWS, _MOST_ROWS))
             rng = np.random.default_rng((config.seed, k))
             # Without a bias, the weights alone must get the mean right.
-            moments = compensation.sampled_moments(form, weight, *pair, wanted, rng, centred=layer.bias is not None)
+            importance = _importance(scores, layer, batches, [form.positions(x.shape) for x in pair[0]])
+            moments = compensation.sampled_moments(form, weight, *pair, wanted, rng, centred=layer.bias is not None, importance=importance)
             if layer.node not in skipped:
                 least: Array = np.zeros(1, np.float32)
                 if layer.bias is not None and plan.integer_bias:
@@ -121,6 +127,21 @@ def closed_form(
         progress(k + 1, len(plan.layers))
     bent: Mapping[str, Array] = ChainMap(targets, start.targets)  # type: ignore[arg-type]  # it is only read
     return replace(start, integers=integers, weights=params, biases=biases, targets=bent), skipped
+
+
+def _importance(
+    scores: Scores | None, layer: Layer, batches: Sequence[NDArray[np.int64]], positions: Sequence[int]
+) -> list[Array | None] | None:
+    """How much every position of a layer's output counts, batch by batch; None where it was not scored."""
+    if scores is None or layer.output not in scores.positions:
+        return None
+    known, rows = scores.positions[layer.output], {int(n): k for k, n in enumerate(scores.samples)}
+    found: list[Array | None] = []
+    for batch, count in zip(batches, positions, strict=True):
+        scored = len(batch) * known.shape[1] == count and all(int(n) in rows for n in batch)
+        own = known[[rows[int(n)] for n in batch]].reshape(-1) if scored else None
+        found.append(None if own is None else (1 - _HESSIAN_SHARE) + np.float32(_HESSIAN_SHARE) * own)
+    return found
 
 
 def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:

@@ -33,6 +33,8 @@ from eptq_onnx.types import Array, Calibration, Feeds, Plan, Scores
 
 _LOSS, _ATTENTION = "eptq/probe_loss", "eptq/attention"
 _MOST_JOINT_CHANNELS = 2048
+_POSITIONS_MEMORY = 2**29
+"""Bytes that the scores of positions may take, where no less is allowed."""
 
 
 def score(
@@ -80,7 +82,8 @@ def score(
         raise GradientError("no output of the model depends on its layers through operators that have a gradient.")
     axes = _scored_tensors(view, plan)
     blocks = [Block(private)] if config.block_bytes is None else cut(private, private, config.block_bytes)
-    stages, unreached = _stages(blocks, view, plan, probes, axes, weights, size, engine)
+    placed = _scored_positions(view, plan, axes, size, len(indices), config.block_bytes or _POSITIONS_MEMORY)
+    stages, unreached = _stages(blocks, view, plan, probes, axes, placed, weights, size, engine)
     spread = {name: float(np.sqrt(calibration.variance.get(point, 0.0))) or 1.0 for point, name in probes.items()}
     shapes = {name: _static_shape(view, point) for point, name in probes.items()}
     rng = np.random.default_rng(config.seed)
@@ -113,6 +116,8 @@ def score(
         weights={n: (h / count).astype(np.float32) for n, h in sums.weights.items()},
         outputs={n: h / count for n, h in sums.outputs.items()},
         output_size=sum(int(np.prod(s)) for s in shapes.values()) // size,
+        positions={n: power / np.float32(power.mean(dtype=np.float64)) for n, power in sums.positions.items() if power.any()},
+        samples=indices,
         unreached={layer.node: unreached[layer.output] for layer in plan.layers if layer.output in unreached},
     )
 
@@ -136,14 +141,16 @@ class _Stage:
         Gives `_ATTENTION` and the other outputs named below.
     channels : dict of str to int
         Scored tensors and their channels, in the order of the columns of `_ATTENTION`.
-    weights, products, passed : dict of str to str
-        Scored weights, jointly scored tensors, and tensors of earlier blocks: to the outputs with their gradients or products.
+    positions, weights, products, passed : dict of str to str
+        Tensors whose positions are scored, scored weights, jointly scored tensors, and tensors of earlier blocks: to the
+        outputs with their positions' scores, gradients or products.
     fixed : Feeds
         The scored weights, which are inputs.
     """
 
     model: ModelProto
     channels: dict[str, int]
+    positions: dict[str, str]
     weights: dict[str, str]
     products: dict[str, str]
     passed: dict[str, str]
@@ -171,6 +178,7 @@ class _Sums:
     def __init__(self, count: int, size: int) -> None:
         self._count, self._size = count, size
         self.channels: dict[str, NDArray[np.float64]] = {}
+        self.positions: dict[str, Array] = {}
         self.weights: dict[str, NDArray[np.float64]] = {}
         self.outputs: dict[str, NDArray[np.float64]] = {}
 
@@ -182,6 +190,10 @@ class _Sums:
             rows = power[turn * self._size :][: self._size]
             rows += values[_ATTENTION][: len(rows), column : column + width]
             column += width
+        for tensor, name in stage.positions.items():
+            places = self.positions.setdefault(tensor, np.zeros((self._count, values[name].shape[1]), np.float32))
+            own = places[turn * self._size :][: self._size]
+            own += values[name][: len(own)]
         for name, gradient in stage.weights.items():
             self.weights[name] = self.weights.get(name, 0.0) + np.square(values[gradient]).astype(np.float64)
         for name, product in stage.products.items():
@@ -207,6 +219,7 @@ def _stages(
     plan: Plan,
     probes: Mapping[str, str],
     axes: Mapping[str, int],
+    placed: Collection[str],
     weights: Collection[str],
     size: int,
     engine: Engine,
@@ -234,11 +247,10 @@ def _stages(
         passed = {t: gradient.gradients[t] for t in backward if t in gradient.gradients}
         live.update(passed)
         joint = _jointly_scored(view, plan, reached)
-        summary, channels, products = _summarize(
-            gradient.model, reached, gradient.gradients, view, size, joint, [*own.values(), *passed.values()]
-        )
+        others = [*own.values(), *passed.values()]
+        summary, channels, positions, products = _summarize(gradient.model, reached, gradient.gradients, view, size, joint, placed, others)
         fixed = {name: view.constant(name) for name in own}
-        stages.append(_Stage(summary, dict(zip(reached, channels, strict=True)), own, products, passed, fixed))
+        stages.append(_Stage(summary, dict(zip(reached, channels, strict=True)), positions, own, products, passed, fixed))
     return stages, unreached
 
 
@@ -284,17 +296,38 @@ def _jointly_scored(view: GraphView, plan: Plan, reached: Iterable[str]) -> list
     ]  # fmt: skip
 
 
+def _scored_positions(view: GraphView, plan: Plan, axes: Mapping[str, int], size: int, count: int, limit: int) -> set[str]:
+    """The layer outputs whose positions are told apart: those with few positions first, as many as fit into the memory."""
+    shapes = {x.output: _static_shape(view, x.output) for x in plan.layers if x.output in axes}
+    positions = {t: int(np.prod(s)) // (size * s[axes[t]]) for t, s in shapes.items() if s[0] == size and axes[t] and s[axes[t]]}
+    taken: NDArray[np.int64] = np.cumsum(sorted(4 * count * n for n in positions.values()))
+    order = sorted(positions, key=lambda t: positions[t])
+    return {t for t, used in zip(order, taken, strict=True) if used <= limit}
+
+
 def _summarize(
-    model: ModelProto, axes: dict[str, int], gradients: dict[str, str], shapes: GraphView, size: int, joint: list[str], others: list[str]
-) -> tuple[ModelProto, list[int], dict[str, str]]:
+    model: ModelProto,
+    axes: dict[str, int],
+    gradients: dict[str, str],
+    shapes: GraphView,
+    size: int,
+    joint: list[str],
+    placed: Collection[str],
+    others: list[str],
+) -> tuple[ModelProto, list[int], dict[str, str], dict[str, str]]:
     """Reduce every J^T v to its channels' mean squares, one row a sample, and multiply those of ``joint`` tensors.
 
-    Returns the model, the numbers of channels, and the outputs with the products (J^T v)(J^T v)^T.
+    Returns the model, the numbers of channels, and the outputs with the sums of squares at the positions of ``placed``
+    tensors and with the products (J^T v)(J^T v)^T.
     """
     builder, parts, channels = edit.Builder(model, "eptq/"), [], []
     products = {tensor: _product(builder, gradients[tensor], axes[tensor], _static_shape(shapes, tensor)) for tensor in joint}
+    positions_of: dict[str, str] = {}
     for tensor, axis in axes.items():
         shape = _static_shape(shapes, tensor)
+        if tensor in placed:
+            power = builder.reduce("ReduceSumSquare", gradients[tensor], [axis], keepdims=False)
+            positions_of[tensor] = builder.add("Reshape", [power, builder.constant(np.array([size, -1], np.int64), "places")])
         per_sample = shape[0] == size and axis != 0
         positions = [i for i in range(len(shape)) if i != axis and not (per_sample and i == 0)]
         gradient = gradients[tensor]
@@ -309,8 +342,8 @@ def _summarize(
         parts.append(builder.add("Expand", [mean, builder.constant(np.array([size, shape[axis]], np.int64), "rows")]))
     columns = [builder.add("Concat", parts, _ATTENTION, axis=1)] if parts else []
     result = edit.with_nodes(model, [*model.graph.node, *builder.nodes], builder.initializers)
-    edit.set_outputs(result, [*columns, *others, *products.values()])
-    return faster(fold_constants(result)), channels, products
+    edit.set_outputs(result, [*columns, *positions_of.values(), *others, *products.values()])
+    return faster(fold_constants(result)), channels, positions_of, products
 
 
 def _product(b: edit.Builder, gradient: str, axis: int, shape: tuple[int, ...]) -> str:

@@ -96,6 +96,25 @@ def test_outputs_of_a_group_make_up_for_each_others_errors_where_they_are_added(
     assert errors["together"] < 0.3 * errors["apart"]
 
 
+def halves(count: int, seed: int = 0) -> np.ndarray:
+    """Images that are smooth on the left and rough on the right: roundings that serve one do not serve the other."""
+    return np.concatenate([smooth(count, seed)[..., :4], images(count, size=8, seed=seed + 1)[..., 4:]], axis=3)
+
+
+def test_errors_are_least_where_the_outputs_look():
+    model = parse("g (float[N,3,8,8] x) => (float[N,8,6,6] y) { y = Conv (x, w) }", {"w": normal(8, 3, 3, 3)})
+    errors = {}
+    for name, columns in {"all": slice(None), "left": slice(0, 3)}.items():
+        seen = np.zeros((64, 6, 6), np.float32)
+        seen[..., columns] = 1
+        scores = Scores({}, {}, {}, 288, positions={"y": seen.reshape(64, -1) / seen.mean()}, samples=np.arange(64))
+        float_model, p, _, rounding, _ = run(model, scores, halves)
+        x = {"x": halves(64, seed=5)}
+        exact, rough = Session(float_model).run(x)["y"], Session(write(float_model, p, rounding)[0]).run(x)["y"]
+        errors[name] = np.square(exact - rough)[..., :3].sum()
+    assert errors["left"] < 0.8 * errors["all"]
+
+
 def test_a_shared_weight_keeps_its_rounding_and_says_so():
     body = "a = Conv <pads = [1,1,1,1]> (x, w)  b = Relu (a)  y = Conv <pads = [1,1,1,1]> (b, w)"
     model = parse(f"g (float[N,3,8,8] x) => (float[N,3,8,8] y) {{ {body} }}", {"w": normal(3, 3, 3, 3)})

@@ -91,7 +91,7 @@ def test_attention_agrees_with_the_exact_jacobian(case):
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     probe.graph.output.append(onnx.helper.make_tensor_value_info("c1", onnx.TensorProto.FLOAT, None))
-    products = np.zeros((3, 3))
+    products, positions = np.zeros((3, 3)), []
     for n in range(len(images)):
         z = Session(probe).run({"image": images[n : n + 1]})["c1"]
         power, jacobian = np.zeros(z.shape), np.zeros((3 + 16, *z.shape))
@@ -103,11 +103,23 @@ def test_attention_agrees_with_the_exact_jacobian(case):
             power[place] = np.square(slope).sum()
             jacobian[(slice(None), *place)] = slope
         np.testing.assert_allclose(scores.channels["c1"][n], power.mean(axis=(0, 2, 3)), rtol=0.12)
+        positions.append(power.sum(axis=(0, 1)).reshape(-1))
         products += np.einsum("knchw,kndhw->cd", jacobian, jacobian) / len(images)
+    np.testing.assert_allclose(scores.positions["c1"], np.array(positions) / np.mean(positions), rtol=0.15)
     np.testing.assert_allclose(scores.outputs["c1"], products, atol=0.05 * products.max())
     assert {"c1", "a1", "features", "pooled", "logits"} >= set(scores.channels) >= {layer.output for layer in the_plan.layers}
     assert scores.channels["c1"].shape == (len(images), 3)
     assert scores.output_size == 3 + 16
+
+
+def test_positions_are_scored_for_the_small_layers_where_memory_is_short(case, engine):
+    model, images, the_plan, scores, _ = case
+    assert {n: p.shape for n, p in scores.positions.items()} == {"c1": (6, 16), "features": (6, 4), "logits": (6, 1)}
+    samples = data.read({"image": images}, model)
+    # A sixteenth is for tensors of a batch: 180 bytes, enough for 6 x 1 and 6 x 4 positions, but not for 6 x 16 more.
+    config = Config(probes=1, max_memory=16 * 180)
+    less = score(model, the_plan, samples, np.arange(6), calibrate(model, the_plan, samples, config, silent), (), engine, config, silent)
+    assert less.positions.keys() == {"features", "logits"}
 
 
 def test_a_short_last_batch_counts_no_sample_twice(case, engine):
