@@ -104,14 +104,14 @@ def halves(count: int, seed: int = 0) -> np.ndarray:
 def test_errors_are_least_where_the_outputs_look():
     model = parse("g (float[N,3,8,8] x) => (float[N,8,6,6] y) { y = Conv (x, w) }", {"w": normal(8, 3, 3, 3)})
     errors = {}
-    for name, columns in {"all": slice(None), "left": slice(0, 3)}.items():
+    for name, columns in {"all": slice(None), "left": slice(0, 2)}.items():
         seen = np.zeros((64, 6, 6), np.float32)
         seen[..., columns] = 1
         scores = Scores({}, {}, {}, 288, positions={"y": seen.reshape(64, -1) / seen.mean()}, samples=np.arange(64))
         float_model, p, _, rounding, _ = run(model, scores, halves)
         x = {"x": halves(64, seed=5)}
         exact, rough = Session(float_model).run(x)["y"], Session(write(float_model, p, rounding)[0]).run(x)["y"]
-        errors[name] = np.square(exact - rough)[..., :3].sum()
+        errors[name] = np.square(exact - rough)[..., :2].sum()
     assert errors["left"] < 0.8 * errors["all"]
 
 
