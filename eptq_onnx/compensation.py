@@ -18,16 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.linear import LinearForm
 from eptq_onnx.parallel import ordered_map
-from eptq_onnx.types import Array, QuantSpec
+from eptq_onnx.types import Array
 
 Float64 = NDArray[np.float64]
+Limits: TypeAlias = tuple[Array, Array]
+"""Least and largest integer of each row of a weight, both of shape (n_groups, n_outputs)."""
 
 _MOST_GAIN = 1.1
 """Largest correction of an output's slope: where almost nothing of the float output is left, a gain would amplify noise."""
@@ -260,7 +262,7 @@ class Feedback:
         return cls(order, (factor / np.einsum("gii->gi", factor)[:, :, None]).astype(np.float32))
 
 
-def compensated_rounding(target: Array, scale: Array, feedback: Feedback, spec: QuantSpec) -> Array:
+def compensated_rounding(target: Array, scale: Array, feedback: Feedback, limits: Limits) -> Array:
     """Round column by column, the later columns making up for the errors of the earlier.
 
     Parameters
@@ -268,8 +270,8 @@ def compensated_rounding(target: Array, scale: Array, feedback: Feedback, spec: 
     target : ndarray of shape (n_groups, n_outputs, n_terms)
     scale : ndarray of shape (n_groups, n_outputs)
     feedback : Feedback
-    spec : QuantSpec
-        Symmetric.
+    limits : tuple of ndarray
+        Least and largest integer of each row, of shape (n_groups, n_outputs).
 
     Returns
     -------
@@ -285,7 +287,7 @@ def compensated_rounding(target: Array, scale: Array, feedback: Feedback, spec: 
         block = rest[:, :, begin:end]
         errors = np.empty_like(block)
         for i in range(end - begin):
-            q = np.clip(np.rint(block[:, :, i]), spec.qmin, spec.qmax)
+            q = np.clip(np.rint(block[:, :, i]), *limits)
             result[:, :, begin + i] = q
             errors[:, :, i] = block[:, :, i] - q
             block[:, :, i + 1 :] -= errors[:, :, i, None] * spread[:, None, begin + i, begin + i + 1 : end]
@@ -295,7 +297,7 @@ def compensated_rounding(target: Array, scale: Array, feedback: Feedback, spec: 
     return np.take_along_axis(result, back[:, None, :], 2)
 
 
-def coordinate_descent(target: Array, integers: Array, scale: Array, moment: Float64, spec: QuantSpec, passes: int) -> Array:
+def coordinate_descent(target: Array, integers: Array, scale: Array, moment: Float64, limits: Limits, passes: int) -> Array:
     """Move integers one at a time to where the cost is least, all others fixed.
 
     Returns
@@ -317,7 +319,7 @@ def coordinate_descent(target: Array, integers: Array, scale: Array, moment: Flo
             local = pull[:, :, begin:end]
             for i in range(end - begin):
                 column = q[:, :, begin + i]
-                wanted = np.clip(np.rint(column + local[:, :, i] / diagonal[:, None, begin + i]), spec.qmin, spec.qmax)
+                wanted = np.clip(np.rint(column + local[:, :, i] / diagonal[:, None, begin + i]), *limits)
                 step = wanted - column
                 if step.any():
                     q[:, :, begin + i] = wanted
@@ -379,7 +381,7 @@ def jointly_refitted_scale(
 
 
 def joint_descent(
-    target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, spec: QuantSpec, passes: int
+    target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, limits: Limits, passes: int
 ) -> Array:
     """Coordinate descent on the effect of each group's errors on the network outputs, ``tr(G E A Eᵀ)``.
 
@@ -391,7 +393,8 @@ def joint_descent(
         A.
     output_moment : ndarray of shape (n_groups, n_outputs, n_outputs)
         G.
-    spec : QuantSpec
+    limits : tuple of ndarray
+        Least and largest integer of each row, of shape (n_groups, n_outputs).
     passes : int
 
     Returns
@@ -399,12 +402,13 @@ def joint_descent(
     ndarray of float32
         Integers of no higher cost.
     """
-    groups = zip(target, integers, scale, moment, output_moment, strict=True)
-    return np.stack([_joint_descent(*group, spec, passes) for group in groups])
+    least, most = limits
+    groups = zip(target, integers, scale, moment, output_moment, least, most, strict=True)
+    return np.stack([_joint_descent(w, q, s, a, g, (low, high), passes) for w, q, s, a, g, low, high in groups])
 
 
 def _joint_descent(
-    target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, spec: QuantSpec, passes: int
+    target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, limits: Limits, passes: int
 ) -> Array:
     """`joint_descent` of one group."""
     q, s = integers.astype(np.float64), scale.astype(np.float64)
@@ -418,7 +422,7 @@ def _joint_descent(
             local = pull[:, begin:end]
             for i in range(end - begin):
                 t = begin + i
-                effect = _descend_column(q[:, t], s, local[:, i], moment[t, t], output_moment, spec)
+                effect = _descend_column(q[:, t], s, local[:, i], moment[t, t], output_moment, limits)
                 if effect is not None:
                     effects[:, i] = effect
                     local[:, i + 1 :] -= np.outer(effect, moment[t, t + 1 : end])
@@ -431,13 +435,13 @@ def _joint_descent(
 
 
 def _descend_column(
-    column: Float64, scale: Float64, pull: Float64, variance: float, output_moment: Float64, spec: QuantSpec
+    column: Float64, scale: Float64, pull: Float64, variance: float, output_moment: Float64, limits: Limits
 ) -> Float64 | None:
     """Move integers of one column, the most useful move first, in place; returns G times the moves, None if there are none."""
     curvature = scale * np.diag(output_moment) * variance
     effect: Float64 | None = None
     for _ in range(2 * len(column)):
-        wanted = np.clip(np.rint(column + pull / curvature), spec.qmin, spec.qmax) - column
+        wanted = np.clip(np.rint(column + pull / curvature), *limits) - column
         gain = scale * wanted * (2 * pull - wanted * curvature)
         best = int(np.argmax(gain))
         if gain[best] <= 1e-9 * curvature[best] * scale[best]:

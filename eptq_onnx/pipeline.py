@@ -340,6 +340,7 @@ def _layer_reports(plan: Plan, scores: Scores | None, verification: Verification
             op_type=layer.op_type,
             weight_bits=layer.weight_spec.bits,
             weight_range=(layer.weight_spec.qmin, layer.weight_spec.qmax),
+            weight_zero_points=not layer.weight_spec.symmetric,
             activation_bits=quantizers[layer.input].spec.bits,
             edge=layer.edge,
             attention=None if weights is None else float(weights[k]),

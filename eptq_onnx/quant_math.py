@@ -78,20 +78,42 @@ def _of(scale: Array, part: Any) -> Array:
 # ---- quantizers ---------------------------------------------------------------------------------------------
 def quantize(x: Array, params: QuantParams, spec: QuantSpec) -> IntArray:
     """Round to the integer grid, in the container's type (ONNX QuantizeLinear, clipped to the spec's range)."""
-    scale = along_axis(params.scale, spec.axis, x.ndim)
+    scale, zero = scale_and_zero(params, spec, x.ndim)
     result: IntArray = np.empty(x.shape, spec.container)
     for part in _parts(x):
-        result[part] = np.clip(np.rint(x[part] / _of(scale, part)) + params.zero_point, spec.qmin, spec.qmax)
+        result[part] = np.clip(np.rint(x[part] / _of(scale, part)) + _of(zero, part), spec.qmin, spec.qmax)
     return result
 
 
 def dequantize(integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
     """Back to real values (ONNX DequantizeLinear)."""
-    scale = along_axis(params.scale, spec.axis, integers.ndim)
+    scale, zero = scale_and_zero(params, spec, integers.ndim)
     result: Array = np.empty(integers.shape, np.float32)
     for part in _parts(integers):
-        result[part] = (integers[part].astype(np.float32) - np.float32(params.zero_point)) * _of(scale, part)
+        result[part] = (integers[part].astype(np.float32) - _of(zero, part)) * _of(scale, part)
     return result
+
+
+def folded(integers: IntArray, params: QuantParams, spec: QuantSpec) -> tuple[IntArray, QuantParams]:
+    """The same weights with zero point 0: the integers less their zero point, inside what the container holds."""
+    if not np.any(params.zero_point):
+        return integers, params
+    _, zero = scale_and_zero(params, spec, integers.ndim)
+    steps: IntArray = np.empty(integers.shape, spec.container)
+    for part in _parts(integers):
+        steps[part] = integers[part] - _of(zero, part)
+    return steps, replace(params, zero_point=0)
+
+
+def limits(zero: IntArray | Array, spec: QuantSpec) -> tuple[Array, Array]:
+    """Least and largest integer less the zero point, of the zero point's shape."""
+    return np.asarray(spec.qmin - zero, np.float32), np.asarray(spec.qmax - zero, np.float32)
+
+
+def scale_and_zero(params: QuantParams, spec: QuantSpec, rank: int) -> tuple[Array, Array]:
+    """Both as they broadcast along a tensor of that rank, the zero point as a real number."""
+    zero: Array = np.asarray(params.zero_point, np.float32)
+    return along_axis(params.scale, spec.axis, rank), along_axis(zero, spec.axis, rank) if zero.ndim else zero
 
 
 def fake_quantize(x: Array, params: QuantParams, spec: QuantSpec) -> Array:
@@ -137,7 +159,7 @@ def weight_scales(
     ----------
     weight : ndarray
     spec : QuantSpec
-        Symmetric; ``axis`` is the channel axis.
+        ``axis`` is the channel axis. Where it allows zero points, each scale is tried with those of `zero_points`.
     importance : ndarray of the weight's shape, optional
         H; without it every element counts the same (MSE).
     damping : float
@@ -151,15 +173,49 @@ def weight_scales(
     ndarray of float32, scalar or of shape (n_channels,)
         Positive; 1 for a channel of zeros.
     """
+    rows, h = _rows_and_importance(weight, spec, importance, damping)
+    parts = _parts(rows)
+    found = ordered_map(lambda part: _row_scales(rows[part].astype(np.float32), h[part], spec, points, rounds), parts)
+    scales = np.concatenate(list(found))
+    return np.asarray(scales[0]) if spec.axis is None else scales
+
+
+def zero_points(weight: Array, scale: Array, spec: QuantSpec, importance: Array | None = None, damping: float = 0.1) -> IntArray:
+    """The zero point of each scale that centres the grid on the channel's extremes, of the two nearest the better.
+
+    Parameters
+    ----------
+    weight : ndarray
+    scale : ndarray of float32, scalar or of shape (n_channels,)
+    spec : QuantSpec
+    importance, damping
+        As in `weight_scales`.
+
+    Returns
+    -------
+    ndarray of int32, of the scale's shape
+        Within ``spec.zero_points``.
+    """
+    if spec.symmetric:
+        return np.zeros(np.shape(scale), np.int32)
+    rows, h = _rows_and_importance(weight, spec, importance, damping)
+    scales = np.reshape(scale, -1)
+    found = []
+    for part in _parts(rows):
+        own: Array = rows[part].astype(np.float32)
+        _, zero = _best_grid(own, h[part], scales[part], spec)
+        found.append(zero)
+    return np.concatenate(found).reshape(np.shape(scale)).astype(np.int32)
+
+
+def _rows_and_importance(weight: Array, spec: QuantSpec, importance: Array | None, damping: float) -> tuple[NDArray[np.floating], Array]:
+    """One row a channel, and what its elements count, or one column where all count the same."""
     rows = channel_rows(weight, spec.axis)
     h: Array = np.ones((len(rows), 1), np.float32)
     if importance is not None and importance.any():
         h = channel_rows(importance, spec.axis).astype(np.float32)
         h = h / np.float32(h.mean(dtype=np.float64)) + np.float32(damping)
-    parts = _parts(rows)
-    found = ordered_map(lambda part: _row_scales(rows[part].astype(np.float32), h[part], spec, points, rounds), parts)
-    scales = np.concatenate(list(found))
-    return np.asarray(scales[0]) if spec.axis is None else scales
+    return rows, h
 
 
 def _row_scales(rows: Array, h: Array, spec: QuantSpec, points: int, rounds: int) -> Array:
@@ -167,11 +223,11 @@ def _row_scales(rows: Array, h: Array, spec: QuantSpec, points: int, rounds: int
     largest = max_scales(rows, spec)
     low, high = np.full(len(rows), 0.2, np.float32), np.full(len(rows), 1.1, np.float32)
     best = np.ones(len(rows), np.float32)
-    best_error = _weighted_error(rows, h, largest, spec)
+    best_error, _ = _best_grid(rows, h, largest, spec)
     for _ in range(rounds):
         for fraction in np.linspace(0, 1, points, dtype=np.float32):
             ratio = low + (high - low) * fraction
-            error = _weighted_error(rows, h, largest * ratio, spec)
+            error, _ = _best_grid(rows, h, largest * ratio, spec)
             better = error < best_error
             best_error = np.where(better, error, best_error)
             best = np.where(better, ratio, best)
@@ -182,20 +238,38 @@ def _row_scales(rows: Array, h: Array, spec: QuantSpec, points: int, rounds: int
 
 def max_scales(rows: NDArray[np.floating], spec: QuantSpec) -> Array:
     """Smallest scale of each row that clips nothing; a tiny positive number for a row of zeros."""
-    up = rows.max(axis=1, initial=0) / spec.qmax
-    down = rows.min(axis=1, initial=0) / spec.qmin if spec.qmin < 0 else np.zeros(len(rows))
-    result: Array = np.maximum(np.maximum(up, down), _TINY).astype(np.float32)
+    least, most = spec.zero_points
+    up = rows.max(axis=1, initial=0) / (spec.qmax - least)
+    down = rows.min(axis=1, initial=0) / (spec.qmin - most) if spec.qmin < most else np.zeros(len(rows))
+    reach = np.maximum(up, down)
+    if not spec.symmetric and rows.shape[1]:
+        reach = np.maximum(reach, np.ptp(rows, axis=1) / (spec.qmax - spec.qmin))
+    result: Array = np.maximum(reach, _TINY).astype(np.float32)
     return result
 
 
-def _weighted_error(rows: Array, h: Array, scales: Array, spec: QuantSpec) -> Array:
+def _best_grid(rows: Array, h: Array, scales: Array, spec: QuantSpec) -> tuple[Array, Array]:
+    """Weighted squared error of each row on the best of its grids, and the zero point of that."""
     steps = rows / scales[:, None]
-    error = np.clip(np.rint(steps), spec.qmin, spec.qmax)
-    error -= steps
-    error *= error
-    error *= h
-    result: Array = error.sum(axis=1) * scales**2
-    return result
+    best: Array = np.full(len(rows), np.inf, np.float32)
+    chosen: Array = np.zeros(len(rows), np.float32)
+    for zero in _grids(rows, scales, spec):
+        error = np.clip(np.rint(steps), *limits(zero[:, None], spec))
+        error -= steps
+        error *= error
+        error *= h
+        total = error.sum(axis=1) * scales**2
+        better = total < best
+        best, chosen = np.where(better, total, best), np.where(better, zero, chosen)
+    return best, chosen
+
+
+def _grids(rows: Array, scales: Array, spec: QuantSpec) -> list[Array]:
+    """Zero points to try for each row."""
+    if spec.symmetric or not rows.shape[1]:
+        return [np.zeros(len(rows), np.float32)]
+    middle = (spec.qmin + spec.qmax) / 2 - (rows.max(axis=1) + rows.min(axis=1)) / (2 * scales)
+    return [np.clip(side(middle), *spec.zero_points).astype(np.float32) for side in (np.floor, np.ceil)]
 
 
 # ---- activation ranges ----------------------------------------------------------------------------------------
@@ -252,7 +326,8 @@ def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, flo
 
 def continuous(target: Array, integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
     """A continuous copy of rounded weights, in integer steps: on the side of ``target``, but safely rounding to ``integers``."""
-    steps = target / along_axis(params.scale, spec.axis, target.ndim)
+    scale, zero = scale_and_zero(params, spec, target.ndim)
+    steps = target / scale + zero
     near = integers.astype(np.int32)
     return np.asarray(near + np.clip(steps - near, -0.45, 0.45), np.float32)
 

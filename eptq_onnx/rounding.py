@@ -30,27 +30,27 @@ class RoundedWeight(Protocol):
         ...
 
     def harden(self) -> tuple[IntArray, QuantParams]:
-        """Integers and scales with every element decided."""
+        """Integers, scales and zero points with every element decided."""
         ...
 
 
 class StraightThroughWeight:
     """A weight that is rounded in every forward pass; its gradient passes the rounding unchanged.
 
-    ``W = clip(round(u), qmin, qmax) * s * gamma`` with a continuous copy u of the weight in integer steps.
+    ``W = (clip(round(u), qmin, qmax) - z) * s * gamma`` with a continuous copy u of the weight in integer steps.
     """
 
     def __init__(self, position: Array, params: QuantParams, spec: QuantSpec) -> None:
         self.spec = spec
-        self.scale = params.scale
-        self._s = quant_math.along_axis(params.scale, spec.axis, position.ndim)
+        self.scale, self._zero_point = params.scale, params.zero_point
+        self._s, self._z = quant_math.scale_and_zero(params, spec, position.ndim)
         self.variable: Array = position
         self.gamma: Array = np.ones_like(params.scale)
         self._level: Array = np.zeros(0, np.float32)
 
     def forward(self) -> Array:
         """The rounded weight."""
-        self._level = np.clip(np.rint(self.variable), self.spec.qmin, self.spec.qmax)
+        self._level = np.clip(np.rint(self.variable), self.spec.qmin, self.spec.qmax) - self._z
         return self._level * self._factor()
 
     def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
@@ -63,9 +63,9 @@ class StraightThroughWeight:
         return 0.0
 
     def harden(self) -> tuple[IntArray, QuantParams]:
-        """Integers and scales."""
+        """Integers, scales and zero points."""
         integers = np.clip(np.rint(self.variable), self.spec.qmin, self.spec.qmax).astype(self.spec.container)
-        return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32))
+        return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32), self._zero_point)
 
     def _factor(self) -> Array:
         return self._s * quant_math.along_axis(self.gamma, self.spec.axis, self.variable.ndim)
@@ -74,21 +74,21 @@ class StraightThroughWeight:
 class SoftWeight:
     """A weight whose elements are between rounding down and rounding up.
 
-    ``W = clip(floor(u) + h(alpha), qmin, qmax) * s * gamma`` per channel (AdaRound; gamma is the learned factor).
+    ``W = (clip(floor(u) + h(alpha), qmin, qmax) - z) * s * gamma`` per channel (AdaRound; gamma is the learned factor).
 
     Parameters
     ----------
     position : ndarray
         u, the weight in integer steps.
     params : QuantParams
-        Gives s.
+        Gives s and z.
     spec : QuantSpec
     """
 
     def __init__(self, position: Array, params: QuantParams, spec: QuantSpec) -> None:
         self.spec = spec
-        self.scale = params.scale
-        self._s = quant_math.along_axis(params.scale, spec.axis, position.ndim)
+        self.scale, self._zero_point = params.scale, params.zero_point
+        self._s, self._z = quant_math.scale_and_zero(params, spec, position.ndim)
         self.floor: Array = np.floor(position)
         self.variable: Array = quant_math.rectified_sigmoid_inverse(position - self.floor)
         self.gamma: Array = np.ones_like(params.scale)
@@ -98,7 +98,7 @@ class SoftWeight:
     def forward(self) -> Array:
         """The soft weight."""
         self._h = quant_math.rectified_sigmoid(self.variable)
-        self._level = np.clip(self.floor + self._h, self.spec.qmin, self.spec.qmax)
+        self._level = np.clip(self.floor + self._h, self.spec.qmin, self.spec.qmax) - self._z
         return self._level * self._factor()
 
     def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
@@ -116,10 +116,10 @@ class SoftWeight:
         return quant_math.rounding_penalty(self._h, exponent)
 
     def harden(self) -> tuple[IntArray, QuantParams]:
-        """Integers and scales with every element decided: up where alpha >= 0."""
+        """Integers, scales and zero points with every element decided: up where alpha >= 0."""
         up = self.variable >= 0
         integers = np.clip(self.floor + up, self.spec.qmin, self.spec.qmax).astype(self.spec.container)
-        return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32))
+        return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32), self._zero_point)
 
     def _factor(self) -> Array:
         return self._s * quant_math.along_axis(self.gamma, self.spec.axis, self.floor.ndim)

@@ -30,6 +30,9 @@ class QuantSpec:
         True if the zero point is 0.
     axis : int or None
         Axis with one scale per index (per-channel), or None for one scale per tensor.
+    zero_points : tuple of int
+        Least and largest zero point of a weight. It is folded into the stored integers, which have the zero point 0 that
+        integer kernels want: the limits keep them in the range that the target stores.
     """
 
     bits: int
@@ -38,6 +41,7 @@ class QuantSpec:
     container: str
     symmetric: bool
     axis: int | None = None
+    zero_points: tuple[int, int] = (0, 0)
 
     @property
     def narrower_than_container(self) -> bool:
@@ -53,11 +57,12 @@ class QuantParams:
     Parameters
     ----------
     scale : ndarray of float32, scalar or of shape (n_channels,)
-    zero_point : int
+    zero_point : int, or ndarray of the scale's shape
+        One in all for activations.
     """
 
     scale: Array
-    zero_point: int = 0
+    zero_point: int | IntArray = 0
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ class Rounding:
     Parameters
     ----------
     integers : dict of str to ndarray
-        Per weight tensor, in the type of the container.
+        Per weight tensor, in the type of the container; zero points are not folded in yet.
     weights : dict of str to QuantParams
     activations : dict of str to QuantParams
         Per activation quantizer (by its name).

@@ -9,9 +9,8 @@ import pytest
 
 from eptq_onnx import compensation
 from eptq_onnx.linear import MatrixForm
-from eptq_onnx.types import QuantSpec
 
-SPEC = QuantSpec(3, -4, 3, "int8", True, 0)
+LIMITS = np.float32([[-4]]), np.float32([[3]])
 
 
 def _inputs(rows: int, terms: int, groups: int = 1, seed: int = 0) -> np.ndarray:
@@ -94,8 +93,8 @@ def test_without_correlations_it_is_rounding_to_nearest():
     scale = np.full((2, 5), 0.3, np.float32)
     moment = np.stack([np.diag(np.arange(1.0, 7.0))] * 2)
     expected = np.clip(np.rint(target / 0.3), -4, 3)
-    np.testing.assert_array_equal(compensation.compensated_rounding(target, scale, compensation.Feedback.of(moment), SPEC), expected)
-    np.testing.assert_array_equal(compensation.coordinate_descent(target, expected, scale, moment, SPEC, 3), expected)
+    np.testing.assert_array_equal(compensation.compensated_rounding(target, scale, compensation.Feedback.of(moment), LIMITS), expected)
+    np.testing.assert_array_equal(compensation.coordinate_descent(target, expected, scale, moment, LIMITS, 3), expected)
 
 
 @pytest.mark.parametrize("terms", [4, 150])
@@ -110,8 +109,8 @@ def test_compensation_and_descent_lower_the_cost(terms):
         return compensation.cost(q * scale[:, :, None] - target, a)
 
     nearest = np.clip(np.rint(target / scale[:, :, None]), -4, 3)
-    rounded = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), SPEC)
-    descended = compensation.coordinate_descent(target, rounded, scale, a, SPEC, 3)
+    rounded = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), LIMITS)
+    descended = compensation.coordinate_descent(target, rounded, scale, a, LIMITS, 3)
     assert cost(rounded).sum() < 0.7 * cost(nearest).sum()
     assert (cost(descended) <= cost(rounded) * (1 + 1e-4)).all()
     np.testing.assert_array_equal(descended, np.clip(np.rint(descended), -4, 3))
@@ -124,7 +123,7 @@ def test_descent_finds_the_best_of_all_integers_when_started_everywhere():
     scale = np.full((1, 1), 0.5, np.float32)
     every = np.array(list(product(range(-4, 4), repeat=3)), np.float32)
     costs = [float(compensation.cost(q[None, None] * 0.5 - target, a)[0, 0]) for q in every]
-    ends = [compensation.coordinate_descent(target, q[None, None].copy(), scale, a, SPEC, 20) for q in every]
+    ends = [compensation.coordinate_descent(target, q[None, None].copy(), scale, a, LIMITS, 20) for q in every]
     assert min(float(compensation.cost(q * 0.5 - target, a)[0, 0]) for q in ends) == pytest.approx(min(costs))
 
 
@@ -135,7 +134,7 @@ def test_inputs_that_never_vary_do_no_harm():
     target = compensation.corrected_target(weight, a, c, v, 0.5)
     np.testing.assert_allclose(target, weight, rtol=1e-5)
     q = compensation.compensated_rounding(
-        target, np.full((1, 2), 0.5, np.float32), compensation.Feedback.of(compensation.damped(a, 0.03)), SPEC
+        target, np.full((1, 2), 0.5, np.float32), compensation.Feedback.of(compensation.damped(a, 0.03)), LIMITS
     )
     assert np.isfinite(q).all()
 
@@ -153,18 +152,19 @@ def test_joint_descent_lowers_the_effect_on_the_outputs_and_is_coordinate_descen
     rng = np.random.default_rng(1)
     target, scale = rng.normal(size=(groups, 8, 80)).astype(np.float32), np.full((groups, 8), 0.6, np.float32)
     g = _output_moments(groups, 8, rng)
-    start = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), SPEC)
+    limits = np.full_like(scale, -4), np.full_like(scale, 3)
+    start = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), limits)
 
     def effect(q: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         error = q * 0.6 - target
         return np.einsum("gij,gjt,gts,gis->g", outputs, error, a, error, optimize=True)
 
     plain = np.stack([np.eye(8)] * groups)
-    alone = compensation.coordinate_descent(target, start, scale, a, SPEC, 9)
-    joint = compensation.joint_descent(target, start, scale, a, g, SPEC, 9)
+    alone = compensation.coordinate_descent(target, start, scale, a, limits, 9)
+    joint = compensation.joint_descent(target, start, scale, a, g, limits, 9)
     assert (effect(joint, g) < 0.9 * effect(alone, g)).all()
     np.testing.assert_array_equal(joint, np.clip(np.rint(joint), -4, 3))
-    same = compensation.joint_descent(target, start, scale, a, plain, SPEC, 9)
+    same = compensation.joint_descent(target, start, scale, a, plain, limits, 9)
     np.testing.assert_allclose(effect(same, plain), effect(alone, plain), rtol=1e-3)
 
 

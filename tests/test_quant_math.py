@@ -15,6 +15,7 @@ from eptq_onnx.types import QuantParams, QuantSpec
 INT4 = QuantSpec(4, -8, 7, "int8", True, 0)
 UINT8 = QuantSpec(8, 0, 255, "uint8", False)
 INT8 = QuantSpec(8, -128, 127, "int8", True)
+SHIFTED = QuantSpec(4, -8, 7, "int8", False, 0, (-56, 56))
 
 
 def test_quantize_is_what_onnx_computes():
@@ -57,8 +58,40 @@ def test_importance_moves_the_scale_and_damping_holds_it():
     assert free[0] < damped[0] <= plain[0] * 1.001
 
 
-def test_a_channel_of_zeros_has_scale_one():
-    np.testing.assert_array_equal(qm.weight_scales(np.zeros((2, 3), np.float32), INT4), [1, 1])
+@pytest.mark.parametrize("spec", [INT4, SHIFTED])
+def test_a_channel_of_zeros_has_scale_one(spec):
+    zeros = np.zeros((2, 3), np.float32)
+    np.testing.assert_array_equal(qm.weight_scales(zeros, spec), [1, 1])
+    params = QuantParams(np.ones(2, np.float32), qm.zero_points(zeros, np.ones(2, np.float32), spec))
+    np.testing.assert_array_equal(qm.fake_quantize(zeros, params, spec), zeros)
+
+
+def _on_best_grid(weight: np.ndarray, spec: QuantSpec) -> np.ndarray:
+    scale = qm.weight_scales(weight, spec)
+    return qm.fake_quantize(weight, QuantParams(scale, qm.zero_points(weight, scale, spec)), spec)
+
+
+def test_zero_points_serve_lopsided_channels():
+    weight = np.random.default_rng(0).uniform(-0.2, 1, (32, 9)).astype(np.float32)
+    weight[::2] *= -1
+    errors = [np.square(_on_best_grid(weight, spec) - weight).sum() for spec in (INT4, SHIFTED)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+@given(hnp.arrays(np.float32, (4, 6), elements=st.floats(-100, 100, width=32)), st.sampled_from([2, 3, 4]))
+def test_folded_weights_are_the_same_and_fit_the_target(weight, bits):
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    spec = QuantSpec(bits, low, high, "int8", False, 0, (high - 63, low + 64))
+    scale = qm.weight_scales(weight, spec)
+    params = QuantParams(scale, qm.zero_points(weight, scale, spec))
+    integers = qm.quantize(weight, params, spec)
+    assert low <= integers.min() <= integers.max() <= high
+    stored, symmetric = qm.folded(integers, params, spec)
+    assert -64 <= stored.min() <= stored.max() <= 63
+    assert not np.any(symmetric.zero_point)
+    np.testing.assert_array_equal(qm.dequantize(stored, symmetric, spec), qm.dequantize(integers, params, spec))
+    largest = np.abs(weight).max(axis=1, keepdims=True)
+    assert (np.abs(_on_best_grid(weight, spec) - weight) <= largest + 1e-6).all()
 
 
 @given(st.floats(-50, 0), st.floats(0, 50), st.sampled_from([UINT8, INT8, QuantSpec(4, 0, 15, "uint8", False)]))

@@ -24,6 +24,10 @@ def test_specs_stay_inside_the_container():
     for bits in range(2, 9):
         weight, activation = target.weight_spec(bits, 0), target.activation_spec(bits)
         assert -128 <= weight.qmin < 0 < weight.qmax <= 127
+        least, most = weight.zero_points
+        assert weight.symmetric == (least == most == 0) == (bits >= 7)
+        # With the zero point folded in, the integers stay in the range of the target.
+        assert (weight.qmin - most, weight.qmax - least) == (-64, 63)
         assert (activation.qmin, activation.qmax) == (0, 2**bits - 1)
     assert target.activation_spec(4).narrower_than_container
     assert not target.activation_spec(8).narrower_than_container

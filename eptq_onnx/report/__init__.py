@@ -26,6 +26,8 @@ class LayerReport:
     op_type: str
     weight_bits: int
     weight_range: tuple[int, int]
+    weight_zero_points: bool
+    """True if every channel has a zero point, which is folded into the stored integers."""
     activation_bits: int
     edge: bool
     attention: float | None
@@ -109,8 +111,11 @@ class Report:
         (console or Console()).print(self.render())
 
     def _bits(self) -> str:
-        counts = Counter((f"W{x.weight_bits}A{x.activation_bits}", x.weight_range) for x in self.layers)
-        return ", ".join(f"{n} layers {name} (weights in [{r[0]}, {r[1]}])" for (name, r), n in counts.items())
+        counts = Counter((f"W{x.weight_bits}A{x.activation_bits}", x.weight_range, x.weight_zero_points) for x in self.layers)
+        return ", ".join(
+            f"{n} layers {name} (weights in [{low}, {high}]{' less zero points' if zero else ''})"
+            for (name, (low, high), zero), n in counts.items()
+        )
 
     def _optimization(self) -> str:
         trace = self.optimization

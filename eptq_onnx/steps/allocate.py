@@ -195,8 +195,9 @@ def _channel_errors(
     rows = form.weight_rows(weight)
     errors = {}
     for bits, spec in specs.items():
-        per_row = quant_math.weight_scales(weight, spec).reshape(-1)[scale_places(form, weight.shape, spec.axis)]
-        integers = compensation.compensated_rounding(rows, per_row, feedback, spec)
+        scale, owners = quant_math.weight_scales(weight, spec), scale_places(form, weight.shape, spec.axis)
+        per_row, zero = scale.reshape(-1)[owners], quant_math.zero_points(weight, scale, spec).reshape(-1)[owners]
+        integers = compensation.compensated_rounding(rows, per_row, feedback, quant_math.limits(zero, spec))
         error = compensation.cost(integers * per_row[:, :, None] - rows, unseen)
         errors[bits] = np.asarray(error.reshape(-1), np.float32)
     return errors

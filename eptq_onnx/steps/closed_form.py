@@ -204,24 +204,25 @@ class _Problem:
         target = compensation.corrected_target(rows, moment, cross, power, chosen)
         moment = compensation.damped(moment, self.config.rounding_damping)
         full = self.form.weight_from_rows(target)
-        base = quant_math.weight_scales(full, self.spec)
+        base = quant_math.weight_scales(full, self.spec).reshape(-1)
         owners = scale_places(self.form, self.weight.shape, self.spec.axis)
         feedback = compensation.Feedback.of(moment)
-        best = self._round(target, self._at_least(base, least), moment, feedback, owners)
+        best = self._round(full, target, self._at_least(base, least), moment, feedback, owners)
         for ratio in _RATIOS[1:]:
-            other = self._round(target, self._at_least(base * np.float32(ratio), least), moment, feedback, owners)
+            other = self._round(full, target, self._at_least(base * np.float32(ratio), least), moment, feedback, owners)
             better = other.cost < best.cost
             best = _Rounded(
                 np.where(better[owners][:, :, None], other.integers, best.integers),
                 np.where(better, other.scale, best.scale),
+                np.where(better, other.zero, best.zero),
                 np.where(better, other.cost, best.cost),
             )
-        passes = self.config.descent_passes
+        passes, limits = self.config.descent_passes, quant_math.limits(best.zero[owners], self.spec)
         integers, scale = self._in_turns(
             best.integers,
             best.scale,
             least,
-            lambda q, s: compensation.coordinate_descent(target, q, s[owners], moment, self.spec, passes),
+            lambda q, s: compensation.coordinate_descent(target, q, s[owners], moment, limits, passes),
             lambda q, s: compensation.refitted_scale(target, q, s, moment, owners),
         )
         effect = self._output_moment(len(rows))
@@ -230,11 +231,13 @@ class _Problem:
                 integers,
                 scale,
                 least,
-                lambda q, s: compensation.joint_descent(target, q, s[owners], moment, effect, self.spec, passes),
+                lambda q, s: compensation.joint_descent(target, q, s[owners], moment, effect, limits, passes),
                 lambda q, s: compensation.jointly_refitted_scale(target, q, s, moment, effect, owners),
             )
-        params = QuantParams(np.asarray(scale if self.spec.axis is not None else scale[0], np.float32))
-        return self.form.weight_from_rows(integers).astype(self.spec.container), params, full
+        places = ... if self.spec.axis is not None else 0
+        params = QuantParams(np.asarray(scale[places], np.float32), best.zero[places])
+        stored = self.form.weight_from_rows(integers + best.zero[owners][:, :, None])
+        return stored.astype(self.spec.container), params, full
 
     def _output_moment(self, groups: int) -> compensation.Float64 | None:
         """G of every group, of shape (n_groups, n_outputs, n_outputs); None if it is unknown or 0."""
@@ -266,24 +269,26 @@ class _Problem:
 
     def _round(
         self,
+        full: Array,
         target: Array,
         scale: Array,
         moment: compensation.Float64,
         feedback: compensation.Feedback,
         owners: NDArray[np.int64],
     ) -> _Rounded:
-        per_row = scale[owners]
-        integers = compensation.compensated_rounding(target, per_row, feedback, self.spec)
+        per_row, zero = scale[owners], quant_math.zero_points(full, scale, self.spec)
+        integers = compensation.compensated_rounding(target, per_row, feedback, quant_math.limits(zero[owners], self.spec))
         value = compensation.cost(integers * per_row[:, :, None] - target, moment)
         costs = np.zeros(scale.size)
         np.add.at(costs, owners, value)
-        return _Rounded(integers, scale, costs)
+        return _Rounded(integers, scale, zero, costs)
 
 
 @dataclass(frozen=True)
 class _Rounded:
-    """Integers of every row, with the scale and cost of every channel."""
+    """Integers of every row, less their zero point, with the scale, zero point and cost of every channel."""
 
     integers: Array
     scale: Array
+    zero: IntArray
     cost: NDArray[np.float64]

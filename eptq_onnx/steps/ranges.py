@@ -22,7 +22,7 @@ def weight_ranges(
     config: Config,
     searched: Collection[str] | None = None,
 ) -> Rounding:
-    """Choose weight scales and round to nearest.
+    """Choose weight scales and zero points, and round to nearest.
 
     Parameters
     ----------
@@ -49,8 +49,9 @@ def weight_ranges(
         weight: Array = np.asarray(view.constant(name), np.float32)
         importance = scores.weights.get(name) if scores else None
         method = config.weight_range_method if searched is None or name in searched else WeightRange.MINMAX
-        scale = _scales(weight, spec, importance, method, config.damping)
-        params[name] = QuantParams(np.maximum(scale, smallest.get(name, np.float32(0))))
+        weighed = importance if method is WeightRange.HMSE else None
+        scale = np.maximum(_scales(weight, spec, weighed, method, config.damping), smallest.get(name, np.float32(0)))
+        params[name] = QuantParams(scale, quant_math.zero_points(weight, scale, spec, weighed, config.damping))
         integers[name] = quant_math.quantize(weight, params[name], spec)
     return Rounding(integers, params, dict(calibration.activations), biases(view, plan), Constants(view, integers))
 
@@ -72,7 +73,7 @@ def _scales(weight: Array, spec: QuantSpec, importance: Array | None, method: We
         rows = quant_math.channel_rows(weight, spec.axis)
         scales = np.where(rows.any(axis=1), quant_math.max_scales(rows, spec), np.float32(1)).astype(np.float32)
         return np.asarray(scales[0]) if spec.axis is None else scales
-    return quant_math.weight_scales(weight, spec, importance if method is WeightRange.HMSE else None, damping)
+    return quant_math.weight_scales(weight, spec, importance, damping)
 
 
 def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> dict[str, Array]:

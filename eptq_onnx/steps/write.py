@@ -132,7 +132,8 @@ class _Writer:
     def _constants(self) -> None:
         for weight, spec in self._plan.weight_specs.items():
             readers = [layer.node for layer in self._plan.layers if layer.weight == weight]
-            name = self._dequantized(weight, self._rounding.integers[weight], self._rounding.weights[weight], spec, readers)
+            integers, params = quant_math.folded(self._rounding.integers[weight], self._rounding.weights[weight], spec)
+            name = self._dequantized(weight, integers, params, spec, readers)
             for node in readers:
                 self._layer_reads[node, weight] = name
         for quantizer in self._plan.activations:

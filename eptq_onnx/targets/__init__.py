@@ -91,8 +91,12 @@ class Target(_Row):
 
     def weight_spec(self, bits: int, axis: int | None) -> QuantSpec:
         """Spec of a weight with output-channel axis ``axis``; None for one scale in all."""
-        low, high = self.weight.range_8_bits if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        return QuantSpec(bits, low, high, self.weight.container, True, axis if self.weight.per_channel else None)
+        least, most = self.weight.range_8_bits
+        low, high = (least, most) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        zero_points = min(high - most, 0), max(low - least, 0)
+        return QuantSpec(
+            bits, low, high, self.weight.container, zero_points == (0, 0), axis if self.weight.per_channel else None, zero_points
+        )
 
     def opset_for(self, activation_bits: int) -> int:
         """Lowest opset that can write these activations."""

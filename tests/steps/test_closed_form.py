@@ -112,7 +112,7 @@ def test_errors_are_least_where_the_outputs_look():
         x = {"x": halves(64, seed=5)}
         exact, rough = Session(float_model).run(x)["y"], Session(write(float_model, p, rounding)[0]).run(x)["y"]
         errors[name] = np.square(exact - rough)[..., :2].sum()
-    assert errors["left"] < 0.8 * errors["all"]
+    assert errors["left"] < 0.9 * errors["all"]
 
 
 def test_a_shared_weight_keeps_its_rounding_and_says_so():

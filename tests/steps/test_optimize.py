@@ -140,7 +140,7 @@ def test_scale_gradient_is_the_lsq_rule(each_engine):
 
 @pytest.mark.parametrize("rounding", list(RoundingVariable))
 def test_optimization_lowers_the_held_out_error(engine, rounding):
-    case = Case(engine, rounding=rounding, steps=80)
+    case = Case(engine, rounding=rounding, steps=80, weight_bits=2)
     best, trace = case.run()
     values = dict(trace.checkpoints)
     assert trace.steps == 80

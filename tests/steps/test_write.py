@@ -57,10 +57,14 @@ def test_what_is_stored_dequantizes_to_what_was_decided_bit_for_bit():
         if name in p.weight_specs:
             probe.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     values = Session(probe, optimize=False).run({"image": images(1)})
+    view = GraphView(quantized)
     for name, spec in p.weight_specs.items():
         np.testing.assert_array_equal(values[name], quant_math.dequantize(rounding.integers[name], rounding.weights[name], spec))
-        stored = GraphView(quantized).constant(f"{name}_quantized")
+        stored = view.constant(f"{name}_quantized")
         assert stored.dtype == np.int8
+        np.testing.assert_array_equal(stored, quant_math.folded(rounding.integers[name], rounding.weights[name], spec)[0])
+        assert not view.constant(view.producer[name].input[2]).any()
+    assert any(np.any(rounding.weights[name].zero_point) for name in p.weight_specs)
 
 
 def test_bias_is_int32_with_the_product_of_the_scales():
