@@ -184,7 +184,7 @@ class Config(BaseModel):
         Learning rates of the rounding variables (default 0.05 for ``soft``; for ``straight-through`` 0.002 integer
         steps from the closed-form start, 0.005 from nearest rounding), of the biases (in units of the layer output's
         RMS), of the weight scale factors and of the logarithms of the activation scales below 8 bits; all fall to 0 as
-        a cosine.
+        a cosine. That of ``straight-through`` is also halved whenever a check finds nothing better on the held-out samples.
     rounding_strength : float
         Lambda, the weight of the penalty on undecided weights (``soft`` only).
     warmup : float

@@ -147,6 +147,8 @@ def optimize(
                 best, best_step = candidate, step + 1
             values = list(checkpoints.values())
             fruitless = len(values) - 1 - values.index(min(values))
+            if fruitless and config.rounding is not RoundingVariable.SOFT:
+                state.slow_down()
             # Undecided weights need all the steps.
             if 0 < config.patience <= fruitless and config.rounding is not RoundingVariable.SOFT:
                 break
@@ -234,6 +236,7 @@ class _State:
         }
         self._bias_shift: dict[str, Array] = {n: np.zeros_like(start.biases[n]) for n in self._bias_unit}
         self._log_scales: Array = np.zeros(len(graph.quantizers), np.float32)
+        self._pace = 1.0
         self._first_scales = np.array([float(start.activations[q].scale) for q in graph.quantizers], np.float32)
         self._layers_of = {n: [k for k, x in enumerate(plan.layers) if x.weight == n] for n in self.weights}
         rounding = RAdam if config.optimizer is Optimizer.RADAM else Adam
@@ -282,7 +285,7 @@ class _State:
                 penalty += factor * weight.penalty(exponent)
         # Adam's first steps are as long as the others and know the least.
         cosine = 0.5 * (1 + np.cos(np.pi * step / total)) * min(1.0, (step + 1) / (_RISE * total))
-        self._rounding.step(alphas, config.rounding_rate * cosine)
+        self._rounding.step(alphas, config.rounding_rate * self._pace * cosine)
         self._factors.step(gammas, config.scale_lr * cosine)
         self._biases.step({n: gradients[n] * unit for n, unit in self._bias_unit.items()}, config.bias_lr * cosine)
         if ACTIVATION_SCALES in gradients:
@@ -291,6 +294,10 @@ class _State:
             )
         self._means.update()
         return penalty
+
+    def slow_down(self) -> None:
+        """Halve the steps of the rounding variables: weights that flip to and fro are noise to all the others."""
+        self._pace /= 2
 
     def harden(self) -> Rounding:
         """Where the parameters are going, with every weight decided."""

@@ -10,6 +10,7 @@ from eptq_onnx import data, quant_math, targets
 from eptq_onnx.config import Attention, Config, RoundingVariable
 from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LAYER_ERRORS, LOSS
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.optimizers import Adam
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.calibrate import calibrate
 from eptq_onnx.steps.normalize import normalize
@@ -232,3 +233,21 @@ def test_a_layer_behind_an_operator_without_gradient_is_said_not_to_be_optimized
     assert result.report.optimization is not None
     (note,) = result.report.notes
     assert "has no Hessian score: no output depends on it through operators that have a gradient" in note
+
+
+@pytest.mark.parametrize(("rounding", "halvings"), [("straight-through", 9), ("soft", 0)])
+def test_weights_move_half_as_fast_after_every_check_that_finds_nothing_better(engine, rounding, halvings, monkeypatch):
+    case = Case(engine, rounding=rounding, rounding_lr=30.0, bias_lr=10.0, steps=20, patience=0)
+    rates = []
+
+    class Watched(Adam):
+        def step(self, gradients, rate):
+            rates.append(rate)
+            super().step(gradients, rate)
+
+    monkeypatch.setattr("eptq_onnx.steps.optimize.Adam", Watched)
+    _, trace = case.run()
+    assert trace.best_step == 0
+    # Three optimizers take turns, that of the rounding first; the last step is the ninth check's second.
+    full = 30.0 * 0.5 * (1 + np.cos(np.pi * 19 / 20))
+    assert rates[0::3][-1] == pytest.approx(full / 2**halvings)
