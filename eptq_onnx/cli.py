@@ -60,6 +60,9 @@ def quantize(
     weight_range: Annotated[
         WeightRange | None, typer.Option(help="How weight ranges are chosen (default: hmse; mse with --preset fast).")
     ] = None,
+    equalize: Annotated[
+        bool, typer.Option(help="Scale the channels of activations to fit the range that they share, where layers around can take it up.")
+    ] = _DEFAULTS.equalize,
     max_noise: Annotated[
         float,
         typer.Option(help="The noisiest activations stay float until the others together cause no more noise at the outputs (0: none)."),

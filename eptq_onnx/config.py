@@ -172,6 +172,9 @@ class Config(BaseModel):
         The optimization ends early when so many checks in a row (ten a run) found nothing better on the held-out samples;
         0: never. Its result must beat the start by more than chance (Wilcoxon's signed-rank test, 5 %).
         Not for ``soft``.
+    equalize : bool
+        Scale the channels of activations so that they fill the range that they share, where the layers around them can
+        take up the factors; see `eptq_onnx.steps.equalize`.
     max_noise : float
         Largest noise-to-signal power ratio at the outputs that the quantization of all activations together may cause,
         by prediction from the Hessian scores; the noisiest stay float until the rest keep within it or none stands out
@@ -228,6 +231,7 @@ class Config(BaseModel):
     rounding_damping: float = Field(0.1, gt=0)
     descent_passes: int = Field(3, ge=0)
     patience: int = Field(8, ge=0)
+    equalize: bool = True
     max_noise: float = Field(0.05, ge=0)
     rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH
     optimizer: Optimizer = Optimizer.ADAM

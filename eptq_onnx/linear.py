@@ -6,6 +6,7 @@ here cut such rows out of an input tensor, and turn a weight tensor into rows an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,11 @@ from eptq_onnx.types import Array
 
 class LinearForm(Protocol):
     """How a layer is a matrix product."""
+
+    @property
+    def taps(self) -> int:
+        """Terms that each input channel has, one behind the other."""
+        ...
 
     def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
         """The weight as an array of shape (n_groups, n_outputs, n_terms)."""
@@ -68,6 +74,11 @@ class MatrixForm:
     transposed: bool = False
     gain: float = 1.0
 
+    @property
+    def taps(self) -> int:
+        """See `LinearForm`."""
+        return 1
+
     def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
         """See `LinearForm`."""
         return (weight if self.transposed else weight.T)[None]
@@ -113,6 +124,11 @@ class ConvForm:
     group: int = 1
     transposed: bool = False
     output_padding: tuple[int, ...] = ()
+
+    @property
+    def taps(self) -> int:
+        """See `LinearForm`."""
+        return math.prod(self.kernel)
 
     def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
         """See `LinearForm`."""

@@ -13,6 +13,7 @@ from enum import Enum
 import numpy as np
 from onnx import NodeProto
 
+from eptq_onnx.graph import channels
 from eptq_onnx.graph.lower import (
     Lowering,
     activations,
@@ -91,6 +92,8 @@ class OpSpec:
         True if every output element depends on the input elements at its place only.
     bounds : callable or None
         (node, view) to the limits of the output; None where there is none.
+    channels : callable or None
+        What factors on the channels of its tensors do to the node (`eptq_onnx.graph.channels`); None where nobody can tell.
     objection : callable
         (node, view) to a reason why this node, unlike its siblings, must stay float; or None.
     """
@@ -109,6 +112,7 @@ class OpSpec:
     rearranges: bool = False
     elementwise: bool = False
     bounds: Callable[[NodeProto, GraphView], Bounds] | None = None
+    channels: channels.Rule | None = None
     objection: Callable[[NodeProto, GraphView], str | None] = _welcome
 
     def data_inputs(self, node: NodeProto) -> list[str]:
@@ -210,6 +214,22 @@ def _rows_looked_up(node: NodeProto) -> int | None:
     return 0 if int_attribute(node, "axis", 0) == 0 else None
 
 
+def _layer_channels(node: NodeProto, slots: channels.Channels) -> bool:
+    """See `eptq_onnx.graph.channels.layer`."""
+    spec = spec_of(node)
+    form = linear_form(node, slots.view) if slots.view.is_constant(node.input[spec.weight or 0]) else None
+    return form is not None and channels.layer(node, slots, form, spec.weight or 0, spec.bias, spec.output_axis)
+
+
+def _clip_channels(node: NodeProto, slots: channels.Channels) -> bool:
+    """Limits other than 0 and infinity are not the same for scaled channels."""
+    return (
+        _clip_objection(node, slots.view) is None
+        and set(_clip_bounds(node, slots.view)) <= {0.0, -np.inf, np.inf}
+        and channels.passes(node, slots)
+    )
+
+
 def _lowered(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpSpec:
     return OpSpec(role, lowering=rule, gradient=Gradient.LOWERED, **options)  # type: ignore[arg-type]
 
@@ -220,14 +240,14 @@ def _function(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpS
 
 
 _MOVES = OpSpec(Role.EQUAL_SCALE)
-_REARRANGES = OpSpec(Role.EQUAL_SCALE, rearranges=True)
+_RESHAPES = OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.reshape)
 _FLOAT = OpSpec()
 _ZERO = OpSpec(gradient=Gradient.ZERO)
 _MS = "com.microsoft"
 
 TABLE: dict[tuple[str, str], OpSpec] = {
     # layers
-    ("", "Conv"): OpSpec(Role.LAYER, weight=1, bias=2, linear=_conv_form, lowering=pools.explicit_padding),
+    ("", "Conv"): OpSpec(Role.LAYER, weight=1, bias=2, linear=_conv_form, lowering=pools.explicit_padding, channels=_layer_channels),
     ("", "ConvTranspose"): OpSpec(
         Role.LAYER,
         weight=1,
@@ -235,6 +255,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         weight_axis=lambda node: 1,
         grouped_axis=True,
         linear=_conv_transpose_form,
+        channels=_layer_channels,
         lowering=pools.explicit_transposed_padding,
     ),
     ("", "Gemm"): OpSpec(
@@ -243,6 +264,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         bias=2,
         weight_axis=lambda node: 0 if int_attribute(node, "transB", 0) else 1,
         linear=_gemm_form,
+        channels=_layer_channels,
         objection=_gemm_objection,
     ),
     ("", "MatMul"): OpSpec(
@@ -252,44 +274,51 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         weight_axis=lambda node: -1,
         output_axis=-1,
         linear=_matmul_form,
+        channels=_layer_channels,
         objection=_matmul_objection,
         lowering=products.matmul,
     ),
     # arithmetic that some runtimes do on integers
-    **{("", name): OpSpec(Role.ARITHMETIC, data=None, elementwise=True) for name in ("Add", "Sub", "Mul", "Div")},
-    ("", "Concat"): OpSpec(Role.ARITHMETIC, data=None, rearranges=True),
+    **{("", name): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.sums) for name in ("Add", "Sub")},
+    ("", "Mul"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.multiplied),
+    ("", "Div"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.divided),
+    ("", "Concat"): OpSpec(Role.ARITHMETIC, data=None, rearranges=True, channels=channels.concatenation),
     ("", "Where"): OpSpec(Role.ARITHMETIC, data=(1, 2)),
-    ("", "AveragePool"): OpSpec(Role.ARITHMETIC, lowering=pools.average_pool, objection=_averagepool_objection),
-    ("", "GlobalAveragePool"): OpSpec(Role.ARITHMETIC),
-    ("", "LeakyRelu"): OpSpec(Role.ARITHMETIC, elementwise=True),
+    ("", "AveragePool"): OpSpec(Role.ARITHMETIC, lowering=pools.average_pool, objection=_averagepool_objection, channels=channels.passes),
+    ("", "GlobalAveragePool"): OpSpec(Role.ARITHMETIC, channels=channels.passes),
+    ("", "LeakyRelu"): OpSpec(Role.ARITHMETIC, elementwise=True, channels=channels.passes),
     ("", "Sigmoid"): OpSpec(Role.ARITHMETIC, elementwise=True, bounds=_unit),
     ("", "Softmax"): OpSpec(Role.ARITHMETIC, bounds=_unit),
     ("", "Tanh"): OpSpec(Role.ARITHMETIC, elementwise=True),
     ("", "HardSigmoid"): _function(activations.hard_sigmoid, Role.ARITHMETIC, bounds=_unit),
     ("", "HardSwish"): _function(activations.hard_swish, Role.ARITHMETIC),
-    ("", "PRelu"): _function(activations.prelu, Role.ARITHMETIC, data=(0, 1)),
+    ("", "PRelu"): _function(activations.prelu, Role.ARITHMETIC, data=(0, 1), channels=channels.passes),
     # values move, the scale stays
-    ("", "MaxPool"): OpSpec(Role.EQUAL_SCALE, lowering=pools.max_pool, objection=_maxpool_objection),
-    **{("", name): _REARRANGES for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")},
+    ("", "MaxPool"): OpSpec(Role.EQUAL_SCALE, lowering=pools.max_pool, objection=_maxpool_objection, channels=channels.passes),
+    **{("", name): _RESHAPES for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze")},
+    ("", "Transpose"): OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.transpose),
+    ("", "Identity"): OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.passes),
     ("", "Gather"): OpSpec(Role.EQUAL_SCALE, table=_rows_looked_up),
     **{("", name): _MOVES for name in ("GatherElements", "GatherND", "Expand", "Tile")},
     ("", "Slice"): OpSpec(Role.EQUAL_SCALE, lowering=moves.slices),
-    ("", "Split"): _lowered(moves.split, Role.EQUAL_SCALE),
-    ("", "Pad"): OpSpec(Role.EQUAL_SCALE, objection=_pad_objection, lowering=moves.pad),
-    ("", "Resize"): _lowered(sampling.resize, Role.EQUAL_SCALE, objection=_resize_objection),
-    ("", "Upsample"): _lowered(sampling.resize, Role.EQUAL_SCALE, objection=_resize_objection),
+    ("", "Split"): _lowered(moves.split, Role.EQUAL_SCALE, channels=channels.split),
+    ("", "Pad"): OpSpec(Role.EQUAL_SCALE, objection=_pad_objection, lowering=moves.pad, channels=channels.pads),
+    **{
+        ("", name): _lowered(sampling.resize, Role.EQUAL_SCALE, objection=_resize_objection, channels=channels.keeps_channels)
+        for name in ("Resize", "Upsample")
+    },
     ("", "DepthToSpace"): _lowered(moves.depth_to_space, Role.EQUAL_SCALE, rearranges=True),
     ("", "SpaceToDepth"): _lowered(moves.space_to_depth, Role.EQUAL_SCALE, rearranges=True),
     ("", "CenterCropPad"): _lowered(moves.centre_crop_pad, Role.EQUAL_SCALE),
     ("", "Compress"): _lowered(moves.compress, Role.EQUAL_SCALE),
-    ("", "Dropout"): _lowered(activations.dropout, Role.EQUAL_SCALE, rearranges=True),
+    ("", "Dropout"): _lowered(activations.dropout, Role.EQUAL_SCALE, rearranges=True, channels=channels.passes),
     ("", "ReverseSequence"): _lowered(moves.reverse_sequence, Role.EQUAL_SCALE, rearranges=True),
     ("", "Trilu"): _lowered(moves.trilu, Role.EQUAL_SCALE),
     ("", "TopK"): _lowered(reductions.top_k),
     ("", "Unique"): _lowered(moves.unique),
     # clipping
-    ("", "Relu"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_positive),
-    ("", "Clip"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_clip_bounds, objection=_clip_objection),
+    ("", "Relu"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_positive, channels=channels.passes),
+    ("", "Clip"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_clip_bounds, objection=_clip_objection, channels=_clip_channels),
     # float functions of single elements
     **{("", name): OpSpec(elementwise=True) for name in ("Abs", "Cos", "Erf", "Exp", "Log", "Neg", "Reciprocal", "Sin", "Sqrt")},
     ("", "Acos"): _function(activations.acos),
@@ -317,15 +346,15 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Pow"): OpSpec(data=(0, 1), lowering=products.power),
     **{("", name): _ZERO for name in ("Ceil", "Floor", "Round", "Sign", "Hardmax")},
     # normalizations
-    ("", "BatchNormalization"): _lowered(norms.batch_normalization),
+    ("", "BatchNormalization"): _lowered(norms.batch_normalization, channels=channels.batch_normalization),
     ("", "GroupNormalization"): _lowered(norms.group_normalization),
     ("", "InstanceNormalization"): _lowered(norms.instance_normalization),
-    ("", "LayerNormalization"): _lowered(norms.layer_normalization),
+    ("", "LayerNormalization"): _lowered(norms.layer_normalization, channels=channels.last_axis_normalization),
     ("", "LpNormalization"): _lowered(norms.lp_normalization),
     ("", "LRN"): _lowered(norms.local_response_normalization),
     ("", "MeanVarianceNormalization"): _lowered(norms.mean_variance_normalization),
-    ("", "RMSNormalization"): _lowered(norms.rms_normalization),
-    ("", "SimplifiedLayerNormalization"): _lowered(norms.rms_normalization),
+    ("", "RMSNormalization"): _lowered(norms.rms_normalization, channels=channels.last_axis_normalization),
+    ("", "SimplifiedLayerNormalization"): _lowered(norms.rms_normalization, channels=channels.last_axis_normalization),
     ("", "LogSoftmax"): _FLOAT,
     # sums, products and extremes
     ("", "CumSum"): _lowered(reductions.cumulative_sum),
@@ -333,7 +362,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Max"): _lowered(reductions.extreme_variadic, data=None),
     ("", "Mean"): _lowered(reductions.mean_variadic, data=None),
     ("", "Min"): _lowered(reductions.extreme_variadic, data=None),
-    ("", "Sum"): _lowered(reductions.sum_variadic, data=None),
+    ("", "Sum"): _lowered(reductions.sum_variadic, data=None, channels=channels.sums),
     ("", "ReduceL1"): _lowered(reductions.reduce_l1),
     ("", "ReduceL2"): _lowered(reductions.reduce_l2),
     ("", "ReduceLogSum"): _lowered(reductions.reduce_log_sum),
@@ -348,7 +377,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "AffineGrid"): _lowered(sampling.affine_grid),
     ("", "Col2Im"): _lowered(pools.col2im),
     ("", "GlobalLpPool"): _lowered(reductions.global_pool),
-    ("", "GlobalMaxPool"): _lowered(reductions.global_pool),
+    ("", "GlobalMaxPool"): _lowered(reductions.global_pool, channels=channels.passes),
     ("", "GridSample"): _lowered(sampling.grid_sample, data=(0, 1)),
     ("", "LpPool"): _lowered(pools.lp_pool),
     ("", "MaxUnpool"): _lowered(pools.max_unpool),

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,7 @@ from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.steps.allocate import allocate
 from eptq_onnx.steps.calibrate import calibrate
 from eptq_onnx.steps.closed_form import closed_form, unsolved
+from eptq_onnx.steps.equalize import equalize
 from eptq_onnx.steps.guard import sensitive_activations
 from eptq_onnx.steps.normalize import normalize
 from eptq_onnx.steps.optimize import layer_attention, needed_bytes, optimize, split
@@ -45,7 +46,7 @@ from eptq_onnx.steps.soften import soften
 from eptq_onnx.steps.verify import verify
 from eptq_onnx.steps.write import write
 from eptq_onnx.targets import Target
-from eptq_onnx.types import Calibration, OptimizationTrace, Plan, Scores, Verification
+from eptq_onnx.types import Calibration, OptimizationTrace, Plan, QuantParams, Scores, Verification
 
 
 class Progress(Protocol):
@@ -151,11 +152,22 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
                 config,
                 partial(progress, "score"),
             )
-            notes.extend(f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items())
-    if scores is not None:
+    with clock("equalize"):
+        whole, scores, equalized = equalize(whole, float_model, plan, samples, scores, config, partial(progress, "equalize"))
+    if equalized or scores is not None:
         with clock("recalibrate"):
-            plan, calibration = _guarded(
-                whole, float_model, plan, target, samples, chosen, calibration, scores, config, partial(progress, "recalibrate")
+            float_model = flattened(whole)
+            plan, calibration = _recalibrated(
+                whole,
+                float_model,
+                plan,
+                target,
+                samples,
+                chosen,
+                {} if equalized else calibration.activations,
+                scores,
+                config,
+                partial(progress, "recalibrate"),
             )
     if config.budget is not None:
         with clock("allocate"):
@@ -183,7 +195,8 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     with clock("verify"):
         told = partial(progress, "verify")
         verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, held, origin.size, told)
-    notes = [*origin.notes, *notes, *_left_over(calibration, samples, engine)]
+    unscored = (f"{node} has no Hessian score: {why}" for node, why in (scores.unreached if scores is not None else {}).items())
+    notes = [*origin.notes, *notes, *unscored, *_left_over(calibration, samples, engine)]
     report = Report(
         version=eptq_onnx.__version__,
         model=origin.name,
@@ -196,6 +209,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         layers=_layer_reports(plan, scores, verification, len(chosen)),
         kept_float=plan.kept_float,
         notes=tuple(notes),
+        equalized=equalized,
         optimization=trace,
         verification=verification,
         seconds=clock.seconds,
@@ -251,24 +265,23 @@ def _shares(samples: Samples, config: Config) -> tuple[NDArray[np.int64], NDArra
     return chosen, walked if len(walked) else chosen, held
 
 
-def _guarded(
+def _recalibrated(
     whole: ModelProto,
     model: ModelProto,
     plan: Plan,
     target: Target,
     samples: Samples,
     chosen: np.ndarray,
-    calibration: Calibration,
-    scores: Scores,
+    known: Mapping[str, QuantParams],
+    scores: Scores | None,
     config: Config,
     progress: Callable[[int, int], None],
 ) -> tuple[Plan, Calibration]:
     """Ranges that know the Hessian scores, and the plan without the activations that would spoil the outputs all the same."""
-    again = partial(
-        calibrate, model, samples=samples, config=config, progress=progress, scores=scores.channels, known=calibration.activations
-    )
+    channels = scores.channels if scores is not None else None
+    again = partial(calibrate, model, samples=samples, config=config, progress=progress, scores=channels, known=known)
     calibration = again(plan=plan)
-    sensitive = sensitive_activations(model, plan, samples, chosen, calibration, scores, config)
+    sensitive = sensitive_activations(model, plan, samples, chosen, calibration, scores, config) if scores is not None else {}
     if not sensitive:
         return plan, calibration
     plan = make_plan(whole, target, config, sensitive)

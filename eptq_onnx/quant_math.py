@@ -273,6 +273,14 @@ def _grids(rows: Array, scales: Array, spec: QuantSpec) -> list[Array]:
 
 
 # ---- activation ranges ----------------------------------------------------------------------------------------
+def stride(size: int, limit: int) -> int:
+    """A step that picks about ``limit`` of ``size`` values and is coprime to the usual image sizes."""
+    step = max(1, size // limit)
+    while step > 1 and any(step % p == 0 for p in (2, 3, 5, 7)):
+        step += 1
+    return step
+
+
 def activation_params(low: float, high: float, spec: QuantSpec, bounds: tuple[float, float] | None = None) -> QuantParams:
     """Scale and zero point that cover ``[low, high]`` and 0.
 

@@ -54,6 +54,8 @@ class Report:
         Nodes that stay float, each with the reason.
     notes : tuple of str
         What could not be done as asked, each with the reason.
+    equalized : dict of str to float
+        Quantized tensors whose channels were scaled to fit a common range, and by how much at the most, up or down.
     optimization : OptimizationTrace or None
     verification : Verification
     seconds : dict of str to float
@@ -72,6 +74,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     kept_float: tuple[KeptFloat, ...]
     notes: tuple[str, ...]
+    equalized: Mapping[str, float]
     optimization: OptimizationTrace | None
     verification: Verification
     seconds: Mapping[str, float]
@@ -89,6 +92,7 @@ class Report:
             ("model", f"{self.model} → {self.target}, opset {self.opset}"),
             ("bits", self._bits()),
             ("size", f"{_size(v.float_bytes)} → {_size(v.quantized_bytes)} ({v.float_bytes / max(v.quantized_bytes, 1):.2f}× smaller)"),
+            ("equalization", self._equalization()),
             ("optimization", self._optimization()),
             ("time, memory", f"{sum(self.seconds.values()):.1f} s, peak {_size(self.peak_memory_bytes)}"),
         ):
@@ -116,6 +120,11 @@ class Report:
             f"{n} layers {name} (weights in [{low}, {high}]{' less zero points' if zero else ''})"
             for (name, (low, high), zero), n in counts.items()
         )
+
+    def _equalization(self) -> str:
+        if not self.equalized:
+            return "none"
+        return f"the channels of {len(self.equalized)} activations, by up to {max(self.equalized.values()):.3g}×"
 
     def _optimization(self) -> str:
         trace = self.optimization

@@ -52,7 +52,7 @@ class Histogram:
             self.counts[_BINS // 4 : 3 * _BINS // 4] = half
             self.reach *= 2
         flat = values.reshape(-1)
-        step = stride(flat.size, per_sample * max(1, len(values)))
+        step = quant_math.stride(flat.size, per_sample * max(1, len(values)))
         flat = flat[::step]
         weights = None
         if importance is not None:
@@ -66,14 +66,6 @@ class Histogram:
         filled = np.flatnonzero(self.counts)
         centres = (filled + 0.5) * (2 * self.reach / _BINS) - self.reach
         return np.clip(centres, self.low, self.high), self.counts[filled]
-
-
-def stride(size: int, limit: int) -> int:
-    """A step that picks about ``limit`` of ``size`` values and is coprime to the usual image sizes."""
-    step = max(1, size // limit)
-    while step > 1 and any(step % p == 0 for p in (2, 3, 5, 7)):
-        step += 1
-    return step
 
 
 Function = Callable[[NDArray[np.float64]], NDArray[np.float64]]

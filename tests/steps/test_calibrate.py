@@ -6,8 +6,9 @@ from graphs import images, normal, parse, silent, small_convnet
 
 from eptq_onnx import data, quant_math, targets
 from eptq_onnx.config import ActivationRange, Config
+from eptq_onnx.quant_math import stride
 from eptq_onnx.runtime import Session
-from eptq_onnx.steps.calibrate import Histogram, calibrate, mse_range, percentile_range, stride
+from eptq_onnx.steps.calibrate import Histogram, calibrate, mse_range, percentile_range
 from eptq_onnx.steps.normalize import normalize
 from eptq_onnx.steps.plan import plan
 from eptq_onnx.types import ActivationQuantizer, QuantSpec

@@ -59,7 +59,9 @@ def test_the_noisiest_go_until_the_rest_keep_within_the_limit_or_none_stands_out
 
 def test_it_stays_float_with_the_reason_and_the_outputs_are_saved(case):
     model = case[0]
-    results = {m: eptq_onnx.quantize(unbalanced(), images(16), Config.of(steps=0, start="nearest", max_noise=m)) for m in (0.0, 0.1)}
+    # Equalization would quiet the loud channel.
+    options = {"steps": 0, "start": "nearest", "equalize": False}
+    results = {m: eptq_onnx.quantize(unbalanced(), images(16), Config.of(max_noise=m, **options)) for m in (0.0, 0.1)}
     reasons = {k.node: k.reason for k in results[0.1].report.kept_float}
     assert any("alone would cause noise" in r for r in reasons.values())
     assert len(results[0.1].report.layers) >= DEPTH - 3
