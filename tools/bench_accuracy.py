@@ -11,6 +11,7 @@ and last layers: 8), a column a method:
                  calibration (8 bits only)
     nncf         NNCF's ONNX quantization (pip install nncf), its default and its slower, more accurate bias correction;
                  the better of the two (8 bits only)
+    aimet        AIMET's AdaRound (pip install torch==2.13.0 aimet-onnx), ``--aimet-iterations`` a layer
     minmax       nearest rounding, weight scales that clip nothing
     mse          nearest rounding, MSE weight ranges
     hmse         nearest rounding, Hessian-weighted MSE weight ranges
@@ -19,13 +20,14 @@ and last layers: 8), a column a method:
     closed-form  the start that knows the Hessian scores (``--steps 0``)
     default      closed-form, then the network-wise optimization
 
-and, as an ablation of what the paper proposes, each but the last from nearest rounding:
+and, as an ablation of what the paper proposes, each but the last two from nearest rounding:
 
     network-no-attention, network-layer   the loss weighs all layers and samples the same, or by the paper's sample-layer
                                           attention (the default tells channels apart, too)
     network-mse                           without Hessian-weighted ranges
     network-gradual                       with gradual activation quantization
     default-no-attention                  the default, with a loss that weighs all the same
+    closed-form-no-equalization           closed-form on channels as they are
 
 ``--methods`` picks some of them. Below each row stand the seconds that each method took.
 """
@@ -44,15 +46,15 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
-import onnx
 import peers
+import rivals
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import eptq_onnx
 from eptq_onnx import Config
-from eptq_onnx.data import Samples, read
+from eptq_onnx.data import read
 from eptq_onnx.graph import io
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
@@ -71,40 +73,28 @@ ABLATION: dict[str, dict[str, object]] = {
     "network-mse": {"start": "nearest", "weight_range": "mse"},
     "network-gradual": {"start": "nearest", "gradual_activations": True},
     "default-no-attention": {"attention": "none"},
+    "closed-form-no-equalization": {"steps": 0, "equalize": False},
 }
 METHODS = ("static", *OURS)
-PEERS = ("static", "nncf")
+RIVALS = ("static", "nncf", "aimet")
 Figures = tuple[float, ...]
 
 
-def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], folder: Path) -> list[Path]:
+def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], iterations: int, folder: Path) -> list[Path]:
     """Files that a method makes; none if it cannot do these bits."""
-    if method not in PEERS:
+    if method not in RIVALS:
         options = (OURS | ABLATION)[method]
         result = eptq_onnx.quantize(model, data, Config.of(weight_bits=bits[0], activation_bits=bits[1], **options))
         result.save(folder / "ours.onnx")
         return [folder / "ours.onnx"]
+    samples = read(data, io.load(model))
+    if method == "aimet":
+        return rivals.aimet(model, samples, bits, iterations, folder)
     if bits != (8, 8):
         return []
-    samples = read(data, io.load(model))
     if method == "static":
         return [path for _, path in peers.quantize_static(model, samples, peers.USUAL, folder)]
-    return nncf(model, samples, folder)
-
-
-def nncf(model: Path, samples: Samples, folder: Path) -> list[Path]:
-    """Files of NNCF."""
-    try:
-        import nncf as peer
-    except ImportError as e:
-        raise typer.BadParameter("the method nncf needs NNCF: pip install nncf") from e
-    batches = list(iter(peers.Reader(samples).get_next, None))
-    files = []
-    for fast in (True, False):
-        made = peer.quantize(onnx.load(model), peer.Dataset(batches), subset_size=len(batches), fast_bias_correction=fast)
-        files.append(folder / f"nncf_{fast}.onnx")
-        onnx.save(made, files[-1])
-    return files
+    return rivals.nncf(model, samples, folder)
 
 
 def by_command(template: str, keys: list[str]) -> Callable[[Path], Figures]:
@@ -139,10 +129,11 @@ def main(
     score: Annotated[str, typer.Option(help="The command that scores a file.")] = "",
     key: Annotated[str, typer.Option(help="The figures in the JSON that it prints, separated by commas.")] = "top1",
     methods: Annotated[str, typer.Option(help="Columns, separated by commas.")] = ",".join(METHODS),
+    aimet_iterations: Annotated[int, typer.Option(help="Of AIMET's AdaRound, a layer; it recommends 10,000 to 15,000.")] = 10_000,
 ) -> None:
     """Print the table."""
     chosen = methods.split(",")
-    known = (*PEERS, *OURS, *ABLATION)
+    known = (*RIVALS, *OURS, *ABLATION)
     unknown = [m for m in chosen if m not in known]
     if unknown:
         raise typer.BadParameter(f"no method {unknown[0]}; there are {', '.join(known)}")
@@ -164,7 +155,7 @@ def main(
                 began = time.perf_counter()
                 with redirect_stdout(sys.stderr):
                     # Peers print what they do.
-                    files = quantize(method, model, data, (weight, activation), Path(folder))
+                    files = quantize(method, model, data, (weight, activation), aimet_iterations, Path(folder))
                 seconds.append(f"{time.perf_counter() - began:.0f}" if files else "")
                 scores.append(_shown(max(evaluate(f) for f in files)) if files else "-")
         table.add_row(f"W{weight}A{activation}", _shown(reference), *scores)

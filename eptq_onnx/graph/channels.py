@@ -231,15 +231,27 @@ def _rescaled(node: NodeProto, channels: Channels, x: str, other: str, *, invers
     view, known = channels.view, channels.of(x)
     channels.fix(other)
     shapes = [view.shape(i) for i in (x, other)]
-    if known is None or x == other or any(s is None for s in shapes) or len(shapes[1] or ()) > len(shapes[0] or ()):
+    if x == other or any(s is None for s in shapes) or len(shapes[1] or ()) > len(shapes[0] or ()):
+        return False
+    rank = len(shapes[0] or ())
+    if known is None and channels.own(other):
+        known = _fixed_along(view.constant_shape(other), rank)
+    if known is None:
         return False
     slots, axis = known
-    place = _along(view.constant_shape(other), axis, len(shapes[0] or ()), len(slots)) if channels.own(other) else None
+    place = _along(view.constant_shape(other), axis, rank, len(slots)) if channels.own(other) else None
     if place is None:
         return channels.make(node.output[0], slots, axis)
     made = channels.fresh(len(slots))
     channels.absorb(other, *((slots, made) if inverse else (made, slots)), axis=place)
     return channels.make(node.output[0], made, axis)
+
+
+def _fixed_along(shape: Sequence[int], rank: int) -> tuple[Slots, int] | None:
+    """Slots of channels that stay as they are, and the axis along which a constant tells them apart; None if it does not."""
+    axes = [i for i, extent in enumerate(shape) if extent > 1]
+    axis = axes[0] + rank - len(shape) if len(axes) == 1 else 0
+    return (np.zeros(shape[axes[0]], np.int64), axis) if axis else None
 
 
 def batch_normalization(node: NodeProto, channels: Channels) -> bool:

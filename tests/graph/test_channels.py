@@ -37,6 +37,7 @@ PASSING = {
     "Sub": "c = Conv <pads = [1,1,1,1]> (x, u)  z = Sub (a, c)",
     "Sum": "c = Conv <pads = [1,1,1,1]> (x, u)  z = Sum (a, c, a)",
     "Mul, constant": "r = Relu (a)  z = Mul (each, r)",
+    "Mul, constant behind a curve": "s = Sigmoid (a)  z = Mul (s, each)",
     "Mul, scalar": "r = Relu (a)  z = Mul (r, half)",
     "Mul, gate": "g = GlobalAveragePool (a)  s = Sigmoid (g)  c = Conv <pads = [1,1,1,1]> (x, u)  r = Relu (c)  z = Mul (s, r)",
     "Div, constant": "r = Relu (a)  z = Div (r, each)",
