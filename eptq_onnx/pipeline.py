@@ -36,9 +36,11 @@ from eptq_onnx.steps.allocate import allocate
 from eptq_onnx.steps.calibrate import calibrate
 from eptq_onnx.steps.closed_form import closed_form, unsolved
 from eptq_onnx.steps.equalize import equalize
+from eptq_onnx.steps.equalize import needed_bytes as equalization_bytes
 from eptq_onnx.steps.guard import sensitive_activations
 from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.optimize import layer_attention, needed_bytes, optimize, split
+from eptq_onnx.steps.optimize import layer_attention, optimize, split
+from eptq_onnx.steps.optimize import needed_bytes as optimization_bytes
 from eptq_onnx.steps.plan import plan as make_plan
 from eptq_onnx.steps.ranges import weight_ranges
 from eptq_onnx.steps.score import score
@@ -134,7 +136,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         float_model = flattened(whole)
     with clock("plan"):
         plan = make_plan(whole, target, config)
-    given, config = config, _affordable(config, float_model, plan, samples, notes)
+    given, config = config, _affordable(config, whole, float_model, plan, samples, notes)
     with clock("calibrate"):
         calibration = calibrate(float_model, plan, samples, config, partial(progress, "calibrate"))
     chosen, walked, held = _shares(samples, config)
@@ -241,18 +243,23 @@ def _prepared(
     return _Origin(name, opset_of(original), original.ir_version, store.model_bytes(original), notes), samples, whole
 
 
-def _affordable(config: Config, model: ModelProto, plan: Plan, samples: Samples, notes: list[str]) -> Config:
+def _affordable(config: Config, whole: ModelProto, model: ModelProto, plan: Plan, samples: Samples, notes: list[str]) -> Config:
     """The config with a limit for the memory of a large model, and without steps that do not fit into it."""
     if config.max_memory is None and store.folder_of(model) is not None:
         config = config.model_copy(update={"max_memory": ByteSize(_SHARE_OF_MEMORY * psutil.virtual_memory().total)})
-    if config.max_memory is None or not config.optimizes:
+    if config.max_memory is None:
         return config
-    needed = ByteSize(needed_bytes(model, plan, samples))
-    if needed <= config.max_memory:
-        return config
-    sizes = [size.human_readable(decimal=True) for size in (needed, ByteSize(config.max_memory))]
-    notes.append(f"not optimized over the whole network: that takes about {sizes[0]} of memory, and {sizes[1]} is the limit")
-    return config.model_copy(update={"steps": 0})
+    limit = ByteSize(config.max_memory)
+    # A quarter: the model's tensors and the scores are there, too.
+    for option, off, wanted, needed, share, what in (
+        ("steps", 0, config.optimizes, optimization_bytes(model, plan, samples), 1, "not optimized over the whole network"),
+        ("equalize", False, config.equalize, equalization_bytes(whole, plan), 4, "no channels are scaled"),
+    ):
+        if wanted and needed > limit // share:
+            sizes = [ByteSize(size).human_readable(decimal=True) for size in (needed, limit // share)]
+            notes.append(f"{what}: that takes about {sizes[0]} of memory, and {sizes[1]} is the limit")
+            config = config.model_copy(update={option: off})
+    return config
 
 
 def _shares(samples: Samples, config: Config) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

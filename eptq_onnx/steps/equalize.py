@@ -40,8 +40,8 @@ _OCTAVES, _BINS = 20, 3
 """Magnitudes are told apart from 2 to the power of minus so many on to that of so many, in so many bins an octave."""
 _ROWS = 4.0
 """The largest elements of rows follow this norm of all: rows have them in different channels."""
-_ROUNDS = 2
-"""Times that the steps of the rows are measured."""
+_BYTES_A_CHANNEL = 16_000
+"""Of a scaled tensor: what is counted of it, and made of that."""
 _MOST = 64.0
 """Largest factor, and one over the least."""
 _RIDGE = 1e-3
@@ -201,23 +201,18 @@ class _Weights:
     """
 
     def __init__(self, sets: Slots, rows: NDArray[np.floating], energy: Float64, importance: Float64, levels: int) -> None:
-        self.sets, self._importance, self._levels = sets, importance, levels
-        self._most, self._least = np.maximum(rows.max(axis=2), 0), np.minimum(rows.min(axis=2), 0)
-        self._energy = rows.shape[2] * energy / 12
-        self._columns = np.log(np.sqrt(importance @ np.square(np.maximum(self._most, -self._least))) + 1e-30)
-        self._unit = 1.0
-
-    def measure(self, logs: Float64) -> None:
-        """Take the mean step of the rows that these factors give for the unit."""
-        f = np.exp(logs)
-        steps = ((self._most / f).max(axis=1) - (self._least / f).min(axis=1)) / self._levels
-        norm, _ = _norm(self._columns - logs, _ROWS)
-        self._unit = float(np.sqrt(self._importance @ np.square(steps))) / max(norm, 1e-30)
+        self.sets = sets
+        most, least = np.maximum(rows.max(axis=2), 0), np.minimum(rows.min(axis=2), 0)
+        columns = np.sqrt(importance @ np.square(np.maximum(most, -least)))
+        self._columns = np.log(columns + 1e-30)
+        steps = (most.max(axis=1) - least.min(axis=1)) / levels
+        unit = float(importance @ np.square(steps)) / max(_norm(self._columns, _ROWS)[0], 1e-30) ** 2
+        self._energy = unit * rows.shape[2] * energy / 12
 
     def error(self, logs: Float64) -> tuple[float, Float64]:
         """Value and slope for the logarithms of the factors of its channels."""
         step, shares = _norm(self._columns - logs, _ROWS)
-        parts = (self._unit * step) ** 2 * self._energy * np.exp(2 * logs)
+        parts = step**2 * self._energy * np.exp(2 * logs)
         total = float(parts.sum())
         return total, 2 * parts - 2 * total * shares
 
@@ -228,6 +223,20 @@ def _norm(logs: Float64, power: float) -> tuple[float, Float64]:
     parts = np.exp(power * (logs - most))
     total = float(parts.sum())
     return float(np.exp(most)) * total ** (1 / power), parts / total
+
+
+def needed_bytes(model: ModelProto, plan: Plan) -> int:
+    """Memory that `equalize` takes, about.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The whole normalized model.
+    plan : Plan
+    """
+    channels = Channels(GraphView(model), lambda node: spec_of(node).channels)
+    groups = _groups(plan, channels, channels.classes()[1])
+    return _BYTES_A_CHANNEL * sum(len(t.sets) for g in groups for t in g.tensors.values())
 
 
 def equalize(
@@ -406,26 +415,17 @@ def _factors(activations: Sequence[_Activations], weights: Sequence[_Weights], c
         slopes[: len(places)] += 2 * ridge * values[: len(places)]
         return error / start + ridge * float(np.square(values[: len(places)]).sum()), slopes
 
-    def measured(values: Float64) -> float:
-        logs = np.zeros(count)
-        logs[places] = values[: len(places)]
-        for layer in weights:
-            layer.measure(logs[layer.sets])
-        return total(values)[0]
-
     limits = [(-np.log(_MOST), np.log(_MOST))] * len(places)
     pinned = [(0.0, 0.0)] * len(places)
     values = np.concatenate([np.zeros(len(places)), *(t.widest for t in activations)])
     anywhere = [(float(v) - 5, float(v) + 5) for v in values[len(places) :]]
-    start = measured(values)
+    start = total(values)[0]
     if start <= 0 or not len(places):
         return np.ones(count)
     # First the best ranges as it is, which the rest must beat.
     values = minimize(objective, values, jac=True, method="L-BFGS-B", bounds=[*pinned, *anywhere], options={"maxiter": 100}).x
-    start = measured(values)
-    for _ in range(_ROUNDS):
-        values = minimize(objective, values, jac=True, method="L-BFGS-B", bounds=[*limits, *anywhere], options={"maxiter": 200}).x
-        end = measured(values)
+    start = total(values)[0]
+    found = minimize(objective, values, jac=True, method="L-BFGS-B", bounds=[*limits, *anywhere], options={"maxiter": 300})
     logs = np.zeros(count)
-    logs[places] = values[: len(places)]
-    return np.exp(logs) if end < _WORTH * start else np.ones(count)
+    logs[places] = found.x[: len(places)]
+    return np.exp(logs) if total(found.x)[0] < _WORTH * start else np.ones(count)

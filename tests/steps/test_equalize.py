@@ -122,7 +122,6 @@ def test_slopes_agree_with_differences():
         tensor.add(rng.normal(size=(4, 6, 9, 9)) * np.geomspace(0.1, 3, 6).reshape(6, 1, 1), 4)
     activations = step._Activations(tensor.sets, [tensor.side(0), tensor.side(1)], rng.uniform(0.5, 2, 6), 15)
     weights = step._Weights(tensor.sets, rng.normal(size=(5, 6, 9)), tensor.power, rng.uniform(0.5, 2, 5), 7)
-    weights.measure(np.zeros(6))
     logs, ends = rng.normal(0, 0.3, 6), np.array(activations.widest) - 0.8
     along, along_ends, h = rng.normal(size=6), rng.normal(size=2), 1e-5
     _, slope, ends_slope = activations.error(logs, ends)
