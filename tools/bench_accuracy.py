@@ -12,7 +12,7 @@ and last layers: 8), a column a method:
     nncf         NNCF's ONNX quantization (pip install nncf), its default and its slower, more accurate bias correction;
                  the better of the two (8 bits only)
     aimet        AIMET's AdaRound (pip install torch==2.13.0 aimet-onnx), ``--aimet-iterations`` a layer
-    minmax       nearest rounding, weight scales that clip nothing
+    minmax       nearest rounding, weight scales that clip nothing; like the next two on channels as they are
     mse          nearest rounding, MSE weight ranges
     hmse         nearest rounding, Hessian-weighted MSE weight ranges
     network      hmse, then the network-wise optimization alone
@@ -20,7 +20,7 @@ and last layers: 8), a column a method:
     closed-form  the start that knows the Hessian scores (``--steps 0``)
     default      closed-form, then the network-wise optimization
 
-and, as an ablation of what the paper proposes, each but the last two from nearest rounding:
+and, as an ablation of what the paper proposes, each but the last two from nearest rounding, channels as they are:
 
     network-no-attention, network-layer   the loss weighs all layers and samples the same, or by the paper's sample-layer
                                           attention (the default tells channels apart, too)
@@ -58,20 +58,21 @@ from eptq_onnx.data import read
 from eptq_onnx.graph import io
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
+NEAREST: dict[str, object] = {"start": "nearest", "equalize": False}
 OURS: dict[str, dict[str, object]] = {
-    "minmax": {"start": "nearest", "steps": 0, "weight_range": "minmax"},
-    "mse": {"start": "nearest", "steps": 0, "weight_range": "mse"},
-    "hmse": {"start": "nearest", "steps": 0},
-    "network": {"start": "nearest"},
+    "minmax": {**NEAREST, "steps": 0, "weight_range": "minmax"},
+    "mse": {**NEAREST, "steps": 0, "weight_range": "mse"},
+    "hmse": {**NEAREST, "steps": 0},
+    "network": NEAREST,
     "fast": {"preset": "fast"},
     "closed-form": {"steps": 0},
     "default": {},
 }
 ABLATION: dict[str, dict[str, object]] = {
-    "network-no-attention": {"start": "nearest", "attention": "none"},
-    "network-layer": {"start": "nearest", "attention": "layer"},
-    "network-mse": {"start": "nearest", "weight_range": "mse"},
-    "network-gradual": {"start": "nearest", "gradual_activations": True},
+    "network-no-attention": {**NEAREST, "attention": "none"},
+    "network-layer": {**NEAREST, "attention": "layer"},
+    "network-mse": {**NEAREST, "weight_range": "mse"},
+    "network-gradual": {**NEAREST, "gradual_activations": True},
     "default-no-attention": {"attention": "none"},
     "closed-form-no-equalization": {"steps": 0, "equalize": False},
 }
