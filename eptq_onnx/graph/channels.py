@@ -62,8 +62,6 @@ class Channels:
     def __init__(self, view: GraphView, rule_of: Callable[[NodeProto], Rule | None]) -> None:
         self.view = view
         self.absorbers: list[Absorber] = []
-        self.read_by: dict[str, Slots] = {}
-        """Layer node to the slots of the channels that it reads."""
         self._slots: dict[str, tuple[Slots, int]] = {}
         self._count = 1
         self._ties: list[tuple[Slots, Slots]] = []
@@ -153,7 +151,6 @@ def layer(node: NodeProto, channels: Channels, form: LinearForm, weight: int, bi
     axis %= len(shape)
     read = channels.read(node.input[0], groups * terms // form.taps, axis)
     made = channels.fresh(groups * outputs)
-    channels.read_by[node.name] = read
 
     def scaled(value: Array, factors: Factors) -> Array:
         inputs = np.repeat(factors[read].reshape(groups, -1), form.taps, axis=1)
@@ -172,6 +169,12 @@ def passes(node: NodeProto, channels: Channels) -> bool:
     for other in node.input[1:]:
         channels.fix(other)
     return known is not None and channels.make(node.output[0], *known)
+
+
+def pools(node: NodeProto, channels: Channels) -> bool:
+    """Like `passes`, where the channels lie on their usual axis: all behind it are pooled."""
+    known = channels.of(node.input[0])
+    return known is not None and known[1] == 1 and passes(node, channels)
 
 
 def keeps_channels(node: NodeProto, channels: Channels) -> bool:
@@ -256,13 +259,11 @@ def _fixed_along(shape: Sequence[int], rank: int) -> tuple[Slots, int] | None:
 
 def batch_normalization(node: NodeProto, channels: Channels) -> bool:
     """``scale (x - mean) / sqrt(var + eps) + bias``: all factors go into scale, mean and bias."""
-    known = channels.of(node.input[0])
     scale, bias, mean, _ = node.input[1:5]
     if not all(channels.own(c) for c in (scale, bias, mean)):
         return False
     count = channels.view.constant_shape(scale)[0]
-    read = known[0] if known is not None else np.zeros(count, np.int64)
-    made = channels.fresh(count)
+    read, made = channels.read(node.input[0], count, 1), channels.fresh(count)
     channels.absorb(scale, times=made, over=read)
     channels.absorb(bias, times=made)
     channels.absorb(mean, times=read)
@@ -330,15 +331,15 @@ def reshape(node: NodeProto, channels: Channels) -> bool:
     """Axes behind the channels may change; those of a channel that are joined with it have its factor."""
     known = channels.of(node.input[0])
     before, after = (channels.view.shape(name) for name in (node.input[0], node.output[0]))
-    if known is None or before is None or after is None or known[1] != 1 or len(after) < 2 or before[0] != after[0]:
+    if known is None or before is None or after is None or known[1] != 1 or len(after) < 2:
         return False
-    slots, axis = known
-    if after[1] == len(slots):
-        return channels.make(node.output[0], slots, axis)
-    inner = _product(before[2:])
+    slots, inner = known[0], _product(before[2:])
+    # As many values behind the channels as before: then the batch is the same, too.
+    if inner is not None and after[1] == len(slots) and _product(after[2:]) == inner:
+        return channels.make(node.output[0], slots, 1)
     if inner is None or len(after) != 2 or after[1] != len(slots) * inner:
         return False
-    return channels.make(node.output[0], np.repeat(slots, inner), axis)
+    return channels.make(node.output[0], np.repeat(slots, inner), 1)
 
 
 def _product(dims: Sequence[int | None]) -> int | None:
@@ -348,4 +349,4 @@ def _product(dims: Sequence[int | None]) -> int | None:
 def _along(shape: Sequence[int], axis: int, rank: int, count: int) -> int | None:
     """The axis of a constant that meets ``axis`` of a tensor of that rank and has ``count`` places; None if it has none."""
     place = axis - (rank - len(shape))
-    return place if 0 <= place < len(shape) and shape[place] == count else None
+    return place if 0 <= place < len(shape) <= rank and shape[place] == count else None

@@ -116,7 +116,7 @@ class _Side:
     def of(cls, counts: Float64, sums: Float64, total: Float64) -> _Side:
         """From the counts and sums of all bins, and the number of all values of each channel."""
         means = sums / np.maximum(counts, 1)
-        parts = np.stack([counts, sums, sums * means]) / np.maximum(total, 1)[:, None]
+        parts = np.stack([counts, sums, sums * means]) / total[:, None]
         tails = np.zeros((*parts.shape[:2], parts.shape[2] + 1))
         tails[:, :, :-1] = parts[:, :, ::-1].cumsum(axis=2)[:, :, ::-1]
         return cls(means, tails)
@@ -274,11 +274,13 @@ def equalize(
     dict of str to float
         The quantized tensors whose channels were scaled, and by how much at the most, up or down.
     """
+    if not config.equalize:
+        return model, scores, {}
     view = GraphView(model)
     channels = Channels(view, lambda node: spec_of(node).channels)
     count, sets = channels.classes()
     groups = _groups(plan, channels, sets)
-    if not groups or not config.equalize:
+    if not groups:
         return model, scores, {}
     _look(running, groups, samples, config, progress)
     terms = list(_activations(groups, scores)), list(_weights(view, plan, groups, scores))

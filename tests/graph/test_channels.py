@@ -67,6 +67,11 @@ BLOCKING = {
     "a mix of channels": "z = Softmax <axis = 1> (a)",
     "a shared weight": "r = Relu (a)  p = Conv (r, v)  q = Relu (p)  z = Conv (q, v)",
     "channels turned away": "t = Transpose <perm = [0,2,1,3]> (a)  z = Conv (t, v6)",
+    "a pool over channels": "t = Transpose <perm = [0,2,1,3]> (a)  p = MaxPool <kernel_shape = [3,3], pads = [1,1,1,1]> (t)"
+    "  z = Transpose <perm = [0,2,1,3]> (p)",
+    "a normalization of others": "t = Transpose <perm = [0,2,1,3]> (a)  r = Relu (t)"
+    "  p = BatchNormalization (r, n1, n2, n3, n4)  z = Transpose <perm = [0,2,1,3]> (p)",
+    "rows of other samples": "r = Reshape (a, mixed)  q = Relu (r)  z = Reshape (q, back)",
     "a sum across channels": "z = Add (a, half)",
     "padding with ones": "z = Pad (a, pads, half)",
     "a limit computed at run time": "t = ReduceMax <keepdims = 0> (x)  z = Clip (a, zero, t)",
@@ -82,7 +87,9 @@ def case(body: str) -> ModelProto:
         "gw": normal(36, 4, seed=10), "gb": normal(4, seed=11), "one": np.array([2, 4, 1, 1]), "two": np.array([2, 3]),
         "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "scales": np.array([1, 1, 2, 2], np.float32), "tw": normal(4, 2, 2, 2, seed=12),
         "tb": normal(4, seed=13), "dw": normal(4, 1, 3, 3, seed=14), "gcw": normal(4, 2, 1, 1, seed=15),
-        "v6": normal(4, 6, 1, 1, seed=18), "ln": np.array([1, 2, 0.5], np.float32), "lnb": normal(3, seed=16), "lm": normal(3, 4, seed=17),
+        "mixed": np.array([4, 4, 18]), "n1": np.linspace(1, 2, 6, dtype=np.float32), "n2": normal(6, seed=21),
+        "n3": normal(6, seed=22), "n4": np.linspace(1, 2, 6, dtype=np.float32), "v6": normal(4, 6, 1, 1, seed=18),
+        "ln": np.array([1, 2, 0.5], np.float32), "lnb": normal(3, seed=16), "lm": normal(3, 4, seed=17),
     }  # fmt: skip
     text = f"g (float[2,3,6,6] x) => (float[2,4,h,w] y) {{ {HEAD}  {body}  {TAIL} }}"
     used = {
