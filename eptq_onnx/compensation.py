@@ -40,6 +40,9 @@ _SCALE_DAMPING, _MOST_REFIT = 1e-3, 2.0
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1000.0)
 """What `best_damping` tries."""
 
+_VALUES_AT_ONCE = 2**20
+"""Of rows that are gathered before they are added to the second moments: large products are fast while they stay in the cache."""
+
 _BLOCK = 64
 """Columns that are corrected one by one before the rest is, in one matrix product."""
 
@@ -47,6 +50,10 @@ _BLOCK = 64
 Covariances = tuple[Float64, Float64, Float64]
 """A = E[x_q x_qᵀ], C = E[x_q yᵀ] and V = E[y²], of shapes (n_groups, n_terms, n_terms), (n_groups, n_terms,
 n_outputs) and (n_groups, n_outputs)."""
+
+
+_Rows: TypeAlias = tuple[Array, Array, Array]
+"""Outputs, inputs and weights of some rows."""
 
 
 class Moments:
@@ -65,6 +72,7 @@ class Moments:
         self._turned = np.ascontiguousarray(weight.swapaxes(1, 2))
         self._batches = 0
         self._shifts: tuple[Array, Array] | None = None
+        self._waiting: tuple[list[_Rows], list[_Rows]] = [], []
         self._halves: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 
     def add(self, exact: Array, quantized: Array, weights: Array | None = None) -> None:
@@ -75,9 +83,21 @@ class Moments:
             shifts = outputs.mean(axis=1), quantized.mean(axis=1)
             self._shifts = shifts if self._centred else (np.zeros_like(shifts[0]), np.zeros_like(shifts[1]))
         y, q = (x - shift[:, None, :] for x, shift in zip((outputs, quantized), self._shifts, strict=True))
-        share: Array = np.ones(q.shape[1], np.float32) if weights is None else weights
+        half = self._batches % 2
+        self._waiting[half].append((y, q, np.ones(q.shape[1], np.float32) if weights is None else weights))
+        self._batches += 1
+        if sum(q.size for _, q, _ in self._waiting[half]) >= _VALUES_AT_ONCE:
+            self._settle(half)
+
+    def _settle(self, half: int) -> None:
+        """Add the rows that wait to the sums."""
+        if not self._waiting[half]:
+            return
+        outputs, inputs, shares = zip(*self._waiting[half], strict=True)
+        y, q, share = np.concatenate(outputs, axis=1), np.concatenate(inputs, axis=1), np.concatenate(shares)
+        self._waiting[half].clear()
         turned = q.swapaxes(1, 2) * share
-        parts = {
+        sums = {
             "qq": np.matmul(turned, q),
             "qy": np.matmul(turned, y),
             "yy": np.matmul(share, np.square(y)).astype(np.float64),
@@ -85,13 +105,12 @@ class Moments:
             "y": np.matmul(share, y).astype(np.float64),
             "rows": float(share.sum(dtype=np.float64)),
         }
-        sums = self._halves[self._batches % 2]
-        for name, value in parts.items():
-            if name in sums:
-                sums[name] += value
+        known = self._halves[half]
+        for name, value in sums.items():
+            if name in known:
+                known[name] += value
             else:
-                sums[name] = np.asarray(value, np.float64)
-        self._batches += 1
+                known[name] = np.asarray(value, np.float64)
 
     @property
     def means(self) -> tuple[Float64, Float64]:
@@ -103,15 +122,20 @@ class Moments:
     @property
     def covariances(self) -> Covariances:
         """Of all rows."""
-        return self._covariances({name: self._total(name) for name in self._halves[0]})
+        return self._covariances({name: self._total(name) for name in self._settled()[0]})
 
     @property
     def halves(self) -> tuple[Covariances, ...]:
         """Of each half of the batches; empty where there is one batch only."""
-        return tuple(self._covariances(sums) for sums in self._halves) if self._batches > 1 else ()
+        return tuple(self._covariances(sums) for sums in self._settled()) if self._batches > 1 else ()
+
+    def _settled(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        for half in range(2):
+            self._settle(half)
+        return self._halves
 
     def _total(self, name: str) -> Any:
-        first, second = self._halves
+        first, second = self._settled()
         return first[name] + second.get(name, 0.0)
 
     def _covariances(self, sums: dict[str, Any]) -> Covariances:

@@ -215,7 +215,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         optimization=trace,
         verification=verification,
         seconds=clock.seconds,
-        peak_memory_bytes=_peak_memory(),
+        peak_memory_bytes=peak_memory(),
     )
     return Result(store.load_all(restored(quantized, origin.opset, origin.ir_version)), report)
 
@@ -332,7 +332,7 @@ def _tell_loss(progress: Progress, done: int, total: int, loss: float) -> None:
     progress("optimize", done, total, f"loss {loss:.4g}")
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)

@@ -7,13 +7,15 @@ QuantizeLinear and DequantizeLinear compute it.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.types import Array, IntArray, QuantParams, QuantSpec
+
+Number = TypeVar("Number", bound=np.generic)
 
 ZETA, GAMMA = 1.1, -0.1
 """Stretch of the rectified sigmoid (AdaRound, Nagel et al. 2020, equation 23)."""
@@ -28,7 +30,7 @@ _BIAS_LIMIT = np.float32(2.0**30)
 
 
 # ---- channels ----------------------------------------------------------------------------------------------
-def along_axis(values: Array, axis: int | None, rank: int) -> Array:
+def along_axis(values: NDArray[Number], axis: int | None, rank: int) -> NDArray[Number]:
     """Reshape per-channel values so that they broadcast along ``axis`` of a tensor of rank ``rank``.
 
     Parameters

@@ -108,15 +108,23 @@ MODELS = {
 }
 
 
-def evaluate(name: str, model: str | Path) -> float:
-    """Score of a file on the evaluation data of the shipped model ``name``."""
-    entry = MODELS[name]
-    with np.load(HERE / f"{entry.data}_eval.npz") as archive:
-        data = {k: archive[k] for k in archive.files}
-    image = shapes.as_input(data["image"]) if data["image"].dtype == np.uint8 else data["image"]
+def outputs_of(name: str, model: str | Path) -> Outputs:
+    """What a file makes of the evaluation data of the shipped model ``name``."""
+    image = _evaluation_data(name)["image"]
+    image = shapes.as_input(image) if image.dtype == np.uint8 else image
     session = Session(model)
     parts = [session.run({"image": image[k : k + 64]}) for k in range(0, len(image), 64)]
-    return entry.metric({o: np.concatenate([p[o] for p in parts]) for o in session.outputs}, data)
+    return {o: np.concatenate([p[o] for p in parts]) for o in session.outputs}
+
+
+def evaluate(name: str, model: str | Path) -> float:
+    """Score of a file on the evaluation data of the shipped model ``name``."""
+    return MODELS[name].metric(outputs_of(name, model), _evaluation_data(name))
+
+
+def _evaluation_data(name: str) -> dict[str, Array]:
+    with np.load(HERE / f"{MODELS[name].data}_eval.npz") as archive:
+        return {k: archive[k] for k in archive.files}
 
 
 def relative_times(name: str, models: list[Path], repeats: int = 20) -> list[float]:

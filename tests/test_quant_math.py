@@ -134,3 +134,9 @@ def test_slopes_agree_with_finite_differences(exponent):
 def test_penalty_is_zero_once_all_is_decided():
     assert qm.rounding_penalty(np.array([0, 1, 1], np.float32), 2.0) == 0
     assert qm.rounding_penalty(np.array([0.5], np.float32), 2.0) == 1
+
+
+@pytest.mark.parametrize("size", [100, 1000, 12345])
+def test_stride_avoids_image_sizes(size):
+    step = qm.stride(size, 10)
+    assert step == 1 or all(step % p for p in (2, 3, 5, 7))

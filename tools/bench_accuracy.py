@@ -29,19 +29,22 @@ and, as an ablation of what the paper proposes, each but the last two from neare
     default-no-attention                  the default, with a loss that weighs all the same
     closed-form-no-equalization           closed-form on channels as they are
 
-``--methods`` picks some of them. Below each row stand the seconds that each method took.
+``--methods`` picks some of them. Below each row stand the seconds and the peak memory of each method, which runs in a
+process of its own.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +52,7 @@ from typing import Annotated
 import peers
 import rivals
 import typer
+from bench_files import mean_ratio, ratio
 from rich.console import Console
 from rich.table import Table
 
@@ -56,6 +60,7 @@ import eptq_onnx
 from eptq_onnx import Config
 from eptq_onnx.data import read
 from eptq_onnx.graph import io
+from eptq_onnx.pipeline import peak_memory
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 NEAREST: dict[str, object] = {"start": "nearest", "equalize": False}
@@ -98,6 +103,16 @@ def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], iterat
     return rivals.nncf(model, samples, folder)
 
 
+def measured(method: str, model: Path, data: Path, bits: tuple[int, int], iterations: int, folder: Path) -> tuple[list[Path], float, int]:
+    """The files of `quantize`, the seconds that it took, and the peak memory of the process in bytes."""
+    logging.disable(logging.WARNING)
+    began = time.perf_counter()
+    with redirect_stdout(sys.stderr):
+        # Peers print what they do.
+        files = quantize(method, model, data, bits, iterations, folder)
+    return files, time.perf_counter() - began, peak_memory()
+
+
 def by_command(template: str, keys: list[str]) -> Callable[[Path], Figures]:
     """Scorer that runs a command and reads figures from the JSON that it prints."""
 
@@ -111,11 +126,18 @@ def by_command(template: str, keys: list[str]) -> Callable[[Path], Figures]:
 
 
 def by_shipped_model(name: str) -> Callable[[Path], Figures]:
-    """Scorer of a model that the project ships."""
+    """Scorer of a model that the project ships: its metric, and the SQNR of its outputs in dB."""
     sys.path.insert(0, str(MODELS))
     import score
 
-    return lambda path: (score.evaluate(name, path),)
+    original = MODELS / f"{name}.onnx"
+    reference = score.outputs_of(name, original)
+
+    def evaluate(path: Path) -> Figures:
+        figure = score.evaluate(name, path)
+        return (figure,) if path == original else (figure, mean_ratio(ratio([reference], [score.outputs_of(name, path)])))
+
+    return evaluate
 
 
 def _shown(figures: Figures) -> str:
@@ -145,22 +167,22 @@ def main(
         raise typer.BadParameter("give --shipped, or --model, --data and --score")
     else:
         evaluate = by_command(score, key.split(","))
-    logging.disable(logging.WARNING)
     table = Table("bits", "float", *chosen, title=str(model.name), title_justify="left")
     reference = evaluate(model)
     for pair in bits:
         weight, activation = (int(v) for v in pair.split(","))
-        scores, seconds = [], []
+        scores, costs = [], []
         for method in chosen:
-            with tempfile.TemporaryDirectory() as folder:
-                began = time.perf_counter()
-                with redirect_stdout(sys.stderr):
-                    # Peers print what they do.
-                    files = quantize(method, model, data, (weight, activation), aimet_iterations, Path(folder))
-                seconds.append(f"{time.perf_counter() - began:.0f}" if files else "")
+            # A process each: peaks of memory add up otherwise, and rivals leave things behind.
+            workers = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"))
+            with tempfile.TemporaryDirectory() as folder, workers as process:
+                work = process.submit(measured, method, model, data, (weight, activation), aimet_iterations, Path(folder))
+                files, seconds, memory = work.result()
+                costs.append(f"{seconds:.0f} s, {memory / 1e9:.1f} GB" if files else "")
                 scores.append(_shown(max(evaluate(f) for f in files)) if files else "-")
+                Console(stderr=True).print(f"W{weight}A{activation} {method}: {scores[-1]} {costs[-1]}", highlight=False)
         table.add_row(f"W{weight}A{activation}", _shown(reference), *scores)
-        table.add_row("", "seconds", *seconds)
+        table.add_row("", "", *costs)
     Console(width=max(140, 16 * (len(chosen) + 2))).print(table)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -19,6 +21,15 @@ _TYPES = {8: "int8", 4: "int4", 2: "int2"}
 """AIMET's names of what it can store."""
 
 
+@contextmanager
+def _installed(method: str, packages: str) -> Iterator[None]:
+    """Say which packages a method needs where they are missing."""
+    try:
+        yield
+    except ImportError as e:
+        raise typer.BadParameter(f"the method {method} is not installed: pip install {packages}") from e
+
+
 def nncf(model: Path, samples: Samples, folder: Path) -> list[Path]:
     """Files of NNCF (pip install nncf): its fast bias correction, and its slower, more accurate one.
 
@@ -27,10 +38,8 @@ def nncf(model: Path, samples: Samples, folder: Path) -> list[Path]:
     BadParameter
         If it is not installed.
     """
-    try:
+    with _installed("nncf", "nncf"):
         import nncf as rival
-    except ImportError as e:
-        raise typer.BadParameter("the method nncf needs NNCF: pip install nncf") from e
     batches = list(iter(peers.Reader(samples).get_next, None))
     files = []
     for fast in (True, False):
@@ -58,12 +67,10 @@ def aimet(model: Path, samples: Samples, bits: tuple[int, int], iterations: int,
     BadParameter
         If it is not installed.
     """
-    try:
+    with _installed("aimet", "torch==2.13.0 aimet-onnx"):
         from aimet_onnx import QuantizationSimModel, apply_adaround
         from aimet_onnx.batch_norm_fold import fold_all_batch_norms_to_weight
         from aimet_onnx.common.defs import QuantScheme
-    except ImportError as e:
-        raise typer.BadParameter("the method aimet needs AIMET: pip install torch==2.13.0 aimet-onnx") from e
     if any(b not in _TYPES for b in bits):
         return []
     batches = list(iter(peers.Reader(samples).get_next, None))

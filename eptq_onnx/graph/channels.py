@@ -25,6 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from eptq_onnx.graph.bodies import node_reads
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
 from eptq_onnx.linear import LinearForm
+from eptq_onnx.quant_math import along_axis
 from eptq_onnx.types import Array
 
 Slots = NDArray[np.int64]
@@ -126,7 +127,7 @@ class Channels:
         def scaled(value: Array, factors: Factors) -> Array:
             one = np.ones(1)
             ratio = (factors[times] if times is not None else one) / (factors[over] if over is not None else one)
-            return np.asarray(value * ratio.reshape([-1 if i == axis % rank else 1 for i in range(rank)]), np.float32)
+            return np.asarray(value * along_axis(ratio, axis % rank, rank), np.float32)
 
         used = [s for s in (times, over) if s is not None]
         self.absorbers.append(Absorber(constant, np.concatenate(used), scaled))

@@ -225,6 +225,10 @@ def _norm(logs: Float64, power: float) -> tuple[float, Float64]:
     return float(np.exp(most)) * total ** (1 / power), parts / total
 
 
+def _channels(view: GraphView) -> Channels:
+    return Channels(view, lambda node: spec_of(node).channels)
+
+
 def needed_bytes(model: ModelProto, plan: Plan) -> int:
     """Memory that `equalize` takes, about.
 
@@ -234,7 +238,7 @@ def needed_bytes(model: ModelProto, plan: Plan) -> int:
         The whole normalized model.
     plan : Plan
     """
-    channels = Channels(GraphView(model), lambda node: spec_of(node).channels)
+    channels = _channels(GraphView(model))
     groups = _groups(plan, channels, channels.classes()[1])
     return _BYTES_A_CHANNEL * sum(len(t.sets) for g in groups for t in g.tensors.values())
 
@@ -277,7 +281,7 @@ def equalize(
     if not config.equalize:
         return model, scores, {}
     view = GraphView(model)
-    channels = Channels(view, lambda node: spec_of(node).channels)
+    channels = _channels(view)
     count, sets = channels.classes()
     groups = _groups(plan, channels, sets)
     if not groups:

@@ -6,7 +6,6 @@ from graphs import images, normal, parse, silent, small_convnet
 
 from eptq_onnx import data, quant_math, targets
 from eptq_onnx.config import ActivationRange, Config
-from eptq_onnx.quant_math import stride
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.calibrate import Histogram, calibrate, mse_range, percentile_range
 from eptq_onnx.steps.normalize import normalize
@@ -65,12 +64,6 @@ def test_values_of_one_sign_start_at_zero():
         *mse_range(filled(np.abs(np.random.default_rng(0).normal(size=(1, 5000)))), UINT8, Config()), UINT8.spec
     )
     assert params.zero_point == 0
-
-
-@pytest.mark.parametrize("size", [100, 1000, 12345])
-def test_stride_avoids_image_sizes(size):
-    step = stride(size, 10)
-    assert step == 1 or all(step % p for p in (2, 3, 5, 7))
 
 
 @pytest.mark.parametrize("method", list(ActivationRange))
