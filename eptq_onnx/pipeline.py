@@ -33,22 +33,27 @@ from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.readers import Source
 from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.steps.allocate import allocate
+from eptq_onnx.steps.calibrate import FLOAT_PASSES as CALIBRATION_PASSES
 from eptq_onnx.steps.calibrate import calibrate
-from eptq_onnx.steps.closed_form import closed_form, unsolved
+from eptq_onnx.steps.closed_form import FLOAT_PASSES as WALK_PASSES
+from eptq_onnx.steps.closed_form import closed_form, operations, unsolved
 from eptq_onnx.steps.equalize import equalize
 from eptq_onnx.steps.equalize import needed_bytes as equalization_bytes
+from eptq_onnx.steps.estimate import multiplications, seconds_a_pass, seconds_an_operation
 from eptq_onnx.steps.guard import sensitive_activations
 from eptq_onnx.steps.normalize import normalize
+from eptq_onnx.steps.optimize import FLOAT_PASSES as STEP_PASSES
 from eptq_onnx.steps.optimize import layer_attention, optimize, split
 from eptq_onnx.steps.optimize import needed_bytes as optimization_bytes
 from eptq_onnx.steps.plan import plan as make_plan
 from eptq_onnx.steps.ranges import weight_ranges
+from eptq_onnx.steps.score import FLOAT_PASSES as PROBE_PASSES
 from eptq_onnx.steps.score import score
 from eptq_onnx.steps.soften import soften
 from eptq_onnx.steps.verify import verify
 from eptq_onnx.steps.write import write
 from eptq_onnx.targets import Target
-from eptq_onnx.types import Calibration, OptimizationTrace, Plan, QuantParams, Scores, Verification
+from eptq_onnx.types import Calibration, Estimate, OptimizationTrace, Plan, QuantParams, Scores, Verification
 
 
 class Progress(Protocol):
@@ -137,23 +142,16 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     with clock("plan"):
         plan = make_plan(whole, target, config)
     given, config = config, _affordable(config, whole, float_model, plan, samples, notes)
+    chosen, walked, held = _shares(samples, config)
+    with clock("estimate"):
+        expected = _expected(float_model, plan, samples, len(chosen), len(walked), config, progress)
     with clock("calibrate"):
         calibration = calibrate(float_model, plan, samples, config, partial(progress, "calibrate"))
-    chosen, walked, held = _shares(samples, config)
     scores: Scores | None = None
     if engine is not None and _wants_scores(config):
         with clock("score"), _noting(notes, "no Hessian scores, plain MSE ranges instead"):
-            scores = score(
-                float_model,
-                plan,
-                samples,
-                chosen,
-                calibration,
-                _ranged_weights(float_model, plan, config) if config.weight_range_method is WeightRange.HMSE else (),
-                engine,
-                config,
-                partial(progress, "score"),
-            )
+            wanted = _scored_weights(float_model, plan, config)
+            scores = score(float_model, plan, samples, chosen, calibration, wanted, engine, config, partial(progress, "score"))
     with clock("equalize"):
         whole, scores, equalized = equalize(whole, float_model, plan, samples, scores, config, partial(progress, "equalize"))
     if equalized or scores is not None:
@@ -181,8 +179,9 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     if config.start is Start.CLOSED_FORM:
         with clock("closed form"):
             nearest = flattened(write(whole, plan, rounding)[0])
-            told = partial(progress, "closed form")
-            rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, walked, scores, config, told)
+            rounding, skipped = closed_form(
+                float_model, nearest, plan, rounding, samples, walked, scores, config, partial(progress, "closed form")
+            )
             notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
     trace: OptimizationTrace | None = None
     if engine is not None and config.optimizes:
@@ -195,10 +194,10 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         marked, stands_for = write(whole, plan, rounding)
         flat, quantized = flattened(marked), sink(marked)
     with clock("verify"):
-        told = partial(progress, "verify")
-        verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, held, origin.size, told)
-    unscored = (f"{node} has no Hessian score: {why}" for node, why in (scores.unreached if scores is not None else {}).items())
-    notes = [*origin.notes, *notes, *unscored, *_left_over(calibration, samples, engine)]
+        verification = verify(
+            float_model, flat, quantized, plan, stands_for, target, samples, held, origin.size, partial(progress, "verify")
+        )
+    notes = [*origin.notes, *notes, *_unscored(scores), *_left_over(calibration, samples, engine)]
     report = Report(
         version=eptq_onnx.__version__,
         model=origin.name,
@@ -214,6 +213,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         equalized=equalized,
         optimization=trace,
         verification=verification,
+        estimate=expected,
         seconds=clock.seconds,
         peak_memory_bytes=peak_memory(),
     )
@@ -260,6 +260,21 @@ def _affordable(config: Config, whole: ModelProto, model: ModelProto, plan: Plan
             notes.append(f"{what}: that takes about {sizes[0]} of memory, and {sizes[1]} is the limit")
             config = config.model_copy(update={option: off})
     return config
+
+
+def _expected(model: ModelProto, plan: Plan, samples: Samples, chosen: int, walked: int, config: Config, progress: Progress) -> Estimate:
+    """What the steps will take, for so many samples to score and optimize on, and to round layer by layer on; it is told."""
+    steps = config.step_count(multiplications(model, plan, samples))
+    # A second calibration follows on scores, and on channels that were scaled.
+    passes = CALIBRATION_PASSES * samples.count * (2 if config.needs_gradients or config.equalize else 1)
+    passes += PROBE_PASSES * config.probes * chosen * config.needs_gradients + STEP_PASSES * steps * min(config.batch_size, chosen)
+    algebra = 0.0
+    if config.start is Start.CLOSED_FORM:
+        passes += WALK_PASSES * walked
+        algebra = operations(model, plan, config) * seconds_an_operation()
+    expected = Estimate(passes * seconds_a_pass(model, plan, samples, config) + algebra, steps)
+    progress("estimate", 1, 1, f"preset {config.preset.value}: {expected}")
+    return expected
 
 
 def _shares(samples: Samples, config: Config) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -318,6 +333,10 @@ def _opset_notes(model: ModelProto, readable: ModelProto) -> list[str]:
     return [f"the installed onnxruntime does not run quantized models of opset {own}: the result was made and verified in opset {read}"]
 
 
+def _unscored(scores: Scores | None) -> list[str]:
+    return [f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items()] if scores is not None else []
+
+
 def _left_over(calibration: Calibration, samples: Samples, engine: Engine | None) -> list[str]:
     count, alike = calibration.unused_samples, len(samples.alike())
     notes = [f"{count} samples are left over: the model takes {samples.fixed_batch} at a time"] if count else []
@@ -349,6 +368,10 @@ def _ranged_weights(model: ModelProto, plan: Plan, config: Config) -> set[str]:
     """The weights whose ranges are those that step 5 chooses: the closed form chooses its own."""
     skipped = unsolved(model, plan)
     return {x.weight for x in plan.layers if config.start is not Start.CLOSED_FORM or x.node in skipped}
+
+
+def _scored_weights(model: ModelProto, plan: Plan, config: Config) -> set[str]:
+    return _ranged_weights(model, plan, config) if config.weight_range_method is WeightRange.HMSE else set()
 
 
 def _layer_reports(plan: Plan, scores: Scores | None, verification: Verification, count: int) -> tuple[LayerReport, ...]:

@@ -289,6 +289,33 @@ class Verification:
     quantized_bytes: int
 
 
+_SHORT = 10
+"""Seconds below which no estimate is worth its name."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run was expected to take, before it started.
+
+    Parameters
+    ----------
+    seconds : float
+        Most: the optimization may end earlier.
+    steps : int
+        Of the network-wise optimization, at most.
+    """
+
+    seconds: float
+    steps: int
+
+    def __str__(self) -> str:
+        steps = f", at most {self.steps} optimization steps" if self.steps else ", no optimization steps"
+        for unit, name in ((3600, "hours"), (60, "minutes"), (1, "seconds")):
+            if self.seconds >= max(2 * unit, _SHORT):
+                return f"about {self.seconds / unit:.0f} {name}{steps}"
+        return f"less than {_SHORT} seconds{steps}"
+
+
 @dataclass(frozen=True)
 class OptimizationTrace:
     """What the network-wise optimization did.

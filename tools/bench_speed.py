@@ -97,6 +97,7 @@ def main(
         for layout in (True, False):
             taken = torch_step.seconds(float_model, batch, steps, channels_last=layout) / forward
             table.add_row(f"the same step in PyTorch, {'channels last' if layout else 'contiguous'}", f"{taken:.1f}")
+    table.add_row("time taken, over what was told before", f"{sum(report.seconds.values()) / report.estimate.seconds:.2f}")
     table.add_row("peak memory", f"{report.peak_memory_bytes / 2**30:.1f} GB")
     Console(width=140).print(table)
 

@@ -15,7 +15,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from eptq_onnx.types import KeptFloat, OptimizationTrace, Verification
+from eptq_onnx.types import Estimate, KeptFloat, OptimizationTrace, Verification
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Report:
         Quantized tensors whose channels were scaled to fit a common range, and by how much at the most, up or down.
     optimization : OptimizationTrace or None
     verification : Verification
+    estimate : Estimate
+        What the run was expected to take, as it was told before it started.
     seconds : dict of str to float
         Time of each step.
     peak_memory_bytes : int
@@ -77,6 +79,7 @@ class Report:
     equalized: Mapping[str, float]
     optimization: OptimizationTrace | None
     verification: Verification
+    estimate: Estimate
     seconds: Mapping[str, float]
     peak_memory_bytes: int
 
@@ -94,7 +97,7 @@ class Report:
             ("size", f"{_size(v.float_bytes)} → {_size(v.quantized_bytes)} ({v.float_bytes / max(v.quantized_bytes, 1):.2f}× smaller)"),
             ("equalization", self._equalization()),
             ("optimization", self._optimization()),
-            ("time, memory", f"{sum(self.seconds.values()):.1f} s, peak {_size(self.peak_memory_bytes)}"),
+            ("time, memory", self._cost()),
         ):
             head.add_row(Text(label, style="bold"), text)
         kernels = Table("operator", "planned", "integer kernels", title=f"Integer kernels in {self.target}", title_justify="left")
@@ -125,6 +128,10 @@ class Report:
         if not self.equalized:
             return "none"
         return f"the channels of {len(self.equalized)} activations, by up to {max(self.equalized.values()):.3g}×"
+
+    def _cost(self) -> str:
+        spent, expected = sum(self.seconds.values()), self.estimate.seconds
+        return f"{spent:.1f} s (expected: {expected:.0f} s), peak {_size(self.peak_memory_bytes)}"
 
     def _optimization(self) -> str:
         trace = self.optimization

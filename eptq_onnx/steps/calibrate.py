@@ -21,6 +21,8 @@ from eptq_onnx.ops import output_parts
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import ActivationQuantizer, Array, Calibration, Plan, QuantParams
 
+FLOAT_PASSES = 3.0
+"""What a calibration costs, in float passes over the samples."""
 _BINS = 8192
 _VALUES_PER_SAMPLE = 16384
 _GRID = 32

@@ -31,6 +31,8 @@ from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Array, Calibration, Feeds, Plan, Scores
 
+FLOAT_PASSES = 6.0
+"""What a probe costs, in float passes over the samples."""
 _LOSS, _ATTENTION = "eptq/probe_loss", "eptq/attention"
 _MOST_JOINT_CHANNELS = 2048
 _POSITIONS_MEMORY = 2**29
