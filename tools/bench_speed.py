@@ -4,7 +4,7 @@
     python tools/bench_speed.py --model m.onnx --data calib.npz --batch-size 16 --engine standard
 
 Prints the time of one float forward pass of a batch in onnxruntime, and as multiples of it: one step of the network-wise
-optimization (gradient graph, updates and all), and the Hessian scores of all layers, per probe. The closed-form start
+optimization (gradient graph, updates and all), and the Hessian scores of all layers. The closed-form start
 and the calibration are given in passes over the samples that they look at. ``--torch`` adds the same training step
 written in PyTorch (pip install torch==2.13.0; convolutional classifiers only). Single machine, single run: compare ratios,
 not seconds.
@@ -53,6 +53,7 @@ def main(
     activation_bits: Annotated[int, typer.Option(help="Activation bits.")] = 8,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 16,
     samples: Annotated[int, typer.Option(help="Samples to score and to walk over.")] = 64,
+    probes: Annotated[int, typer.Option(help="Hessian probes a sample.")] = 1,
     steps: Annotated[int, typer.Option(help="Steps to time; ten checks on held-out samples fall between them.")] = 40,
     torch: Annotated[bool, typer.Option(help="Time the step in PyTorch, too.")] = False,
     engine: Annotated[EngineChoice, typer.Option(help="Where gradients come from.")] = EngineChoice.AUTO,
@@ -70,7 +71,7 @@ def main(
         score_samples=samples,
         steps=steps,
         patience=0,
-        probes=1,
+        probes=probes,
         engine=engine,
     )
     ticks: list[float] = []
@@ -85,7 +86,7 @@ def main(
     table = Table("part", "float forward passes", title=title, title_justify="left")
     table.add_row("one forward pass of a batch", f"{forward:.3f} s for {batch_size} samples")
     table.add_row("calibration, all samples", f"{report.seconds['calibrate'] / (forward * report.samples / batch_size):.1f}")
-    table.add_row("Hessian scores, one probe", f"{report.seconds['score'] / scored:.1f}")
+    table.add_row(f"Hessian scores, {probes} probe{'s' if probes > 1 else ''}", f"{report.seconds['score'] / scored:.1f}")
     table.add_row("closed-form start", f"{report.seconds['closed form'] / scored:.1f}")
     # Checks on held-out samples fall between some of the ticks; the median knows nothing of them.
     table.add_row("one optimization step", f"{np.median(np.diff(ticks)) / forward:.1f}")

@@ -32,7 +32,7 @@ from eptq_onnx.rounding import RoundedWeight, SoftWeight, StraightThroughWeight
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Array, Calibration, Feeds, OptimizationTrace, Plan, Rounding, Scores
 
-FLOAT_PASSES = 8.0
+FLOAT_PASSES = 9.0
 """What a step costs, in float passes over its samples; checks included."""
 _CHECKPOINTS = 10
 _RISE = 0.1
