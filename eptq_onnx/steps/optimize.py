@@ -2,7 +2,7 @@
 
 The result is the best of the hard-rounded candidates on samples that the optimization has not seen, the start among
 them. A candidate is the moving average of the parameters: single steps wander about where they go. It must beat the start
-sample by sample, by more than chance would.
+sample by sample, by more than chance would, and not buy that with larger errors of the last layers, which make the outputs.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def optimize(
     batches = _Batches(graph, samples, indices, attention)
     judge = _Judge(graph, batches, held, config)
     best, best_step, untouched = start, 0, judge(state, start)
-    checkpoints = {0: float(untouched.sum())}
+    checkpoints = {0: float(untouched[0].sum())}
     session = Session(graph.train, integers=False)
     batch = min(config.batch_size, len(seen))
     rng = np.random.default_rng(config.seed)
@@ -144,8 +144,8 @@ def optimize(
         if (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total:
             candidate = state.harden()
             errors = judge(state, candidate)
-            checkpoints[step + 1] = float(errors.sum())
-            if checkpoints[step + 1] < checkpoints[best_step] and is_better(errors, untouched):
+            checkpoints[step + 1] = float(errors[0].sum())
+            if checkpoints[step + 1] < checkpoints[best_step] and is_accepted(errors, untouched):
                 best, best_step = candidate, step + 1
             values = list(checkpoints.values())
             fruitless = len(values) - 1 - values.index(min(values))
@@ -163,6 +163,17 @@ def optimize(
         seconds=time.perf_counter() - began,
     )
     return best, trace
+
+
+def is_accepted(errors: Array, others: Array) -> bool:
+    """True if a candidate may replace the start: better in all layers together, and no worse in the last.
+
+    Parameters
+    ----------
+    errors, others : ndarray of shape (2, n_samples)
+        Of the candidate and of the start; see `_Judge`.
+    """
+    return bool(errors[1].mean() <= others[1].mean()) and is_better(errors[0], others[0])
 
 
 def is_better(errors: Array, others: Array) -> bool:
@@ -392,23 +403,25 @@ class _Batches:
 
 
 class _Judge:
-    """The attention-weighted errors of hard-rounded candidates, one a held-out sample; shape (n_samples,).
+    """The attention-weighted errors of hard-rounded candidates, one a held-out sample; shape (2, n_samples).
 
-    Where the optimization sees varied samples, so does the judge, always the same: a few held-out samples alone tell
-    little apart.
+    First those of all layers: where the optimization sees varied samples, so does the judge, always the same, for a few
+    held-out samples alone tell little apart. Then those of the last layers, on the samples as they are: what is gained
+    must reach the outputs, and not on varied samples only.
     """
 
     def __init__(self, graph: TrainingGraph, batches: _Batches, held: NDArray[np.int64], config: Config) -> None:
         self._session, self._batches, self._held = Session(graph.evaluate, integers=False), batches, held
         self._variations, self._seed = _VARIATIONS if config.augment else 0, config.seed
+        self._last = np.repeat(np.isin(np.arange(len(graph.channels)), graph.last), graph.channels)
 
     def __call__(self, state: _State, candidate: Rounding) -> Array:
         parameters, rng = state.hard_parameters(candidate), np.random.default_rng(self._seed)
         views = [None] + [rng] * self._variations
         runs = (run for view in views for run in self._batches.runs(self._held, parameters, self._session, view))
-        rows = np.concatenate(list(ordered_map(self._errors, runs))).reshape(len(views), -1)
-        return np.asarray(rows[:, : len(self._held)].mean(axis=0), np.float32)
+        rows = np.concatenate(list(ordered_map(self._errors, runs)), axis=1).reshape(2, len(views), -1)[:, :, : len(self._held)]
+        return np.stack([rows[0].mean(axis=0), rows[1, 0]])
 
     def _errors(self, feeds: Feeds) -> Array:
-        errors: Array = (self._session.run(feeds, [LAYER_ERRORS])[LAYER_ERRORS] * feeds[ATTENTION]).sum(axis=1)
-        return errors
+        errors = self._session.run(feeds, [LAYER_ERRORS])[LAYER_ERRORS] * feeds[ATTENTION]
+        return np.stack([errors.sum(axis=1), errors[:, self._last].sum(axis=1)])

@@ -63,6 +63,7 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     lowered, refused = lower(private, ops.LOWERINGS)
     view = GraphView(lowered)
     outputs = [layer.output for layer in plan.layers]
+    before = view.upstream(layer.input for layer in plan.layers)
     # A scale is learned where x has a gradient too (onnxruntime-training's builder needs both) and a layer reads it.
     moving = view.downstream(outputs, ops.without_gradient(view))
     needed = view.upstream(outputs)
@@ -87,6 +88,7 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
         quantizers=learned,
         channels=channels,
         positions=positions,
+        last=tuple(k for k, layer in enumerate(plan.layers) if layer.output not in before),
         micro_batch=size,
         unreached={n: why for n, why in gradient.unreached.items() if n in plan.weight_specs},
         notes=tuple(f"{node}: {why}" for node, why in refused.items()),

@@ -14,7 +14,7 @@ from eptq_onnx.optimizers import Adam
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.calibrate import calibrate
 from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.optimize import channel_attention, is_better, layer_attention, optimize, split
+from eptq_onnx.steps.optimize import channel_attention, is_accepted, is_better, layer_attention, optimize, split
 from eptq_onnx.steps.plan import plan
 from eptq_onnx.steps.ranges import weight_ranges
 from eptq_onnx.steps.score import score
@@ -155,6 +155,14 @@ def test_optimization_lowers_the_held_out_error(engine, rounding):
         assert best.integers[name].max() <= spec.qmax
     a1 = best.activations["a1"]
     assert float(np.float32(255) * a1.scale) <= 6.0, "a learned scale must not bring back the absorbed Clip"
+
+
+def test_layers_in_the_middle_do_not_gain_at_the_cost_of_the_last():
+    errors = np.random.default_rng(0).uniform(1, 2, (2, 40)).astype(np.float32)
+    gain = np.array([[0.9], [1.0]], np.float32)
+    assert is_accepted(errors * gain, errors)
+    assert not is_accepted(errors * np.array([[0.9], [1.01]], np.float32), errors)
+    assert not is_accepted(errors * gain[::-1], errors), "the last layers alone do not decide either"
 
 
 def test_only_what_beats_chance_is_better():
