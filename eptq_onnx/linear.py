@@ -42,6 +42,12 @@ class LinearForm(Protocol):
         ...
 
 
+def row_shape(form: LinearForm, shape: Sequence[int]) -> tuple[int, int, int]:
+    """Groups, outputs and terms of a weight of this shape."""
+    groups, outputs, terms = form.weight_rows(np.broadcast_to(np.float32(0), tuple(shape))).shape
+    return groups, outputs, terms
+
+
 def scale_places(form: LinearForm, shape: Sequence[int], axis: int | None) -> NDArray[np.int64]:
     """Which of a weight's scales each of its rows has, of shape (n_groups, n_outputs).
 

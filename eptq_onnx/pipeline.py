@@ -266,8 +266,8 @@ def _expected(model: ModelProto, plan: Plan, samples: Samples, chosen: int, walk
     """What the steps will take, for so many samples to score and optimize on, and to round layer by layer on; it is told."""
     steps = config.step_count(multiplications(model, plan, samples))
     # A second calibration follows on scores, and on channels that were scaled.
-    passes = CALIBRATION_PASSES * samples.count * (2 if config.needs_gradients or config.equalize else 1)
-    passes += PROBE_PASSES * config.probes * chosen * config.needs_gradients + STEP_PASSES * steps * min(config.batch_size, chosen)
+    passes = CALIBRATION_PASSES * samples.count * (2 if _wants_scores(config) or config.equalize else 1)
+    passes += PROBE_PASSES * config.probes * chosen * _wants_scores(config) + STEP_PASSES * steps * min(config.batch_size, chosen)
     algebra = 0.0
     if config.start is Start.CLOSED_FORM:
         passes += WALK_PASSES * walked

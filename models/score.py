@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,15 @@ def outputs_of(name: str, model: str | Path) -> Outputs:
 
 def evaluate(name: str, model: str | Path) -> float:
     """Score of a file on the evaluation data of the shipped model ``name``."""
-    return MODELS[name].metric(outputs_of(name, model), _evaluation_data(name))
+    return rate(name, outputs_of(name, model))
 
 
+def rate(name: str, outputs: Outputs) -> float:
+    """Score of what `outputs_of` gives."""
+    return MODELS[name].metric(outputs, _evaluation_data(name))
+
+
+@cache
 def _evaluation_data(name: str) -> dict[str, Array]:
     with np.load(HERE / f"{MODELS[name].data}_eval.npz") as archive:
         return {k: archive[k] for k in archive.files}

@@ -130,12 +130,11 @@ def by_shipped_model(name: str) -> Callable[[Path], Figures]:
     sys.path.insert(0, str(MODELS))
     import score
 
-    original = MODELS / f"{name}.onnx"
-    reference = score.outputs_of(name, original)
+    reference = score.outputs_of(name, MODELS / f"{name}.onnx")
 
     def evaluate(path: Path) -> Figures:
-        figure = score.evaluate(name, path)
-        return (figure,) if path == original else (figure, mean_ratio(ratio([reference], [score.outputs_of(name, path)])))
+        outputs = score.outputs_of(name, path)
+        return score.rate(name, outputs), mean_ratio(ratio([reference], [outputs]))
 
     return evaluate
 

@@ -141,7 +141,7 @@ def ratio(reference: list[Arrays], got: list[Arrays]) -> dict[str, float]:
 
 def mean_ratio(ratios: Mapping[str, float]) -> float:
     """One figure for all outputs: each counts in units of its own power."""
-    return float(-10 * np.log10(np.mean([10 ** (-r / 10) for r in ratios.values()]))) if ratios else float("nan")
+    return sqnr_db(1.0, float(np.mean([10 ** (-r / 10) for r in ratios.values()]))) if ratios else float("nan")
 
 
 def fidelity(reference: list[Arrays], got: list[Arrays]) -> str:

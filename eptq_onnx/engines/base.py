@@ -59,8 +59,8 @@ class TrainingGraph:
         Channels of each layer's output.
     positions : ndarray of shape (n_layers,)
         Positions (everything but samples and channels) of each layer's output.
-    last : tuple of int
-        Layers that have none behind them: what they make are the model's outputs, or nearly so.
+    last : tuple of bool
+        True for each layer that has none behind it: what it makes is an output of the model, or nearly so.
     micro_batch : int
         Samples of one run.
     unreached : dict of str to str
@@ -75,7 +75,7 @@ class TrainingGraph:
     quantizers: tuple[str, ...]
     channels: tuple[int, ...]
     positions: Array
-    last: tuple[int, ...]
+    last: tuple[bool, ...]
     micro_batch: int
     unreached: dict[str, str]
     notes: tuple[str, ...]

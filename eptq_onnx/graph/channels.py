@@ -24,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 
 from eptq_onnx.graph.bodies import node_reads
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
-from eptq_onnx.linear import LinearForm
+from eptq_onnx.linear import LinearForm, row_shape
 from eptq_onnx.quant_math import along_axis
 from eptq_onnx.types import Array
 
@@ -146,7 +146,7 @@ def layer(node: NodeProto, channels: Channels, form: LinearForm, weight: int, bi
     shape = view.shape(node.input[0])
     if not channels.own(name) or not all(channels.own(b) for b in biases) or shape is None:
         return False
-    groups, outputs, terms = form.weight_rows(np.broadcast_to(np.float32(0), view.constant_shape(name))).shape
+    groups, outputs, terms = row_shape(form, view.constant_shape(name))
     if any(view.constant_shape(b) != (groups * outputs,) for b in biases):
         return False
     axis %= len(shape)

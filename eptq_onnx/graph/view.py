@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from eptq_onnx.graph import store
 from eptq_onnx.graph.bodies import node_reads
+from eptq_onnx.types import Layer
 
 Shape = tuple[int | None, ...]
 
@@ -140,6 +141,12 @@ class GraphView:
             if node.name not in blocked and any(o in needed for o in node.output):
                 needed.update(node_reads(node))
         return needed
+
+
+def last_layers(view: GraphView, layers: Sequence[Layer]) -> list[Layer]:
+    """Those that have no other behind them."""
+    before = view.upstream(layer.input for layer in layers)
+    return [layer for layer in layers if layer.output not in before]
 
 
 class Constants(Mapping[str, NDArray[Any]]):

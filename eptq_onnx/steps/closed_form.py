@@ -24,7 +24,7 @@ from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk, affordable_batches
-from eptq_onnx.linear import LinearForm, scale_places
+from eptq_onnx.linear import LinearForm, row_shape, scale_places
 from eptq_onnx.ops import linear_form, spec_of
 from eptq_onnx.types import Array, IntArray, Layer, Plan, QuantParams, QuantSpec, Rounding, Scores
 
@@ -152,7 +152,7 @@ def operations(model: ModelProto, plan: Plan, config: Config) -> float:
     for layer in plan.layers:
         form = linear_form(nodes[layer.node], view)
         if form is not None:
-            groups, outputs, terms = form.weight_rows(np.broadcast_to(np.float32(0), view.constant_shape(layer.weight))).shape
+            groups, outputs, terms = row_shape(form, view.constant_shape(layer.weight))
             gathered = _wanted_rows(terms) * (terms + outputs)
             solved = _SYSTEMS * terms * (terms / 3 + outputs)
             total += groups * terms * (gathered + solved + visits * outputs * terms)

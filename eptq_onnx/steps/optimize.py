@@ -413,7 +413,7 @@ class _Judge:
     def __init__(self, graph: TrainingGraph, batches: _Batches, held: NDArray[np.int64], config: Config) -> None:
         self._session, self._batches, self._held = Session(graph.evaluate, integers=False), batches, held
         self._variations, self._seed = _VARIATIONS if config.augment else 0, config.seed
-        self._last = np.repeat(np.isin(np.arange(len(graph.channels)), graph.last), graph.channels)
+        self._last = np.repeat(graph.last, graph.channels)
 
     def __call__(self, state: _State, candidate: Rounding) -> Array:
         parameters, rng = state.hard_parameters(candidate), np.random.default_rng(self._seed)

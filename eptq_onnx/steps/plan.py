@@ -24,7 +24,7 @@ from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.bodies import all_nodes, subgraphs
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.edit import all_names
-from eptq_onnx.graph.view import GraphView
+from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.ops import Bounds, OpSpec, Role, is_known, spec_of
 from eptq_onnx.targets import Target
 from eptq_onnx.types import ActivationQuantizer, KeptFloat, Layer, Plan, QuantSpec
@@ -323,11 +323,9 @@ def _topological(view: GraphView, wanted: dict[str, str]) -> list[str]:
 
 def _edge_tensors(draft: _Draft, layers: tuple[Layer, ...]) -> set[str]:
     """The model's inputs, and what the last layers read and make: they have the bit width of the first and last layers."""
-    before = draft.view.upstream(layer.input for layer in layers)
     wide = set(draft.view.inputs)
-    for layer in layers:
-        if layer.output not in before:
-            wide.update((layer.input, draft.final(layer.output)))
+    for layer in last_layers(draft.view, layers):
+        wide.update((layer.input, draft.final(layer.output)))
     return wide
 
 

@@ -29,7 +29,7 @@ from eptq_onnx.graph.fold import fold_sizes
 from eptq_onnx.graph.kernels import faster
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.shapes import specialize
-from eptq_onnx.graph.view import GraphView
+from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.ops import LSQ_DOMAIN
 from eptq_onnx.types import Array, Plan, Rounding
 
@@ -63,7 +63,7 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     lowered, refused = lower(private, ops.LOWERINGS)
     view = GraphView(lowered)
     outputs = [layer.output for layer in plan.layers]
-    before = view.upstream(layer.input for layer in plan.layers)
+    last = last_layers(view, plan.layers)
     # A scale is learned where x has a gradient too (onnxruntime-training's builder needs both) and a layer reads it.
     moving = view.downstream(outputs, ops.without_gradient(view))
     needed = view.upstream(outputs)
@@ -88,7 +88,7 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
         quantizers=learned,
         channels=channels,
         positions=positions,
-        last=tuple(k for k, layer in enumerate(plan.layers) if layer.output not in before),
+        last=tuple(layer in last for layer in plan.layers),
         micro_batch=size,
         unreached={n: why for n, why in gradient.unreached.items() if n in plan.weight_specs},
         notes=tuple(f"{node}: {why}" for node, why in refused.items()),
