@@ -223,3 +223,45 @@ def test_the_damping_is_what_serves_inputs_that_were_not_fitted():
     assert set(correctable) | set(chance) <= set(compensation.DAMPINGS)
     assert _moments(few, few, 1).halves == ()
     np.testing.assert_array_equal(compensation.best_damping(weight, ()), compensation.DAMPINGS[3])
+
+
+def _compared(slopes: np.ndarray, noise: float, count: int = 60, seed: int = 0) -> compensation.Comparison:
+    rng = np.random.default_rng(seed)
+    exact = 3 + rng.normal(size=(count, 10, len(slopes)))
+    return compensation.Comparison.of(exact, slopes * exact + noise * rng.normal(size=exact.shape))
+
+
+def test_slopes_that_differ_by_chance_are_one_slope():
+    noisy = _compared(np.full(50, 0.95), 0.5)
+    np.testing.assert_allclose(noisy.gains, 1 / 0.95, atol=0.015)
+    single = noisy.product.sum(axis=0) - noisy.exact.sum(axis=0) * noisy.rough.sum(axis=0) / noisy.positions.sum()
+    power = noisy.power.sum(axis=0) - noisy.exact.sum(axis=0) ** 2 / noisy.positions.sum()
+    assert (single / power).std() > 3 * (1 / noisy.gains).std(), "one by one, they are mostly noise"
+
+
+def test_slopes_that_differ_keep_apart():
+    slopes = np.tile([0.93, 1.0, 1.04], 5)
+    np.testing.assert_allclose(_compared(slopes, 0.02).gains, 1 / slopes, atol=2e-3)
+    np.testing.assert_allclose(_compared(np.array([0.2, 3.0]), 0.0).gains, [1.1, 1 / 1.1], rtol=1e-6)
+
+
+def test_slopes_of_batches_are_those_of_their_samples():
+    rng = np.random.default_rng(0)
+    exact = rng.normal(size=(9, 4, 6)).astype(np.float32)
+    rough = 0.95 * exact + 0.1 * rng.normal(size=exact.shape).astype(np.float32)
+    whole = compensation.Comparison.of(exact[:7], rough[:7])
+    parts = [compensation.Comparison.of(exact[a : a + 3], rough[a : a + 3]) for a in (0, 3, 6)]
+    joined = compensation.Comparison.joined(parts, 7)
+    np.testing.assert_allclose(joined.gains, whole.gains)
+    np.testing.assert_allclose(joined.means[0], exact[:7].mean(axis=(0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(joined.means[1], rough[:7].mean(axis=(0, 1)), rtol=1e-5)
+
+
+def test_what_never_varies_has_no_slope():
+    still = compensation.Comparison.of(np.ones((5, 4, 3)), np.zeros((5, 4, 3)))
+    np.testing.assert_array_equal(still.gains, 1)
+    exact = np.random.default_rng(0).normal(size=(5, 4, 3)) * [1, 0, 1]
+    some = compensation.Comparison.of(exact, 0.95 * exact)
+    np.testing.assert_allclose(some.gains, 1 / 0.95)
+    lone = compensation.Comparison.of(exact[:1], exact[:1] * [0.92, 1, 1])
+    assert len(set(lone.gains.tolist())) == 1, "one sample cannot tell channels apart"

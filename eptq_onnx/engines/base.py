@@ -16,6 +16,8 @@ LAYER_ERRORS = "eptq/layer_errors"
 ATTENTION = "eptq/attention"
 ACTIVATION_SCALES = "eptq/activation_scales"
 FLOAT_SHARE = "eptq/float_share"
+TEACHER = "teacher/"
+"""What the names of the float network's tensors begin with."""
 
 UNREACHED = "no output depends on it through operators that have a gradient"
 
@@ -60,7 +62,8 @@ class TrainingGraph:
     positions : ndarray of shape (n_layers,)
         Positions (everything but samples and channels) of each layer's output.
     last : tuple of bool
-        True for each layer that has none behind it: what it makes is an output of the model, or nearly so.
+        True for each layer that has none behind it: what it makes is an output of the model, or nearly so. Its outputs in
+        both networks are outputs of ``evaluate``, too.
     micro_batch : int
         Samples of one run.
     unreached : dict of str to str

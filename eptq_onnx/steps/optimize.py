@@ -3,13 +3,16 @@
 The result is the best of the hard-rounded candidates on samples that the optimization has not seen, the start among
 them. A candidate is the moving average of the parameters: single steps wander about where they go. It must beat the start
 sample by sample, by more than chance would, and not buy that with larger errors of the last layers, which make the outputs.
+What has least squared errors is smaller than it should be, rare strong responses most of all: in the end the last layers get
+back the slope that they have in the float network.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -18,10 +21,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from scipy import stats
 
-from eptq_onnx import augment, quant_math
+from eptq_onnx import augment, compensation, quant_math
 from eptq_onnx.config import Attention, Config, Optimizer, RoundingVariable
 from eptq_onnx.data import Samples
-from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LAYER_ERRORS, LOSS, TrainingGraph
+from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LAYER_ERRORS, LOSS, TEACHER, TrainingGraph
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph.blocks import tensor_bytes
 from eptq_onnx.graph.shapes import specialize
@@ -125,7 +128,8 @@ def optimize(
     attention = channel_attention(plan, scores, graph.channels, len(indices), config)
     seen, held = split(len(indices), config.holdout, config.seed)
     batches = _Batches(graph, samples, indices, attention)
-    judge = _Judge(graph, batches, held, config)
+    evaluation = Session(graph.evaluate, integers=False)
+    judge = _Judge(graph, evaluation, batches, held, config)
     best, best_step, untouched = start, 0, judge(state, start)
     checkpoints = {0: float(untouched[0].sum())}
     session = Session(graph.train, integers=False)
@@ -154,6 +158,9 @@ def optimize(
             # Undecided weights need all the steps.
             if 0 < config.patience <= fruitless and config.rounding is not RoundingVariable.SOFT:
                 break
+    if best_step:
+        runs = batches.runs(np.arange(len(indices)), state.hard_parameters(best), evaluation)
+        best = _restored(plan, graph, evaluation, runs, len(indices), best)
     trace = OptimizationTrace(
         steps=len(losses),
         losses=tuple(losses),
@@ -214,6 +221,31 @@ def channel_attention(plan: Plan, scores: Scores | None, channels: Sequence[int]
             share = np.where(peak > 0, table / np.maximum(peak, 1e-30), 1).astype(np.float32)
         columns.append(row[:, None] * share)
     return np.concatenate(columns, axis=1)
+
+
+def _restored(plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable[Feeds], count: int, rounding: Rounding) -> Rounding:
+    """The rounding with the slopes and means of the float network in the last layers, by their weights' scales and biases.
+
+    The runs are those of ``rounding`` for ``count`` samples.
+    """
+    uses = Counter(layer.weight for layer in plan.layers)
+    layers = [x for x, last in zip(plan.layers, graph.last, strict=True) if last and uses[x.weight] == 1]
+
+    def compared(feeds: Feeds) -> list[compensation.Comparison]:
+        values = session.run(feeds, [side + x.output for x in layers for side in (TEACHER, "")])
+        pairs = ((np.moveaxis(values[side + x.output], x.output_axis, -1) for side in (TEACHER, "")) for x in layers)
+        return [compensation.Comparison.of(*pair) for pair in pairs]
+
+    weights, biases = dict(rounding.weights), dict(rounding.biases)
+    for layer, parts in zip(layers, zip(*ordered_map(compared, runs), strict=True), strict=True):
+        seen = compensation.Comparison.joined(parts, count)
+        params, (exact, rough) = weights[layer.weight], seen.means
+        # Where all channels, or those of several groups, have one scale, they have one gain.
+        gain = seen.gains if params.scale.shape == exact.shape else seen.gains.mean()
+        weights[layer.weight] = replace(params, scale=np.asarray(params.scale * gain, np.float32))
+        if layer.bias is not None:
+            biases[layer.bias] = np.asarray(gain * biases[layer.bias] + exact - gain * rough, np.float32)
+    return replace(rounding, weights=weights, biases=biases)
 
 
 def _flipped(start: Rounding, end: Rounding) -> float:
@@ -410,8 +442,8 @@ class _Judge:
     must reach the outputs, and not on varied samples only.
     """
 
-    def __init__(self, graph: TrainingGraph, batches: _Batches, held: NDArray[np.int64], config: Config) -> None:
-        self._session, self._batches, self._held = Session(graph.evaluate, integers=False), batches, held
+    def __init__(self, graph: TrainingGraph, session: Session, batches: _Batches, held: NDArray[np.int64], config: Config) -> None:
+        self._session, self._batches, self._held = session, batches, held
         self._variations, self._seed = _VARIATIONS if config.augment else 0, config.seed
         self._last = np.repeat(graph.last, graph.channels)
 

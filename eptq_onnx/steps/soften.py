@@ -19,6 +19,7 @@ from eptq_onnx.engines.base import (
     FLOAT_SHARE,
     LAYER_ERRORS,
     LOSS,
+    TEACHER,
     Engine,
     TrainingGraph,
 )
@@ -32,8 +33,6 @@ from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.ops import LSQ_DOMAIN
 from eptq_onnx.types import Array, Plan, Rounding
-
-_TEACHER = "teacher/"
 
 
 def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, config: Config, engine: Engine) -> TrainingGraph:
@@ -75,6 +74,8 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     evaluate, _ = lower(_compose(private, lowered, plan, start, learned, size, gradual=False)[0], ops.QUANTIZERS)
     parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
     edit.promote_to_inputs(evaluate, parameters)
+    compared = dict.fromkeys(side + layer.output for layer in last for side in ("", TEACHER))
+    edit.set_outputs(evaluate, [LOSS, LAYER_ERRORS, *compared])
     gradient = engine.differentiate(train, LOSS, [*parameters, *([ACTIVATION_SCALES] if learned else [])])
     # Weights that no gradient reaches are fed too: the student is quantized everywhere.
     edit.promote_to_inputs(gradient.model, parameters)
@@ -185,12 +186,12 @@ def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list
     needed = view.upstream(outputs)
     nodes, constants = [], []
     used: set[str] = set()
-    names = {n: _TEACHER + n for n in (*view.producer, *view.initializers)}
+    names = {n: TEACHER + n for n in (*view.producer, *view.initializers)}
     for node in view.nodes:
         if not any(o in needed for o in node.output):
             continue
         copy = edit.renamed(node, names)
-        copy.name = _TEACHER + node.name
+        copy.name = TEACHER + node.name
         used.update(node_reads(node))
         nodes.append(copy)
     for tensor in view.model.graph.initializer:
@@ -212,7 +213,7 @@ def _losses(view: GraphView, b: edit.Builder, plan: Plan, size: int) -> tuple[tu
         channel = layer.output_axis % len(shape)
         per_sample = shape[0] == size and channel != 0
         axes = [i for i in range(len(shape)) if i != channel and not (per_sample and i == 0)]
-        difference = b.add("Sub", [layer.output, _TEACHER + layer.output])
+        difference = b.add("Sub", [layer.output, TEACHER + layer.output])
         error = b.reduce("ReduceSumSquare", difference, axes, keepdims=True) if axes else b.add("Mul", [difference, difference])
         rows = b.constant(np.array([size if per_sample else 1, shape[channel]], np.int64), "rows")
         error = b.add("Reshape", [error, rows])

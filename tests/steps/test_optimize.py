@@ -19,6 +19,7 @@ from eptq_onnx.steps.plan import plan
 from eptq_onnx.steps.ranges import weight_ranges
 from eptq_onnx.steps.score import score
 from eptq_onnx.steps.soften import soften
+from eptq_onnx.steps.write import write
 from eptq_onnx.types import Scores
 
 TARGET = targets.load("ort-x64")
@@ -87,8 +88,6 @@ def test_the_training_graph_evaluates_to_the_same_loss(case):
 
 def test_the_loss_is_the_weighted_error_of_the_written_model(case):
     """Layer errors of the training graph, against the dequantized written model run by hand."""
-    from eptq_onnx.steps.write import write
-
     quantized, _ = write(case.model, case.plan, case.start)
     last = case.plan.layers[-1]
     feeds = case.feeds()
@@ -155,6 +154,20 @@ def test_optimization_lowers_the_held_out_error(engine, rounding):
         assert best.integers[name].max() <= spec.qmax
     a1 = best.activations["a1"]
     assert float(np.float32(255) * a1.scale) <= 6.0, "a learned scale must not bring back the absorbed Clip"
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_last_layers_get_back_their_slopes(engine, bits):
+    case = Case(engine, weight_bits=bits, steps=80)
+    best, trace = case.run()
+    assert trace.best_step
+    last = case.plan.layers[-1]
+    quantized, _ = write(case.model, case.plan, best)
+    feeds = case.samples.take(case.indices)
+    exact, rough = (Session(m, optimize=False).run(feeds)[last.output].astype(np.float64) for m in (case.model, quantized))
+    np.testing.assert_allclose(rough.mean(axis=0), exact.mean(axis=0), atol=0.02 * exact.std())
+    exact, rough = exact - exact.mean(axis=0), rough - rough.mean(axis=0)
+    assert (exact * rough).sum() / np.square(exact).sum() == pytest.approx(1, abs=0.02)
 
 
 def test_layers_in_the_middle_do_not_gain_at_the_cost_of_the_last():
