@@ -261,6 +261,8 @@ def best_damping(weight: Array, halves: Sequence[Covariances]) -> Float64:
 class Comparison:
     """A layer's outputs in the float and in the quantized network, summed over the positions of every sample.
 
+    Where samples and positions share the first axis, every position counts as a sample.
+
     Parameters
     ----------
     positions : ndarray of shape (n_samples, 1)
@@ -284,9 +286,10 @@ class Comparison:
         return cls(np.full((len(x), 1), float(x.shape[1])), x.sum(axis=1), y.sum(axis=1), np.square(x).sum(axis=1), (x * y).sum(axis=1))
 
     @classmethod
-    def joined(cls, parts: Sequence[Comparison], count: int) -> Comparison:
-        """The first ``count`` samples of all."""
-        return cls(*(np.concatenate([getattr(p, f.name) for p in parts])[:count] for f in fields(cls)))
+    def joined(cls, parts: Sequence[Comparison], share: float) -> Comparison:
+        """The first of all samples, this share of them."""
+        kept = round(share * sum(len(p.power) for p in parts))
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts])[:kept] for f in fields(cls)))
 
     @property
     def means(self) -> tuple[Float64, Float64]:

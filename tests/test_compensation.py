@@ -251,7 +251,7 @@ def test_slopes_of_batches_are_those_of_their_samples():
     rough = 0.95 * exact + 0.1 * rng.normal(size=exact.shape).astype(np.float32)
     whole = compensation.Comparison.of(exact[:7], rough[:7])
     parts = [compensation.Comparison.of(exact[a : a + 3], rough[a : a + 3]) for a in (0, 3, 6)]
-    joined = compensation.Comparison.joined(parts, 7)
+    joined = compensation.Comparison.joined(parts, 7 / 9)
     np.testing.assert_allclose(joined.gains, whole.gains)
     np.testing.assert_allclose(joined.means[0], exact[:7].mean(axis=(0, 1)), rtol=1e-5)
     np.testing.assert_allclose(joined.means[1], rough[:7].mean(axis=(0, 1)), rtol=1e-5)

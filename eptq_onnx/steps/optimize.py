@@ -238,7 +238,8 @@ def _restored(plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable
 
     weights, biases = dict(rounding.weights), dict(rounding.biases)
     for layer, parts in zip(layers, zip(*ordered_map(compared, runs), strict=True), strict=True):
-        seen = compensation.Comparison.joined(parts, count)
+        # Without the fillers of the last run.
+        seen = compensation.Comparison.joined(parts, count / (len(parts) * graph.micro_batch))
         params, (exact, rough) = weights[layer.weight], seen.means
         # Where all channels, or those of several groups, have one scale, they have one gain.
         gain = seen.gains if params.scale.shape == exact.shape else seen.gains.mean()
