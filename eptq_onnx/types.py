@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -179,6 +180,11 @@ class Plan:
     def weight_specs(self) -> dict[str, QuantSpec]:
         """The spec of each quantized weight (shared weights appear once)."""
         return {layer.weight: layer.weight_spec for layer in self.layers}
+
+    @property
+    def shared_weights(self) -> set[str]:
+        """Weights that several layers read."""
+        return {name for name, count in Counter(layer.weight for layer in self.layers).items() if count > 1}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ samples) count by their Hessian scores: where the network's outputs do not look,
 
 from __future__ import annotations
 
-from collections import ChainMap, Counter
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -182,12 +182,12 @@ def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:
     """Layers that the closed form cannot round, and why."""
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    uses = Counter(layer.weight for layer in plan.layers)
+    shared = plan.shared_weights
     found = {}
     for layer in plan.layers:
         if linear_form(nodes[layer.node], view) is None:
             found[layer.node] = f"this {layer.op_type} is not a plain matrix product"
-        elif uses[layer.weight] > 1:
+        elif layer.weight in shared:
             found[layer.node] = f"its weight {layer.weight} is shared by several layers"
     return found
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
@@ -228,8 +227,10 @@ def _restored(plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable
 
     The runs are those of ``rounding`` for ``count`` samples.
     """
-    uses = Counter(layer.weight for layer in plan.layers)
-    layers = [x for x, last in zip(plan.layers, graph.last, strict=True) if last and uses[x.weight] == 1]
+    shared = plan.shared_weights
+    layers = [x for x, last in zip(plan.layers, graph.last, strict=True) if last and x.weight not in shared]
+    if not layers:
+        return rounding
 
     def compared(feeds: Feeds) -> list[compensation.Comparison]:
         values = session.run(feeds, [side + x.output for x in layers for side in (TEACHER, "")])

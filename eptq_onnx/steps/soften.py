@@ -74,8 +74,7 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     evaluate, _ = lower(_compose(private, lowered, plan, start, learned, size, gradual=False)[0], ops.QUANTIZERS)
     parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
     edit.promote_to_inputs(evaluate, parameters)
-    compared = dict.fromkeys(side + layer.output for layer in last for side in ("", TEACHER))
-    edit.set_outputs(evaluate, [LOSS, LAYER_ERRORS, *compared])
+    edit.set_outputs(evaluate, [LOSS, LAYER_ERRORS, *(side + layer.output for layer in last for side in (TEACHER, ""))])
     gradient = engine.differentiate(train, LOSS, [*parameters, *([ACTIVATION_SCALES] if learned else [])])
     # Weights that no gradient reaches are fed too: the student is quantized everywhere.
     edit.promote_to_inputs(gradient.model, parameters)
