@@ -121,6 +121,8 @@ class Layer:
         Channel axis of ``output``.
     edge : bool
         True for a first or last layer.
+    depthwise : bool
+        True for a convolution of one input and one output channel a group.
     """
 
     node: str
@@ -134,6 +136,7 @@ class Layer:
     weight_spec: QuantSpec
     output_axis: int
     edge: bool
+    depthwise: bool
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ def test_specs_stay_inside_the_container():
         # With the zero point folded in, the integers stay in the range of the target.
         assert (weight.qmin - most, weight.qmax - least) == (-64, 63)
         assert (activation.qmin, activation.qmax) == (0, 2**bits - 1)
+    depthwise = target.weight_spec(4, 0, depthwise=True)
+    assert (depthwise.qmin - depthwise.zero_points[1], depthwise.qmax - depthwise.zero_points[0]) == (-127, 127)
     assert target.activation_spec(4).narrower_than_container
     assert not target.activation_spec(8).narrower_than_container
 

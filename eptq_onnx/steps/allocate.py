@@ -93,7 +93,7 @@ def allocate(
         If no choice meets the budget.
     """
     widths = solve(candidates(model, plan, target, samples, indices, calibration, scores, config, progress), budget)
-    layers = (replace(x, weight_spec=target.weight_spec(widths[x.weight], x.weight_spec.axis)) for x in plan.layers)
+    layers = (replace(x, weight_spec=target.weight_spec(widths[x.weight], x.weight_spec.axis, x.depthwise)) for x in plan.layers)
     return replace(plan, layers=tuple(layers))
 
 
@@ -130,7 +130,7 @@ def candidates(
             rows = compensation.sampled_moments(form, value, inputs, inputs, _ROWS, np.random.default_rng((config.seed, k)))
             positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
             known.operations += value.size * positions * quantizers[layer.input].spec.bits
-            specs = {bits: target.weight_spec(bits, layer.weight_spec.axis) for bits in known.effects}
+            specs = {bits: target.weight_spec(bits, layer.weight_spec.axis, layer.depthwise) for bits in known.effects}
             for bits, error in _channel_errors(form, value, rows, specs, config).items():
                 known.effects[bits] += float((error * _importance(layer, calibration, scores, error.size, positions)).sum())
         progress(k + 1, len(plan.layers))

@@ -24,7 +24,7 @@ from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.bodies import all_nodes, subgraphs
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.edit import all_names
-from eptq_onnx.graph.view import GraphView, last_layers
+from eptq_onnx.graph.view import GraphView, int_attribute, last_layers
 from eptq_onnx.ops import Bounds, OpSpec, Role, is_known, spec_of
 from eptq_onnx.targets import Target
 from eptq_onnx.types import ActivationQuantizer, KeptFloat, Layer, Plan, QuantSpec
@@ -188,6 +188,11 @@ def _layer_nodes(draft: _Draft) -> list[NodeProto]:
     ]  # fmt: skip
 
 
+def _is_depthwise(node: NodeProto, view: GraphView) -> bool:
+    """True for a convolution of one input and one output channel a group."""
+    return node.op_type == "Conv" and view.constant_shape(node.input[1])[:2] == (int_attribute(node, "group", 1), 1)
+
+
 def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ...]:
     view, taken = draft.view, all_names(model)
     nodes = _layer_nodes(draft)
@@ -197,6 +202,7 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
     layers: list[Layer] = []
     axes: dict[str, int] = {}
     edges = {n.input[spec_of(n).weight or 0] for n in nodes if n.input[0] not in behind or n.output[0] not in before}
+    dense = {n.input[spec_of(n).weight or 0] for n in nodes if not _is_depthwise(n, view)}
     for node in nodes:
         spec = spec_of(node)
         weight = node.input[spec.weight or 0]
@@ -214,6 +220,7 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
                 bias += "_"
             taken.add(bias)
         edge = weight in edges
+        depthwise = weight not in dense
         bits = config.edge_bits if edge else config.weight_bits
         for constant in (weight, *([bias] if has_bias and bias else [])):
             if not view.is_finite(constant):
@@ -229,9 +236,10 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
                 bias=bias,
                 has_bias=has_bias,
                 # Integer kernels of stacked matrices take one scale in all.
-                weight_spec=draft.target.weight_spec(bits, None if spec.weight in (spec.data or ()) and rank > 2 else axis),
+                weight_spec=draft.target.weight_spec(bits, None if spec.weight in (spec.data or ()) and rank > 2 else axis, depthwise),
                 output_axis=spec.output_axis,
                 edge=edge,
+                depthwise=depthwise,
             )
         )
     return tuple(layers)

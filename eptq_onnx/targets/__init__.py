@@ -29,11 +29,15 @@ class _Row(BaseModel):
 
 
 class WeightRules(_Row):
-    """How the runtime wants weights: container type, scales per channel, and the range used at 8 bits."""
+    """How the runtime wants weights: container type, scales per channel, and the range used at 8 bits.
+
+    ``depthwise_range_8_bits``: that of convolutions of one channel each, where it is another.
+    """
 
     container: str = Field(pattern="^u?int8$")
     per_channel: bool
     range_8_bits: tuple[int, int]
+    depthwise_range_8_bits: tuple[int, int] | None = None
 
 
 class ActivationRules(_Row):
@@ -89,9 +93,9 @@ class Target(_Row):
     ops: OpRules
     kernels: dict[str, tuple[str, ...]]
 
-    def weight_spec(self, bits: int, axis: int | None) -> QuantSpec:
-        """Spec of a weight with output-channel axis ``axis``; None for one scale in all."""
-        least, most = self.weight.range_8_bits
+    def weight_spec(self, bits: int, axis: int | None, depthwise: bool = False) -> QuantSpec:
+        """Spec of a weight with output-channel axis ``axis`` (None for one scale in all), of a depthwise convolution or not."""
+        least, most = (depthwise and self.weight.depthwise_range_8_bits) or self.weight.range_8_bits
         low, high = (least, most) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         zero_points = min(high - most, 0), max(low - least, 0)
         return QuantSpec(

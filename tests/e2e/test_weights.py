@@ -123,6 +123,22 @@ def test_a_model_whose_activations_are_quantized_is_refused():
         eptq_onnx.quantize(model, {"x": normal(12, 3, 8, 8)}, Config.of(preset="fast"))
 
 
+EXTREME = np.where(normal(8, 8, 3, 3) > -0.2, 1, -1).astype(np.float32)
+
+
+@pytest.mark.parametrize("group", [1, 2, 8])
+def test_products_of_the_largest_integers_do_not_saturate(group):
+    # On processors without VNNI, kernels that add products in 16 bits would lose them.
+    model = parse(
+        f"g (float[N,8,8,8] x) => (float[N,8,5,5] y) {{ a = Conv <group = {group}> (x, w)  y = Conv <group = {group}> (a, v) }}",
+        {"w": EXTREME[:, : 8 // group] / 8, "v": EXTREME[::-1, : 8 // group, 1:, 1:] / 8},
+    )
+    x = np.abs(np.random.default_rng(0).normal(0.9, 0.2, (12, 8, 8, 8))).astype(np.float32)
+    written = eptq_onnx.quantize(model, {"x": x}, Config.of(preset="fast")).model
+    exact, got = (Session(written, integers=integers).run({"x": x})["y"] for integers in (False, True))
+    assert np.square(got - exact).mean() < 1e-4 * np.square(exact).mean()
+
+
 TABLE = normal(400, 48, seed=5) * np.geomspace(0.1, 10, 400, dtype=np.float32)[:, None]
 EMBEDDING = parse(
     "g (int64[N,7] x) => (float[N,7,4] y, float[N,7,48] e) { e = Gather (t, x)  n = LayerNormalization (e, g, h)  y = MatMul (n, w) }",

@@ -49,9 +49,21 @@ def test_activations_at_the_edges_are_no_narrower_than_the_others():
 
 
 def test_eight_bit_weights_leave_room_for_machines_without_vnni():
-    spec = make(small_convnet()).layers[0].weight_spec
-    assert (spec.qmin, spec.qmax) == (-64, 63)
+    dense, depthwise, *_ = (x.weight_spec for x in make(small_convnet()).layers)
+    assert (dense.qmin, dense.qmax) == (-64, 63)
+    # Its kernel adds in 32 bits everywhere.
+    assert (depthwise.qmin, depthwise.qmax) == (-127, 127)
     assert (TARGET.weight_spec(4, 0).qmin, TARGET.weight_spec(4, 0).qmax) == (-8, 7)
+
+
+def test_a_weight_that_a_dense_layer_reads_too_is_no_depthwise_one():
+    text = """
+        g (float[N,3,8,8] x) => (float[N,3,6,6] y, float[N,3,6,6] z)
+        {{ y = Conv <group = 3> (x, w)  c = Conv (x, v)  z = Conv <group = {}> (c, w) }}
+    """
+    for group, most in ((3, 127), (1, 63)):
+        p = make(parse(text.format(group), {"w": normal(3, 1, 3, 3), "v": normal(group, 3, 1, 1)}))
+        assert {x.weight_spec.qmax for x in p.layers if x.weight == "w"} == {most}
 
 
 def test_the_head_behind_the_last_layer_stays_float():
