@@ -43,6 +43,12 @@ DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1000.0)
 _VALUES_AT_ONCE = 2**20
 """Of rows that are gathered before they are added to the second moments: large products are fast while they stay in the cache."""
 
+_PARTNERS = 48
+"""Terms that may make up for the move of one: those whose inputs go most with its own."""
+
+_WAITING = 64
+"""Moves that are gathered before all pulls follow them, in one matrix product."""
+
 _BLOCK = 64
 """Columns that are corrected one by one before the rest is, in one matrix product."""
 
@@ -538,3 +544,131 @@ def _descend_column(
         pull -= push * variance
         effect = push if effect is None else effect + push
     return effect
+
+
+def pair_descent(target: Array, integers: Array, scale: Array, moment: Float64, limits: Limits, passes: int) -> Array:
+    """Move integers of a row two at a time where that costs less: where `coordinate_descent` has no single move left.
+
+    Parameters are those of `coordinate_descent`, as is what is returned.
+    """
+    a = moment.astype(np.float32)
+    diagonal, partners = np.einsum("gii->gi", a), _partners(a)
+    q, (least, most) = integers.copy(), limits
+    for _ in range(passes if partners.size else 0):
+        pull = np.matmul(target / scale[:, :, None] - q, a)
+        moved = False
+        for i in range(q.shape[2]):
+            near = partners[:, i]
+            group = np.arange(len(near))[:, None]
+            step, place, reply, gain = _best_pairs(
+                (q[:, :, i], pull[:, :, i], diagonal[:, None, i]),
+                (np.take_along_axis(q, near[:, None], 2), np.take_along_axis(pull, near[:, None], 2), diagonal[group, near][:, None]),
+                a[group, i, near][:, None],
+                (least, most),
+            )
+            g, n = np.nonzero(gain > 1e-6 * diagonal[:, None, i])
+            if len(g):
+                other = near[g, place[g, n]]
+                q[g, n, i] += step[g, n]
+                q[g, n, other] += reply[g, n]
+                pull[g, n] -= step[g, n, None] * a[g, i] + reply[g, n, None] * a[g, other]
+                moved = True
+        if not moved:
+            break
+    return q
+
+
+def joint_pair_descent(
+    target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, limits: Limits, passes: int
+) -> Array:
+    """`pair_descent` on the effect on the network outputs, where `joint_descent` has no single move left; parameters as there."""
+    least, most = limits
+    groups = zip(target, integers, scale, moment, output_moment, least, most, _partners(moment), strict=True)
+    return np.stack([_joint_pair_descent(w, q, s, a, g, (low, high), near, passes) for w, q, s, a, g, low, high, near in groups])
+
+
+def _joint_pair_descent(
+    target: Array,
+    integers: Array,
+    scale: Array,
+    moment: Float64,
+    output_moment: Float64,
+    limits: Limits,
+    partners: NDArray[np.int64],
+    passes: int,
+) -> Array:
+    """`joint_pair_descent` of one group."""
+    q, s = integers.astype(np.float64), scale.astype(np.float64)
+    rows, terms = q.shape
+    diagonal, curvature = np.diag(moment), s * np.diag(output_moment)
+    # What a step of each row does to the pulls of the others, in their own steps.
+    coupling = output_moment * s / curvature[:, None]
+    pushes, movers = np.empty((_WAITING, terms)), np.empty(_WAITING, np.int64)
+    for _ in range(passes if partners.size else 0):
+        pull = output_moment @ (target - s[:, None] * q) @ moment / curvature[:, None]
+        moved, waiting = False, 0
+        for i in range(terms):
+            near = partners[i]
+            read = np.append(near, i)
+            now = pull[:, read] - coupling[:, movers[:waiting]] @ pushes[:waiting, read]
+            for _ in range(2 * rows):
+                step, place, reply, gain = _best_pairs(
+                    (q[:, i], now[:, -1], diagonal[i]), (q[:, near], now[:, :-1], diagonal[near]), moment[i, near], limits
+                )
+                n = int(np.argmax(gain * curvature * s))
+                if gain[n] <= 1e-6 * diagonal[i]:
+                    break
+                other = near[place[n]]
+                q[n, i] += step[n]
+                q[n, other] += reply[n]
+                if waiting == _WAITING:
+                    pull -= coupling[:, movers] @ pushes
+                    waiting = 0
+                movers[waiting], pushes[waiting] = n, step[n] * moment[i] + reply[n] * moment[other]
+                now -= np.outer(coupling[:, n], pushes[waiting, read])
+                waiting, moved = waiting + 1, True
+        if not moved:
+            break
+    return q.astype(np.float32)
+
+
+def _partners(moment: NDArray[np.floating]) -> NDArray[np.int64]:
+    """For each term the others that can make up for its moves best; shape (n_groups, n_terms, at most `_PARTNERS`)."""
+    shares = np.square(moment) / np.einsum("gii->gi", moment)[:, None]
+    np.einsum("gii->gi", shares)[...] = -1
+    count = min(_PARTNERS, moment.shape[1] - 1)
+    return np.argsort(-shares, axis=2, kind="stable")[:, :, :count]
+
+
+_Integers: TypeAlias = tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.floating]]
+"""Integers, what pulls them (in integer steps, times the variance), and the variances of their inputs."""
+
+
+def _best_pairs(
+    first: _Integers, others: _Integers, covariance: NDArray[np.floating], limits: Limits
+) -> tuple[NDArray[np.floating], NDArray[np.int64], NDArray[np.floating], NDArray[np.floating]]:
+    """For the integer of each row the step that costs less, and which other integer of the row, moved how, makes up for it.
+
+    Parameters
+    ----------
+    first : arrays of shape (..., n_rows)
+    others : arrays of shape (..., n_rows, n_others)
+    covariance : ndarray of shape (..., n_others)
+        Of their inputs and that of the first.
+    limits : tuple of ndarray
+        Least and largest integer of each row, of shape (..., n_rows).
+
+    Returns
+    -------
+    step, place, reply, gain : ndarray of shape (..., n_rows)
+    """
+    (q, pull, variance), (qs, pulls, variances), (least, most) = first, others, limits
+    step = np.where(pull >= 0, 1, -1).astype(pull.dtype)
+    rest = pulls - step[..., None] * covariance
+    reply = np.clip(np.rint(qs + rest / variances), least[..., None], most[..., None]) - qs
+    gains = reply * (2 * rest - reply * variances)
+    place = gains.argmax(axis=-1)
+    best = place[..., None]
+    gain = np.take_along_axis(gains, best, -1)[..., 0] + 2 * np.abs(pull) - variance
+    inside = (q + step >= least) & (q + step <= most)
+    return step, place, np.take_along_axis(reply, best, -1)[..., 0], np.where(inside, gain, -np.inf)
