@@ -262,9 +262,7 @@ class _Problem:
             lambda q, s: compensation.refitted_scale(target, q, s, moment, owners),
         )
         effect = self._output_moment(len(rows))
-        if effect is None:
-            integers = compensation.pair_descent(target, integers, scale[owners], moment, limits, passes)
-        else:
+        if effect is not None:
             integers, scale = self._in_turns(
                 integers,
                 scale,
@@ -273,6 +271,9 @@ class _Problem:
                 lambda q, s: compensation.jointly_refitted_scale(target, q, s, moment, effect, owners),
             )
             integers = compensation.joint_pair_descent(target, integers, scale[owners], moment, effect, limits, passes)
+        elif self.spec.bits < 8:
+            # At 8 bits the activations' errors decide, and `fast` shall be fast.
+            integers = compensation.pair_descent(target, integers, scale[owners], moment, limits, passes)
         places = ... if self.spec.axis is not None else 0
         params = QuantParams(np.asarray(scale[places], np.float32), best.zero[places])
         stored = self.form.weight_from_rows(integers + best.zero[owners][:, :, None])
