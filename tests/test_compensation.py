@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, product
+from itertools import product
 
 import numpy as np
 import pytest
@@ -125,54 +125,6 @@ def test_descent_finds_the_best_of_all_integers_when_started_everywhere():
     costs = [float(compensation.cost(q[None, None] * 0.5 - target, a)[0, 0]) for q in every]
     ends = [compensation.coordinate_descent(target, q[None, None].copy(), scale, a, LIMITS, 20) for q in every]
     assert min(float(compensation.cost(q * 0.5 - target, a)[0, 0]) for q in ends) == pytest.approx(min(costs))
-
-
-def _pairs_of_moves(terms: int) -> list[np.ndarray]:
-    """Every move of two integers by up to 2 each."""
-    moves = []
-    for (i, j), (a, b) in product(combinations(range(terms), 2), product(range(-2, 3), repeat=2)):
-        move = np.zeros(terms, np.float32)
-        move[i], move[j] = a, b
-        moves.append(move)
-    return moves
-
-
-@pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("shape", [(1, 6, 9), (4, 1, 9), (2, 3, 9)], ids=["dense", "depthwise", "grouped"])
-def test_pair_descent_leaves_no_pair_of_moves_that_costs_less(shape, joint):
-    groups, rows, terms = shape
-    inputs = _inputs(60, terms, groups)
-    a = compensation.damped(_moments(inputs, inputs).covariances[0], 0.01)
-    rng = np.random.default_rng(3)
-    target, scale = rng.normal(size=shape).astype(np.float32), rng.uniform(0.4, 0.8, (groups, rows)).astype(np.float32)
-    g = _output_moments(groups, rows, rng) if joint else np.stack([np.eye(rows)] * groups)
-    limits = np.full_like(scale, -4), np.full_like(scale, 3)
-
-    def cost(q: np.ndarray) -> np.ndarray:
-        error = q * scale[:, :, None] - target
-        return np.einsum("gij,gjt,gts,gis->g", g, error, a, error, optimize=True)
-
-    start = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), limits)
-    if joint:
-        alone = compensation.joint_descent(target, start, scale, a, g, limits, 50)
-        paired = compensation.joint_pair_descent(target, alone, scale, a, g, limits, 50)
-    else:
-        alone = compensation.coordinate_descent(target, start, scale, a, limits, 50)
-        paired = compensation.pair_descent(target, alone, scale, a, limits, 50)
-    assert (cost(paired) <= cost(alone)).all()
-    assert cost(paired).sum() < 0.99 * cost(alone).sum()
-    np.testing.assert_array_equal(paired, np.clip(np.rint(paired), -4, 3))
-    for row, move in product(range(rows), _pairs_of_moves(terms)):
-        other = paired.copy()
-        other[:, row] += move
-        allowed = (np.abs(other + 0.5) <= 3.5).all(axis=(1, 2))
-        assert (~allowed | (cost(other) >= cost(paired) * (1 - 1e-4))).all()
-
-
-def test_pair_descent_of_a_single_term_changes_nothing():
-    q, scale, a, limits = np.ones((2, 3, 1), np.float32), np.ones((2, 3), np.float32), np.ones((2, 1, 1)), (np.full((2, 3), -4.0),) * 2
-    assert (compensation.pair_descent(0 * q, q, scale, a, limits, 3) == q).all()
-    assert (compensation.joint_pair_descent(0 * q, q, scale, a, np.stack([np.eye(3)] * 2), limits, 3) == q).all()
 
 
 def test_inputs_that_never_vary_do_no_harm():

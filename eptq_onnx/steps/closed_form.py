@@ -35,8 +35,6 @@ _SYSTEMS = 1 + 2 * len(compensation.DAMPINGS)
 """Linear systems of each layer."""
 _SLOWNESS, _OPERATIONS_A_LAYER = 4.0, 5e8
 """How much longer an operation takes here than in a large matrix product; and what else a layer takes."""
-_PAIRS = 3
-"""What a pass over pairs takes, in passes over single integers."""
 _RATIOS = (1.0, 0.85, 0.7, 0.55)
 """Scales that are tried, in units of the one with the least squared error of the corrected weight."""
 _REFITS = 2
@@ -149,7 +147,7 @@ def operations(model: ModelProto, plan: Plan, config: Config) -> float:
     """
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    visits = len(_RATIOS) + 3 * config.descent_passes * (1 + _REFITS + _PAIRS)
+    visits = len(_RATIOS) + 3 * config.descent_passes * (1 + _REFITS)
     total = 0.0
     for layer in plan.layers:
         form = linear_form(nodes[layer.node], view)
@@ -270,10 +268,6 @@ class _Problem:
                 lambda q, s: compensation.joint_descent(target, q, s[owners], moment, effect, limits, passes),
                 lambda q, s: compensation.jointly_refitted_scale(target, q, s, moment, effect, owners),
             )
-            integers = compensation.joint_pair_descent(target, integers, scale[owners], moment, effect, limits, passes)
-        elif self.spec.bits < 8:
-            # At 8 bits the activations' errors decide, and `fast` shall be fast.
-            integers = compensation.pair_descent(target, integers, scale[owners], moment, limits, passes)
         places = ... if self.spec.axis is not None else 0
         params = QuantParams(np.asarray(scale[places], np.float32), best.zero[places])
         stored = self.form.weight_from_rows(integers + best.zero[owners][:, :, None])
