@@ -49,8 +49,8 @@ _BYTES_A_CONSTANT = 9
 """Of an element of a table: its value, its integer, and what that stands for."""
 _COPIES_OF_TENSORS = 3
 """Of each tensor while a batch is worked on: in the float network, in the quantized one, and its gradient."""
-_CHANCE = 0.05 / _CHECKPOINTS
-"""Of taking a check's candidate for better when it is not: one in twenty in all checks together (Bonferroni)."""
+_LEAST_SAMPLES = 5
+"""With fewer pairs the signed-rank test never gets below one in twenty."""
 
 
 _KINDS: dict[RoundingVariable, type[SoftWeight] | type[StraightThroughWeight]] = {
@@ -185,15 +185,13 @@ def is_accepted(errors: Array, others: Array) -> bool:
 def is_better(errors: Array, others: Array) -> bool:
     """True if the errors of the same samples are lower on average, and not by chance.
 
-    Chance is judged by Wilcoxon's signed-rank test: a few loud samples do not decide. Where there are too few samples for
-    that, all must be better.
+    Chance is what Wilcoxon's signed-rank test gives less than one in twenty: a few loud samples do not decide. Too few
+    samples cannot tell, and their average does.
     """
     gain = np.asarray(others - errors, np.float64)
     if gain.mean() <= 0:
         return False
-    # What the test gives where all samples are better is the least that it can give.
-    least = float(stats.wilcoxon(np.arange(1, len(gain) + 1), alternative="greater").pvalue)
-    return float(stats.wilcoxon(gain, alternative="greater").pvalue) <= max(_CHANCE, least)
+    return len(gain) < _LEAST_SAMPLES or float(stats.wilcoxon(gain, alternative="greater").pvalue) < 0.05
 
 
 def layer_attention(plan: Plan, scores: Scores | None, count: int) -> Array:

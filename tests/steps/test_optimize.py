@@ -187,16 +187,6 @@ def test_only_what_beats_chance_is_better():
     assert loud.mean() < before.mean()
     assert not is_better(loud, before), "one loud sample must not decide"
     assert is_better(before[:1] - 1e-3, before[:1])
-    few = before[:4] - np.array([0.1, 0.1, 0.1, -0.01], np.float32)
-    assert not is_better(few, before[:4]), "few samples must all be better"
-
-
-def test_ten_looks_at_chance_seldom_find_something_better():
-    rng = np.random.default_rng(0)
-    before = rng.uniform(1, 2, (200, 1, 13))
-    after = before + rng.normal(0, 0.1, (200, 10, 13))
-    found = np.mean([any(is_better(look, run[0]) for look in looks) for run, looks in zip(before, after, strict=True)])
-    assert found < 0.07
 
 
 def test_a_harmful_optimization_is_not_kept(engine):
