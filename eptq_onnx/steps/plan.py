@@ -136,8 +136,9 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
     data = spec.data_inputs(node)
     weighted = spec.role is Role.LAYER and spec.weight is not None and view.is_constant(node.input[spec.weight])
     if weighted:
-        data = [d for d in data if d != node.input[spec.weight or 0]]
-        if view.shape(node.input[spec.weight or 0]) is not None and len(view.shape(node.input[spec.weight or 0]) or ()) < 2:
+        weight = _weight(node)
+        data = [d for d in data if d != weight]
+        if view.shape(weight) is not None and len(view.shape(weight) or ()) < 2:
             return "its weight is a vector"
         if spec.bias is not None and len(node.input) > spec.bias and node.input[spec.bias] and not view.is_constant(node.input[spec.bias]):
             return "its bias is computed at run time"
@@ -188,9 +189,14 @@ def _layer_nodes(draft: _Draft) -> list[NodeProto]:
     ]  # fmt: skip
 
 
+def _weight(node: NodeProto) -> str:
+    """Name of a layer's weight."""
+    return str(node.input[spec_of(node).weight or 0])
+
+
 def _is_depthwise(node: NodeProto, view: GraphView) -> bool:
     """True for a convolution of one input and one output channel a group."""
-    return node.op_type == "Conv" and view.constant_shape(node.input[1])[:2] == (int_attribute(node, "group", 1), 1)
+    return node.op_type == "Conv" and view.constant_shape(_weight(node))[:2] == (int_attribute(node, "group", 1), 1)
 
 
 def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ...]:
@@ -201,11 +207,10 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
     before = view.upstream(n.input[0] for n in nodes)
     layers: list[Layer] = []
     axes: dict[str, int] = {}
-    edges = {n.input[spec_of(n).weight or 0] for n in nodes if n.input[0] not in behind or n.output[0] not in before}
-    dense = {n.input[spec_of(n).weight or 0] for n in nodes if not _is_depthwise(n, view)}
+    edges = {_weight(n) for n in nodes if n.input[0] not in behind or n.output[0] not in before}
+    dense = {_weight(n) for n in nodes if not _is_depthwise(n, view)}
     for node in nodes:
-        spec = spec_of(node)
-        weight = node.input[spec.weight or 0]
+        spec, weight = spec_of(node), _weight(node)
         rank = len(view.constant_shape(weight))
         axis = spec.weight_axis(node) % rank
         if axes.setdefault(weight, axis) != axis:
@@ -219,8 +224,7 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
             while not has_bias and bias in taken:
                 bias += "_"
             taken.add(bias)
-        edge = weight in edges
-        depthwise = weight not in dense
+        edge, depthwise = weight in edges, weight not in dense
         bits = config.edge_bits if edge else config.weight_bits
         for constant in (weight, *([bias] if has_bias and bias else [])):
             if not view.is_finite(constant):

@@ -95,7 +95,8 @@ class Target(_Row):
 
     def weight_spec(self, bits: int, axis: int | None, depthwise: bool = False) -> QuantSpec:
         """Spec of a weight with output-channel axis ``axis`` (None for one scale in all), of a depthwise convolution or not."""
-        least, most = (depthwise and self.weight.depthwise_range_8_bits) or self.weight.range_8_bits
+        special = self.weight.depthwise_range_8_bits if depthwise else None
+        least, most = special or self.weight.range_8_bits
         low, high = (least, most) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
         zero_points = min(high - most, 0), max(low - least, 0)
         return QuantSpec(
