@@ -176,9 +176,9 @@ class Config(BaseModel):
         Scale the channels of activations so that they fill the range that they share, where the layers around them can
         take up the factors; see `eptq_onnx.steps.equalize`.
     max_noise : float
-        Largest noise-to-signal power ratio at the outputs that the quantization of all activations together may cause,
-        by prediction from the Hessian scores; the noisiest stay float until the rest keep within it or none stands out
-        any more. 0: none do.
+        Largest noise-to-signal power ratio at the outputs that the quantization of all activations together may cause, as
+        measured on the float network with their quantizers; the noisiest stay float until the rest keep within it or none
+        stands out any more. 0: none do.
     rounding : RoundingVariable
         ``soft``: the paper's annealed soft rounding, for thousands of steps; ``straight-through``: a continuous copy
         of the weight that is rounded in every step, which does the same in hundreds.

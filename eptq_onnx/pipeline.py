@@ -6,9 +6,9 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +40,8 @@ from eptq_onnx.steps.closed_form import closed_form, operations, unsolved
 from eptq_onnx.steps.equalize import equalize
 from eptq_onnx.steps.equalize import needed_bytes as equalization_bytes
 from eptq_onnx.steps.estimate import multiplications, seconds_a_pass, seconds_an_operation
+from eptq_onnx.steps.guard import FLOAT_PASSES as GUARD_PASSES
+from eptq_onnx.steps.guard import SAMPLES as GUARD_SAMPLES
 from eptq_onnx.steps.guard import sensitive_activations
 from eptq_onnx.steps.normalize import normalize
 from eptq_onnx.steps.optimize import FLOAT_PASSES as STEP_PASSES
@@ -53,7 +55,7 @@ from eptq_onnx.steps.soften import soften
 from eptq_onnx.steps.verify import verify
 from eptq_onnx.steps.write import write
 from eptq_onnx.targets import Target
-from eptq_onnx.types import Calibration, Estimate, OptimizationTrace, Plan, QuantParams, Scores, Verification
+from eptq_onnx.types import Calibration, Estimate, OptimizationTrace, Plan, Rounding, Scores, Verification
 
 
 class Progress(Protocol):
@@ -149,26 +151,15 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         calibration = calibrate(float_model, plan, samples, config, partial(progress, "calibrate"))
     scores: Scores | None = None
     if engine is not None and _wants_scores(config):
+        scored = _scored_weights(float_model, plan, config)
         with clock("score"), _noting(notes, "no Hessian scores, plain MSE ranges instead"):
-            wanted = _scored_weights(float_model, plan, config)
-            scores = score(float_model, plan, samples, chosen, calibration, wanted, engine, config, partial(progress, "score"))
+            scores = score(float_model, plan, samples, chosen, calibration, scored, engine, config, partial(progress, "score"))
     with clock("equalize"):
         whole, scores, equalized = equalize(whole, float_model, plan, samples, scores, config, partial(progress, "equalize"))
-    if equalized or scores is not None:
-        with clock("recalibrate"):
-            float_model = flattened(whole)
-            plan, calibration = _recalibrated(
-                whole,
-                float_model,
-                plan,
-                target,
-                samples,
-                chosen,
-                {} if equalized else calibration.activations,
-                scores,
-                config,
-                partial(progress, "recalibrate"),
-            )
+        float_model = flattened(whole)
+    plan, calibration = _ranged(
+        whole, float_model, plan, target, samples, chosen, calibration, scores, bool(equalized), config, clock, progress
+    )
     if config.budget is not None:
         with clock("allocate"):
             plan = allocate(
@@ -187,8 +178,8 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     if engine is not None and config.optimizes:
         with clock("optimize"), _noting(notes, "not optimized over the whole network"):
             graph = soften(float_model, plan, rounding, samples, config, engine)
-            notes.extend(f"no gradient passes {note}" for note in graph.notes)
-            notes.extend(f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items())
+            notes += [f"no gradient passes {note}" for note in graph.notes]
+            notes += [f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items()]
             rounding, trace = optimize(plan, rounding, graph, samples, chosen, calibration, scores, config, partial(_tell_loss, progress))
     with clock("write"):
         marked, stands_for = write(whole, plan, rounding)
@@ -268,6 +259,7 @@ def _expected(model: ModelProto, plan: Plan, samples: Samples, chosen: int, walk
     # A second calibration follows on scores, and on channels that were scaled.
     passes = CALIBRATION_PASSES * samples.count * (2 if _wants_scores(config) or config.equalize else 1)
     passes += PROBE_PASSES * config.probes * chosen * _wants_scores(config) + STEP_PASSES * steps * min(config.batch_size, chosen)
+    passes += GUARD_PASSES * min(chosen, GUARD_SAMPLES) * (config.max_noise > 0)
     algebra = 0.0
     if config.start is Start.CLOSED_FORM:
         passes += WALK_PASSES * walked
@@ -287,27 +279,44 @@ def _shares(samples: Samples, config: Config) -> tuple[NDArray[np.int64], NDArra
     return chosen, walked if len(walked) else chosen, held
 
 
-def _recalibrated(
+def _ranged(
     whole: ModelProto,
     model: ModelProto,
     plan: Plan,
     target: Target,
     samples: Samples,
-    chosen: np.ndarray,
-    known: Mapping[str, QuantParams],
+    chosen: NDArray[np.int64],
+    calibration: Calibration,
     scores: Scores | None,
+    rescaled: bool,
     config: Config,
-    progress: Callable[[int, int], None],
+    clock: _Clock,
+    progress: Progress,
 ) -> tuple[Plan, Calibration]:
-    """Ranges that know the Hessian scores, and the plan without the activations that would spoil the outputs all the same."""
+    """Ranges that know the scores, and the channels as they are now; and a plan without what would spoil the outputs all the same."""
     channels = scores.channels if scores is not None else None
-    again = partial(calibrate, model, samples=samples, config=config, progress=progress, scores=channels, known=known)
-    calibration = again(plan=plan)
-    sensitive = sensitive_activations(model, plan, samples, chosen, calibration, scores, config) if scores is not None else {}
-    if not sensitive:
-        return plan, calibration
-    plan = make_plan(whole, target, config, sensitive)
-    return plan, again(plan=plan)
+    again = partial(calibrate, model, samples=samples, config=config, progress=partial(progress, "recalibrate"), scores=channels)
+    if rescaled or scores is not None:
+        with clock("recalibrate"):
+            calibration = again(plan, known={} if rescaled else calibration.activations)
+    with clock("guard"):
+        quantized = partial(_with_activations, whole, plan, calibration)
+        sensitive = sensitive_activations(model, plan, quantized, samples, chosen, calibration, config, partial(progress, "guard"))
+        if not sensitive:
+            return plan, calibration
+        former, plan = plan, make_plan(whole, target, config, sensitive)
+        if not set(plan.activations) <= set(former.activations):
+            # What is left of a group may want another range.
+            calibration = again(plan, known=calibration.activations)
+    return plan, calibration
+
+
+def _with_activations(whole: ModelProto, plan: Plan, calibration: Calibration, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:
+    """The float model with the quantizers of some activations, and what stands for a quantized tensor in it."""
+    chosen = tuple(q for q in plan.activations if q.name in set(names))
+    plan = replace(plan, layers=(), activations=chosen, integer_nodes={}, absorbed={})
+    marked, stands_for = write(whole, plan, Rounding({}, {}, calibration.activations, {}, {}))
+    return flattened(marked), stands_for
 
 
 @contextmanager

@@ -86,15 +86,15 @@ def score(
     blocks = [Block(private)] if config.block_bytes is None else cut(private, private, config.block_bytes)
     placed = _scored_positions(view, plan, axes, size, len(indices), config.block_bytes or _POSITIONS_MEMORY)
     stages, unreached = _stages(blocks, view, plan, probes, axes, placed, weights, size, engine)
-    spread = {name: float(np.sqrt(calibration.variance.get(point, 0.0))) or 1.0 for point, name in probes.items()}
     shapes = {name: _static_shape(view, point) for point, name in probes.items()}
+    unit = _units(probes, shapes, calibration)
     rng = np.random.default_rng(config.seed)
 
     def batches(turns: range) -> Iterator[_Batch]:
         for turn in turns:
             places = np.arange(turn * size, (turn + 1) * size)
             real = places < len(indices)
-            draws = [{n: _rademacher(rng, shapes[n], real) / np.float32(spread[n]) for n in shapes} for _ in range(config.probes)]
+            draws = [{n: _rademacher(rng, shapes[n], real) * unit[n] for n in shapes} for _ in range(config.probes)]
             yield _Batch(turn, samples.take(indices[places % len(indices)]), draws)
 
     sums = _Sums(len(indices), size)
@@ -122,6 +122,18 @@ def score(
         samples=indices,
         unreached={layer.node: unreached[layer.output] for layer in plan.layers if layer.output in unreached},
     )
+
+
+def _units(probes: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], calibration: Calibration) -> dict[str, np.float32]:
+    """What the signs of each part of the outputs are multiplied by.
+
+    A part is seen in units of its spread, and all parts count alike in sum, whatever their sizes: few boxes as much as
+    many classes, a coarse map as much as a fine one. Over all elements the mean square of spreads times units is 1.
+    """
+    sizes = {name: float(np.prod(shape)) for name, shape in shapes.items()}
+    mean = sum(sizes.values()) / len(sizes)
+    spread = {name: float(np.sqrt(calibration.variance.get(point, 0.0))) or 1.0 for point, name in probes.items()}
+    return {name: np.float32(np.sqrt(mean / sizes[name]) / spread[name]) for name in sizes}
 
 
 @dataclass(frozen=True)
