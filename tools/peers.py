@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnx.version_converter
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -21,6 +22,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from eptq_onnx.data import Samples
 from eptq_onnx.types import Feeds
 
+_OPSET = 13
 _BATCHES_AT_ONCE = 4
 """The calibrators hold the activations of so many batches."""
 
@@ -94,7 +96,7 @@ def quantize_static(model: Path, samples: Samples, settings: tuple[Setting, ...]
     prepared = folder / "prepared.onnx"
     logging.disable(logging.WARNING)
     with redirect_stdout(sys.stderr):  # the calibrators print what they do
-        quant_pre_process(model, prepared, skip_symbolic_shape=True)
+        quant_pre_process(_readable(model, folder), prepared, skip_symbolic_shape=True)
         loaded = load_model_with_shape_infer(prepared)
         operators = list(QDQRegistry)
         for method in dict.fromkeys(s.calibration for s in settings):
@@ -116,3 +118,13 @@ def quantize_static(model: Path, samples: Samples, settings: tuple[Setting, ...]
                 path = folder / f"{str(setting).replace(' ', '_')}.onnx"
                 quantizer.model.save_model_to_file(str(path))
                 yield setting, path
+
+
+def _readable(model: Path, folder: Path) -> Path:
+    """The model at an opset that has scales per channel: 13, which onnxruntime's quantizer asks its users to convert to."""
+    loaded = onnx.load(model)
+    if next(o.version for o in loaded.opset_import if not o.domain) >= _OPSET:
+        return model
+    path = folder / "converted.onnx"
+    onnx.save(onnx.version_converter.convert_version(loaded, _OPSET), path)
+    return path
