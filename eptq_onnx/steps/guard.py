@@ -1,4 +1,4 @@
-"""Step 4c: which activations must stay float, because their quantization would spoil the outputs.
+"""Step 4b: which activations must stay float, because their quantization would spoil the outputs.
 
 What a quantizer does to the outputs is measured, not predicted: the float network runs with the quantizers of some
 activations, and its outputs are compared with its own. (Hessian scores are of first order: in networks that blow noise up
@@ -10,7 +10,6 @@ quantizers that make the noise are alone.
 from __future__ import annotations
 
 import bisect
-import heapq
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -35,6 +34,8 @@ _OUTLIER = 10.0
 _MOST_RUNS = 128
 _MOST_BYTES = 2**28
 """Of the float outputs, which are kept."""
+_LOST = 1e30
+"""Noise of outputs that are no numbers any more."""
 
 Quantized = Callable[[Sequence[str]], tuple[ModelProto, Mapping[str, str]]]
 """Makes the model in which some quantizers work, and tells what stands for a quantized tensor in it."""
@@ -61,7 +62,7 @@ def sensitive_activations(
         Of names of activation quantizers: the float model with these, and tensor to what holds its quantized values.
     samples : Samples
     indices : ndarray of shape (n_samples,)
-        The first 16 are run.
+        16 of them are run.
     calibration : Calibration
         Gives the spread that each part of the outputs is measured by.
     config : Config
@@ -82,7 +83,8 @@ def sensitive_activations(
     shapes = samples.two_batches(size)
     shaped = GraphView(specialize(model, shapes))
     most = max(1, _MOST_BYTES // max(sum(bytes_of(shaped, p) for p in parts), 1))
-    batches = [samples.take(chosen) for chosen in samples.batches(indices[spread(len(indices), SAMPLES)], size)][:most]
+    run = indices[spread(len(indices), max(SAMPLES, size))]
+    batches = [samples.take(chosen) for chosen in samples.batches(run, size)][:most]
 
     def outputs(chosen: ModelProto, read_as: Mapping[str, str]) -> list[list[Array]]:
         """Batch by batch, the parts of the outputs."""
@@ -122,7 +124,7 @@ def _noise(exact: Iterable[Sequence[Array]], got: Iterable[Sequence[Array]], var
                 errors[k] += float(np.square(reference - value).sum(dtype=np.float64))
                 sizes[k] += reference.size
     ratio = float((errors / np.maximum(sizes, 1) / variances).mean())
-    return ratio if np.isfinite(ratio) else np.inf
+    return min(ratio, _LOST) if np.isfinite(ratio) else _LOST
 
 
 def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], most: float) -> dict[str, float]:
@@ -130,22 +132,23 @@ def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], mos
 
     The noise of a group is about the sum of that of its members.
     """
-    runs = itertools.count(1)
-    groups = [(-noise(names), 0, len(names))]
+    groups = [(noise(names), 0, len(names))]
     found: dict[str, float] = {}
-    if -groups[0][0] <= most:
+    if groups[0][0] <= most:
         return found
-    while groups and -sum(g[0] for g in groups) > most and next(runs) < _MOST_RUNS // 2:
-        loudest, first, last = heapq.heappop(groups)
+    for _ in range(_MOST_RUNS // 2):
+        if sum(ratio for ratio, _, _ in groups) <= most:
+            break
+        loudest, first, last = max(groups)
+        groups.remove((loudest, first, last))
         others = sum(end - begin for _, begin, end in groups)
-        if others and -loudest <= _OUTLIER * -sum(g[0] for g in groups) / others:
+        if others and loudest <= _OUTLIER * sum(ratio for ratio, _, _ in groups) / others:
             break
         if last - first == 1:
-            found[names[first]] = -loudest
+            found[names[first]] = loudest
             continue
         middle = (first + last) // 2
-        for begin, end in ((first, middle), (middle, last)):
-            heapq.heappush(groups, (-noise(names[begin:end]), begin, end))
+        groups += [(noise(names[begin:end]), begin, end) for begin, end in ((first, middle), (middle, last))]
     order = list(found)
 
     def quiet_without(count: int) -> bool:

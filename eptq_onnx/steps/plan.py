@@ -148,7 +148,7 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
         return "its values are not float32"
     for tensor in (*data, *(draft.final(o) for o in node.output)):
         if tensor in draft.sensitive:
-            return f"quantizing {tensor} alone would cause noise of {draft.sensitive[tensor]:.0%} of the outputs' power"
+            return f"quantizing {tensor} alone would cause noise of {draft.sensitive[tensor]:.1%} of the outputs' power"
     if weighted:
         return None
     infinite = [d for d in data if view.is_constant(d) and not view.is_finite(d)]
