@@ -71,14 +71,14 @@ def test_some_layer_is_quantized_whatever_the_noise():
 
 
 class Noise:
-    """The noise of groups whose members add up, but for a share that all have in common; counts its runs."""
+    """The noise of groups whose members add up; counts its runs."""
 
-    def __init__(self, ratio, shared=0.0):
-        self.ratio, self.shared, self.runs = ratio, shared, 0
+    def __init__(self, ratio):
+        self.ratio, self.runs = ratio, 0
 
     def __call__(self, names):
         self.runs += 1
-        return sum(self.ratio[n] for n in names) - self.shared * (len(names) - 1)
+        return sum(self.ratio[n] for n in names)
 
 
 LOUD = {"q40": 0.5, "q41": 0.2, "q90": 0.04}
@@ -106,7 +106,7 @@ def test_noise_all_over_names_nobody():
 
 
 def test_no_more_are_named_than_it_takes_where_noise_does_not_add_up():
-    # 0.6 + 0.5 + 0.4 alone, but 0.7 together; without the first, 0.1.
+    # Together only the loudest is heard: alone all three stand out, and without the first the others are quiet enough.
     def noise(names):
         return max([*({"q3": 0.6, "q17": 0.09, "q25": 0.08}.get(n, 0.0001) for n in names), 0.0]) + 0.0001 * len(names)
 
