@@ -151,9 +151,9 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         calibration = calibrate(float_model, plan, samples, config, partial(progress, "calibrate"))
     scores: Scores | None = None
     if engine is not None and _wants_scores(config):
-        scored = _scored_weights(float_model, plan, config)
         with clock("score"), _noting(notes, "no Hessian scores, plain MSE ranges instead"):
-            scores = score(float_model, plan, samples, chosen, calibration, scored, engine, config, partial(progress, "score"))
+            wanted = _scored_weights(float_model, plan, config)
+            scores = score(float_model, plan, samples, chosen, calibration, wanted, engine, config, partial(progress, "score"))
     with clock("equalize"):
         whole, scores, equalized = equalize(whole, float_model, plan, samples, scores, config, partial(progress, "equalize"))
         float_model = flattened(whole)
@@ -313,7 +313,8 @@ def _ranged(
 
 def _with_activations(whole: ModelProto, plan: Plan, calibration: Calibration, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:
     """The float model with the quantizers of some activations, and what stands for a quantized tensor in it."""
-    chosen = tuple(q for q in plan.activations if q.name in set(names))
+    wanted = set(names)
+    chosen = tuple(q for q in plan.activations if q.name in wanted)
     plan = replace(plan, layers=(), activations=chosen, integer_nodes={}, absorbed={})
     marked, stands_for = write(whole, plan, Rounding({}, {}, calibration.activations, {}, {}))
     return flattened(marked), stands_for

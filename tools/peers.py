@@ -20,6 +20,7 @@ from onnxruntime.quantization.registry import QDQRegistry
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from eptq_onnx.data import Samples
+from eptq_onnx.graph.view import opset_of
 from eptq_onnx.types import Feeds
 
 _OPSET = 13
@@ -123,7 +124,7 @@ def quantize_static(model: Path, samples: Samples, settings: tuple[Setting, ...]
 def _readable(model: Path, folder: Path) -> Path:
     """The model at an opset that has scales per channel: 13, which onnxruntime's quantizer asks its users to convert to."""
     loaded = onnx.load(model)
-    if next(o.version for o in loaded.opset_import if not o.domain) >= _OPSET:
+    if opset_of(loaded) >= _OPSET:
         return model
     path = folder / "converted.onnx"
     onnx.save(onnx.version_converter.convert_version(loaded, _OPSET), path)

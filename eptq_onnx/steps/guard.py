@@ -152,7 +152,8 @@ def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], mos
     order = list(found)
 
     def quiet_without(count: int) -> bool:
-        return noise([n for n in names if n not in order[:count]]) <= most
+        gone = set(order[:count])
+        return noise([n for n in names if n not in gone]) <= most
 
     # Noises add up to more than they make together: no more are named than it takes.
     count = bisect.bisect_left(range(len(order)), True, key=quiet_without)
