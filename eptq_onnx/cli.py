@@ -68,6 +68,9 @@ def quantize(
         typer.Option(help="The noisiest activations stay float until the others together cause no more noise at the outputs (0: none)."),
     ] = _DEFAULTS.max_noise,
     attention: Annotated[Attention, typer.Option(help="What the loss weighs by the Hessian bound.")] = _DEFAULTS.attention,
+    output_share: Annotated[
+        float, typer.Option(help="Share of the network's outputs in the loss; the rest is that of the layers (0: the paper's loss).")
+    ] = _DEFAULTS.output_share,
     rounding: Annotated[RoundingVariable, typer.Option(help="What is learned for each weight element.")] = _DEFAULTS.rounding,
     optimizer: Annotated[Optimizer, typer.Option(help="Optimizer of the rounding.")] = _DEFAULTS.optimizer,
     max_memory: Annotated[

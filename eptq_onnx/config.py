@@ -195,6 +195,9 @@ class Config(BaseModel):
     attention : Attention
         What the loss weighs: ``layer`` is the paper's sample-layer attention (largest channel), ``channel`` tells the
         channels of a layer apart, ``none`` counts all the same.
+    output_share : float
+        Share of the network's outputs in the loss at its start, each of their parts in units of its spread; the rest is
+        that of the layers. 0: the paper's loss; 1: the outputs alone.
     gradual_activations : bool
         Gradual activation quantization: of use with thousands of steps, a loss with hundreds.
     augment : bool
@@ -242,6 +245,7 @@ class Config(BaseModel):
     rounding_strength: float = Field(1.0, ge=0)
     warmup: float = Field(0.2, ge=0, lt=1)
     attention: Attention = Attention.CHANNEL
+    output_share: float = Field(0.25, ge=0, le=1)
     gradual_activations: bool = False
     augment: bool = True
     max_memory: ByteSize | None = Field(None, gt=0)

@@ -20,13 +20,14 @@ and last layers: 8), a column a method:
     closed-form  the start that knows the Hessian scores (``--steps 0``)
     default      closed-form, then the network-wise optimization
 
-and, as an ablation of what the paper proposes, each but the last two from nearest rounding, channels as they are:
+and, as an ablation of what the paper proposes, each of the networks' from nearest rounding, channels as they are:
 
     network-no-attention, network-layer   the loss weighs all layers and samples the same, or by the paper's sample-layer
                                           attention (the default tells channels apart, too)
     network-mse                           without Hessian-weighted ranges
     network-gradual                       with gradual activation quantization
-    default-no-attention                  the default, with a loss that weighs all the same
+    default-no-attention                  the default, with a loss that weighs all layers and samples the same
+    default-layers, default-outputs       the default, with a loss of the layers alone, or of the outputs alone
     closed-form-no-equalization           closed-form on channels as they are
 
 ``--methods`` picks some of them. Below each row stand the seconds and the peak memory of each method, which runs in a
@@ -79,6 +80,8 @@ ABLATION: dict[str, dict[str, object]] = {
     "network-mse": {**NEAREST, "weight_range": "mse"},
     "network-gradual": {**NEAREST, "gradual_activations": True},
     "default-no-attention": {"attention": "none"},
+    "default-layers": {"output_share": 0.0},
+    "default-outputs": {"output_share": 1.0},
     "closed-form-no-equalization": {"steps": 0, "equalize": False},
 }
 METHODS = ("static", *OURS)

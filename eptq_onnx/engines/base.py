@@ -12,7 +12,7 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.types import Array
 
 LOSS = "eptq/loss"
-LAYER_ERRORS = "eptq/layer_errors"
+ERRORS = "eptq/errors"
 ATTENTION = "eptq/attention"
 ACTIVATION_SCALES = "eptq/activation_scales"
 FLOAT_SHARE = "eptq/float_share"
@@ -50,9 +50,9 @@ class TrainingGraph:
     ----------
     train, evaluate : ModelProto
         Inputs: the model's own; every weight and bias by name; `ACTIVATION_SCALES` of shape (n_quantizers,);
-        `ATTENTION` of shape (micro_batch, sum of ``channels``), the factor of each channel's sum of squares; and, in
-        ``train`` only, `FLOAT_SHARE` of shape (1,), the share p of the unquantized activations. Outputs: `LOSS`,
-        `LAYER_ERRORS` of the shape of `ATTENTION`, and in ``train`` the gradients.
+        `ATTENTION` of shape (micro_batch, ``columns``), the factor of each sum of squares; and, in ``train`` only,
+        `FLOAT_SHARE` of shape (1,), the share p of the unquantized activations. Outputs: `LOSS`, `ERRORS` of the shape of
+        `ATTENTION` (of each channel of each layer, then of each part of the model's outputs), and in ``train`` the gradients.
     gradients : dict of str to str
         Input to the name of its gradient.
     quantizers : tuple of str
@@ -61,6 +61,8 @@ class TrainingGraph:
         Channels of each layer's output.
     positions : ndarray of shape (n_layers,)
         Positions (everything but samples and channels) of each layer's output.
+    outputs : dict of str to float
+        The parts of the model's outputs that are compared, and elements a sample of each.
     last : tuple of bool
         True for each layer that has none behind it: what it makes is an output of the model, or nearly so. Its outputs in
         both networks are outputs of ``evaluate``, too.
@@ -78,10 +80,16 @@ class TrainingGraph:
     quantizers: tuple[str, ...]
     channels: tuple[int, ...]
     positions: Array
+    outputs: dict[str, float]
     last: tuple[bool, ...]
     micro_batch: int
     unreached: dict[str, str]
     notes: tuple[str, ...]
+
+    @property
+    def columns(self) -> int:
+        """Sums of squares of a sample."""
+        return sum(self.channels) + len(self.outputs)
 
 
 def reachable(view: GraphView, loss: str, wrt: Sequence[str], blocked: frozenset[str]) -> tuple[list[str], dict[str, str]]:

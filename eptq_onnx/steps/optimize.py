@@ -1,10 +1,12 @@
 """Step 7: network-wise optimization (paper section 4): soft rounding, biases, weight and activation scales at once.
 
+The loss is that of the layers, weighed by sample-layer attention, and that of the network's outputs, a quarter at the start.
+Attention is of first order: where errors add up it misleads. The outputs alone want to be smaller than they should be.
 The result is the best of the hard-rounded candidates on samples that the optimization has not seen, the start among
 them. A candidate is the moving average of the parameters: single steps wander about where they go. It must beat the start
-sample by sample, by more than chance would, and not buy that with larger errors of the last layers, which make the outputs.
+sample by sample, by more than chance would, and not buy that with larger errors of the outputs.
 What has least squared errors is smaller than it should be, rare strong responses most of all: in the end the last layers get
-back the slope that they have in the float network.
+back the slope that they have in the float network, unless that takes more from the outputs than the optimization brought.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,7 @@ from scipy import stats
 from eptq_onnx import augment, compensation, quant_math
 from eptq_onnx.config import Attention, Config, Optimizer, RoundingVariable
 from eptq_onnx.data import Samples
-from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LAYER_ERRORS, LOSS, TEACHER, TrainingGraph
+from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, ERRORS, FLOAT_SHARE, LOSS, TEACHER, TrainingGraph
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph.blocks import tensor_bytes
 from eptq_onnx.graph.shapes import specialize
@@ -125,12 +127,16 @@ def optimize(
     total = config.step_count(sum(start.integers[x.weight].size * n for x, n in zip(plan.layers, graph.positions, strict=True)))
     state = _State(plan, start, graph, calibration, config, total)
     attention = channel_attention(plan, scores, graph.channels, len(indices), config)
+    layer_weights = np.maximum.reduceat(attention, np.cumsum([0, *graph.channels[:-1]]), axis=1).mean(axis=0)
+    attention = np.hstack([attention, np.tile(part_weights(graph, calibration), (len(indices), 1))])
     seen, held = split(len(indices), config.holdout, config.seed)
-    batches = _Batches(graph, samples, indices, attention)
     evaluation = Session(graph.evaluate, integers=False)
-    judge = _Judge(graph, evaluation, batches, held, config)
-    best, best_step, untouched = start, 0, judge(state, start)
+    judge = _Judge(graph, evaluation, _Batches(graph, samples, indices, attention), held, config)
+    found = judge(state, start)
+    balance = Balance.of(found, config.output_share)
+    best, best_step, untouched = start, 0, balance(found)
     checkpoints = {0: float(untouched[0].sum())}
+    batches = _Batches(graph, samples, indices, attention * balance.columns(graph))
     session = Session(graph.train, integers=False)
     batch = min(config.batch_size, len(seen))
     rng = np.random.default_rng(config.seed)
@@ -140,13 +146,13 @@ def optimize(
         while len(queue) < batch:
             queue.extend(rng.permutation(seen).tolist())
         chosen, queue = np.array(queue[:batch]), queue[batch:]
-        losses.append(state.step(session, batches, chosen, step, rng))
+        losses.append(state.step(session, batches, chosen, balance.units[0] * layer_weights, step, rng))
         if not np.isfinite(losses[-1]):
             raise GradientError(f"the loss of step {step + 1} is not a number.")
         progress(step + 1, total, losses[-1])
         if (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total:
             candidate = state.harden()
-            errors = judge(state, candidate)
+            errors = balance(judge(state, candidate))
             checkpoints[step + 1] = float(errors[0].sum())
             if checkpoints[step + 1] < checkpoints[best_step] and is_accepted(errors, untouched):
                 best, best_step = candidate, step + 1
@@ -159,7 +165,9 @@ def optimize(
                 break
     if best_step:
         runs = batches.runs(np.arange(len(indices)), state.hard_parameters(best), evaluation)
-        best = _restored(plan, graph, evaluation, runs, len(indices), best)
+        restored = _restored(plan, graph, evaluation, runs, len(indices), best)
+        if is_accepted(balance(judge(state, restored)), untouched):
+            best = restored
     trace = OptimizationTrace(
         steps=len(losses),
         losses=tuple(losses),
@@ -172,12 +180,12 @@ def optimize(
 
 
 def is_accepted(errors: Array, others: Array) -> bool:
-    """True if a candidate may replace the start: better in all layers together, and no worse in the last.
+    """True if a candidate may replace the start: better in all, and no worse at the outputs.
 
     Parameters
     ----------
     errors, others : ndarray of shape (2, n_samples)
-        Of the candidate and of the start; see `_Judge`.
+        Of the candidate and of the start; see `Balance`.
     """
     return bool(errors[1].mean() <= others[1].mean()) and is_better(errors[0], others[0])
 
@@ -220,6 +228,46 @@ def channel_attention(plan: Plan, scores: Scores | None, channels: Sequence[int]
             share = np.where(peak > 0, table / np.maximum(peak, 1e-30), 1).astype(np.float32)
         columns.append(row[:, None] * share)
     return np.concatenate(columns, axis=1)
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How the errors of layers and of outputs make up the loss.
+
+    Parameters
+    ----------
+    units : ndarray of shape (2,)
+        With these factors the start's errors, of the layers and of the outputs, make 1 each.
+    shares : ndarray of shape (2,)
+        Of the loss of the start.
+    """
+
+    units: NDArray[np.float64]
+    shares: NDArray[np.float64]
+
+    @staticmethod
+    def of(errors: Array, output_share: float) -> Balance:
+        """The balance for the errors of the start, as `_Judge` gives them; what has none has no share."""
+        sums = errors[:2].sum(axis=1, dtype=np.float64)
+        some = sums > 0
+        shares = some * np.array([1 - output_share, output_share])
+        if not shares.any():
+            shares = some * 1.0
+        return Balance(np.divide(1.0, sums, out=np.zeros(2), where=some), shares / max(shares.sum(), 1e-30))
+
+    def __call__(self, errors: Array) -> Array:
+        """Of what `_Judge` gives, each sample's loss, and its outputs' errors as they are; shape (2, n_samples)."""
+        return np.stack([self.shares * self.units @ errors[:2], errors[2]])
+
+    def columns(self, graph: TrainingGraph) -> Array:
+        """Factor of each column of the errors that the graph gives."""
+        return np.repeat(self.shares * self.units, [sum(graph.channels), len(graph.outputs)]).astype(np.float32)
+
+
+def part_weights(graph: TrainingGraph, calibration: Calibration) -> Array:
+    """What the squared errors of each part of the outputs count: it is seen in units of its spread; shape (n_parts,)."""
+    spreads = [calibration.variance.get(name, 0.0) for name in graph.outputs]
+    return np.array([1 / v if v > 0 else 0.0 for v in spreads], np.float32)
 
 
 def _restored(plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable[Feeds], count: int, rounding: Rounding) -> Rounding:
@@ -301,7 +349,15 @@ class _State:
             _MEMORY * total,
         )
 
-    def step(self, session: Session, batches: _Batches, chosen: NDArray[np.int64], step: int, rng: np.random.Generator) -> float:
+    def step(
+        self,
+        session: Session,
+        batches: _Batches,
+        chosen: NDArray[np.int64],
+        layer_weights: Array,
+        step: int,
+        rng: np.random.Generator,
+    ) -> float:
         """One update from the samples at places ``chosen``; returns the loss."""
         steps = {n: p.scale for n, p in self._start.weights.items()} | {n: w.scale * w.gamma for n, w in self.weights.items()}
         weights = {n: w.forward() for n, w in self.weights.items()}
@@ -317,9 +373,9 @@ class _State:
             for name, output in self._graph.gradients.items():
                 value = values[output]
                 gradients[name] = gradients[name] + value if name in gradients else value
-        return loss + self._update(gradients, batches.layer_weights, step)
+        return loss + self._update(gradients, layer_weights, step)
 
-    def _update(self, gradients: dict[str, Array], layer_weights: Sequence[float], step: int) -> float:
+    def _update(self, gradients: dict[str, Array], layer_weights: Array, step: int) -> float:
         config, total = self._config, self._total
         warm = config.warmup * total
         strength = config.rounding_strength if step >= warm else 0.0
@@ -399,15 +455,13 @@ class _Batches:
     graph : TrainingGraph
     samples : Samples
     indices : ndarray of shape (n_samples,)
-    attention : ndarray of shape (n_samples, sum of channels)
+    attention : ndarray of shape (n_samples, n_columns)
+        What the mean squares of each column count.
     """
 
     def __init__(self, graph: TrainingGraph, samples: Samples, indices: NDArray[np.int64], attention: Array) -> None:
         self._graph, self._samples, self._indices, self._attention = graph, samples, indices, attention
-        self._positions = np.repeat(graph.positions, graph.channels)
-        parts = np.split(attention, np.cumsum(graph.channels)[:-1], axis=1)
-        self.layer_weights = [float(part.max(axis=1).mean()) for part in parts]
-        """Mean attention of each layer, that of its most sensitive channel."""
+        self._positions = np.array([*np.repeat(graph.positions, graph.channels), *graph.outputs.values()], np.float32)
 
     def runs(
         self, places: NDArray[np.int64], parameters: Feeds, session: Session, rng: np.random.Generator | None = None
@@ -437,25 +491,25 @@ class _Batches:
 
 
 class _Judge:
-    """The attention-weighted errors of hard-rounded candidates, one a held-out sample; shape (2, n_samples).
+    """The weighted errors of hard-rounded candidates, one a held-out sample; shape (3, n_samples).
 
-    First those of all layers: where the optimization sees varied samples, so does the judge, always the same, for a few
-    held-out samples alone tell little apart. Then those of the last layers, on the samples as they are: what is gained
-    must reach the outputs, and not on varied samples only.
+    First those of all layers, then those of the outputs: where the optimization sees varied samples, so does the judge,
+    always the same, for a few held-out samples alone tell little apart. Last those of the outputs on the samples as they
+    are: what is gained must reach them, and not on varied samples only.
     """
 
     def __init__(self, graph: TrainingGraph, session: Session, batches: _Batches, held: NDArray[np.int64], config: Config) -> None:
         self._session, self._batches, self._held = session, batches, held
         self._variations, self._seed = _VARIATIONS if config.augment else 0, config.seed
-        self._last = np.repeat(graph.last, graph.channels)
+        self._layers = sum(graph.channels)
 
     def __call__(self, state: _State, candidate: Rounding) -> Array:
         parameters, rng = state.hard_parameters(candidate), np.random.default_rng(self._seed)
         views = [None] + [rng] * self._variations
         runs = (run for view in views for run in self._batches.runs(self._held, parameters, self._session, view))
         rows = np.concatenate(list(ordered_map(self._errors, runs)), axis=1).reshape(2, len(views), -1)[:, :, : len(self._held)]
-        return np.stack([rows[0].mean(axis=0), rows[1, 0]])
+        return np.stack([*rows.mean(axis=1), rows[1, 0]])
 
     def _errors(self, feeds: Feeds) -> Array:
-        errors = self._session.run(feeds, [LAYER_ERRORS])[LAYER_ERRORS] * feeds[ATTENTION]
-        return np.stack([errors.sum(axis=1), errors[:, self._last].sum(axis=1)])
+        errors = self._session.run(feeds, [ERRORS])[ERRORS] * feeds[ATTENTION]
+        return np.stack([part.sum(axis=1) for part in np.split(errors, [self._layers], axis=1)])

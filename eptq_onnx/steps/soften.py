@@ -1,11 +1,14 @@
 """Step 6: the training graph (paper section 3.4 and 4).
 
 One graph holds the float model (teacher, constant weights) and the quantized model (student, weights, biases and
-activation scales as inputs), and compares the outputs of every layer. Soft rounding itself is elementwise in the
-weights and independent of the batch; it stays in numpy, outside the graph.
+activation scales as inputs), and compares the outputs of every layer, and those of the networks. Soft rounding itself is
+elementwise in the weights and independent of the batch; it stays in numpy, outside the graph.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
@@ -16,8 +19,8 @@ from eptq_onnx.data import Samples
 from eptq_onnx.engines.base import (
     ACTIVATION_SCALES,
     ATTENTION,
+    ERRORS,
     FLOAT_SHARE,
-    LAYER_ERRORS,
     LOSS,
     TEACHER,
     Engine,
@@ -32,7 +35,7 @@ from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.ops import LSQ_DOMAIN
-from eptq_onnx.types import Array, Plan, Rounding
+from eptq_onnx.types import Plan, Rounding
 
 
 def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, config: Config, engine: Engine) -> TrainingGraph:
@@ -62,23 +65,24 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     lowered, refused = lower(private, ops.LOWERINGS)
     view = GraphView(lowered)
     outputs = [layer.output for layer in plan.layers]
+    parts = [p for p in ops.output_parts(GraphView(model)) if view.static_shape(p) is not None]
     last = last_layers(view, plan.layers)
     # A scale is learned where x has a gradient too (onnxruntime-training's builder needs both) and a layer reads it.
     moving = view.downstream(outputs, ops.without_gradient(view))
-    needed = view.upstream(outputs)
+    needed = view.upstream([*outputs, *parts])
     read = {name for node in view.nodes if any(o in needed for o in node.output) for name in node_reads(node)}
     # At 8 bits learning it brings nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a sixth of the step.
     low = [q for q in plan.activations if q.spec.bits < 8 and not q.constant and config.activation_scale_lr]
     learned = tuple(q.name for q in low if q.name in moving & read)
-    train, channels, positions = _compose(private, lowered, plan, start, learned, size, gradual=config.gradual_activations)
-    evaluate, _ = lower(_compose(private, lowered, plan, start, learned, size, gradual=False)[0], ops.QUANTIZERS)
+    train, compared = _compose(private, lowered, plan, parts, start, learned, size, gradual=config.gradual_activations)
+    evaluate, _ = lower(_compose(private, lowered, plan, parts, start, learned, size, gradual=False)[0], ops.QUANTIZERS)
     parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
     edit.promote_to_inputs(evaluate, parameters)
-    edit.set_outputs(evaluate, [LOSS, LAYER_ERRORS, *(side + layer.output for layer in last for side in (TEACHER, ""))])
+    edit.set_outputs(evaluate, [LOSS, ERRORS, *(side + layer.output for layer in last for side in (TEACHER, ""))])
     gradient = engine.differentiate(train, LOSS, [*parameters, *([ACTIVATION_SCALES] if learned else [])])
     # Weights that no gradient reaches are fed too: the student is quantized everywhere.
     edit.promote_to_inputs(gradient.model, parameters)
-    edit.set_outputs(gradient.model, [LOSS, LAYER_ERRORS, *gradient.gradients.values()])
+    edit.set_outputs(gradient.model, [LOSS, ERRORS, *gradient.gradients.values()])
     # Gradients that nobody asked for (of scales that are not learned) would cost a fifth of the step.
     edit.prune(gradient.model)
     return TrainingGraph(
@@ -86,8 +90,9 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
         evaluate=faster(evaluate),
         gradients=gradient.gradients,
         quantizers=learned,
-        channels=channels,
-        positions=positions,
+        channels=tuple(x.channels for x in compared[: len(outputs)]),
+        positions=np.array([x.positions for x in compared[: len(outputs)]], np.float32),
+        outputs={name: x.positions for name, x in zip(parts, compared[len(outputs) :], strict=True)},
         last=tuple(layer in last for layer in plan.layers),
         micro_batch=size,
         unreached={n: why for n, why in gradient.unreached.items() if n in plan.weight_specs},
@@ -95,34 +100,55 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     )
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """A tensor of both networks: sums of squares a sample, and elements of each."""
+
+    channels: int
+    positions: float
+
+
 def _compose(
-    model: ModelProto, lowered: ModelProto, plan: Plan, start: Rounding, learned: tuple[str, ...], size: int, *, gradual: bool
-) -> tuple[ModelProto, tuple[int, ...], Array]:
+    model: ModelProto,
+    lowered: ModelProto,
+    plan: Plan,
+    parts: Sequence[str],
+    start: Rounding,
+    learned: tuple[str, ...],
+    size: int,
+    *,
+    gradual: bool,
+) -> tuple[ModelProto, list[_Compared]]:
     view, b = GraphView(lowered), edit.Builder(lowered, "eptq/")
-    student, infos = _student(view, b, plan, start, learned, gradual)
+    student, infos, stands_for = _student(view, b, plan, start, learned, gradual)
     # The teacher needs no gradient: it keeps the operators that were lowered, which run faster.
-    teacher, teacher_constants = _teacher(GraphView(model), [layer.output for layer in plan.layers])
-    channels, positions = _losses(view, b, plan, size)
+    teacher, teacher_constants = _teacher(GraphView(model), [*(layer.output for layer in plan.layers), *parts])
+    pairs = [(x.output, TEACHER + x.output, x.output_axis) for x in plan.layers]
+    compared = _losses(view, b, [*pairs, *((stands_for.get(p, p), TEACHER + p, None) for p in parts)], size)
     losses = b.nodes[len(student) :]
     constants = [*b.initializers, *teacher_constants, *_zero_biases(plan, start), *_constant_operands(view, plan, start)]
     replaced = {q.name for q in plan.activations if q.constant}
     result = edit.with_nodes(lowered, [*teacher, *student, *losses], constants, drop=replaced)
     if learned:
         result.graph.input.append(helper.make_tensor_value_info(ACTIVATION_SCALES, TensorProto.FLOAT, [len(learned)]))
+    columns = sum(x.channels for x in compared)
     if gradual:
         result.graph.input.append(helper.make_tensor_value_info(FLOAT_SHARE, TensorProto.FLOAT, [1]))
-    result.graph.input.append(helper.make_tensor_value_info(ATTENTION, TensorProto.FLOAT, [size, sum(channels)]))
+    result.graph.input.append(helper.make_tensor_value_info(ATTENTION, TensorProto.FLOAT, [size, columns]))
     result.graph.value_info.extend(infos)
-    edit.set_outputs(result, [LOSS, LAYER_ERRORS])
+    edit.set_outputs(result, [LOSS, ERRORS])
     edit.import_domain(result, LSQ_DOMAIN)
     edit.prune(result)
-    return result, channels, positions
+    return result, compared
 
 
 def _student(
     view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, learned: tuple[str, ...], gradual: bool
-) -> tuple[list[NodeProto], list[ValueInfoProto]]:
-    """The model's nodes with quantizers on the tensors of the plan, added to the builder; and the types of the new tensors."""
+) -> tuple[list[NodeProto], list[ValueInfoProto], dict[str, str]]:
+    """The model's nodes with quantizers on the tensors of the plan, added to the builder.
+
+    Also the types of the new tensors, and which of them stands for which tensor.
+    """
     quantizers = {q.name: q for q in plan.activations if not q.constant}
     with_new_bias = {x.node: x.bias for x in plan.layers if x.bias is not None and not x.has_bias}
     renamed: dict[str, str] = {}
@@ -177,7 +203,7 @@ def _student(
         for name in node.output:
             if name in quantizers:
                 fake_quantize(name)
-    return list(b.nodes), infos
+    return list(b.nodes), infos, renamed
 
 
 def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list[TensorProto]]:
@@ -199,33 +225,32 @@ def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list
     return nodes, constants
 
 
-def _losses(view: GraphView, b: edit.Builder, plan: Plan, size: int) -> tuple[tuple[int, ...], Array]:
-    """Sums of squared errors of every sample, layer and channel, and their weighted sum.
+def _losses(view: GraphView, b: edit.Builder, pairs: Iterable[tuple[str, str, int | None]], size: int) -> list[_Compared]:
+    """Sums of squared errors of every sample, and channel if tensors have an axis of channels, and their weighted sum.
 
-    Returns the number of channels and of positions of each layer.
+    The pairs are those of the tensors of student and teacher, with that axis.
     """
-    parts, channels, positions = [], [], []
-    for layer in plan.layers:
-        shape = view.static_shape(layer.output)
+    columns, compared = [], []
+    for ours, theirs, axis in pairs:
+        shape = view.static_shape(theirs.removeprefix(TEACHER))
         if shape is None:
-            raise GradientError(f"the shape of {layer.output} is not known even for fixed inputs.")
-        channel = layer.output_axis % len(shape)
-        per_sample = shape[0] == size and channel != 0
+            raise GradientError(f"the shape of {ours} is not known even for fixed inputs.")
+        channel = None if axis is None else axis % len(shape)
+        per_sample = len(shape) > 0 and shape[0] == size and channel != 0
         axes = [i for i in range(len(shape)) if i != channel and not (per_sample and i == 0)]
-        difference = b.add("Sub", [layer.output, TEACHER + layer.output])
+        difference = b.add("Sub", [ours, theirs])
         error = b.reduce("ReduceSumSquare", difference, axes, keepdims=True) if axes else b.add("Mul", [difference, difference])
-        rows = b.constant(np.array([size if per_sample else 1, shape[channel]], np.int64), "rows")
-        error = b.add("Reshape", [error, rows])
+        channels = 1 if channel is None else shape[channel]
+        error = b.add("Reshape", [error, b.constant(np.array([size if per_sample else 1, channels], np.int64), "rows")])
         if not per_sample:
             # Samples are mixed: each gets its share of the whole error.
-            all_rows = b.constant(np.array([size, shape[channel]], np.int64), "rows")
+            all_rows = b.constant(np.array([size, channels], np.int64), "rows")
             error = b.add("Expand", [b.add("Mul", [error, b.constant(1.0 / size, "share")]), all_rows])
-        parts.append(error)
-        channels.append(shape[channel])
-        positions.append(float(np.prod([shape[i] for i in axes])) / (1 if per_sample else size))
-    b.add("Concat", parts, LAYER_ERRORS, axis=1)
-    b.reduce("ReduceSum", b.add("Mul", [LAYER_ERRORS, ATTENTION]), None, LOSS)
-    return tuple(channels), np.array(positions, np.float32)
+        columns.append(error)
+        compared.append(_Compared(channels, float(np.prod([shape[i] for i in axes])) / (1 if per_sample else size)))
+    b.add("Concat", columns, ERRORS, axis=1)
+    b.reduce("ReduceSum", b.add("Mul", [ERRORS, ATTENTION]), None, LOSS)
+    return compared
 
 
 def _zero_biases(plan: Plan, start: Rounding) -> list[TensorProto]:

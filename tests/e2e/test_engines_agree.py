@@ -60,7 +60,7 @@ def gradients(name: str, choice: EngineChoice) -> Found:
             **samples.take(indices[: graph.micro_batch]),
             **{n: quant_math.dequantize(start.integers[n], start.weights[n], s) for n, s in the_plan.weight_specs.items()},
             **start.biases,
-            ATTENTION: np.ones((graph.micro_batch, sum(graph.channels)), np.float32),
+            ATTENTION: np.ones((graph.micro_batch, graph.columns), np.float32),
             ACTIVATION_SCALES: np.array([start.activations[q].scale for q in graph.quantizers], np.float32),
             FLOAT_SHARE: np.zeros(1, np.float32),
         }

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from graphs import images, silent, small_convnet
 
 from eptq_onnx import data, quant_math, targets
 from eptq_onnx.config import Attention, Config, RoundingVariable
-from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LAYER_ERRORS, LOSS
+from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, ERRORS, FLOAT_SHARE, LOSS
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.optimizers import Adam
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.calibrate import calibrate
 from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.optimize import channel_attention, is_accepted, is_better, layer_attention, optimize, split
+from eptq_onnx.steps.optimize import Balance, channel_attention, is_accepted, is_better, layer_attention, optimize, part_weights, split
 from eptq_onnx.steps.plan import plan
 from eptq_onnx.steps.ranges import weight_ranges
 from eptq_onnx.steps.score import score
@@ -40,7 +42,7 @@ class Case:
     def feeds(self) -> dict[str, np.ndarray]:
         weights = {n: quant_math.dequantize(self.start.integers[n], self.start.weights[n], s) for n, s in self.plan.weight_specs.items()}
         scales = np.array([float(self.start.activations[q].scale) for q in self.graph.quantizers], np.float32)
-        attention = np.random.default_rng(0).uniform(0.5, 1, (self.graph.micro_batch, sum(self.graph.channels))).astype(np.float32)
+        attention = np.random.default_rng(0).uniform(0.5, 1, (self.graph.micro_batch, self.graph.columns)).astype(np.float32)
         quantizers = self.plan.quantizer_of
         biases = {}
         for x in self.plan.layers:
@@ -83,7 +85,7 @@ def test_the_training_graph_evaluates_to_the_same_loss(case):
     train, evaluate = Session(case.graph.train), Session(case.graph.evaluate)
     a, b = _run(train, feeds), _run(evaluate, feeds)
     np.testing.assert_allclose(a[LOSS], b[LOSS], rtol=1e-5)
-    np.testing.assert_allclose(a[LAYER_ERRORS], b[LAYER_ERRORS], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(a[ERRORS], b[ERRORS], rtol=1e-4, atol=1e-6)
 
 
 def test_the_loss_is_the_weighted_error_of_the_written_model(case):
@@ -93,9 +95,11 @@ def test_the_loss_is_the_weighted_error_of_the_written_model(case):
     feeds = case.feeds()
     expected = Session(case.model).run(case.samples.take(np.arange(case.graph.micro_batch)))[last.output]
     got = Session(quantized, optimize=False).run(case.samples.take(np.arange(case.graph.micro_batch)))[last.output]
-    errors = _run(Session(case.graph.evaluate), feeds)[LAYER_ERRORS]
+    errors = _run(Session(case.graph.evaluate), feeds)[ERRORS]
     assert case.graph.channels == (8, 8, 8, 5)
-    np.testing.assert_allclose(errors[:, -5:], np.square(expected - got), rtol=1e-3, atol=1e-5)
+    assert case.graph.outputs == {last.output: 5.0}
+    np.testing.assert_allclose(errors[:, -6:-1], np.square(expected - got), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(errors[:, -1], np.square(expected - got).sum(axis=1), rtol=1e-3, atol=1e-5)
 
 
 def test_gradients_of_the_last_layer_agree_with_finite_differences(case):
@@ -170,12 +174,80 @@ def test_the_last_layers_get_back_their_slopes(engine, bits):
     assert (exact * rough).sum() / np.square(exact).sum() == pytest.approx(1, abs=0.02)
 
 
-def test_layers_in_the_middle_do_not_gain_at_the_cost_of_the_last():
+def test_slopes_that_cost_more_than_the_loop_brought_are_left(engine, monkeypatch):
+    case = Case(engine, weight_bits=2, steps=80)
+    found = []
+
+    def spoiled(plan, graph, session, runs, count, rounding):
+        found.append(rounding)
+        return replace(rounding, weights={n: replace(p, scale=3 * p.scale) for n, p in rounding.weights.items()})
+
+    monkeypatch.setattr("eptq_onnx.steps.optimize._restored", spoiled)
+    best, trace = case.run()
+    assert trace.best_step
+    assert best is found[0]
+
+
+@pytest.mark.parametrize(("share", "layers", "outputs"), [(0.5, 0.5, 0.5), (0.0, 1.0, 0.0), (1.0, 0.0, 1.0), (0.2, 0.8, 0.2)])
+def test_the_loss_of_the_start_is_one_of_which_the_outputs_have_their_share(share, layers, outputs):
+    errors = np.random.default_rng(0).uniform(1, 2, (3, 40)).astype(np.float32) * np.array([[7.0], [0.01], [1.0]], np.float32)
+    balance = Balance.of(errors, share)
+    np.testing.assert_allclose(balance(errors)[0].sum(), 1)
+    np.testing.assert_allclose(balance(errors)[1], errors[2])
+    halved = balance(errors * np.array([[0.5], [1.0], [1.0]]))[0].sum(), balance(errors * np.array([[1.0], [0.5], [1.0]]))[0].sum()
+    np.testing.assert_allclose(halved, (1 - layers / 2, 1 - outputs / 2))
+
+
+@pytest.mark.parametrize(
+    ("share", "errors", "shares"), [(0.5, (2, 0), (1, 0)), (1.0, (2, 0), (1, 0)), (0.5, (0, 2), (0, 1)), (0.5, (0, 0), (0, 0))]
+)
+def test_what_has_no_errors_has_no_share(share, errors, shares):
+    balance = Balance.of(np.array([[errors[0]], [errors[1]], [0]], np.float32), share)
+    np.testing.assert_allclose(balance.shares, shares)
+    assert np.isfinite(balance.units).all()
+
+
+def test_the_outputs_count_part_by_part_in_units_of_their_spread(engine):
+    """Of a detector that joins boxes in pixels with probabilities, the probabilities count as much as the boxes."""
+    from graphs import normal, parse
+
+    model = parse(
+        "g (float[N,3,8,8] image) => (float[N,6,8,8] y) { a = Conv (image, w)  b = Conv (a, v)  s = Conv (a, u)"
+        "  p = Sigmoid (s)  y = Concat <axis = 1> (b, p) }",
+        {"w": normal(4, 3, 1, 1), "v": normal(2, 4, 1, 1, scale=100), "u": normal(4, 4, 1, 1)},
+    )
+    case = Case(engine, model, weight_bits=4)
+    assert case.graph.outputs == {"b": 128.0, "p": 256.0}
+    quantized, _ = write(case.model, case.plan, case.start)
+    feeds = case.samples.take(np.arange(case.graph.micro_batch))
+    exact, got = (Session(m, optimize=False).run(feeds)["y"].astype(np.float64) for m in (case.model, quantized))
+    errors = _run(Session(case.graph.evaluate), case.feeds())[ERRORS][:, -2:]
+    parts = [slice(0, 2), slice(2, 6)]
+    expected = np.stack([np.square(exact - got)[:, part].sum(axis=(1, 2, 3)) for part in parts], axis=1)
+    np.testing.assert_allclose(errors, expected, rtol=2e-2)
+    spreads = [Session(case.model, optimize=False).run(case.samples.take(case.indices))["y"][:, part].var() for part in parts]
+    np.testing.assert_allclose(part_weights(case.graph, case.calibration), 1 / np.array(spreads), rtol=1e-2)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_any_share_of_the_outputs_lowers_their_error(engine, share):
+    """Measured on the written files: the loop brings the outputs closer to the float network's."""
+    case = Case(engine, weight_bits=2, steps=60, output_share=share)
+    best, trace = case.run()
+    assert trace.checkpoints[0][1] == pytest.approx(1)
+    assert trace.best_step
+    feeds, last = case.samples.take(case.indices), case.plan.layers[-1].output
+    exact = Session(case.model).run(feeds)[last]
+    before, after = (Session(write(case.model, case.plan, r)[0], optimize=False).run(feeds)[last] for r in (case.start, best))
+    assert np.square(after - exact).sum() < 0.8 * np.square(before - exact).sum()
+
+
+def test_layers_in_the_middle_do_not_gain_at_the_cost_of_the_outputs():
     errors = np.random.default_rng(0).uniform(1, 2, (2, 40)).astype(np.float32)
     gain = np.array([[0.9], [1.0]], np.float32)
     assert is_accepted(errors * gain, errors)
     assert not is_accepted(errors * np.array([[0.9], [1.01]], np.float32), errors)
-    assert not is_accepted(errors * gain[::-1], errors), "the last layers alone do not decide either"
+    assert not is_accepted(errors * gain[::-1], errors), "the outputs alone do not decide either"
 
 
 def test_only_what_beats_chance_is_better():
