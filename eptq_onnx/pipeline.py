@@ -177,7 +177,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     trace: OptimizationTrace | None = None
     if engine is not None and config.optimizes:
         with clock("optimize"), _noting(notes, "not optimized over the whole network"):
-            graph = soften(float_model, plan, rounding, samples, config, engine)
+            graph = soften(float_model, plan, rounding, samples, calibration, config, engine)
             notes += [f"no gradient passes {note}" for note in graph.notes]
             notes += [f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items()]
             rounding, trace = optimize(plan, rounding, graph, samples, chosen, calibration, scores, config, partial(_tell_loss, progress))

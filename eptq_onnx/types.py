@@ -201,7 +201,7 @@ class Calibration:
     power : dict of str to float
         Mean square of each layer output and of each tensor that the model's outputs are put together from.
     variance : dict of str to float
-        Variance of the same tensors.
+        Variance of the same tensors; 0 where there are infinite values.
     unused_samples : int
         Samples left over because the model prescribes a batch size that does not divide their number.
     """

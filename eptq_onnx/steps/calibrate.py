@@ -206,7 +206,8 @@ def calibrate(
     known = known or {}
     params = {q.name: known[q.name] if q.constant and q.name in known else _params(q, observed, view, config) for q in plan.activations}
     power = {n: float(t[2] / max(t[0], 1)) for n, t in sums.items()}
-    variance = {n: max(power[n] - float(t[1] / max(t[0], 1)) ** 2, 0.0) for n, t in sums.items()}
+    # Of logits that are masked with -inf nobody knows a spread.
+    variance = {n: max(power[n] - float(t[1] / max(t[0], 1)) ** 2, 0.0) if np.isfinite(t).all() else 0.0 for n, t in sums.items()}
     return Calibration(params, power, variance, samples.count - sum(map(len, parts)))
 
 

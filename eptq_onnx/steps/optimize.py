@@ -266,8 +266,7 @@ class Balance:
 
 def part_weights(graph: TrainingGraph, calibration: Calibration) -> Array:
     """What the squared errors of each part of the outputs count: it is seen in units of its spread; shape (n_parts,)."""
-    spreads = [calibration.variance.get(name, 0.0) for name in graph.outputs]
-    return np.array([1 / v if v > 0 else 0.0 for v in spreads], np.float32)
+    return np.array([1 / calibration.variance[name] for name in graph.outputs], np.float32)
 
 
 def _restored(plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable[Feeds], count: int, rounding: Rounding) -> Rounding:

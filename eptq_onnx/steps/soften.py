@@ -35,10 +35,12 @@ from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.ops import LSQ_DOMAIN
-from eptq_onnx.types import Plan, Rounding
+from eptq_onnx.types import Calibration, Plan, Rounding
 
 
-def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, config: Config, engine: Engine) -> TrainingGraph:
+def soften(
+    model: ModelProto, plan: Plan, start: Rounding, samples: Samples, calibration: Calibration, config: Config, engine: Engine
+) -> TrainingGraph:
     """Build the training graph.
 
     Parameters
@@ -49,6 +51,8 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     start : Rounding
         Gives zero points and the constants' ranges.
     samples : Samples
+    calibration : Calibration
+        Parts of the outputs that it knows no spread of are not compared.
     config : Config
         ``batch_size``: the graph takes fewer samples at a time if the model prescribes it; what is not learned or not
         gradual costs nothing.
@@ -65,7 +69,8 @@ def soften(model: ModelProto, plan: Plan, start: Rounding, samples: Samples, con
     lowered, refused = lower(private, ops.LOWERINGS)
     view = GraphView(lowered)
     outputs = [layer.output for layer in plan.layers]
-    parts = [p for p in ops.output_parts(GraphView(model)) if view.static_shape(p) is not None]
+    spreads = calibration.variance
+    parts = [p for p in ops.output_parts(GraphView(model)) if spreads.get(p, 0.0) > 0 and view.static_shape(p) is not None]
     last = last_layers(view, plan.layers)
     # A scale is learned where x has a gradient too (onnxruntime-training's builder needs both) and a layer reads it.
     moving = view.downstream(outputs, ops.without_gradient(view))

@@ -135,7 +135,11 @@ def count_kernels(optimized: ModelProto, target: Target) -> dict[str, int]:
 
 def _measure(key: str, expected: NDArray[Any], got: NDArray[Any], power: dict[str, float], noise: dict[str, float]) -> None:
     reference = expected.astype(np.float64)
-    power[key] += float(np.square(reference).sum())
+    finite = np.isfinite(reference)
+    power[key] += float(np.square(reference[finite]).sum())
     # Of outputs whose size depends on their values (boxes that a threshold passes, say) another size counts as a loss of all.
-    difference = reference - got if got.shape == reference.shape else reference
+    difference = reference
+    if got.shape == reference.shape:
+        # What is infinite in both, as masked logits are, does not differ.
+        difference = np.subtract(reference, got, out=np.zeros_like(reference), where=reference != got)
     noise[key] += float(np.square(difference).sum())

@@ -53,7 +53,7 @@ def gradients(name: str, choice: EngineChoice) -> Found:
             for kind in ("channels", "weights", "outputs"):
                 found |= {f"{kind}/{k}": v for k, v in getattr(scores, kind).items()}
         start = weight_ranges(model, the_plan, calibration, None, config)
-        graph = soften(model, the_plan, start, samples, config, engine)
+        graph = soften(model, the_plan, start, samples, calibration, config, engine)
         assert not graph.unreached
         session = Session(graph.train, integers=False)
         feeds = {

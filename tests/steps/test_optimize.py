@@ -37,7 +37,7 @@ class Case:
         self.indices = np.arange(24)
         self.scores = score(self.model, self.plan, self.samples, self.indices, self.calibration, set(), engine, self.config, silent)
         self.start = weight_ranges(self.model, self.plan, self.calibration, self.scores, self.config)
-        self.graph = soften(self.model, self.plan, self.start, self.samples, self.config, engine)
+        self.graph = soften(self.model, self.plan, self.start, self.samples, self.calibration, self.config, engine)
 
     def feeds(self) -> dict[str, np.ndarray]:
         weights = {n: quant_math.dequantize(self.start.integers[n], self.start.weights[n], s) for n, s in self.plan.weight_specs.items()}
@@ -344,3 +344,21 @@ def test_weights_move_half_as_fast_after_every_check_that_finds_nothing_better(e
     # Three optimizers take turns, that of the rounding first; the last step is the ninth check's second.
     full = 30.0 * 0.5 * (1 + np.cos(np.pi * 19 / 20))
     assert rates[0::3][-1] == pytest.approx(full / 2**halvings)
+
+
+def test_an_output_that_is_masked_with_minus_infinity_is_left_out_of_the_loss(engine):
+    """It has no spread to be measured in, and the differences of its infinities are no numbers."""
+    from graphs import normal, parse
+
+    import eptq_onnx
+
+    model = parse(
+        "g (float[N,3,8,8] image) => (float[N,4,8,8] y, float[N,4,8,8] z) {"
+        "  a = Conv (image, w)  r = Relu (a)  y = Conv (r, v)  z = Where (mask, y, low) }",
+        {"w": normal(4, 3, 1, 1), "v": normal(4, 4, 1, 1), "mask": np.arange(8) > 3, "low": np.array(-np.inf, np.float32)},
+    )
+    result = eptq_onnx.quantize(model, images(16), Config(steps=4, weight_bits=4, batch_size=4))
+    assert result.report.optimization is not None
+    assert np.isfinite(result.report.optimization.losses).all()
+    assert not result.report.notes
+    assert min(result.report.verification.outputs.values()) > 15
