@@ -20,7 +20,7 @@ and last layers: 8), a column a method:
     closed-form  the start that knows the Hessian scores (``--steps 0``)
     default      closed-form, then the network-wise optimization
 
-and, as an ablation of what the paper proposes, each of the networks' from nearest rounding, channels as they are:
+and, as an ablation of what the paper proposes (the ``network`` ones from nearest rounding, channels as they are):
 
     network-no-attention, network-layer   the loss weighs all layers and samples the same, or by the paper's sample-layer
                                           attention (the default tells channels apart, too)

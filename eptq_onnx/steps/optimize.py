@@ -6,7 +6,7 @@ The result is the best of the hard-rounded candidates on samples that the optimi
 them. A candidate is the moving average of the parameters: single steps wander about where they go. It must beat the start
 sample by sample, by more than chance would, and not buy that with larger errors of the outputs.
 What has least squared errors is smaller than it should be, rare strong responses most of all: in the end the last layers get
-back the slope that they have in the float network, unless that takes more from the outputs than the optimization brought.
+back the slope that they have in the float network, if the result then still beats the start.
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ def optimize(
     best, best_step, untouched = start, 0, balance(found)
     checkpoints = {0: float(untouched[0].sum())}
     batches = _Batches(graph, samples, indices, attention * balance.columns(graph))
+    layer_weights = balance.units[0] * layer_weights
     session = Session(graph.train, integers=False)
     batch = min(config.batch_size, len(seen))
     rng = np.random.default_rng(config.seed)
@@ -146,7 +147,7 @@ def optimize(
         while len(queue) < batch:
             queue.extend(rng.permutation(seen).tolist())
         chosen, queue = np.array(queue[:batch]), queue[batch:]
-        losses.append(state.step(session, batches, chosen, balance.units[0] * layer_weights, step, rng))
+        losses.append(state.step(session, batches, chosen, layer_weights, step, rng))
         if not np.isfinite(losses[-1]):
             raise GradientError(f"the loss of step {step + 1} is not a number.")
         progress(step + 1, total, losses[-1])
@@ -255,13 +256,17 @@ class Balance:
             shares = some * 1.0
         return Balance(np.divide(1.0, sums, out=np.zeros(2), where=some), shares / max(shares.sum(), 1e-30))
 
+    @property
+    def _factors(self) -> NDArray[np.float64]:
+        return self.shares * self.units
+
     def __call__(self, errors: Array) -> Array:
         """Of what `_Judge` gives, each sample's loss, and its outputs' errors as they are; shape (2, n_samples)."""
-        return np.stack([self.shares * self.units @ errors[:2], errors[2]])
+        return np.stack([self._factors @ errors[:2], errors[2]])
 
     def columns(self, graph: TrainingGraph) -> Array:
         """Factor of each column of the errors that the graph gives."""
-        return np.repeat(self.shares * self.units, [sum(graph.channels), len(graph.outputs)]).astype(np.float32)
+        return np.repeat(self._factors, [sum(graph.channels), len(graph.outputs)]).astype(np.float32)
 
 
 def part_weights(graph: TrainingGraph, calibration: Calibration) -> Array:

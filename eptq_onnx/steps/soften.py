@@ -128,8 +128,8 @@ def _compose(
     student, infos, stands_for = _student(view, b, plan, start, learned, gradual)
     # The teacher needs no gradient: it keeps the operators that were lowered, which run faster.
     teacher, teacher_constants = _teacher(GraphView(model), [*(layer.output for layer in plan.layers), *parts])
-    pairs = [(x.output, TEACHER + x.output, x.output_axis) for x in plan.layers]
-    compared = _losses(view, b, [*pairs, *((stands_for.get(p, p), TEACHER + p, None) for p in parts)], size)
+    layers = [(x.output, x.output, x.output_axis) for x in plan.layers]
+    compared = _losses(view, b, [*layers, *((p, stands_for.get(p, p), None) for p in parts)], size)
     losses = b.nodes[len(student) :]
     constants = [*b.initializers, *teacher_constants, *_zero_biases(plan, start), *_constant_operands(view, plan, start)]
     replaced = {q.name for q in plan.activations if q.constant}
@@ -230,20 +230,20 @@ def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list
     return nodes, constants
 
 
-def _losses(view: GraphView, b: edit.Builder, pairs: Iterable[tuple[str, str, int | None]], size: int) -> list[_Compared]:
+def _losses(view: GraphView, b: edit.Builder, tensors: Iterable[tuple[str, str, int | None]], size: int) -> list[_Compared]:
     """Sums of squared errors of every sample, and channel if tensors have an axis of channels, and their weighted sum.
 
-    The pairs are those of the tensors of student and teacher, with that axis.
+    Each tensor comes with what stands for it in the student, and with that axis.
     """
     columns, compared = [], []
-    for ours, theirs, axis in pairs:
-        shape = view.static_shape(theirs.removeprefix(TEACHER))
+    for name, ours, axis in tensors:
+        shape = view.static_shape(name)
         if shape is None:
-            raise GradientError(f"the shape of {ours} is not known even for fixed inputs.")
+            raise GradientError(f"the shape of {name} is not known even for fixed inputs.")
         channel = None if axis is None else axis % len(shape)
         per_sample = len(shape) > 0 and shape[0] == size and channel != 0
         axes = [i for i in range(len(shape)) if i != channel and not (per_sample and i == 0)]
-        difference = b.add("Sub", [ours, theirs])
+        difference = b.add("Sub", [ours, TEACHER + name])
         error = b.reduce("ReduceSumSquare", difference, axes, keepdims=True) if axes else b.add("Mul", [difference, difference])
         channels = 1 if channel is None else shape[channel]
         error = b.add("Reshape", [error, b.constant(np.array([size if per_sample else 1, channels], np.int64), "rows")])
