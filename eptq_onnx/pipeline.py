@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -144,35 +144,30 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     with clock("plan"):
         plan = make_plan(whole, target, config)
     given, config = config, _affordable(config, whole, float_model, plan, samples, notes)
-    chosen, walked, held = _shares(samples, config)
+    run = _Run(config, target, samples, *_shares(samples, config), clock, progress)
+    chosen, walked, tell = run.chosen, run.walked, run.tell
     with clock("estimate"):
-        expected = _expected(float_model, plan, samples, len(chosen), len(walked), config, progress)
+        expected = _expected(float_model, plan, run)
     with clock("calibrate"):
-        calibration = calibrate(float_model, plan, samples, config, partial(progress, "calibrate"))
+        calibration = calibrate(float_model, plan, samples, config, tell("calibrate"))
     scores: Scores | None = None
     if engine is not None and _wants_scores(config):
         with clock("score"), _noting(notes, "no Hessian scores, plain MSE ranges instead"):
             wanted = _scored_weights(float_model, plan, config)
-            scores = score(float_model, plan, samples, chosen, calibration, wanted, engine, config, partial(progress, "score"))
+            scores = score(float_model, plan, samples, chosen, calibration, wanted, engine, config, tell("score"))
     with clock("equalize"):
-        whole, scores, equalized = equalize(whole, float_model, plan, samples, scores, config, partial(progress, "equalize"))
+        whole, scores, equalized = equalize(whole, float_model, plan, samples, scores, config, tell("equalize"))
         float_model = flattened(whole)
-    plan, calibration = _ranged(
-        whole, float_model, plan, target, samples, chosen, calibration, scores, bool(equalized), config, clock, progress
-    )
+    plan, calibration = _ranged(run, whole, float_model, plan, calibration, scores, rescaled=bool(equalized))
     if config.budget is not None:
         with clock("allocate"):
-            plan = allocate(
-                float_model, plan, target, samples, walked, calibration, scores, config.budget, config, partial(progress, "allocate")
-            )
+            plan = allocate(float_model, plan, target, samples, walked, calibration, scores, config.budget, config, tell("allocate"))
     with clock("ranges"):
         rounding = weight_ranges(float_model, plan, calibration, scores, config, _ranged_weights(float_model, plan, config))
     if config.start is Start.CLOSED_FORM:
         with clock("closed form"):
             nearest = flattened(write(whole, plan, rounding)[0])
-            rounding, skipped = closed_form(
-                float_model, nearest, plan, rounding, samples, walked, scores, config, partial(progress, "closed form")
-            )
+            rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, walked, scores, config, tell("closed form"))
             notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
     trace: OptimizationTrace | None = None
     if engine is not None and config.optimizes:
@@ -185,9 +180,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         marked, stands_for = write(whole, plan, rounding)
         flat, quantized = flattened(marked), sink(marked)
     with clock("verify"):
-        verification = verify(
-            float_model, flat, quantized, plan, stands_for, target, samples, held, origin.size, partial(progress, "verify")
-        )
+        verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, run.held, origin.size, tell("verify"))
     notes = [*origin.notes, *notes, *_unscored(scores), *_left_over(calibration, samples, engine)]
     report = Report(
         version=eptq_onnx.__version__,
@@ -209,6 +202,36 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         peak_memory_bytes=peak_memory(),
     )
     return Result(store.load_all(restored(quantized, origin.opset, origin.ir_version)), report)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What does not change from step to step.
+
+    Parameters
+    ----------
+    config : Config
+        As it can be afforded.
+    target : Target
+    samples : Samples
+    chosen, walked, held : ndarray of shape (n_samples,)
+        Samples to score and optimize on, to round layer by layer on, and to compare on; see `_shares`.
+    clock : _Clock
+    progress : Progress
+    """
+
+    config: Config
+    target: Target
+    samples: Samples
+    chosen: NDArray[np.int64]
+    walked: NDArray[np.int64]
+    held: NDArray[np.int64]
+    clock: _Clock
+    progress: Progress
+
+    def tell(self, step: str) -> Callable[[int, int], None]:
+        """What a step calls as its work goes on."""
+        return partial(self.progress, step)
 
 
 @dataclass(frozen=True)
@@ -253,8 +276,9 @@ def _affordable(config: Config, whole: ModelProto, model: ModelProto, plan: Plan
     return config
 
 
-def _expected(model: ModelProto, plan: Plan, samples: Samples, chosen: int, walked: int, config: Config, progress: Progress) -> Estimate:
-    """What the steps will take, for so many samples to score and optimize on, and to round layer by layer on; it is told."""
+def _expected(model: ModelProto, plan: Plan, run: _Run) -> Estimate:
+    """What the steps will take; it is told."""
+    config, samples, chosen = run.config, run.samples, len(run.chosen)
     steps = config.step_count(multiplications(model, plan, samples))
     # A second calibration follows on scores, and on channels that were scaled.
     passes = CALIBRATION_PASSES * samples.count * (2 if _wants_scores(config) or config.equalize else 1)
@@ -262,10 +286,10 @@ def _expected(model: ModelProto, plan: Plan, samples: Samples, chosen: int, walk
     passes += GUARD_PASSES * min(chosen, GUARD_SAMPLES) * (config.max_noise > 0)
     algebra = 0.0
     if config.start is Start.CLOSED_FORM:
-        passes += WALK_PASSES * walked
+        passes += WALK_PASSES * len(run.walked)
         algebra = operations(model, plan, config) * seconds_an_operation()
     expected = Estimate(passes * seconds_a_pass(model, plan, samples, config) + algebra, steps)
-    progress("estimate", 1, 1, f"preset {config.preset.value}: {expected}")
+    run.progress("estimate", 1, 1, f"preset {config.preset.value}: {expected}")
     return expected
 
 
@@ -280,31 +304,28 @@ def _shares(samples: Samples, config: Config) -> tuple[NDArray[np.int64], NDArra
 
 
 def _ranged(
+    run: _Run,
     whole: ModelProto,
     model: ModelProto,
     plan: Plan,
-    target: Target,
-    samples: Samples,
-    chosen: NDArray[np.int64],
     calibration: Calibration,
     scores: Scores | None,
+    *,
     rescaled: bool,
-    config: Config,
-    clock: _Clock,
-    progress: Progress,
 ) -> tuple[Plan, Calibration]:
     """Ranges that know the scores, and the channels as they are now; and a plan without what would spoil the outputs all the same."""
+    config, samples, clock = run.config, run.samples, run.clock
     channels = scores.channels if scores is not None else None
-    again = partial(calibrate, model, samples=samples, config=config, progress=partial(progress, "recalibrate"), scores=channels)
+    again = partial(calibrate, model, samples=samples, config=config, progress=run.tell("recalibrate"), scores=channels)
     if rescaled or scores is not None:
         with clock("recalibrate"):
             calibration = again(plan, known={} if rescaled else calibration.activations)
     with clock("guard"):
         quantized = partial(_with_activations, whole, plan, calibration)
-        sensitive = sensitive_activations(model, plan, quantized, samples, chosen, calibration, config, partial(progress, "guard"))
+        sensitive = sensitive_activations(model, plan, quantized, samples, run.chosen, calibration, config, run.tell("guard"))
         if not sensitive:
             return plan, calibration
-        former, plan = plan, make_plan(whole, target, config, sensitive)
+        former, plan = plan, make_plan(whole, run.target, config, sensitive)
         if not set(plan.activations) <= set(former.activations):
             # What is left of a group may want another range.
             calibration = again(plan, known=calibration.activations)

@@ -134,8 +134,7 @@ def optimize(
     judge = _Judge(graph, evaluation, _Batches(graph, samples, indices, attention), held, config)
     found = judge(state, start)
     balance = Balance.of(found, config.output_share)
-    best, best_step, untouched = start, 0, balance(found)
-    checkpoints = {0: float(untouched[0].sum())}
+    kept = _Kept(start, balance(found))
     batches = _Batches(graph, samples, indices, attention * balance.columns(graph))
     layer_weights = balance.units[0] * layer_weights
     session = Session(graph.train, integers=False)
@@ -153,31 +152,55 @@ def optimize(
         progress(step + 1, total, losses[-1])
         if (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total:
             candidate = state.harden()
-            errors = balance(judge(state, candidate))
-            checkpoints[step + 1] = float(errors[0].sum())
-            if checkpoints[step + 1] < checkpoints[best_step] and is_accepted(errors, untouched):
-                best, best_step = candidate, step + 1
-            values = list(checkpoints.values())
-            fruitless = len(values) - 1 - values.index(min(values))
-            if fruitless and config.rounding is not RoundingVariable.SOFT:
-                state.slow_down()
-            # Undecided weights need all the steps.
-            if 0 < config.patience <= fruitless and config.rounding is not RoundingVariable.SOFT:
-                break
-    if best_step:
-        runs = batches.runs(np.arange(len(indices)), state.hard_parameters(best), evaluation)
-        restored = _restored(plan, graph, evaluation, runs, len(indices), best)
-        if is_accepted(balance(judge(state, restored)), untouched):
-            best = restored
+            fruitless = kept.offer(step + 1, candidate, balance(judge(state, candidate)))
+            # Undecided weights need all the steps, and full ones.
+            if config.rounding is not RoundingVariable.SOFT:
+                if fruitless:
+                    state.slow_down()
+                if 0 < config.patience <= fruitless:
+                    break
+    if kept.step:
+        runs = batches.runs(np.arange(len(indices)), state.hard_parameters(kept.rounding), evaluation)
+        restored = _restored(plan, graph, evaluation, runs, len(indices), kept.rounding)
+        kept.amend(restored, balance(judge(state, restored)))
     trace = OptimizationTrace(
         steps=len(losses),
         losses=tuple(losses),
-        checkpoints=tuple(checkpoints.items()),
-        best_step=best_step,
-        flipped=_flipped(start, best),
+        checkpoints=tuple(kept.checkpoints.items()),
+        best_step=kept.step,
+        flipped=_flipped(start, kept.rounding),
         seconds=time.perf_counter() - began,
     )
-    return best, trace
+    return kept.rounding, trace
+
+
+class _Kept:
+    """The best candidate so far; at first that is the start.
+
+    Parameters
+    ----------
+    start : Rounding
+    errors : ndarray of shape (2, n_samples)
+        Of the start; see `Balance`.
+    """
+
+    def __init__(self, start: Rounding, errors: Array) -> None:
+        self.rounding, self.step = start, 0
+        self.checkpoints = {0: float(errors[0].sum())}
+        self._start = errors
+
+    def offer(self, step: int, candidate: Rounding, errors: Array) -> int:
+        """Take the candidate if it may replace the start and is the best of these; returns how many checks ago the lowest loss was."""
+        self.checkpoints[step] = float(errors[0].sum())
+        if self.checkpoints[step] < self.checkpoints[self.step] and is_accepted(errors, self._start):
+            self.rounding, self.step = candidate, step
+        losses = list(self.checkpoints.values())
+        return len(losses) - 1 - losses.index(min(losses))
+
+    def amend(self, rounding: Rounding, errors: Array) -> None:
+        """Take another form of what is kept, if that, too, may replace the start."""
+        if is_accepted(errors, self._start):
+            self.rounding = rounding
 
 
 def is_accepted(errors: Array, others: Array) -> bool:
