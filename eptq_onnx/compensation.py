@@ -16,7 +16,7 @@ scales (n_groups, n_outputs).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
@@ -43,6 +43,13 @@ DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1000.0)
 _VALUES_AT_ONCE = 2**20
 """Of rows that are gathered before they are added to the second moments: large products are fast while they stay in the cache."""
 
+_SEEN_SHARE = 0.95
+"""How much the slope of the function that reads an output decides what a row counts for it; the rest all have in common."""
+
+_STEP, _LEAST_STEP = 0.25, 1e-3
+"""What errors these slopes are taken over, in units of each output's deviation: about those of 4 bits. Not less than a
+thousandth of the largest."""
+
 _BLOCK = 64
 """Columns that are corrected one by one before the rest is, in one matrix product."""
 
@@ -53,7 +60,28 @@ n_outputs) and (n_groups, n_outputs)."""
 
 
 _Rows: TypeAlias = tuple[Array, Array, Array]
-"""Outputs, inputs and weights of some rows."""
+"""Outputs, inputs and shares of some rows."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The function of each output alone through which a layer acts on the rest of the network.
+
+    Parameters
+    ----------
+    function : callable
+        Of outputs of shape (n_groups, n_rows, n_outputs), bias included.
+    bias : ndarray of shape (n_groups, n_outputs)
+    """
+
+    function: Callable[[Array], Array]
+    bias: Array
+
+    def slopes(self, outputs: Array, steps: Array) -> Array:
+        """Of the function at each output (without bias), over steps of shape (n_groups, 1, n_outputs); 0 where it has none."""
+        z = outputs + self.bias[:, None, :]
+        slope = (self.function(z + steps) - self.function(z - steps)) / (2 * steps)
+        return np.where(np.isfinite(slope), slope, 0).astype(np.float32)
 
 
 class Moments:
@@ -65,10 +93,18 @@ class Moments:
         Makes the float outputs of the float inputs; without a bias.
     centred : bool
         True if a bias takes up the means: errors in them then count nothing.
+    reader : Reader, optional
+        Rows then count, for each output, by how steep its function is there: errors where it is flat are not seen. As no
+        two outputs have the same moments, each is a group of its own.
     """
 
-    def __init__(self, weight: Array, centred: bool = True) -> None:
+    def __init__(self, weight: Array, centred: bool = True, reader: Reader | None = None) -> None:
         self._centred = centred
+        self._reader = reader
+        self._steps: Array | None = None
+        self._steepest = 1.0
+        self.apart = weight.shape[1] if reader is not None else 1
+        """Outputs of each group that stand apart from each other."""
         self._turned = np.ascontiguousarray(weight.swapaxes(1, 2))
         self._batches = 0
         self._shifts: tuple[Array, Array] | None = None
@@ -84,27 +120,33 @@ class Moments:
             self._shifts = shifts if self._centred else (np.zeros_like(shifts[0]), np.zeros_like(shifts[1]))
         y, q = (x - shift[:, None, :] for x, shift in zip((outputs, quantized), self._shifts, strict=True))
         half = self._batches % 2
-        self._waiting[half].append((y, q, np.ones(q.shape[1], np.float32) if weights is None else weights))
+        shares = np.ones((1, q.shape[1], 1), np.float32) if weights is None else weights[None, :, None]
+        self._waiting[half].append((y, q, shares if self._reader is None else shares * self._seen(self._reader, outputs)))
         self._batches += 1
         if sum(q.size for _, q, _ in self._waiting[half]) >= _VALUES_AT_ONCE:
             self._settle(half)
+
+    def _seen(self, reader: Reader, outputs: Array) -> Array:
+        """How much errors of each output count; shape (n_groups, n_rows, n_outputs)."""
+        if self._steps is None:
+            steps = _STEP * outputs.std(axis=1, keepdims=True)
+            largest = float(steps.max())
+            self._steps = np.maximum(steps, _LEAST_STEP * largest) if largest > 0 else np.ones_like(steps)
+            self._steepest = float(np.abs(reader.slopes(outputs, self._steps)).max()) or 1.0
+        relative = reader.slopes(outputs, self._steps) / np.float32(self._steepest)
+        return np.asarray((1 - _SEEN_SHARE) + np.float32(_SEEN_SHARE) * np.square(relative), np.float32)
 
     def _settle(self, half: int) -> None:
         """Add the rows that wait to the sums."""
         if not self._waiting[half]:
             return
-        outputs, inputs, shares = zip(*self._waiting[half], strict=True)
-        y, q, share = np.concatenate(outputs, axis=1), np.concatenate(inputs, axis=1), np.concatenate(shares)
+        y, q, shares = (np.concatenate(parts, axis=1) for parts in zip(*self._waiting[half], strict=True))
         self._waiting[half].clear()
-        turned = q.swapaxes(1, 2) * share
-        sums = {
-            "qq": np.matmul(turned, q),
-            "qy": np.matmul(turned, y),
-            "yy": np.matmul(share, np.square(y)).astype(np.float64),
-            "q": turned.sum(axis=2, dtype=np.float64),
-            "y": np.matmul(share, y).astype(np.float64),
-            "rows": float(share.sum(dtype=np.float64)),
-        }
+        if self.apart == 1:
+            sums = _sums(y, q, shares)
+        else:
+            each = [_sums(y[:, :, k : k + 1], q, shares[:, :, k : k + 1]) for k in range(self.apart)]
+            sums = {name: np.stack([s[name] for s in each], axis=1).reshape(-1, *value.shape[1:]) for name, value in each[0].items()}
         known = self._halves[half]
         for name, value in sums.items():
             if name in known:
@@ -115,9 +157,9 @@ class Moments:
     @property
     def means(self) -> tuple[Float64, Float64]:
         """Mean float outputs (n_groups, n_outputs) and mean quantized inputs (n_groups, n_terms)."""
-        shift_y, shift_q = self._shifts or (0.0, 0.0)
-        rows = self._total("rows")
-        return self._total("y") / rows + shift_y, self._total("q") / rows + shift_q
+        rows, y, q = (self._total(name) for name in ("rows", "y", "q"))
+        shift_y, shift_q = self._shifts or (np.zeros_like(y), np.zeros_like(q))
+        return y / rows + shift_y.reshape(y.shape), q / rows + np.repeat(shift_q, len(q) // len(shift_q), axis=0)
 
     @property
     def covariances(self) -> Covariances:
@@ -126,8 +168,18 @@ class Moments:
 
     @property
     def halves(self) -> tuple[Covariances, ...]:
-        """Of each half of the batches; empty where there is one batch only."""
-        return tuple(self._covariances(sums) for sums in self._settled()) if self._batches > 1 else ()
+        """Of each half of the batches; empty where there is one batch only.
+
+        Where outputs stand apart, those of a group have the mean of their A.
+        """
+        return tuple(self._pooled(*self._covariances(sums)) for sums in self._settled()) if self._batches > 1 else ()
+
+    def _pooled(self, moment: Float64, cross: Float64, power: Float64) -> Covariances:
+        if self.apart == 1:
+            return moment, cross, power
+        groups, terms = len(moment) // self.apart, moment.shape[1]
+        own = moment.reshape(groups, self.apart, terms, terms).mean(axis=1)
+        return own, cross.reshape(groups, self.apart, terms).swapaxes(1, 2), power.reshape(groups, self.apart)
 
     def _settled(self) -> tuple[dict[str, Any], dict[str, Any]]:
         for half in range(2):
@@ -142,10 +194,27 @@ class Moments:
         rows, share = sums["rows"], float(self._centred)
         y, q = share * sums["y"] / rows, share * sums["q"] / rows
         return (
-            sums["qq"] / rows - q[:, :, None] * q[:, None, :],
-            sums["qy"] / rows - q[:, :, None] * y[:, None, :],
+            sums["qq"] / rows[:, :, None] - q[:, :, None] * q[:, None, :],
+            sums["qy"] / rows[:, :, None] - q[:, :, None] * y[:, None, :],
             sums["yy"] / rows - np.square(y),
         )
+
+
+def _sums(y: Array, q: Array, shares: Array) -> dict[str, Any]:
+    """Sums over rows of products of outputs (n_groups, n_rows, n_outputs) and inputs (n_groups, n_rows, n_terms).
+
+    Each row counts by ``shares`` of shape (n_groups or 1, n_rows, 1).
+    """
+    share = shares.swapaxes(1, 2)
+    turned = q.swapaxes(1, 2) * share
+    return {
+        "qq": np.matmul(turned, q),
+        "qy": np.matmul(turned, y),
+        "yy": np.matmul(share, np.square(y))[:, 0].astype(np.float64),
+        "q": turned.sum(axis=2, dtype=np.float64),
+        "y": np.matmul(share, y)[:, 0].astype(np.float64),
+        "rows": share.sum(axis=2, dtype=np.float64),
+    }
 
 
 def sampled_moments(
@@ -158,6 +227,7 @@ def sampled_moments(
     *,
     centred: bool = True,
     importance: Sequence[Array | None] | None = None,
+    reader: Reader | None = None,
 ) -> Moments:
     """Moments of about ``wanted`` random rows of a layer's inputs, of the same positions in both networks.
 
@@ -175,8 +245,10 @@ def sampled_moments(
     importance : sequence of (ndarray of shape (n_positions,) or None), optional
         How much each position counts, batch by batch, about 1 on average; by default all count the same. Positions that
         count more are drawn more often.
+    reader : Reader, optional
+        See `Moments`.
     """
-    moments = Moments(form.weight_rows(weight), centred)
+    moments = Moments(form.weight_rows(weight), centred, reader)
     total = sum(form.positions(x.shape) for x in exact)
 
     def places() -> Iterator[tuple[NDArray[np.int64], Array]]:

@@ -17,13 +17,8 @@ from numpy.typing import NDArray
 from eptq_onnx.types import Array
 
 
-class LinearForm(Protocol):
-    """How a layer is a matrix product."""
-
-    @property
-    def taps(self) -> int:
-        """Terms that each input channel has, one behind the other."""
-        ...
+class WeightForm(Protocol):
+    """How a weight is made of rows, one for each output."""
 
     def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
         """The weight as an array of shape (n_groups, n_outputs, n_terms)."""
@@ -31,6 +26,15 @@ class LinearForm(Protocol):
 
     def weight_from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
         """Inverse of `weight_rows`."""
+        ...
+
+
+class LinearForm(WeightForm, Protocol):
+    """How a layer is a matrix product."""
+
+    @property
+    def taps(self) -> int:
+        """Terms that each input channel has, one behind the other."""
         ...
 
     def positions(self, x_shape: Sequence[int]) -> int:
@@ -42,13 +46,37 @@ class LinearForm(Protocol):
         ...
 
 
-def row_shape(form: LinearForm, shape: Sequence[int]) -> tuple[int, int, int]:
+@dataclass(frozen=True)
+class OutputsApart:
+    """A weight of which each output is a group of its own.
+
+    Parameters
+    ----------
+    form : WeightForm
+    outputs : int
+        Of each group of ``form``.
+    """
+
+    form: WeightForm
+    outputs: int
+
+    def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """See `WeightForm`."""
+        rows = self.form.weight_rows(weight)
+        return rows.reshape(-1, 1, rows.shape[2])
+
+    def weight_from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """See `WeightForm`."""
+        return self.form.weight_from_rows(rows.reshape(-1, self.outputs, rows.shape[2]))
+
+
+def row_shape(form: WeightForm, shape: Sequence[int]) -> tuple[int, int, int]:
     """Groups, outputs and terms of a weight of this shape."""
     groups, outputs, terms = form.weight_rows(np.broadcast_to(np.float32(0), tuple(shape))).shape
     return groups, outputs, terms
 
 
-def scale_places(form: LinearForm, shape: Sequence[int], axis: int | None) -> NDArray[np.int64]:
+def scale_places(form: WeightForm, shape: Sequence[int], axis: int | None) -> NDArray[np.int64]:
     """Which of a weight's scales each of its rows has, of shape (n_groups, n_outputs).
 
     Parameters

@@ -448,6 +448,35 @@ def without_gradient(view: GraphView) -> frozenset[str]:
     return frozenset(n.name for n in view.nodes if spec_of(n).gradient in (Gradient.NONE, Gradient.ZERO) or n.doc_string == STOP)
 
 
+def pointwise(view: GraphView, tensor: str, fits: Callable[[tuple[int, ...]], bool]) -> tuple[list[NodeProto], str]:
+    """What computes a function of each element of a tensor alone.
+
+    Parameters
+    ----------
+    view : GraphView
+    tensor : str
+    fits : callable
+        Of the shape of a constant: True if it may take part.
+
+    Returns
+    -------
+    list of NodeProto
+        In order.
+    str
+        The one tensor through which ``tensor`` acts. Where there are several it is ``tensor`` itself, without nodes.
+    """
+    inside, nodes = {tensor}, list[NodeProto]()
+    for node in view.nodes:
+        reads = [i for i in node.input if i]
+        constants_fit = all(fits(view.constant_shape(i)) for i in reads if view.is_constant(i))
+        known = all(i in inside or view.is_constant(i) for i in reads)
+        if known and constants_fit and inside.intersection(reads) and spec_of(node).elementwise:
+            inside.add(node.output[0])
+            nodes.append(node)
+    exits = [t for t in inside if t in view.outputs or any(n.output[0] not in inside for n in view.consumers[t])]
+    return (nodes, exits[0]) if len(exits) == 1 else ([], tensor)
+
+
 def output_parts(view: GraphView) -> list[str]:
     """The float tensors that the outputs are put together from.
 

@@ -53,6 +53,47 @@ def test_rows_count_as_often_as_their_weights_say():
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
 
 
+def _relu(z: np.ndarray) -> np.ndarray:
+    return np.maximum(z, 0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rows_count_for_each_output_by_the_slope_of_what_reads_it(groups):
+    exact, quantized = _inputs(60, 4, groups), _inputs(60, 4, groups, seed=1)
+    weight = np.random.default_rng(2).normal(size=(groups, 3, 4)).astype(np.float32)
+    outputs = exact @ weight.swapaxes(1, 2)
+    bias = -np.median(outputs, axis=1)
+    apart = compensation.Moments(weight, reader=compensation.Reader(_relu, bias))
+    apart.add(exact, quantized)
+    assert apart.apart == 3
+    steps = 0.25 * outputs.std(axis=1, keepdims=True)
+    for g, k in product(range(groups), range(3)):
+        z, h = outputs[g, :, k] + bias[g, k], steps[g, 0, k]
+        slope = (_relu(z + h) - _relu(z - h)) / (2 * h)
+        seen = 0.05 + 0.95 * slope**2
+        alone = compensation.Moments(weight[g : g + 1, k : k + 1])
+        alone.add(exact[g : g + 1], quantized[g : g + 1], seen.astype(np.float32))
+        for got, expected in zip((*apart.covariances, *apart.means), (*alone.covariances, *alone.means), strict=True):
+            np.testing.assert_allclose(got[3 * g + k], expected[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_function_of_slope_one_sees_all_rows_alike():
+    exact, weight = _inputs(60, 4), np.random.default_rng(2).normal(size=(1, 3, 4)).astype(np.float32)
+    plain, read = compensation.Moments(weight), compensation.Moments(weight, reader=compensation.Reader(lambda z: z + 1, np.zeros((1, 3))))
+    for moments in (plain, read):
+        for part in np.array_split(exact, 3, axis=1):
+            moments.add(part, part)
+    for got, expected in zip(read.halves[0], plain.halves[0], strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
+    for k in range(3):
+        np.testing.assert_allclose(read.covariances[0][k], plain.covariances[0][0], rtol=1e-3, atol=1e-3)
+
+
+def test_where_a_function_has_no_value_nothing_is_seen():
+    reader = compensation.Reader(lambda z: np.where(z > 0, z, np.nan), np.zeros((1, 1)))
+    np.testing.assert_array_equal(reader.slopes(np.float32([[[-3], [3]]]), np.float32([[[1]]])), [[[0], [1]]])
+
+
 def test_important_positions_are_drawn_more_often_and_count_what_they_should():
     form = MatrixForm()
     batches = [_inputs(4000, 3, seed=k)[0] for k in range(4)]

@@ -7,6 +7,7 @@ import pytest
 from graphs import normal, parse
 
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.linear import OutputsApart
 from eptq_onnx.ops import spec_of
 from eptq_onnx.runtime import Session
 
@@ -44,6 +45,9 @@ def test_rows_times_weights_is_the_operator(case):
     groups = [np.moveaxis(part, spec_of(node).output_axis, -1).reshape(-1, weight.shape[1]) for part in _groups(y, node, len(weight))]
     np.testing.assert_allclose(np.matmul(rows, weight.swapaxes(1, 2)), np.stack(groups), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(form.weight_from_rows(weight), view.constant("w"))
+    apart = OutputsApart(form, weight.shape[1])
+    assert apart.weight_rows(view.constant("w")).shape == (len(weight) * weight.shape[1], 1, weight.shape[2])
+    np.testing.assert_array_equal(apart.weight_from_rows(apart.weight_rows(view.constant("w"))), view.constant("w"))
 
 
 def _groups(y: np.ndarray, node, count: int) -> list[np.ndarray]:

@@ -108,6 +108,20 @@ def _parts(text: str, constants=None) -> list[str]:
     return ops.output_parts(GraphView(onnx.shape_inference.infer_shapes(model)))
 
 
+def test_functions_of_single_elements_are_found_whole():
+    def found(body: str) -> tuple[list[str], str]:
+        constants = {"k": np.ones((1, 3, 1, 1), np.float32), "one": np.ones(1, np.float32)}
+        view = GraphView(parse(f"g (float[N,3,4,4] x) => (float[N,3,4,4] y) {{ {body} }}", constants))
+        nodes, end = ops.pointwise(view, "x", lambda shape: np.prod(shape) == 1)
+        return [n.op_type for n in nodes], end
+
+    assert found("s = Sigmoid (x)  y = Mul (x, s)") == (["Sigmoid", "Mul"], "y")
+    assert found("a = Add (x, one)  b = Relu (a)  y = Conv <kernel_shape = [1,1]> (b, w)") == (["Add", "Relu"], "b")
+    assert found("a = Relu (x)  y = Mul (a, k)") == (["Relu"], "a")
+    assert found("a = Relu (x)  b = Neg (x)  y = Concat <axis = 1> (a, b)") == ([], "x")
+    assert found("y = Softmax <axis = 1> (x)") == ([], "x")
+
+
 def test_output_parts_lie_before_operators_without_gradient():
     assert _parts(
         "g (float[N,4] x) => (int64[N,1] best, float[N,4] rounded)"

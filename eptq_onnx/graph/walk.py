@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
 from eptq_onnx.graph.bodies import node_reads
+from eptq_onnx.graph.pieces import piece
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
@@ -35,8 +36,6 @@ class Walk:
 
     def __init__(self, model: ModelProto, batches: Sequence[Feeds]) -> None:
         self._view = GraphView(model)
-        self._imports = model.opset_import
-        self._ir_version = model.ir_version
         self._live: list[Feeds] = [dict(feeds) for feeds in batches]
         self._waiting: dict[str, NodeProto] = {n.name: n for n in self._view.nodes}
         self._replaced: Feeds = {}
@@ -53,9 +52,9 @@ class Walk:
         ModelError
             If onnxruntime cannot run the piece.
         """
-        piece = self._piece(tensor)
-        if piece:
-            self._run(piece, tensor)
+        nodes = self._needed(tensor)
+        if nodes:
+            self._run(nodes, tensor)
         values = [feeds[tensor] for feeds in self._live]
         self._forget()
         return values
@@ -63,7 +62,7 @@ class Walk:
     def _known(self, name: str) -> bool:
         return name in self._replaced or name in self._live[0]
 
-    def _piece(self, tensor: str) -> list[NodeProto]:
+    def _needed(self, tensor: str) -> list[NodeProto]:
         """The nodes that have not run and that ``tensor`` needs, in order."""
         chosen: set[str] = set()
         queue = [tensor]
@@ -76,23 +75,14 @@ class Walk:
             queue.extend(node_reads(node))
         return [n for n in self._view.nodes if n.name in chosen]
 
-    def _run(self, piece: list[NodeProto], wanted: str) -> None:
-        view = self._view
-        made = {o for n in piece for o in n.output if o}
-        for node in piece:
+    def _run(self, nodes: list[NodeProto], wanted: str) -> None:
+        made = {o for n in nodes for o in n.output if o}
+        for node in nodes:
             del self._waiting[node.name]
         kept = [o for o in made if o == wanted or self._is_awaited(o)]
-        read = dict.fromkeys(i for n in piece for i in node_reads(n) if i not in made)
+        read = dict.fromkeys(i for n in nodes for i in node_reads(n) if i not in made)
         inputs = [i for i in read if self._known(i)]
-        graph = helper.make_graph(
-            piece,
-            "piece",
-            [helper.make_tensor_value_info(i, self._type(i), None) for i in inputs],
-            [helper.make_tensor_value_info(o, self._type(o), None) for o in kept],
-            [view.initializers[i] for i in read if i in view.initializers and i not in inputs],
-        )
-        model = helper.make_model(graph, opset_imports=self._imports, ir_version=self._ir_version)
-        session = Session(model)
+        session = Session(piece(self._view, nodes, {i: self._type(i) for i in inputs}, {o: self._type(o) for o in kept}))
 
         def run(feeds: Feeds) -> Feeds:
             available = {**feeds, **self._replaced}

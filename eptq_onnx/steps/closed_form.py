@@ -14,18 +14,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto, NodeProto, TensorProto
 
 from eptq_onnx import compensation, quant_math
 from eptq_onnx.config import Config
 from eptq_onnx.data import Samples, spread
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.pieces import piece
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk, affordable_batches
-from eptq_onnx.linear import LinearForm, row_shape, scale_places
-from eptq_onnx.ops import linear_form, spec_of
+from eptq_onnx.linear import LinearForm, OutputsApart, WeightForm, row_shape, scale_places
+from eptq_onnx.ops import linear_form, pointwise, spec_of
+from eptq_onnx.runtime import Session
 from eptq_onnx.types import Array, IntArray, Layer, Plan, QuantParams, QuantSpec, Rounding, Scores
 
 FLOAT_PASSES = 4.0
@@ -41,6 +43,8 @@ _REFITS = 2
 """Times that the scales are fitted to the integers and these descend again."""
 _HESSIAN_SHARE = 0.5
 """How much the positions' scores decide what a position counts; the rest all have in common."""
+_MOST_APART = 2e7
+"""Elements of the second moments of a layer's outputs apart from each other; some copies of them are made."""
 _OUTPUT_DAMPING = 0.1
 """Added to the outputs' Hessian factor, in units of its mean diagonal: few probes leave directions unseen."""
 
@@ -105,27 +109,30 @@ def closed_form(
         pair = exact.reach(layer.input), rough.reach(inputs[layer.node])
         form = linear_form(nodes[layer.node], view)
         moments: compensation.Moments | None = None
+        rows: WeightForm | None = None
         input_scale = start.activations[plan.quantizer_of[layer.input].name].scale
         if form is not None:
             wanted = _wanted_rows(form.weight_rows(weight).shape[2])
             rng = np.random.default_rng((config.seed, k))
             # Without a bias, the weights alone must get the mean right.
             importance = _importance(scores, layer, batches, [form.positions(x.shape) for x in pair[0]])
-            moments = compensation.sampled_moments(form, weight, *pair, wanted, rng, centred=layer.bias is not None, importance=importance)
+            centred, reader = layer.bias is not None, _reader(view, layer, form, start)
+            moments = compensation.sampled_moments(form, weight, *pair, wanted, rng, centred=centred, importance=importance, reader=reader)
+            rows = OutputsApart(form, moments.apart) if moments.apart > 1 else form
             if layer.node not in skipped:
                 least: Array = np.zeros(1, np.float32)
                 if layer.bias is not None and plan.integer_bias:
                     least = quant_math.smallest_weight_scale(biases[layer.bias], input_scale)
                 outputs = scores.outputs.get(layer.output) if scores is not None else None
-                problem = _Problem(form, weight, layer.weight_spec, moments, outputs, config)
+                problem = _Problem(rows, weight, layer.weight_spec, moments, outputs, config)
                 integers[layer.weight], params[layer.weight], target = problem.solve(least)
                 if config.optimizes:
                     targets[layer.weight] = target
         rounded = quant_math.dequantize(integers[layer.weight], params[layer.weight], layer.weight_spec)
         rough.set_constant(names[layer.node][0], rounded)
         if layer.bias is not None:
-            if form is not None and moments is not None:
-                biases[layer.bias] = biases[layer.bias] + _mean_error(form, rounded, moments)
+            if rows is not None and moments is not None:
+                biases[layer.bias] = biases[layer.bias] + _mean_error(rows, rounded, moments)
             bias = biases[layer.bias]
             if plan.integer_bias:
                 bias = quant_math.round_bias(bias, input_scale, params[layer.weight].scale)
@@ -153,6 +160,8 @@ def operations(model: ModelProto, plan: Plan, config: Config) -> float:
         form = linear_form(nodes[layer.node], view)
         if form is not None:
             groups, outputs, terms = row_shape(form, view.constant_shape(layer.weight))
+            if _function(view, layer, (groups, outputs, terms))[0]:
+                groups, outputs = groups * outputs, 1
             gathered = _wanted_rows(terms) * (terms + outputs)
             solved = _SYSTEMS * terms * (terms / 3 + outputs)
             total += groups * terms * (gathered + solved + visits * outputs * terms)
@@ -176,6 +185,43 @@ def _importance(
         own = known[[rows[int(n)] for n in batch]].reshape(-1) if scored else None
         found.append(None if own is None else (1 - _HESSIAN_SHARE) + np.float32(_HESSIAN_SHARE) * own)
     return found
+
+
+def _function(view: GraphView, layer: Layer, shape: tuple[int, int, int]) -> tuple[list[NodeProto], str]:
+    """The function of each output alone through which a layer of so many groups, outputs and terms acts; see `ops.pointwise`.
+
+    Without nodes, too, where the moments of all outputs apart would take too much.
+    """
+    groups, outputs, terms = shape
+    rank = len(view.shape(layer.output) or ())
+    axis = layer.output_axis % max(rank, 1)
+    if not axis or groups * outputs * terms**2 > _MOST_APART:
+        return [], layer.output
+    layout = np.where(np.arange(rank) == axis, groups * outputs, 1)
+
+    def fits(constant: tuple[int, ...]) -> bool:
+        own = (1,) * (rank - len(constant)) + constant
+        return len(own) == rank and all(n in (1, most) for n, most in zip(own, layout, strict=True))
+
+    return pointwise(view, layer.output, fits)
+
+
+def _reader(view: GraphView, layer: Layer, form: LinearForm, start: Rounding) -> compensation.Reader | None:
+    """What reads a layer's outputs, where that is a function of each alone."""
+    groups, outputs, terms = row_shape(form, view.constant_shape(layer.weight))
+    nodes, end = _function(view, layer, (groups, outputs, terms))
+    if not nodes:
+        return None
+    session = Session(piece(view, nodes, {layer.output: TensorProto.FLOAT}, {end: TensorProto.FLOAT}))
+    rank = len(view.shape(layer.output) or ())
+    layout = [-1 if k == 0 else groups * outputs if k == layer.output_axis % rank else 1 for k in range(rank)]
+
+    def function(values: Array) -> Array:
+        found = session.run({layer.output: values.swapaxes(0, 1).reshape(layout)})[end]
+        return np.asarray(found.reshape(-1, groups, outputs).swapaxes(0, 1), np.float32)
+
+    bias = start.biases[layer.bias] if layer.bias is not None else np.zeros(groups * outputs, np.float32)
+    return compensation.Reader(function, np.asarray(bias, np.float32).reshape(groups, outputs))
 
 
 def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:
@@ -211,7 +257,7 @@ def _with_open_layers(quantized: ModelProto, plan: Plan) -> tuple[ModelProto, di
     return infer_shapes(edit.with_nodes(quantized, builder.nodes)), names
 
 
-def _mean_error(form: LinearForm, rounded: Array, moments: compensation.Moments) -> Array:
+def _mean_error(form: WeightForm, rounded: Array, moments: compensation.Moments) -> Array:
     """What the bias must take up: mean float output less mean quantized output, of shape (n_channels,)."""
     outputs, inputs = moments.means
     shift = outputs - np.einsum("gnt,gt->gn", form.weight_rows(rounded), inputs)
@@ -222,7 +268,7 @@ def _mean_error(form: LinearForm, rounded: Array, moments: compensation.Moments)
 class _Problem:
     """Rounding of one layer."""
 
-    form: LinearForm
+    form: WeightForm
     weight: Array
     spec: QuantSpec
     moments: compensation.Moments
@@ -234,7 +280,7 @@ class _Problem:
         moment, cross, power = self.moments.covariances
         rows = self.form.weight_rows(self.weight)
         damping = self.config.correction_damping
-        chosen = compensation.best_damping(rows, self.moments.halves) if damping is None else damping
+        chosen = self._damping(rows) if damping is None else damping
         target = compensation.corrected_target(rows, moment, cross, power, chosen)
         moment = compensation.damped(moment, self.config.rounding_damping)
         full = self.form.weight_from_rows(target)
@@ -273,9 +319,14 @@ class _Problem:
         stored = self.form.weight_from_rows(integers + best.zero[owners][:, :, None])
         return stored.astype(self.spec.container), params, full
 
+    def _damping(self, rows: Array) -> compensation.Float64:
+        """That of the correction; outputs of a group have the same, also where they stand apart."""
+        apart = self.moments.apart
+        return np.repeat(compensation.best_damping(rows.reshape(-1, apart * rows.shape[1], rows.shape[2]), self.moments.halves), apart)
+
     def _output_moment(self, groups: int) -> compensation.Float64 | None:
-        """G of every group, of shape (n_groups, n_outputs, n_outputs); None if it is unknown or 0."""
-        if self.outputs is None or np.trace(self.outputs) <= 0:
+        """G of every group, of shape (n_groups, n_outputs, n_outputs); None if it is unknown or 0, or a group has one output."""
+        if self.outputs is None or len(self.outputs) == groups or np.trace(self.outputs) <= 0:
             return None
         own = np.arange(groups)
         blocks = self.outputs.reshape(groups, len(self.outputs) // groups, groups, -1)[own, :, own, :]

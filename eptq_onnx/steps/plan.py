@@ -25,7 +25,7 @@ from eptq_onnx.graph.bodies import all_nodes, subgraphs
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.edit import all_names
 from eptq_onnx.graph.view import GraphView, int_attribute, last_layers
-from eptq_onnx.ops import Bounds, OpSpec, Role, is_known, spec_of
+from eptq_onnx.ops import Bounds, OpSpec, Role, is_known, pointwise, spec_of
 from eptq_onnx.targets import Target
 from eptq_onnx.types import ActivationQuantizer, KeptFloat, Layer, Plan, QuantSpec
 
@@ -285,7 +285,7 @@ def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tu
         spec_q: QuantSpec = draft.target.activation_spec(bits)
         first = members[0]
         constant = view.is_constant(first)
-        through = first if constant else _through(view, first)
+        through = first if constant else pointwise(view, first, lambda shape: math.prod(shape) == 1)[1]
         result.append(
             ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), constant, through, _channel_axis(view, first))
         )
@@ -347,20 +347,6 @@ def _bounds(draft: _Draft, tensor: str) -> Bounds:
         return _NO_BOUNDS
     row = spec_of(producer)
     return row.bounds(producer, draft.view) if row.bounds else _NO_BOUNDS
-
-
-def _through(view: GraphView, tensor: str) -> str:
-    """The one tensor through which ``tensor`` acts, if that is a function of each of its elements alone."""
-    inside, nodes = {tensor}, set()
-    for node in view.nodes:
-        reads = [i for i in node.input if i]
-        constants_fit = all(math.prod(view.constant_shape(i)) == 1 for i in reads if view.is_constant(i))
-        known = all(i in inside or view.is_constant(i) for i in reads)
-        if known and constants_fit and inside.intersection(reads) and spec_of(node).elementwise:
-            inside.add(node.output[0])
-            nodes.add(node.name)
-    exits = [t for t in inside if t in view.outputs or any(n.name not in nodes for n in view.consumers[t])]
-    return exits[0] if len(exits) == 1 else tensor
 
 
 def _channel_axis(view: GraphView, tensor: str) -> int:

@@ -115,6 +115,20 @@ def test_errors_are_least_where_the_outputs_look():
     assert errors["left"] < 0.9 * errors["all"]
 
 
+@pytest.mark.parametrize("function", ["Relu (c)", "Mul (c, s)", "PRelu (c, slopes)"])
+def test_errors_are_least_where_the_function_behind_a_layer_is_steep(function, monkeypatch):
+    model = parse(
+        f"g (float[N,3,8,8] x) => (float[N,8,6,6] y) {{ c = Conv (x, w, b)  s = Sigmoid (c)  y = {function} }}",
+        {"w": normal(8, 3, 3, 3), "b": np.linspace(-6, 0, 8, dtype=np.float32), "slopes": np.full((8, 1, 1), 0.05, np.float32)},
+    )
+    errors = {}
+    for name, most in {"apart": 1e9, "together": 0.0}.items():
+        monkeypatch.setattr("eptq_onnx.steps.closed_form._MOST_APART", most)
+        float_model, p, _, rounding, _ = run(model, make=smooth)
+        errors[name] = error(float_model, p, rounding, smooth)
+    assert errors["apart"] < 0.9 * errors["together"]
+
+
 def test_a_shared_weight_keeps_its_rounding_and_says_so():
     body = "a = Conv <pads = [1,1,1,1]> (x, w)  b = Relu (a)  y = Conv <pads = [1,1,1,1]> (b, w)"
     model = parse(f"g (float[N,3,8,8] x) => (float[N,3,8,8] y) {{ {body} }}", {"w": normal(3, 3, 3, 3)})
