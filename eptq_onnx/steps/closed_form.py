@@ -3,7 +3,8 @@
 In topological order, each weight is first bent to make up for the errors upstream, then rounded with error
 compensation, and the bias takes up the mean of what is left; see `eptq_onnx.compensation`. Float and quantized network
 are walked once, side by side: the inputs of a layer follow from those of the layers before it. Positions (pixels, tokens,
-samples) count by their Hessian scores: where the network's outputs do not look, errors cost nothing.
+samples) count by their Hessian scores: where the network's outputs do not look, errors cost nothing. And they count, for each
+output of a layer, by the slope of the activation function behind it: where a Relu is flat, errors are not seen.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ _HESSIAN_SHARE = 0.5
 """How much the positions' scores decide what a position counts; the rest all have in common."""
 _MOST_APART = 2e7
 """Elements of the second moments of a layer's outputs apart from each other; some copies of them are made."""
+_BITS_APART = 6
+"""Of weights, at most: what rounding to more does is too small to be worth the time."""
 _OUTPUT_DAMPING = 0.1
 """Added to the outputs' Hessian factor, in units of its mean diagonal: few probes leave directions unseen."""
 
@@ -190,12 +193,12 @@ def _importance(
 def _function(view: GraphView, layer: Layer, shape: tuple[int, int, int]) -> tuple[list[NodeProto], str]:
     """The function of each output alone through which a layer of so many groups, outputs and terms acts; see `ops.pointwise`.
 
-    Without nodes, too, where the moments of all outputs apart would take too much.
+    Without nodes, too, where the moments of all outputs apart would take too much, or bring too little.
     """
     groups, outputs, terms = shape
     rank = len(view.shape(layer.output) or ())
     axis = layer.output_axis % max(rank, 1)
-    if not axis or groups * outputs * terms**2 > _MOST_APART:
+    if not axis or layer.weight_spec.bits > _BITS_APART or groups * outputs * terms**2 > _MOST_APART:
         return [], layer.output
     layout = np.where(np.arange(rank) == axis, groups * outputs, 1)
 
