@@ -129,7 +129,8 @@ class Moments:
     def _seen(self, reader: Reader, outputs: Array) -> Array:
         """How much errors of each output count; shape (n_groups, n_rows, n_outputs)."""
         if self._steps is None:
-            steps = _STEP * outputs.std(axis=1, keepdims=True)
+            # One row alone has no deviation.
+            steps = np.float32(_STEP) * (outputs.std(axis=1, keepdims=True) if outputs.shape[1] > 1 else np.abs(outputs))
             largest = float(steps.max())
             self._steps = np.maximum(steps, _LEAST_STEP * largest) if largest > 0 else np.ones_like(steps)
             self._steepest = float(np.abs(reader.slopes(outputs, self._steps)).max()) or 1.0

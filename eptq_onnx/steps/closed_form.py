@@ -44,8 +44,8 @@ _REFITS = 2
 """Times that the scales are fitted to the integers and these descend again."""
 _HESSIAN_SHARE = 0.5
 """How much the positions' scores decide what a position counts; the rest all have in common."""
-_MOST_APART = 2e7
-"""Elements of the second moments of a layer's outputs apart from each other; some copies of them are made."""
+_MOST_APART, _BYTES_APART = 2e7, 64
+"""Elements of the second moments of a layer's outputs apart from each other; and what each takes, with its copies."""
 _BITS_APART = 6
 """Of weights, at most: what rounding to more does is too small to be worth the time."""
 _OUTPUT_DAMPING = 0.1
@@ -119,7 +119,7 @@ def closed_form(
             rng = np.random.default_rng((config.seed, k))
             # Without a bias, the weights alone must get the mean right.
             importance = _importance(scores, layer, batches, [form.positions(x.shape) for x in pair[0]])
-            centred, reader = layer.bias is not None, _reader(view, layer, form, start)
+            centred, reader = layer.bias is not None, _reader(view, layer, form, start, config)
             moments = compensation.sampled_moments(form, weight, *pair, wanted, rng, centred=centred, importance=importance, reader=reader)
             rows = OutputsApart(form, moments.apart) if moments.apart > 1 else form
             if layer.node not in skipped:
@@ -163,7 +163,7 @@ def operations(model: ModelProto, plan: Plan, config: Config) -> float:
         form = linear_form(nodes[layer.node], view)
         if form is not None:
             groups, outputs, terms = row_shape(form, view.constant_shape(layer.weight))
-            if _function(view, layer, (groups, outputs, terms))[0]:
+            if _function(view, layer, (groups, outputs, terms), config)[0]:
                 groups, outputs = groups * outputs, 1
             gathered = _wanted_rows(terms) * (terms + outputs)
             solved = _SYSTEMS * terms * (terms / 3 + outputs)
@@ -190,7 +190,7 @@ def _importance(
     return found
 
 
-def _function(view: GraphView, layer: Layer, shape: tuple[int, int, int]) -> tuple[list[NodeProto], str]:
+def _function(view: GraphView, layer: Layer, shape: tuple[int, int, int], config: Config) -> tuple[list[NodeProto], str]:
     """The function of each output alone through which a layer of so many groups, outputs and terms acts; see `ops.pointwise`.
 
     Without nodes, too, where the moments of all outputs apart would take too much, or bring too little.
@@ -198,7 +198,9 @@ def _function(view: GraphView, layer: Layer, shape: tuple[int, int, int]) -> tup
     groups, outputs, terms = shape
     rank = len(view.shape(layer.output) or ())
     axis = layer.output_axis % max(rank, 1)
-    if not axis or layer.weight_spec.bits > _BITS_APART or groups * outputs * terms**2 > _MOST_APART:
+    # The walks take a quarter of the memory, too.
+    most = _MOST_APART if config.max_memory is None else min(_MOST_APART, config.max_memory // (4 * _BYTES_APART))
+    if not axis or layer.weight_spec.bits > _BITS_APART or groups * outputs * terms**2 > most:
         return [], layer.output
     layout = np.where(np.arange(rank) == axis, groups * outputs, 1)
 
@@ -209,10 +211,10 @@ def _function(view: GraphView, layer: Layer, shape: tuple[int, int, int]) -> tup
     return pointwise(view, layer.output, fits)
 
 
-def _reader(view: GraphView, layer: Layer, form: LinearForm, start: Rounding) -> compensation.Reader | None:
+def _reader(view: GraphView, layer: Layer, form: LinearForm, start: Rounding, config: Config) -> compensation.Reader | None:
     """What reads a layer's outputs, where that is a function of each alone."""
     groups, outputs, terms = row_shape(form, view.constant_shape(layer.weight))
-    nodes, end = _function(view, layer, (groups, outputs, terms))
+    nodes, end = _function(view, layer, (groups, outputs, terms), config)
     if not nodes:
         return None
     session = Session(piece(view, nodes, {layer.output: TensorProto.FLOAT}, {end: TensorProto.FLOAT}))
