@@ -245,7 +245,7 @@ class Config(BaseModel):
     rounding_strength: float = Field(1.0, ge=0)
     warmup: float = Field(0.2, ge=0, lt=1)
     attention: Attention = Attention.CHANNEL
-    output_share: float = Field(0.25, ge=0, le=1)
+    output_share: float = Field(0.5, ge=0, le=1)
     gradual_activations: bool = False
     augment: bool = True
     max_memory: ByteSize | None = Field(None, gt=0)

@@ -1,6 +1,6 @@
 """Step 7: network-wise optimization (paper section 4): soft rounding, biases, weight and activation scales at once.
 
-The loss is that of the layers, weighed by sample-layer attention, and that of the network's outputs, a quarter at the start.
+The loss is that of the layers, weighed by sample-layer attention, and that of the network's outputs, half of it at the start.
 Attention is of first order: where errors add up it misleads. The outputs alone want to be smaller than they should be.
 The result is the best of the hard-rounded candidates on samples that the optimization has not seen, the start among
 them. A candidate is the moving average of the parameters: single steps wander about where they go. It must beat the start
