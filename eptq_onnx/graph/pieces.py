@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from onnx import ModelProto, NodeProto, helper
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from eptq_onnx.graph.bodies import node_reads
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.runtime import Session
+from eptq_onnx.types import Array
 
 
 def piece(view: GraphView, nodes: Sequence[NodeProto], inputs: Mapping[str, int], outputs: Mapping[str, int]) -> ModelProto:
@@ -30,3 +33,13 @@ def piece(view: GraphView, nodes: Sequence[NodeProto], inputs: Mapping[str, int]
         [view.initializers[i] for i in constants],
     )
     return helper.make_model(graph, opset_imports=view.model.opset_import, ir_version=view.model.ir_version)
+
+
+def function_of(view: GraphView, nodes: Sequence[NodeProto], tensor: str, end: str) -> Callable[[Array], Array]:
+    """What some nodes make of a float tensor of any shape, up to the float tensor ``end``."""
+    session = Session(piece(view, nodes, {tensor: TensorProto.FLOAT}, {end: TensorProto.FLOAT}))
+
+    def function(values: Array) -> Array:
+        return np.asarray(session.run({tensor: values})[end], np.float32)
+
+    return function

@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto
 
 from eptq_onnx import quant_math
 from eptq_onnx.config import ActivationRange, Config
 from eptq_onnx.data import Samples
 from eptq_onnx.graph.blocks import blocks_of, observe
+from eptq_onnx.graph.pieces import function_of
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import output_parts
-from eptq_onnx.runtime import Session
 from eptq_onnx.types import ActivationQuantizer, Array, Calibration, Plan, QuantParams
 
 FLOAT_PASSES = 3.0
@@ -85,19 +85,8 @@ def scalar_function(model: ModelProto, quantizer: ActivationQuantizer) -> Functi
     view = GraphView(model)
     between = view.downstream([quantizer.name]) & view.upstream([quantizer.through])
     nodes = [n for n in view.nodes if any(o in between and o != quantizer.name for o in n.output)]
-    graph = helper.make_graph(
-        nodes,
-        "function",
-        [helper.make_tensor_value_info(quantizer.name, TensorProto.FLOAT, [None])],
-        [helper.make_tensor_value_info(quantizer.through, TensorProto.FLOAT, None)],
-        [view.initializers[i] for i in dict.fromkeys(i for n in nodes for i in n.input) if view.is_constant(i)],
-    )
-    session = Session(helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version))
-
-    def apply(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        return session.run({quantizer.name: x.astype(np.float32)})[quantizer.through].reshape(-1).astype(np.float64)
-
-    return apply
+    function = function_of(view, nodes, quantizer.name, quantizer.through)
+    return lambda x: function(x.astype(np.float32)).reshape(-1).astype(np.float64)
 
 
 def minmax_range(

@@ -15,20 +15,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto
 
 from eptq_onnx import compensation, quant_math
 from eptq_onnx.config import Config
 from eptq_onnx.data import Samples, spread
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
-from eptq_onnx.graph.pieces import piece
+from eptq_onnx.graph.pieces import function_of
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk, affordable_batches
 from eptq_onnx.linear import LinearForm, OutputsApart, WeightForm, row_shape, scale_places
 from eptq_onnx.ops import linear_form, pointwise, spec_of
-from eptq_onnx.runtime import Session
 from eptq_onnx.types import Array, IntArray, Layer, Plan, QuantParams, QuantSpec, Rounding, Scores
 
 FLOAT_PASSES = 4.0
@@ -111,31 +110,31 @@ def closed_form(
         weight: Array = np.asarray(view.constant(layer.weight), np.float32)
         pair = exact.reach(layer.input), rough.reach(inputs[layer.node])
         form = linear_form(nodes[layer.node], view)
-        moments: compensation.Moments | None = None
-        rows: WeightForm | None = None
+        problem: _Problem | None = None
         input_scale = start.activations[plan.quantizer_of[layer.input].name].scale
         if form is not None:
             wanted = _wanted_rows(form.weight_rows(weight).shape[2])
             rng = np.random.default_rng((config.seed, k))
-            # Without a bias, the weights alone must get the mean right.
             importance = _importance(scores, layer, batches, [form.positions(x.shape) for x in pair[0]])
-            centred, reader = layer.bias is not None, _reader(view, layer, form, start, config)
+            reader = _reader(view, layer, form, start, config)
+            # Without a bias, the weights alone must get the mean right.
+            centred = layer.bias is not None
             moments = compensation.sampled_moments(form, weight, *pair, wanted, rng, centred=centred, importance=importance, reader=reader)
             rows = OutputsApart(form, moments.apart) if moments.apart > 1 else form
+            outputs = scores.outputs.get(layer.output) if scores is not None else None
+            problem = _Problem(rows, weight, layer.weight_spec, moments, outputs, config)
             if layer.node not in skipped:
                 least: Array = np.zeros(1, np.float32)
                 if layer.bias is not None and plan.integer_bias:
                     least = quant_math.smallest_weight_scale(biases[layer.bias], input_scale)
-                outputs = scores.outputs.get(layer.output) if scores is not None else None
-                problem = _Problem(rows, weight, layer.weight_spec, moments, outputs, config)
                 integers[layer.weight], params[layer.weight], target = problem.solve(least)
                 if config.optimizes:
                     targets[layer.weight] = target
         rounded = quant_math.dequantize(integers[layer.weight], params[layer.weight], layer.weight_spec)
         rough.set_constant(names[layer.node][0], rounded)
         if layer.bias is not None:
-            if rows is not None and moments is not None:
-                biases[layer.bias] = biases[layer.bias] + _mean_error(rows, rounded, moments)
+            if problem is not None:
+                biases[layer.bias] = biases[layer.bias] + problem.mean_error(rounded)
             bias = biases[layer.bias]
             if plan.integer_bias:
                 bias = quant_math.round_bias(bias, input_scale, params[layer.weight].scale)
@@ -163,7 +162,7 @@ def operations(model: ModelProto, plan: Plan, config: Config) -> float:
         form = linear_form(nodes[layer.node], view)
         if form is not None:
             groups, outputs, terms = row_shape(form, view.constant_shape(layer.weight))
-            if _function(view, layer, (groups, outputs, terms), config)[0]:
+            if _activation(view, layer, form, config) is not None:
                 groups, outputs = groups * outputs, 1
             gathered = _wanted_rows(terms) * (terms + outputs)
             solved = _SYSTEMS * terms * (terms / 3 + outputs)
@@ -190,43 +189,58 @@ def _importance(
     return found
 
 
-def _function(view: GraphView, layer: Layer, shape: tuple[int, int, int], config: Config) -> tuple[list[NodeProto], str]:
-    """The function of each output alone through which a layer of so many groups, outputs and terms acts; see `ops.pointwise`.
+@dataclass(frozen=True)
+class _Activation:
+    """The function of each output alone through which a layer acts; see `ops.pointwise`.
 
-    Without nodes, too, where the moments of all outputs apart would take too much, or bring too little.
+    Parameters
+    ----------
+    nodes : sequence of NodeProto
+    end : str
+        The tensor that they make.
+    row : tuple of int
+        Shape of the layer's output at one position, batch axis included.
     """
-    groups, outputs, terms = shape
+
+    nodes: Sequence[NodeProto]
+    end: str
+    row: tuple[int, ...]
+
+
+def _activation(view: GraphView, layer: Layer, form: LinearForm, config: Config) -> _Activation | None:
+    """None where there is no such function, or where the moments of all outputs apart would take too much, or bring too little."""
+    groups, outputs, terms = row_shape(form, view.constant_shape(layer.weight))
     rank = len(view.shape(layer.output) or ())
     axis = layer.output_axis % max(rank, 1)
     # The walks take a quarter of the memory, too.
     most = _MOST_APART if config.max_memory is None else min(_MOST_APART, config.max_memory // (4 * _BYTES_APART))
     if not axis or layer.weight_spec.bits > _BITS_APART or groups * outputs * terms**2 > most:
-        return [], layer.output
-    layout = np.where(np.arange(rank) == axis, groups * outputs, 1)
+        return None
+    row = tuple(groups * outputs if k == axis else 1 for k in range(rank))
 
     def fits(constant: tuple[int, ...]) -> bool:
-        own = (1,) * (rank - len(constant)) + constant
-        return len(own) == rank and all(n in (1, most) for n, most in zip(own, layout, strict=True))
+        whole = (1,) * (rank - len(constant)) + constant
+        return len(whole) == rank and all(n in (1, size) for n, size in zip(whole, row, strict=True))
 
-    return pointwise(view, layer.output, fits)
+    nodes, end = pointwise(view, layer.output, fits)
+    return _Activation(nodes, end, row) if nodes else None
 
 
 def _reader(view: GraphView, layer: Layer, form: LinearForm, start: Rounding, config: Config) -> compensation.Reader | None:
     """What reads a layer's outputs, where that is a function of each alone."""
-    groups, outputs, terms = row_shape(form, view.constant_shape(layer.weight))
-    nodes, end = _function(view, layer, (groups, outputs, terms), config)
-    if not nodes:
+    activation = _activation(view, layer, form, config)
+    if activation is None:
         return None
-    session = Session(piece(view, nodes, {layer.output: TensorProto.FLOAT}, {end: TensorProto.FLOAT}))
-    rank = len(view.shape(layer.output) or ())
-    layout = [-1 if k == 0 else groups * outputs if k == layer.output_axis % rank else 1 for k in range(rank)]
+    function = function_of(view, activation.nodes, layer.output, activation.end)
 
-    def function(values: Array) -> Array:
-        found = session.run({layer.output: values.swapaxes(0, 1).reshape(layout)})[end]
-        return np.asarray(found.reshape(-1, groups, outputs).swapaxes(0, 1), np.float32)
+    def of_groups(values: Array) -> Array:
+        """Of outputs of shape (n_groups, n_rows, n_outputs)."""
+        by_row = values.swapaxes(0, 1)
+        return function(by_row.reshape(-1, *activation.row[1:])).reshape(by_row.shape).swapaxes(0, 1)
 
+    groups, outputs, _ = row_shape(form, view.constant_shape(layer.weight))
     bias = start.biases[layer.bias] if layer.bias is not None else np.zeros(groups * outputs, np.float32)
-    return compensation.Reader(function, np.asarray(bias, np.float32).reshape(groups, outputs))
+    return compensation.Reader(of_groups, np.asarray(bias, np.float32).reshape(groups, outputs))
 
 
 def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:
@@ -260,13 +274,6 @@ def _with_open_layers(quantized: ModelProto, plan: Plan) -> tuple[ModelProto, di
                 copy.input.append(names[node.name][1])
         builder.nodes.append(copy)
     return infer_shapes(edit.with_nodes(quantized, builder.nodes)), names
-
-
-def _mean_error(form: WeightForm, rounded: Array, moments: compensation.Moments) -> Array:
-    """What the bias must take up: mean float output less mean quantized output, of shape (n_channels,)."""
-    outputs, inputs = moments.means
-    shift = outputs - np.einsum("gnt,gt->gn", form.weight_rows(rounded), inputs)
-    return np.asarray(shift.reshape(-1), np.float32)
 
 
 @dataclass(frozen=True)
@@ -323,6 +330,12 @@ class _Problem:
         params = QuantParams(np.asarray(scale[places], np.float32), best.zero[places])
         stored = self.form.weight_from_rows(integers + best.zero[owners][:, :, None])
         return stored.astype(self.spec.container), params, full
+
+    def mean_error(self, rounded: Array) -> Array:
+        """What the bias must take up: mean float output less mean quantized output, of shape (n_channels,)."""
+        outputs, inputs = self.moments.means
+        shift = outputs - np.einsum("gnt,gt->gn", self.form.weight_rows(rounded), inputs)
+        return np.asarray(shift.reshape(-1), np.float32)
 
     def _damping(self, rows: Array) -> compensation.Float64:
         """That of the correction; outputs of a group have the same, also where they stand apart."""
