@@ -60,6 +60,9 @@ def quantize(
     weight_range: Annotated[
         WeightRange | None, typer.Option(help="How weight ranges are chosen (default: hmse; mse with --preset fast).")
     ] = None,
+    rotate: Annotated[
+        bool, typer.Option(help="Mix channels where nothing but linear operators lies between layers, so that weights fill their ranges.")
+    ] = _DEFAULTS.rotate,
     equalize: Annotated[
         bool, typer.Option(help="Scale the channels of activations to fit the range that they share, where layers around can take it up.")
     ] = _DEFAULTS.equalize,

@@ -172,6 +172,9 @@ class Config(BaseModel):
         The optimization ends early when so many checks in a row (ten a run) found nothing better on the held-out samples;
         0: never. Its result must beat the start by more than chance (Wilcoxon's signed-rank test, 5 %).
         Not for ``soft``.
+    rotate : bool
+        Mix channels where nothing but linear operators lies between layers, so that weights fill their ranges; see
+        `eptq_onnx.steps.rotate`.
     equalize : bool
         Scale the channels of activations so that they fill the range that they share, where the layers around them can
         take up the factors; see `eptq_onnx.steps.equalize`.
@@ -234,6 +237,7 @@ class Config(BaseModel):
     rounding_damping: float = Field(0.1, gt=0)
     descent_passes: int = Field(3, ge=0)
     patience: int = Field(8, ge=0)
+    rotate: bool = True
     equalize: bool = True
     max_noise: float = Field(0.05, ge=0)
     rounding: RoundingVariable = RoundingVariable.STRAIGHT_THROUGH

@@ -94,6 +94,8 @@ class OpSpec:
         (node, view) to the limits of the output; None where there is none.
     channels : callable or None
         What factors on the channels of its tensors do to the node (`eptq_onnx.graph.channels`); None where nobody can tell.
+    mixes : bool
+        True if that holds for any invertible matrix over the channels, too: it does the same to all, and is linear.
     objection : callable
         (node, view) to a reason why this node, unlike its siblings, must stay float; or None.
     """
@@ -113,6 +115,7 @@ class OpSpec:
     elementwise: bool = False
     bounds: Callable[[NodeProto, GraphView], Bounds] | None = None
     channels: channels.Rule | None = None
+    mixes: bool = False
     objection: Callable[[NodeProto, GraphView], str | None] = _welcome
 
     def data_inputs(self, node: NodeProto) -> list[str]:
@@ -240,14 +243,22 @@ def _function(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpS
 
 
 _MOVES = OpSpec(Role.EQUAL_SCALE)
-_RESHAPES = OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.reshape)
+_RESHAPES = OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.reshape, mixes=True)
 _FLOAT = OpSpec()
 _ZERO = OpSpec(gradient=Gradient.ZERO)
 _MS = "com.microsoft"
 
 TABLE: dict[tuple[str, str], OpSpec] = {
     # layers
-    ("", "Conv"): OpSpec(Role.LAYER, weight=1, bias=2, linear=_conv_form, lowering=pools.explicit_padding, channels=_layer_channels),
+    ("", "Conv"): OpSpec(
+        Role.LAYER,
+        weight=1,
+        bias=2,
+        linear=_conv_form,
+        channels=_layer_channels,
+        mixes=True,
+        lowering=pools.explicit_padding,
+    ),
     ("", "ConvTranspose"): OpSpec(
         Role.LAYER,
         weight=1,
@@ -256,6 +267,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         grouped_axis=True,
         linear=_conv_transpose_form,
         channels=_layer_channels,
+        mixes=True,
         lowering=pools.explicit_transposed_padding,
     ),
     ("", "Gemm"): OpSpec(
@@ -265,6 +277,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         weight_axis=lambda node: 0 if int_attribute(node, "transB", 0) else 1,
         linear=_gemm_form,
         channels=_layer_channels,
+        mixes=True,
         objection=_gemm_objection,
     ),
     ("", "MatMul"): OpSpec(
@@ -275,17 +288,20 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         output_axis=-1,
         linear=_matmul_form,
         channels=_layer_channels,
+        mixes=True,
         objection=_matmul_objection,
         lowering=products.matmul,
     ),
     # arithmetic that some runtimes do on integers
-    **{("", name): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.sums) for name in ("Add", "Sub")},
+    **{("", name): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.sums, mixes=True) for name in ("Add", "Sub")},
     ("", "Mul"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.multiplied),
     ("", "Div"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.divided),
-    ("", "Concat"): OpSpec(Role.ARITHMETIC, data=None, rearranges=True, channels=channels.concatenation),
+    ("", "Concat"): OpSpec(Role.ARITHMETIC, data=None, rearranges=True, channels=channels.concatenation, mixes=True),
     ("", "Where"): OpSpec(Role.ARITHMETIC, data=(1, 2)),
-    ("", "AveragePool"): OpSpec(Role.ARITHMETIC, lowering=pools.average_pool, objection=_averagepool_objection, channels=channels.pools),
-    ("", "GlobalAveragePool"): OpSpec(Role.ARITHMETIC, channels=channels.pools),
+    ("", "AveragePool"): OpSpec(
+        Role.ARITHMETIC, lowering=pools.average_pool, objection=_averagepool_objection, channels=channels.pools, mixes=True
+    ),
+    ("", "GlobalAveragePool"): OpSpec(Role.ARITHMETIC, channels=channels.pools, mixes=True),
     ("", "LeakyRelu"): OpSpec(Role.ARITHMETIC, elementwise=True, channels=channels.passes),
     ("", "Sigmoid"): OpSpec(Role.ARITHMETIC, elementwise=True, bounds=_unit),
     ("", "Softmax"): OpSpec(Role.ARITHMETIC, bounds=_unit),
@@ -296,22 +312,22 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     # values move, the scale stays
     ("", "MaxPool"): OpSpec(Role.EQUAL_SCALE, lowering=pools.max_pool, objection=_maxpool_objection, channels=channels.pools),
     **{("", name): _RESHAPES for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze")},
-    ("", "Transpose"): OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.transpose),
-    ("", "Identity"): OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.passes),
+    ("", "Transpose"): OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.transpose, mixes=True),
+    ("", "Identity"): OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.passes, mixes=True),
     ("", "Gather"): OpSpec(Role.EQUAL_SCALE, table=_rows_looked_up),
     **{("", name): _MOVES for name in ("GatherElements", "GatherND", "Expand", "Tile")},
     ("", "Slice"): OpSpec(Role.EQUAL_SCALE, lowering=moves.slices),
-    ("", "Split"): _lowered(moves.split, Role.EQUAL_SCALE, channels=channels.split),
-    ("", "Pad"): OpSpec(Role.EQUAL_SCALE, objection=_pad_objection, lowering=moves.pad, channels=channels.pads),
+    ("", "Split"): _lowered(moves.split, Role.EQUAL_SCALE, channels=channels.split, mixes=True),
+    ("", "Pad"): OpSpec(Role.EQUAL_SCALE, objection=_pad_objection, lowering=moves.pad, channels=channels.pads, mixes=True),
     **{
-        ("", name): _lowered(sampling.resize, Role.EQUAL_SCALE, objection=_resize_objection, channels=channels.keeps_channels)
+        ("", name): _lowered(sampling.resize, Role.EQUAL_SCALE, objection=_resize_objection, channels=channels.keeps_channels, mixes=True)
         for name in ("Resize", "Upsample")
     },
     ("", "DepthToSpace"): _lowered(moves.depth_to_space, Role.EQUAL_SCALE, rearranges=True),
     ("", "SpaceToDepth"): _lowered(moves.space_to_depth, Role.EQUAL_SCALE, rearranges=True),
     ("", "CenterCropPad"): _lowered(moves.centre_crop_pad, Role.EQUAL_SCALE),
     ("", "Compress"): _lowered(moves.compress, Role.EQUAL_SCALE),
-    ("", "Dropout"): _lowered(activations.dropout, Role.EQUAL_SCALE, rearranges=True, channels=channels.passes),
+    ("", "Dropout"): _lowered(activations.dropout, Role.EQUAL_SCALE, rearranges=True, channels=channels.passes, mixes=True),
     ("", "ReverseSequence"): _lowered(moves.reverse_sequence, Role.EQUAL_SCALE, rearranges=True),
     ("", "Trilu"): _lowered(moves.trilu, Role.EQUAL_SCALE),
     ("", "TopK"): _lowered(reductions.top_k),
@@ -362,7 +378,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Max"): _lowered(reductions.extreme_variadic, data=None),
     ("", "Mean"): _lowered(reductions.mean_variadic, data=None),
     ("", "Min"): _lowered(reductions.extreme_variadic, data=None),
-    ("", "Sum"): _lowered(reductions.sum_variadic, data=None, channels=channels.sums),
+    ("", "Sum"): _lowered(reductions.sum_variadic, data=None, channels=channels.sums, mixes=True),
     ("", "ReduceL1"): _lowered(reductions.reduce_l1),
     ("", "ReduceL2"): _lowered(reductions.reduce_l2),
     ("", "ReduceLogSum"): _lowered(reductions.reduce_log_sum),

@@ -49,6 +49,8 @@ from eptq_onnx.steps.optimize import layer_attention, optimize, split
 from eptq_onnx.steps.optimize import needed_bytes as optimization_bytes
 from eptq_onnx.steps.plan import plan as make_plan
 from eptq_onnx.steps.ranges import weight_ranges
+from eptq_onnx.steps.rotate import needed_bytes as rotation_bytes
+from eptq_onnx.steps.rotate import rotate
 from eptq_onnx.steps.score import FLOAT_PASSES as PROBE_PASSES
 from eptq_onnx.steps.score import score
 from eptq_onnx.steps.soften import soften
@@ -148,6 +150,10 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     chosen, walked, tell = run.chosen, run.walked, run.tell
     with clock("estimate"):
         expected = _expected(float_model, plan, run)
+    with clock("rotate"):
+        whole, rotated, left = rotate(whole, plan, config, tell("rotate"))
+        float_model = flattened(whole)
+        notes += left
     with clock("calibrate"):
         calibration = calibrate(float_model, plan, samples, config, tell("calibrate"))
     scores: Scores | None = None
@@ -165,10 +171,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     with clock("ranges"):
         rounding = weight_ranges(float_model, plan, calibration, scores, config, _ranged_weights(float_model, plan, config))
     if config.start is Start.CLOSED_FORM:
-        with clock("closed form"):
-            nearest = flattened(write(whole, plan, rounding)[0])
-            rounding, skipped = closed_form(float_model, nearest, plan, rounding, samples, walked, scores, config, tell("closed form"))
-            notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
+        rounding = _compensated(run, whole, float_model, plan, rounding, scores, notes)
     trace: OptimizationTrace | None = None
     if engine is not None and config.optimizes:
         with clock("optimize"), _noting(notes, "not optimized over the whole network"):
@@ -194,6 +197,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         layers=_layer_reports(plan, scores, verification, len(chosen)),
         kept_float=plan.kept_float,
         notes=tuple(notes),
+        rotated=rotated,
         equalized=equalized,
         optimization=trace,
         verification=verification,
@@ -267,6 +271,7 @@ def _affordable(config: Config, whole: ModelProto, model: ModelProto, plan: Plan
     # A quarter: the model's tensors and the scores are there, too.
     for option, off, wanted, needed, share, what in (
         ("steps", 0, config.optimizes, optimization_bytes(model, plan, samples), 1, "not optimized over the whole network"),
+        ("rotate", False, config.rotate, rotation_bytes(whole, plan), 4, "no channels are mixed"),
         ("equalize", False, config.equalize, equalization_bytes(whole, plan), 4, "no channels are scaled"),
     ):
         if wanted and needed > limit // share:
@@ -330,6 +335,18 @@ def _ranged(
             # What is left of a group may want another range.
             calibration = again(plan, known=calibration.activations)
     return plan, calibration
+
+
+def _compensated(
+    run: _Run, whole: ModelProto, model: ModelProto, plan: Plan, rounding: Rounding, scores: Scores | None, notes: list[str]
+) -> Rounding:
+    """The closed-form start; what it left as it was is noted."""
+    with run.clock("closed form"):
+        nearest = flattened(write(whole, plan, rounding)[0])
+        progress = run.tell("closed form")
+        rounding, skipped = closed_form(model, nearest, plan, rounding, run.samples, run.walked, scores, run.config, progress)
+    notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
+    return rounding
 
 
 def _with_activations(whole: ModelProto, plan: Plan, calibration: Calibration, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:

@@ -28,7 +28,7 @@ and, as an ablation of what the paper proposes (the ``network`` ones from neares
     network-gradual                       with gradual activation quantization
     default-no-attention                  the default, with a loss that weighs all layers and samples the same
     default-layers, default-outputs       the default, with a loss of the layers alone, or of the outputs alone
-    closed-form-no-equalization           closed-form on channels as they are
+    closed-form-no-rotation, closed-form-no-equalization   closed-form on channels that are not mixed, or not scaled
 
 ``--methods`` picks some of them. Below each row stand the seconds and the peak memory of each method, which runs in a
 process of its own.
@@ -64,7 +64,7 @@ from eptq_onnx.graph import io
 from eptq_onnx.pipeline import peak_memory
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
-NEAREST: dict[str, object] = {"start": "nearest", "equalize": False}
+NEAREST: dict[str, object] = {"start": "nearest", "rotate": False, "equalize": False}
 OURS: dict[str, dict[str, object]] = {
     "minmax": {**NEAREST, "steps": 0, "weight_range": "minmax"},
     "mse": {**NEAREST, "steps": 0, "weight_range": "mse"},
@@ -82,6 +82,7 @@ ABLATION: dict[str, dict[str, object]] = {
     "default-no-attention": {"attention": "none"},
     "default-layers": {"output_share": 0.0},
     "default-outputs": {"output_share": 1.0},
+    "closed-form-no-rotation": {"steps": 0, "rotate": False},
     "closed-form-no-equalization": {"steps": 0, "equalize": False},
 }
 METHODS = ("static", *OURS)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,20 +34,40 @@ Factors = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Absorber:
-    """A constant that takes up factors.
+    """A constant that takes up what is done to channels.
 
     Parameters
     ----------
     constant : str
-    slots : ndarray
-        Where its factors come from.
-    scaled : callable
-        (value, factor of every slot) to the new value.
+    times, over : ndarray or None
+        Slots of what it makes, and of what it reads: those of its rows and of their terms, if it has such; else of the
+        places along an axis.
+    axis : int
+    form : LinearForm or None
+        How a layer's weight is made of rows.
     """
 
     constant: str
-    slots: Slots
-    scaled: Callable[[Array, Factors], Array]
+    times: Slots | None
+    over: Slots | None
+    axis: int = 0
+    form: LinearForm | None = None
+
+    @property
+    def slots(self) -> Slots:
+        """All slots."""
+        return np.concatenate([s for s in (self.times, self.over) if s is not None])
+
+    def scaled(self, value: Array, factors: Factors) -> Array:
+        """The value where every slot has a factor."""
+        one = np.ones(1)
+        times, over = (factors[s] if s is not None else one for s in (self.times, self.over))
+        if self.form is None:
+            return np.asarray(value * along_axis(times / over, self.axis, value.ndim), np.float32)
+        rows = self.form.weight_rows(value)
+        groups, outputs, _ = rows.shape
+        terms = np.repeat(over.reshape(groups, -1), self.form.taps, axis=1)
+        return self.form.weight_from_rows(rows * times.reshape(groups, outputs, 1) / terms[:, None, :]).astype(np.float32)
 
 
 class Channels:
@@ -78,6 +98,10 @@ class Channels:
     def of(self, name: str) -> tuple[Slots, int] | None:
         """Slots of a tensor's channels and their axis; None where all stay as they are."""
         return self._slots.get(name)
+
+    def tensors(self) -> Mapping[str, Slots]:
+        """The slots of all tensors that have any."""
+        return {name: slots for name, (slots, _) in self._slots.items()}
 
     def classes(self) -> tuple[int, Slots]:
         """How many sets of tied slots there are, and the set of each slot; that of slot 0 stays as it is."""
@@ -122,15 +146,7 @@ class Channels:
 
     def absorb(self, constant: str, times: Slots | None = None, over: Slots | None = None, axis: int = 0) -> None:
         """Let a constant be multiplied by the factors of some slots, and divided by those of others, along an axis."""
-        rank = len(self.view.constant_shape(constant))
-
-        def scaled(value: Array, factors: Factors) -> Array:
-            one = np.ones(1)
-            ratio = (factors[times] if times is not None else one) / (factors[over] if over is not None else one)
-            return np.asarray(value * along_axis(ratio, axis % rank, rank), np.float32)
-
-        used = [s for s in (times, over) if s is not None]
-        self.absorbers.append(Absorber(constant, np.concatenate(used), scaled))
+        self.absorbers.append(Absorber(constant, times, over, axis % len(self.view.constant_shape(constant))))
 
 
 Rule = Callable[[NodeProto, Channels], bool]
@@ -152,13 +168,7 @@ def layer(node: NodeProto, channels: Channels, form: LinearForm, weight: int, bi
     axis %= len(shape)
     read = channels.read(node.input[0], groups * terms // form.taps, axis)
     made = channels.fresh(groups * outputs)
-
-    def scaled(value: Array, factors: Factors) -> Array:
-        inputs = np.repeat(factors[read].reshape(groups, -1), form.taps, axis=1)
-        rows = form.weight_rows(value) * factors[made].reshape(groups, outputs, 1) / inputs[:, None, :]
-        return form.weight_from_rows(rows).astype(np.float32)
-
-    channels.absorbers.append(Absorber(name, np.concatenate([read, made]), scaled))
+    channels.absorbers.append(Absorber(name, made, read, form=form))
     for b in biases:
         channels.absorb(b, times=made)
     return channels.make(node.output[0], made, axis)
@@ -181,6 +191,8 @@ def pools(node: NodeProto, channels: Channels) -> bool:
 def keeps_channels(node: NodeProto, channels: Channels) -> bool:
     """Like `passes`, if there are as many channels behind the operator as in front of it (Resize, Pad)."""
     known, shape = channels.of(node.input[0]), channels.view.shape(node.output[0])
+    if attribute(node, "extrapolation_value", 0.0):
+        return False
     return known is not None and shape is not None and shape[known[1]] == len(known[0]) and passes(node, channels)
 
 

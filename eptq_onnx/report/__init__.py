@@ -54,6 +54,8 @@ class Report:
         Nodes that stay float, each with the reason.
     notes : tuple of str
         What could not be done as asked, each with the reason.
+    rotated : dict of str to int
+        Tensors whose channels were mixed, and how many at a time.
     equalized : dict of str to float
         Quantized tensors whose channels were scaled to fit a common range, and by how much at the most, up or down.
     optimization : OptimizationTrace or None
@@ -76,6 +78,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     kept_float: tuple[KeptFloat, ...]
     notes: tuple[str, ...]
+    rotated: Mapping[str, int]
     equalized: Mapping[str, float]
     optimization: OptimizationTrace | None
     verification: Verification
@@ -95,6 +98,7 @@ class Report:
             ("model", f"{self.model} → {self.target}, opset {self.opset}"),
             ("bits", self._bits()),
             ("size", f"{_size(v.float_bytes)} → {_size(v.quantized_bytes)} ({v.float_bytes / max(v.quantized_bytes, 1):.2f}× smaller)"),
+            ("rotation", self._rotation()),
             ("equalization", self._equalization()),
             ("optimization", self._optimization()),
             ("time, memory", self._cost()),
@@ -123,6 +127,11 @@ class Report:
             f"{n} layers {name} (weights in [{low}, {high}]{' less zero points' if zero else ''})"
             for (name, (low, high), zero), n in counts.items()
         )
+
+    def _rotation(self) -> str:
+        if not self.rotated:
+            return "none"
+        return f"the channels of {len(self.rotated)} tensors, up to {max(self.rotated.values())} at a time"
 
     def _equalization(self) -> str:
         if not self.equalized:

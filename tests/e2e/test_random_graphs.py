@@ -20,9 +20,9 @@ from eptq_onnx.types import Feeds
 
 SAMPLES = 12
 PRESETS = {
-    "fast": Config(preset="fast", equalize=False),
-    "two steps": Config(steps=2, batch_size=4, probes=1, equalize=False),
-}  # not equalized: the weights that are rounded at random are those of the given model
+    "fast": Config(preset="fast", rotate=False, equalize=False),
+    "two steps": Config(steps=2, batch_size=4, probes=1, rotate=False, equalize=False),
+}  # neither rotated nor equalized: the weights that are rounded at random are those of the given model
 
 
 def randomly_rounded(quantized: ModelProto, original: ModelProto, seed: int) -> ModelProto:

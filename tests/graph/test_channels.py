@@ -67,6 +67,8 @@ BLOCKING = {
     "a mix of channels": "z = Softmax <axis = 1> (a)",
     "a shared weight": "r = Relu (a)  p = Conv (r, v)  q = Relu (p)  z = Conv (q, v)",
     "channels turned away": "t = Transpose <perm = [0,2,1,3]> (a)  z = Conv (t, v6)",
+    "values from outside": 'z = Resize <mode = "linear", coordinate_transformation_mode = "tf_crop_and_resize",'
+    " extrapolation_value = 1.0> (a, roi, scales)",
     "a pool over channels": "t = Transpose <perm = [0,2,1,3]> (a)  p = MaxPool <kernel_shape = [3,3], pads = [1,1,1,1]> (t)"
     "  z = Transpose <perm = [0,2,1,3]> (p)",
     "a normalization of others": "t = Transpose <perm = [0,2,1,3]> (a)  r = Relu (t)"
@@ -90,6 +92,8 @@ def case(body: str) -> ModelProto:
         "mixed": np.array([4, 4, 18]), "n1": np.linspace(1, 2, 6, dtype=np.float32), "n2": normal(6, seed=21),
         "n3": normal(6, seed=22), "n4": np.linspace(1, 2, 6, dtype=np.float32), "v6": normal(4, 6, 1, 1, seed=18),
         "ln": np.array([1, 2, 0.5], np.float32), "lnb": normal(3, seed=16), "lm": normal(3, 4, seed=17),
+        "half_wide": normal(4, 2, 1, 1, seed=23), "dense": normal(4, 4, 2, 2, seed=24), "full": normal(4, 4, 3, 3, seed=25),
+        "roi": np.array([0, 0, -0.5, -0.5, 1, 1, 1.5, 1.5], np.float32), "halves": np.array([2, 2]),
     }  # fmt: skip
     text = f"g (float[2,3,6,6] x) => (float[2,4,h,w] y) {{ {HEAD}  {body}  {TAIL} }}"
     used = {

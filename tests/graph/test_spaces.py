@@ -1,0 +1,108 @@
+"""Random matrices on all channels that may be mixed: the model computes the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from drawing import deck, drawn
+from graphs import normal
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import ModelProto
+from test_channels import BLOCKING, PASSING, case, outputs_agree
+
+from eptq_onnx import ops
+from eptq_onnx.graph import edit, store
+from eptq_onnx.graph.channels import Channels
+from eptq_onnx.graph.spaces import Spaces
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.ops import spec_of
+from eptq_onnx.steps.normalize import normalize
+
+MIXING = {
+    "AveragePool": "z = AveragePool <kernel_shape = [2,2], pads = [1,1,1,1]> (a)",
+    "GlobalAveragePool": "z = GlobalAveragePool (a)",
+    "Add": "c = Conv <pads = [1,1,1,1]> (x, u)  z = Add (a, c)",
+    "Add, constant": "z = Add (a, each)",
+    "Add, of parts": "s, t = Split <axis = 1> (a, halves)  p = Add (s, t)  z = Conv (p, half_wide)",
+    "Sub": "c = Conv <pads = [1,1,1,1]> (x, u)  z = Sub (a, c)",
+    "Sum": "c = Conv <pads = [1,1,1,1]> (x, u)  z = Sum (a, c, a)",
+    "Concat": "c = Conv <pads = [1,1,1,1]> (x, u)  j = Concat <axis = 1> (a, c)  z = Conv (j, j8)",
+    "Concat, twice the same": "j = Concat <axis = 1> (a, a)  z = Conv (j, j8)",
+    "Concat, other axis": "c = Conv <pads = [1,1,1,1]> (x, u)  z = Concat <axis = 2> (a, c)",
+    "Split": "s, t = Split <axis = 1> (a, halves)  z = Concat <axis = 1> (t, s)",
+    "Transpose": "t = Transpose <perm = [0,2,3,1]> (a)  r = MatMul (t, m)  z = Transpose <perm = [0,3,1,2]> (r)",
+    "Reshape": "r = Reshape (a, flat)  z = Reshape (r, back)",
+    "Flatten": "g = AveragePool <kernel_shape = [2,2], strides = [2,2]> (a)  f = Flatten (g)  q = Gemm (f, gw, gb)  z = Reshape (q, one)",
+    "Squeeze": "g = GlobalAveragePool (a)  s = Squeeze (g, two)  z = Unsqueeze (s, two)",
+    "Identity": "z = Identity (a)",
+    "Dropout": "z = Dropout (a)",
+    "Pad": "z = Pad (a, pads)",
+    "Pad, reflect": 'z = Pad <mode = "reflect"> (a, pads)',
+    "Resize": 'z = Resize <mode = "linear"> (a, , scales)',
+    "ConvTranspose": "z = ConvTranspose <strides = [2,2]> (a, dense, tb)",
+    "Conv": "z = Conv <pads = [1,1,1,1]> (a, full, tb)",
+}  # fmt: skip
+NONLINEAR = [n for n in PASSING if n != "Transpose" and ("Relu" in PASSING[n] or "Max" in n or "Clip" in n)]
+
+
+def mixed_at_random(model: ModelProto, seed: int = 0) -> tuple[ModelProto, Channels, Spaces]:
+    """The model with a matrix on every space."""
+    view, rng = GraphView(model), np.random.default_rng(seed)
+    channels = Channels(view, lambda node: spec_of(node).channels if spec_of(node).mixes else None)
+    spaces = Spaces(channels)
+    values = {a.constant: view.constant(a.constant) for a in spaces.absorbers}
+    for k, members in enumerate(spaces.members):
+        matrix = np.linalg.qr(rng.normal(size=(len(members),) * 2))[0] * rng.uniform(0.5, 2, len(members))
+        inverse = np.linalg.inv(matrix)
+        values |= {a.constant: spaces.mixed(a, values[a.constant], k, matrix, inverse) for a in spaces.absorbers}
+    changed = [store.constant(value, name, None) for name, value in values.items()]
+    return edit.with_nodes(model, model.graph.node, changed, drop=values), channels, spaces
+
+
+def members(channels: Channels, spaces: Spaces, tensor: str) -> int:
+    """How many channels of a tensor are in a space."""
+    known = channels.of(tensor)
+    return sum(spaces.places(known[0], k).size for k in range(len(spaces.members))) if known is not None else 0
+
+
+def test_every_linear_operator_has_a_case():
+    ruled = {op for (_, op), row in ops.TABLE.items() if row.mixes}
+    shown = {name.split(",")[0] for name in MIXING} | {"Gemm", "MatMul", "Unsqueeze"}
+    assert ruled - shown == {"Upsample"}, "it has the rule of Resize"
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_matrices_on_channels_change_nothing(name):
+    model = case(MIXING[name])
+    mixed, channels, spaces = mixed_at_random(model)
+    read = next(n for n in model.graph.node if n.output[0] == "y").input[0]
+    assert members(channels, spaces, read) == len(channels.of(read)[0])
+    assert members(channels, spaces, "a") == len(channels.of("a")[0])
+    outputs_agree(model, mixed, {"x": normal(2, 3, 6, 6, seed=20, scale=2)})
+
+
+@pytest.mark.parametrize("body", [*BLOCKING.values(), *(PASSING[n] for n in NONLINEAR)])
+def test_what_tells_channels_apart_keeps_them(body):
+    model = case(body)
+    mixed, channels, spaces = mixed_at_random(model)
+    assert members(channels, spaces, "a") == 0
+    outputs_agree(model, mixed, {"x": normal(2, 3, 6, 6, seed=20, scale=2)})
+
+
+def test_parts_that_go_different_ways_are_spaces_of_their_own():
+    model = case("s, t = Split <axis = 1> (a, halves)  r = Relu (t)  z = Concat <axis = 1> (s, r)")
+    mixed, channels, spaces = mixed_at_random(model)
+    assert members(channels, spaces, "s") == 2
+    assert members(channels, spaces, "t") == 0
+    outputs_agree(model, mixed, {"x": normal(2, 3, 6, 6, seed=20, scale=2)})
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 2**16))
+def test_drawn_models_compute_the_same(seed):
+    opset, samples = deck(seed, 8)[seed % 5]
+    rng = np.random.default_rng(seed)
+    feeds = {"a": rng.normal(size=(1, 12)).astype(np.float32), "b": rng.normal(size=(1, 7)).astype(np.float32)}
+    model = normalize(drawn(seed, opset, samples), 13)
+    outputs_agree(model, mixed_at_random(model, seed)[0], feeds)
