@@ -32,6 +32,7 @@ from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.readers import Source
 from eptq_onnx.report import LayerReport, Report
+from eptq_onnx.steps.allocate import SAMPLES as ALLOCATION_SAMPLES
 from eptq_onnx.steps.allocate import allocate
 from eptq_onnx.steps.calibrate import FLOAT_PASSES as CALIBRATION_PASSES
 from eptq_onnx.steps.calibrate import calibrate
@@ -289,6 +290,7 @@ def _expected(model: ModelProto, plan: Plan, run: _Run) -> Estimate:
     passes = CALIBRATION_PASSES * samples.count * (2 if _wants_scores(config) or config.equalize else 1)
     passes += PROBE_PASSES * config.probes * chosen * _wants_scores(config) + STEP_PASSES * steps * min(config.batch_size, chosen)
     passes += GUARD_PASSES * min(chosen, GUARD_SAMPLES) * (config.max_noise > 0)
+    passes += ALLOCATION_SAMPLES * len(plan.layers) * (config.budget is not None)
     algebra = 0.0
     if config.start is Start.CLOSED_FORM:
         passes += WALK_PASSES * len(run.walked)

@@ -1,9 +1,10 @@
 """Step 5a: mixed precision. Bits of every weight under a budget, as an integer program.
 
 Each candidate width of each layer is tried on the inputs of the float network: rounding with error compensation, and
-the error of every output channel, on samples that the rounding has not seen, weighed by its Hessian score. To first order
-the errors of layers add up in the network's outputs, so that the best choice is an integer linear program, solved by
-SciPy's MILP.
+the error of every output channel, on samples that the rounding has not seen, weighed by its Hessian score. What that does to
+the network's outputs is measured for one width, by running the float network with this one weight rounded, and follows
+for the others from those errors: scores take the errors at all positions for independent, though those of a weight add up in a
+mean over positions, say. The effects of layers add up, so that the best choice is an integer linear program, solved by SciPy's MILP.
 """
 
 from __future__ import annotations
@@ -13,23 +14,32 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, NodeProto
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from eptq_onnx import compensation, quant_math
 from eptq_onnx.config import Budget, BudgetUnit, Config
 from eptq_onnx.data import Samples, spread
+from eptq_onnx.deviation import Deviation
 from eptq_onnx.errors import ConfigError
+from eptq_onnx.graph import edit
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk, affordable_batches
 from eptq_onnx.linear import LinearForm, scale_places
 from eptq_onnx.ops import linear_form
+from eptq_onnx.quant_math import along_axis
 from eptq_onnx.targets import Target
 from eptq_onnx.types import Array, Calibration, Layer, Plan, QuantSpec, Scores
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 _ROWS = 30_000
+_MEASURED = 4
+"""The width at which the effect on the outputs is measured."""
+SAMPLES = 32
+"""That the network then runs, layer by layer."""
+_LOST = 10.0
+"""Noise to signal that is as bad as any."""
 
 
 @dataclass
@@ -41,7 +51,7 @@ class Candidates:
     size : int
         Elements.
     effects : dict of int to float
-        Width to the error that it causes at the outputs.
+        Width to the noise that it causes at the outputs.
     operations : float
         Multiplications of one sample times the bits of the activations.
     """
@@ -75,7 +85,7 @@ def allocate(
     indices : ndarray of shape (n_samples,)
         The samples to look at.
     calibration : Calibration
-        Without scores, errors count relative to the variance of each layer's output.
+        Gives the spread that each part of the outputs is measured by.
     scores : Scores or None
     budget : Budget
     config : Config
@@ -114,9 +124,11 @@ def candidates(
     chosen = indices[spread(len(indices), affordable)]
     # Of two batches at least, one is rounded on and the other tells what came of it.
     at_once = size if samples.fixed_batch else min(size, max(1, len(chosen) // 2))
-    walk = Walk(model, [samples.take(part) for part in samples.batches(chosen, at_once)])
+    parts = list(samples.batches(chosen, at_once))
+    walk = Walk(model, [samples.take(part) for part in parts])
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
+    deviation = Deviation(model, samples, np.concatenate(parts[1::2] or parts), SAMPLES, calibration.variance, config)
     quantizers = plan.quantizer_of
     weights: dict[str, Candidates] = {}
     for k, layer in enumerate(plan.layers):
@@ -131,8 +143,15 @@ def candidates(
             positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
             known.operations += value.size * positions * quantizers[layer.input].spec.bits
             specs = {bits: target.weight_spec(bits, layer.weight_spec.axis, layer.depthwise) for bits in known.effects}
-            for bits, error in _channel_errors(form, value, rows, specs, config).items():
-                known.effects[bits] += float((error * _importance(layer, calibration, scores, error.size, positions)).sum())
+            errors, rounded = _tried(form, value, rows, specs, config)
+            importance = _importance(layer, calibration, scores, errors[_MEASURED].size)
+            foreseen = {bits: float((error * importance).sum()) for bits, error in errors.items()}
+            if deviation.parts:
+                measured = min(deviation(_with_one_rounded(model, view, nodes[layer.node], layer, rounded, rows, form)), _LOST)
+            else:
+                measured = float(errors[_MEASURED].mean()) / max(calibration.variance[layer.output], 1e-12)
+            for bits, effect in foreseen.items():
+                known.effects[bits] += effect * measured / max(foreseen[_MEASURED], 1e-30)
         progress(k + 1, len(plan.layers))
     return weights
 
@@ -185,26 +204,51 @@ def _cost(weight: Candidates, bits: int, total: int, budget: Budget) -> float:
     return weight.operations * bits
 
 
-def _channel_errors(
+def _tried(
     form: LinearForm, weight: Array, moments: compensation.Moments, specs: Mapping[int, QuantSpec], config: Config
-) -> dict[int, Array]:
-    """Mean squared error of each output channel at each width, its mean taken up by the bias; each of shape (n_channels,)."""
+) -> tuple[dict[int, Array], Array]:
+    """What rounding at each width comes to.
+
+    Returns
+    -------
+    dict of int to ndarray of shape (n_channels,)
+        Width to the mean squared error of each output channel, its mean taken up by the bias.
+    ndarray
+        The rounded weight at the width that is measured.
+    """
     # A weight with more terms than there are rows can be rounded to fit all of these: what it is worth, others tell.
     seen, unseen = (moment for moment, _, _ in moments.halves or 2 * (moments.covariances,))
     feedback = compensation.Feedback.of(compensation.damped(seen, config.rounding_damping))
     rows = form.weight_rows(weight)
-    errors = {}
+    errors, rounded = {}, weight
     for bits, spec in specs.items():
         scale, owners = quant_math.weight_scales(weight, spec), scale_places(form, weight.shape, spec.axis)
         per_row, zero = scale.reshape(-1)[owners], quant_math.zero_points(weight, scale, spec).reshape(-1)[owners]
         integers = compensation.compensated_rounding(rows, per_row, feedback, quant_math.limits(zero, spec))
-        error = compensation.cost(integers * per_row[:, :, None] - rows, unseen)
-        errors[bits] = np.asarray(error.reshape(-1), np.float32)
-    return errors
+        values = integers * per_row[:, :, None]
+        errors[bits] = np.asarray(compensation.cost(values - rows, unseen).reshape(-1), np.float32)
+        if bits == _MEASURED:
+            rounded = np.asarray(form.weight_from_rows(values), np.float32)
+    return errors, rounded
 
 
-def _importance(layer: Layer, calibration: Calibration, scores: Scores | None, channels: int, positions: float) -> Array:
-    """Effect on the outputs of a squared error of 1 at all positions of each channel."""
+def _with_one_rounded(
+    model: ModelProto, view: GraphView, node: NodeProto, layer: Layer, rounded: Array, moments: compensation.Moments, form: LinearForm
+) -> ModelProto:
+    """The float network with the weight of one layer rounded, and what that does to the means of its outputs taken up."""
+    outputs, inputs = moments.means
+    shift = (outputs - np.einsum("gnt,gt->gn", form.weight_rows(rounded), inputs)).reshape(-1)
+    rank = len(view.shape(layer.output) or ()) or layer.output_axis + 1
+    build = edit.Builder(model)
+    raw = build.unique(f"{layer.output}_raw")
+    copy = edit.renamed(node, {layer.output: raw, layer.weight: build.constant(rounded, f"{layer.weight}_rounded")})
+    build.add("Add", [raw, along_axis(shift.astype(np.float32), layer.output_axis % rank, rank)], layer.output)
+    nodes = [n for other in view.nodes for n in ([copy, *build.nodes] if other.name == node.name else [other])]
+    return edit.with_nodes(model, nodes, build.initializers)
+
+
+def _importance(layer: Layer, calibration: Calibration, scores: Scores | None, channels: int) -> Array:
+    """How much a squared error of 1 in each channel counts among those of the others."""
     if scores is not None and layer.output in scores.channels and scores.channels[layer.output].shape[1] == channels:
-        return np.asarray(scores.channels[layer.output].mean(axis=0) * positions, np.float32)
-    return np.full(channels, 1 / (channels * max(calibration.variance[layer.output], 1e-12)), np.float32)
+        return np.asarray(scores.channels[layer.output].mean(axis=0), np.float32)
+    return np.ones(channels, np.float32)

@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
 from eptq_onnx.config import Config
-from eptq_onnx.data import Samples, spread
-from eptq_onnx.graph.blocks import blocks_of, bytes_of, observe
-from eptq_onnx.graph.infer import infer_shapes
-from eptq_onnx.graph.shapes import specialize
-from eptq_onnx.graph.view import GraphView
-from eptq_onnx.ops import output_parts
-from eptq_onnx.types import Array, Calibration, Feeds, Plan
+from eptq_onnx.data import Samples
+from eptq_onnx.deviation import Deviation
+from eptq_onnx.types import Calibration, Plan
 
 SAMPLES = 16
 FLOAT_PASSES = 4.0
@@ -32,10 +28,6 @@ FLOAT_PASSES = 4.0
 _OUTLIER = 10.0
 """A quantizer is not singled out unless it is so many times noisier than the others: low bit widths are noisy all over."""
 _MOST_RUNS = 128
-_MOST_BYTES = 2**28
-"""Of the float outputs, which are kept."""
-_LOST = 1e30
-"""Noise of outputs that are no numbers any more."""
 
 Quantized = Callable[[Sequence[str]], tuple[ModelProto, Mapping[str, str]]]
 """Makes the model in which some quantizers work, and tells what stands for a quantized tensor in it."""
@@ -74,34 +66,16 @@ def sensitive_activations(
     dict of str to float
         Noise-to-signal power ratio at the outputs, each part of them in units of its own spread.
     """
-    view = GraphView(model)
     names = [q.name for q in plan.activations if not q.constant]
-    parts = [p for p in output_parts(view) if calibration.variance.get(p, 0.0) > 0]
-    if not names or not parts or config.max_noise == 0:
+    if not names or config.max_noise == 0:
         return {}
-    size = samples.micro_batch()
-    shapes = samples.two_batches(size)
-    shaped = GraphView(specialize(model, shapes))
-    most = max(1, _MOST_BYTES // max(sum(bytes_of(shaped, p) for p in parts), 1))
-    run = indices[spread(len(indices), max(SAMPLES, size))]
-    batches = [samples.take(chosen) for chosen in samples.batches(run, size)][:most]
-
-    def outputs(chosen: ModelProto, read_as: Mapping[str, str]) -> list[list[Array]]:
-        """Batch by batch, the parts of the outputs."""
-        if config.block_bytes is not None:
-            # What crosses from block to block must have a known type.
-            chosen = infer_shapes(chosen)
-        found: list[Feeds] = [{} for _ in batches]
-        wanted = [read_as.get(p, p) for p in parts]
-        for k, values in observe(blocks_of(chosen, shapes, config.block_bytes), batches, list(dict.fromkeys(wanted))):
-            found[k] |= values
-        return [[values[name] for name in wanted] for values in found]
-
-    exact = outputs(model, {})
+    deviation = Deviation(model, samples, indices, SAMPLES, calibration.variance, config)
+    if not deviation.parts:
+        return {}
     runs = itertools.count(1)
 
     def noise(group: Sequence[str]) -> float:
-        total = _noise(exact, outputs(*quantized(group)), [calibration.variance[p] for p in parts])
+        total = deviation(*quantized(group))
         progress(next(runs), _MOST_RUNS)
         return total
 
@@ -110,21 +84,6 @@ def sensitive_activations(
     found = {tensor: ratio[q.name] for q in plan.activations if q.name in ratio for tensor in q.tensors}
     # Without any layer left there would be nothing to quantize.
     return found if any(found.keys().isdisjoint((x.input, x.output, x.result)) for x in plan.layers) else {}
-
-
-def _noise(exact: Iterable[Sequence[Array]], got: Iterable[Sequence[Array]], variances: Sequence[float]) -> float:
-    """Mean over the parts of the outputs of the mean squared difference in units of the part's variance.
-
-    What has another size than before, for that depends on values, cannot be compared.
-    """
-    errors, sizes = np.zeros(len(variances)), np.zeros(len(variances))
-    for pair in zip(exact, got, strict=True):
-        for k, (reference, value) in enumerate(zip(*pair, strict=True)):
-            if value.shape == reference.shape:
-                errors[k] += float(np.square(reference - value).sum(dtype=np.float64))
-                sizes[k] += reference.size
-    ratio = float((errors / np.maximum(sizes, 1) / variances).mean())
-    return min(ratio, _LOST) if np.isfinite(ratio) else _LOST
 
 
 def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], most: float) -> dict[str, float]:
