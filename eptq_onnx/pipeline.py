@@ -272,7 +272,7 @@ def _affordable(config: Config, whole: ModelProto, model: ModelProto, plan: Plan
     # A quarter: the model's tensors and the scores are there, too.
     for option, off, wanted, needed, share, what in (
         ("steps", 0, config.optimizes, optimization_bytes(model, plan, samples), 1, "not optimized over the whole network"),
-        ("rotate", False, config.rotate, rotation_bytes(whole, plan), 4, "no channels are mixed"),
+        ("rotate", False, config.rotate, rotation_bytes(whole), 4, "no channels are mixed"),
         ("equalize", False, config.equalize, equalization_bytes(whole, plan), 4, "no channels are scaled"),
     ):
         if wanted and needed > limit // share:

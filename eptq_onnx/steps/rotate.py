@@ -5,11 +5,11 @@ rows of the layers in front, ``T W``, and its inverse into the terms of those be
 same. With a grid a row, whose step follows the largest element, the squared errors are, to first order and in units of what
 each layer makes,
 
-    sum_producers  b sum_i |T W|_i² / (levels² tr W Wᵀ G)  +  sum_consumers  e sum_o |W T⁻¹|_o² / (levels² tr W S Wᵀ),
+    sum_front  n b sum_i |T W|_i² / (levels² tr W Wᵀ G)  +  sum_behind  e sum_o |W T⁻¹|_o² / (levels² tr W S Wᵀ),
 
-with ``|.|_i`` the largest magnitude of a row, b the mean importance of the mixed channels and e their power: S, the squared
-rows of all producers, stands for the power of each channel as it is, G, the squared columns of all consumers, for its
-importance. T is a diagonal that balances the two (as cross-layer equalization does, Nagel et al. 2019), then a rotation (SpinQuant,
+with ``|.|_i`` the largest magnitude of a row, n its terms, b the mean importance of the mixed channels and e their power: S, the
+squared rows of all layers in front, stands for the power of each channel as it is, G, the squared columns of all layers
+behind, for its importance. T is a diagonal that balances the two (as cross-layer equalization does, Nagel et al. 2019), then a rotation (SpinQuant,
 Liu et al. 2024, learns such by gradients of the network): L-BFGS over its Cayley parameters finds the one with the least
 errors, of a smooth norm instead of the largest magnitudes. Weights become spread evenly over their range. No data are needed.
 """
@@ -87,21 +87,20 @@ class _Side:
         return 1 / (self.levels**2 * max(float(self.squares @ weights), 1e-30))
 
 
-def _rule(view: GraphView) -> Channels:
+def _linear_channels(view: GraphView) -> Channels:
     return Channels(view, lambda node: spec.channels if (spec := spec_of(node)).mixes else None)
 
 
-def needed_bytes(model: ModelProto, plan: Plan) -> int:
+def needed_bytes(model: ModelProto) -> int:
     """Memory that `rotate` takes beside the model, about.
 
     Parameters
     ----------
     model : ModelProto
         The whole normalized model.
-    plan : Plan
     """
     view = GraphView(model)
-    spaces = Spaces(_rule(view))
+    spaces = Spaces(_linear_channels(view))
     sizes = [sum(int(np.prod(view.constant_shape(a.constant))) for a in _touched(spaces, k)) for k in range(len(spaces.members))]
     return 4 * (_FLOATS_A_TERM * max(sizes, default=0) + sum(sizes))
 
@@ -133,7 +132,7 @@ def rotate(
     if not config.rotate:
         return model, {}, []
     view = GraphView(model)
-    channels = _rule(view)
+    channels = _linear_channels(view)
     spaces = Spaces(channels)
     levels = {name: spec.qmax - spec.qmin for name, spec in plan.weight_specs.items()}
     values: dict[str, Array] = {}

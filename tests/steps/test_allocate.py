@@ -87,6 +87,22 @@ def test_effects_are_those_on_samples_that_the_rounding_has_not_seen():
         assert 0.9 < effects[64][bits] / effects[2048][bits] < 2
 
 
+def test_errors_that_add_up_over_positions_are_counted_as_such():
+    config, effects = Config(), []
+    flat = np.broadcast_to(normal(64, 16, 1, 1, seed=1), (64, 16, 5, 5)).copy()
+    for end in ("y = Identity (c)", "y = GlobalAveragePool (c)"):
+        text = f"g (float[N,16,5,5] x) => (float[N,8,h,w] y) {{ c = Conv (x, w)  {end} }}"
+        model = normalize(parse(text, {"w": normal(8, 16, 1, 1)}), 13)
+        p = plan(model, TARGET, config)
+        samples = data.read({"x": flat}, model)
+        calibration = calibrate(model, p, samples, config, silent)
+        [found] = candidates(model, p, TARGET, samples, np.arange(64), calibration, None, config, silent).values()
+        effects.append(found.effects)
+    # The error is the same at all positions of a flat image: their mean has all of it.
+    for bits in (2, 4, 8):
+        assert effects[1][bits] == pytest.approx(effects[0][bits], rel=0.2)
+
+
 def test_mixed_widths_beat_uniform_ones_of_the_same_size(models_folder):
     results = {}
     for name, options in {"mixed": {"budget": "weights=3"}, "uniform": {"weight_bits": 3, "edge_bits": 3}}.items():
