@@ -9,9 +9,10 @@ each layer makes,
 
 with ``|.|_i`` the largest magnitude of a row, n its terms, b the mean importance of the mixed channels and e their power: S, the
 squared rows of all layers in front, stands for the power of each channel as it is, G, the squared columns of all layers
-behind, for its importance. T is a diagonal that balances the two (as cross-layer equalization does, Nagel et al. 2019), then a rotation (SpinQuant,
-Liu et al. 2024, learns such by gradients of the network): L-BFGS over its Cayley parameters finds the one with the least
-errors, of a smooth norm instead of the largest magnitudes. Weights become spread evenly over their range. No data are needed.
+behind, for its importance. T is a diagonal that balances the two (as cross-layer equalization does, Nagel et al. 2019), then
+a rotation (SpinQuant, Liu et al. 2024, learns such by gradients of the network): L-BFGS over its Cayley parameters finds the
+one with the least errors, of a smooth norm instead of the largest magnitudes. Weights become spread evenly over their range.
+No data are needed.
 """
 
 from __future__ import annotations
