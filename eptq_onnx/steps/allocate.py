@@ -40,6 +40,9 @@ SAMPLES = 32
 """That the network then runs, layer by layer."""
 _LOST = 10.0
 """Noise to signal that is as bad as any."""
+_LEAST = 1e-6
+"""A weight that has less than this share of its largest error at the width that is measured fits the grid; its errors at other
+widths then count relative to the variance of the layer's output."""
 
 
 @dataclass
@@ -144,14 +147,15 @@ def candidates(
             known.operations += value.size * positions * quantizers[layer.input].spec.bits
             specs = {bits: target.weight_spec(bits, layer.weight_spec.axis, layer.depthwise) for bits in known.effects}
             errors, rounded = _tried(form, value, rows, specs, config)
-            importance = _importance(layer, calibration, scores, errors[_MEASURED].size)
+            importance = _importance(layer, scores, errors[_MEASURED].size)
             foreseen = {bits: float((error * importance).sum()) for bits, error in errors.items()}
-            if deviation.parts:
-                measured = min(deviation(_with_one_rounded(model, view, nodes[layer.node], layer, rounded, rows, form)), _LOST)
+            if deviation.parts and foreseen[_MEASURED] > _LEAST * max(foreseen.values()):
+                measured = deviation(_with_one_rounded(model, view, nodes[layer.node], layer, rounded, rows, form))
+                unit = min(measured, _LOST) / foreseen[_MEASURED]
             else:
-                measured = float(errors[_MEASURED].mean()) / max(calibration.variance[layer.output], 1e-12)
+                unit = 1 / max(float(importance.sum()) * calibration.variance[layer.output], 1e-30)
             for bits, effect in foreseen.items():
-                known.effects[bits] += effect * measured / max(foreseen[_MEASURED], 1e-30)
+                known.effects[bits] += unit * effect
         progress(k + 1, len(plan.layers))
     return weights
 
@@ -238,7 +242,8 @@ def _with_one_rounded(
     """The float network with the weight of one layer rounded, and what that does to the means of its outputs taken up."""
     outputs, inputs = moments.means
     shift = (outputs - np.einsum("gnt,gt->gn", form.weight_rows(rounded), inputs)).reshape(-1)
-    rank = len(view.shape(layer.output) or ()) or layer.output_axis + 1
+    # A layer's output has the rank of its weight, where that of the output is unknown; those of products may have more axes in front.
+    rank = len(view.shape(layer.output) or view.constant_shape(layer.weight))
     build = edit.Builder(model)
     raw = build.unique(f"{layer.output}_raw")
     copy = edit.renamed(node, {layer.output: raw, layer.weight: build.constant(rounded, f"{layer.weight}_rounded")})
@@ -247,7 +252,7 @@ def _with_one_rounded(
     return edit.with_nodes(model, nodes, build.initializers)
 
 
-def _importance(layer: Layer, calibration: Calibration, scores: Scores | None, channels: int) -> Array:
+def _importance(layer: Layer, scores: Scores | None, channels: int) -> Array:
     """How much a squared error of 1 in each channel counts among those of the others."""
     if scores is not None and layer.output in scores.channels and scores.channels[layer.output].shape[1] == channels:
         return np.asarray(scores.channels[layer.output].mean(axis=0), np.float32)

@@ -153,9 +153,9 @@ def rotate(
             inverse = np.asarray(np.linalg.inv(matrix), np.float64)
             values |= {a.constant: spaces.mixed(a, held[a.constant], k, matrix, inverse) for a in touched}
             mixed[k] = len(members)
-    progress(len(spaces.members), len(spaces.members))
     if not values:
         return model, {}, notes
+    progress(len(spaces.members), len(spaces.members))
     folder = store.folder_of(model)
     constants = [store.constant(value, name, folder) for name, value in values.items()]
     result = edit.with_nodes(model, model.graph.node, constants, drop=values)

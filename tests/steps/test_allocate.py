@@ -103,6 +103,20 @@ def test_errors_that_add_up_over_positions_are_counted_as_such():
         assert effects[1][bits] == pytest.approx(effects[0][bits], rel=0.2)
 
 
+def test_a_weight_that_fits_the_grid_at_the_measured_width_needs_no_more():
+    config = Config()
+    w = np.random.default_rng(0).integers(0, 16, (24, 10)).astype(np.float32)
+    w[:2] = [[0], [15]]
+    model = normalize(parse("g (float[N,24] x) => (float[N,10] y) { y = MatMul (x, w) }", {"w": w}), 13)
+    p = plan(model, TARGET, config)
+    samples = data.read({"x": normal(64, 24, seed=1)}, model)
+    calibration = calibrate(model, p, samples, config, silent)
+    [found] = candidates(model, p, TARGET, samples, np.arange(64), calibration, None, config, silent).values()
+    assert found.effects[4] < 1e-6
+    # In units of the variance of the output: 4 levels of 16 do some harm.
+    assert 1e-3 < found.effects[2] < 1
+
+
 def test_mixed_widths_beat_uniform_ones_of_the_same_size(models_folder):
     results = {}
     for name, options in {"mixed": {"budget": "weights=3"}, "uniform": {"weight_bits": 3, "edge_bits": 3}}.items():
