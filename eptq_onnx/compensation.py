@@ -162,6 +162,11 @@ class Moments:
         shift_y, shift_q = self._shifts or (np.zeros_like(y), np.zeros_like(q))
         return y / rows + shift_y.reshape(y.shape), q / rows + np.repeat(shift_q, len(q) // len(shift_q), axis=0)
 
+    def mean_error(self, rows: Array) -> Array:
+        """Mean float outputs less those of a rounded weight of such rows: what the bias must take up; of shape (n_channels,)."""
+        outputs, inputs = self.means
+        return np.asarray((outputs - np.einsum("gnt,gt->gn", rows, inputs)).reshape(-1), np.float32)
+
     @property
     def covariances(self) -> Covariances:
         """Of all rows."""

@@ -449,6 +449,11 @@ def linear_form(node: NodeProto, view: GraphView) -> LinearForm | None:
     return rule(node, view) if rule is not None else None
 
 
+def channels_of(view: GraphView, *, linear: bool = False) -> channels.Channels:
+    """The channels of a graph that may be scaled; or, by the rules of linear operators alone, those that may be mixed."""
+    return channels.Channels(view, lambda node: spec.channels if (spec := spec_of(node)).mixes or not linear else None)
+
+
 def output_channels(node: NodeProto, view: GraphView) -> int:
     """Number of output channels of a layer with a constant weight.
 

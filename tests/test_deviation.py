@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from graphs import images, normal, parse, small_convnet
-from onnx import numpy_helper
 
 from eptq_onnx import Config, data
 from eptq_onnx.deviation import LOST, Deviation, noise
@@ -24,7 +23,7 @@ def test_parts_of_the_outputs_count_alike_and_a_part_of_another_size_is_not_comp
 def test_it_is_the_squared_difference_in_units_of_the_variance(memory):
     model = normalize(small_convnet(), 13)
     samples = data.read({"image": images(24)}, model)
-    other = edit.with_nodes(model, model.graph.node, [numpy_helper.from_array(normal(5, seed=8), "b4")], drop=["b4"])
+    other = edit.with_constants(model, {"b4": normal(5, seed=8)})
     deviation = Deviation(model, samples, np.arange(24), 24, {"logits": 4.0}, Config(max_memory=memory))
     before, after = (Session(m).run(samples.take(range(24)))["logits"] for m in (model, other))
     assert deviation.parts == ["logits"]

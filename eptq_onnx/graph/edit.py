@@ -145,6 +145,13 @@ def with_nodes(
     return result
 
 
+def with_constants(model: ModelProto, values: Mapping[str, NDArray[Any]]) -> ModelProto:
+    """A copy of the model in which some initializers have other values; stored, if the model's weights are."""
+    folder = store.folder_of(model)
+    constants = [store.constant(value, name, folder) for name, value in values.items()]
+    return with_nodes(model, model.graph.node, constants, drop=values)
+
+
 def promote_to_inputs(model: ModelProto, names: Iterable[str]) -> None:
     """Turn initializers into graph inputs without a default, in place (on a private copy)."""
     wanted = set(names)

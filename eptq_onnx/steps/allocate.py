@@ -38,7 +38,7 @@ _MEASURED = 4
 """The width at which the effect on the outputs is measured."""
 SAMPLES = 32
 """That the network then runs, layer by layer."""
-_LOST = 10.0
+_MOST_NOISE = 10.0
 """Noise to signal that is as bad as any."""
 _LEAST = 1e-6
 """A weight that has less than this share of its largest error at the width that is measured fits the grid; its errors at other
@@ -151,7 +151,7 @@ def candidates(
             foreseen = {bits: float((error * importance).sum()) for bits, error in errors.items()}
             if deviation.parts and foreseen[_MEASURED] > _LEAST * max(foreseen.values()):
                 measured = deviation(_with_one_rounded(model, view, nodes[layer.node], layer, rounded, rows, form))
-                unit = min(measured, _LOST) / foreseen[_MEASURED]
+                unit = min(measured, _MOST_NOISE) / foreseen[_MEASURED]
             else:
                 unit = 1 / max(float(importance.sum()) * calibration.variance[layer.output], 1e-30)
             for bits, effect in foreseen.items():
@@ -240,14 +240,13 @@ def _with_one_rounded(
     model: ModelProto, view: GraphView, node: NodeProto, layer: Layer, rounded: Array, moments: compensation.Moments, form: LinearForm
 ) -> ModelProto:
     """The float network with the weight of one layer rounded, and what that does to the means of its outputs taken up."""
-    outputs, inputs = moments.means
-    shift = (outputs - np.einsum("gnt,gt->gn", form.weight_rows(rounded), inputs)).reshape(-1)
+    shift = moments.mean_error(form.weight_rows(rounded))
     # A layer's output has the rank of its weight, where that of the output is unknown; those of products may have more axes in front.
     rank = len(view.shape(layer.output) or view.constant_shape(layer.weight))
     build = edit.Builder(model)
     raw = build.unique(f"{layer.output}_raw")
     copy = edit.renamed(node, {layer.output: raw, layer.weight: build.constant(rounded, f"{layer.weight}_rounded")})
-    build.add("Add", [raw, along_axis(shift.astype(np.float32), layer.output_axis % rank, rank)], layer.output)
+    build.add("Add", [raw, along_axis(shift, layer.output_axis % rank, rank)], layer.output)
     nodes = [n for other in view.nodes for n in ([copy, *build.nodes] if other.name == node.name else [other])]
     return edit.with_nodes(model, nodes, build.initializers)
 

@@ -333,9 +333,7 @@ class _Problem:
 
     def mean_error(self, rounded: Array) -> Array:
         """What the bias must take up: mean float output less mean quantized output, of shape (n_channels,)."""
-        outputs, inputs = self.moments.means
-        shift = outputs - np.einsum("gnt,gt->gn", self.form.weight_rows(rounded), inputs)
-        return np.asarray(shift.reshape(-1), np.float32)
+        return self.moments.mean_error(self.form.weight_rows(rounded))
 
     def _damping(self, rows: Array) -> compensation.Float64:
         """That of the correction; outputs of a group have the same, also where they stand apart."""

@@ -26,12 +26,12 @@ from scipy.optimize import minimize
 from eptq_onnx import quant_math
 from eptq_onnx.config import Config
 from eptq_onnx.data import Samples, spread
-from eptq_onnx.graph import edit, store
+from eptq_onnx.graph import edit
 from eptq_onnx.graph.blocks import blocks_of, observe
 from eptq_onnx.graph.channels import Channels, Factors, Slots
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.linear import LinearForm
-from eptq_onnx.ops import linear_form, spec_of
+from eptq_onnx.ops import channels_of, linear_form
 from eptq_onnx.types import Array, Plan, QuantSpec, Scores
 
 _SAMPLES, _VALUES = 64, 16_384
@@ -225,10 +225,6 @@ def _norm(logs: Float64, power: float) -> tuple[float, Float64]:
     return float(np.exp(most)) * total ** (1 / power), parts / total
 
 
-def _channels(view: GraphView) -> Channels:
-    return Channels(view, lambda node: spec_of(node).channels)
-
-
 def needed_bytes(model: ModelProto, plan: Plan) -> int:
     """Memory that `equalize` takes, about.
 
@@ -238,7 +234,7 @@ def needed_bytes(model: ModelProto, plan: Plan) -> int:
         The whole normalized model.
     plan : Plan
     """
-    channels = _channels(GraphView(model))
+    channels = channels_of(GraphView(model))
     groups = _groups(plan, channels, channels.classes()[1])
     return _BYTES_A_CHANNEL * sum(len(t.sets) for g in groups for t in g.tensors.values())
 
@@ -281,7 +277,7 @@ def equalize(
     if not config.equalize:
         return model, scores, {}
     view = GraphView(model)
-    channels = _channels(view)
+    channels = channels_of(view)
     count, sets = channels.classes()
     groups = _groups(plan, channels, sets)
     if not groups:
@@ -292,13 +288,11 @@ def equalize(
     changed = [a for a in channels.absorbers if (factors[a.slots] != 1).any()]
     if not changed:
         return model, scores, {}
-    folder = store.folder_of(model)
-    constants = [store.constant(a.scaled(view.constant(a.constant), factors), a.constant, folder) for a in changed]
     ratios = {
         a.constant: a.scaled(np.ones(view.constant_shape(a.constant), np.float32), factors)
         for a in changed if scores is not None and a.constant in scores.weights
     }  # fmt: skip
-    result = edit.with_nodes(model, model.graph.node, constants, drop=[a.constant for a in changed])
+    result = edit.with_constants(model, {a.constant: a.scaled(view.constant(a.constant), factors) for a in changed})
     of_tensor = {name: factors[known[0]] for name in view.producer if (known := channels.of(name)) is not None}
     scaled = {name: float(np.exp(np.abs(np.log(of_tensor[name])).max())) for g in groups for name in g.tensors}
     return result, _rescaled(scores, of_tensor, ratios), {name: f for name, f in scaled.items() if f > 1}

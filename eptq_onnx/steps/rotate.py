@@ -26,11 +26,11 @@ from onnx import ModelProto
 from scipy.optimize import minimize
 
 from eptq_onnx.config import Config
-from eptq_onnx.graph import edit, store
-from eptq_onnx.graph.channels import Absorber, Channels
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.channels import Absorber
 from eptq_onnx.graph.spaces import Matrix, Spaces
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.ops import spec_of
+from eptq_onnx.ops import channels_of
 from eptq_onnx.types import Array, Plan
 
 _ITERATIONS = 40
@@ -88,10 +88,6 @@ class _Side:
         return 1 / (self.levels**2 * max(float(self.squares @ weights), 1e-30))
 
 
-def _linear_channels(view: GraphView) -> Channels:
-    return Channels(view, lambda node: spec.channels if (spec := spec_of(node)).mixes else None)
-
-
 def needed_bytes(model: ModelProto) -> int:
     """Memory that `rotate` takes beside the model, about.
 
@@ -101,7 +97,7 @@ def needed_bytes(model: ModelProto) -> int:
         The whole normalized model.
     """
     view = GraphView(model)
-    spaces = Spaces(_linear_channels(view))
+    spaces = Spaces(channels_of(view, linear=True))
     sizes = [sum(int(np.prod(view.constant_shape(a.constant))) for a in _touched(spaces, k)) for k in range(len(spaces.members))]
     return 4 * (_FLOATS_A_TERM * max(sizes, default=0) + sum(sizes))
 
@@ -133,11 +129,11 @@ def rotate(
     if not config.rotate:
         return model, {}, []
     view = GraphView(model)
-    channels = _linear_channels(view)
+    channels = channels_of(view, linear=True)
     spaces = Spaces(channels)
     levels = {name: spec.qmax - spec.qmin for name, spec in plan.weight_specs.items()}
     values: dict[str, Array] = {}
-    mixed: dict[int, int] = {}
+    mixed: list[int] = []
     notes = []
     for k, members in enumerate(spaces.members):
         progress(k, len(spaces.members))
@@ -152,18 +148,15 @@ def rotate(
         if matrix is not None:
             inverse = np.asarray(np.linalg.inv(matrix), np.float64)
             values |= {a.constant: spaces.mixed(a, held[a.constant], k, matrix, inverse) for a in touched}
-            mixed[k] = len(members)
+            mixed.append(k)
     if not values:
         return model, {}, notes
     progress(len(spaces.members), len(spaces.members))
-    folder = store.folder_of(model)
-    constants = [store.constant(value, name, folder) for name, value in values.items()]
-    result = edit.with_nodes(model, model.graph.node, constants, drop=values)
     counts = {
-        name: max((n for k, n in mixed.items() if spaces.places(slots, k).size), default=0)
+        name: max((len(spaces.members[k]) for k in mixed if spaces.places(slots, k).size), default=0)
         for name, slots in channels.tensors().items()
     }  # fmt: skip
-    return result, {name: n for name, n in counts.items() if n}, notes
+    return edit.with_constants(model, values), {name: n for name, n in counts.items() if n}, notes
 
 
 def _touched(spaces: Spaces, space: int) -> list[Absorber]:

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from onnx import ModelProto
 
 from eptq_onnx import ops
-from eptq_onnx.graph import edit, store
+from eptq_onnx.graph import edit
 from eptq_onnx.graph.channels import Channels
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.ops import spec_of
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.normalize import normalize
 
@@ -107,13 +106,12 @@ def case(body: str) -> ModelProto:
 def scaled_at_random(model: ModelProto, seed: int = 0) -> tuple[ModelProto, Channels, np.ndarray]:
     """The model with a factor on every channel that may have one; its channels, and the sets that stay as they are."""
     view = GraphView(model)
-    channels = Channels(view, lambda node: spec_of(node).channels)
+    channels = ops.channels_of(view)
     count, sets = channels.classes()
     factors = np.exp(np.random.default_rng(seed).uniform(-1, 1, count))
     factors[sets[0]] = 1
     factors = factors[sets]
-    changed = [store.constant(a.scaled(view.constant(a.constant), factors), a.constant, None) for a in channels.absorbers]
-    result = edit.with_nodes(model, model.graph.node, changed, drop=[t.name for t in changed])
+    result = edit.with_constants(model, {a.constant: a.scaled(view.constant(a.constant), factors) for a in channels.absorbers})
     return result, channels, factors != 1
 
 
@@ -121,6 +119,14 @@ def outputs_agree(model: ModelProto, other: ModelProto, feeds: dict[str, np.ndar
     got = Session(other).run(feeds)
     for name, value in Session(model).run(feeds).items():
         np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(value).max(initial=0))))
+
+
+def drawn_case(seed: int) -> tuple[ModelProto, dict[str, np.ndarray]]:
+    """A drawn model in normal form, and what it is fed."""
+    opset, samples = deck(seed, 8)[seed % 5]
+    rng = np.random.default_rng(seed)
+    feeds = {"a": rng.normal(size=(1, 12)).astype(np.float32), "b": rng.normal(size=(1, 7)).astype(np.float32)}
+    return normalize(drawn(seed, opset, samples), 13), feeds
 
 
 def test_every_rule_has_a_case():
@@ -162,8 +168,5 @@ def test_what_a_branch_reads_stays_as_it_is():
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**16))
 def test_drawn_models_compute_the_same(seed):
-    opset, samples = deck(seed, 8)[seed % 5]
-    rng = np.random.default_rng(seed)
-    feeds = {"a": rng.normal(size=(1, 12)).astype(np.float32), "b": rng.normal(size=(1, 7)).astype(np.float32)}
-    model = normalize(drawn(seed, opset, samples), 13)
+    model, feeds = drawn_case(seed)
     outputs_agree(model, scaled_at_random(model, seed)[0], feeds)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from drawing import deck, drawn
 from graphs import normal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto
-from test_channels import BLOCKING, PASSING, case, outputs_agree
+from test_channels import BLOCKING, PASSING, case, drawn_case, outputs_agree
 
 from eptq_onnx import ops
-from eptq_onnx.graph import edit, store
+from eptq_onnx.graph import edit
 from eptq_onnx.graph.channels import Channels
 from eptq_onnx.graph.spaces import Spaces
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.ops import spec_of
-from eptq_onnx.steps.normalize import normalize
 
 MIXING = {
     "AveragePool": "z = AveragePool <kernel_shape = [2,2], pads = [1,1,1,1]> (a)",
@@ -49,15 +46,14 @@ NONLINEAR = [n for n in PASSING if n != "Transpose" and ("Relu" in PASSING[n] or
 def mixed_at_random(model: ModelProto, seed: int = 0) -> tuple[ModelProto, Channels, Spaces]:
     """The model with a matrix on every space."""
     view, rng = GraphView(model), np.random.default_rng(seed)
-    channels = Channels(view, lambda node: spec_of(node).channels if spec_of(node).mixes else None)
+    channels = ops.channels_of(view, linear=True)
     spaces = Spaces(channels)
     values = {a.constant: view.constant(a.constant) for a in spaces.absorbers}
     for k, members in enumerate(spaces.members):
         matrix = np.linalg.qr(rng.normal(size=(len(members),) * 2))[0] * rng.uniform(0.5, 2, len(members))
         inverse = np.linalg.inv(matrix)
         values |= {a.constant: spaces.mixed(a, values[a.constant], k, matrix, inverse) for a in spaces.absorbers}
-    changed = [store.constant(value, name, None) for name, value in values.items()]
-    return edit.with_nodes(model, model.graph.node, changed, drop=values), channels, spaces
+    return edit.with_constants(model, values), channels, spaces
 
 
 def members(channels: Channels, spaces: Spaces, tensor: str) -> int:
@@ -101,8 +97,5 @@ def test_parts_that_go_different_ways_are_spaces_of_their_own():
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**16))
 def test_drawn_models_compute_the_same(seed):
-    opset, samples = deck(seed, 8)[seed % 5]
-    rng = np.random.default_rng(seed)
-    feeds = {"a": rng.normal(size=(1, 12)).astype(np.float32), "b": rng.normal(size=(1, 7)).astype(np.float32)}
-    model = normalize(drawn(seed, opset, samples), 13)
+    model, feeds = drawn_case(seed)
     outputs_agree(model, mixed_at_random(model, seed)[0], feeds)

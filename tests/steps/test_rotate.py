@@ -14,13 +14,12 @@ from eptq_onnx.steps.plan import plan
 from eptq_onnx.steps.rotate import rotate
 
 
-def bottleneck(*, heavy: bool = True, kernel: int = 1):
+def bottleneck(kernel: int = 1):
     """Two inverted residuals, joined by a sum; some weights are much larger than others."""
     rng = np.random.default_rng(0)
 
     def weight(*shape: int) -> np.ndarray:
-        drawn = rng.standard_t(2, shape) if heavy else rng.uniform(-1, 1, shape)
-        return (drawn / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        return (rng.standard_t(2, shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
 
     pads = f"<pads = [{', '.join([str(kernel // 2)] * 4)}]>"
     return parse(
