@@ -243,7 +243,7 @@ def sampled_moments(
     weight : ndarray
         The float weight.
     exact, quantized : sequence of ndarray
-        The layer's input in the float and in the quantized network, batch by batch.
+        The layer's input in the float and in the quantized network, batch by batch; not all are empty.
     wanted : int
     rng : Generator
     centred : bool
@@ -255,6 +255,10 @@ def sampled_moments(
         See `Moments`.
     """
     moments = Moments(form.weight_rows(weight), centred, reader)
+    # Of rows that are chosen by value there may be none.
+    some = [k for k, x in enumerate(exact) if x.size]
+    exact, quantized = [exact[k] for k in some], [quantized[k] for k in some]
+    importance = None if importance is None else [importance[k] for k in some]
     total = sum(form.positions(x.shape) for x in exact)
 
     def places() -> Iterator[tuple[NDArray[np.int64], Array]]:

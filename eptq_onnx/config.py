@@ -206,6 +206,8 @@ class Config(BaseModel):
     augment : bool
         Every step sees its samples varied: images mirrored and shifted, float inputs mixed with each other. Without it a few
         hundred samples are learned by heart.
+    batch_axes : mapping of str to int or None
+        Batch axes of model inputs, None for those without one, where the shapes of the model and of the samples do not tell.
     max_memory : int or str, optional
         Bytes that the process may take, also as ``"4GB"``; by default, for models of more than 256 MB, nine tenths of the
         machine's memory. A model whose tensors do not fit is calibrated and scored block by block; its optimization over
@@ -252,6 +254,7 @@ class Config(BaseModel):
     output_share: float = Field(0.5, ge=0, le=1)
     gradual_activations: bool = False
     augment: bool = True
+    batch_axes: dict[str, int | None] = Field(default_factory=dict)
     max_memory: ByteSize | None = Field(None, gt=0)
 
     @field_validator("activation_bits")

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from eptq_onnx.errors import DataError
-from eptq_onnx.readers import Source, opened
+from eptq_onnx.layouts import Axes, Column, Symbol, Values, along, batch_axes, readings
+from eptq_onnx.readers import Feed, Source, opened
 from eptq_onnx.types import Feeds
 
 _MICRO_BATCH = 4
@@ -20,48 +21,76 @@ class Samples:
 
     Parameters
     ----------
-    arrays : mapping of str to ndarray or sequence of ndarray
-        For each model input one array, samples along the first axis, or, where samples differ in size, one array a
-        sample. For an input that has no batch axis its value, or one value a sample.
+    columns : mapping of str to Column
+        The values of each model input; at least one is not shared.
     fixed_batch : int or None
-        Batch size that the model's inputs prescribe.
-    axes : mapping of str to int or None, optional
-        Batch axis of each model input, None for an input without one (a sampling rate, say). By default 0.
+        Samples that every run takes: what the model's inputs prescribe, or 1 where samples cannot be put together. None: any
+        number.
+    order : ndarray of int, optional
+        The entries that are the samples; all of them by default.
     """
 
-    def __init__(
-        self,
-        arrays: Mapping[str, NDArray[np.generic] | Sequence[NDArray[np.generic]]],
-        fixed_batch: int | None,
-        axes: Mapping[str, int | None] | None = None,
-    ) -> None:
-        self._arrays, self._axes = dict(arrays), dict(axes) if axes is not None else dict.fromkeys(arrays, 0)
+    def __init__(self, columns: Mapping[str, Column], fixed_batch: int | None, order: NDArray[np.int64] | None = None) -> None:
+        self._columns = dict(columns)
+        if any(c.axis is None and not c.shared for c in columns.values()):
+            # What differs from run to run and has no batch axis cannot be put together.
+            fixed_batch = 1
         self.fixed_batch = fixed_batch
-        self.count = next(len(a) for name, a in self._arrays.items() if self._axes[name] is not None)
+        entries = next(c.count for c in columns.values() if c.count is not None)
+        self._order = np.arange(entries) if order is None else np.asarray(order, np.int64)
+        self.count = len(self._order)
         self._kinds = self._kinds_of_samples()
 
     def _kinds_of_samples(self) -> NDArray[np.int64]:
-        """A number for each sample: those with the same go into one batch."""
-        lists = [(name, a) for name, a in self._arrays.items() if not isinstance(a, np.ndarray)]
+        """A number for each sample: those with the same have inputs of the same shapes."""
+        lists = [c.values for c in self._columns.values() if isinstance(c.values, list)]
         numbers: dict[tuple[object, ...], int] = {}
-        keys = (
-            tuple(a[k].shape if self._axes[name] is not None else (a[k].shape, a[k].tobytes()) for name, a in lists)
-            for k in range(self.count)
-        )
+        keys = (tuple(values[k].shape for values in lists) for k in self._order.tolist())
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the model inputs."""
-        return tuple(self._arrays)
+        return tuple(self._columns)
+
+    @property
+    def layout(self) -> dict[str, str]:
+        """What was made of the axes of each input, in words."""
+        return {name: str(column) for name, column in self._columns.items()}
 
     def has_samples(self, name: str) -> bool:
-        """False for an input without a batch axis: it has one value for all samples."""
-        return self._axes[name] is not None
+        """False for an input that has one value for all samples."""
+        return not self._columns[name].shared
 
     def alike(self) -> NDArray[np.int64]:
-        """Indices of the samples of the most frequent size: what needs fixed shapes looks at these. All, mostly."""
-        return np.flatnonzero(self._kinds == np.bincount(self._kinds).argmax())
+        """Indices of the samples of the most frequent size: what needs fixed shapes looks at these. All, mostly.
+
+        Samples with nothing in some input count only if there are no others.
+        """
+        lists = [c.values for c in self._columns.values() if isinstance(c.values, list)]
+        full = [all(values[k].size for values in lists) for k in self._order.tolist()] if lists else [True]
+        kinds = self._kinds[np.array(full)] if lists and any(full) else self._kinds
+        return np.flatnonzero(self._kinds == np.bincount(kinds).argmax())
+
+    def only(self, indices: Sequence[int] | NDArray[np.int64]) -> Samples:
+        """Some of the samples, in this order; they are not copied."""
+        return Samples(self._columns, self.fixed_batch, self._order[np.asarray(indices, np.int64)])
+
+    def in_batches_of(self, size: int | None) -> Samples:
+        """The same samples, of which every run takes so many."""
+        return Samples(self._columns, size, self._order)
+
+    def grouped(self, size: int) -> Samples:
+        """Samples that are what one run takes: so many of these, one after the other; the last are left out."""
+        parts = list(self.in_batches_of(size).batches(range(self.count), size))
+        feeds = [self.take(part) for part in parts]
+        return Samples({n: c if c.shared else Column([f[n] for f in feeds]) for n, c in self._columns.items()}, 1)
+
+    def with_columns(self, columns: Mapping[str, Column]) -> Samples:
+        """The same samples with the values of more inputs, one entry a sample."""
+        if self.count != len(self._order) or not np.array_equal(self._order, np.arange(self.count)):
+            raise ValueError("inputs are added to all samples only")
+        return Samples({**self._columns, **columns}, self.fixed_batch, self._order)
 
     def micro_batch(self, wanted: int | None = None) -> int:
         """Samples that one run of the model takes: what the model prescribes, else at most ``wanted``, and few.
@@ -73,12 +102,15 @@ class Samples:
     def take(self, indices: Sequence[int] | NDArray[np.int64]) -> Feeds:
         """The samples at ``indices``, which are of one size, as one batch."""
         feeds: Feeds = {}
-        for name, array in self._arrays.items():
-            axis = self._axes[name]
-            if axis is None:
-                feeds[name] = array if isinstance(array, np.ndarray) else array[int(indices[0])]
+        places = self._order[np.asarray(indices, np.int64)]
+        for name, column in self._columns.items():
+            values, axis = column.values, column.axis
+            if column.shared:
+                feeds[name] = np.asarray(values)
+            elif axis is None:
+                feeds[name] = np.asarray(values[int(places[0])])
             else:
-                rows = array[indices] if isinstance(array, np.ndarray) else np.stack([array[int(i)] for i in indices])
+                rows = values[places] if isinstance(values, np.ndarray) else np.stack([values[int(i)] for i in places])
                 feeds[name] = np.ascontiguousarray(np.moveaxis(rows, 0, axis))
         return feeds
 
@@ -112,7 +144,12 @@ def spread(count: int, limit: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
 
 
-def read(source: Source, model: ModelProto) -> Samples:
+def read(source: Source, model: ModelProto, given: Axes | None = None) -> Samples:
+    """Calibration data as it most likely is meant; see `candidates`."""
+    return candidates(source, model, given)[0]
+
+
+def candidates(source: Source, model: ModelProto, given: Axes | None = None) -> list[Samples]:
     """Read calibration data and check that it fits the model.
 
     Parameters
@@ -120,6 +157,13 @@ def read(source: Source, model: ModelProto) -> Samples:
     source : Source
         See `eptq_onnx.readers.opened`: arrays, feeds, files, or a function that gives them.
     model : ModelProto
+    given : mapping of str to int or None, optional
+        The batch axes of some inputs, None for those that have none.
+
+    Returns
+    -------
+    list of Samples
+        What the data may mean, most likely first.
 
     Raises
     ------
@@ -129,25 +173,63 @@ def read(source: Source, model: ModelProto) -> Samples:
     inputs = _inputs(model)
     if not inputs:
         raise DataError("the model has no input to feed calibration data to.")
-    given, label = opened(source)
-    if isinstance(given, np.ndarray):
+    dims = {i.name: _symbols(i) for i in inputs}
+    given = _checked_axes(given or {}, dims)
+    data, label = opened(source)
+    if isinstance(data, np.ndarray):
         if len(inputs) != 1:
             raise DataError(f"the model has {len(inputs)} inputs ({_names(inputs)}): give a mapping from name to array.")
-        given = {inputs[0].name: given}
-    axes, batch = _batch_axes([_symbols(i) for i in inputs])
-    named = {i.name: axis for i, axis in zip(inputs, axes, strict=True)}
-    if not isinstance(given, Mapping):
-        given = _split_feeds(given, inputs, named, label)
-    _check_names(given, inputs, label)
-    checked = {i.name: _checked(given[i.name], i, named[i.name], label) for i in inputs}
-    if all(axis is None for axis in axes):
-        raise DataError("no input of the model has a batch axis: there is nothing to calibrate with.")
-    counts = {name: len(a) for name, a in checked.items() if named[name] is not None or isinstance(a, list)}
-    if len(set(counts.values())) > 1:
-        raise DataError(f"{label} has different numbers of samples: {', '.join(f'{n}: {c}' for n, c in counts.items())}.")
-    if not next(iter(counts.values())):
+        data = {inputs[0].name: data}
+    if not isinstance(data, Mapping):
+        return [_of_feeds(data, inputs, label)]
+    _check_names(data, inputs, label)
+    values = {i.name: _checked(data[i.name], i, label) for i in inputs}
+    found: list[Samples] = []
+    errors: list[DataError] = []
+    for axes in batch_axes(dims, given):
+        try:
+            found.append(_arranged(values, dims, axes, given, label))
+        except DataError as e:
+            errors.append(e)
+    if not found:
+        raise errors[0]
+    whole = {n: Column(v[None]) for n, v in values.items() if isinstance(v, np.ndarray) and _is_one_run(v, dims[n])}
+    if len(whole) == len(values):
+        found.append(Samples(whole, 1))
+    return found
+
+
+def _arranged(values: Mapping[str, Values], dims: Mapping[str, Sequence[Symbol] | None], axes: Axes, given: Axes, label: str) -> Samples:
+    """The samples, if batches lie along these axes."""
+    signs = {name: (dims[name] or (None,))[axis] for name, axis in axes.items() if axis is not None}
+    # What has the batch's name, or an open size without one, is no value for all samples.
+    common = {name for name, sign in signs.items() if sign is None or list(signs.values()).count(sign) > 1} - {
+        name for name, sign in signs.items() if isinstance(sign, int)
+    }
+    options = {name: readings(name, v, dims[name], axes[name], label, batched=name in common) for name, v in values.items()}
+    sole = {name: found[0].count for name, found in options.items() if len(found) == 1 and not found[0].shared}
+    if not sole:
+        sole = {name: found[0].count for name, found in options.items() if not found[0].shared}
+    if not sole:
+        # All arrays are what one run takes.
+        return Samples({name: Column(np.asarray(v)[None]) for name, v in values.items()}, 1)
+    first = next(iter(sole.values())) or 0
+    columns: dict[str, Column] = {}
+    for name, found in options.items():
+        fitting = [c for c in found if c.count == first] or [c for c in found if c.shared]
+        turned = along(np.asarray(values[name]), axes[name] or 0, first) if name in given and axes[name] and not fitting else None
+        if turned is not None:
+            fitting = [turned]
+        if not fitting:
+            counts = ", ".join(f"{n}: {options[n][0].count}" for n in options if options[n][0].count is not None)
+            raise DataError(f"{label} has different numbers of samples: {counts}.")
+        columns[name] = _shared_if_equal(fitting[0])
+    if not any(not c.shared for c in columns.values()):
+        columns = {name: Column(c.values[None] if isinstance(c.values, np.ndarray) else [c.values[0]]) for name, c in columns.items()}
+    if not first:
         raise DataError(f"{label} has no samples.")
-    samples = Samples(checked, batch, named)
+    samples = Samples(columns, _prescribed(columns, dims, label))
+    batch = samples.fixed_batch
     if batch is not None and next(samples.parts(range(samples.count), batch), None) is None:
         alike = len(samples.alike())
         raise DataError(
@@ -155,6 +237,62 @@ def read(source: Source, model: ModelProto) -> Samples:
             f"give at least {batch}."
         )
     return samples
+
+
+def _shared_if_equal(column: Column) -> Column:
+    """One value for all samples, if that is what all entries are: it leaves batches open."""
+    if column.shared or column.axis is not None or len(column.values) < 2:
+        return column
+    first, *others = column.values
+    same = all(np.array_equal(first, other) for other in others)
+    return Column(np.asarray(first), shared=True) if same else column
+
+
+def _prescribed(columns: Mapping[str, Column], dims: Mapping[str, Sequence[Symbol] | None], label: str) -> int | None:
+    """The batch size that the model's inputs prescribe; None if they leave it open."""
+    sizes = {n: (dims[n] or ())[c.axis] for n, c in columns.items() if c.axis is not None and dims[n]}
+    fixed = {n: d for n, d in sizes.items() if isinstance(d, int)}
+    batch = next(iter(fixed.values()), None)
+    alone = next((n for n, c in columns.items() if c.axis is None and not c.shared), None)
+    if len(set(fixed.values())) > 1 or (alone is not None and batch not in (None, 1)):
+        listing = ", ".join(f"{n}: {d}" for n, d in fixed.items()) + (f", {alone}: one value a run" if alone else "")
+        raise DataError(
+            f"{label}: the model's inputs take different numbers of samples a run ({listing}): give feeds, what the model takes in one run."
+        )
+    return batch
+
+
+def _is_one_run(value: NDArray[np.generic], dims: Sequence[Symbol] | None) -> bool:
+    """True if the array may be what the model takes in one run."""
+    fits = dims is not None and value.ndim == len(dims)
+    return fits and all(not isinstance(d, int) or s == d for s, d in zip(value.shape, dims or (), strict=True))
+
+
+def _of_feeds(feeds: Sequence[Feed], inputs: Sequence[ValueInfoProto], label: str) -> Samples:
+    """Every feed is a sample: it is what the model takes in one run, and never cut up."""
+    columns: dict[str, list[NDArray[np.generic]]] = {i.name: [] for i in inputs}
+    for k, feed in enumerate(feeds):
+        where = f"{label}, feed {k}"
+        _check_names(feed, inputs, where)
+        for info in inputs:
+            value = np.asarray(feed[info.name])
+            dims = _symbols(info)
+            _check_values(value, info, where)
+            if dims is not None and not _is_one_run(value, dims):
+                wanted = ", ".join(str(d) if isinstance(d, int) else "any" for d in dims)
+                raise DataError(f"{where}: input {info.name!r} has shape {value.shape}, but the model wants ({wanted}) in one run.")
+            columns[info.name].append(value)
+    return Samples({name: Column(values) for name, values in columns.items()}, 1)
+
+
+def _checked_axes(given: Axes, dims: Mapping[str, Sequence[Symbol] | None]) -> Axes:
+    for name, axis in given.items():
+        if name not in dims:
+            raise DataError(f"batch axis of {name!r}: the model has no such input (it has: {', '.join(map(repr, dims))}).")
+        rank = dims[name]
+        if axis is not None and rank is not None and not 0 <= axis < len(rank):
+            raise DataError(f"batch axis {axis} of {name!r}: the input has {len(rank)} axes; count from 0, or say none.")
+    return given
 
 
 def _check_names(given: Mapping[str, object], inputs: Sequence[ValueInfoProto], label: str) -> None:
@@ -166,44 +304,17 @@ def _check_names(given: Mapping[str, object], inputs: Sequence[ValueInfoProto], 
         raise DataError(f"{label} has an array {unknown[0]!r}, but the model has no such input (it has: {_names(inputs)}).")
 
 
-def _split_feeds(
-    feeds: Sequence[Mapping[str, NDArray[np.generic]]], inputs: Sequence[ValueInfoProto], axes: Mapping[str, int | None], label: str
-) -> dict[str, NDArray[np.generic] | list[NDArray[np.generic]]]:
-    """What the model takes in each run, batch axis and all, as one array a sample."""
-    samples: dict[str, list[NDArray[np.generic]]] = {i.name: [] for i in inputs}
-    for k, feed in enumerate(feeds):
-        where = f"{label}, feed {k}"
-        _check_names(feed, inputs, where)
-        arrays = {i.name: np.asarray(feed[i.name]) for i in inputs}
-        counts = {n: a.shape[axes[n] or 0] for n, a in arrays.items() if axes[n] is not None and a.ndim > (axes[n] or 0)}
-        if len(set(counts.values())) != 1:
-            raise DataError(f"{where} has batches of different sizes: {', '.join(f'{n}: {c}' for n, c in counts.items()) or 'none'}.")
-        count = next(iter(counts.values()))
-        for name, array in arrays.items():
-            samples[name].extend(np.moveaxis(array, axes[name] or 0, 0) if name in counts else [array] * count)
-    return {name: _stacked(values, axes[name]) for name, values in samples.items()}
-
-
-def _stacked(values: list[NDArray[np.generic]], axis: int | None) -> NDArray[np.generic] | list[NDArray[np.generic]]:
-    """One array where all samples have one shape (or, without a batch axis, one value)."""
-    if axis is None:
-        return values[0] if values and all(np.array_equal(v, values[0]) for v in values) else values
-    return np.stack(values) if values and len({v.shape for v in values}) == 1 else values
-
-
-def _checked(
-    given: NDArray[np.generic] | Sequence[NDArray[np.generic]], info: ValueInfoProto, axis: int | None, label: str
-) -> NDArray[np.generic] | list[NDArray[np.generic]]:
-    """The array, or one array a sample, after the check."""
-    elem_type, dims = info.type.tensor_type.elem_type, _symbols(info)
+def _checked(given: NDArray[np.generic] | Sequence[NDArray[np.generic]], info: ValueInfoProto, label: str) -> Values:
+    """The array, or one array a sample, after the check of types and values."""
     array = given if isinstance(given, list) else np.asarray(given)
-    if isinstance(array, np.ndarray) and array.dtype.kind != "O":
-        _check_array(array, info.name, elem_type, dims, axis, label)
+    if isinstance(array, np.ndarray) and (array.dtype.kind != "O" or info.type.tensor_type.elem_type == TensorProto.STRING):
+        _check_values(array, info, label)
         return array
     values = [np.asarray(v) for v in given]
     for k, value in enumerate(values):
-        _check_array(value if axis is None else value[None], info.name, elem_type, dims, axis, f"{label}, sample {k}")
-    return _stacked(values, axis)
+        _check_values(value, info, f"{label}, sample {k}")
+    alike = values and len({v.shape for v in values}) == 1
+    return np.stack(values) if alike else values
 
 
 def expected(model: ModelProto, count: int, size: int) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
@@ -212,9 +323,10 @@ def expected(model: ModelProto, count: int, size: int) -> dict[str, tuple[tuple[
     Dimensions of the same name get the same size because all get one; the batch axis goes to the front.
     """
     inputs = _inputs(model)
-    axes, _ = _batch_axes([_symbols(i) for i in inputs])
+    axes = batch_axes({i.name: _symbols(i) for i in inputs}, {})[0]
     result = {}
-    for info, axis in zip(inputs, axes, strict=True):
+    for info in inputs:
+        axis = axes[info.name]
         sizes = [d if isinstance(d, int) else size for d in _symbols(info) or []]
         if axis is not None:
             sizes = [count, *sizes[:axis], *sizes[axis + 1 :]]
@@ -225,36 +337,6 @@ def expected(model: ModelProto, count: int, size: int) -> dict[str, tuple[tuple[
 def _inputs(model: ModelProto) -> list[ValueInfoProto]:
     constants = {t.name for t in model.graph.initializer}
     return [i for i in model.graph.input if i.name not in constants]
-
-
-Symbol = int | str | None
-"""Size of an axis: a number, a name, or unknown."""
-
-
-def _batch_axes(inputs: Sequence[Sequence[Symbol] | None]) -> tuple[list[int | None], int | None]:
-    """The batch axis of each input, None for those without one; and the batch size, if the model prescribes it.
-
-    The batch is the first axis of the first input that has one; the others have it where the same name or number
-    stands, the state of a recurrent network on its second axis, say.
-    """
-    first = next((dims[0] for dims in inputs if dims), None)
-    axes: list[int | None] = []
-    for dims in inputs:
-        if dims is None:
-            axes.append(0)
-        elif not dims:
-            axes.append(None)
-        elif isinstance(first, int):
-            axes.append(next((k for k, d in enumerate(dims) if d == first), 0 if not isinstance(dims[0], int) else None))
-        elif not isinstance(dims[0], int):
-            axes.append(0)
-        else:
-            same = [k for k, d in enumerate(dims) if d == first and first is not None]
-            free = [k for k, d in enumerate(dims) if not isinstance(d, int)]
-            # All sizes are fixed: so is the batch.
-            axes.append(next(iter([*same, *free]), 0))
-    fixed = [dims[axis] for dims, axis in zip(inputs, axes, strict=True) if dims and axis is not None]
-    return axes, next((d for d in fixed if isinstance(d, int)), None)
 
 
 def _names(inputs: Sequence[object]) -> str:
@@ -268,21 +350,18 @@ def _symbols(info: object) -> list[Symbol] | None:
     return [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or None for d in tensor.shape.dim]
 
 
-def _check_array(array: NDArray[np.generic], name: str, elem_type: int, dims: list[Symbol] | None, axis: int | None, label: str) -> None:
+def _check_values(array: NDArray[np.generic], info: ValueInfoProto, label: str) -> None:
+    """Raise unless type and values are what the model takes."""
+    elem_type, name = info.type.tensor_type.elem_type, info.name
+    if elem_type == TensorProto.STRING:
+        if array.dtype.kind not in "OSU":
+            raise DataError(f"{label}: input {name!r} has type {array.dtype}, but the model wants strings.")
+        return
     expected = helper.tensor_dtype_to_np_dtype(elem_type) if elem_type != TensorProto.UNDEFINED else array.dtype
     if array.dtype != expected:
         raise DataError(f"{label}: input {name!r} has type {array.dtype}, but the model wants {np.dtype(expected)}.")
-    if dims is not None:
-        rest = dims if axis is None else [*dims[:axis], *dims[axis + 1 :]]
-        shape = array.shape if axis is None else array.shape[1:]
-        fits = len(shape) == len(rest) and all(not isinstance(d, int) or s == d for s, d in zip(shape, rest, strict=False))
-        if not fits or (axis is not None and array.ndim == 0):
-            wanted = ", ".join([*([] if axis is None else ["samples"]), *(str(d) if isinstance(d, int) else "any" for d in rest)])
-            why = ", the same value for all samples" if axis is None else ""
-            raise DataError(f"{label}: input {name!r} has shape {array.shape}, but the model wants ({wanted}){why}.")
-    elif array.ndim == 0:
-        raise DataError(f"{label}: input {name!r} is a scalar: samples go along the first axis.")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
-        rows = array.reshape(len(array), -1) if axis is not None else array.reshape(1, -1)
+        rows = array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
         bad = int(np.argwhere(~np.isfinite(rows).all(axis=1))[0, 0])
-        raise DataError(f"{label}: input {name!r} has NaN or Inf in sample {bad}.")
+        where = "" if "sample" in label or "feed" in label else f" in sample {bad}"
+        raise DataError(f"{label}: input {name!r} has NaN or Inf{where}.")

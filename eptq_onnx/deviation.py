@@ -62,6 +62,10 @@ class Deviation:
 
     def __call__(self, other: ModelProto, read_as: Mapping[str, str] | None = None) -> float:
         """Of another version, in which some tensors are read under other names."""
+        return mean_noise(self.of_parts(other, read_as))
+
+    def of_parts(self, other: ModelProto, read_as: Mapping[str, str] | None = None) -> NDArray[np.float64]:
+        """The ratio of each of ``parts``, of shape (n_parts,)."""
         return noise(self._exact, self._outputs(other, read_as or {}), self._variances)
 
     def _outputs(self, model: ModelProto, read_as: Mapping[str, str]) -> list[list[Array]]:
@@ -77,16 +81,21 @@ class Deviation:
         return [[values[name] for name in wanted] for values in found]
 
 
-def noise(exact: Iterable[Sequence[Array]], got: Iterable[Sequence[Array]], variances: Sequence[float]) -> float:
-    """Mean over the parts of the outputs of the mean squared difference in units of the part's variance.
+def noise(exact: Iterable[Sequence[Array]], got: Iterable[Sequence[Array]], variances: Sequence[float]) -> NDArray[np.float64]:
+    """Mean squared difference of each part of the outputs, in units of the part's variance; shape (n_parts,).
 
-    What has another size than before, for that depends on values, cannot be compared.
+    What has another size than before, for that depends on values, is lost: its error counts as its variance.
     """
     errors, sizes = np.zeros(len(variances)), np.zeros(len(variances))
     for pair in zip(exact, got, strict=True):
         for k, (reference, value) in enumerate(zip(*pair, strict=True)):
-            if value.shape == reference.shape:
-                errors[k] += float(np.square(reference - value).sum(dtype=np.float64))
-                sizes[k] += reference.size
-    ratio = float((errors / np.maximum(sizes, 1) / variances).mean())
-    return min(ratio, LOST) if np.isfinite(ratio) else LOST
+            same = value.shape == reference.shape
+            errors[k] += float(np.square(reference - value).sum(dtype=np.float64)) if same else variances[k] * max(reference.size, 1)
+            sizes[k] += reference.size if same else max(reference.size, 1)
+    ratios = errors / np.maximum(sizes, 1) / variances
+    return np.where(np.isfinite(ratios), np.minimum(ratios, LOST), LOST)
+
+
+def mean_noise(ratios: NDArray[np.float64]) -> float:
+    """Over all parts; all count alike."""
+    return min(float(ratios.mean()), LOST)

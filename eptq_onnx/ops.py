@@ -6,14 +6,16 @@ error: it stays float, and the report says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
-from onnx import NodeProto
+from onnx import ModelProto, NodeProto
 
-from eptq_onnx.graph import channels
+from eptq_onnx.graph import channels, replay
+from eptq_onnx.graph.branches import flattened
+from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.lower import (
     Lowering,
     activations,
@@ -96,6 +98,8 @@ class OpSpec:
         What factors on the channels of its tensors do to the node (`eptq_onnx.graph.channels`); None where nobody can tell.
     mixes : bool
         True if that holds for any invertible matrix over the channels, too: it does the same to all, and is linear.
+    recorded : replay.Recorded or None
+        What of it is recorded from the float network and replayed, if it draws random numbers or chooses by value.
     objection : callable
         (node, view) to a reason why this node, unlike its siblings, must stay float; or None.
     """
@@ -116,6 +120,7 @@ class OpSpec:
     bounds: Callable[[NodeProto, GraphView], Bounds] | None = None
     channels: channels.Rule | None = None
     mixes: bool = False
+    recorded: replay.Recorded | None = None
     objection: Callable[[NodeProto, GraphView], str | None] = _welcome
 
     def data_inputs(self, node: NodeProto) -> list[str]:
@@ -245,7 +250,10 @@ def _function(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpS
 _MOVES = OpSpec(Role.EQUAL_SCALE)
 _RESHAPES = OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.reshape, mixes=True)
 _FLOAT = OpSpec()
-_ZERO = OpSpec(gradient=Gradient.ZERO)
+_DRAW = OpSpec(gradient=Gradient.NONE, recorded=replay.Recorded(draws=True))
+_CHOICE = OpSpec(gradient=Gradient.NONE, recorded=replay.Recorded(draws=False))
+_ROWS = OpSpec(gradient=Gradient.NONE, recorded=replay.Recorded(draws=False, orders=True))
+_SIZES = replay.Recorded(draws=False, applies=replay.rounds_sizes)
 _MS = "com.microsoft"
 
 TABLE: dict[tuple[str, str], OpSpec] = {
@@ -326,12 +334,30 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "DepthToSpace"): _lowered(moves.depth_to_space, Role.EQUAL_SCALE, rearranges=True),
     ("", "SpaceToDepth"): _lowered(moves.space_to_depth, Role.EQUAL_SCALE, rearranges=True),
     ("", "CenterCropPad"): _lowered(moves.centre_crop_pad, Role.EQUAL_SCALE),
-    ("", "Compress"): _lowered(moves.compress, Role.EQUAL_SCALE),
-    ("", "Dropout"): _lowered(activations.dropout, Role.EQUAL_SCALE, rearranges=True, channels=channels.passes, mixes=True),
+    ("", "Compress"): _lowered(
+        moves.compress, Role.EQUAL_SCALE, recorded=replay.Recorded(False, inputs=(1,), orders=True, applies=replay.decides)
+    ),
+    ("", "Dropout"): _lowered(
+        activations.dropout,
+        Role.EQUAL_SCALE,
+        rearranges=True,
+        channels=channels.passes,
+        mixes=True,
+        recorded=replay.Recorded(draws=True, outputs=(1,), rest=replay.dropout_values, applies=replay.trains),
+    ),
     ("", "ReverseSequence"): _lowered(moves.reverse_sequence, Role.EQUAL_SCALE, rearranges=True),
     ("", "Trilu"): _lowered(moves.trilu, Role.EQUAL_SCALE),
-    ("", "TopK"): _lowered(reductions.top_k),
-    ("", "Unique"): _lowered(moves.unique),
+    # choices by value, and random numbers
+    ("", "TopK"): _lowered(reductions.top_k, recorded=replay.Recorded(draws=False, outputs=(1,), rest=replay.top_k_values, orders=True)),
+    ("", "Unique"): _lowered(
+        moves.unique, recorded=replay.Recorded(draws=False, outputs=(1, 2, 3), rest=replay.unique_values, orders=True)
+    ),
+    **{("", name): _CHOICE for name in ("ArgMax", "ArgMin")},
+    **{("", name): _ROWS for name in ("NonMaxSuppression", "NonZero")},
+    ("", "Hardmax"): OpSpec(gradient=Gradient.ZERO, recorded=replay.Recorded(draws=False)),
+    **{
+        ("", name): _DRAW for name in ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+    },
     # clipping
     ("", "Relu"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_positive, channels=channels.passes),
     ("", "Clip"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_clip_bounds, objection=_clip_objection, channels=_clip_channels),
@@ -356,11 +382,12 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Swish"): _function(activations.swish),
     ("", "Tan"): _function(activations.tan),
     ("", "ThresholdedRelu"): _function(activations.thresholded_relu),
-    ("", "Cast"): _lowered(activations.cast),
+    ("", "Cast"): _lowered(activations.cast, recorded=replay.Recorded(draws=False, applies=replay.rounds)),
     ("", "CastLike"): _lowered(activations.cast),
     ("", "Mod"): _lowered(activations.modulo, data=(0, 1)),
     ("", "Pow"): OpSpec(data=(0, 1), lowering=products.power),
-    **{("", name): _ZERO for name in ("Ceil", "Floor", "Round", "Sign", "Hardmax")},
+    **{("", name): OpSpec(gradient=Gradient.ZERO, recorded=_SIZES) for name in ("Ceil", "Floor", "Round")},
+    ("", "Sign"): OpSpec(gradient=Gradient.ZERO),
     # normalizations
     ("", "BatchNormalization"): _lowered(norms.batch_normalization, channels=channels.batch_normalization),
     ("", "GroupNormalization"): _lowered(norms.group_normalization),
@@ -436,6 +463,29 @@ QUANTIZERS: dict[tuple[str, str], Lowering] = {(LSQ_DOMAIN, "FakeQuant"): quanti
 def spec_of(node: NodeProto) -> OpSpec:
     """The row of a node's operator."""
     return TABLE.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type), UNKNOWN)
+
+
+_BRANCHES = replay.Recorded(False, inputs=(0,), applies=replay.decides)
+
+
+def recorded(node: NodeProto) -> replay.Recorded | None:
+    """What is recorded of a node's operator; of If, which has bodies and no row, its condition."""
+    return _BRANCHES if node.op_type == "If" and not node.domain else spec_of(node).recorded
+
+
+def executed(model: ModelProto, found: replay.Replay, read_as: Mapping[str, str] | None = None) -> ModelProto:
+    """What samples run of a model: without settled Ifs, and with what was recorded as inputs.
+
+    Parameters
+    ----------
+    model : ModelProto
+    found : Replay
+    read_as : mapping of str to str, optional
+        What stands for a tensor of the recorded model in this one.
+    """
+    flat = flattened(model)
+    result = found(flat, recorded, read_as)
+    return result if result is flat else infer_shapes(result)
 
 
 def is_known(node: NodeProto) -> bool:

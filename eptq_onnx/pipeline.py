@@ -6,10 +6,10 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -22,20 +22,28 @@ from pydantic import ByteSize
 import eptq_onnx
 from eptq_onnx import engines, targets
 from eptq_onnx.config import Attention, Config, Start, WeightRange
-from eptq_onnx.data import Samples, read, spread
+from eptq_onnx.data import Samples, spread
+from eptq_onnx.data import candidates as read_candidates
+from eptq_onnx.deviation import Deviation
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import io, store
 from eptq_onnx.graph.branches import flattened, sink
 from eptq_onnx.graph.opsets import restored
+from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.widen import other_float_types
+from eptq_onnx.ops import executed
 from eptq_onnx.readers import Source
 from eptq_onnx.report import LayerReport, Report
+from eptq_onnx.splits import Shares, share_out
 from eptq_onnx.steps.allocate import SAMPLES as ALLOCATION_SAMPLES
 from eptq_onnx.steps.allocate import allocate
+from eptq_onnx.steps.arrange import arrange, record
 from eptq_onnx.steps.calibrate import FLOAT_PASSES as CALIBRATION_PASSES
 from eptq_onnx.steps.calibrate import calibrate
+from eptq_onnx.steps.choose import SAMPLES as JUDGED
+from eptq_onnx.steps.choose import better_than_nearest, still_better
 from eptq_onnx.steps.closed_form import FLOAT_PASSES as WALK_PASSES
 from eptq_onnx.steps.closed_form import closed_form, operations, unsolved
 from eptq_onnx.steps.equalize import equalize
@@ -44,9 +52,9 @@ from eptq_onnx.steps.estimate import multiplications, seconds_a_pass, seconds_an
 from eptq_onnx.steps.guard import FLOAT_PASSES as GUARD_PASSES
 from eptq_onnx.steps.guard import SAMPLES as GUARD_SAMPLES
 from eptq_onnx.steps.guard import sensitive_activations
-from eptq_onnx.steps.normalize import normalize
+from eptq_onnx.steps.normalize import normalize, settle
 from eptq_onnx.steps.optimize import FLOAT_PASSES as STEP_PASSES
-from eptq_onnx.steps.optimize import layer_attention, optimize, split
+from eptq_onnx.steps.optimize import layer_attention, optimize
 from eptq_onnx.steps.optimize import needed_bytes as optimization_bytes
 from eptq_onnx.steps.plan import plan as make_plan
 from eptq_onnx.steps.ranges import weight_ranges
@@ -55,7 +63,7 @@ from eptq_onnx.steps.rotate import rotate
 from eptq_onnx.steps.score import FLOAT_PASSES as PROBE_PASSES
 from eptq_onnx.steps.score import score
 from eptq_onnx.steps.soften import soften
-from eptq_onnx.steps.verify import verify
+from eptq_onnx.steps.verify import Versions, verify
 from eptq_onnx.steps.write import write
 from eptq_onnx.targets import Target
 from eptq_onnx.types import Calibration, Estimate, OptimizationTrace, Plan, Rounding, Scores, Verification
@@ -141,51 +149,49 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     target = targets.load(config.target)
     engine = engines.make(config.engine) if config.needs_gradients else None
     with clock("normalize"):
-        origin, samples, whole = _prepared(model, data, target, config, folder)
+        origin, samples, whole, found = _prepared(model, data, target, config, folder)
         # Planned and written is the whole model; what the samples run of it is calibrated and optimized.
-        float_model = flattened(whole)
+        float_model = executed(whole, found)
     with clock("plan"):
         plan = make_plan(whole, target, config)
     given, config = config, _affordable(config, whole, float_model, plan, samples, notes)
-    run = _Run(config, target, samples, *_shares(samples, config), clock, progress)
-    chosen, walked, tell = run.chosen, run.walked, run.tell
+    shares = share_out(samples, config)
+    run = _Run(config, target, samples, found, shares, clock, progress)
+    scored, walked, tell = shares.scored, run.walked, run.tell
     with clock("estimate"):
         expected = _expected(float_model, plan, run)
     with clock("rotate"):
         whole, rotated, left = rotate(whole, plan, config, tell("rotate"))
-        float_model = flattened(whole)
+        float_model = run.executed(whole)
         notes += left
     with clock("calibrate"):
-        calibration = calibrate(float_model, plan, samples, config, tell("calibrate"))
+        calibration = calibrate(float_model, plan, run.training, config, tell("calibrate"))
     scores: Scores | None = None
     if engine is not None and _wants_scores(config):
         with clock("score"), _noting(notes, "no Hessian scores, plain MSE ranges instead"):
             wanted = _scored_weights(float_model, plan, config)
-            scores = score(float_model, plan, samples, chosen, calibration, wanted, engine, config, tell("score"))
+            scores = score(float_model, plan, samples, scored, calibration, wanted, engine, config, tell("score"))
     with clock("equalize"):
-        whole, scores, equalized = equalize(whole, float_model, plan, samples, scores, config, tell("equalize"))
-        float_model = flattened(whole)
+        whole, scores, equalized = equalize(whole, float_model, plan, run.training, scores, config, tell("equalize"))
+        float_model = run.executed(whole)
     plan, calibration = _ranged(run, whole, float_model, plan, calibration, scores, rescaled=bool(equalized))
     if config.budget is not None:
         with clock("allocate"):
             plan = allocate(float_model, plan, target, samples, walked, calibration, scores, config.budget, config, tell("allocate"))
     with clock("ranges"):
-        rounding = weight_ranges(float_model, plan, calibration, scores, config, _ranged_weights(float_model, plan, config))
+        nearest = weight_ranges(float_model, plan, calibration, scores, config)
+    judge = _Judge(run, whole, float_model, plan, calibration, nearest)
+    rounding = nearest
     if config.start is Start.CLOSED_FORM:
-        rounding = _compensated(run, whole, float_model, plan, rounding, scores, notes)
-    trace: OptimizationTrace | None = None
-    if engine is not None and config.optimizes:
-        with clock("optimize"), _noting(notes, "not optimized over the whole network"):
-            graph = soften(float_model, plan, rounding, samples, calibration, config, engine)
-            notes += [f"no gradient passes {note}" for note in graph.notes]
-            notes += [f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items()]
-            rounding, trace = optimize(plan, rounding, graph, samples, chosen, calibration, scores, config, partial(_tell_loss, progress))
+        rounding = _compensated(run, judge, rounding, scores, notes)
+    rounding, trace = _optimized(run, judge, rounding, scores, engine, notes)
     with clock("write"):
         marked, stands_for = write(whole, plan, rounding)
-        flat, quantized = flattened(marked), sink(marked)
     with clock("verify"):
-        verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, run.held, origin.size, tell("verify"))
-    notes = [*origin.notes, *notes, *_unscored(scores), *_left_over(calibration, samples, engine)]
+        versions = Versions(whole, marked, stands_for)
+        verification = verify(versions, plan, target, samples, shares, found, origin.size, tell("verify"))
+    quantized = sink(marked)
+    notes = [*origin.notes, *notes, *_unscored(scores), *_left_over(calibration, samples, engine), *verification.notes]
     report = Report(
         version=eptq_onnx.__version__,
         model=origin.name,
@@ -195,7 +201,8 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         opset=max(opset_of(quantized), origin.opset),
         samples=samples.count,
         unused_samples=calibration.unused_samples,
-        layers=_layer_reports(plan, scores, verification, len(chosen)),
+        batching=samples.layout,
+        layers=_layer_reports(plan, scores, verification, len(scored)),
         kept_float=plan.kept_float,
         notes=tuple(notes),
         rotated=rotated,
@@ -219,8 +226,11 @@ class _Run:
         As it can be afforded.
     target : Target
     samples : Samples
-    chosen, walked, held : ndarray of shape (n_samples,)
-        Samples to score and optimize on, to round layer by layer on, and to compare on; see `_shares`.
+        All.
+    found : Replay
+        What the float network draws and chooses.
+    shares : Shares
+        Which samples do what.
     clock : _Clock
     progress : Progress
     """
@@ -228,11 +238,25 @@ class _Run:
     config: Config
     target: Target
     samples: Samples
-    chosen: NDArray[np.int64]
-    walked: NDArray[np.int64]
-    held: NDArray[np.int64]
+    found: Replay
+    shares: Shares
     clock: _Clock
     progress: Progress
+
+    @cached_property
+    def training(self) -> Samples:
+        """What ranges and rounding are chosen on."""
+        return self.samples.only(self.shares.training)
+
+    @cached_property
+    def walked(self) -> NDArray[np.int64]:
+        """Samples to round layer by layer on: more than gradients are taken on, which cost more, and of all sizes."""
+        training = self.shares.training
+        return training[spread(len(training), max(_WALKED, self.config.score_samples))]
+
+    def executed(self, model: ModelProto, read_as: Mapping[str, str] | None = None) -> ModelProto:
+        """What the samples run of a model."""
+        return executed(model, self.found, read_as)
 
     def tell(self, step: str) -> Callable[[int, int], None]:
         """What a step calls as its work goes on."""
@@ -252,14 +276,17 @@ class _Origin:
 
 def _prepared(
     model: str | os.PathLike[str] | bytes | ModelProto, data: Source, target: Target, config: Config, folder: str
-) -> tuple[_Origin, Samples, ModelProto]:
-    """The samples, and the model in normal form."""
+) -> tuple[_Origin, Samples, ModelProto, Replay]:
+    """The samples, the model in normal form, and what the float network draws and chooses for them."""
     original = io.load(model, folder)
-    samples = read(data, original)
-    whole = normalize(original, target.opset_for(config.activation_bits), samples)
+    candidates = read_candidates(data, original, config.batch_axes)
+    plain = normalize(original, target.opset_for(config.activation_bits))
+    arranged = arrange(plain, candidates, config.seed)
+    whole = settle(plain, arranged.samples)
+    samples, found, left = record(flattened(whole), arranged.samples, config.seed)
     name = str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name
-    notes = [*_type_notes(original, config), *_opset_notes(original, whole)]
-    return _Origin(name, opset_of(original), original.ir_version, store.model_bytes(original), notes), samples, whole
+    notes = [*_type_notes(original, config), *_opset_notes(original, whole), *arranged.notes, *left]
+    return _Origin(name, opset_of(original), original.ir_version, store.model_bytes(original), notes), samples, whole, found
 
 
 def _affordable(config: Config, whole: ModelProto, model: ModelProto, plan: Plan, samples: Samples, notes: list[str]) -> Config:
@@ -284,7 +311,7 @@ def _affordable(config: Config, whole: ModelProto, model: ModelProto, plan: Plan
 
 def _expected(model: ModelProto, plan: Plan, run: _Run) -> Estimate:
     """What the steps will take; it is told."""
-    config, samples, chosen = run.config, run.samples, len(run.chosen)
+    config, samples, chosen = run.config, run.samples, len(run.shares.scored)
     steps = config.step_count(multiplications(model, plan, samples))
     # A second calibration follows on scores, and on channels that were scaled.
     passes = CALIBRATION_PASSES * samples.count * (2 if _wants_scores(config) or config.equalize else 1)
@@ -300,16 +327,6 @@ def _expected(model: ModelProto, plan: Plan, run: _Run) -> Estimate:
     return expected
 
 
-def _shares(samples: Samples, config: Config) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Samples to score and optimize on, to round layer by layer on, and to compare on; the last are not among the second."""
-    alike = samples.alike()
-    chosen = alike[spread(len(alike), config.score_samples)]
-    held = chosen[split(len(chosen), config.holdout, config.seed)[1]]
-    # Gradients cost more, and want fixed shapes: layers are rounded on more samples, and on those of all sizes.
-    walked = np.setdiff1d(spread(samples.count, max(_WALKED, config.score_samples)), held)
-    return chosen, walked if len(walked) else chosen, held
-
-
 def _ranged(
     run: _Run,
     whole: ModelProto,
@@ -321,15 +338,15 @@ def _ranged(
     rescaled: bool,
 ) -> tuple[Plan, Calibration]:
     """Ranges that know the scores, and the channels as they are now; and a plan without what would spoil the outputs all the same."""
-    config, samples, clock = run.config, run.samples, run.clock
+    config, clock = run.config, run.clock
     channels = scores.channels if scores is not None else None
-    again = partial(calibrate, model, samples=samples, config=config, progress=run.tell("recalibrate"), scores=channels)
+    again = partial(calibrate, model, samples=run.training, config=config, progress=run.tell("recalibrate"), scores=channels)
     if rescaled or scores is not None:
         with clock("recalibrate"):
             calibration = again(plan, known={} if rescaled else calibration.activations)
     with clock("guard"):
-        quantized = partial(_with_activations, whole, plan, calibration)
-        sensitive = sensitive_activations(model, plan, quantized, samples, run.chosen, calibration, config, run.tell("guard"))
+        quantized = partial(_with_activations, run, whole, plan, calibration)
+        sensitive = sensitive_activations(model, plan, quantized, run.samples, run.walked, calibration, config, run.tell("guard"))
         if not sensitive:
             return plan, calibration
         former, plan = plan, make_plan(whole, run.target, config, sensitive)
@@ -339,25 +356,76 @@ def _ranged(
     return plan, calibration
 
 
-def _compensated(
-    run: _Run, whole: ModelProto, model: ModelProto, plan: Plan, rounding: Rounding, scores: Scores | None, notes: list[str]
-) -> Rounding:
-    """The closed-form start; what it left as it was is noted."""
+class _Judge:
+    """Compares roundings with nearest rounding, on samples that none of them has seen."""
+
+    def __init__(self, run: _Run, whole: ModelProto, model: ModelProto, plan: Plan, calibration: Calibration, nearest: Rounding) -> None:
+        self.run, self.whole, self.model, self.plan, self.nearest = run, whole, model, plan, nearest
+        self.calibration = calibration
+
+    @cached_property
+    def deviation(self) -> Deviation:
+        """Of the float model."""
+        judged = self.run.shares.judged
+        return Deviation(self.model, self.run.samples, judged, JUDGED, self.calibration.variance, self.run.config)
+
+    def written(self, rounding: Rounding) -> tuple[ModelProto, Mapping[str, str]]:
+        """The executed model with a rounding, and what stands for a tensor in it."""
+        marked, stands_for = write(self.whole, self.plan, rounding)
+        return self.run.executed(marked, stands_for), stands_for
+
+    def confirms(self, start: Rounding, rounding: Rounding) -> bool:
+        """True if what the optimization made of its start is no worse than nearest rounding."""
+        return still_better(self.deviation, self.written, self.nearest, start, rounding)
+
+
+def _compensated(run: _Run, judge: _Judge, nearest: Rounding, scores: Scores | None, notes: list[str]) -> Rounding:
+    """The closed-form start, as far as it serves; what it left as it was is noted."""
+    model, plan = judge.model, judge.plan
     with run.clock("closed form"):
-        nearest = flattened(write(whole, plan, rounding)[0])
         progress = run.tell("closed form")
-        rounding, skipped = closed_form(model, nearest, plan, rounding, run.samples, run.walked, scores, run.config, progress)
-    notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
+        rounded, skipped = closed_form(
+            model, judge.written(nearest)[0], plan, nearest, run.samples, run.walked, scores, run.config, progress
+        )
+        notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
+    with run.clock("choose"):
+        rounding, note = better_than_nearest(judge.deviation, judge.written, plan, nearest, rounded, targets=run.config.optimizes)
+        notes.extend([note] if note else [])
     return rounding
 
 
-def _with_activations(whole: ModelProto, plan: Plan, calibration: Calibration, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:
+def _optimized(
+    run: _Run, judge: _Judge, start: Rounding, scores: Scores | None, engine: Engine | None, notes: list[str]
+) -> tuple[Rounding, OptimizationTrace | None]:
+    """What the network-wise optimization makes of its start, if that serves; what stands in its way is noted."""
+    config, plan, calibration = run.config, judge.plan, judge.calibration
+    rounding, trace = start, None
+    if engine is None or not config.optimizes:
+        return rounding, trace
+    with run.clock("optimize"), _noting(notes, "not optimized over the whole network"):
+        graph = soften(judge.model, plan, start, run.samples, calibration, config, engine)
+        notes += [f"no gradient passes {note}" for note in graph.notes]
+        notes += [f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items()]
+        tell = partial(_tell_loss, run.progress)
+        scored, held = run.shares.scored, run.shares.held
+        rounding, trace = optimize(plan, start, graph, run.samples, scored, held, calibration, scores, config, tell)
+        if not judge.confirms(start, rounding):
+            notes.append(
+                "the start of the optimization is kept: outputs of its result are noisier than those of the start or of nearest rounding"
+            )
+            rounding, trace = start, replace(trace, best_step=0)
+    return rounding, trace
+
+
+def _with_activations(
+    run: _Run, whole: ModelProto, plan: Plan, calibration: Calibration, names: Sequence[str]
+) -> tuple[ModelProto, dict[str, str]]:
     """The float model with the quantizers of some activations, and what stands for a quantized tensor in it."""
     wanted = set(names)
     chosen = tuple(q for q in plan.activations if q.name in wanted)
     plan = replace(plan, layers=(), activations=chosen, integer_nodes={}, absorbed={})
     marked, stands_for = write(whole, plan, Rounding({}, {}, calibration.activations, {}, {}))
-    return flattened(marked), stands_for
+    return run.executed(marked, stands_for), stands_for
 
 
 @contextmanager
@@ -414,14 +482,12 @@ def _wants_scores(config: Config) -> bool:
     return config.weight_range_method is WeightRange.HMSE or (config.optimizes and config.attention is not Attention.NONE)
 
 
-def _ranged_weights(model: ModelProto, plan: Plan, config: Config) -> set[str]:
-    """The weights whose ranges are those that step 5 chooses: the closed form chooses its own."""
+def _scored_weights(model: ModelProto, plan: Plan, config: Config) -> set[str]:
+    """The weights whose Hessian scores decide what is written: the closed form chooses ranges of its own."""
+    if config.weight_range_method is not WeightRange.HMSE:
+        return set()
     skipped = unsolved(model, plan)
     return {x.weight for x in plan.layers if config.start is not Start.CLOSED_FORM or x.node in skipped}
-
-
-def _scored_weights(model: ModelProto, plan: Plan, config: Config) -> set[str]:
-    return _ranged_weights(model, plan, config) if config.weight_range_method is WeightRange.HMSE else set()
 
 
 def _layer_reports(plan: Plan, scores: Scores | None, verification: Verification, count: int) -> tuple[LayerReport, ...]:

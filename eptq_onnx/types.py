@@ -276,7 +276,9 @@ class Verification:
     Parameters
     ----------
     samples : int
-        Samples compared; the optimization has not seen them, the ranges have.
+        Samples compared.
+    held_out : bool
+        True if no step has seen them.
     outputs : dict of str to float
         SQNR in dB per float output.
     layers : dict of str to float
@@ -287,15 +289,19 @@ class Verification:
         Operator to the number of integer kernels found in the runtime's optimized graph.
     float_bytes, quantized_bytes : int
         Sizes of the two models.
+    notes : tuple of str
+        How the comparison was made, where that is not plain.
     """
 
     samples: int
+    held_out: bool
     outputs: Mapping[str, float]
     layers: Mapping[str, float]
     planned: Mapping[str, int]
     kernels: Mapping[str, int]
     float_bytes: int
     quantized_bytes: int
+    notes: tuple[str, ...] = ()
 
 
 _SHORT = 10

@@ -17,13 +17,15 @@ INPUTS = {"a": 12, "b": 7}
 """Inputs of the drawn models and their widths; the batch is 1, for rows have no batch axis in common."""
 NOT_DRAWN = {"QuantizeLinear", "DequantizeLinear", "FakeQuant", "GroupNormalization", "RMSNormalization", "Swish"}
 """Rows of the quantized model itself, and those that are valid from opset 21 on only."""
+NOT_FLOAT = {op for (domain, op), samples in SAMPLES.items() for s in samples if s.differentiable == () or not s.inputs}
+"""Rows that draw random numbers or give places: see test_choices.py."""
 OPSETS = (20, 18, 17, 9)
 """Not 21: onnxruntime 1.19 has no QLinearMatMul of that opset."""
 
 
 def drawable() -> dict[str, list[Sample]]:
     """Samples of every row that a float model may have."""
-    return {f"{domain}::{op}": SAMPLES[domain, op] for domain, op in TABLE if op not in NOT_DRAWN}
+    return {f"{domain}::{op}": SAMPLES[domain, op] for domain, op in TABLE if op not in NOT_DRAWN | NOT_FLOAT}
 
 
 def fits(sample: Sample, opset: int) -> bool:

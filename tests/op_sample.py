@@ -57,7 +57,8 @@ class Sample:
         return tuple(f"x{k}" for k in positions if self.inputs[k].dtype == np.float32)
 
     def __str__(self) -> str:
-        return f"{self.op_type}{''.join(f'-{k}={v}' for k, v in self.attributes.items())}-{'x'.join(map(str, self.inputs[0].shape))}"
+        shape = "x".join(map(str, self.inputs[0].shape)) if self.inputs else ""
+        return f"{self.op_type}{''.join(f'-{k}={v}' for k, v in self.attributes.items())}-{shape}"
 
 
 def grid(*shape: int, low: float = -2.0, high: float = 2.0, seed: int = 0) -> np.ndarray:

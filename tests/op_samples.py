@@ -327,6 +327,21 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
         Sample("TopK", (grid(3, 5), ints(3)), {"axis": 0, "largest": 0}, outputs=2),
     ],
     ("", "Trilu"): [Sample("Trilu", (grid(2, 4, 4),), {"upper": 0}), Sample("Trilu", (grid(3, 4), np.array(1)))],
+    ("", "ArgMax"): [Sample("ArgMax", (grid(3, 5),), {"axis": 1}, differentiable=())],
+    ("", "ArgMin"): [Sample("ArgMin", (grid(3, 5),), {"axis": 0, "keepdims": 0}, differentiable=())],
+    ("", "NonZero"): [Sample("NonZero", (grid(3, 5) * (grid(3, 5, seed=1) > 0),), differentiable=())],
+    ("", "NonMaxSuppression"): [
+        Sample(
+            "NonMaxSuppression",
+            (np.sort(grid(1, 6, 4, low=0, high=1), axis=2), grid(1, 2, 6, low=0, high=1), np.array([3]), f(0.5), f(0.1)),
+            varying=(0, 1),
+            differentiable=(),
+        )
+    ],
+    ("", "Bernoulli"): [Sample("Bernoulli", (grid(3, 5, low=0, high=1),), {"seed": 1.0}, differentiable=())],
+    ("", "Multinomial"): [Sample("Multinomial", (grid(3, 5),), {"seed": 1.0, "sample_size": 4}, differentiable=())],
+    **{("", name): [Sample(name, (grid(3, 5),), {"seed": 1.0}, differentiable=())] for name in ("RandomNormalLike", "RandomUniformLike")},
+    **{("", name): [Sample(name, (), {"seed": 1.0, "shape": [3, 5]}, varying=())] for name in ("RandomNormal", "RandomUniform")},
     ("", "Unique"): [Sample("Unique", (grid(6),), outputs=4), Sample("Unique", (grid(3, 2),), {"axis": 0})],
     ("", "Upsample"): [Sample("Upsample", (_IMAGE, f(1, 1, 2, 1.5)), {"mode": m}, opset=9) for m in ("nearest", "linear")],
     ("", "RNN"): [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from graphs import images, normal, parse, small_convnet
 
-from eptq_onnx import data
+from eptq_onnx import data, layouts
 from eptq_onnx.errors import DataError
 
 MODEL = small_convnet()
@@ -100,26 +100,85 @@ def test_a_batch_on_another_axis_and_an_input_without_one():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "axes", "batch"),
+    ("inputs", "axes"),
     [
-        ([["n", 3], [2, "n", 5]], [0, 1], None),
-        ([[None, None], [2, None, 5], []], [0, 1, None], None),
-        ([[1, 576], [2, 1, 128]], [0, 1], 1),
-        ([["length", 576], [1, 1, 128]], [0, 0], 1),
-        ([[4, 3], [7]], [0, None], 4),
-        ([None, ["n"]], [0, 0], None),
+        ([["n", 3], [2, "n", 5]], [0, 1]),
+        ([[None, None], [2, None, 5], []], [0, 1, None]),
+        ([[1, 576], [2, 1, 128]], [0, 1]),
+        ([["length", 576], [1, 1, 128]], [0, 0]),
+        ([[4, 3], [7]], [0, None]),
+        ([None, ["n"]], [0, 0]),
+        ([["time", "batch", 80]], [1]),
+        ([["N", "phonemes"], ["N"], [3]], [0, 0, None]),
+        ([["batch", 3], [2, 1, 128], []], [0, 1, None]),
     ],
 )
-def test_where_the_batch_is(inputs, axes, batch):
-    assert data._batch_axes(inputs) == (axes, batch)
+def test_where_the_batch_is(inputs, axes):
+    named = {f"x{k}": dims for k, dims in enumerate(inputs)}
+    assert list(layouts.batch_axes(named, {})[0].values()) == axes
 
 
 def test_inputs_without_a_batch_are_checked_too():
     good = {"x": normal(5, 4), "state": normal(5, 2, 3), "rate": np.int64(16000)}
-    with pytest.raises(DataError, match=r"'rate' has shape \(5,\), but the model wants \(\), the same value for all samples"):
-        data.read({**good, "rate": np.full(5, 16000)}, VAD)
+    with pytest.raises(DataError, match=r"'rate' has shape \(5, 1\), but the model wants \(samples\), the same value for all samples, or"):
+        data.read({**good, "rate": np.full((5, 1), 16000)}, VAD)
     with pytest.raises(DataError, match=r"'state' has shape \(2, 5, 3\), but the model wants \(samples, 2, 3\)"):
         data.read({**good, "state": normal(2, 5, 3)}, VAD)
+
+
+def test_an_array_with_one_axis_more_holds_what_each_run_takes():
+    state, rates = normal(5, 2, 1, 3), np.array([8, 16, 8, 8, 16]) * 1000
+    samples = data.read({"x": normal(5, 4), "state": state, "rate": rates}, VAD)
+    assert samples.count == 5
+    assert samples.fixed_batch == 1
+    np.testing.assert_array_equal(samples.take([3])["state"], state[3])
+    assert [int(samples.take([k])["rate"]) for k in range(5)] == rates.tolist()
+    same = data.read({"x": normal(5, 4), "state": state, "rate": np.full(5, 8000)}, VAD)
+    assert same.fixed_batch is None
+    np.testing.assert_array_equal(same.take([3, 1])["state"], state[[3, 1], :, 0].swapaxes(0, 1))
+    assert same.layout == {"x": "batch axis 0", "state": "batch axis 1", "rate": "no batch axis: one value for all samples"}
+
+
+PICTURE = parse("g (float[3,H,W] x) => (float[3,H,W] y) { y = Identity (x) }")
+SOUND = parse("g (float[samples] x) => (float[samples] y) { y = Identity (x) }")
+SPEECH = parse("g (int64[N,T] text, float[3] scales) => (int64[N,T] y) { y = Identity (text) }")
+
+
+def test_inputs_without_a_batch_axis_take_one_entry_a_run(tmp_path):
+    for model, one in ((PICTURE, (3, 6, 5)), (SOUND, (40,))):
+        x = normal(7, *one)
+        for k, value in enumerate(x):
+            np.savez(tmp_path / f"{len(one)}{k}.npz", x=value)
+        feeds = [{"x": value} for value in x]
+        for source in ({"x": x}, {"x": list(x)}, feeds, iter(feeds)):
+            samples = data.read(source, model)
+            assert (samples.count, samples.fixed_batch) == (7, 1)
+            np.testing.assert_array_equal(samples.take([4])["x"], x[4])
+    lone = data.candidates({"x": x[0]}, SOUND)
+    assert [s.count for s in lone] == [40, 1]
+    np.testing.assert_array_equal(lone[1].take([0])["x"], x[0])
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_a_vector_beside_an_open_batch_is_one_value_for_all(count):
+    scales = np.array([0.6, 1, 0.8], np.float32)
+    text = np.arange(4 * count).reshape(count, 4)
+    for value in (scales, np.tile(scales, (count, 1))):
+        samples = data.read({"text": text, "scales": value}, SPEECH)
+        assert samples.count == count
+        np.testing.assert_array_equal(samples.take([0, 1])["scales"], scales)
+
+
+def test_the_batch_axis_can_be_said():
+    twice = {"x": normal(6, 2, 3)}
+    model = parse("g (float[A,B,3] x) => (float[A,B,3] y) { y = Identity (x) }")
+    assert data.read(twice, model, {"x": 0}).take([1])["x"].shape == (1, 2, 3)
+    assert data.read(twice, model, {"x": 1}).take([1])["x"].shape == (2, 1, 3)
+    assert data.read(twice, model, {"x": None}).take([0])["x"].shape == (6, 2, 3)
+    with pytest.raises(DataError, match="batch axis of 'z': the model has no such input"):
+        data.read(twice, model, {"z": 0})
+    with pytest.raises(DataError, match="batch axis 3 of 'x': the input has 3 axes"):
+        data.read(twice, model, {"x": 3})
 
 
 FREE = parse("g (float[N,3,H,W] x) => (float[N,3,H,W] y) { y = Identity (x) }")
@@ -127,19 +186,10 @@ SIZES = [8, 6, 8, 8, 6, 4]
 PICTURES = [images(1, size=s, seed=k)[0] for k, s in enumerate(SIZES)]
 
 
-def test_feeds_lists_folders_and_functions_are_the_same(tmp_path, monkeypatch):
-    for k in (0, 2, 4):
-        together = PICTURES[k : k + 2] if SIZES[k] == SIZES[k + 1] else None
-        pairs = [np.stack(together)] if together else [p[None] for p in PICTURES[k : k + 2]]
-        for n, pair in enumerate(pairs):
-            np.savez(tmp_path / f"{k}{n}.npz", x=pair)
-    (tmp_path / "my_reader.py").write_text(
-        "import numpy as np\ndef samples():\n    for k in range(3):\n        yield {'x': np.full((1, 3, 4 + k, 4), k, np.float32)}\n"
-    )
-    monkeypatch.chdir(tmp_path)
+def test_lists_and_arrays_of_objects_are_samples_of_any_size():
     objects = np.empty(len(PICTURES), object)
     objects[:] = PICTURES
-    for source in (tmp_path, [{"x": p[None]} for p in PICTURES], ({"x": p[None]} for p in PICTURES), {"x": PICTURES}, {"x": objects}):
+    for source in ({"x": PICTURES}, {"x": objects}, {"x": [p[None] for p in PICTURES]}):
         samples = data.read(source, FREE)
         assert samples.count == 6
         assert samples.alike().tolist() == [0, 2, 3]
@@ -149,20 +199,35 @@ def test_feeds_lists_folders_and_functions_are_the_same(tmp_path, monkeypatch):
         first, last = samples.two_batches(4)
         np.testing.assert_array_equal(first["x"], np.stack([PICTURES[k] for k in (0, 2, 3, 0)]))
         np.testing.assert_array_equal(last["x"], np.stack([PICTURES[k] for k in (3, 2, 0, 3)]))
-    made = data.read("my_reader:samples", FREE)
-    assert [made.take([k])["x"].shape for k in range(3)] == [(1, 3, 4, 4), (1, 3, 5, 4), (1, 3, 6, 4)]
+        some = samples.only([5, 4, 1])
+        assert some.alike().tolist() == [1, 2]
+        np.testing.assert_array_equal(some.take([2, 1])["x"], np.stack([PICTURES[1], PICTURES[4]]))
 
 
-def test_feeds_of_one_size_are_one_array(tmp_path):
-    feeds = [{"x": normal(3, 4, seed=k), "state": normal(2, 3, 3, seed=k), "rate": np.int64(8000)} for k in range(3)]
-    samples = data.read(feeds, VAD)
-    assert samples.count == 9
-    assert {n: v.shape for n, v in samples.take([0, 1]).items()} == {"x": (2, 4), "state": (2, 2, 3), "rate": ()}
-    np.testing.assert_array_equal(samples.take([3, 4, 5])["state"], feeds[1]["state"])
-    other = data.read([*feeds, {**feeds[0], "rate": np.int64(16000)}], VAD)
-    assert other.alike().tolist() == list(range(9))
-    assert [p.tolist() for p in other.batches(range(7, 12), 8)] == [[7, 8], [9, 10, 11]]
-    assert [int(other.take([k])["rate"]) for k in (8, 9)] == [8000, 16000]
+def test_a_feed_is_never_cut_up(tmp_path, monkeypatch):
+    feeds = [{"x": normal(2 + k % 2, 4, seed=k), "state": normal(2, 2 + k % 2, 3, seed=k), "rate": np.int64(8000 + k)} for k in range(5)]
+    for k, feed in enumerate(feeds):
+        np.savez(tmp_path / f"{k}.npz", **feed)
+    (tmp_path / "my_reader.py").write_text(
+        "import numpy as np\ndef samples():\n    for k in range(5):\n        yield dict(np.load(f'{k}.npz'))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for k in range(5):
+        (tmp_path / "folder" / f"{k}.npz").write_bytes((tmp_path / f"{k}.npz").read_bytes())
+    for source in (feeds, iter(feeds), tmp_path / "folder", "my_reader:samples"):
+        samples = data.read(source, VAD)
+        assert (samples.count, samples.micro_batch(16)) == (5, 1)
+        assert samples.alike().tolist() == [0, 2, 4]
+        for k, feed in enumerate(feeds):
+            for name, value in samples.take([k]).items():
+                np.testing.assert_array_equal(value, feed[name])
+
+
+def test_samples_that_cannot_be_told_apart_are_grouped():
+    samples = data.read(images(10), MODEL).grouped(4)
+    assert (samples.count, samples.fixed_batch) == (2, 1)
+    np.testing.assert_array_equal(samples.take([1])["image"], images(10)[4:8])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +236,10 @@ def test_feeds_of_one_size_are_one_array(tmp_path):
         ([], "has no samples"),
         ([images(1)], "item 0 is a ndarray, not a mapping"),
         ([{"y": images(1)}], "feed 0 has no array for the model input 'x'"),
-        ([{"x": PICTURES[0][None]}, {"x": PICTURES[1][None, :2]}], r"sample 1: input 'x' has shape \(1, 2, 6, 6\), but the model wants"),
+        (
+            [{"x": PICTURES[0][None]}, {"x": PICTURES[1][None, :2]}],
+            r"feed 1: input 'x' has shape \(1, 2, 6, 6\), but the model wants \(any, 3, any, any\) in one run",
+        ),
         ({"x": [PICTURES[0], np.full((3, 2, 2), np.nan, np.float32)]}, "sample 1: input 'x' has NaN or Inf"),
         ("nowhere:samples", "data function nowhere:samples cannot be imported"),
         ("os:nothing", "data function os:nothing cannot be imported"),
@@ -184,16 +252,11 @@ def test_bad_sources_are_told(source, message):
     assert "\n" not in str(e.value)
 
 
-def test_batches_of_different_sizes_in_one_feed_are_told():
-    with pytest.raises(DataError, match="feed 0 has batches of different sizes: x: 3, state: 2"):
-        data.read([{"x": normal(3, 4), "state": normal(2, 2, 3), "rate": np.int64(1)}], VAD)
-
-
 def test_values_of_an_input_without_a_batch_must_be_as_many_as_the_samples():
     good = {"x": normal(3, 4), "state": normal(3, 2, 3)}
     with pytest.raises(DataError, match="different numbers of samples: x: 3, state: 3, rate: 2"):
         data.read({**good, "rate": [np.int64(1), np.int64(2)]}, VAD)
-    assert data.read({**good, "rate": [np.int64(1), np.int64(2), np.int64(1)]}, VAD).alike().tolist() == [0, 2]
+    assert data.read({**good, "rate": [np.int64(1), np.int64(2), np.int64(1)]}, VAD).fixed_batch == 1
 
 
 def test_too_few_of_one_size():

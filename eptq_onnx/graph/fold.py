@@ -17,6 +17,8 @@ from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.weights import light, stored, with_weights, without_weights
 
+_RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+
 
 def fold_constants(model: ModelProto) -> ModelProto:
     """Fold constants and static shapes, resolve conditions that are constant, drop what no output needs, sort.
@@ -85,7 +87,9 @@ def _folded_once(model: ModelProto) -> ModelProto:
     graph = gs.import_onnx(inferred)
     try:
         # Its own flattening of conditionals loses outputs of nested ones.
-        graph.fold_constants(error_ok=True, flatten_subgraphs=False).cleanup(remove_unused_graph_inputs=False).toposort()
+        graph.fold_constants(error_ok=True, flatten_subgraphs=False, should_exclude_node=_draws).cleanup(
+            remove_unused_graph_inputs=False
+        ).toposort()
         folded = gs.export_onnx(graph, do_type_check=False)
     except Exception as e:
         # onnx-graphsurgeon reports every problem as its own or a bare exception.
@@ -94,6 +98,11 @@ def _folded_once(model: ModelProto) -> ModelProto:
     result.graph.CopyFrom(folded.graph)
     result.graph.doc_string = model.graph.doc_string
     return result
+
+
+def _draws(node: gs.Node) -> bool:
+    """True for random numbers: they are no constants, even if nothing that they are drawn from changes."""
+    return node.op in _RANDOM
 
 
 def _constants_to_initializers(model: ModelProto) -> ModelProto:

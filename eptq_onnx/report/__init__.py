@@ -49,6 +49,8 @@ class Report:
     opset : int
         Default-domain opset of the written model.
     samples, unused_samples : int
+    batching : dict of str to str
+        What was made of the axes of each input's array.
     layers : tuple of LayerReport
     kept_float : tuple of KeptFloat
         Nodes that stay float, each with the reason.
@@ -75,6 +77,7 @@ class Report:
     opset: int
     samples: int
     unused_samples: int
+    batching: Mapping[str, str]
     layers: tuple[LayerReport, ...]
     kept_float: tuple[KeptFloat, ...]
     notes: tuple[str, ...]
@@ -108,7 +111,8 @@ class Report:
         for op, planned in v.planned.items():
             found = v.kernels.get(op, 0)
             kernels.add_row(op, str(planned), Text(str(found), style="" if found >= planned else "bold red"))
-        fidelity = Table("output", "SQNR (dB)", title=f"Float against quantized, {v.samples} held-out samples", title_justify="left")
+        seen = "held-out samples" if v.held_out else "samples that calibration has seen"
+        fidelity = Table("output", "SQNR (dB)", title=f"Float against quantized, {v.samples} {seen}", title_justify="left")
         for name, value in v.outputs.items():
             fidelity.add_row(name, f"{value:.2f}")
         parts: list[Any] = [head, kernels, fidelity, self._weakest()]

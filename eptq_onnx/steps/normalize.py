@@ -47,9 +47,19 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
     result = inliner.inline_local_functions(model) if model.functions else _copy(model)
     _drop_default_inputs(result)
     result = _rewritten(widen(opsets.within(result, min_opset, *newest_readable())))
-    if samples is None:
-        return infer_shapes(result)
-    result = infer_shapes(_settled(result, samples))
+    return infer_shapes(result) if samples is None else settle(result, samples)
+
+
+def settle(model: ModelProto, samples: Samples) -> ModelProto:
+    """The model with the branches that all samples take in its main graph, and with the ranks that running it shows.
+
+    Parameters
+    ----------
+    model : ModelProto
+        In normal form.
+    samples : Samples
+    """
+    result = infer_shapes(_settled(model, samples))
     # Behind an If more is known of the branch that samples take than of both.
     known = with_ranks(branches.flattened(result), samples.two_batches(samples.micro_batch(1))[0])
     if known is not result:

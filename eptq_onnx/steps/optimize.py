@@ -61,13 +61,6 @@ _KINDS: dict[RoundingVariable, type[SoftWeight] | type[StraightThroughWeight]] =
 }
 
 
-def split(count: int, holdout: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places of the samples to optimize on and of those to choose by; a lone sample does both."""
-    order = np.random.default_rng(seed).permutation(count)
-    kept = min(max(1, round(count * holdout)), max(1, count - 1))
-    return (np.sort(order[kept:]), np.sort(order[:kept])) if count > 1 else (order, order)
-
-
 def needed_bytes(model: ModelProto, plan: Plan, samples: Samples) -> int:
     """Memory that `optimize` takes, about.
 
@@ -91,6 +84,7 @@ def optimize(
     graph: TrainingGraph,
     samples: Samples,
     indices: NDArray[np.int64],
+    held: NDArray[np.int64],
     calibration: Calibration,
     scores: Scores | None,
     config: Config,
@@ -106,6 +100,8 @@ def optimize(
     samples : Samples
     indices : ndarray of shape (n_samples,)
         The scored samples: rows of the tables of ``scores.channels``.
+    held : ndarray of shape (n_held,)
+        Places in ``indices`` of the samples to choose by; the others are optimized on, or these too, if there are none.
     calibration : Calibration
     scores : Scores or None
         Without scores, or with ``config.attention`` none, every layer and sample counts the same.
@@ -129,7 +125,8 @@ def optimize(
     attention = channel_attention(plan, scores, graph.channels, len(indices), config)
     layer_weights = np.maximum.reduceat(attention, np.cumsum([0, *graph.channels[:-1]]), axis=1).mean(axis=0)
     attention = np.hstack([attention, np.tile(part_weights(graph, calibration), (len(indices), 1))])
-    seen, held = split(len(indices), config.holdout, config.seed)
+    seen = np.setdiff1d(np.arange(len(indices)), held)
+    seen = seen if len(seen) else held
     evaluation = Session(graph.evaluate, integers=False)
     judge = _Judge(graph, evaluation, _Batches(graph, samples, indices, attention), held, config)
     found = judge(state, start)

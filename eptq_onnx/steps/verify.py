@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +16,73 @@ from onnx import ModelProto
 
 from eptq_onnx import quant_math
 from eptq_onnx.data import Samples
-from eptq_onnx.errors import OutputError
+from eptq_onnx.errors import ModelError, OutputError
 from eptq_onnx.graph import io, store
 from eptq_onnx.graph.bodies import all_nodes
+from eptq_onnx.graph.branches import flattened, sink
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk
 from eptq_onnx.graph.weights import light
+from eptq_onnx.ops import executed, recorded
 from eptq_onnx.parallel import ordered_map
+from eptq_onnx.rows import laid_beside, rows_axis
 from eptq_onnx.runtime import Session
+from eptq_onnx.splits import Shares
 from eptq_onnx.targets import Target
 from eptq_onnx.types import Feeds, Plan, Verification
 
-_SAMPLES = 32
+_LAYER_SAMPLES = 32
+_MOST_BYTES = 2**29
+"""Of the float outputs, which are kept while the other network runs."""
+
+
+@dataclass(frozen=True)
+class Versions:
+    """The float model and what was made of it.
+
+    Parameters
+    ----------
+    whole : ModelProto
+        The normalized float model.
+    marked : ModelProto
+        The written model, settled Ifs still marked.
+    stands_for : dict of str to str
+        Quantized tensor to the tensor of the written model that holds its values.
+    """
+
+    whole: ModelProto
+    marked: ModelProto
+    stands_for: Mapping[str, str]
 
 
 def verify(
-    model: ModelProto,
-    flat: ModelProto,
-    quantized: ModelProto,
+    versions: Versions,
     plan: Plan,
-    stands_for: dict[str, str],
     target: Target,
     samples: Samples,
-    indices: NDArray[np.int64],
+    shares: Shares,
+    found: Replay,
     float_bytes: int,
     progress: Callable[[int, int], None],
 ) -> Verification:
     """Compare outputs and layers, and count integer kernels.
 
+    Outputs are those of the written model as a user would run it, sample by sample, with choices of its own; only random
+    numbers are those of the float model. Layers are compared on the choices of the float model, so that their rows match.
+
     Parameters
     ----------
-    model : ModelProto
-        The normalized float model.
-    flat : ModelProto
-        The written model without settled Ifs: its layers are compared.
-    quantized : ModelProto
-        The written model: its outputs are compared.
+    versions : Versions
     plan : Plan
-    stands_for : dict of str to str
-        Quantized tensor to the tensor of the written model that holds its values.
     target : Target
         Names the integer kernels.
     samples : Samples
-    indices : ndarray of shape (n_samples,)
-        Samples that the optimization has not seen; at most 32 are used (or what one batch needs).
+    shares : Shares
+        ``unseen`` are compared.
+    found : Replay
+        What the float network drew and chose.
     float_bytes : int
         Size of the original model.
     progress : callable
@@ -72,51 +95,132 @@ def verify(
     ModelError
         If onnxruntime refuses it.
     """
+    quantized = sink(versions.marked)
     try:
         io.check(light(quantized)[0], full=True)
     except Exception as e:
         raise OutputError(f"the quantized model is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
-    # A model that prescribes more samples at a time than were held out is compared on some that were not.
-    chosen = indices[:_SAMPLES] if len(indices) >= (samples.fixed_batch or 1) else np.arange(samples.fixed_batch or 0)
-    parts = list(samples.batches(chosen, samples.micro_batch()))
-    feeds = [samples.take(part) for part in parts]
-    power: dict[str, float] = defaultdict(float)
-    noise: dict[str, float] = defaultdict(float)
-    view = GraphView(model)
-    outputs = [o for o in view.outputs if view.is_float(o)]
-    # One session at a time: each holds all weights.
-    expected = _outputs(Session(model), feeds, outputs)
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session = Session(quantized, save_optimized=optimized)
         kernels = count_kernels(onnx.load(optimized, load_external_data=False), target)
-    for wanted, got in zip(expected, _outputs(session, feeds, outputs), strict=True):
-        for name in outputs:
-            _measure(f"output {name}", wanted[name], got[name], power, noise)
-    del session, expected
-    exact, rough = Walk(model, feeds), Walk(infer_shapes(flat), feeds)
+        del session
+    sums = _Sums()
+    parts = list(samples.batches(shares.unseen, samples.fixed_batch or 1))
+    compared, notes = _compare_outputs(versions, quantized, samples, parts, found, sums)
+    names = [f"output {name}" for name in sums.outputs]
+    float_model = executed(versions.whole, found)
+    flat = executed(versions.marked, found, versions.stands_for)
+    walked = list(samples.batches(shares.unseen[:_LAYER_SAMPLES], samples.micro_batch())) or parts
+    feeds = [samples.take(part) for part in walked]
+    exact, rough = Walk(float_model, feeds), Walk(infer_shapes(flat), feeds)
     for k, layer in enumerate(plan.layers):
-        pair = exact.reach(layer.result), rough.reach(stands_for.get(layer.result, layer.result))
+        pair = exact.reach(layer.result), rough.reach(versions.stands_for.get(layer.result, layer.result))
         for value, other in zip(*pair, strict=True):
-            _measure(f"layer {layer.node}", value, other, power, noise)
+            sums.add(f"layer {layer.node}", value, other)
         progress(k + 1, len(plan.layers))
-
-    def ratio(key: str) -> float:
-        return round(quant_math.sqnr_db(power[key], noise[key]), 3)
-
     return Verification(
-        samples=sum(map(len, parts)),
-        outputs={name: ratio(f"output {name}") for name in outputs},
-        layers={layer.node: ratio(f"layer {layer.node}") for layer in plan.layers},
+        samples=compared,
+        held_out=shares.held_out,
+        outputs={name.removeprefix("output "): sums.ratio(name) for name in names},
+        layers={layer.node: sums.ratio(f"layer {layer.node}") for layer in plan.layers},
         planned=_planned_kernels(plan, target),
         kernels=kernels,
         float_bytes=float_bytes,
         quantized_bytes=store.model_bytes(quantized),
+        notes=notes,
     )
 
 
-def _outputs(session: Session, feeds: Sequence[Feeds], names: Sequence[str]) -> list[Feeds]:
-    return list(ordered_map(lambda f: session.run({n: v for n, v in f.items() if n in session.inputs}, names), feeds)) if names else []
+def _compare_outputs(
+    versions: Versions,
+    quantized: ModelProto,
+    samples: Samples,
+    parts: Sequence[NDArray[np.int64]],
+    found: Replay,
+    sums: _Sums,
+) -> tuple[int, tuple[str, ...]]:
+    """Sums over the outputs, one run after the other; returns how many samples were compared, and notes."""
+    free = _in_free_order(versions.whole, found)
+    reference: list[Feeds] = []
+    size = 0
+    # One session at a time: each holds all weights.
+    for values in _outputs(executed(versions.whole, found.draws), samples, parts):
+        reference.append(values)
+        size += sum(v.nbytes for v in values.values())
+        if size > _MOST_BYTES:
+            break
+    parts = parts[: len(reference)]
+    notes: tuple[str, ...] = ()
+    draws = found.draws
+    other = executed(versions.marked, draws, versions.stands_for) if draws.places else quantized
+    try:
+        results = list(_outputs(other, samples, parts))
+    except ModelError as e:
+        if not draws.places:
+            raise
+        # Other lengths want other numbers of draws.
+        results = list(_outputs(executed(versions.marked, found, versions.stands_for), samples, parts))
+        notes = (f"in the comparison of outputs, lengths and places follow the float model: with its own the draws do not fit ({e})",)
+    counts = _chosen_counts(samples, parts, found)
+    for expected, got, rows in zip(reference, results, counts, strict=True):
+        axes = {name: axis for name in free if name in expected and (axis := rows_axis(expected[name], rows)) is not None}
+        for name, (value, mine) in laid_beside(expected, got, axes).items():
+            sums.outputs.setdefault(name)
+            sums.add(f"output {name}", value, mine)
+    return sum(map(len, parts)), notes
+
+
+def _outputs(model: ModelProto, samples: Samples, parts: Sequence[NDArray[np.int64]]) -> Iterator[Feeds]:
+    """The float outputs, run by run."""
+    session = Session(model)
+
+    def run(part: NDArray[np.int64]) -> Feeds:
+        feeds = samples.take(part)
+        values = session.run({n: v for n, v in feeds.items() if n in session.inputs})
+        return {n: v for n, v in values.items() if isinstance(v, np.ndarray) and v.dtype.kind == "f"}
+
+    return ordered_map(run, parts)
+
+
+def _in_free_order(model: ModelProto, found: Replay) -> list[str]:
+    """Outputs whose rows come in an order that was chosen by value."""
+    view = GraphView(flattened(model))
+    nodes = {n.name: n for n in view.nodes}
+    chosen = [nodes[p.node] for p in found.places if (rule := recorded(nodes[p.node])) is not None and rule.orders]
+    behind = view.downstream(o for n in chosen for o in n.output if o)
+    return [o for o in view.outputs if o in behind]
+
+
+def _chosen_counts(samples: Samples, parts: Sequence[NDArray[np.int64]], found: Replay) -> Iterator[set[int]]:
+    """For every run, the numbers of rows that the float network chose."""
+    for part in parts:
+        feeds = samples.take(part) if found.places else {}
+        yield {n for p in found.places if not p.draws for n in feeds[p.name].shape}
+
+
+class _Sums:
+    """Squares of what is compared, and of the differences."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, None] = {}
+        self._power: dict[str, float] = defaultdict(float)
+        self._noise: dict[str, float] = defaultdict(float)
+
+    def add(self, key: str, expected: NDArray[Any], got: NDArray[Any]) -> None:
+        """Compare two arrays; of outputs whose size depends on their values another size counts as a loss of all."""
+        reference = expected.astype(np.float64)
+        finite = np.isfinite(reference)
+        self._power[key] += float(np.square(reference[finite]).sum())
+        difference = reference
+        if got.shape == reference.shape:
+            # What is infinite in both, as masked logits are, does not differ.
+            difference = np.subtract(reference, got, out=np.zeros_like(reference), where=reference != got)
+        self._noise[key] += float(np.square(difference).sum())
+
+    def ratio(self, key: str) -> float:
+        """SQNR in dB."""
+        return round(quant_math.sqnr_db(self._power[key], self._noise[key]), 3)
 
 
 def _planned_kernels(plan: Plan, target: Target) -> dict[str, int]:
@@ -131,15 +235,3 @@ def count_kernels(optimized: ModelProto, target: Target) -> dict[str, int]:
     counts = Counter(node.op_type for node in all_nodes(optimized.graph))
     found = {op: sum(counts[name] for name in names) for op, names in sorted(target.kernels.items())}
     return {op: n for op, n in found.items() if n}
-
-
-def _measure(key: str, expected: NDArray[Any], got: NDArray[Any], power: dict[str, float], noise: dict[str, float]) -> None:
-    reference = expected.astype(np.float64)
-    finite = np.isfinite(reference)
-    power[key] += float(np.square(reference[finite]).sum())
-    # Of outputs whose size depends on their values (boxes that a threshold passes, say) another size counts as a loss of all.
-    difference = reference
-    if got.shape == reference.shape:
-        # What is infinite in both, as masked logits are, does not differ.
-        difference = np.subtract(reference, got, out=np.zeros_like(reference), where=reference != got)
-    noise[key] += float(np.square(difference).sum())

@@ -14,6 +14,7 @@ from eptq_onnx import Config
 from eptq_onnx.data import Samples
 from eptq_onnx.graph import branches
 from eptq_onnx.graph.bodies import all_nodes
+from eptq_onnx.layouts import Column
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.normalize import normalize
 
@@ -58,7 +59,7 @@ def rates() -> onnx.ModelProto:
 
 
 def samples(rate: int = 16000) -> Samples:
-    return Samples({"x": images(16), "rate": np.array(rate)}, None, {"x": 0, "rate": None})
+    return Samples({"x": Column(images(16), 0), "rate": Column(np.array(rate), shared=True)}, None)
 
 
 def counts(graph: onnx.GraphProto) -> Counter[str]:
@@ -112,7 +113,7 @@ def test_branches_that_samples_disagree_on_are_left_alone():
         {"w": normal(4, 3, 1, 1), "v": normal(4, 4, 1, 1, seed=1)},
     )
     x = images(16) * np.repeat([0.7, 2], 8).astype(np.float32)[:, None, None, None]
-    assert counts(normalize(model, 13, Samples({"x": x}, None)).graph)["If"] == 1
+    assert counts(normalize(model, 13, Samples({"x": Column(x, 0)}, None)).graph)["If"] == 1
     result = eptq_onnx.quantize(model, {"x": x}, Config.of(preset="fast"))
     assert ("If", "samples take different branches: what is in them stays float (1 Conv)") in [
         (k.op_type, k.reason) for k in result.report.kept_float
@@ -154,7 +155,7 @@ def test_an_if_inside_a_settled_one_keeps_its_own_fate():
     constants = {"w": normal(4, 4), "w1": normal(4, 4, seed=1), "w2": normal(4, 4, seed=2), "zero": np.array(0, np.float32)}
     x = normal(16, 4, seed=3)
     x = x[np.argsort((x @ constants["w"]).sum(axis=1))]
-    seen = Samples({"x": x, "c": np.array(True)}, None, {"x": 0, "c": None})
+    seen = Samples({"x": Column(x, 0), "c": Column(np.array(True), shared=True)}, None)
     model = parse(graph, constants)
     flat = branches.flattened(normalize(model, 13, seen))
     assert [n.op_type for n in flat.graph.node].count("If") == 1

@@ -16,7 +16,7 @@ from eptq_onnx.optimizers import Adam
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.calibrate import calibrate
 from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.optimize import Balance, channel_attention, is_accepted, is_better, layer_attention, optimize, part_weights, split
+from eptq_onnx.steps.optimize import Balance, channel_attention, is_accepted, is_better, layer_attention, optimize, part_weights
 from eptq_onnx.steps.plan import plan
 from eptq_onnx.steps.ranges import weight_ranges
 from eptq_onnx.steps.score import score
@@ -35,6 +35,7 @@ class Case:
         self.samples = data.read({"image": images(24)}, self.model)
         self.calibration = calibrate(self.model, self.plan, self.samples, self.config, silent)
         self.indices = np.arange(24)
+        self.held = np.array([3, 17])
         self.scores = score(self.model, self.plan, self.samples, self.indices, self.calibration, set(), engine, self.config, silent)
         self.start = weight_ranges(self.model, self.plan, self.calibration, self.scores, self.config)
         self.graph = soften(self.model, self.plan, self.start, self.samples, self.calibration, self.config, engine)
@@ -54,7 +55,9 @@ class Case:
         }  # fmt: skip
 
     def run(self, **options):
-        return optimize(self.plan, self.start, self.graph, self.samples, self.indices, self.calibration, self.scores, self.config, silent)
+        return optimize(
+            self.plan, self.start, self.graph, self.samples, self.indices, self.held, self.calibration, self.scores, self.config, silent
+        )
 
 
 @pytest.fixture(scope="module")
@@ -281,15 +284,6 @@ def test_a_model_that_takes_one_sample_at_a_time(engine):
     single, many = Case(engine, model, steps=6), Case(engine, steps=6)
     assert (single.graph.micro_batch, many.graph.micro_batch) == (1, 4)
     np.testing.assert_allclose(single.run()[1].losses[0], many.run()[1].losses[0], rtol=0.2)
-
-
-def test_split_keeps_samples_apart():
-    seen, held = split(50, 0.2, 0)
-    assert len(held) == 10
-    assert not set(seen) & set(held)
-    assert len(set(seen) | set(held)) == 50
-    lone = split(1, 0.2, 0)
-    assert [p.tolist() for p in lone] == [[0], [0]]
 
 
 def test_attention_is_relative_to_the_largest_layer(case):

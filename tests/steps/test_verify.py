@@ -7,22 +7,25 @@ from graphs import images, normal, parse, silent, small_convnet
 
 import eptq_onnx
 from eptq_onnx import Config, OutputError, data, targets
+from eptq_onnx.graph.replay import Replay
 from eptq_onnx.runtime import Session
+from eptq_onnx.splits import share_out
 from eptq_onnx.steps.normalize import normalize
 from eptq_onnx.steps.plan import plan
-from eptq_onnx.steps.verify import count_kernels, verify
+from eptq_onnx.steps.verify import Versions, count_kernels, verify
 
 
 def test_the_report_measures_what_a_user_would():
     """Output SQNR over the held-out samples, recomputed by hand."""
-    from eptq_onnx.steps.optimize import split
-
-    result = eptq_onnx.quantize(small_convnet(), images(20), Config(preset="fast"))
-    held = images(20)[split(20, Config().holdout, 0)[1]]
+    x = images(40)
+    shares = share_out(data.read(x, small_convnet()), Config())
+    result = eptq_onnx.quantize(small_convnet(), x, Config(preset="fast"))
+    held = x[shares.unseen]
     expected, got = (Session(m).run({"image": held})["logits"] for m in (small_convnet(), result.model))
     by_hand = 10 * np.log10(np.square(expected).sum() / np.square(expected - got).sum())
     v = result.report.verification
-    assert v.samples == len(held) == 2
+    assert v.samples == len(held) == 8
+    assert v.held_out
     assert v.outputs["logits"] == pytest.approx(by_hand, abs=0.05)
     assert set(v.layers) == {x.node for x in result.report.layers}
     assert v.layers[result.report.layers[-1].node] == pytest.approx(by_hand, abs=0.05)
@@ -44,8 +47,10 @@ def test_an_invalid_model_is_not_passed_on():
     broken = onnx.ModelProto()
     broken.CopyFrom(model)
     broken.graph.node[0].op_type = "Nonsense"
+    samples = data.read(images(4), model)
+    shares = share_out(samples, Config())
     with pytest.raises(OutputError, match="not valid ONNX"):
-        verify(model, broken, broken, p, {}, target, data.read(images(4), model), np.arange(4), 0, silent)
+        verify(Versions(model, broken, {}), p, target, samples, shares, Replay(), 0, silent)
 
 
 def test_outputs_whose_size_depends_on_values_are_compared():

@@ -1,0 +1,336 @@
+"""Random draws and choices by value, recorded from the float network and replayed in every version of it.
+
+Two networks can be compared row by row only if both draw the same numbers, and choose the same rows in the same order. A
+node that draws (RandomNormalLike) or chooses (TopK, NonZero) becomes inputs with what it made of each sample:
+
+    TopK(x, k) → values, places    becomes    GatherElements(x, recorded places) → values, Identity(recorded places) → places
+
+so that the node's tensors keep their names, and gradients pass where the node has them. What a choice is made from becomes an
+output: an error there may change the choice when the network chooses for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.bodies import all_nodes, subgraphs
+from eptq_onnx.graph.view import GraphView, attribute, int_attribute
+
+_PREFIX = "recorded/"
+_INTEGERS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32, TensorProto.INT64}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Which outputs of an operator are recorded, and how the others follow from them.
+
+    Parameters
+    ----------
+    draws : bool
+        True for random numbers; False for a choice by value.
+    outputs : tuple of int
+        Positions of the outputs that are recorded, whether the model names them or not.
+    inputs : tuple of int
+        Positions of inputs that decide, and are recorded in their place: the condition of an If, say. The node stays.
+    rest : callable, optional
+        (node, recorded tensors by position, builder) adds what makes the other outputs.
+    orders : bool
+        True if rows are chosen: how many, and in which order, depends on values.
+    applies : callable
+        (node, view) to True if this node, in its mode, draws or chooses at all.
+    """
+
+    draws: bool
+    outputs: tuple[int, ...] = (0,)
+    rest: Callable[[NodeProto, Mapping[int, str], edit.Builder], None] | None = None
+    inputs: tuple[int, ...] = ()
+    orders: bool = False
+    applies: Callable[[NodeProto, GraphView], bool] = lambda node, view: True
+
+
+RuleOf = Callable[[NodeProto], Recorded | None]
+
+
+# ---- rules of single operators ---------------------------------------------------------------------------------------
+def top_k_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder) -> None:
+    """TopK: the values stand at the recorded places."""
+    if node.output[0]:
+        b.add("GatherElements", [node.input[0], recorded[1]], node.output[0], axis=int_attribute(node, "axis", -1))
+
+
+def unique_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder) -> None:
+    """Unique: the values, or slices along an axis, stand at the recorded places of their first occurrence."""
+    if not node.output[0]:
+        return
+    axis, source = attribute(node, "axis"), node.input[0]
+    if axis is None:
+        source = b.add("Reshape", [source, b.constant(np.array([-1], np.int64), "flat")])
+    b.add("Gather", [source, recorded[1]], node.output[0], axis=0 if axis is None else int_attribute(node, "axis", 0))
+
+
+def dropout_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder) -> None:
+    """Dropout in training mode: ``x / (1 - ratio)`` where the recorded mask is true, else 0."""
+    ratio = node.input[1] if len(node.input) > 1 and node.input[1] else b.constant(0.5, "ratio")
+    # The ratio may be of another float type than x, and x of any shape that broadcasts.
+    kept = b.add("Sub", [b.constant(1.0, "one"), b.add("Cast", [ratio], to=TensorProto.FLOAT)])
+    mask = b.add("Cast", [recorded[1]], to=TensorProto.FLOAT)
+    b.add("Mul", [node.input[0], b.add("Div", [mask, kept])], node.output[0])
+
+
+def rounds(node: NodeProto, view: GraphView) -> bool:
+    """True for a Cast from float to an integer that follows from the inputs' values, not from their shapes alone."""
+    makes = view.elem_type(node.output[0])
+    return view.is_float(node.input[0]) and makes in _INTEGERS and node.input[0] in _varying(view)
+
+
+def rounds_sizes(node: NodeProto, view: GraphView) -> bool:
+    """True for a rounded value that an integer is made of: a length, a place, the number of rows."""
+    if node.output[0] not in _varying(view):
+        return False
+    behind = view.downstream([node.output[0]])
+    return any(n.op_type == "Cast" and n.output[0] in behind and view.elem_type(n.output[0]) in _INTEGERS for n in view.nodes)
+
+
+def _varying(view: GraphView) -> set[str]:
+    """Tensors that follow from the values of the inputs."""
+    return view.downstream(view.inputs, frozenset(n.name for n in view.nodes if n.op_type in ("Shape", "Size")))
+
+
+def decides(node: NodeProto, view: GraphView) -> bool:
+    """True for a condition that follows from the inputs' values through computed floats."""
+    condition = node.input[1 if node.op_type == "Compress" else 0]
+    if condition not in _varying(view):
+        return False
+    return any(True for _ in _float_sources(view, condition))
+
+
+def trains(node: NodeProto, view: GraphView) -> bool:
+    """True for a Dropout whose training mode is not known to be off."""
+    if len(node.input) < 3 or not node.input[2]:
+        return False
+    return not view.is_constant(node.input[2]) or bool(view.constant(node.input[2]).reshape(-1)[0])
+
+
+# ---- replay ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Place:
+    """One recorded tensor of a node, and the input of the model that stands for it.
+
+    Parameters
+    ----------
+    node : str
+    position : int
+        Among the node's outputs.
+    name : str
+        Of the input.
+    draws : bool
+    reads : bool
+        True if the position is among the node's inputs.
+    """
+
+    node: str
+    position: int
+    name: str
+    draws: bool
+    reads: bool = False
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What is replayed in all versions of a model; versions have the same node names.
+
+    Parameters
+    ----------
+    places : tuple of Place
+    types : mapping of str to (int, int)
+        Element type and rank of each input that stands for a recorded tensor.
+    decisive : mapping of str to int
+        Tensors that choices are made from, and their element types.
+    """
+
+    places: tuple[Place, ...] = ()
+    types: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    decisive: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def draws(self) -> Replay:
+        """The random draws alone."""
+        return Replay(tuple(p for p in self.places if p.draws), self.types)
+
+    def __call__(self, model: ModelProto, rule_of: RuleOf, read_as: Mapping[str, str] | None = None) -> ModelProto:
+        """A copy that takes what was recorded as inputs; the model itself if nothing was.
+
+        Parameters
+        ----------
+        model : ModelProto
+        rule_of : callable
+            Node to what is recorded of its operator.
+        read_as : mapping of str to str, optional
+            What stands for a tensor of the recorded model in this one.
+        """
+        if not self.places:
+            return model
+        by_node = _by_node(self.places)
+        builder = edit.Builder(model, _PREFIX)
+        for node in model.graph.node:
+            rule, own = rule_of(node), by_node.get(node.name, [])
+            if rule is None or not own:
+                builder.nodes.append(node)
+                continue
+            if rule.inputs:
+                builder.nodes.append(_reading(node, {p.position: p.name for p in own}))
+                continue
+            names = {p.position: p.name for p in own}
+            for position, name in names.items():
+                if position < len(node.output) and node.output[position]:
+                    builder.add("Identity", [name], node.output[position])
+            if rule.rest is not None:
+                rule.rest(node, names, builder)
+        result = edit.with_nodes(model, builder.nodes, builder.initializers)
+        for place in self.places:
+            elem_type, rank = self.types[place.name]
+            result.graph.input.append(helper.make_tensor_value_info(place.name, elem_type, [None] * rank))
+        made = {o for n in result.graph.node for o in n.output}
+        for name, elem_type in self.decisive.items():
+            tensor = (read_as or {}).get(name, name)
+            if tensor in made:
+                edit.add_output(result, tensor, elem_type)
+        return result
+
+
+def places_of(model: ModelProto, rule_of: RuleOf) -> tuple[Place, ...]:
+    """The tensors of the main graph that are to be recorded: all draws, and the choices that float values depend on.
+
+    Parameters
+    ----------
+    model : ModelProto
+        With named nodes and inferred types.
+    rule_of : callable
+    """
+    view = GraphView(model)
+    taken = edit.all_names(model)
+    prefix = _PREFIX
+    while any(name.startswith(prefix) for name in taken):
+        prefix = f"{prefix}_"
+    found = []
+    for node in view.nodes:
+        rule = rule_of(node)
+        if rule is None or not rule.applies(node, view):
+            continue
+        if not rule.draws and not any(view.is_float(t) for t in view.downstream(o for o in node.output if o)):
+            continue
+        reads = bool(rule.inputs)
+        found += [Place(node.name, k, f"{prefix}{node.name}/{k}", rule.draws, reads) for k in rule.inputs or rule.outputs]
+    return tuple(found)
+
+
+def recording(model: ModelProto, places: tuple[Place, ...], seed: int) -> tuple[ModelProto, list[str]]:
+    """A model that gives the tensors to be recorded, one output a place, and their names; draws follow from the seed.
+
+    Parameters
+    ----------
+    model : ModelProto
+    places : tuple of Place
+    seed : int
+    """
+    by_node = _by_node(places)
+    builder, names = edit.Builder(model, _PREFIX), dict[str, str]()
+    for number, node in enumerate(model.graph.node):
+        wanted = by_node.get(node.name)
+        if wanted is None:
+            builder.nodes.append(node)
+            continue
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        for place in wanted:
+            if place.reads:
+                names[place.name] = copy.input[place.position]
+                continue
+            while len(copy.output) <= place.position:
+                copy.output.append("")
+            if not copy.output[place.position]:
+                copy.output[place.position] = builder.unique(place.name)
+            names[place.name] = copy.output[place.position]
+        if wanted[0].draws:
+            _seed(copy, seed + number)
+        builder.nodes.append(copy)
+    result = edit.with_nodes(model, builder.nodes)
+    outputs = [names[p.name] for p in places]
+    known = {v.name for v in (*result.graph.value_info, *result.graph.input, *result.graph.output)}
+    del result.graph.output[:]
+    for name in dict.fromkeys(outputs):
+        # onnxruntime infers what is not known.
+        result.graph.output.append(ValueInfoProto(name=name) if name not in known else _info(model, name))
+    edit.prune(result)
+    return result, outputs
+
+
+def _by_node(places: Sequence[Place]) -> dict[str, list[Place]]:
+    found: dict[str, list[Place]] = {}
+    for place in places:
+        found.setdefault(place.node, []).append(place)
+    return found
+
+
+def _reading(node: NodeProto, names: Mapping[int, str]) -> NodeProto:
+    """A copy that reads other inputs at some positions."""
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    for position, name in names.items():
+        copy.input[position] = name
+    return copy
+
+
+def _info(model: ModelProto, name: str) -> ValueInfoProto:
+    known: list[ValueInfoProto] = [*model.graph.value_info, *model.graph.output, *model.graph.input]
+    return next(v for v in known if v.name == name)
+
+
+def _seed(node: NodeProto, seed: int) -> None:
+    kept = [a for a in node.attribute if a.name != "seed"]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    node.attribute.append(helper.make_attribute("seed", int(seed) if node.op_type == "Dropout" else float(seed)))
+
+
+def decisive(model: ModelProto, places: tuple[Place, ...]) -> dict[str, int]:
+    """Tensors that choices are made from, as far as they are float and computed, with their element types."""
+    view = GraphView(model)
+    nodes = {n.name: n for n in view.nodes}
+    found: dict[str, int] = {}
+    for place in places:
+        node = nodes[place.node]
+        if not place.draws:
+            source = node.input[place.position if place.reads else 0]
+            found.update((t, view.elem_type(t)) for t in _float_sources(view, source))
+    return {t: kind for t, kind in found.items() if t not in view.outputs}
+
+
+def _float_sources(view: GraphView, tensor: str) -> Iterator[str]:
+    """The tensor, or, if it is not float, the float tensors that it was computed from."""
+    queue, seen = [tensor], set[str]()
+    while queue:
+        name = queue.pop()
+        node = view.producer.get(name)
+        if node is None or name in seen:
+            continue
+        seen.add(name)
+        if view.is_float(name):
+            yield name
+        elif node.op_type not in ("Shape", "Size"):
+            queue.extend(i for i in node.input if i and not view.is_constant(i))
+
+
+def draws_inside_bodies(model: ModelProto, rule_of: RuleOf) -> list[str]:
+    """Names of the nodes of the main graph in whose bodies something is drawn."""
+    found = []
+    for node in model.graph.node:
+        rules = (rule_of(inner) for graph in subgraphs(node) for inner in all_nodes(graph) if inner.op_type != "Dropout")
+        if any(rule is not None and rule.draws for rule in rules):
+            found.append(node.name)
+    return found

@@ -1,0 +1,118 @@
+"""Steps 5c and 7b: nothing is written that is worse than nearest rounding with the same ranges.
+
+Rounding layer by layer, and the network-wise loop, are judged by running the network that they make, on samples that they have
+not seen, with the choices of the float network. Where the outputs of all layers rounded so are no nearer to the float network's
+than nearest rounding leaves them, nearest rounding stays, from the layer on that does best.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from eptq_onnx.deviation import Deviation
+from eptq_onnx.types import Array, Plan, Rounding
+
+V = TypeVar("V")
+
+SAMPLES = 32
+"""At most so many are judged on."""
+_SHARES = (0.75, 0.5, 0.25, 0.125)
+"""Of the layers that keep what was done to them, where all do harm: errors add up on the way to the outputs."""
+_TOLERANCE = 10**0.05
+"""No part of the outputs may get noisier than nearest rounding leaves it by more than half a decibel."""
+
+_SLACK = 1.02
+"""How much noisier the optimization may leave the outputs, as measured here, than its start: it has a measure of its own."""
+
+Written = Callable[[Rounding], tuple[ModelProto, Mapping[str, str]]]
+"""The executed model with a rounding, and what stands for a quantized tensor in it."""
+
+
+def better_than_nearest(
+    deviation: Deviation, written: Written, plan: Plan, nearest: Rounding, rounded: Rounding, *, targets: bool
+) -> tuple[Rounding, str | None]:
+    """What was rounded layer by layer, as far as it serves.
+
+    Parameters
+    ----------
+    deviation : Deviation
+        Of the float model, on samples that the rounding has not seen.
+    written : callable
+    plan : Plan
+    nearest, rounded : Rounding
+    targets : bool
+        True if the real values that weights are rounded from are needed later.
+
+    Returns
+    -------
+    Rounding
+    str or None
+        A note, if nearest rounding stays somewhere.
+    """
+    if not deviation.parts:
+        return rounded, None
+    limit = deviation.of_parts(*written(nearest))
+    found = deviation.of_parts(*written(rounded))
+    if _serves(found, limit):
+        return rounded, None
+    layers = len(plan.layers)
+    best, kept, noise = nearest, 0, limit
+    for count in dict.fromkeys(round(share * layers) for share in _SHARES):
+        if not 0 < count < layers:
+            continue
+        mixed = _mixed(plan, rounded, nearest, count, targets=targets)
+        other = deviation.of_parts(*written(mixed))
+        if _serves(other, limit) and other.mean() < noise.mean():
+            best, kept, noise = mixed, count, other
+    lost = 10 * np.log10(max(found.mean(), 1e-30) / max(limit.mean(), 1e-30))
+    where = f"from layer {plan.layers[kept].node} on, {layers - kept} of {layers} layers" if kept else f"all {layers} layers"
+    why = f"noisier by {lost:.1f} dB on samples that neither saw" if lost > 0 else "some output is noisier on samples that neither saw"
+    return best, f"nearest rounding stays ({where}): with all layers rounded one after the other the outputs are {why}"
+
+
+def still_better(deviation: Deviation, written: Written, nearest: Rounding, start: Rounding, candidate: Rounding) -> bool:
+    """True if the candidate keeps what `better_than_nearest` asked of the start, and is no noisier than that.
+
+    Parameters
+    ----------
+    deviation : Deviation
+    written : callable
+    nearest, start, candidate : Rounding
+    """
+    if not deviation.parts or candidate is start:
+        return True
+    found = deviation.of_parts(*written(candidate))
+    if found.mean() > _SLACK * deviation.of_parts(*written(start)).mean():
+        return False
+    return _serves(found, deviation.of_parts(*written(nearest)))
+
+
+def _serves(noise: NDArray[np.float64], limit: NDArray[np.float64]) -> bool:
+    return bool(noise.mean() <= limit.mean() and (noise <= _TOLERANCE * limit + 1e-12).all())
+
+
+def _mixed(plan: Plan, rounded: Rounding, nearest: Rounding, count: int, *, targets: bool) -> Rounding:
+    """The first layers of one, the others of the other."""
+    first = {x.weight for x in plan.layers[:count]} - {x.weight for x in plan.layers[count:]}
+    biases = {x.bias for x in plan.layers[:count] if x.bias is not None}
+    real: Mapping[str, Array] = nearest.targets
+    if targets:
+        real = ChainMap({name: rounded.targets[name] for name in first}, nearest.targets)  # type: ignore[arg-type]  # it is only read
+    return replace(
+        nearest,
+        integers=_joined(rounded.integers, nearest.integers, first),
+        weights=_joined(rounded.weights, nearest.weights, first),
+        biases=_joined(rounded.biases, nearest.biases, biases),
+        targets=real,
+    )
+
+
+def _joined(ours: Mapping[str, V], others: Mapping[str, V], names: Collection[str]) -> dict[str, V]:
+    return {name: ours[name] if name in names else value for name, value in others.items()}
