@@ -345,7 +345,7 @@ def _ranged(
         with clock("recalibrate"):
             calibration = again(plan, known={} if rescaled else calibration.activations)
     with clock("guard"):
-        quantized = partial(_with_activations, run, whole, plan, calibration)
+        quantized = partial(_with_activations, run.executed, whole, plan, calibration)
         sensitive = sensitive_activations(model, plan, quantized, run.samples, run.walked, calibration, config, run.tell("guard"))
         if not sensitive:
             return plan, calibration
@@ -418,14 +418,18 @@ def _optimized(
 
 
 def _with_activations(
-    run: _Run, whole: ModelProto, plan: Plan, calibration: Calibration, names: Sequence[str]
+    executed: Callable[[ModelProto, Mapping[str, str]], ModelProto],
+    whole: ModelProto,
+    plan: Plan,
+    calibration: Calibration,
+    names: Sequence[str],
 ) -> tuple[ModelProto, dict[str, str]]:
     """The float model with the quantizers of some activations, and what stands for a quantized tensor in it."""
     wanted = set(names)
     chosen = tuple(q for q in plan.activations if q.name in wanted)
     plan = replace(plan, layers=(), activations=chosen, integer_nodes={}, absorbed={})
     marked, stands_for = write(whole, plan, Rounding({}, {}, calibration.activations, {}, {}))
-    return run.executed(marked, stands_for), stands_for
+    return executed(marked, stands_for), stands_for
 
 
 @contextmanager

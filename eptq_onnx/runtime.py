@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, TypeProto, helper, numpy_helper
 
 from eptq_onnx.errors import InstallError, ModelError
 from eptq_onnx.graph import store, weights
@@ -38,14 +38,6 @@ _DISTRIBUTIONS = (
     "onnxruntime-training",
     "onnxruntime-training-cpu",
 )
-_TYPES = {
-    "tensor(float)": TensorProto.FLOAT,
-    "tensor(bool)": TensorProto.BOOL,
-    "tensor(int8)": TensorProto.INT8,
-    "tensor(uint8)": TensorProto.UINT8,
-    "tensor(int32)": TensorProto.INT32,
-    "tensor(int64)": TensorProto.INT64,
-}
 _INSTALL = 'install it with: pip install "eptq-onnx[standard]", or "eptq-onnx[training]" on Linux x86-64 with Python up to 3.12'
 
 
@@ -249,8 +241,11 @@ class Session:
         return dict(zip(names, values, strict=True))
 
 
-def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, tuple[int, list[int | str | None]]]:
-    """Element type and shape (None or a name for what is not known) of tensors, as onnxruntime infers them.
+def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, TypeProto]:
+    """Types of tensors, sequences, maps and optionals as onnxruntime infers them.
+
+    A shape of no axes means an unknown one there: such types come without a shape. Other axes of unknown size have none, or
+    a name.
 
     Raises
     ------
@@ -262,7 +257,46 @@ def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, tuple[int
     outputs = {o.name for o in model.graph.output}
     exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in outputs)
     session = Session(exposed, optimize=False)
-    return {name: (_TYPES[kind], shape) for name, kind, shape in session.signature if name in names and kind in _TYPES}
+    return {name: value_type(kind, shape or None) for name, kind, shape in session.signature if name in names}
+
+
+def value_type(kind: str, shape: Sequence[int | str | None] | None = None) -> TypeProto:
+    """A type by the name that onnxruntime gives it, such as ``seq(map(string,tensor(float)))``.
+
+    Parameters
+    ----------
+    kind : str
+    shape : sequence of int, str or None, optional
+        Of a tensor; without it the type has no shape.
+    """
+    outer, _, rest = kind.partition("(")
+    inner = rest.removesuffix(")")
+    if outer == "seq":
+        return helper.make_sequence_type_proto(value_type(inner))
+    if outer == "optional":
+        return helper.make_optional_type_proto(value_type(inner))
+    if outer == "map":
+        key, _, value = inner.partition(",")
+        return helper.make_map_type_proto(_element(key), value_type(value.strip()))
+    return helper.make_tensor_type_proto(_element(inner), shape)
+
+
+def _element(name: str) -> int:
+    return int(dict(TensorProto.DataType.items()).get(name.upper(), TensorProto.UNDEFINED))
+
+
+def imported_opsets(model: ModelProto) -> dict[str, int]:
+    """Versions of the operator sets that onnxruntime reads a model with: of those that it does not import, its own newest.
+
+    Raises
+    ------
+    ModelError
+        If onnxruntime refuses the model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        Session(model, optimize=False, save_optimized=path)
+        return {o.domain: int(o.version) for o in onnx.load(path, load_external_data=False).opset_import}
 
 
 @contextmanager

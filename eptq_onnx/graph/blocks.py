@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, ValueInfoProto, helper
 
 from eptq_onnx.graph import edit, store
 from eptq_onnx.graph.bodies import node_reads
@@ -117,7 +117,7 @@ def _block(view: GraphView, place: dict[str, int], readers: dict[str, set[int]],
 
 
 def _described(view: GraphView, known: dict[str, ValueInfoProto], name: str) -> ValueInfoProto:
-    return known[name] if name in known else helper.make_tensor_value_info(name, view.elem_type(name) or TensorProto.FLOAT, None)
+    return known[name] if name in known else edit.described(name, view.kind(name))
 
 
 def observe(blocks: Sequence[Block], batches: Iterable[Feeds], wanted: Sequence[str]) -> Iterator[tuple[int, Feeds]]:

@@ -9,22 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper
 
 from eptq_onnx.graph import store
-from eptq_onnx.graph.bodies import node_reads, subgraphs
+from eptq_onnx.graph.bodies import all_names, node_reads, subgraphs
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.weights import without_weights
-
-
-def all_names(model: ModelProto) -> set[str]:
-    """Every tensor and node name of the main graph."""
-    graph = model.graph
-    names = {i.name for i in (*graph.input, *graph.output, *graph.value_info)} | {t.name for t in graph.initializer}
-    for node in graph.node:
-        names.update((node.name, *node.output, *node_reads(node)))
-    return names
 
 
 class Builder:
@@ -44,7 +35,7 @@ class Builder:
         self.initializers: list[TensorProto] = []
         self._prefix = prefix
         self._folder = store.folder_of(model)
-        self._taken = all_names(model)
+        self._taken = all_names(model.graph)
         self._next: defaultdict[str, int] = defaultdict(lambda: 1)
         """The number to try first for each stem."""
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
@@ -166,11 +157,11 @@ def promote_to_inputs(model: ModelProto, names: Iterable[str]) -> None:
     model.graph.initializer.extend(kept)
 
 
-def add_output(model: ModelProto, name: str, elem_type: int = TensorProto.FLOAT) -> None:
-    """Expose a tensor as a graph output of unknown shape, in place."""
+def add_output(model: ModelProto, name: str, elem_type: int = TensorProto.UNDEFINED) -> None:
+    """Expose a tensor as a graph output, in place; of unknown shape, or, where no type is given either, of the type that readers infer."""
     if all(o.name != name for o in model.graph.output):
         known = [v for v in (*model.graph.value_info, *model.graph.input) if v.name == name]
-        model.graph.output.append(known[0] if known else helper.make_tensor_value_info(name, elem_type, None))
+        model.graph.output.append(known[0] if known else described(name, elem_type))
         for info in known:
             if info in model.graph.value_info:
                 model.graph.value_info.remove(info)
@@ -186,6 +177,13 @@ def set_outputs(model: ModelProto, names: Sequence[str], elem_type: int = Tensor
     del model.graph.output[:]
     for name in names:
         add_output(model, name, elem_type)
+
+
+def described(name: str, kind: int | TypeProto) -> ValueInfoProto:
+    """A tensor of this element type, or a value of this type; `TensorProto.UNDEFINED` leaves the type open, as outputs may have it."""
+    if isinstance(kind, TypeProto):
+        return ValueInfoProto(name=name, type=kind)
+    return helper.make_tensor_value_info(name, kind, None) if kind else ValueInfoProto(name=name)
 
 
 def exposing(model: ModelProto, names: Iterable[str]) -> ModelProto:
@@ -211,7 +209,8 @@ def specialize(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> ModelP
         if info.name in shapes:
             info.CopyFrom(helper.make_tensor_value_info(info.name, info.type.tensor_type.elem_type, list(shapes[info.name])))
     for info in result.graph.output:
-        info.type.tensor_type.ClearField("shape")
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.ClearField("shape")
     return infer_shapes(result)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from eptq_onnx.errors import ModelError
@@ -97,12 +97,32 @@ def _folded_once(model: ModelProto) -> ModelProto:
     result = without_weights(model)
     result.graph.CopyFrom(folded.graph)
     result.graph.doc_string = model.graph.doc_string
+    result.graph.metadata_props.extend(model.graph.metadata_props)
+    _restore_types(result.graph, inferred.graph)
     return result
 
 
 def _draws(node: gs.Node) -> bool:
     """True for random numbers: they are no constants, even if nothing that they are drawn from changes."""
     return node.op in _RANDOM
+
+
+def _restore_types(graph: GraphProto, origin: GraphProto) -> None:
+    """Give what is no tensor its type again, in place: onnx-graphsurgeon knows tensors only."""
+    for field in ("input", "output", "value_info"):
+        types = {v.name: v.type for v in getattr(origin, field) if not v.type.HasField("tensor_type")}
+        for info in getattr(graph, field):
+            if info.name in types:
+                info.type.CopyFrom(types[info.name])
+    nodes = {_first(node): node for node in origin.node}
+    for node in graph.node:
+        for inner, before in zip(subgraphs(node), subgraphs(nodes.get(_first(node), node)), strict=True):
+            _restore_types(inner, before)
+
+
+def _first(node: NodeProto) -> str:
+    """The first tensor that a node makes."""
+    return next((o for o in node.output if o), "")
 
 
 def _constants_to_initializers(model: ModelProto) -> ModelProto:

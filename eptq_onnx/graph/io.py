@@ -15,6 +15,7 @@ from onnx import ModelProto, TensorProto, checker, numpy_helper
 from eptq_onnx.errors import ModelError, OutputError
 from eptq_onnx.graph import store, weights
 from eptq_onnx.graph.bodies import all_nodes, initializers
+from eptq_onnx.graph.canonical import make_canonical
 from eptq_onnx.graph.external import write_external
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.runtime import PROTOBUF_LIMIT
@@ -58,6 +59,7 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None 
     elif proto is model:
         proto = ModelProto()
         proto.CopyFrom(model)
+    make_canonical(proto)
     _check(proto, name)
     _densify(proto)
     return proto
@@ -131,9 +133,20 @@ def check(model: ModelProto, *, full: bool = False) -> None:
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     for node in own:
         node.domain = "com.microsoft"
+    # It wants shapes of inputs and outputs, and onnxruntime does not.
+    tensors = [i.type.tensor_type for i in (*model.graph.input, *model.graph.output) if i.type.HasField("tensor_type")]
+    shapeless = [t for t in tensors if not t.HasField("shape")]
+    for tensor in shapeless:
+        tensor.shape.SetInParent()
     try:
-        checker.check_model(model, full_check=full)
+        checker.check_model(model)
+        for tensor in shapeless:
+            tensor.ClearField("shape")
+        if full:
+            onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     finally:
+        for tensor in shapeless:
+            tensor.ClearField("shape")
         del model.opset_import[versions:]
         for node in own:
             node.domain = ""

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper
 
 from eptq_onnx.graph.bodies import node_reads
+from eptq_onnx.graph.edit import described
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.runtime import Session
 from eptq_onnx.types import Array
 
 
-def piece(view: GraphView, nodes: Sequence[NodeProto], inputs: Mapping[str, int], outputs: Mapping[str, int]) -> ModelProto:
+def piece(
+    view: GraphView, nodes: Sequence[NodeProto], inputs: Mapping[str, int | TypeProto], outputs: Mapping[str, int | TypeProto]
+) -> ModelProto:
     """A model that computes some tensors from others.
 
     Parameters
@@ -21,15 +24,15 @@ def piece(view: GraphView, nodes: Sequence[NodeProto], inputs: Mapping[str, int]
     view : GraphView
     nodes : sequence of NodeProto
         In order.
-    inputs, outputs : dict of str to int
-        Tensor to ONNX element type; of any shape.
+    inputs, outputs : mapping of str to int or TypeProto
+        Tensor to ONNX element type, of any shape; or name of any other value to its type, open for an output that nobody tells.
     """
     constants = dict.fromkeys(i for n in nodes for i in node_reads(n) if i in view.initializers and i not in inputs)
     graph = helper.make_graph(
         nodes,
         "piece",
-        [helper.make_tensor_value_info(name, kind, None) for name, kind in inputs.items()],
-        [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs.items()],
+        [described(name, kind) for name, kind in inputs.items()],
+        [described(name, kind) for name, kind in outputs.items()],
         [view.initializers[i] for i in constants],
     )
     return helper.make_model(graph, opset_imports=view.model.opset_import, ir_version=view.model.ir_version)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto
 
 from eptq_onnx.graph import store
 from eptq_onnx.graph.bodies import node_reads
@@ -110,6 +110,15 @@ class GraphView:
     def elem_type(self, name: str) -> int:
         """TensorProto data type, or UNDEFINED where inference did not tell."""
         return self._types.get(name, (TensorProto.UNDEFINED, None))[0]
+
+    def kind(self, name: str) -> int | TypeProto:
+        """`elem_type` of a tensor, the whole type of a sequence, map or optional."""
+        return self._others.get(name) or self.elem_type(name)
+
+    @cached_property
+    def _others(self) -> dict[str, TypeProto]:
+        infos = (*self.model.graph.value_info, *self.model.graph.input, *self.model.graph.output)
+        return {v.name: v.type for v in infos if v.type.WhichOneof("value") not in (None, "tensor_type")}
 
     def is_float(self, name: str) -> bool:
         """True for a float32 tensor."""

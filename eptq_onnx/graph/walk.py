@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, TypeProto, helper
 
 from eptq_onnx.graph.bodies import node_reads
 from eptq_onnx.graph.pieces import piece
@@ -91,12 +91,11 @@ class Walk:
         for feeds, values in zip(self._live, ordered_map(run, self._live), strict=True):
             feeds.update(values)
 
-    def _type(self, name: str) -> int:
-        if name in self._replaced:
-            return helper.np_dtype_to_tensor_dtype(self._replaced[name].dtype)
-        if name in self._live[0]:
-            return helper.np_dtype_to_tensor_dtype(self._live[0][name].dtype)
-        return self._view.elem_type(name)
+    def _type(self, name: str) -> int | TypeProto:
+        value = self._replaced.get(name, self._live[0].get(name))
+        if isinstance(value, np.ndarray) and value.dtype != object:
+            return helper.np_dtype_to_tensor_dtype(value.dtype)
+        return self._view.kind(name)
 
     def _forget(self) -> None:
         """Drop what no waiting node reads."""

@@ -21,9 +21,8 @@ from onnx import AttributeProto, ModelProto, NodeProto
 
 from eptq_onnx.config import Config
 from eptq_onnx.errors import ModelError
-from eptq_onnx.graph.bodies import all_nodes, subgraphs
+from eptq_onnx.graph.bodies import all_names, all_nodes, subgraphs
 from eptq_onnx.graph.branches import settled_branch
-from eptq_onnx.graph.edit import all_names
 from eptq_onnx.graph.view import GraphView, int_attribute, last_layers
 from eptq_onnx.ops import Bounds, OpSpec, Role, is_known, pointwise, spec_of
 from eptq_onnx.targets import Target
@@ -200,7 +199,7 @@ def _is_depthwise(node: NodeProto, view: GraphView) -> bool:
 
 
 def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ...]:
-    view, taken = draft.view, all_names(model)
+    view, taken = draft.view, all_names(model.graph)
     nodes = _layer_nodes(draft)
     # That a path past all others leads there does not make a layer the first: residual streams lead past every layer.
     behind = view.downstream(o for n in nodes for o in n.output)

@@ -287,7 +287,7 @@ def _add_loss(model: ModelProto, entering: Iterable[tuple[str, str]], view: Grap
     builder.add("Identity", [total], _LOSS)
     model.graph.node.extend(builder.nodes)
     model.graph.initializer.extend(builder.initializers)
-    edit.add_output(model, _LOSS)
+    edit.add_output(model, _LOSS, TensorProto.FLOAT)
 
 
 def _scored_tensors(view: GraphView, plan: Plan) -> dict[str, int]:

@@ -35,7 +35,7 @@ class Case:
         self.samples = data.read({"image": images(24)}, self.model)
         self.calibration = calibrate(self.model, self.plan, self.samples, self.config, silent)
         self.indices = np.arange(24)
-        self.held = np.array([3, 17])
+        self.held = np.sort(np.random.default_rng(0).permutation(24)[:2])
         self.scores = score(self.model, self.plan, self.samples, self.indices, self.calibration, set(), engine, self.config, silent)
         self.start = weight_ranges(self.model, self.plan, self.calibration, self.scores, self.config)
         self.graph = soften(self.model, self.plan, self.start, self.samples, self.calibration, self.config, engine)
@@ -318,7 +318,7 @@ def test_a_layer_behind_an_operator_without_gradient_is_said_not_to_be_optimized
     )
     result = eptq_onnx.quantize(model, images(16), Config(steps=4, weight_bits=4, batch_size=4))
     assert result.report.optimization is not None
-    (note,) = result.report.notes
+    (note,) = [n for n in result.report.notes if "no Hessian score" in n]
     assert "has no Hessian score: no output depends on it through operators that have a gradient" in note
 
 
