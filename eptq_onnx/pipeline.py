@@ -24,7 +24,7 @@ from eptq_onnx import engines, targets
 from eptq_onnx.config import Attention, Config, Start, WeightRange
 from eptq_onnx.data import Samples, read, spread
 from eptq_onnx.engines.base import Engine
-from eptq_onnx.errors import GradientError
+from eptq_onnx.errors import GradientError, ModelError
 from eptq_onnx.graph import io, store
 from eptq_onnx.graph.branches import flattened, sink
 from eptq_onnx.graph.opsets import restored
@@ -32,6 +32,8 @@ from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.readers import Source
 from eptq_onnx.report import LayerReport, Report
+from eptq_onnx.sample_notes import sample_notes
+from eptq_onnx.speed import measure
 from eptq_onnx.steps.allocate import SAMPLES as ALLOCATION_SAMPLES
 from eptq_onnx.steps.allocate import allocate
 from eptq_onnx.steps.calibrate import FLOAT_PASSES as CALIBRATION_PASSES
@@ -58,7 +60,7 @@ from eptq_onnx.steps.soften import soften
 from eptq_onnx.steps.verify import verify
 from eptq_onnx.steps.write import write
 from eptq_onnx.targets import Target
-from eptq_onnx.types import Calibration, Estimate, OptimizationTrace, Plan, Rounding, Scores, Verification
+from eptq_onnx.types import Calibration, Estimate, OptimizationTrace, Plan, Rounding, Scores, Speed, Verification
 
 
 class Progress(Protocol):
@@ -185,7 +187,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         flat, quantized = flattened(marked), sink(marked)
     with clock("verify"):
         verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, run.held, origin.size, tell("verify"))
-    notes = [*origin.notes, *notes, *_unscored(scores), *_left_over(calibration, samples, engine)]
+    speed = _speed(run, model, quantized, folder, notes)
     report = Report(
         version=eptq_onnx.__version__,
         model=origin.name,
@@ -197,11 +199,12 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         unused_samples=calibration.unused_samples,
         layers=_layer_reports(plan, scores, verification, len(chosen)),
         kept_float=plan.kept_float,
-        notes=tuple(notes),
+        notes=(*sample_notes(samples), *origin.notes, *notes, *_unscored(scores), *_left_over(calibration, samples, engine)),
         rotated=rotated,
         equalized=equalized,
         optimization=trace,
         verification=verification,
+        speed=speed,
         estimate=expected,
         seconds=clock.seconds,
         peak_memory_bytes=peak_memory(),
@@ -349,6 +352,24 @@ def _compensated(
         rounding, skipped = closed_form(model, nearest, plan, rounding, run.samples, run.walked, scores, run.config, progress)
     notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
     return rounding
+
+
+def _speed(
+    run: _Run, model: str | os.PathLike[str] | bytes | ModelProto, quantized: ModelProto, folder: str, notes: list[str]
+) -> Speed | None:
+    """Run time of both models; where it cannot be measured, a note says why."""
+    if not run.config.measure_speed:
+        return None
+    if store.folder_of(quantized) is not None:
+        notes.append("speed is not measured: both models together would take too much memory")
+        return None
+    part = next(run.samples.parts(range(run.samples.count), run.samples.fixed_batch or 1))
+    try:
+        with run.clock("speed"):
+            return measure(io.load(model, folder), quantized, run.samples.take(part), len(part))
+    except ModelError as e:
+        notes.append(f"speed is not measured: {e}")
+        return None
 
 
 def _with_activations(whole: ModelProto, plan: Plan, calibration: Calibration, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:

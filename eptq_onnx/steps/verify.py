@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from eptq_onnx.graph.walk import Walk
 from eptq_onnx.graph.weights import light
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
+from eptq_onnx.statistics import Comparison
 from eptq_onnx.targets import Target
 from eptq_onnx.types import Feeds, Plan, Verification
 
@@ -90,9 +91,12 @@ def verify(
         optimized = Path(folder) / "optimized.onnx"
         session = Session(quantized, save_optimized=optimized)
         kernels = count_kernels(onnx.load(optimized, load_external_data=False), target)
-    for wanted, got in zip(expected, _outputs(session, feeds, outputs), strict=True):
+    comparisons = {name: Comparison() for name in outputs}
+    for part, wanted, got in zip(parts, expected, _outputs(session, feeds, outputs), strict=True):
         for name in outputs:
             _measure(f"output {name}", wanted[name], got[name], power, noise)
+            for one, other in _by_sample(wanted[name], got[name], len(part)):
+                comparisons[name].add(one, other)
     del session, expected
     exact, rough = Walk(model, feeds), Walk(infer_shapes(flat), feeds)
     for k, layer in enumerate(plan.layers):
@@ -112,7 +116,18 @@ def verify(
         kernels=kernels,
         float_bytes=float_bytes,
         quantized_bytes=store.model_bytes(quantized),
+        statistics={name: c.result() for name, c in comparisons.items()},
+        held_out=len(chosen) <= len(indices) and len(indices) < samples.count,
     )
+
+
+def _by_sample(wanted: NDArray[Any], got: NDArray[Any], count: int) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """What a batch gave, sample by sample where the first axis counts them."""
+    if count > 1 and wanted.shape[:1] == got.shape[:1] == (count,):
+        for k in range(count):
+            yield wanted[k : k + 1], got[k : k + 1]
+    else:
+        yield wanted, got
 
 
 def _outputs(session: Session, feeds: Sequence[Feeds], names: Sequence[str]) -> list[Feeds]:
