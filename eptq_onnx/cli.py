@@ -82,6 +82,9 @@ def quantize(
             help="Memory to get along with, such as 4GB: block by block where all does not fit (large models: nine tenths of all)."
         ),
     ] = None,
+    measure_speed: Annotated[
+        bool, typer.Option(help="Measure at the end whether the quantized model runs faster than the float model on this machine.")
+    ] = _DEFAULTS.measure_speed,
     report: Annotated[Path | None, typer.Option(help="Where to write the report as JSON.")] = None,
 ) -> None:
     """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime."""

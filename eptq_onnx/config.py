@@ -213,6 +213,9 @@ class Config(BaseModel):
         machine's memory. A model whose tensors do not fit is calibrated and scored block by block; its optimization over
         the whole network is left out, with a note, where it does not fit. What the runtime maps of weight files does not
         count: the system takes it back when it needs to.
+    measure_speed : bool
+        Run the float and the quantized model in turn for a second or two at the end, to tell in the report which is faster and,
+        if that is the float model, which operators cost the time. It changes nothing in the result.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -256,6 +259,7 @@ class Config(BaseModel):
     augment: bool = True
     batch_axes: dict[str, int | None] = Field(default_factory=dict)
     max_memory: ByteSize | None = Field(None, gt=0)
+    measure_speed: bool = True
 
     @field_validator("activation_bits")
     @classmethod

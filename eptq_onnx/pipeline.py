@@ -26,7 +26,7 @@ from eptq_onnx.data import Samples, spread
 from eptq_onnx.data import candidates as read_candidates
 from eptq_onnx.deviation import Deviation
 from eptq_onnx.engines.base import Engine
-from eptq_onnx.errors import GradientError
+from eptq_onnx.errors import GradientError, ModelError
 from eptq_onnx.graph import io, store
 from eptq_onnx.graph.branches import flattened, sink
 from eptq_onnx.graph.opsets import restored
@@ -36,6 +36,8 @@ from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.ops import executed
 from eptq_onnx.readers import Source
 from eptq_onnx.report import LayerReport, Report
+from eptq_onnx.sample_notes import sample_notes
+from eptq_onnx.speed import measure
 from eptq_onnx.splits import Shares, share_out
 from eptq_onnx.steps.allocate import SAMPLES as ALLOCATION_SAMPLES
 from eptq_onnx.steps.allocate import allocate
@@ -66,7 +68,7 @@ from eptq_onnx.steps.soften import soften
 from eptq_onnx.steps.verify import Versions, verify
 from eptq_onnx.steps.write import write
 from eptq_onnx.targets import Target
-from eptq_onnx.types import Calibration, Estimate, OptimizationTrace, Plan, Rounding, Scores, Verification
+from eptq_onnx.types import Calibration, Estimate, OptimizationTrace, Plan, Rounding, Scores, Speed, Verification
 
 
 class Progress(Protocol):
@@ -191,7 +193,15 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         versions = Versions(whole, marked, stands_for)
         verification = verify(versions, plan, target, samples, shares, found, origin.size, tell("verify"))
     quantized = sink(marked)
-    notes = [*origin.notes, *notes, *_unscored(scores), *_left_over(calibration, samples, engine), *verification.notes]
+    speed = _speed(run, model, quantized, folder, notes)
+    notes = [
+        *sample_notes(samples),
+        *origin.notes,
+        *notes,
+        *_unscored(scores),
+        *_left_over(calibration, samples, engine),
+        *verification.notes,
+    ]
     report = Report(
         version=eptq_onnx.__version__,
         model=origin.name,
@@ -209,6 +219,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         equalized=equalized,
         optimization=trace,
         verification=verification,
+        speed=speed,
         estimate=expected,
         seconds=clock.seconds,
         peak_memory_bytes=peak_memory(),
@@ -285,7 +296,7 @@ def _prepared(
     whole = settle(plain, arranged.samples)
     samples, found, left = record(flattened(whole), arranged.samples, config.seed)
     name = str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name
-    notes = [*_type_notes(original, config), *_opset_notes(original, whole), *arranged.notes, *left]
+    notes = [*sample_notes(arranged.samples), *_type_notes(original, config), *_opset_notes(original, whole), *arranged.notes, *left]
     return _Origin(name, opset_of(original), original.ir_version, store.model_bytes(original), notes), samples, whole, found
 
 
@@ -415,6 +426,24 @@ def _optimized(
             )
             rounding, trace = start, replace(trace, best_step=0)
     return rounding, trace
+
+
+def _speed(
+    run: _Run, model: str | os.PathLike[str] | bytes | ModelProto, quantized: ModelProto, folder: str, notes: list[str]
+) -> Speed | None:
+    """Run time of both models; where it cannot be measured, a note says why."""
+    if not run.config.measure_speed:
+        return None
+    if store.folder_of(quantized) is not None:
+        notes.append("speed is not measured: both models together would take too much memory")
+        return None
+    part = next(run.samples.parts(range(run.samples.count), run.samples.fixed_batch or 1))
+    try:
+        with run.clock("speed"):
+            return measure(io.load(model, folder), quantized, run.samples.take(part), len(part))
+    except ModelError as e:
+        notes.append(f"speed is not measured: {e}")
+        return None
 
 
 def _with_activations(

@@ -191,6 +191,8 @@ class Session:
         Of one operator; 0: as many as there are cores. Batches run side by side instead: see `eptq_onnx.parallel`.
     integers : bool
         False keeps operators between quantizers in floating point, as training needs them.
+    profile : path, optional
+        Start of the file name of a profile: onnxruntime times every operator until `end_profiling`.
 
     Raises
     ------
@@ -206,10 +208,13 @@ class Session:
         save_optimized: Path | None = None,
         threads: int = 1,
         integers: bool = True,
+        profile: Path | None = None,
     ) -> None:
         ort = load()
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         options.intra_op_num_threads = threads
         if not integers:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -239,6 +244,10 @@ class Session:
         except Exception as e:
             raise ModelError(f"onnxruntime cannot run the model: {_one_line(e)}") from e
         return dict(zip(names, values, strict=True))
+
+    def end_profiling(self) -> Path:
+        """Stop timing operators; returns the file with the times (Chrome trace events, as JSON)."""
+        return Path(self._session.end_profiling())
 
 
 def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, TypeProto]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -270,6 +271,96 @@ class Rounding:
 
 
 @dataclass(frozen=True)
+class OutputStatistics:
+    """How one output of the quantized model differs from the float model's.
+
+    Parameters
+    ----------
+    samples : int
+        Samples compared.
+    sqnr_db : float
+        Signal-to-noise ratio of all values, in dB.
+    centred_sqnr_db : float
+        The same with the spread of each channel about its mean as the signal.
+    channel_sqnr_db : float
+        The lower quartile, over channels, of each channel's own `centred_sqnr_db`.
+    sample_sqnr_db : float
+        `sqnr_db` of the worst sample.
+    decisions : int
+        Places at which the largest channel of the float output was compared with that of the quantized output; 0 for an output
+        that is no set of scores: too few channels, or always the same one is largest.
+    disagreement : float
+        Share of these places at which another channel is the largest.
+    expected_disagreement : float
+        Share at which another channel would be the largest on ordinary samples, given the noise and the mean distance between
+        the two largest channels. It tells something where few decisions were compared, or where the calibration samples are
+        those that the network was trained on.
+    mismatched, not_finite : int
+        Samples whose quantized output has another shape, or NaN or Inf where the float output has none: all of it counts as noise.
+    """
+
+    samples: int
+    sqnr_db: float
+    centred_sqnr_db: float
+    channel_sqnr_db: float
+    sample_sqnr_db: float
+    decisions: int = 0
+    disagreement: float = 0.0
+    expected_disagreement: float = 0.0
+    mismatched: int = 0
+    not_finite: int = 0
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """What one kind of operator takes in one run of the float and of the quantized model, in seconds."""
+
+    operator: str
+    float_seconds: float
+    quantized_seconds: float
+
+
+class Pace(str, Enum):
+    """The quantized model's run time beside the float model's, as far as it was told from noise."""
+
+    FASTER = "faster"
+    SAME = "about as fast"
+    SLOWER = "slower"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Run time of the float and of the written model in onnxruntime on this machine, measured in turn.
+
+    Parameters
+    ----------
+    pace : Pace
+    float_seconds, quantized_seconds : float
+        Median time of one run.
+    ratio : float
+        Median of the quantized model's time over the float model's, pair by pair: above 1 it is slower.
+    low, high : float
+        Interval of that median, at a confidence of 95 %.
+    pairs : int
+        Measurements of each model.
+    samples : int
+        Samples that one run takes.
+    operators : tuple of OperatorTime
+        Where the model is not faster: the time of each kind of operator, those that cost most beside the float model first.
+    """
+
+    pace: Pace
+    float_seconds: float
+    quantized_seconds: float
+    ratio: float
+    low: float
+    high: float
+    pairs: int
+    samples: int
+    operators: tuple[OperatorTime, ...] = ()
+
+
+@dataclass(frozen=True)
 class Verification:
     """Float model against written model, both run in onnxruntime.
 
@@ -277,8 +368,6 @@ class Verification:
     ----------
     samples : int
         Samples compared.
-    held_out : bool
-        True if no step has seen them.
     outputs : dict of str to float
         SQNR in dB per float output.
     layers : dict of str to float
@@ -291,10 +380,13 @@ class Verification:
         Sizes of the two models.
     notes : tuple of str
         How the comparison was made, where that is not plain.
+    statistics : dict of str to OutputStatistics
+        Per float output.
+    held_out : bool
+        False if a step of the quantization has seen these samples.
     """
 
     samples: int
-    held_out: bool
     outputs: Mapping[str, float]
     layers: Mapping[str, float]
     planned: Mapping[str, int]
@@ -302,6 +394,8 @@ class Verification:
     float_bytes: int
     quantized_bytes: int
     notes: tuple[str, ...] = ()
+    statistics: Mapping[str, OutputStatistics] = field(default_factory=dict)
+    held_out: bool = True
 
 
 _SHORT = 10

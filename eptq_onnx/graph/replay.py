@@ -18,7 +18,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from eptq_onnx.graph import edit
-from eptq_onnx.graph.bodies import all_nodes, subgraphs
+from eptq_onnx.graph.bodies import all_names, all_nodes, subgraphs
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 
 _PREFIX = "recorded/"
@@ -213,7 +213,7 @@ def places_of(model: ModelProto, rule_of: RuleOf) -> tuple[Place, ...]:
     rule_of : callable
     """
     view = GraphView(model)
-    taken = edit.all_names(model)
+    taken = all_names(model.graph)
     prefix = _PREFIX
     while any(name.startswith(prefix) for name in taken):
         prefix = f"{prefix}_"

@@ -15,7 +15,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from eptq_onnx.types import Estimate, KeptFloat, OptimizationTrace, Verification
+from eptq_onnx.report.speed import in_words, operator_table, warning
+from eptq_onnx.report.verdict import Assurance, Verdict, judge
+from eptq_onnx.types import Estimate, KeptFloat, OptimizationTrace, Speed, Verification
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Report:
         Quantized tensors whose channels were scaled to fit a common range, and by how much at the most, up or down.
     optimization : OptimizationTrace or None
     verification : Verification
+    speed : Speed or None
+        None if it was not measured; a note says why, unless it was not asked for.
     estimate : Estimate
         What the run was expected to take, as it was told before it started.
     seconds : dict of str to float
@@ -85,37 +89,44 @@ class Report:
     equalized: Mapping[str, float]
     optimization: OptimizationTrace | None
     verification: Verification
+    speed: Speed | None
     estimate: Estimate
     seconds: Mapping[str, float]
     peak_memory_bytes: int
 
+    @property
+    def verdict(self) -> Verdict:
+        """What to expect of the written model."""
+        return judge(self.verification)
+
     def to_json(self) -> str:
-        """The whole report as JSON; infinite ratios are null."""
-        return json.dumps(_plain(dataclasses.asdict(self)), indent=2) + "\n"
+        """The whole report as JSON, the verdict first; infinite ratios are null."""
+        return json.dumps(_plain({"verdict": dataclasses.asdict(self.verdict), **dataclasses.asdict(self)}), indent=2) + "\n"
 
     def render(self) -> Group:
         """The summary for a console."""
-        v = self.verification
+        v, verdict = self.verification, self.verdict
         head = Table.grid(padding=(0, 2))
+        head.add_row(Text("verdict", style="bold"), Text(str(verdict), style=_STYLES[verdict.assurance]))
         for label, text in (
+            ("size", _smaller(v.float_bytes, v.quantized_bytes)),
+            ("speed", in_words(self.speed)),
             ("model", f"{self.model} → {self.target}, opset {self.opset}"),
             ("bits", self._bits()),
-            ("size", f"{_size(v.float_bytes)} → {_size(v.quantized_bytes)} ({v.float_bytes / max(v.quantized_bytes, 1):.2f}× smaller)"),
             ("rotation", self._rotation()),
             ("equalization", self._equalization()),
             ("optimization", self._optimization()),
             ("time, memory", self._cost()),
         ):
-            head.add_row(Text(label, style="bold"), text)
+            head.add_row(Text(label, style="bold"), Text(text))
         kernels = Table("operator", "planned", "integer kernels", title=f"Integer kernels in {self.target}", title_justify="left")
         for op, planned in v.planned.items():
             found = v.kernels.get(op, 0)
             kernels.add_row(op, str(planned), Text(str(found), style="" if found >= planned else "bold red"))
-        seen = "held-out samples" if v.held_out else "samples that calibration has seen"
-        fidelity = Table("output", "SQNR (dB)", title=f"Float against quantized, {v.samples} {seen}", title_justify="left")
-        for name, value in v.outputs.items():
-            fidelity.add_row(name, f"{value:.2f}")
-        parts: list[Any] = [head, kernels, fidelity, self._weakest()]
+        parts: list[Any] = [Text(line, style="bold red") for line in filter(None, [warning(self.speed)])]
+        parts += [head, kernels, self._fidelity(), self._weakest()]
+        if self.speed is not None and self.speed.operators:
+            parts.append(operator_table(self.speed))
         if self.kept_float:
             parts.append(self._float_table())
         parts.extend(Text(f"note: {note}", style="yellow") for note in self.notes)
@@ -124,6 +135,19 @@ class Report:
     def print(self, console: Console | None = None) -> None:
         """Print the summary."""
         (console or Console()).print(self.render())
+
+    def _fidelity(self) -> Table:
+        v = self.verification
+        count = f"{v.samples} held-out samples" if v.held_out else f"{v.samples} samples that calibration has seen"
+        columns = ("output", "SQNR (dB)", "about the mean (dB)", "worst sample (dB)", "largest channel changes")
+        table = Table(*columns, title=f"Float against quantized, {count}", title_justify="left")
+        for name, value in v.outputs.items():
+            s = v.statistics.get(name)
+            more = [] if s is None else [f"{s.centred_sqnr_db:.2f}", f"{s.sample_sqnr_db:.2f}"]
+            if s is not None and s.decisions:
+                more.append(f"{s.disagreement:.1%} of {s.decisions} ({s.expected_disagreement:.1%} expected)")
+            table.add_row(Text(name), f"{value:.2f}", *more)
+        return table
 
     def _bits(self) -> str:
         counts = Counter((f"W{x.weight_bits}A{x.activation_bits}", x.weight_range, x.weight_zero_points) for x in self.layers)
@@ -166,6 +190,14 @@ class Report:
         for (op, reason), n in counts.most_common():
             table.add_row(op, str(n), reason)
         return table
+
+
+_STYLES = {Assurance.SAFE: "green", Assurance.CHECK: "yellow", Assurance.LOSS: "bold red"}
+
+
+def _smaller(before: int, after: int) -> str:
+    ratio = before / max(after, 1)
+    return f"{_size(before)} → {_size(after)} ({ratio:.2f}× smaller)" if ratio >= 1 else f"{_size(before)} → {_size(after)}: not smaller"
 
 
 def _size(count: float) -> str:

@@ -30,6 +30,7 @@ from eptq_onnx.parallel import ordered_map
 from eptq_onnx.rows import laid_beside, rows_axis
 from eptq_onnx.runtime import Session
 from eptq_onnx.splits import Shares
+from eptq_onnx.statistics import Comparison
 from eptq_onnx.targets import Target
 from eptq_onnx.types import Feeds, Plan, Verification
 
@@ -129,6 +130,7 @@ def verify(
         float_bytes=float_bytes,
         quantized_bytes=store.model_bytes(quantized),
         notes=notes,
+        statistics={name: c.result() for name, c in sums.outputs.items()},
     )
 
 
@@ -166,7 +168,7 @@ def _compare_outputs(
     for expected, got, rows in zip(reference, results, counts, strict=True):
         axes = {name: axis for name in free if name in expected and (axis := rows_axis(expected[name], rows)) is not None}
         for name, (value, mine) in laid_beside(expected, got, axes).items():
-            sums.outputs.setdefault(name)
+            sums.outputs.setdefault(name, Comparison()).add(value, mine)
             sums.add(f"output {name}", value, mine)
     return sum(map(len, parts)), notes
 
@@ -203,7 +205,7 @@ class _Sums:
     """Squares of what is compared, and of the differences."""
 
     def __init__(self) -> None:
-        self.outputs: dict[str, None] = {}
+        self.outputs: dict[str, Comparison] = {}
         self._power: dict[str, float] = defaultdict(float)
         self._noise: dict[str, float] = defaultdict(float)
 

@@ -1,0 +1,67 @@
+"""The measured speed in words."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from eptq_onnx.types import OperatorTime, Pace, Speed
+
+_NAMED, _SMALL = 3, 0.05
+"""At most so many operators are named, those with at least this share of the run time or of what it grew by."""
+
+
+def in_words(speed: Speed | None) -> str:
+    """One line, such as ``1.6× faster than the float model: 1.11 ms → 0.66 ms (…)``."""
+    if speed is None:
+        return "not measured"
+    batch = f"a run of {speed.samples} sample{'s' * (speed.samples > 1)}"
+    times = f"{_time(speed.float_seconds)} → {_time(speed.quantized_seconds)} {batch}"
+    bounds = (speed.low, speed.high) if speed.pace is not Pace.FASTER else (1 / speed.high, 1 / speed.low)
+    interval = f"between {bounds[0]:.2f}× and {bounds[1]:.2f}× in {speed.pairs} pairs of measurements on this machine"
+    if speed.pace is Pace.FASTER:
+        return f"{1 / speed.ratio:.2f}× faster than the float model: {times} ({interval})"
+    if speed.pace is Pace.SLOWER:
+        return f"{speed.ratio:.2f}× slower than the float model: {times} ({interval})"
+    return f"about as fast as the float model: {times} (its time {interval})"
+
+
+def warning(speed: Speed | None) -> str:
+    """What to say first of all of a model that runs slower; empty for others."""
+    if speed is None or speed.pace is not Pace.SLOWER:
+        return ""
+    named = ", ".join(_cost(o, speed) for o in costly(speed))
+    return f"runs {speed.ratio:.2f}× slower than the float model on this machine{f'; the time goes to {named}' if named else ''}"
+
+
+def costly(speed: Speed) -> list[OperatorTime]:
+    """Operators that take longer than in the float model, those that cost most first."""
+    grown = [o for o in speed.operators if o.quantized_seconds > o.float_seconds]
+    lost = sum(o.quantized_seconds - o.float_seconds for o in grown)
+    return [o for o in grown if o.quantized_seconds - o.float_seconds >= _SMALL * lost][:_NAMED]
+
+
+def operator_table(speed: Speed) -> Table:
+    """Where the time of both models goes; what takes next to nothing in both is left out."""
+    table = Table("operator", "float", "quantized", title="Time of one run, by onnxruntime's profiler", title_justify="left")
+    most = max(sum(o.float_seconds for o in speed.operators), sum(o.quantized_seconds for o in speed.operators))
+    for o in speed.operators:
+        if max(o.float_seconds, o.quantized_seconds) >= 0.02 * most:
+            table.add_row(Text(o.operator), _time(o.float_seconds), _time(o.quantized_seconds))
+    return table
+
+
+def _cost(operator: OperatorTime, speed: Speed) -> str:
+    total = sum(o.quantized_seconds for o in speed.operators)
+    was = f"{_time(operator.quantized_seconds)} where the float model takes {_time(operator.float_seconds)}"
+    return f"{operator.operator} ({operator.quantized_seconds / max(total, 1e-12):.0%}, {was})"
+
+
+def _time(seconds: float) -> str:
+    """With a unit that suits it."""
+    if seconds <= 0:
+        return "none"
+    for unit, name in ((1, "s"), (1e-3, "ms")):
+        if seconds >= unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds * 1e6:.3g} µs"

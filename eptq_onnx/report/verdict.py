@@ -1,0 +1,141 @@
+"""What the comparison of both models lets a user expect: safe, check, or expect loss, with the reasons in words.
+
+The limits come from 60 files of nine networks (classifiers, detectors, segmenters, a sentence encoder), at 8 to 2 bits, each scored on
+labelled data: ``tools/bench_verdict.py`` prints such a table. Where a score fell by a point or more, no output met the conditions of
+`Assurance.SAFE`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from eptq_onnx.types import OutputStatistics, Verification
+
+SAFE_DB, VERY_HIGH_DB = 30.0, 40.0
+"""SQNR of an output that is safe, whatever it is for; and one that few samples, or samples seen before, are enough to tell."""
+SAFE_CHANGES, LOSSY_CHANGES = 0.035, 0.06
+"""Share of decisions that change: below the first a score loses less than a point, above the second it did lose more."""
+SAFE_CENTRED_DB = 15.0
+"""Outputs whose noise is larger beside their spread are more than the choice of a class: that alone does not make them safe."""
+LOSSY_CENTRED_DB = 8.0
+"""Below, noise is a sixth of the spread of the outputs and more: every task loses."""
+WORST_SAMPLE_DB = 10.0
+"""Below, a sample has outputs of its own."""
+MISMATCHED = 0.1
+"""Share of samples whose output has another size, above which it does not do what the float model's does."""
+FEW_SAMPLES = 16
+
+
+class Assurance(str, Enum):
+    """What to expect of the quantized model's results."""
+
+    SAFE = "safe"
+    CHECK = "check"
+    LOSS = "expect loss"
+
+
+_ORDER = (Assurance.SAFE, Assurance.CHECK, Assurance.LOSS)
+_ADVICE = {
+    Assurance.SAFE: "",
+    Assurance.CHECK: "score both models on labelled data before you rely on it",
+    Assurance.LOSS: "give more bits (--weight-bits, --activation-bits, --budget), --preset best, or more samples",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to expect, why, and what to do.
+
+    Parameters
+    ----------
+    assurance : Assurance
+    reasons : tuple of str
+    advice : str
+        Empty if there is nothing to do.
+    """
+
+    assurance: Assurance
+    reasons: tuple[str, ...]
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.assurance.value}: {'; '.join([*self.reasons, *filter(None, [self.advice])])}"
+
+
+def judge(verification: Verification) -> Verdict:
+    """Verdict on the written model; that of its worst output.
+
+    Parameters
+    ----------
+    verification : Verification
+    """
+    return judge_outputs(verification.statistics, verification.samples, verification.held_out)
+
+
+def judge_outputs(statistics: Mapping[str, OutputStatistics], samples: int, held_out: bool) -> Verdict:
+    """Verdict on outputs.
+
+    Parameters
+    ----------
+    statistics : mapping of str to OutputStatistics
+        Per output.
+    samples : int
+        Samples compared.
+    held_out : bool
+        True if no step of the quantization has seen them.
+    """
+    if not statistics or samples == 0:
+        return _verdict(Assurance.CHECK, ["no output was compared" if statistics or samples == 0 else "no output is floating point"])
+    judged = {name: _judge_output(s) for name, s in statistics.items()}
+    worst = max((a for a, _ in judged.values()), key=_ORDER.index)
+    reasons = [f"{name} {why}" for name, (assurance, why) in judged.items() if assurance is worst]
+    if len(reasons) > 3:
+        reasons = [*reasons[:2], f"and {len(reasons) - 2} more outputs like these"]
+    least = min(s.sqnr_db for s in statistics.values())
+    doubts = []
+    if samples < FEW_SAMPLES:
+        doubts.append(f"{samples} sample{'s' if samples > 1 else ''} {'are' if samples > 1 else 'is'} too few to tell more")
+    if not held_out:
+        doubts.append("calibration has seen the samples, so other samples may fare worse")
+    if worst is Assurance.SAFE and doubts and least < VERY_HIGH_DB:
+        worst = Assurance.CHECK
+    return _verdict(worst, [*reasons, *(doubts if worst is not Assurance.SAFE else [])])
+
+
+def _verdict(assurance: Assurance, reasons: list[str]) -> Verdict:
+    return Verdict(assurance, tuple(reasons), _ADVICE[assurance])
+
+
+def _judge_output(s: OutputStatistics) -> tuple[Assurance, str]:
+    """Verdict on one output, and what it says about it."""
+    if s.not_finite:
+        return Assurance.LOSS, f"has NaN or Inf on {s.not_finite} of {s.samples} samples"
+    if s.mismatched:
+        # As many boxes above a threshold, say: one more or less is no loss yet.
+        return (
+            Assurance.LOSS if s.mismatched > MISMATCHED * s.samples else Assurance.CHECK,
+            f"has another number of values on {s.mismatched} of {s.samples} samples",
+        )
+    changes = max(s.disagreement, s.expected_disagreement) if s.decisions else None
+    text = f"keeps {s.sqnr_db:.1f} dB" if s.sqnr_db < 100 else "is the same"
+    if changes is not None:
+        text += f", another channel is largest on {changes:.1%} of {'samples' if s.decisions <= s.samples else 'positions'}"
+    if s.sqnr_db >= VERY_HIGH_DB:
+        return Assurance.SAFE, text
+    spread = f"{text}, noise is {_noise(s.centred_sqnr_db)} of its spread"
+    if s.centred_sqnr_db < LOSSY_CENTRED_DB:
+        return Assurance.LOSS, spread
+    if changes is not None and changes > LOSSY_CHANGES and s.centred_sqnr_db < SAFE_CENTRED_DB:
+        return Assurance.LOSS, text
+    if s.sample_sqnr_db < WORST_SAMPLE_DB:
+        return Assurance.CHECK, f"{text}, but one sample keeps only {s.sample_sqnr_db:.1f} dB"
+    agrees = changes is not None and changes <= SAFE_CHANGES and s.centred_sqnr_db >= SAFE_CENTRED_DB
+    if agrees or (s.sqnr_db >= SAFE_DB and s.centred_sqnr_db >= SAFE_CENTRED_DB):
+        return Assurance.SAFE, text
+    return Assurance.CHECK, text if changes is not None else spread
+
+
+def _noise(db: float) -> str:
+    return f"{10 ** (-db / 20):.0%}"

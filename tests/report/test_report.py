@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from graphs import images, small_convnet
+from rich.console import Console
+
+import eptq_onnx
+from eptq_onnx import Config
+from eptq_onnx.report.speed import costly, in_words, warning
+from eptq_onnx.types import OperatorTime, Pace, Speed
+
+SLOW = Speed(
+    Pace.SLOWER, 0.0071, 0.0121, 1.7, 1.6, 1.85, 9, 1,
+    (OperatorTime("QuantizeLinear/DequantizeLinear around Resize", 0.0, 0.0042), OperatorTime("Softmax", 0.001, 0.0022),
+     OperatorTime("Conv", 0.006, 0.0056)),
+)  # fmt: skip
+FAST = Speed(Pace.FASTER, 0.0012, 0.0006, 0.5, 0.4, 0.625, 7, 4)
+SAME = Speed(Pace.SAME, 0.5, 0.5, 1.0, 0.97, 1.1, 41, 1)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return eptq_onnx.quantize(small_convnet(), images(40), Config(preset="fast", measure_speed=False)).report
+
+
+def shown(report, width: int = 400) -> list[str]:
+    console = Console(file=io.StringIO(), width=width)
+    report.print(console)
+    return [line.strip() for line in console.file.getvalue().splitlines()]
+
+
+def test_what_runs_slower_is_said_first(report):
+    lines = shown(replace(report, speed=SLOW))
+    assert lines[0].startswith(
+        "runs 1.70× slower than the float model on this machine; the time goes to QuantizeLinear/DequantizeLinear around Resize"
+    )
+    assert "(35%, 4.2 ms where the float model takes none), Softmax (18%, 2.2 ms where the float model takes 1 ms)" in lines[0]
+    assert "Conv" not in lines[0]
+    assert any("Time of one run" in line for line in lines)
+
+
+@pytest.mark.parametrize("speed", [None, FAST, SAME, SLOW])
+def test_then_verdict_then_size_then_speed(report, speed):
+    lines = shown(replace(report, speed=speed))
+    first = [line.split()[0] for line in lines]
+    place = first.index("verdict")
+    assert place == (speed is SLOW)
+    assert first[place : place + 4] == ["verdict", "size", "speed", "model"]
+    assert report.verdict.assurance.value in lines[place]
+    assert in_words(speed) in lines[place + 2]
+
+
+def test_speed_in_words():
+    assert in_words(FAST).startswith("2.00× faster than the float model: 1.2 ms → 600 µs a run of 4 samples (between 1.60× and 2.50×")
+    assert in_words(SAME).startswith(
+        "about as fast as the float model: 500 ms → 500 ms a run of 1 sample (its time between 0.97× and 1.10×"
+    )
+    assert in_words(None) == "not measured"
+    assert [warning(s) for s in (None, FAST, SAME)] == ["", "", ""]
+    assert warning(replace(SLOW, operators=())) == "runs 1.70× slower than the float model on this machine"
+    assert [o.operator for o in costly(SLOW)] == ["QuantizeLinear/DequantizeLinear around Resize", "Softmax"]
+
+
+def test_what_calibration_has_seen_is_not_called_held_out(report):
+    assert any("4 held-out samples" in line for line in shown(report))
+    seen = replace(report, verification=replace(report.verification, held_out=False))
+    text = "\n".join(shown(seen))
+    assert "4 samples that calibration has seen" in text
+    assert "held-out" not in text.replace("held-out error", "")
+
+
+@pytest.mark.parametrize("name", ["[/red]", "[bold]x", "a\\[b", "]["])
+def test_any_name_of_an_output_is_shown(report, name):
+    v = report.verification
+    other = replace(v, outputs=dict.fromkeys([name], 30.0), statistics=dict.fromkeys([name], v.statistics["logits"]))
+    odd = replace(SLOW, operators=(OperatorTime(f"Op {name}", 0.0, 1.0),))
+    text = "\n".join(shown(replace(report, verification=other, model=f"{name}.onnx", speed=odd)))
+    assert text.count(name) >= 4
+
+
+def test_json_has_verdict_statistics_and_speed(report):
+    found = json.loads(replace(report, speed=SLOW).to_json())
+    assert next(iter(found)) == "verdict"
+    assert found["verdict"]["assurance"] == report.verdict.assurance.value
+    assert found["verification"]["statistics"]["logits"]["samples"] == 4
+    assert found["speed"]["pace"] == "slower"
+    assert found["speed"]["operators"][0]["quantized_seconds"] == 0.0042
+
+
+@pytest.mark.parametrize(("before", "after", "text"), [(4000, 1000, "4.00× smaller"), (1000, 1500, "not smaller")])
+def test_size_in_words(report, before, after, text):
+    v = replace(report.verification, float_bytes=before, quantized_bytes=after)
+    assert any(text in line for line in shown(replace(report, verification=v)) if line.startswith("size"))
