@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from eptq_onnx import quant_math
+from eptq_onnx import quant_math, scratch
 from eptq_onnx.data import Samples
 from eptq_onnx.errors import OutputError
 from eptq_onnx.graph import io, store
@@ -86,7 +85,7 @@ def verify(
     outputs = [o for o in view.outputs if view.is_float(o)]
     # One session at a time: each holds all weights.
     expected = _outputs(Session(model), feeds, outputs)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session = Session(quantized, save_optimized=optimized)
         kernels = count_kernels(onnx.load(optimized, load_external_data=False), target)
