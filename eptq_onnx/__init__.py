@@ -1,6 +1,8 @@
 """eptq-onnx: post-training quantization of ONNX models with Hessian-guided network-wise rounding (EPTQ)."""
 
-from eptq_onnx.config import Config
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from eptq_onnx.errors import (
     ConfigError,
     DataError,
@@ -10,6 +12,11 @@ from eptq_onnx.errors import (
     ModelError,
     OutputError,
 )
+
+if TYPE_CHECKING:
+    from eptq_onnx.config import Config
+    from eptq_onnx.pipeline import Result, quantize
+    from eptq_onnx.report import Report
 
 __version__ = "0.1.0"
 
@@ -28,5 +35,16 @@ __all__ = [
     "quantize",
 ]
 
-from eptq_onnx.pipeline import Result, quantize
-from eptq_onnx.report import Report
+_PLACES = {"Config": "config", "Report": "report", "Result": "pipeline", "quantize": "pipeline"}
+"""Imported when they are asked for: the command has to handle signals before the seconds that this takes."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

@@ -10,16 +10,29 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import eptq_onnx
 from eptq_onnx.config import ActivationRange, Attention, Config, EngineChoice, Optimizer, Preset, RoundingVariable, WeightRange
-from eptq_onnx.errors import EptqError
-from eptq_onnx.graph import io
+from eptq_onnx.console import console, display, line, shown, tolerant_streams
+from eptq_onnx.errors import EptqError, OutputError
+from eptq_onnx.interrupts import command, tell_outcome
+from eptq_onnx.outputs import check_apart, check_writable, model_outputs, write_atomically
+from eptq_onnx.pipeline import Result, input_files
 from eptq_onnx.pipeline import quantize as run
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 _DEFAULTS = Config()
+
+
+class _App(typer.Typer):
+    """The command as a process: signals, streams, and what is left behind."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        tolerant_streams()
+        with command():
+            return super().__call__(*args, **kwargs)
+
+
+app = _App(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.callback()
@@ -82,6 +95,14 @@ def quantize(
             help="Memory to get along with, such as 4GB: block by block where all does not fit (large models: nine tenths of all)."
         ),
     ] = None,
+    batch_axes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--batch-axis",
+            metavar="NAME=AXIS|none",
+            help="Batch axis of a model input, counted from 0, or none; by default shapes and samples decide, and the report says how.",
+        ),
+    ] = None,
     measure_speed: Annotated[
         bool, typer.Option(help="Measure at the end whether the quantized model runs faster than the float model on this machine.")
     ] = _DEFAULTS.measure_speed,
@@ -89,18 +110,33 @@ def quantize(
 ) -> None:
     """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime."""
     options: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("model", "data", "output", "report")}
-    console = Console(stderr=True)
-    with _told(console):
+    messages = console(stderr=True)
+    with _told(messages):
         config = Config.of(**options)
+        outputs = model_outputs(output) if report is None else {**model_outputs(output), "the report": report}
         for path in filter(None, (output, report)):
-            io.check_writable(path)
-        with _bars(console) as progress:
+            check_writable(path)
+        check_apart(outputs, input_files(model, data, config))
+        with display(messages, config.preset.value) as progress:
             result = run(model, data, config, progress=progress)
         result.save(output)
+        tell_outcome(f"wrote {shown(output)}")
+        failure = _write_report(result, output, report)
+        summary = console()
+        result.report.print(summary)
+        summary.print(line(f"wrote {output}"), soft_wrap=True)
+        if failure is not None:
+            raise failure
+
+
+def _write_report(result: Result, output: Path, report: Path | None) -> OutputError | None:
+    """Write the report; what went wrong is told after the summary, which may be all that is left of it."""
+    try:
         if report is not None:
-            io.write_atomically(report, result.report.to_json().encode())
-        result.report.print(Console())
-        Console().print(f"wrote {output}", highlight=False, soft_wrap=True)
+            write_atomically(report, result.report.to_json().encode())
+    except OutputError as e:
+        return OutputError(f"{output} was written, but not the report: {e}")
+    return None
 
 
 @app.command()
@@ -110,42 +146,10 @@ def version() -> None:
 
 
 @contextmanager
-def _told(console: Console) -> Iterator[None]:
+def _told(messages: Console) -> Iterator[None]:
     """Turn an expected error into one sentence and exit code 2."""
     try:
         yield
     except EptqError as e:
-        console.print(f"error: {e}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        messages.print(line(f"error: {e}", "bold red"), soft_wrap=True)
         sys.exit(2)
-
-
-class _Bars:
-    """A bar for each step as it begins."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, step: str, done: int, total: int, detail: str = "") -> None:
-        if step not in self._tasks:
-            self._progress.start()  # not before: an error in the first check has no bar above it
-            self._tasks[step] = self._progress.add_task(step, total=total, detail="")
-        self._progress.update(self._tasks[step], completed=done, total=total, detail=detail)
-
-
-@contextmanager
-def _bars(console: Console) -> Iterator[_Bars]:
-    columns = (
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
-    )
-    progress = Progress(*columns, console=console)
-    try:
-        yield _Bars(progress)
-    finally:
-        if progress.live.is_started:
-            progress.stop()

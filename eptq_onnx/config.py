@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -260,6 +261,22 @@ class Config(BaseModel):
     batch_axes: dict[str, int | None] = Field(default_factory=dict)
     max_memory: ByteSize | None = Field(None, gt=0)
     measure_speed: bool = True
+
+    @field_validator("batch_axes", mode="before")
+    @classmethod
+    def _named(cls, given: object) -> object:
+        """Also as NAME=AXIS or NAME=none, one after the other."""
+        if given is None:
+            return {}
+        if isinstance(given, Mapping):
+            return given
+        axes: dict[str, int | None] = {}
+        for item in [given] if isinstance(given, str) else list(given):  # type: ignore[call-overload]
+            name, equals, axis = str(item).rpartition("=")
+            if not equals or not name or not (axis == "none" or axis.isdecimal()):
+                raise ValueError(f"give NAME=AXIS, an axis counted from 0, or NAME=none, not {item}")
+            axes[name] = None if axis == "none" else int(axis)
+        return axes
 
     @field_validator("activation_bits")
     @classmethod

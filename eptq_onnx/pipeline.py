@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from onnx import ModelProto
 from pydantic import ByteSize
 
 import eptq_onnx
-from eptq_onnx import engines, targets
+from eptq_onnx import engines, scratch, targets
 from eptq_onnx.config import Attention, Config, Start, WeightRange
 from eptq_onnx.data import Samples, spread
 from eptq_onnx.data import candidates as read_candidates
@@ -29,12 +28,15 @@ from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError, ModelError
 from eptq_onnx.graph import io, store
 from eptq_onnx.graph.branches import flattened, sink
+from eptq_onnx.graph.external import files_of as files_of_model
 from eptq_onnx.graph.opsets import restored
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.ops import executed
+from eptq_onnx.outputs import check_apart, model_outputs
 from eptq_onnx.readers import Source
+from eptq_onnx.readers import files_of as files_of_data
 from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.sample_notes import sample_notes
 from eptq_onnx.speed import measure
@@ -72,9 +74,12 @@ from eptq_onnx.types import Calibration, Estimate, OptimizationTrace, Plan, Roun
 
 
 class Progress(Protocol):
-    """Called as the work goes on: step, units done, units in all, a word on how it goes."""
+    """Called as the work goes on: step, units done, units in all, a word on how it goes.
 
-    def __call__(self, step: str, done: int, total: int, detail: str = "") -> None:
+    Of the step ``estimate``, which comes early and once, the detail is the `Estimate` of the run; of others a string.
+    """
+
+    def __call__(self, step: str, done: int, total: int, detail: object = "") -> None:
         """Take note."""
         ...
 
@@ -85,7 +90,7 @@ _SHARE_OF_MEMORY = 0.9
 """Of the machine's, that a large model's work may take where nothing else is said."""
 
 
-def _silent(step: str, done: int, total: int, detail: str = "") -> None:
+def _silent(step: str, done: int, total: int, detail: object = "") -> None:
     return None
 
 
@@ -97,10 +102,13 @@ class Result:
     ----------
     model : ModelProto
     report : Report
+    inputs : tuple of (str, path)
+        The files that the run read, each with what it is.
     """
 
     model: ModelProto
     report: Report
+    inputs: tuple[tuple[str, Path], ...] = ()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model; see `eptq_onnx.graph.io.save`.
@@ -108,8 +116,9 @@ class Result:
         Raises
         ------
         OutputError
-            If it cannot be written.
+            If it cannot be written, or would overwrite a file that the run read.
         """
+        check_apart(model_outputs(path), self.inputs)
         io.save(self.model, path)
 
 
@@ -141,8 +150,16 @@ def quantize(
     EptqError
         Its subclasses say what is wrong and what to do; see `eptq_onnx.errors`.
     """
-    with tempfile.TemporaryDirectory(prefix="eptq-onnx-", ignore_cleanup_errors=True) as folder:
-        return _quantize(model, data, config or Config(), progress, folder)
+    config = config or Config()
+    inputs = tuple(input_files(model, data, config))
+    with scratch.folder() as folder:
+        return replace(_quantize(model, data, config, progress, folder), inputs=inputs)
+
+
+def input_files(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config) -> list[tuple[str, Path]]:
+    """The files that `quantize` reads, each with what it is: none of them may be overwritten."""
+    target = [("the target file", Path(os.path.abspath(config.target)))] if config.target.endswith(".toml") else []
+    return [*files_of_model(model), *files_of_data(data), *target]
 
 
 def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config, progress: Progress, folder: str) -> Result:
@@ -324,17 +341,24 @@ def _expected(model: ModelProto, plan: Plan, run: _Run) -> Estimate:
     """What the steps will take; it is told."""
     config, samples, chosen = run.config, run.samples, len(run.shares.scored)
     steps = config.step_count(multiplications(model, plan, samples))
-    # A second calibration follows on scores, and on channels that were scaled.
-    passes = CALIBRATION_PASSES * samples.count * (2 if _wants_scores(config) or config.equalize else 1)
-    passes += PROBE_PASSES * config.probes * chosen * _wants_scores(config) + STEP_PASSES * steps * min(config.batch_size, chosen)
-    passes += GUARD_PASSES * min(chosen, GUARD_SAMPLES) * (config.max_noise > 0)
-    passes += ALLOCATION_SAMPLES * len(plan.layers) * (config.budget is not None)
-    algebra = 0.0
+    wants_scores = _wants_scores(config)
+    count = samples.count
+    # Passes of the float network over a sample; a second calibration follows on scores, and on channels that were scaled.
+    passes = {
+        "calibrate": CALIBRATION_PASSES * count,
+        "score": PROBE_PASSES * config.probes * chosen * wants_scores,
+        "recalibrate": CALIBRATION_PASSES * count * (wants_scores or config.equalize),
+        "guard": GUARD_PASSES * min(chosen, GUARD_SAMPLES) * (config.max_noise > 0),
+        "allocate": ALLOCATION_SAMPLES * len(plan.layers) * (config.budget is not None),
+        "closed form": WALK_PASSES * len(run.walked) * (config.start is Start.CLOSED_FORM),
+        "optimize": STEP_PASSES * steps * min(config.batch_size, chosen),
+    }
+    pace = seconds_a_pass(model, plan, samples, config)
+    shares = {step: pace * n for step, n in passes.items()}
     if config.start is Start.CLOSED_FORM:
-        passes += WALK_PASSES * len(run.walked)
-        algebra = operations(model, plan, config) * seconds_an_operation()
-    expected = Estimate(passes * seconds_a_pass(model, plan, samples, config) + algebra, steps)
-    run.progress("estimate", 1, 1, f"preset {config.preset.value}: {expected}")
+        shares["closed form"] += operations(model, plan, config) * seconds_an_operation()
+    expected = Estimate(sum(shares.values()), steps, shares)
+    run.progress("estimate", 1, 1, expected)
     return expected
 
 

@@ -55,6 +55,23 @@ def opened(source: Source) -> tuple[NDArray[np.generic] | Arrays | Sequence[Feed
     return _file(path), str(path)
 
 
+def files_of(source: Any) -> list[tuple[str, Path]]:
+    """The files that calibration data is read from, each with what it is; none of what cannot be read."""
+    if isinstance(source, Mapping):
+        return [file for value in source.values() for file in files_of(value)]
+    if isinstance(source, np.memmap) and source.filename is not None:
+        return [("the calibration data", Path(os.path.abspath(source.filename)))]
+    if not isinstance(source, (str, os.PathLike)):
+        return []
+    path = Path(os.path.abspath(source))
+    if path.is_dir():
+        return [("the calibration data", file) for file in sorted(path.glob("*.npz"))]
+    if not path.exists() and ":" in str(source):
+        module = Path(os.path.abspath(str(source).partition(":")[0].replace(".", os.sep) + ".py"))
+        return [("the calibration script", module)]
+    return [("the calibration data", path)]
+
+
 def _feeds(source: Iterable[Any], label: str) -> list[Feed]:
     feeds = list(source)
     odd = [k for k, feed in enumerate(feeds) if not isinstance(feed, Mapping)]

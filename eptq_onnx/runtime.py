@@ -17,7 +17,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, TypeProto, helper, numpy_helper
 
-from eptq_onnx.errors import InstallError, ModelError
+from eptq_onnx import scratch
+from eptq_onnx.errors import EptqError, InstallError, ModelError, OutputError
 from eptq_onnx.graph import store, weights
 from eptq_onnx.types import Feeds
 
@@ -229,6 +230,10 @@ class Session:
         try:
             with _source(model) as source:
                 self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except EptqError:
+            raise
+        except OSError as e:
+            raise OutputError(f"a model cannot be put into the temporary folder ({e.strerror or e}): let TMPDIR name one with room.") from e
         except Exception as e:
             # onnxruntime raises a family of pybind exceptions with no common base but Exception.
             raise ModelError(f"onnxruntime refuses the model: {_one_line(e)}") from e
@@ -317,7 +322,7 @@ def _source(model: ModelProto | str | Path) -> Iterator[bytes | str]:
     if store.folder_of(model) is None and model.ByteSize() < store.LARGE:
         yield bytes(model.SerializeToString())
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder() as folder:
         light = model if store.folder_of(model) is not None else weights.stored(model, folder)
         # Beside the weights, where alone onnxruntime looks for them.
         handle, path = tempfile.mkstemp(dir=store.folder_of(light), suffix=".onnx")

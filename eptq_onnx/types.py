@@ -412,10 +412,13 @@ class Estimate:
         Most: the optimization may end earlier.
     steps : int
         Of the network-wise optimization, at most.
+    shares : dict of str to float
+        Seconds of each step, in the order of the run, as far as they are known.
     """
 
     seconds: float
     steps: int
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         steps = f", at most {self.steps} optimization steps" if self.steps else ", no optimization steps"

@@ -69,7 +69,8 @@ def _nothing() -> None:
 
 
 def _quantized() -> None:
-    eptq_onnx.quantize("model.onnx", "data.npz", eptq_onnx.Config(preset="fast")).save("model.onnx")
+    eptq_onnx.quantize("model.onnx", "data.npz", eptq_onnx.Config(preset="fast")).save("quantized.onnx")
+    Path("quantized.onnx").replace("model.onnx")
 
 
 def _truncated() -> None:

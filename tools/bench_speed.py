@@ -76,7 +76,7 @@ def main(
     )
     ticks: list[float] = []
 
-    def note(step: str, done: int, total: int, detail: str = "") -> None:
+    def note(step: str, done: int, total: int, detail: object = "") -> None:
         if step == "optimize":
             ticks.append(time.perf_counter())
 

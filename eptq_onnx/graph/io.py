@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,13 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto, checker, numpy_helper
 
-from eptq_onnx.errors import ModelError, OutputError
+from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import store, weights
 from eptq_onnx.graph.bodies import all_nodes, initializers
 from eptq_onnx.graph.canonical import make_canonical
 from eptq_onnx.graph.external import write_external
 from eptq_onnx.graph.view import opset_of
+from eptq_onnx.outputs import Replacement, data_file, write_atomically
 from eptq_onnx.runtime import PROTOBUF_LIMIT
 
 _QUANTIZED = {
@@ -169,66 +169,17 @@ def _check(proto: ModelProto, name: str) -> None:
             raise ModelError(f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): give the float model.")
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file so that it is either whole or absent.
-
-    Raises
-    ------
-    OutputError
-        If the folder does not exist or cannot be written.
-    """
-    target = Path(path)
-    check_writable(target)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as e:
-        raise OutputError(f"{target} cannot be written: {e.strerror}.") from e
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except OSError as e:
-        Path(temporary).unlink(missing_ok=True)
-        raise OutputError(f"{target} cannot be written: {e.strerror}.") from e
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise OutputError unless a file can be created at ``path``."""
-    target = Path(path)
-    if target.is_dir():
-        raise OutputError(f"{target} is a folder: give a file name.")
-    if not target.parent.is_dir():
-        raise OutputError(f"{target} cannot be written: the folder {target.parent} does not exist.")
-    if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):
-        raise OutputError(f"{target} cannot be written: no permission.")
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
-
-
 def save(model: ModelProto, path: str | os.PathLike[str]) -> None:
     """Write a model; above protobuf's 2 GiB limit its weights go to ``<name>.data`` beside it.
 
     Raises
     ------
     OutputError
-        If the file cannot be written; what was there before is then untouched.
+        If it cannot be written; what was there before is then untouched.
     """
-    target = Path(path)
     if model.ByteSize() < PROTOBUF_LIMIT:
-        write_atomically(target, model.SerializeToString(deterministic=True))
+        write_atomically(path, model.SerializeToString(deterministic=True))
         return
-    check_writable(target)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        data_name = f"{target.name}.data"
-        try:
-            write_external(model, Path(folder) / target.name, data_name)
-            # The data goes first: the model file never points to a file that is not there.
-            os.replace(os.path.join(folder, data_name), target.parent / data_name)
-            os.replace(os.path.join(folder, target.name), target)
-        except OSError as e:
-            raise OutputError(f"{target} cannot be written: {e.strerror}.") from e
+    # The data goes first: the model file never points to a file that is not there.
+    with Replacement(data_file(path), path) as (data, temporary):
+        write_external(model, Path(temporary), Path(data), data_file(path).name)

@@ -15,9 +15,14 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from eptq_onnx.console import console as standard_output
+from eptq_onnx.console import line
 from eptq_onnx.report.speed import in_words, operator_table, warning
 from eptq_onnx.report.verdict import Assurance, Verdict, judge
 from eptq_onnx.types import Estimate, KeptFloat, OptimizationTrace, Speed, Verification
+
+_NAME = 200
+"""Characters of a node's name in a table."""
 
 
 @dataclass(frozen=True)
@@ -118,23 +123,23 @@ class Report:
             ("optimization", self._optimization()),
             ("time, memory", self._cost()),
         ):
-            head.add_row(Text(label, style="bold"), Text(text))
-        kernels = Table("operator", "planned", "integer kernels", title=f"Integer kernels in {self.target}", title_justify="left")
+            head.add_row(Text(label, style="bold"), line(text))
+        kernels = Table("operator", "planned", "integer kernels", title=line(f"Integer kernels in {self.target}"), title_justify="left")
         for op, planned in v.planned.items():
             found = v.kernels.get(op, 0)
-            kernels.add_row(op, str(planned), Text(str(found), style="" if found >= planned else "bold red"))
-        parts: list[Any] = [Text(line, style="bold red") for line in filter(None, [warning(self.speed)])]
+            kernels.add_row(line(op), str(planned), Text(str(found), style="" if found >= planned else "bold red"))
+        parts: list[Any] = [line(text, "bold red") for text in filter(None, [warning(self.speed)])]
         parts += [head, kernels, self._fidelity(), self._weakest()]
         if self.speed is not None and self.speed.operators:
             parts.append(operator_table(self.speed))
         if self.kept_float:
             parts.append(self._float_table())
-        parts.extend(Text(f"note: {note}", style="yellow") for note in self.notes)
+        parts.extend(line(f"note: {note}", "yellow") for note in self.notes)
         return Group(*parts)
 
     def print(self, console: Console | None = None) -> None:
         """Print the summary."""
-        (console or Console()).print(self.render())
+        (console or standard_output()).print(self.render())
 
     def _fidelity(self) -> Table:
         v = self.verification
@@ -146,7 +151,7 @@ class Report:
             more = [] if s is None else [f"{s.centred_sqnr_db:.2f}", f"{s.sample_sqnr_db:.2f}"]
             if s is not None and s.decisions:
                 more.append(f"{s.disagreement:.1%} of {s.decisions} ({s.expected_disagreement:.1%} expected)")
-            table.add_row(Text(name), f"{value:.2f}", *more)
+            table.add_row(line(name, most=_NAME), f"{value:.2f}", *more)
         return table
 
     def _bits(self) -> str:
@@ -181,14 +186,14 @@ class Report:
     def _weakest(self) -> Table:
         table = Table("layer", "operator", "bits", "SQNR (dB)", title="Layers with the lowest SQNR", title_justify="left")
         for x in sorted(self.layers, key=lambda x: x.sqnr_db)[:5]:
-            table.add_row(x.node, x.op_type, f"W{x.weight_bits}A{x.activation_bits}", f"{x.sqnr_db:.2f}")
+            table.add_row(line(x.node, most=_NAME), line(x.op_type), f"W{x.weight_bits}A{x.activation_bits}", f"{x.sqnr_db:.2f}")
         return table
 
     def _float_table(self) -> Table:
         table = Table("operator", "nodes", "why", title="Kept in floating point", title_justify="left")
         counts = Counter((k.op_type, k.reason) for k in self.kept_float)
         for (op, reason), n in counts.most_common():
-            table.add_row(op, str(n), reason)
+            table.add_row(line(op), str(n), line(reason))
         return table
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from eptq_onnx import quant_math
+from eptq_onnx import quant_math, scratch
 from eptq_onnx.data import Samples
 from eptq_onnx.errors import ModelError, OutputError
 from eptq_onnx.graph import io, store
@@ -101,7 +100,7 @@ def verify(
         io.check(light(quantized)[0], full=True)
     except Exception as e:
         raise OutputError(f"the quantized model is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session = Session(quantized, save_optimized=optimized)
         kernels = count_kernels(onnx.load(optimized, load_external_data=False), target)

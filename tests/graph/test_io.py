@@ -5,7 +5,7 @@ import onnx
 import pytest
 from graphs import images, parse, small_convnet
 
-from eptq_onnx import ModelError, OutputError
+from eptq_onnx import ModelError, OutputError, outputs
 from eptq_onnx.graph import io, store
 from eptq_onnx.runtime import Session
 
@@ -35,10 +35,10 @@ def test_a_large_initializer_of_the_wrong_size_is_told():
 
 def test_unwritable_places(tmp_path):
     with pytest.raises(OutputError, match="is a folder"):
-        io.check_writable(tmp_path)
+        outputs.check_writable(tmp_path)
     with pytest.raises(OutputError, match=r"the folder .*nowhere does not exist"):
-        io.check_writable(tmp_path / "nowhere" / "m.onnx")
-    io.check_writable(tmp_path / "m.onnx")
+        outputs.check_writable(tmp_path / "nowhere" / "m.onnx")
+    outputs.check_writable(tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 
