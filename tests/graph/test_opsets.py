@@ -113,7 +113,7 @@ def runnable(model: ModelProto) -> ModelProto:
     return opsets.within(model, 1, *newest_readable())
 
 
-X = normal(16, 3, 8, 8, scale=1)
+X = normal(40, 3, 8, 8, scale=1)
 
 
 @pytest.mark.parametrize("opset", range(7, 25))

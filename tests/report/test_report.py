@@ -66,10 +66,10 @@ def test_speed_in_words():
 
 
 def test_what_calibration_has_seen_is_not_called_held_out(report):
-    assert any("4 held-out samples" in line for line in shown(report))
+    assert any("8 held-out samples" in line for line in shown(report))
     seen = replace(report, verification=replace(report.verification, held_out=False))
     text = "\n".join(shown(seen))
-    assert "4 samples that calibration has seen" in text
+    assert "8 samples that calibration has seen" in text
     assert "held-out" not in text.replace("held-out error", "")
 
 
@@ -86,7 +86,7 @@ def test_json_has_verdict_statistics_and_speed(report):
     found = json.loads(replace(report, speed=SLOW).to_json())
     assert next(iter(found)) == "verdict"
     assert found["verdict"]["assurance"] == report.verdict.assurance.value
-    assert found["verification"]["statistics"]["logits"]["samples"] == 4
+    assert found["verification"]["statistics"]["logits"]["samples"] == 8
     assert found["speed"]["pace"] == "slower"
     assert found["speed"]["operators"][0]["quantized_seconds"] == 0.0042
 
