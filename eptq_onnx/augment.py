@@ -6,6 +6,8 @@ loss falls to a tenth while the held-out error stays). Pure numpy, no ONNX.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from eptq_onnx.types import Array, Feeds
@@ -14,12 +16,24 @@ _LEAST_EXTENT = 8
 """Smaller maps are no images."""
 _REACH = 8
 """Images shift by at most one part in so many of their extent."""
-_MOST_CHANNELS = 4
 
 
-def moved(feeds: Feeds, rng: np.random.Generator) -> Feeds:
-    """Mirror and shift images: float inputs of rank 4, sample by sample; the others stay as they are."""
-    return {name: _moved(value, rng) if _is_image(value) else value for name, value in feeds.items()}
+def moved(feeds: Feeds, axes: Mapping[str, int], rng: np.random.Generator) -> Feeds:
+    """Mirror and shift images: float inputs of rank 4, sample by sample; the others stay as they are.
+
+    Parameters
+    ----------
+    feeds : Feeds
+        A batch, samples along the first axis.
+    axes : mapping of str to int
+        The channel axis of each input: height and width are the two others.
+    rng : Generator
+    """
+    result = {}
+    for name, value in feeds.items():
+        spatial = [a for a in (1, 2, 3) if a != axes.get(name)]
+        result[name] = _moved(value, spatial, rng) if _is_image(value, spatial) else value
+    return result
 
 
 def can_mix(feeds: Feeds, size: int) -> bool:
@@ -43,18 +57,14 @@ def mixed(feeds: Feeds, others: Feeds, share: Array) -> Feeds:
     return result
 
 
-def _is_image(value: Array) -> bool:
-    return value.dtype.kind == "f" and value.ndim == 4 and min(value.shape[a] for a in _spatial(value)) >= _LEAST_EXTENT
+def _is_image(value: Array, spatial: Sequence[int]) -> bool:
+    floats = value.dtype.kind == "f" and value.ndim == 4 and len(spatial) == 2
+    return floats and min(value.shape[a] for a in spatial) >= _LEAST_EXTENT
 
 
-def _spatial(value: Array) -> tuple[int, int]:
-    """Axes of height and width: the last two, or those before a last axis of a few channels."""
-    return (1, 2) if value.shape[3] <= _MOST_CHANNELS < value.shape[1] else (2, 3)
-
-
-def _moved(value: Array, rng: np.random.Generator) -> Array:
+def _moved(value: Array, spatial: Sequence[int], rng: np.random.Generator) -> Array:
     result = np.empty_like(value)
-    axes = [a - 1 for a in _spatial(value)]
+    axes = [a - 1 for a in spatial]
     for n, sample in enumerate(value):
         image = np.flip(sample, axes[1]) if rng.random() < 0.5 else sample
         for axis in axes:

@@ -13,7 +13,7 @@ from enum import Enum
 import numpy as np
 from onnx import ModelProto, NodeProto
 
-from eptq_onnx.graph import channels, replay
+from eptq_onnx.graph import channel_axes, channels, replay
 from eptq_onnx.graph.branches import flattened
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.lower import (
@@ -80,8 +80,11 @@ class OpSpec:
         Node to output-channel axis of the weight.
     grouped_axis : bool
         True if ``weight_axis`` holds the output channels of one group only (ConvTranspose).
-    output_axis : int
-        Channel axis of a layer's output.
+    output_axis : int or None
+        Channel axis of what the operator makes, and of the activations that it reads; None where it says nothing.
+    axis : callable or None
+        How a channel axis goes through the node (`eptq_onnx.graph.channel_axes`); None where it ends there. Through
+        functions of single elements it always goes.
     linear : callable or None
         (node, view) to the layer as a matrix product; None where it is none.
     table : callable or None
@@ -110,7 +113,8 @@ class OpSpec:
     bias: int | None = None
     weight_axis: Callable[[NodeProto], int] = lambda node: 0
     grouped_axis: bool = False
-    output_axis: int = 1
+    output_axis: int | None = None
+    axis: channel_axes.Rule | None = None
     linear: Callable[[NodeProto, GraphView], LinearForm | None] | None = None
     table: Callable[[NodeProto], int | None] | None = None
     lowering: Lowering | None = None
@@ -226,7 +230,8 @@ def _layer_channels(node: NodeProto, slots: channels.Channels) -> bool:
     """See `eptq_onnx.graph.channels.layer`."""
     spec = spec_of(node)
     form = linear_form(node, slots.view) if slots.view.is_constant(node.input[spec.weight or 0]) else None
-    return form is not None and channels.layer(node, slots, form, spec.weight or 0, spec.bias, spec.output_axis)
+    axis = 0 if spec.output_axis is None else spec.output_axis
+    return form is not None and channels.layer(node, slots, form, spec.weight or 0, spec.bias, axis)
 
 
 def _clip_channels(node: NodeProto, slots: channels.Channels) -> bool:
@@ -247,13 +252,37 @@ def _function(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpS
     return _lowered(rule, role, elementwise=True, **options)
 
 
-_MOVES = OpSpec(Role.EQUAL_SCALE)
-_RESHAPES = OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.reshape, mixes=True)
+def _kept(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpSpec:
+    """Channels stay where they are."""
+    return _lowered(rule, role, axis=channel_axes.keeps, **options)
+
+
+def _image(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpSpec:
+    """Reads and makes images or volumes, channels along axis 1."""
+    return _lowered(rule, role, output_axis=1, **options)
+
+
+def _features(rule: Lowering, **options: object) -> OpSpec:
+    """Reads and makes rows of features."""
+    return _lowered(rule, Role.FLOAT, output_axis=-1, **options)
+
+
+def _normalized(rule: Lowering) -> OpSpec:
+    """Normalizes rows of features."""
+    return _features(rule, axis=channel_axes.keeps, channels=channels.last_axis_normalization)
+
+
+def _reshapes(axis: channel_axes.Rule) -> OpSpec:
+    return OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.reshape, mixes=True, axis=axis)
+
+
+_MOVES = OpSpec(Role.EQUAL_SCALE, axis=channel_axes.keeps)
 _FLOAT = OpSpec()
-_DRAW = OpSpec(gradient=Gradient.NONE, recorded=replay.Recorded(draws=True))
+_DRAW = OpSpec(gradient=Gradient.NONE, axis=channel_axes.keeps, recorded=replay.Recorded(draws=True))
 _CHOICE = OpSpec(gradient=Gradient.NONE, recorded=replay.Recorded(draws=False))
 _ROWS = OpSpec(gradient=Gradient.NONE, recorded=replay.Recorded(draws=False, orders=True))
 _SIZES = replay.Recorded(draws=False, applies=replay.rounds_sizes)
+_ZERO = OpSpec(gradient=Gradient.ZERO, axis=channel_axes.keeps)
 _MS = "com.microsoft"
 
 TABLE: dict[tuple[str, str], OpSpec] = {
@@ -262,6 +291,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         Role.LAYER,
         weight=1,
         bias=2,
+        output_axis=1,
         linear=_conv_form,
         channels=_layer_channels,
         mixes=True,
@@ -271,6 +301,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         Role.LAYER,
         weight=1,
         bias=2,
+        output_axis=1,
         weight_axis=lambda node: 1,
         grouped_axis=True,
         linear=_conv_transpose_form,
@@ -282,6 +313,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         Role.LAYER,
         weight=1,
         bias=2,
+        output_axis=1,
         weight_axis=lambda node: 0 if int_attribute(node, "transB", 0) else 1,
         linear=_gemm_form,
         channels=_layer_channels,
@@ -294,6 +326,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         weight=1,
         weight_axis=lambda node: -1,
         output_axis=-1,
+        axis=channel_axes.stacked,
         linear=_matmul_form,
         channels=_layer_channels,
         mixes=True,
@@ -304,40 +337,52 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     **{("", name): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.sums, mixes=True) for name in ("Add", "Sub")},
     ("", "Mul"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.multiplied),
     ("", "Div"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.divided),
-    ("", "Concat"): OpSpec(Role.ARITHMETIC, data=None, rearranges=True, channels=channels.concatenation, mixes=True),
-    ("", "Where"): OpSpec(Role.ARITHMETIC, data=(1, 2)),
-    ("", "AveragePool"): OpSpec(
-        Role.ARITHMETIC, lowering=pools.average_pool, objection=_averagepool_objection, channels=channels.pools, mixes=True
+    ("", "Concat"): OpSpec(
+        Role.ARITHMETIC, data=None, rearranges=True, channels=channels.concatenation, mixes=True, axis=channel_axes.keeps
     ),
-    ("", "GlobalAveragePool"): OpSpec(Role.ARITHMETIC, channels=channels.pools, mixes=True),
+    ("", "Where"): OpSpec(Role.ARITHMETIC, data=(1, 2), axis=channel_axes.keeps),
+    ("", "AveragePool"): OpSpec(
+        Role.ARITHMETIC,
+        lowering=pools.average_pool,
+        objection=_averagepool_objection,
+        channels=channels.pools,
+        mixes=True,
+        output_axis=1,
+    ),
+    ("", "GlobalAveragePool"): OpSpec(Role.ARITHMETIC, channels=channels.pools, mixes=True, output_axis=1),
     ("", "LeakyRelu"): OpSpec(Role.ARITHMETIC, elementwise=True, channels=channels.passes),
     ("", "Sigmoid"): OpSpec(Role.ARITHMETIC, elementwise=True, bounds=_unit),
-    ("", "Softmax"): OpSpec(Role.ARITHMETIC, bounds=_unit),
+    ("", "Softmax"): OpSpec(Role.ARITHMETIC, bounds=_unit, axis=channel_axes.keeps),
     ("", "Tanh"): OpSpec(Role.ARITHMETIC, elementwise=True),
     ("", "HardSigmoid"): _function(activations.hard_sigmoid, Role.ARITHMETIC, bounds=_unit),
     ("", "HardSwish"): _function(activations.hard_swish, Role.ARITHMETIC),
     ("", "PRelu"): _function(activations.prelu, Role.ARITHMETIC, data=(0, 1), channels=channels.passes),
     # values move, the scale stays
-    ("", "MaxPool"): OpSpec(Role.EQUAL_SCALE, lowering=pools.max_pool, objection=_maxpool_objection, channels=channels.pools),
-    **{("", name): _RESHAPES for name in ("Reshape", "Flatten", "Squeeze", "Unsqueeze")},
-    ("", "Transpose"): OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.transpose, mixes=True),
-    ("", "Identity"): OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.passes, mixes=True),
-    ("", "Gather"): OpSpec(Role.EQUAL_SCALE, table=_rows_looked_up),
+    ("", "MaxPool"): OpSpec(
+        Role.EQUAL_SCALE, lowering=pools.max_pool, objection=_maxpool_objection, channels=channels.pools, output_axis=1
+    ),
+    **{("", name): _reshapes(channel_axes.reshaped) for name in ("Reshape", "Flatten")},
+    **{("", name): _reshapes(channel_axes.squeezed) for name in ("Squeeze", "Unsqueeze")},
+    ("", "Transpose"): OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.transpose, mixes=True, axis=channel_axes.transposed),
+    ("", "Identity"): OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.passes, mixes=True, axis=channel_axes.keeps),
+    ("", "Gather"): OpSpec(Role.EQUAL_SCALE, table=_rows_looked_up, axis=channel_axes.gathered),
     **{("", name): _MOVES for name in ("GatherElements", "GatherND", "Expand", "Tile")},
-    ("", "Slice"): OpSpec(Role.EQUAL_SCALE, lowering=moves.slices),
-    ("", "Split"): _lowered(moves.split, Role.EQUAL_SCALE, channels=channels.split, mixes=True),
-    ("", "Pad"): OpSpec(Role.EQUAL_SCALE, objection=_pad_objection, lowering=moves.pad, channels=channels.pads, mixes=True),
+    ("", "Slice"): OpSpec(Role.EQUAL_SCALE, lowering=moves.slices, axis=channel_axes.keeps),
+    ("", "Split"): _kept(moves.split, Role.EQUAL_SCALE, channels=channels.split, mixes=True),
+    ("", "Pad"): OpSpec(
+        Role.EQUAL_SCALE, objection=_pad_objection, lowering=moves.pad, channels=channels.pads, mixes=True, axis=channel_axes.keeps
+    ),
     **{
-        ("", name): _lowered(sampling.resize, Role.EQUAL_SCALE, objection=_resize_objection, channels=channels.keeps_channels, mixes=True)
+        ("", name): _kept(sampling.resize, Role.EQUAL_SCALE, objection=_resize_objection, channels=channels.keeps_channels, mixes=True)
         for name in ("Resize", "Upsample")
     },
-    ("", "DepthToSpace"): _lowered(moves.depth_to_space, Role.EQUAL_SCALE, rearranges=True),
-    ("", "SpaceToDepth"): _lowered(moves.space_to_depth, Role.EQUAL_SCALE, rearranges=True),
-    ("", "CenterCropPad"): _lowered(moves.centre_crop_pad, Role.EQUAL_SCALE),
-    ("", "Compress"): _lowered(
+    ("", "DepthToSpace"): _image(moves.depth_to_space, Role.EQUAL_SCALE, rearranges=True),
+    ("", "SpaceToDepth"): _image(moves.space_to_depth, Role.EQUAL_SCALE, rearranges=True),
+    ("", "CenterCropPad"): _kept(moves.centre_crop_pad, Role.EQUAL_SCALE),
+    ("", "Compress"): _kept(
         moves.compress, Role.EQUAL_SCALE, recorded=replay.Recorded(False, inputs=(1,), orders=True, applies=replay.decides)
     ),
-    ("", "Dropout"): _lowered(
+    ("", "Dropout"): _kept(
         activations.dropout,
         Role.EQUAL_SCALE,
         rearranges=True,
@@ -345,16 +390,16 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         mixes=True,
         recorded=replay.Recorded(draws=True, outputs=(1,), rest=replay.dropout_values, applies=replay.trains),
     ),
-    ("", "ReverseSequence"): _lowered(moves.reverse_sequence, Role.EQUAL_SCALE, rearranges=True),
-    ("", "Trilu"): _lowered(moves.trilu, Role.EQUAL_SCALE),
+    ("", "ReverseSequence"): _kept(moves.reverse_sequence, Role.EQUAL_SCALE, rearranges=True),
+    ("", "Trilu"): _kept(moves.trilu, Role.EQUAL_SCALE),
     # choices by value, and random numbers
-    ("", "TopK"): _lowered(reductions.top_k, recorded=replay.Recorded(draws=False, outputs=(1,), rest=replay.top_k_values, orders=True)),
+    ("", "TopK"): _kept(reductions.top_k, recorded=replay.Recorded(draws=False, outputs=(1,), rest=replay.top_k_values, orders=True)),
     ("", "Unique"): _lowered(
         moves.unique, recorded=replay.Recorded(draws=False, outputs=(1, 2, 3), rest=replay.unique_values, orders=True)
     ),
     **{("", name): _CHOICE for name in ("ArgMax", "ArgMin")},
     **{("", name): _ROWS for name in ("NonMaxSuppression", "NonZero")},
-    ("", "Hardmax"): OpSpec(gradient=Gradient.ZERO, recorded=replay.Recorded(draws=False)),
+    ("", "Hardmax"): OpSpec(gradient=Gradient.ZERO, axis=channel_axes.keeps, recorded=replay.Recorded(draws=False)),
     **{
         ("", name): _DRAW for name in ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
     },
@@ -382,68 +427,70 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Swish"): _function(activations.swish),
     ("", "Tan"): _function(activations.tan),
     ("", "ThresholdedRelu"): _function(activations.thresholded_relu),
-    ("", "Cast"): _lowered(activations.cast, recorded=replay.Recorded(draws=False, applies=replay.rounds)),
-    ("", "CastLike"): _lowered(activations.cast),
-    ("", "Mod"): _lowered(activations.modulo, data=(0, 1)),
-    ("", "Pow"): OpSpec(data=(0, 1), lowering=products.power),
-    **{("", name): OpSpec(gradient=Gradient.ZERO, recorded=_SIZES) for name in ("Ceil", "Floor", "Round")},
-    ("", "Sign"): OpSpec(gradient=Gradient.ZERO),
+    ("", "Cast"): _kept(activations.cast, recorded=replay.Recorded(draws=False, applies=replay.rounds)),
+    ("", "CastLike"): _kept(activations.cast),
+    ("", "Mod"): _kept(activations.modulo, data=(0, 1)),
+    ("", "Pow"): OpSpec(data=(0, 1), lowering=products.power, axis=channel_axes.keeps),
+    **{("", name): OpSpec(gradient=Gradient.ZERO, axis=channel_axes.keeps, recorded=_SIZES) for name in ("Ceil", "Floor", "Round")},
+    ("", "Sign"): _ZERO,
     # normalizations
-    ("", "BatchNormalization"): _lowered(norms.batch_normalization, channels=channels.batch_normalization),
-    ("", "GroupNormalization"): _lowered(norms.group_normalization),
-    ("", "InstanceNormalization"): _lowered(norms.instance_normalization),
-    ("", "LayerNormalization"): _lowered(norms.layer_normalization, channels=channels.last_axis_normalization),
-    ("", "LpNormalization"): _lowered(norms.lp_normalization),
-    ("", "LRN"): _lowered(norms.local_response_normalization),
-    ("", "MeanVarianceNormalization"): _lowered(norms.mean_variance_normalization),
-    ("", "RMSNormalization"): _lowered(norms.rms_normalization, channels=channels.last_axis_normalization),
-    ("", "SimplifiedLayerNormalization"): _lowered(norms.rms_normalization, channels=channels.last_axis_normalization),
-    ("", "LogSoftmax"): _FLOAT,
+    ("", "BatchNormalization"): _image(norms.batch_normalization, channels=channels.batch_normalization),
+    ("", "GroupNormalization"): _image(norms.group_normalization),
+    ("", "InstanceNormalization"): _image(norms.instance_normalization),
+    ("", "LayerNormalization"): _normalized(norms.layer_normalization),
+    ("", "LpNormalization"): _kept(norms.lp_normalization),
+    ("", "LRN"): _image(norms.local_response_normalization),
+    ("", "MeanVarianceNormalization"): _kept(norms.mean_variance_normalization),
+    ("", "RMSNormalization"): _normalized(norms.rms_normalization),
+    ("", "SimplifiedLayerNormalization"): _features(
+        norms.rms_normalization, axis=channel_axes.keeps, channels=channels.last_axis_normalization
+    ),
+    ("", "LogSoftmax"): OpSpec(axis=channel_axes.keeps),
     # sums, products and extremes
-    ("", "CumSum"): _lowered(reductions.cumulative_sum),
+    ("", "CumSum"): _kept(reductions.cumulative_sum),
     ("", "Einsum"): _lowered(products.einsum, data=None),
-    ("", "Max"): _lowered(reductions.extreme_variadic, data=None),
-    ("", "Mean"): _lowered(reductions.mean_variadic, data=None),
-    ("", "Min"): _lowered(reductions.extreme_variadic, data=None),
-    ("", "Sum"): _lowered(reductions.sum_variadic, data=None, channels=channels.sums, mixes=True),
-    ("", "ReduceL1"): _lowered(reductions.reduce_l1),
-    ("", "ReduceL2"): _lowered(reductions.reduce_l2),
-    ("", "ReduceLogSum"): _lowered(reductions.reduce_log_sum),
-    ("", "ReduceLogSumExp"): _lowered(reductions.reduce_log_sum_exp),
-    ("", "ReduceMax"): _lowered(reductions.reduce_extreme),
-    ("", "ReduceMean"): OpSpec(lowering=reductions.unless_nothing),
-    ("", "ReduceMin"): _lowered(reductions.reduce_extreme),
-    ("", "ReduceProd"): _lowered(reductions.reduce_prod),
-    ("", "ReduceSum"): OpSpec(lowering=reductions.unless_nothing),
-    ("", "ReduceSumSquare"): _lowered(reductions.reduce_sum_square),
+    ("", "Max"): _kept(reductions.extreme_variadic, data=None),
+    ("", "Mean"): _kept(reductions.mean_variadic, data=None),
+    ("", "Min"): _kept(reductions.extreme_variadic, data=None),
+    ("", "Sum"): _kept(reductions.sum_variadic, data=None, channels=channels.sums, mixes=True),
+    ("", "ReduceL1"): _lowered(reductions.reduce_l1, axis=channel_axes.reduced),
+    ("", "ReduceL2"): _lowered(reductions.reduce_l2, axis=channel_axes.reduced),
+    ("", "ReduceLogSum"): _lowered(reductions.reduce_log_sum, axis=channel_axes.reduced),
+    ("", "ReduceLogSumExp"): _lowered(reductions.reduce_log_sum_exp, axis=channel_axes.reduced),
+    ("", "ReduceMax"): _lowered(reductions.reduce_extreme, axis=channel_axes.reduced),
+    ("", "ReduceMean"): OpSpec(lowering=reductions.unless_nothing, axis=channel_axes.reduced),
+    ("", "ReduceMin"): _lowered(reductions.reduce_extreme, axis=channel_axes.reduced),
+    ("", "ReduceProd"): _lowered(reductions.reduce_prod, axis=channel_axes.reduced),
+    ("", "ReduceSum"): OpSpec(lowering=reductions.unless_nothing, axis=channel_axes.reduced),
+    ("", "ReduceSumSquare"): _lowered(reductions.reduce_sum_square, axis=channel_axes.reduced),
     # windows, places and sampling
     ("", "AffineGrid"): _lowered(sampling.affine_grid),
     ("", "Col2Im"): _lowered(pools.col2im),
-    ("", "GlobalLpPool"): _lowered(reductions.global_pool),
-    ("", "GlobalMaxPool"): _lowered(reductions.global_pool, channels=channels.pools),
-    ("", "GridSample"): _lowered(sampling.grid_sample, data=(0, 1)),
-    ("", "LpPool"): _lowered(pools.lp_pool),
-    ("", "MaxUnpool"): _lowered(pools.max_unpool),
+    ("", "GlobalLpPool"): _image(reductions.global_pool),
+    ("", "GlobalMaxPool"): _image(reductions.global_pool, channels=channels.pools),
+    ("", "GridSample"): _image(sampling.grid_sample, data=(0, 1)),
+    ("", "LpPool"): _image(pools.lp_pool),
+    ("", "MaxUnpool"): _image(pools.max_unpool),
     ("", "OneHot"): _lowered(moves.one_hot, data=(2,)),
     ("", "RoiAlign"): _lowered(sampling.roi_align, data=(0, 1)),
-    ("", "ScatterElements"): OpSpec(data=(0, 2), lowering=moves.scatter),
-    ("", "ScatterND"): OpSpec(data=(0, 2), lowering=moves.scatter),
+    ("", "ScatterElements"): OpSpec(data=(0, 2), lowering=moves.scatter, axis=channel_axes.keeps),
+    ("", "ScatterND"): OpSpec(data=(0, 2), lowering=moves.scatter, axis=channel_axes.keeps),
     # recurrent layers and losses
-    **{("", name): _lowered(recurrent.recurrent, data=(0,)) for name in ("GRU", "LSTM", "RNN")},
+    **{("", name): _features(recurrent.recurrent, data=(0,)) for name in ("GRU", "LSTM", "RNN")},
     ("", "NegativeLogLikelihoodLoss"): _lowered(losses.negative_log_likelihood),
     ("", "SoftmaxCrossEntropyLoss"): _lowered(losses.softmax_cross_entropy),
     # onnxruntime's own
-    (_MS, "Attention"): _lowered(attention.attention),
-    (_MS, "BiasGelu"): _lowered(activations.gelu, data=(0, 1)),
-    (_MS, "FastGelu"): _lowered(activations.fast_gelu),
-    (_MS, "FusedConv"): _lowered(fused.fused_conv),
-    (_MS, "FusedGemm"): _lowered(fused.fused_gemm),
-    (_MS, "FusedMatMul"): _lowered(fused.fused_matmul, data=(0, 1)),
+    (_MS, "Attention"): _features(attention.attention),
+    (_MS, "BiasGelu"): _features(activations.gelu, data=(0, 1), axis=channel_axes.keeps),
+    (_MS, "FastGelu"): _kept(activations.fast_gelu),
+    (_MS, "FusedConv"): _image(fused.fused_conv),
+    (_MS, "FusedGemm"): _features(fused.fused_gemm),
+    (_MS, "FusedMatMul"): _features(fused.fused_matmul, data=(0, 1)),
     (_MS, "Gelu"): _function(activations.gelu),
-    (_MS, "MultiHeadAttention"): _lowered(attention.multi_head_attention, data=(0, 1, 2)),
+    (_MS, "MultiHeadAttention"): _features(attention.multi_head_attention, data=(0, 1, 2)),
     (_MS, "QuickGelu"): _function(activations.swish),
-    (_MS, "SkipLayerNormalization"): _lowered(norms.skip_layer_normalization, data=(0, 1)),
-    (_MS, "SkipSimplifiedLayerNormalization"): _lowered(norms.skip_layer_normalization, data=(0, 1)),
+    (_MS, "SkipLayerNormalization"): _features(norms.skip_layer_normalization, data=(0, 1)),
+    (_MS, "SkipSimplifiedLayerNormalization"): _features(norms.skip_layer_normalization, data=(0, 1)),
     # quantizers of the training graph; gradients pass them straight through
     (LSQ_DOMAIN, "FakeQuant"): _FLOAT,
     ("", "QuantizeLinear"): _FLOAT,
@@ -501,7 +548,22 @@ def linear_form(node: NodeProto, view: GraphView) -> LinearForm | None:
 
 def channels_of(view: GraphView, *, linear: bool = False) -> channels.Channels:
     """The channels of a graph that may be scaled; or, by the rules of linear operators alone, those that may be mixed."""
-    return channels.Channels(view, lambda node: spec.channels if (spec := spec_of(node)).mixes or not linear else None)
+    axes = channel_axes_of(view)
+    return channels.Channels(view, lambda node: spec.channels if (spec := spec_of(node)).mixes or not linear else None, axes)
+
+
+def channel_axes_of(view: GraphView) -> dict[str, int]:
+    """The channel axis of every computed tensor and input that has axes: the one place where it is decided."""
+
+    def said_of(node: NodeProto) -> channel_axes.Said:
+        spec = spec_of(node)
+        # Which operand of a product of two computed matrices has channels nobody can tell.
+        both = spec.weight is not None and spec.weight in (spec.data or ()) and not view.is_constant(node.input[spec.weight])
+        reads = None if both else spec.output_axis
+        data = [i for k, i in enumerate(node.input) if i and (spec.data is None or k in spec.data)]
+        return channel_axes.Said(data, spec.output_axis, reads, spec.axis or (channel_axes.keeps if spec.elementwise else None))
+
+    return channel_axes.channel_axes(view, said_of)
 
 
 def output_channels(node: NodeProto, view: GraphView) -> int:

@@ -87,8 +87,9 @@ class ActivationQuantizer:
     through : str
         Tensor at which the error of the range counts: ``name``, or the result of the scalar function that alone reads
         it. What SiLU flattens, say, needs no range in front of it.
-    channel_axis : int
-        Axis along which the tensor's Hessian scores are told apart (its scale is per tensor all the same).
+    channel_axis : int or None
+        Axis of its channels, along which its Hessian scores are told apart (its scale is per tensor all the same); see
+        `eptq_onnx.ops.channel_axes_of`. None for a tensor of unknown rank or without axes.
     """
 
     name: str
@@ -97,7 +98,7 @@ class ActivationQuantizer:
     bounds: tuple[float, float] = (-np.inf, np.inf)
     constant: bool = False
     through: str = ""
-    channel_axis: int = 1
+    channel_axis: int | None = None
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,8 @@ class TrainingGraph:
         both networks are outputs of ``evaluate``, too.
     micro_batch : int
         Samples of one run.
+    input_axes : dict of str to int
+        The channel axis of each input of the model.
     unreached : dict of str to str
         Weights that no gradient reaches, and why.
     notes : tuple of str
@@ -83,6 +85,7 @@ class TrainingGraph:
     outputs: dict[str, float]
     last: tuple[bool, ...]
     micro_batch: int
+    input_axes: dict[str, int]
     unreached: dict[str, str]
     notes: tuple[str, ...]
 

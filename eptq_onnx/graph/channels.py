@@ -78,10 +78,12 @@ class Channels:
     view : GraphView
     rule_of : callable
         Node to its rule, or None.
+    axes : mapping of str to int
+        The channel axis of each tensor (`eptq_onnx.graph.channel_axes`): along another one it has no slots.
     """
 
-    def __init__(self, view: GraphView, rule_of: Callable[[NodeProto], Rule | None]) -> None:
-        self.view = view
+    def __init__(self, view: GraphView, rule_of: Callable[[NodeProto], Rule | None], axes: Mapping[str, int]) -> None:
+        self.view, self.axes = view, axes
         self.absorbers: list[Absorber] = []
         self._slots: dict[str, tuple[Slots, int]] = {}
         self._count = 1
@@ -117,7 +119,10 @@ class Channels:
         return np.arange(self._count - count, self._count)
 
     def make(self, name: str, slots: Slots, axis: int) -> bool:
-        """Give a tensor its slots."""
+        """Give a tensor its slots; False if they do not lie along its channel axis: then they must stay as they are."""
+        if self.axes.get(name, axis) != axis:
+            self.tie(slots, np.zeros_like(slots))
+            return False
         self._slots[name] = slots, axis
         return True
 
@@ -251,7 +256,7 @@ def _rescaled(node: NodeProto, channels: Channels, x: str, other: str, *, invers
         return False
     rank = len(shapes[0] or ())
     if known is None and channels.own(other):
-        known = _fixed_along(view.constant_shape(other), rank)
+        known = _fixed_along(view.constant_shape(other), rank, channels.axes.get(node.output[0], 0))
     if known is None:
         return False
     slots, axis = known
@@ -263,11 +268,10 @@ def _rescaled(node: NodeProto, channels: Channels, x: str, other: str, *, invers
     return channels.make(node.output[0], made, axis)
 
 
-def _fixed_along(shape: Sequence[int], rank: int) -> tuple[Slots, int] | None:
-    """Slots of channels that stay as they are, and the axis along which a constant tells them apart; None if it does not."""
-    axes = [i for i, extent in enumerate(shape) if extent > 1]
-    axis = axes[0] + rank - len(shape) if len(axes) == 1 else 0
-    return (np.zeros(shape[axes[0]], np.int64), axis) if axis else None
+def _fixed_along(shape: Sequence[int], rank: int, axis: int) -> tuple[Slots, int] | None:
+    """Slots of channels that stay as they are, and their axis, if that is where a constant tells them apart; else None."""
+    varies = [i + rank - len(shape) for i, extent in enumerate(shape) if extent > 1]
+    return (np.zeros(math.prod(shape), np.int64), axis) if axis and varies == [axis] else None
 
 
 def batch_normalization(node: NodeProto, channels: Channels) -> bool:

@@ -176,7 +176,7 @@ def calibrate(
     observed = {q.name: Histogram() for q in plan.activations if not q.constant}
     measured = [layer.output for layer in plan.layers]
     measured += [o for o in output_parts(view) if o not in measured]
-    axes = {q.name: q.channel_axis for q in plan.activations}
+    axes = {q.name: q.channel_axis or 0 for q in plan.activations}
     importance = {name: _damped(table.mean(axis=0), config.damping) for name, table in (scores or {}).items() if name in observed}
     sums = {name: np.zeros(3) for name in measured}
     size = samples.micro_batch()

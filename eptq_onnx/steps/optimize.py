@@ -505,12 +505,13 @@ class _Batches:
             yield {name: value for name, value in feeds.items() if name in session.inputs}
 
     def _varied(self, inputs: Feeds, attention: Array, places: NDArray[np.int64], rng: np.random.Generator) -> tuple[Feeds, Array]:
-        inputs = augment.moved(inputs, rng)
+        axes = self._graph.input_axes
+        inputs = augment.moved(inputs, axes, rng)
         if not augment.can_mix(inputs, len(attention)):
             return inputs, attention
         others = rng.choice(places, len(attention))
         share = rng.uniform(size=len(attention)).astype(np.float32)
-        inputs = augment.mixed(inputs, augment.moved(self._samples.take(self._indices[others]), rng), share)
+        inputs = augment.mixed(inputs, augment.moved(self._samples.take(self._indices[others]), axes, rng), share)
         return inputs, share[:, None] * attention + (1 - share[:, None]) * self._attention[others]
 
 

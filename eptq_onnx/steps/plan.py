@@ -24,7 +24,7 @@ from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.bodies import all_names, all_nodes, subgraphs
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.view import GraphView, int_attribute, last_layers
-from eptq_onnx.ops import Bounds, OpSpec, Role, is_known, pointwise, spec_of
+from eptq_onnx.ops import Bounds, OpSpec, Role, channel_axes_of, is_known, pointwise, spec_of
 from eptq_onnx.targets import Target
 from eptq_onnx.types import ActivationQuantizer, KeptFloat, Layer, Plan, QuantSpec
 
@@ -240,7 +240,7 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
                 has_bias=has_bias,
                 # Integer kernels of stacked matrices take one scale in all.
                 weight_spec=draft.target.weight_spec(bits, None if spec.weight in (spec.data or ()) and rank > 2 else axis, depthwise),
-                output_axis=spec.output_axis,
+                output_axis=-1 if spec.output_axis is None else spec.output_axis,
                 edge=edge,
                 depthwise=depthwise,
             )
@@ -276,7 +276,7 @@ def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tu
     groups: dict[str, list[str]] = defaultdict(list)
     for name in _topological(view, parent):
         groups[root(name)].append(name)
-    wide = _edge_tensors(draft, layers)
+    wide, axes = _edge_tensors(draft, layers), channel_axes_of(view)
     result = []
     for members in groups.values():
         edge = any(m in wide for m in members)
@@ -285,9 +285,7 @@ def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tu
         first = members[0]
         constant = view.is_constant(first)
         through = first if constant else pointwise(view, first, lambda shape: math.prod(shape) == 1)[1]
-        result.append(
-            ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), constant, through, _channel_axis(view, first))
-        )
+        result.append(ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), constant, through, axes.get(first)))
     return tuple(result)
 
 
@@ -346,17 +344,6 @@ def _bounds(draft: _Draft, tensor: str) -> Bounds:
         return _NO_BOUNDS
     row = spec_of(producer)
     return row.bounds(producer, draft.view) if row.bounds else _NO_BOUNDS
-
-
-def _channel_axis(view: GraphView, tensor: str) -> int:
-    """That of the layer that makes the tensor, if scalar functions alone stand between; else axis 1 of images and the last of others."""
-    rank = len(view.shape(tensor) or ())
-    producer = view.producer.get(tensor)
-    while producer is not None and spec_of(producer).elementwise and len([i for i in producer.input if not view.is_constant(i)]) == 1:
-        producer = view.producer.get(producer.input[0])
-    if producer is not None and spec_of(producer).role is Role.LAYER and rank:
-        return spec_of(producer).output_axis % rank
-    return 1 if rank >= 4 else max(rank - 1, 0)
 
 
 def _integer_nodes(draft: _Draft) -> dict[str, str]:

@@ -294,7 +294,7 @@ def _scored_tensors(view: GraphView, plan: Plan) -> dict[str, int]:
     """Layer outputs and quantized activations that are computed in the graph, with their channel axes."""
     axes = {layer.output: layer.output_axis for layer in plan.layers}
     for quantizer in plan.activations:
-        if quantizer.name in view.producer and quantizer.name not in axes:
+        if quantizer.name in view.producer and quantizer.name not in axes and quantizer.channel_axis is not None:
             axes[quantizer.name] = quantizer.channel_axis
     ranks = {tensor: len(_static_shape(view, tensor)) for tensor in axes}
     return {tensor: axis % ranks[tensor] for tensor, axis in axes.items() if ranks[tensor]}

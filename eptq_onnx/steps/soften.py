@@ -100,6 +100,7 @@ def soften(
         outputs={name: x.positions for name, x in zip(parts, compared[len(outputs) :], strict=True)},
         last=tuple(layer in last for layer in plan.layers),
         micro_batch=size,
+        input_axes={name: axis for name, axis in ops.channel_axes_of(GraphView(private)).items() if name in view.inputs},
         unreached={n: why for n, why in gradient.unreached.items() if n in plan.weight_specs},
         notes=tuple(f"{node}: {why}" for node, why in refused.items()),
     )
