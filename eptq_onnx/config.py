@@ -170,9 +170,10 @@ class Config(BaseModel):
     descent_passes : int
         Passes of coordinate descent over the integers of each layer.
     patience : int
-        The optimization ends early when so many checks in a row (ten a run) found nothing better on the held-out samples;
-        0: never. Its result must beat the start by more than chance (Wilcoxon's signed-rank test, 5 %).
-        Not for ``soft``.
+        The optimization ends early when so many checks in a row (ten a run) found nothing better on the held-out samples, and
+        after two or more checks when the start will be kept: the error, or that of the outputs, was lower than the start's in
+        no check and does not fall. 0: never. Its result must beat the start by more than chance (Wilcoxon's signed-rank test,
+        5 %). Not for ``soft``.
     rotate : bool
         Mix channels where nothing but linear operators lies between layers, so that weights fill their ranges; see
         `eptq_onnx.steps.rotate`.

@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -49,7 +48,7 @@ class _Command:
         self.active = self.raised = self.over = False
         self.outcome = "nothing was written"
         self.closing: list[Callable[[], object]] = []
-        self._ending, self._telling = threading.Lock(), threading.Lock()
+        self._ending = threading.Lock()
         self._former_hook: Any = sys.unraisablehook
         self._source: socket.socket | None = None
         self._sink: socket.socket | None = None
@@ -96,18 +95,17 @@ class _Command:
     def end(self, interrupted: Interrupted) -> NoReturn:
         """Clean up and end the process, from any thread."""
         with self._ending:
-            acts: list[Callable[[], object]] = [] if self.over else [*self.closing, scratch.clear, partial(self.tell, interrupted)]
-            for act in acts:
+            for act in (*self.closing, scratch.clear):
                 with contextlib.suppress(Exception):
                     act()
+            if not self.over:
+                self._tell(interrupted)
             os._exit(interrupted.exit_code)
 
-    def tell(self, interrupted: Interrupted) -> None:
-        """Say how it ends, once."""
-        if self._telling.acquire(blocking=False):
-            text = f"{interrupted}: {self.outcome}\n".encode(getattr(sys.stderr, "encoding", None) or "utf-8", "replace")
-            with contextlib.suppress(OSError):
-                os.write(2, text)
+    def _tell(self, interrupted: Interrupted) -> None:
+        text = f"{interrupted}: {self.outcome}\n".encode(getattr(sys.stderr, "encoding", None) or "utf-8", "replace")
+        with contextlib.suppress(OSError):
+            os.write(2, text)
 
 
 _command = _Command()

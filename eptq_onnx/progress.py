@@ -52,6 +52,7 @@ class Remaining:
         """Take the expected times of the steps to come, in seconds, in order."""
         self._expected = {name: max(0.0, float(value)) for name, value in seconds.items()}
         self._pending = list(self._expected)
+        self._ended = self._clock()
 
     def update(self, step: str, done: float, total: float) -> None:
         """Take note of how far a step is, in any unit."""

@@ -445,6 +445,8 @@ class OptimizationTrace:
     flipped : float
         Share of the weights that do not round to nearest.
     seconds : float
+    reason : str
+        Why that candidate was kept, as a sentence without a full stop.
     """
 
     steps: int
@@ -453,3 +455,4 @@ class OptimizationTrace:
     best_step: int
     flipped: float
     seconds: float
+    reason: str

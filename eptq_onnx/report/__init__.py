@@ -179,9 +179,7 @@ class Report:
         trace = self.optimization
         if trace is None:
             return f"none ({self.config['start']} rounding)"
-        first, best = trace.checkpoints[0][1], min(v for _, v in trace.checkpoints)
-        kept = f"kept step {trace.best_step}" if trace.best_step else "kept the start: no step was better"
-        return f"{trace.steps} steps, held-out error {first:.4g} → {best:.4g}, {kept}, {trace.flipped:.1%} of the weights flipped"
+        return trace.reason + (f"; {trace.flipped:.1%} of the weights flipped" if trace.best_step else "")
 
     def _weakest(self) -> Table:
         table = Table("layer", "operator", "bits", "SQNR (dB)", title="Layers with the lowest SQNR", title_justify="left")

@@ -154,7 +154,7 @@ def optimize(
             if config.rounding is not RoundingVariable.SOFT:
                 if fruitless:
                     state.slow_down()
-                if 0 < config.patience <= fruitless:
+                if config.patience and (fruitless >= config.patience or kept.is_settled):
                     break
     if kept.step:
         runs = batches.runs(np.arange(len(indices)), state.hard_parameters(kept.rounding), evaluation)
@@ -167,6 +167,7 @@ def optimize(
         best_step=kept.step,
         flipped=_flipped(start, kept.rounding),
         seconds=time.perf_counter() - began,
+        reason=kept.reason(len(losses), total),
     )
     return kept.rounding, trace
 
@@ -184,20 +185,57 @@ class _Kept:
     def __init__(self, start: Rounding, errors: Array) -> None:
         self.rounding, self.step = start, 0
         self.checkpoints = {0: float(errors[0].sum())}
+        self._outputs = [float(errors[1].mean())]
         self._start = errors
 
     def offer(self, step: int, candidate: Rounding, errors: Array) -> int:
         """Take the candidate if it may replace the start and is the best of these; returns how many checks ago the lowest loss was."""
         self.checkpoints[step] = float(errors[0].sum())
+        self._outputs.append(float(errors[1].mean()))
         if self.checkpoints[step] < self.checkpoints[self.step] and is_accepted(errors, self._start):
             self.rounding, self.step = candidate, step
         losses = list(self.checkpoints.values())
         return len(losses) - 1 - losses.index(min(losses))
 
+    @property
+    def is_settled(self) -> bool:
+        """True if the start will be kept: one of the errors that a candidate must lower was lower in no check, and does not fall."""
+        (loss, *losses), (output, *outputs) = self.checkpoints.values(), self._outputs
+        if self.step or len(losses) < 2:
+            return False
+        # Rising from the first check to the last, or level.
+        rises = [values[-1] >= min(values[:-1]) for values in (losses, outputs)]
+        return (min(losses) >= loss and rises[0]) or (min(outputs) > output and rises[1])
+
+    def reason(self, steps: int, total: int) -> str:
+        """Why this rounding was kept, after so many steps, as a sentence."""
+        (loss, *losses), (output, *outputs) = self.checkpoints.values(), self._outputs
+        ran = f"{steps} of {total} steps" + ("; stopped early" if steps < total else "")
+        if self.step:
+            return (
+                f"step {self.step} was kept: it lowered the error on held-out samples ({_change(self.checkpoints[self.step], loss)}; {ran})"
+            )
+        if not losses:
+            return "the start was kept: there was no check"
+        if min(losses) >= loss:
+            return f"the start was kept: no step lowered the error on held-out samples (best {_change(min(losses), loss)} in {ran})"
+        if min(outputs) > output:
+            best = _change(min(outputs), output)
+            return f"the start was kept: no step lowered the error of the outputs on held-out samples (best {best} in {ran})"
+        best = _change(min(losses), loss)
+        return (
+            "the start was kept: no step lowered the error on held-out samples by more than chance without raising that of the outputs "
+            f"(best {best} in {ran})"
+        )
+
     def amend(self, rounding: Rounding, errors: Array) -> None:
         """Take another form of what is kept, if that, too, may replace the start."""
         if is_accepted(errors, self._start):
             self.rounding = rounding
+
+
+def _change(value: float, former: float) -> str:
+    return f"{value / former - 1:+.1%}".replace("%", " %") if former else f"from 0 to {value:.3g}"
 
 
 def is_accepted(errors: Array, others: Array) -> bool:

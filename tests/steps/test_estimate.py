@@ -48,7 +48,8 @@ def test_better_presets_cost_more():
         found = []
         with pytest.raises(Stop):
             eptq_onnx.quantize(small_convnet(), images(24), Config(preset=preset), progress=stopping_at_estimate(found))
-        told[preset] = found[0]
+        told[preset] = str(found[0])
+        assert found[0].seconds == pytest.approx(sum(found[0].shares.values()))
     assert "no optimization steps" in told["fast"]
     assert "at most 1000 optimization steps" in told["balanced"]
     assert "at most 5000 optimization steps" in told["best"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,16 @@ from eptq_onnx.optimizers import Adam
 from eptq_onnx.runtime import Session
 from eptq_onnx.steps.calibrate import calibrate
 from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.optimize import Balance, channel_attention, is_accepted, is_better, layer_attention, optimize, part_weights
+from eptq_onnx.steps.optimize import (
+    Balance,
+    _Kept,
+    channel_attention,
+    is_accepted,
+    is_better,
+    layer_attention,
+    optimize,
+    part_weights,
+)
 from eptq_onnx.steps.plan import plan
 from eptq_onnx.steps.ranges import weight_ranges
 from eptq_onnx.steps.score import score
@@ -272,10 +282,90 @@ def test_a_harmful_optimization_is_not_kept(engine):
     assert len(trace.checkpoints) == 11
 
 
-def test_an_optimization_that_brings_nothing_ends_early(engine):
-    case = Case(engine, rounding_lr=30.0, bias_lr=10.0, steps=20, patience=3)
+def test_an_optimization_that_brings_nothing_ends_early_and_says_so(engine):
+    case = Case(engine, rounding_lr=30.0, bias_lr=10.0, steps=20, patience=8)
+    best, trace = case.run()
+    assert best is case.start
+    assert trace.steps == len(trace.losses) < 10
+    found = re.fullmatch(
+        r"the start was kept: no step lowered the error on held-out samples \(best \+[\d.]+ % in (\d+) of 20 steps; stopped early\)",
+        trace.reason,
+    )
+    assert found, trace.reason
+    assert int(found[1]) == trace.steps
+
+
+def test_a_step_that_is_kept_is_named(engine):
+    case = Case(engine, weight_bits=2, steps=60)
     _, trace = case.run()
-    assert trace.steps == len(trace.losses) == 6
+    change = dict(trace.checkpoints)[trace.best_step] / trace.checkpoints[0][1] - 1
+    assert trace.best_step
+    assert trace.reason == (
+        f"step {trace.best_step} was kept: it lowered the error on held-out samples ({100 * change:+.1f} %; {trace.steps} of 60 steps)"
+    )
+
+
+def replayed(losses, outputs, noise=0.0, count=26, seed=0):
+    """What the checks of a run find: errors of held-out samples that are so many times those of the start."""
+    rng = np.random.default_rng(seed)
+    start = rng.uniform(1, 2, (2, count)).astype(np.float32)
+    kept = _Kept("start", start)
+    for step, factors in enumerate(zip(losses, outputs, strict=True), 1):
+        kept.offer(step, step, (start * np.array(factors)[:, None] * rng.uniform(1 - noise, 1 + noise, start.shape)).astype(np.float32))
+        if kept.is_settled:
+            break
+    return kept, step
+
+
+@pytest.mark.parametrize(
+    ("losses", "outputs", "ends", "why"),
+    [
+        ([1.01, 1.02, 0.5], [0.9, 0.9, 0.5], 2, "error on held-out samples (best +1.0 % in 2 of 3 steps; stopped early)"),
+        ([0.9, 0.8, 0.5], [1.1, 1.2, 0.5], 2, "error of the outputs on held-out samples (best +10.0 % in 2 of 3 steps; stopped early)"),
+        ([1.3, 1.2, 1.1, 1.15], [1, 1, 1, 1], 4, "error on held-out samples (best +10.0 % in 4 of 4 steps)"),
+        ([0.9, 0.8, 0.7], [1.3, 1.2, 1.25], 3, "error of the outputs on held-out samples (best +20.0 % in 3 of 3 steps)"),
+        (
+            [0.999, 1.3, 1.3],
+            [1.1, 0.9, 1.1],
+            3,
+            "error on held-out samples by more than chance without raising that of the outputs (best -0.1 % in 3 of 3 steps)",
+        ),
+    ],
+)
+def test_the_loop_ends_when_the_start_will_be_kept(losses, outputs, ends, why):
+    kept, ran = replayed(losses, outputs)
+    assert (kept.step, ran) == (0, ends)
+    assert kept.reason(ran, len(losses)) == f"the start was kept: no step lowered the {why}"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_loop_goes_on_while_errors_fall_and_after_a_gain(seed):
+    """A late gain is found if the errors fell, and a run that has gained is not ended by this rule, whatever comes."""
+    rng = np.random.default_rng(seed)
+    falling = np.sort(rng.uniform(1.0, 1.5, 5))[::-1] * np.array([1, 1, 1, 1, 0.5])
+    kept, ran = replayed(falling, falling, seed=seed)
+    assert (kept.step, ran) == (5, 5)
+    kept, ran = replayed([0.5, *rng.uniform(1, 2, 6)], [0.5, *rng.uniform(1, 2, 6)], seed=seed)
+    assert (kept.step, ran) == (1, 7)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_loop_ends_early_only_where_the_start_is_kept(seed):
+    """In drawn runs, what the rule ends had no gain up to there; without the rule the same checks find none up to there either."""
+    rng = np.random.default_rng(seed)
+    losses, outputs = rng.uniform(0.8, 1.2, (2, 10))
+    kept, ran = replayed(losses, outputs, noise=0.1, seed=seed)
+    assert kept.step == 0 or ran == 10
+    assert np.isfinite([*kept.checkpoints.values()]).all()
+    assert kept.reason(ran, 10).startswith("the start was kept: " if not kept.step else f"step {kept.step} was kept: ")
+
+
+def test_a_start_without_errors_is_kept_without_a_division_by_zero():
+    kept = _Kept("start", np.zeros((2, 8), np.float32))
+    for step in (1, 2):
+        kept.offer(step, step, np.ones((2, 8), np.float32))
+    assert kept.is_settled
+    assert kept.reason(2, 10).startswith("the start was kept: no step lowered the error")
 
 
 def test_a_model_that_takes_one_sample_at_a_time(engine):
