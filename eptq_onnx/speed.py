@@ -30,13 +30,15 @@ LONGEST_RUN = 2.0
 """Seconds of one run above which nothing is measured."""
 _BUDGET = 1.5
 """Seconds of measurement, warm-up not counted; a pair that has begun is finished."""
-_PAIRS = (7, 41)
-"""Fewest and most pairs. Six are the fewest whose range encloses the median at a confidence of 95 %."""
+_PAIRS = (10, 41)
+"""Fewest and most pairs. Ten are the fewest whose range encloses the median at the confidence wanted."""
+_TAIL = 0.001
+"""Probability that the median lies beyond one end of its interval. Small, for the interval is looked at after every pair."""
 _TURN, _REPEATS = 0.02, 20
 """Seconds that a turn of one model lasts about, and the most runs in it. The fastest counts: others were interrupted."""
 _MARGIN = 1.05
 """A ratio within this factor of 1 is no difference to a user."""
-_PROFILED = 0.3
+_PROFILED = 0.1
 """Seconds of profiled runs of each model."""
 
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -147,10 +149,10 @@ def _seconds(run: Run, repeats: int, clock: Callable[[], float]) -> float:
 
 
 def _interval(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Interval of the median ratio: the order statistics that enclose it at a confidence of at least 95 %."""
+    """Interval of the median ratio: the order statistics that enclose it at a confidence of at least 99.8 %."""
     ratios = sorted(q / f for f, q in times)
     n, left, tail = len(ratios), 0, 0.5 ** len(ratios)
-    while left + 1 < n / 2 and tail + math.comb(n, left + 1) * 0.5**n <= 0.025:
+    while left + 1 < n / 2 and tail + math.comb(n, left + 1) * 0.5**n <= _TAIL:
         left += 1
         tail += math.comb(n, left) * 0.5**n
     return ratios[left], ratios[n - 1 - left]
