@@ -102,13 +102,15 @@ def compare(run_float: Run, run_quantized: Run, samples: int, clock: Callable[[]
     ModelError
         If one run takes longer than `LONGEST_RUN`.
     """
-    repeats = []
+    longest = 0.0
     for run in (run_float, run_quantized):
         first = _seconds(run, 1, clock)  # allocates, and packs weights
         second = _seconds(run, 1, clock) if first < LONGEST_RUN else first
         if second > LONGEST_RUN:
             raise ModelError(f"one run takes {second:.1f} s, and at most {LONGEST_RUN:g} s are spent on each")
-        repeats.append(min(_REPEATS, math.ceil(_TURN / second)))
+        longest = max(longest, second)
+    # As many for both: the fastest of more runs is faster.
+    repeats = min(_REPEATS, math.ceil(_TURN / longest))
     times: list[tuple[float, float]] = []
     began = clock()
     while len(times) < _PAIRS[0] or (len(times) < _PAIRS[1] and clock() - began < _BUDGET and _pace(*_interval(times)) is None):
@@ -117,7 +119,7 @@ def compare(run_float: Run, run_quantized: Run, samples: int, clock: Callable[[]
         # Who goes first changes: a clock that slows down, say, favours neither.
         for k, run in turns if len(times) % 2 == 0 else reversed(turns):
             run()  # threads of the other session still spin, and its weights are in the caches
-            pair[k] = _seconds(run, repeats[k], clock)
+            pair[k] = _seconds(run, repeats, clock)
         times.append((pair[0], pair[1]))
     low, high = _interval(times)
     medians = np.median(np.array(times), axis=0)
