@@ -30,13 +30,15 @@ LONGEST_RUN = 2.0
 """Seconds of one run above which nothing is measured."""
 _BUDGET = 1.5
 """Seconds of measurement, warm-up not counted; a pair that has begun is finished."""
-_PAIRS = (7, 41)
-"""Fewest and most pairs. Six are the fewest whose range encloses the median at a confidence of 95 %."""
+_PAIRS = (10, 41)
+"""Fewest and most pairs. Ten are the fewest whose range encloses the median at the confidence wanted."""
+_TAIL = 0.001
+"""Probability that the median lies beyond one end of its interval. Small, for the interval is looked at after every pair."""
 _TURN, _REPEATS = 0.02, 20
 """Seconds that a turn of one model lasts about, and the most runs in it. The fastest counts: others were interrupted."""
 _MARGIN = 1.05
 """A ratio within this factor of 1 is no difference to a user."""
-_PROFILED = 0.3
+_PROFILED = 0.1
 """Seconds of profiled runs of each model."""
 
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -100,13 +102,15 @@ def compare(run_float: Run, run_quantized: Run, samples: int, clock: Callable[[]
     ModelError
         If one run takes longer than `LONGEST_RUN`.
     """
-    repeats = []
+    longest = 0.0
     for run in (run_float, run_quantized):
         first = _seconds(run, 1, clock)  # allocates, and packs weights
         second = _seconds(run, 1, clock) if first < LONGEST_RUN else first
         if second > LONGEST_RUN:
             raise ModelError(f"one run takes {second:.1f} s, and at most {LONGEST_RUN:g} s are spent on each")
-        repeats.append(min(_REPEATS, math.ceil(_TURN / second)))
+        longest = max(longest, second)
+    # As many for both: the fastest of more runs is faster.
+    repeats = min(_REPEATS, math.ceil(_TURN / longest))
     times: list[tuple[float, float]] = []
     began = clock()
     while len(times) < _PAIRS[0] or (len(times) < _PAIRS[1] and clock() - began < _BUDGET and _pace(*_interval(times)) is None):
@@ -115,7 +119,7 @@ def compare(run_float: Run, run_quantized: Run, samples: int, clock: Callable[[]
         # Who goes first changes: a clock that slows down, say, favours neither.
         for k, run in turns if len(times) % 2 == 0 else reversed(turns):
             run()  # threads of the other session still spin, and its weights are in the caches
-            pair[k] = _seconds(run, repeats[k], clock)
+            pair[k] = _seconds(run, repeats, clock)
         times.append((pair[0], pair[1]))
     low, high = _interval(times)
     medians = np.median(np.array(times), axis=0)
@@ -147,10 +151,10 @@ def _seconds(run: Run, repeats: int, clock: Callable[[], float]) -> float:
 
 
 def _interval(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Interval of the median ratio: the order statistics that enclose it at a confidence of at least 95 %."""
+    """Interval of the median ratio: the order statistics that enclose it at a confidence of at least 99.8 %."""
     ratios = sorted(q / f for f, q in times)
     n, left, tail = len(ratios), 0, 0.5 ** len(ratios)
-    while left + 1 < n / 2 and tail + math.comb(n, left + 1) * 0.5**n <= 0.025:
+    while left + 1 < n / 2 and tail + math.comb(n, left + 1) * 0.5**n <= _TAIL:
         left += 1
         tail += math.comb(n, left) * 0.5**n
     return ratios[left], ratios[n - 1 - left]

@@ -341,7 +341,7 @@ class Speed:
     ratio : float
         Median of the quantized model's time over the float model's, pair by pair: above 1 it is slower.
     low, high : float
-        Interval of that median, at a confidence of 95 %.
+        Interval of that median, at a confidence of 99.8 %.
     pairs : int
         Measurements of each model.
     samples : int

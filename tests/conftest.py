@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eptq_onnx import engines, runtime
+from eptq_onnx import engines, pipeline, runtime
 from eptq_onnx.config import EngineChoice
 from eptq_onnx.engines.base import Engine
 
@@ -24,6 +24,17 @@ def engine() -> Engine:
 def each_engine(request: pytest.FixtureRequest) -> Engine:
     """All engines that run here, one after the other."""
     return engines.make(request.param)
+
+
+@pytest.fixture
+def measured_speed() -> None:
+    """Have the speed measured, which takes longer than to quantize the small models of most tests."""
+
+
+@pytest.fixture(autouse=True)
+def _unmeasured_speed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "measured_speed" not in request.fixturenames:
+        monkeypatch.setattr(pipeline, "measure", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

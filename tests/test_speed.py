@@ -44,16 +44,12 @@ def test_the_pace_is_that_of_the_models(ratio, pace, seconds, noise):
     assert measured.float_seconds == pytest.approx(seconds, rel=4 * noise + 1e-6)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.floats(1e-5, 0.1), st.integers(0, 1000))
-def test_noise_is_not_taken_for_a_difference(seconds, seed):
-    """Equal models on a busy machine; wrong once in twenty, by the confidence, were it not for the margin."""
-    assert Machine((seconds, seconds), noise=0.3, seed=seed).measure().pace is not Pace.SLOWER or _wrongly(seconds, seed) < 0.05
-
-
-def _wrongly(seconds: float, seed: int) -> float:
-    """Share of further draws that call an equal model slower."""
-    return float(np.mean([Machine((seconds, seconds), 0.3, 1000 * seed + k).measure().pace is Pace.SLOWER for k in range(100)]))
+@pytest.mark.parametrize("noise", [0.05, 0.3, 1.0])
+def test_noise_is_not_taken_for_a_difference(noise):
+    """Equal models on a busy machine are told apart in few of a hundred measurements."""
+    found = [Machine((0.01, 0.01), noise, seed).measure().pace for seed in range(300)]
+    assert np.mean([pace is Pace.SLOWER for pace in found]) < 0.03
+    assert np.mean([pace is Pace.FASTER for pace in found]) < 0.03
 
 
 def test_runs_take_turns_and_the_first_changes():
@@ -153,14 +149,14 @@ def test_both_models_are_run_and_profiled(monkeypatch):
     assert result.report.speed is None
     monkeypatch.setattr(speed, "_pace", lambda low, high: Pace.SLOWER)
     measured = speed.measure(small_convnet(), result.model, {"image": images(1), "unused": images(1)}, 1)
-    assert measured.pairs == 7
+    assert measured.pairs == 10
     operators = {o.operator: o for o in measured.operators}
     assert operators["Conv"].float_seconds > 0
     assert operators["Conv"].quantized_seconds > 0
     assert any(name.startswith("QuantizeLinear/DequantizeLinear") for name in operators)
 
 
-def test_measuring_changes_no_byte_and_a_failure_is_a_note(monkeypatch):
+def test_measuring_changes_no_byte_and_a_failure_is_a_note(measured_speed, monkeypatch):
     config = Config(preset="fast")
     plain = eptq_onnx.quantize(small_convnet(), images(8), config.model_copy(update={"measure_speed": False}))
     measured = eptq_onnx.quantize(small_convnet(), images(8), config)

@@ -1,8 +1,8 @@
 """What the comparison of both models lets a user expect: safe, check, or expect loss, with the reasons in words.
 
-The limits come from 60 files of nine networks (classifiers, detectors, segmenters, a sentence encoder), at 8 to 2 bits, each scored on
-labelled data: ``tools/bench_verdict.py`` prints such a table. Where a score fell by a point or more, no output met the conditions of
-`Assurance.SAFE`.
+The limits were set on files of nine networks (classifiers, detectors, segmenters, a sentence encoder), at 8 to 2 bits, each scored on
+labelled data; ``tools/bench_verdict.py`` prints such a table for others. Where a score fell by more than a point, no file met the
+conditions of `Assurance.SAFE`. How the limits do on networks that they were not set on is not known.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ SAFE_DB, VERY_HIGH_DB = 30.0, 40.0
 """SQNR of an output that is safe, whatever it is for; and one that few samples, or samples seen before, are enough to tell."""
 SAFE_CHANGES, LOSSY_CHANGES = 0.035, 0.06
 """Share of decisions that change: below the first a score loses less than a point, above the second it did lose more."""
+SAFE_PLACES = 0.005
+"""The same as `SAFE_CHANGES` where a sample has many decisions, as a map of classes: scores of classes that cover little lose several
+times the share of places that change."""
 SAFE_CENTRED_DB = 15.0
 """Outputs whose noise is larger beside their spread are more than the choice of a class: that alone does not make them safe."""
 LOSSY_CENTRED_DB = 8.0
@@ -118,7 +121,7 @@ def _judge_output(s: OutputStatistics) -> tuple[Assurance, str]:
             Assurance.LOSS if s.mismatched > MISMATCHED * s.samples else Assurance.CHECK,
             f"has another number of values on {s.mismatched} of {s.samples} samples",
         )
-    changes = max(s.disagreement, s.expected_disagreement) if s.decisions else None
+    changes, limit = _changes(s)
     text = f"keeps {s.sqnr_db:.1f} dB" if s.sqnr_db < 100 else "is the same"
     if changes is not None:
         text += f", another channel is largest on {changes:.1%} of {'samples' if s.decisions <= s.samples else 'positions'}"
@@ -131,10 +134,20 @@ def _judge_output(s: OutputStatistics) -> tuple[Assurance, str]:
         return Assurance.LOSS, text
     if s.sample_sqnr_db < WORST_SAMPLE_DB:
         return Assurance.CHECK, f"{text}, but one sample keeps only {s.sample_sqnr_db:.1f} dB"
-    agrees = changes is not None and changes <= SAFE_CHANGES and s.centred_sqnr_db >= SAFE_CENTRED_DB
+    agrees = changes is not None and changes <= limit and s.centred_sqnr_db >= SAFE_CENTRED_DB
     if agrees or (s.sqnr_db >= SAFE_DB and s.centred_sqnr_db >= SAFE_CENTRED_DB):
         return Assurance.SAFE, text
     return Assurance.CHECK, text if changes is not None else spread
+
+
+def _changes(s: OutputStatistics) -> tuple[float | None, float]:
+    """Share of decisions that change, None where there are none, and the largest share that is safe."""
+    if not s.decisions:
+        return None, 0.0
+    if s.decisions > s.samples:
+        # So many were seen that nothing needs to be expected.
+        return s.disagreement, SAFE_PLACES
+    return max(s.disagreement, s.expected_disagreement), SAFE_CHANGES
 
 
 def _noise(db: float) -> str:

@@ -56,6 +56,14 @@ def test_reasons_are_told_in_words(statistics, assurance, words):
         assert len(v.reasons) == 1, "the outputs that are well are no reason"
 
 
+def test_a_map_of_classes_must_change_less():
+    """Of 400,000 pixels a share of 2 % is whole objects."""
+    places = replace(SCORES, decisions=400_000, sqnr_db=18.0, centred_sqnr_db=17.0, expected_disagreement=0.2)
+    found = [verdict(replace(places, disagreement=share)).assurance for share in (0.001, 0.02)]
+    assert found == [Assurance.SAFE, Assurance.CHECK]
+    assert verdict(replace(SCORES, sqnr_db=23.0, centred_sqnr_db=22.0, disagreement=0.02)).assurance is Assurance.SAFE
+
+
 @pytest.mark.parametrize("good", [SCORES, VALUES])
 def test_little_evidence_is_not_safe(good):
     for samples in (1, FEW_SAMPLES - 1):
