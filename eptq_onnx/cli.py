@@ -142,7 +142,8 @@ def _write_report(result: Result, output: Path, report: Path | None) -> OutputEr
 @app.command()
 def version() -> None:
     """Print the version."""
-    print(eptq_onnx.__version__)
+    with _told(console(stderr=True)):
+        console().print(line(eptq_onnx.__version__))
 
 
 @contextmanager

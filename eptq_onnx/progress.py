@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-_TRUST = 0.1
-"""Share of the estimate that the first steps must take before their pace counts half for the steps to come."""
-_LEAST = 5.0
-"""Least seconds that stand for that share: the start of a run is no measure."""
+_HALF = 0.07
+"""Share of a step after which its own pace counts half: the first units take longer than the others, or are too few to tell."""
+
+_MOST = 20.0
+"""Largest correction: a step that should have taken no time tells nothing."""
 
 
 @dataclass
@@ -31,7 +33,8 @@ class Remaining:
 
     A step has an expected time, or none where the estimate does not know it. A step that runs is extrapolated from its own pace,
     the more the further it is; before that, and for the steps to come, the expected time counts, times how much longer the
-    finished steps took than expected. A step that is skipped counts no more as soon as a later one begins.
+    finished steps took than expected, the more of the run they were. A step that is skipped counts no more as soon as a later
+    one begins.
 
     Parameters
     ----------
@@ -86,15 +89,17 @@ class Remaining:
         passed, share = max(0.0, now - current.began), current.share
         own = passed * (1 - share) / share if share else 0.0
         planned = max(0.0, expected - passed) if not share else expected * (1 - share)
-        # Its own pace counts by what has been seen of it: in full only at the end, half after a fifth.
-        weight = 1.0 if not expected else min(1.0, share / (share + 0.2) * 1.2) if share else 0.0
+        weight = share / (share + _HALF) * (1 + _HALF)
         return left + weight * own + (1 - weight) * planned
 
     def _factor(self) -> float:
-        if not self._foreseen:
+        """How much longer steps take than expected: the load of the machine is common to all, other errors are not."""
+        if not self._foreseen or not self._spent:
             return 1.0
-        prior = max(_LEAST, _TRUST * sum(self._expected.values()))
-        return (self._spent + prior) / (self._foreseen + prior)
+        current = self._expected.get(self._current.name, 0.0) if self._current is not None else 0.0
+        ahead = current + sum(self._expected[name] for name in self._pending)
+        ratio = min(_MOST, max(1 / _MOST, self._spent / self._foreseen))
+        return float(ratio ** math.sqrt(self._foreseen / (self._foreseen + ahead)))
 
     def _finish(self, now: float) -> None:
         current, self._current = self._current, None

@@ -53,7 +53,7 @@ def test_a_wrong_estimate_is_corrected(factor):
 def test_the_correction_of_finished_steps_is_that_of_steps_to_come():
     taken = {step: 3 * seconds for step, seconds in PLAN.items()}
     at_the_start = next(told for _, told, step in run(PLAN, taken) if step == "optimize")
-    assert at_the_start > 2 * PLAN["optimize"]
+    assert 1.5 * PLAN["optimize"] < at_the_start < taken["optimize"]
 
 
 def test_a_step_that_ends_early_or_is_left_out_leaves_what_follows_alone():
@@ -76,7 +76,16 @@ def test_steps_that_nobody_expected_are_extrapolated():
     remaining.update("known", 1, 1)
     clock.now += 10
     remaining.update("surprise", 1, 4)
-    assert remaining.seconds() == pytest.approx(30)
+    assert remaining.seconds() == pytest.approx(30, rel=0.25)
+    remaining.update("surprise", 2, 4)
+    assert remaining.seconds() == pytest.approx(10, rel=0.15)
+
+
+def test_one_step_that_was_badly_foreseen_does_not_spoil_the_others():
+    taken = {**PLAN, "score": 50.0}
+    for left, told, step in run(PLAN, taken):
+        if step == "optimize":
+            assert told == pytest.approx(left, rel=0.5)
 
 
 def test_a_step_that_hangs_does_not_count_below_zero():
