@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from eptq_onnx import quant_math
 from eptq_onnx.config import Config
 from eptq_onnx.data import Samples, spread
 from eptq_onnx.graph.blocks import blocks_of, bytes_of, observe
@@ -86,7 +87,10 @@ def noise(exact: Iterable[Sequence[Array]], got: Iterable[Sequence[Array]], vari
     for pair in zip(exact, got, strict=True):
         for k, (reference, value) in enumerate(zip(*pair, strict=True)):
             if value.shape == reference.shape:
-                errors[k] += float(np.square(reference - value).sum(dtype=np.float64))
-                sizes[k] += reference.size
+                # Where the float network has no number there is nothing to compare.
+                known = np.isfinite(reference)
+                difference = np.subtract(reference, value, out=np.zeros_like(reference), where=known)
+                errors[k] += quant_math.square_sum(difference.reshape(-1)) if np.isfinite(difference).all() else np.inf
+                sizes[k] += np.count_nonzero(known)
     ratio = float((errors / np.maximum(sizes, 1) / variances).mean())
     return min(ratio, LOST) if np.isfinite(ratio) else LOST

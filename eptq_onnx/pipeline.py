@@ -71,6 +71,8 @@ class Progress(Protocol):
 
 _WALKED = 1024
 """At most so many samples are rounded on, layer by layer, if no more are scored."""
+_MOST_NAMED = 8
+"""Tensors that one note names."""
 _SHARE_OF_MEMORY = 0.9
 """Of the machine's, that a large model's work may take where nothing else is said."""
 
@@ -185,7 +187,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         flat, quantized = flattened(marked), sink(marked)
     with clock("verify"):
         verification = verify(float_model, flat, quantized, plan, stands_for, target, samples, run.held, origin.size, tell("verify"))
-    notes = [*origin.notes, *notes, *_unscored(scores), *_left_over(calibration, samples, engine)]
+    notes = [*origin.notes, *notes, *_unscored(scores), *_not_finite(calibration), *_left_over(calibration, samples, engine)]
     report = Report(
         version=eptq_onnx.__version__,
         model=origin.name,
@@ -385,6 +387,14 @@ def _opset_notes(model: ModelProto, readable: ModelProto) -> list[str]:
 
 def _unscored(scores: Scores | None) -> list[str]:
     return [f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items()] if scores is not None else []
+
+
+def _not_finite(calibration: Calibration) -> list[str]:
+    shares = [f"{name} ({share:.2%})" for name, share in calibration.not_finite.items()]
+    if not shares:
+        return []
+    more = f" and {len(shares) - _MOST_NAMED} more" if len(shares) > _MOST_NAMED else ""
+    return [f"NaN or infinite values in the float model count in no statistic: {', '.join(shares[:_MOST_NAMED])}{more}"]
 
 
 def _left_over(calibration: Calibration, samples: Samples, engine: Engine | None) -> list[str]:

@@ -138,8 +138,8 @@ def _measure(key: str, expected: NDArray[Any], got: NDArray[Any], power: dict[st
     finite = np.isfinite(reference)
     power[key] += float(np.square(reference[finite]).sum())
     # Of outputs whose size depends on their values (boxes that a threshold passes, say) another size counts as a loss of all.
-    difference = reference
+    difference = np.where(finite, reference, 0)
     if got.shape == reference.shape:
-        # What is infinite in both, as masked logits are, does not differ.
-        difference = np.subtract(reference, got, out=np.zeros_like(reference), where=reference != got)
+        # Where the float network has no number there is nothing to compare; where the other has none, all is lost.
+        np.subtract(reference, got, out=difference, where=finite & np.isfinite(got))
     noise[key] += float(np.square(difference).sum())
