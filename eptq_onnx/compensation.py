@@ -80,7 +80,8 @@ class Reader:
     def slopes(self, outputs: Array, steps: Array) -> Array:
         """Of the function at each output (without bias), over steps of shape (n_groups, 1, n_outputs); 0 where it has none."""
         z = outputs + self.bias[:, None, :]
-        slope = (self.function(z + steps) - self.function(z - steps)) / (2 * steps)
+        with np.errstate(invalid="ignore", over="ignore"):
+            slope = (self.function(z + steps) - self.function(z - steps)) / (2 * steps)
         return np.where(np.isfinite(slope), slope, 0).astype(np.float32)
 
 
@@ -154,6 +155,11 @@ class Moments:
                 known[name] += value
             else:
                 known[name] = np.asarray(value, np.float64)
+
+    @property
+    def is_empty(self) -> bool:
+        """True if there was no row of numbers."""
+        return not self._batches
 
     @property
     def means(self) -> tuple[Float64, Float64]:
@@ -265,10 +271,10 @@ def sampled_moments(
         for k, x in enumerate(exact):
             available = form.positions(x.shape)
             counts = importance[k] if importance is not None else None
-            goal = (np.ones(available) if counts is None else counts) * min(1.0, wanted / total)
+            goal = (np.ones(available) if counts is None else counts) * min(1.0, wanted / max(total, 1))
             chance = np.minimum(goal, 1.0)
             chosen = np.flatnonzero(rng.random(available) < chance)
-            if not len(chosen):
+            if not len(chosen) and available:
                 chosen = np.array([chance.argmax()])
             yield chosen, (goal[chosen] / chance[chosen]).astype(np.float32)
 
@@ -277,8 +283,19 @@ def sampled_moments(
         return form.input_rows(np.asarray(x_f, np.float32), chosen), form.input_rows(np.asarray(x_q, np.float32), chosen), weights
 
     for parts in ordered_map(rows, zip(exact, quantized, places(), strict=True)):
-        moments.add(*parts)
+        known = _numbers(*parts)
+        if known[0].shape[1]:
+            moments.add(*known)
     return moments
+
+
+def _numbers(exact: Array, quantized: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """The rows (n_groups, n_rows, n_terms) that are finite in both networks."""
+    finite = np.isfinite(exact) & np.isfinite(quantized)
+    if finite.all():
+        return exact, quantized, weights
+    known = finite.all(axis=(0, 2))
+    return exact[:, known], quantized[:, known], weights[known]
 
 
 def _ridge(moment: Float64, damping: float | Float64) -> Float64:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from eptq_onnx import quant_math
 from eptq_onnx.config import Config
 from eptq_onnx.data import Samples, spread
 from eptq_onnx.graph.blocks import blocks_of, bytes_of, observe
@@ -90,8 +91,14 @@ def noise(exact: Iterable[Sequence[Array]], got: Iterable[Sequence[Array]], vari
     for pair in zip(exact, got, strict=True):
         for k, (reference, value) in enumerate(zip(*pair, strict=True)):
             same = value.shape == reference.shape
-            errors[k] += float(np.square(reference - value).sum(dtype=np.float64)) if same else variances[k] * max(reference.size, 1)
-            sizes[k] += reference.size if same else max(reference.size, 1)
+            # Where the float network has no number there is nothing to compare.
+            known = np.isfinite(reference)
+            sizes[k] += max(np.count_nonzero(known), 1)
+            if not same:
+                errors[k] += variances[k] * max(np.count_nonzero(known), 1)
+                continue
+            difference = np.subtract(reference, value, out=np.zeros_like(reference), where=known)
+            errors[k] += quant_math.square_sum(difference.reshape(-1)) if np.isfinite(difference).all() else np.inf
     ratios = errors / np.maximum(sizes, 1) / variances
     return np.where(np.isfinite(ratios), np.minimum(ratios, LOST), LOST)
 

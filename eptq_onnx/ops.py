@@ -540,6 +540,11 @@ def is_known(node: NodeProto) -> bool:
     return ("" if node.domain == "ai.onnx" else node.domain, node.op_type) in TABLE
 
 
+def is_elementwise(node: NodeProto) -> bool:
+    """True if every output element depends on the input elements at its place only."""
+    return spec_of(node).elementwise or node.op_type in ("Pow", "Mod")
+
+
 def linear_form(node: NodeProto, view: GraphView) -> LinearForm | None:
     """A layer as a matrix product; None where it is none."""
     rule = spec_of(node).linear

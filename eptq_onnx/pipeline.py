@@ -86,6 +86,8 @@ class Progress(Protocol):
 
 _WALKED = 1024
 """At most so many samples are rounded on, layer by layer, if no more are scored."""
+_MOST_NAMED = 8
+"""Tensors that one note names."""
 _SHARE_OF_MEMORY = 0.9
 """Of the machine's, that a large model's work may take where nothing else is said."""
 
@@ -212,10 +214,10 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     quantized = sink(marked)
     speed = _speed(run, model, quantized, folder, notes)
     notes = [
-        *sample_notes(samples),
         *origin.notes,
         *notes,
         *_unscored(scores),
+        *_not_finite(calibration),
         *_left_over(calibration, samples, engine),
         *verification.notes,
     ]
@@ -510,6 +512,14 @@ def _opset_notes(model: ModelProto, readable: ModelProto) -> list[str]:
 
 def _unscored(scores: Scores | None) -> list[str]:
     return [f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items()] if scores is not None else []
+
+
+def _not_finite(calibration: Calibration) -> list[str]:
+    shares = [f"{name} ({share:.2%})" for name, share in calibration.not_finite.items()]
+    if not shares:
+        return []
+    more = f" and {len(shares) - _MOST_NAMED} more" if len(shares) > _MOST_NAMED else ""
+    return [f"NaN or infinite values in the float model count in no statistic: {', '.join(shares[:_MOST_NAMED])}{more}"]
 
 
 def _left_over(calibration: Calibration, samples: Samples, engine: Engine | None) -> list[str]:

@@ -274,6 +274,36 @@ def _grids(rows: Array, scales: Array, spec: QuantSpec) -> list[Array]:
     return [np.clip(side(middle), *spec.zero_points).astype(np.float32) for side in (np.floor, np.ceil)]
 
 
+# ---- numbers beyond float32's squares, and none -----------------------------------------------------------------
+_LEAST_SQUARED, _MOST_SQUARED = 1e-15, 1e15
+"""Magnitudes whose squares float32 holds, and many of them in sum."""
+
+
+def finite_extremes(values: NDArray[np.floating]) -> tuple[float, float]:
+    """Least and largest finite value; inf and -inf where there is none."""
+    if not values.size:
+        return float("inf"), float("-inf")
+    low, high = float(values.min()), float(values.max())
+    if np.isfinite(low) and np.isfinite(high):
+        return low, high
+    finite = np.isfinite(values)
+    return float(values.min(initial=np.inf, where=finite)), float(values.max(initial=-np.inf, where=finite))
+
+
+def unit(*arrays: NDArray[np.floating]) -> np.float32:
+    """The power of two that brings extreme values near 1, so that float32 holds their squares; 1 where it does as they are."""
+    largest = max((max(-low, high) for low, high in map(finite_extremes, arrays) if low <= high), default=0.0)
+    if largest == 0 or _LEAST_SQUARED < largest < _MOST_SQUARED:
+        return np.float32(1)
+    return np.float32(2.0 ** np.clip(np.floor(np.log2(largest)), -126, 126))
+
+
+def square_sum(values: NDArray[np.floating]) -> float:
+    """Sum of the squares of finite values; in float64 where float32 would not hold them."""
+    found = float(np.dot(values, values)) if unit(values) == 1 else float("inf")
+    return found if np.isfinite(found) else float(np.square(values, dtype=np.float64).sum())
+
+
 # ---- activation ranges ----------------------------------------------------------------------------------------
 def stride(size: int, limit: int) -> int:
     """A step that picks about ``limit`` of ``size`` values and is coprime to the usual image sizes."""

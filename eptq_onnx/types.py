@@ -201,17 +201,20 @@ class Calibration:
     activations : dict of str to QuantParams
         Per activation quantizer (by its name).
     power : dict of str to float
-        Mean square of each layer output and of each tensor that the model's outputs are put together from.
+        Mean square of the finite values of each layer output and of each tensor that the model's outputs are put together from.
     variance : dict of str to float
-        Variance of the same tensors; 0 where there are infinite values.
+        Variance of the same.
     unused_samples : int
         Samples left over because the model prescribes a batch size that does not divide their number.
+    not_finite : dict of str to float
+        Tensors with NaN or infinite values, and their share; they count in no statistic.
     """
 
     activations: Mapping[str, QuantParams]
     power: Mapping[str, float]
     variance: Mapping[str, float]
     unused_samples: int = 0
+    not_finite: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

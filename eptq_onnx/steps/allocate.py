@@ -138,11 +138,16 @@ def candidates(
         value: Array = np.asarray(view.constant(layer.weight), np.float32)
         form = linear_form(nodes[layer.node], view)
         inputs = walk.reach(layer.input)
+        rows: compensation.Moments | None = None
+        if form is not None:
+            rows = compensation.sampled_moments(form, value, inputs, inputs, _ROWS, np.random.default_rng((config.seed, k)))
         if form is None:
             weights.setdefault(layer.weight, Candidates(value.size, {8: 0.0}))
+        elif rows is None or rows.is_empty:
+            # Nothing that is a number passes it: any width will do.
+            weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
         else:
             known = weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
-            rows = compensation.sampled_moments(form, value, inputs, inputs, _ROWS, np.random.default_rng((config.seed, k)))
             positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
             known.operations += value.size * positions * quantizers[layer.input].spec.bits
             specs = {bits: target.weight_spec(bits, layer.weight_spec.axis, layer.depthwise) for bits in known.effects}

@@ -6,6 +6,7 @@ not depend on the number of samples; minima and maxima are exact.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -15,7 +16,9 @@ from onnx import ModelProto
 from eptq_onnx import quant_math
 from eptq_onnx.config import ActivationRange, Config
 from eptq_onnx.data import Samples
+from eptq_onnx.errors import DataError
 from eptq_onnx.graph.blocks import blocks_of, observe
+from eptq_onnx.graph.finite import has_infinite_source
 from eptq_onnx.graph.pieces import function_of
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import output_parts
@@ -44,7 +47,10 @@ class Histogram:
 
         With ``importance``, of shape (n_channels,), a value counts as much as its channel along ``axis``.
         """
-        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+        low, high = quant_math.finite_extremes(values)
+        if low > high:
+            return
+        self.low, self.high = min(self.low, low), max(self.high, high)
         largest = max(abs(self.low), abs(self.high), 1e-30)
         if self.reach == 0.0:
             self.reach = float(2.0 ** np.ceil(np.log2(largest)))
@@ -60,6 +66,9 @@ class Histogram:
         if importance is not None:
             inner = int(np.prod(values.shape[axis + 1 :]))
             weights = importance[np.arange(0, values.size, step) // inner % len(importance)]
+        finite = np.isfinite(flat)
+        if not finite.all():
+            flat, weights = flat[finite], None if weights is None else weights[finite]
         places = (flat * np.float32(_BINS / (2 * self.reach)) + np.float32(_BINS / 2)).astype(np.int32)
         self.counts += np.bincount(np.clip(places, 0, _BINS - 1), weights, minlength=_BINS)
 
@@ -171,33 +180,74 @@ def calibrate(
         Hessian scores: with them, the squared error of a value counts as much as its channel (damped, as in HMSE).
     known : mapping of str to QuantParams, optional
         What was chosen before; constants keep it.
+
+    Raises
+    ------
+    DataError
+        If an output of the float model is NaN, or is infinite though the model does not mask it so.
     """
     view = GraphView(model)
     observed = {q.name: Histogram() for q in plan.activations if not q.constant}
     measured = [layer.output for layer in plan.layers]
     measured += [o for o in output_parts(view) if o not in measured]
+    # Outputs are looked at even where nothing is measured of them: what is no number there is no result.
+    measured += [o for o in view.outputs if o in view.producer and view.is_float(o) and o not in measured]
+    masked = {o for o in view.outputs if o in measured and has_infinite_source(view, o)}
     axes = {q.name: q.channel_axis or 0 for q in plan.activations}
     importance = {name: _damped(table.mean(axis=0), config.damping) for name, table in (scores or {}).items() if name in observed}
     sums = {name: np.zeros(3) for name in measured}
+    none: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     size = samples.micro_batch()
     parts = list(samples.batches(range(samples.count), size))
     blocks = blocks_of(model, samples.two_batches(size), config.block_bytes)
     done = 0
     for k, values in observe(blocks, map(samples.take, parts), list(dict.fromkeys([*observed, *measured]))):
         for name, value in values.items():
+            missing = _not_finite(value)
+            none[name] += missing
+            sizes[name] += value.size
+            if missing and name in view.outputs:
+                _refuse(name, value, parts[k], infinite=name in masked)
             if name in observed and value.size:
                 observed[name].add(np.atleast_1d(value), importance=importance.get(name), axis=axes[name])
             if name in sums:
-                flat = value.reshape(-1)
-                sums[name] += np.array([flat.size, flat.sum(dtype=np.float64), np.dot(flat, flat)])
+                flat = value.reshape(-1) if not missing else value[np.isfinite(value)]
+                sums[name] += np.array([flat.size, flat.sum(dtype=np.float64), quant_math.square_sum(flat)])
         done += len(parts[k])
         progress(done, len(blocks) * samples.count)
     known = known or {}
     params = {q.name: known[q.name] if q.constant and q.name in known else _params(q, observed, view, config) for q in plan.activations}
     power = {n: float(t[2] / max(t[0], 1)) for n, t in sums.items()}
-    # Of logits that are masked with -inf nobody knows a spread.
-    variance = {n: max(power[n] - float(t[1] / max(t[0], 1)) ** 2, 0.0) if np.isfinite(t).all() else 0.0 for n, t in sums.items()}
-    return Calibration(params, power, variance, samples.count - sum(map(len, parts)))
+    variance = {n: max(power[n] - float(t[1] / max(t[0], 1)) ** 2, 0.0) for n, t in sums.items()}
+    shares = {name: count / sizes[name] for name, count in none.items() if count}
+    return Calibration(params, power, variance, samples.count - sum(map(len, parts)), shares)
+
+
+def _not_finite(value: NDArray[np.floating]) -> int:
+    """How many values are NaN or infinite."""
+    if not value.size or np.isfinite(value.min() + value.max()):
+        return 0
+    return int(value.size - np.isfinite(value).sum())
+
+
+def _refuse(output: str, value: NDArray[np.floating], chosen: NDArray[np.int64], *, infinite: bool) -> None:
+    """Stop where an output of the model is no number, unless it is infinite because the model masks it so.
+
+    Raises
+    ------
+    DataError
+        Names the output and a sample.
+    """
+    wrong = np.isnan(value) if infinite else ~np.isfinite(value)
+    if not wrong.any():
+        return
+    place = int(np.argwhere(wrong)[0, 0]) if value.ndim and len(value) == len(chosen) else 0
+    what = "NaN" if np.isnan(value).any() else "infinite values"
+    raise DataError(
+        f"the float model's output {output!r} has {what} for calibration sample {int(chosen[place])}: "
+        "leave such samples out, or mend the model."
+    )
 
 
 def _damped(channels: Array, damping: float) -> Array:

@@ -125,8 +125,11 @@ def closed_form(
             moments = compensation.sampled_moments(form, weight, *pair, wanted, rng, centred=centred, importance=importance, reader=reader)
             rows = OutputsApart(form, moments.apart) if moments.apart > 1 else form
             outputs = scores.outputs.get(layer.output) if scores is not None else None
-            problem = _Problem(rows, weight, layer.weight_spec, moments, outputs, config)
-            if layer.node not in skipped:
+            if moments.is_empty:
+                skipped.setdefault(layer.node, "no sample gives it a row of finite values")
+            else:
+                problem = _Problem(rows, weight, layer.weight_spec, moments, outputs, config)
+            if problem is not None and layer.node not in skipped:
                 least: Array = np.zeros(1, np.float32)
                 if layer.bias is not None and plan.integer_bias:
                     least = quant_math.smallest_weight_scale(biases[layer.bias], input_scale)

@@ -75,13 +75,16 @@ class _Tensor:
         rows = np.moveaxis(value, self._axis, -1).reshape(-1, len(self.sets))
         self.positions = len(rows) / count
         rows = rows[:: quant_math.stride(len(rows), max(1, _VALUES * count // rows.shape[1]))]
+        if not np.isfinite(rows).all():
+            rows = rows[np.isfinite(rows).all(axis=1)]
         size = np.abs(rows)
         places = (np.log2(np.maximum(size, 2.0**-_OCTAVES)) + _OCTAVES) * _BINS
         bins = np.minimum(places.astype(np.int64), 2 * _OCTAVES * _BINS - 1)
         keys = (((rows > 0) * len(self.sets) + np.arange(len(self.sets))) * (2 * _OCTAVES * _BINS) + bins).reshape(-1)
         for k, weights in enumerate((None, size.reshape(-1))):
             self._held[k] += np.bincount(keys, weights, minlength=self._held[k].size).reshape(self._held[k].shape)
-        self._squares += np.square(size).sum(axis=0, dtype=np.float64)
+        unit = quant_math.unit(size)
+        self._squares += np.square(size / unit).sum(axis=0, dtype=np.float64) * float(unit) ** 2
 
     @property
     def _total(self) -> Float64:
@@ -203,11 +206,12 @@ class _Weights:
     def __init__(self, sets: Slots, rows: NDArray[np.floating], energy: Float64, importance: Float64, levels: int) -> None:
         self.sets = sets
         most, least = np.maximum(rows.max(axis=2), 0), np.minimum(rows.min(axis=2), 0)
-        columns = np.sqrt(importance @ np.square(np.maximum(most, -least)))
+        unit = quant_math.unit(rows)
+        columns = np.sqrt(importance @ np.square(np.maximum(most, -least) / unit)) * float(unit)
         self._columns = np.log(columns + 1e-30)
         steps = (most.max(axis=1) - least.min(axis=1)) / levels
-        unit = float(importance @ np.square(steps)) / max(_norm(self._columns, _ROWS)[0], 1e-30) ** 2
-        self._energy = unit * rows.shape[2] * energy / 12
+        share = float(importance @ np.square(steps / unit)) * float(unit) ** 2 / max(_norm(self._columns, _ROWS)[0], 1e-30) ** 2
+        self._energy = share * rows.shape[2] * energy / 12
 
     def error(self, logs: Float64) -> tuple[float, Float64]:
         """Value and slope for the logarithms of the factors of its channels."""

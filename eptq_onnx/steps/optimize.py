@@ -130,6 +130,8 @@ def optimize(
     evaluation = Session(graph.evaluate, integers=False)
     judge = _Judge(graph, evaluation, _Batches(graph, samples, indices, attention), held, config)
     found = judge(state, start)
+    if not np.isfinite(found).all():
+        raise GradientError("the errors of layers or outputs are beyond the numbers of float32.")
     balance = Balance.of(found, config.output_share)
     kept = _Kept(start, balance(found))
     batches = _Batches(graph, samples, indices, attention * balance.columns(graph))
@@ -344,7 +346,9 @@ def _restored(plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable
 
     def compared(feeds: Feeds) -> list[compensation.Comparison]:
         values = session.run(feeds, [side + x.output for x in layers for side in (TEACHER, "")])
-        pairs = ((np.moveaxis(values[side + x.output], x.output_axis, -1) for side in (TEACHER, "")) for x in layers)
+        pairs = (
+            (np.moveaxis(v, x.output_axis, -1) for v in _both_finite(*(values[side + x.output] for side in (TEACHER, "")))) for x in layers
+        )
         return [compensation.Comparison.of(*pair) for pair in pairs]
 
     weights, biases = dict(rounding.weights), dict(rounding.biases)
@@ -358,6 +362,12 @@ def _restored(plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable
         if layer.bias is not None:
             biases[layer.bias] = np.asarray(gain * biases[layer.bias] + exact - gain * rough, np.float32)
     return replace(rounding, weights=weights, biases=biases)
+
+
+def _both_finite(exact: Array, rough: Array) -> tuple[Array, Array]:
+    """Both, where both are numbers; elsewhere 0 in both, so that they agree."""
+    known = np.isfinite(exact) & np.isfinite(rough)
+    return (exact, rough) if known.all() else (np.where(known, exact, 0), np.where(known, rough, 0))
 
 
 def _flipped(start: Rounding, end: Rounding) -> float:
@@ -435,6 +445,9 @@ class _State:
             for name, output in self._graph.gradients.items():
                 value = values[output]
                 gradients[name] = gradients[name] + value if name in gradients else value
+        for name, value in gradients.items():
+            if not np.isfinite(value).all():
+                raise GradientError(f"the gradient of {name} in step {step + 1} is not a number.")
         return loss + self._update(gradients, layer_weights, step)
 
     def _update(self, gradients: dict[str, Array], layer_weights: Array, step: int) -> float:

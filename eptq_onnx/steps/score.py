@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
-from eptq_onnx import ops
+from eptq_onnx import ops, quant_math
 from eptq_onnx.config import Config
 from eptq_onnx.data import Samples
 from eptq_onnx.engines.base import UNREACHED, Engine
 from eptq_onnx.errors import GradientError
-from eptq_onnx.graph import edit
+from eptq_onnx.graph import edit, finite
 from eptq_onnx.graph.blocks import Block, advance, bytes_of, cut
 from eptq_onnx.graph.fold import fold_constants, fold_sizes
 from eptq_onnx.graph.kernels import faster
@@ -77,9 +77,14 @@ def score(
         If no output of the model can be differentiated.
     """
     size = samples.micro_batch(len(indices))
-    private, _ = lower(fold_sizes(specialize(model, samples.two_batches(size))), ops.LOWERINGS)
+    shaped = fold_sizes(specialize(model, samples.two_batches(size)))
+    points = ops.output_parts(GraphView(model))
+    safe = finite.differentiable(
+        shaped, [*points, *(x.output for x in plan.layers)], list(_fed(samples, indices, size)), config.block_bytes, ops.is_elementwise
+    )
+    private, _ = lower(shaped if safe is None else safe, ops.LOWERINGS)
     view = GraphView(private)
-    probes = {point: f"eptq/probe_{k}" for k, point in enumerate(ops.output_parts(GraphView(model)))}
+    probes = {point: f"eptq/probe_{k}" for k, point in enumerate(points)}
     if not probes:
         raise GradientError("no output of the model depends on its layers through operators that have a gradient.")
     axes = _scored_tensors(view, plan)
@@ -89,13 +94,19 @@ def score(
     shapes = {name: _static_shape(view, point) for point, name in probes.items()}
     unit = _units(probes, shapes, calibration)
     rng = np.random.default_rng(config.seed)
+    floats = Session(_giving(shaped, points)) if safe is not None else None
 
     def batches(turns: range) -> Iterator[_Batch]:
         for turn in turns:
             places = np.arange(turn * size, (turn + 1) * size)
             real = places < len(indices)
             draws = [{n: _rademacher(rng, shapes[n], real) * unit[n] for n in shapes} for _ in range(config.probes)]
-            yield _Batch(turn, samples.take(indices[places % len(indices)]), draws)
+            feeds = samples.take(indices[places % len(indices)])
+            if floats is not None:
+                # What is no number in the float network counts nothing.
+                values = floats.run({n: v for n, v in feeds.items() if n in floats.inputs})
+                draws = [{name: draw[name] * np.isfinite(values[point]) for point, name in probes.items()} for draw in draws]
+            yield _Batch(turn, feeds, draws)
 
     sums = _Sums(len(indices), size)
     rounds = -(-len(indices) // size)
@@ -113,8 +124,11 @@ def score(
                 done += 1
                 progress(done, total)
     count = config.probes * len(indices)
+    # Where no sample has a gradient that is a number, nothing is known.
+    lost = {tensor for tensor in sums.spoiled if not sums.channels[tensor].any()}
+    unreached |= dict.fromkeys(lost, "its gradients are no finite numbers")
     return Scores(
-        channels={n: (power / config.probes).astype(np.float32) for n, power in sums.channels.items()},
+        channels={n: (power / config.probes).astype(np.float32) for n, power in sums.channels.items() if n not in lost},
         weights={n: (h / count).astype(np.float32) for n, h in sums.weights.items()},
         outputs={n: h / count for n, h in sums.outputs.items()},
         output_size=sum(int(np.prod(s)) for s in shapes.values()) // size,
@@ -133,7 +147,23 @@ def _units(probes: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], cal
     sizes = {name: float(np.prod(shape)) for name, shape in shapes.items()}
     mean = sum(sizes.values()) / len(sizes)
     spread = {name: float(np.sqrt(calibration.variance.get(point, 0.0))) or 1.0 for point, name in probes.items()}
-    return {name: np.float32(np.sqrt(mean / sizes[name]) / spread[name]) for name in sizes}
+    # A factor that all have in common changes nothing, and squares of gradients must stay within float32.
+    common = float(quant_math.unit(np.array(list(spread.values()))))
+    return {name: np.float32(np.sqrt(mean / sizes[name]) / (spread[name] / common)) for name in sizes}
+
+
+def _fed(samples: Samples, indices: NDArray[np.int64], size: int) -> list[Feeds]:
+    """All samples, in batches of this size; the last begins anew."""
+    turns = range(-(-len(indices) // size))
+    return [samples.take(indices[np.arange(turn * size, (turn + 1) * size) % len(indices)]) for turn in turns]
+
+
+def _giving(model: ModelProto, names: Sequence[str]) -> ModelProto:
+    """A copy whose outputs are these tensors."""
+    result = edit.with_nodes(model, model.graph.node)
+    edit.set_outputs(result, names)
+    edit.prune(result)
+    return result
 
 
 @dataclass(frozen=True)
@@ -195,9 +225,17 @@ class _Sums:
         self.positions: dict[str, Array] = {}
         self.weights: dict[str, NDArray[np.float64]] = {}
         self.outputs: dict[str, NDArray[np.float64]] = {}
+        self.spoiled: set[str] = set()
+        """Tensors that have gradients that are no numbers."""
 
     def add(self, stage: _Stage, turn: int, values: Feeds) -> None:
-        """The outputs of one probe of a batch."""
+        """The outputs of one probe of a batch. Gradients that are no numbers count nothing."""
+        column = 0
+        for tensor, width in stage.channels.items():
+            if not np.isfinite(values[_ATTENTION][:, column : column + width]).all():
+                self.spoiled.add(tensor)
+            column += width
+        values = {name: value if np.isfinite(value).all() else np.where(np.isfinite(value), value, 0) for name, value in values.items()}
         column = 0
         for tensor, width in stage.channels.items():
             power = self.channels.setdefault(tensor, np.zeros((self._count, width)))

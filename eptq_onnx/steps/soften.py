@@ -27,7 +27,7 @@ from eptq_onnx.engines.base import (
     TrainingGraph,
 )
 from eptq_onnx.errors import GradientError
-from eptq_onnx.graph import edit, store
+from eptq_onnx.graph import edit, finite, store
 from eptq_onnx.graph.bodies import node_reads
 from eptq_onnx.graph.fold import fold_sizes
 from eptq_onnx.graph.kernels import faster
@@ -36,6 +36,9 @@ from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.ops import LSQ_DOMAIN
 from eptq_onnx.types import Calibration, Plan, Rounding
+
+_LEAST_SPREAD = 1e-30
+"""Variance of a part of the outputs that float32 can be divided by, and times."""
 
 
 def soften(
@@ -66,11 +69,15 @@ def soften(
     size = samples.micro_batch(config.batch_size)
     kept = {*plan.weight_specs, *(q.name for q in plan.activations if q.constant)}
     private = fold_sizes(specialize(model, samples.two_batches(size)), kept)
-    lowered, refused = lower(private, ops.LOWERINGS)
-    view = GraphView(lowered)
     outputs = [layer.output for layer in plan.layers]
+    points = ops.output_parts(GraphView(model))
+    alike = samples.alike()
+    fed = [samples.take(alike[np.arange(begin, begin + size) % len(alike)]) for begin in range(0, len(alike), size)]
+    safe = finite.differentiable(private, [*points, *outputs], fed, config.block_bytes, ops.is_elementwise)
+    lowered, refused = lower(private if safe is None else safe, ops.LOWERINGS)
+    view = GraphView(lowered)
     spreads = calibration.variance
-    parts = [p for p in ops.output_parts(GraphView(model)) if spreads.get(p, 0.0) > 0 and view.static_shape(p) is not None]
+    parts = [p for p in points if _LEAST_SPREAD < spreads.get(p, 0.0) < 1 / _LEAST_SPREAD and view.static_shape(p) is not None]
     last = last_layers(view, plan.layers)
     # A scale is learned where x has a gradient too (onnxruntime-training's builder needs both) and a layer reads it.
     moving = view.downstream(outputs, ops.without_gradient(view))
@@ -79,8 +86,8 @@ def soften(
     # At 8 bits learning it brings nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a sixth of the step.
     low = [q for q in plan.activations if q.spec.bits < 8 and not q.constant and config.activation_scale_lr]
     learned = tuple(q.name for q in low if q.name in moving & read)
-    train, compared = _compose(private, lowered, plan, parts, start, learned, size, gradual=config.gradual_activations)
-    evaluate, _ = lower(_compose(private, lowered, plan, parts, start, learned, size, gradual=False)[0], ops.QUANTIZERS)
+    train, compared = _compose(private, lowered, plan, parts, start, learned, size, safe is not None, gradual=config.gradual_activations)
+    evaluate, _ = lower(_compose(private, lowered, plan, parts, start, learned, size, safe is not None, gradual=False)[0], ops.QUANTIZERS)
     parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
     edit.promote_to_inputs(evaluate, parameters)
     edit.set_outputs(evaluate, [LOSS, ERRORS, *(side + layer.output for layer in last for side in (TEACHER, ""))])
@@ -122,6 +129,7 @@ def _compose(
     start: Rounding,
     learned: tuple[str, ...],
     size: int,
+    masked: bool,
     *,
     gradual: bool,
 ) -> tuple[ModelProto, list[_Compared]]:
@@ -130,7 +138,7 @@ def _compose(
     # The teacher needs no gradient: it keeps the operators that were lowered, which run faster.
     teacher, teacher_constants = _teacher(GraphView(model), [*(layer.output for layer in plan.layers), *parts])
     layers = [(x.output, x.output, x.output_axis) for x in plan.layers]
-    compared = _losses(view, b, [*layers, *((p, stands_for.get(p, p), None) for p in parts)], size)
+    compared = _losses(view, b, [*layers, *((p, stands_for.get(p, p), None) for p in parts)], size, masked)
     losses = b.nodes[len(student) :]
     constants = [*b.initializers, *teacher_constants, *_zero_biases(plan, start), *_constant_operands(view, plan, start)]
     replaced = {q.name for q in plan.activations if q.constant}
@@ -231,10 +239,11 @@ def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list
     return nodes, constants
 
 
-def _losses(view: GraphView, b: edit.Builder, tensors: Iterable[tuple[str, str, int | None]], size: int) -> list[_Compared]:
+def _losses(view: GraphView, b: edit.Builder, tensors: Iterable[tuple[str, str, int | None]], size: int, masked: bool) -> list[_Compared]:
     """Sums of squared errors of every sample, and channel if tensors have an axis of channels, and their weighted sum.
 
-    Each tensor comes with what stands for it in the student, and with that axis.
+    Each tensor comes with what stands for it in the student, and with that axis. Masked, positions that are no numbers in
+    the teacher are left out.
     """
     columns, compared = [], []
     for name, ours, axis in tensors:
@@ -245,6 +254,8 @@ def _losses(view: GraphView, b: edit.Builder, tensors: Iterable[tuple[str, str, 
         per_sample = len(shape) > 0 and shape[0] == size and channel != 0
         axes = [i for i in range(len(shape)) if i != channel and not (per_sample and i == 0)]
         difference = b.add("Sub", [ours, TEACHER + name])
+        if masked:
+            difference = finite.kept(b, difference, TEACHER + name)
         error = b.reduce("ReduceSumSquare", difference, axes, keepdims=True) if axes else b.add("Mul", [difference, difference])
         channels = 1 if channel is None else shape[channel]
         error = b.add("Reshape", [error, b.constant(np.array([size if per_sample else 1, channels], np.int64), "rows")])

@@ -213,10 +213,10 @@ class _Sums:
         reference = expected.astype(np.float64)
         finite = np.isfinite(reference)
         self._power[key] += float(np.square(reference[finite]).sum())
-        difference = reference
+        difference = np.where(finite, reference, 0)
         if got.shape == reference.shape:
-            # What is infinite in both, as masked logits are, does not differ.
-            difference = np.subtract(reference, got, out=np.zeros_like(reference), where=reference != got)
+            # Where the float network has no number there is nothing to compare; where the other has none, all is lost.
+            np.subtract(reference, got, out=difference, where=finite & np.isfinite(got))
         self._noise[key] += float(np.square(difference).sum())
 
     def ratio(self, key: str) -> float:

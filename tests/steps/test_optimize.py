@@ -430,8 +430,8 @@ def test_weights_move_half_as_fast_after_every_check_that_finds_nothing_better(e
     assert rates[0::3][-1] == pytest.approx(full / 2**halvings)
 
 
-def test_an_output_that_is_masked_with_minus_infinity_is_left_out_of_the_loss(engine):
-    """It has no spread to be measured in, and the differences of its infinities are no numbers."""
+def test_what_is_masked_with_minus_infinity_is_left_out_of_the_loss(engine):
+    """The differences of infinities are no numbers."""
     from graphs import normal, parse
 
     import eptq_onnx
@@ -444,5 +444,5 @@ def test_an_output_that_is_masked_with_minus_infinity_is_left_out_of_the_loss(en
     result = eptq_onnx.quantize(model, images(16), Config(steps=4, weight_bits=4, batch_size=4))
     assert result.report.optimization is not None
     assert np.isfinite(result.report.optimization.losses).all()
-    assert not result.report.notes
+    assert result.report.notes == ("NaN or infinite values in the float model count in no statistic: z (50.00%)",)
     assert min(result.report.verification.outputs.values()) > 15
