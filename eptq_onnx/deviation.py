@@ -93,9 +93,10 @@ def noise(exact: Iterable[Sequence[Array]], got: Iterable[Sequence[Array]], vari
             same = value.shape == reference.shape
             # Where the float network has no number there is nothing to compare.
             known = np.isfinite(reference)
-            sizes[k] += max(np.count_nonzero(known), 1)
+            size = max(int(np.count_nonzero(known)), 1)
+            sizes[k] += size
             if not same:
-                errors[k] += variances[k] * max(np.count_nonzero(known), 1)
+                errors[k] += variances[k] * size
                 continue
             difference = np.subtract(reference, value, out=np.zeros_like(reference), where=known)
             errors[k] += quant_math.square_sum(difference.reshape(-1)) if np.isfinite(difference).all() else np.inf

@@ -21,7 +21,7 @@ from rich.text import Text
 
 import eptq_onnx
 from eptq_onnx import Config
-from eptq_onnx.graph import io
+from eptq_onnx.outputs import write_atomically
 from eptq_onnx.report.verdict import Assurance
 
 METHODS = "mse,fast"
@@ -64,7 +64,7 @@ def main(
             result = eptq_onnx.quantize(model, data, Config.of(**options))
             path = folder / f"{model.stem}-w{weight}a{activation}-{method}.onnx"
             result.save(path)
-            io.write_atomically(path.with_suffix(".json"), result.report.to_json().encode())
+            write_atomically(path.with_suffix(".json"), result.report.to_json().encode())
             verdict, found = result.report.verdict, evaluate(path)[0]
             mark = _mark(verdict.assurance, reference - found, tolerance)
             wrong += mark == "WRONG"

@@ -110,9 +110,6 @@ def closed_form(
         weight: Array = np.asarray(view.constant(layer.weight), np.float32)
         pair = exact.reach(layer.input), rough.reach(inputs[layer.node])
         form = linear_form(nodes[layer.node], view)
-        if not any(x.size for x in pair[0]):
-            form = None
-            skipped.setdefault(layer.node, "no sample brings it any rows")
         problem: _Problem | None = None
         input_scale = start.activations[plan.quantizer_of[layer.input].name].scale
         if form is not None:
