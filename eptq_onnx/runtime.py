@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -324,14 +324,15 @@ def _source(model: ModelProto | str | Path) -> Iterator[bytes | str]:
         return
     with scratch.folder() as folder:
         light = model if store.folder_of(model) is not None else weights.stored(model, folder)
-        # Beside the weights, where alone onnxruntime looks for them.
-        handle, path = tempfile.mkstemp(dir=store.folder_of(light), suffix=".onnx")
-        with os.fdopen(handle, "wb") as file:
-            file.write(store.with_file_names(light).SerializeToString())
+        # Beside the weights, where alone onnxruntime looks for them: a folder of `scratch`, as this one.
+        path = os.path.join(store.folder_of(light) or folder, f"{secrets.token_hex(8)}.onnx")
         try:
+            with open(path, "xb") as file:
+                file.write(store.with_file_names(light).SerializeToString())
             yield path
         finally:
-            os.unlink(path)
+            with suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def _one_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ with command():
         options: dict[str, Any] = {"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen([sys.executable, "-c", script], **options)
         self.messages: list[str] = []
+        self._limit = threading.Timer(120, self.process.kill)
+        self._limit.daemon = True
+        self._limit.start()
 
     def wait_for(self, *words: str) -> None:
         """Until a line begins so."""
@@ -52,6 +56,7 @@ with command():
             self.messages.append(text)
             if text.startswith(words):
                 return
+            assert not text.startswith("verify"), f"there is no step {words}"
         raise AssertionError("".join(self.messages))
 
     def end(self, *signals: int, pause: float = 0.0) -> tuple[int, float]:
@@ -61,6 +66,7 @@ with command():
             self.process.send_signal(number)
             time.sleep(pause)
         _, rest = self.process.communicate(timeout=60)
+        self._limit.cancel()
         self.messages.extend(rest.splitlines(keepends=True))
         return self.process.returncode, time.monotonic() - began
 
@@ -83,8 +89,8 @@ def test_a_signal_ends_a_run_cleanly(tmp_path, number):
 
 
 DRAWN = random.Random(26)
-MOMENTS = [(DRAWN.choice(list(WORDS)), DRAWN.choice(["ready", "rotate", "calibrate", "score", "closed", "optimize"]), DRAWN.uniform(0, 1.5))
-           for _ in range(25)]  # fmt: skip
+STEPS = ["ready", "calibrate", "score", "equalize", "closed", "optimize"]
+MOMENTS = [(DRAWN.choice(list(WORDS)), DRAWN.choice(STEPS), DRAWN.uniform(0, 1.5)) for _ in range(25)]
 
 
 @pytest.mark.slow
