@@ -307,7 +307,7 @@ def imported_opsets(model: ModelProto) -> dict[str, int]:
     ModelError
         If onnxruntime refuses the model.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder() as folder:
         path = Path(folder) / "model.onnx"
         Session(model, optimize=False, save_optimized=path)
         return {o.domain: int(o.version) for o in onnx.load(path, load_external_data=False).opset_import}

@@ -167,6 +167,8 @@ class Plan:
     kept_float : tuple of KeptFloat
     integer_bias : bool
         True if biases are rounded to the grid of the product of scales.
+    exact : frozenset of str
+        Float nodes that only choose, by value: they read what is quantized for others as it was before, where it is there.
     """
 
     layers: tuple[Layer, ...]
@@ -175,6 +177,7 @@ class Plan:
     absorbed: Mapping[str, str]
     kept_float: tuple[KeptFloat, ...]
     integer_bias: bool
+    exact: frozenset[str] = frozenset()
 
     @property
     def quantizer_of(self) -> dict[str, ActivationQuantizer]:

@@ -24,7 +24,7 @@ from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.bodies import all_names, all_nodes, subgraphs
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.view import GraphView, int_attribute, last_layers
-from eptq_onnx.ops import Bounds, OpSpec, Role, channel_axes_of, is_known, pointwise, spec_of
+from eptq_onnx.ops import Bounds, OpSpec, Role, channel_axes_of, is_known, pointwise, recorded, spec_of
 from eptq_onnx.targets import Target
 from eptq_onnx.types import ActivationQuantizer, KeptFloat, Layer, Plan, QuantSpec
 
@@ -84,7 +84,8 @@ def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[s
         )
     activations = (*_activations(draft, layers, config), *_tables(draft, layers))
     absorbed = _absorbed_nodes(draft, activations)
-    return Plan(layers, activations, _integer_nodes(draft), absorbed, _kept_float(draft, absorbed), target.bias.integer)
+    integer, left = _integer_nodes(draft), _kept_float(draft, absorbed)
+    return Plan(layers, activations, integer, absorbed, left, target.bias.integer, _choosing(draft, integer))
 
 
 def _absorb(draft: _Draft) -> None:
@@ -348,6 +349,21 @@ def _bounds(draft: _Draft, tensor: str) -> Bounds:
 
 def _integer_nodes(draft: _Draft) -> dict[str, str]:
     return {n.name: n.op_type for n in draft.view.nodes if n.name in draft.quantized}
+
+
+def _choosing(draft: _Draft, integer: Mapping[str, str]) -> frozenset[str]:
+    """Float nodes whose results only serve to choose by value (the mean of an image that a threshold is compared with, say)."""
+    view = draft.view
+    found: set[str] = set()
+    for node in reversed(view.nodes):
+        if node.name in integer or any(o in view.outputs for o in node.output):
+            continue
+        rule = recorded(node)
+        chooses = rule is not None and not rule.draws and rule.applies(node, view)
+        readers = [n.name for o in node.output for n in view.consumers[o]]
+        if chooses or (readers and found.issuperset(readers)):
+            found.add(node.name)
+    return frozenset(found)
 
 
 def _absorbed_nodes(draft: _Draft, activations: tuple[ActivationQuantizer, ...]) -> dict[str, str]:

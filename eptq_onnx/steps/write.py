@@ -104,11 +104,18 @@ class _Writer:
         if branches.settled_branch(node):
             # The other branch gets inputs that the scales do not know: it reads them as they come.
             reads = {name: new for name, new in reads.items() if name not in self._view.inputs}
+        if node.name in self._plan.exact:
+            reads = {name: new for name, new in reads.items() if not self._is_there(name)}
         copy = edit.renamed(node, reads)
         if layer is not None and layer.bias is not None and not layer.has_bias and self._rounding.biases[layer.bias].any():
             del copy.input[2:]
             copy.input.append(self._layer_reads[node.name, layer.bias])
         return copy
+
+    def _is_there(self, tensor: str) -> bool:
+        """True if the runtime makes the float values of a quantized tensor anyway: no integer operator makes them."""
+        producer = self._view.producer.get(tensor)
+        return tensor not in self._view.outputs and (producer is None or producer.name not in self._plan.integer_nodes)
 
     def _pair(self, tensor: str, source: str) -> None:
         """QuantizeLinear, a Clip where the range is narrower than the type, DequantizeLinear."""
