@@ -76,6 +76,10 @@ class Samples:
         """Some of the samples, in this order; they are not copied."""
         return Samples(self._columns, self.fixed_batch, self._order[np.asarray(indices, np.int64)])
 
+    def numbers(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of the given samples these are."""
+        return self._order[np.asarray(indices, np.int64)]
+
     def in_batches_of(self, size: int | None) -> Samples:
         """The same samples, of which every run takes so many."""
         return Samples(self._columns, size, self._order)

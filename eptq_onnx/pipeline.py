@@ -45,7 +45,7 @@ from eptq_onnx.steps.allocate import SAMPLES as ALLOCATION_SAMPLES
 from eptq_onnx.steps.allocate import allocate
 from eptq_onnx.steps.arrange import arrange, record
 from eptq_onnx.steps.calibrate import FLOAT_PASSES as CALIBRATION_PASSES
-from eptq_onnx.steps.calibrate import calibrate
+from eptq_onnx.steps.calibrate import calibrate, check_outputs
 from eptq_onnx.steps.choose import SAMPLES as JUDGED
 from eptq_onnx.steps.choose import better_than_nearest, still_better
 from eptq_onnx.steps.closed_form import FLOAT_PASSES as WALK_PASSES
@@ -186,6 +186,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         float_model = run.executed(whole)
         notes += left
     with clock("calibrate"):
+        check_outputs(float_model, run.others, config)
         calibration = calibrate(float_model, plan, run.training, config, tell("calibrate"))
     scores: Scores | None = None
     if engine is not None and _wants_scores(config):
@@ -277,6 +278,11 @@ class _Run:
     def training(self) -> Samples:
         """What ranges and rounding are chosen on."""
         return self.samples.only(self.shares.training)
+
+    @cached_property
+    def others(self) -> Samples:
+        """What results are judged and compared on."""
+        return self.samples.only(np.setdiff1d(np.union1d(self.shares.judged, self.shares.unseen), self.shares.training))
 
     @cached_property
     def walked(self) -> NDArray[np.int64]:

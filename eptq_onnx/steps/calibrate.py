@@ -192,7 +192,7 @@ def calibrate(
     measured += [o for o in output_parts(view) if o not in measured]
     # Outputs are looked at even where nothing is measured of them: what is no number there is no result.
     measured += [o for o in view.outputs if o in view.producer and view.is_float(o) and o not in measured]
-    masked = {o for o in view.outputs if o in measured and has_infinite_source(view, o)}
+    masked = _masked(view)
     axes = {q.name: q.channel_axis or 0 for q in plan.activations}
     importance = {name: _damped(table.mean(axis=0), config.damping) for name, table in (scores or {}).items() if name in observed}
     sums = {name: np.zeros(3) for name in measured}
@@ -208,7 +208,7 @@ def calibrate(
             none[name] += missing
             sizes[name] += value.size
             if missing and name in view.outputs:
-                _refuse(name, value, parts[k], infinite=name in masked)
+                _refuse(name, value, samples.numbers(parts[k]), infinite=name in masked)
             if name in observed and value.size:
                 observed[name].add(np.atleast_1d(value), importance=importance.get(name), axis=axes[name])
             if name in sums:
@@ -229,6 +229,32 @@ def _not_finite(value: NDArray[np.floating]) -> int:
     if not value.size or np.isfinite(value.min() + value.max()):
         return 0
     return int(value.size - np.isfinite(value).sum())
+
+
+def check_outputs(model: ModelProto, samples: Samples, config: Config) -> None:
+    """Stop where an output of the float model is no number on samples that `calibrate` does not see.
+
+    Raises
+    ------
+    DataError
+        Names the output and a sample.
+    """
+    view = GraphView(model)
+    outputs = [o for o in view.outputs if o in view.producer and view.is_float(o)]
+    masked, size = _masked(view), samples.micro_batch()
+    parts = list(samples.batches(range(samples.count), size))
+    if not parts or not outputs:
+        return
+    blocks = blocks_of(model, samples.two_batches(size), config.block_bytes)
+    for k, values in observe(blocks, map(samples.take, parts), outputs):
+        for name, value in values.items():
+            if _not_finite(value):
+                _refuse(name, value, samples.numbers(parts[k]), infinite=name in masked)
+
+
+def _masked(view: GraphView) -> set[str]:
+    """Outputs that the model itself masks with infinite values."""
+    return {o for o in view.outputs if o in view.producer and view.is_float(o) and has_infinite_source(view, o)}
 
 
 def _refuse(output: str, value: NDArray[np.floating], chosen: NDArray[np.int64], *, infinite: bool) -> None:
