@@ -82,10 +82,14 @@ def quantize(
             help="Memory to get along with, such as 4GB: block by block where all does not fit (large models: nine tenths of all)."
         ),
     ] = None,
+    custom_ops: Annotated[
+        list[Path] | None, typer.Option(help="Shared library with custom operators for onnxruntime; give it once for each library.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Where to write the report as JSON.")] = None,
 ) -> None:
     """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime."""
     options: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("model", "data", "output", "report")}
+    options["custom_ops"] = custom_ops or ()
     console = Console(stderr=True)
     with _told(console):
         config = Config.of(**options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -206,6 +207,8 @@ class Config(BaseModel):
     augment : bool
         Every step sees its samples varied: images mirrored and shifted, float inputs mixed with each other. Without it a few
         hundred samples are learned by heart.
+    custom_ops : sequence of paths
+        Shared libraries with operators for onnxruntime; nodes of these operators stay float.
     max_memory : int or str, optional
         Bytes that the process may take, also as ``"4GB"``; by default, for models of more than 256 MB, nine tenths of the
         machine's memory. A model whose tensors do not fit is calibrated and scored block by block; its optimization over
@@ -252,6 +255,7 @@ class Config(BaseModel):
     output_share: float = Field(0.5, ge=0, le=1)
     gradual_activations: bool = False
     augment: bool = True
+    custom_ops: tuple[Path, ...] = ()
     max_memory: ByteSize | None = Field(None, gt=0)
 
     @field_validator("activation_bits")

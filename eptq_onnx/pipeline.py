@@ -32,6 +32,7 @@ from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.readers import Source
 from eptq_onnx.report import LayerReport, Report
+from eptq_onnx.runtime import custom_operators
 from eptq_onnx.steps.allocate import SAMPLES as ALLOCATION_SAMPLES
 from eptq_onnx.steps.allocate import allocate
 from eptq_onnx.steps.calibrate import FLOAT_PASSES as CALIBRATION_PASSES
@@ -131,8 +132,9 @@ def quantize(
     EptqError
         Its subclasses say what is wrong and what to do; see `eptq_onnx.errors`.
     """
-    with tempfile.TemporaryDirectory(prefix="eptq-onnx-", ignore_cleanup_errors=True) as folder:
-        return _quantize(model, data, config or Config(), progress, folder)
+    config = config or Config()
+    with custom_operators(config.custom_ops), tempfile.TemporaryDirectory(prefix="eptq-onnx-", ignore_cleanup_errors=True) as folder:
+        return _quantize(model, data, config, progress, folder)
 
 
 def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config, progress: Progress, folder: str) -> Result:

@@ -82,7 +82,7 @@ def fold_sizes(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
 
 def _folded_once(model: ModelProto) -> ModelProto:
     inferred = infer_shapes(model)
-    graph = gs.import_onnx(inferred)
+    graph = gs.import_onnx(_untyped(inferred))
     try:
         # Its own flattening of conditionals loses outputs of nested ones.
         graph.fold_constants(error_ok=True, flatten_subgraphs=False).cleanup(remove_unused_graph_inputs=False).toposort()
@@ -95,6 +95,17 @@ def _folded_once(model: ModelProto) -> ModelProto:
     result.graph.doc_string = model.graph.doc_string
     result.graph.metadata_props.extend(model.graph.metadata_props)
     _restore_types(result.graph, inferred.graph)
+    return result
+
+
+def _untyped(model: ModelProto) -> ModelProto:
+    """A copy in which what is no tensor has no type."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    for graph in (result.graph, *(inner for node in all_nodes(result.graph) for inner in subgraphs(node))):
+        for info in (*graph.input, *graph.output, *graph.value_info):
+            if not info.type.HasField("tensor_type"):
+                info.ClearField("type")
     return result
 
 
