@@ -106,10 +106,14 @@ def quantize(
     measure_speed: Annotated[
         bool, typer.Option(help="Measure at the end whether the quantized model runs faster than the float model on this machine.")
     ] = _DEFAULTS.measure_speed,
+    custom_ops: Annotated[
+        list[Path] | None, typer.Option(help="Shared library with custom operators for onnxruntime; give it once for each library.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Where to write the report as JSON.")] = None,
 ) -> None:
     """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime."""
     options: dict[str, Any] = {k: v for k, v in locals().items() if k not in ("model", "data", "output", "report")}
+    options["custom_ops"] = custom_ops or ()
     messages = console(stderr=True)
     with _told(messages):
         config = Config.of(**options)

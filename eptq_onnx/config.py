@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -210,6 +211,8 @@ class Config(BaseModel):
         hundred samples are learned by heart.
     batch_axes : mapping of str to int or None
         Batch axes of model inputs, None for those without one, where the shapes of the model and of the samples do not tell.
+    custom_ops : sequence of paths
+        Shared libraries with operators for onnxruntime; nodes of these operators stay float.
     max_memory : int or str, optional
         Bytes that the process may take, also as ``"4GB"``; by default, for models of more than 256 MB, nine tenths of the
         machine's memory. A model whose tensors do not fit is calibrated and scored block by block; its optimization over
@@ -260,6 +263,7 @@ class Config(BaseModel):
     gradual_activations: bool = False
     augment: bool = True
     batch_axes: dict[str, int | None] = Field(default_factory=dict)
+    custom_ops: tuple[Path, ...] = ()
     max_memory: ByteSize | None = Field(None, gt=0)
     measure_speed: bool = True
 

@@ -38,6 +38,7 @@ from eptq_onnx.outputs import check_apart, model_outputs
 from eptq_onnx.readers import Source
 from eptq_onnx.readers import files_of as files_of_data
 from eptq_onnx.report import LayerReport, Report
+from eptq_onnx.runtime import custom_operators
 from eptq_onnx.sample_notes import sample_notes
 from eptq_onnx.speed import measure
 from eptq_onnx.splits import Shares, share_out
@@ -154,14 +155,15 @@ def quantize(
     """
     config = config or Config()
     inputs = tuple(input_files(model, data, config))
-    with scratch.folder() as folder:
+    with custom_operators(config.custom_ops), scratch.folder() as folder:
         return replace(_quantize(model, data, config, progress, folder), inputs=inputs)
 
 
 def input_files(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config) -> list[tuple[str, Path]]:
     """The files that `quantize` reads, each with what it is: none of them may be overwritten."""
     target = [("the target file", Path(os.path.abspath(config.target)))] if config.target.endswith(".toml") else []
-    return [*files_of_model(model), *files_of_data(data), *target]
+    libraries = [("a custom-operator library", path) for path in config.custom_ops]
+    return [*files_of_model(model), *files_of_data(data), *target, *libraries]
 
 
 def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config, progress: Progress, folder: str) -> Result:

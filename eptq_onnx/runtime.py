@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, TypeProto, helper, numpy_helper
 
 from eptq_onnx import scratch
-from eptq_onnx.errors import EptqError, InstallError, ModelError, OutputError
+from eptq_onnx.errors import ConfigError, EptqError, InstallError, ModelError, OutputError
 from eptq_onnx.graph import store, weights
 from eptq_onnx.types import Feeds
 
@@ -27,6 +28,9 @@ PROTOBUF_LIMIT = 2**31 - 2**20
 
 LAYOUT_DOMAIN = "com.microsoft.nchwc"
 """Operators that compute on blocks of channels."""
+
+OWN_DOMAINS = frozenset(("", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "com.microsoft", LAYOUT_DOMAIN))
+"""Domains of the operators that onnxruntime has; all others are custom."""
 
 _OLDEST_OPSET, _OLDEST_IR = 19, 9
 """What every supported onnxruntime reads."""
@@ -167,6 +171,45 @@ def channel_block() -> int:
         return 0
 
 
+_custom_operators: ContextVar[tuple[str, ...]] = ContextVar("custom_operators", default=())
+"""Libraries of the run that goes on; workers have their caller's."""
+
+
+@contextmanager
+def custom_operators(libraries: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
+    """Give the sessions that are made meanwhile the operators of these shared libraries.
+
+    Raises
+    ------
+    ConfigError
+        If a library does not exist, or onnxruntime cannot load it.
+    """
+    paths = tuple(os.path.abspath(library) for library in libraries)
+    options = load().SessionOptions()
+    for path in paths:
+        if not os.path.isfile(path):
+            raise ConfigError(f"the library of custom operators {path} does not exist.")
+        try:
+            options.register_custom_ops_library(path)
+        except Exception as e:
+            # onnxruntime raises a family of pybind exceptions with no common base but Exception.
+            raise ConfigError(f"the library of custom operators {path} cannot be loaded: {_one_line(e)}") from e
+    token = _custom_operators.set(paths)
+    try:
+        yield
+    finally:
+        _custom_operators.reset(token)
+
+
+def session_options() -> Any:
+    """onnxruntime's options of a silent session with the custom operators of this run."""
+    options = load().SessionOptions()
+    options.log_severity_level = 4
+    for path in _custom_operators.get():
+        options.register_custom_ops_library(path)
+    return options
+
+
 def _highest(model: Callable[[int], ModelProto], low: int, high: int) -> int:
     for version in range(high, low, -1):
         try:
@@ -212,8 +255,7 @@ class Session:
         profile: Path | None = None,
     ) -> None:
         ort = load()
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
+        options = session_options()
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         options.intra_op_num_threads = threads

@@ -87,7 +87,7 @@ def _child(act: Callable[[], int], limits: Limits, output: Path) -> NoReturn:
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for number in (1, 2):
             os.dup2(handle, number)
-        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115  # the process's own
         faulthandler.enable(all_threads=False)
         signal.alarm(limits.seconds)
         used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
@@ -234,7 +234,9 @@ def main(
         table.add_row(kind, str(n), style="red" if kind in BAD else "")
     total = sum(counts.values())
     console.print(table)
-    console.print(f"{total} mutants of seed {seed} in {time.monotonic() - began:.0f} s; {calibrated / max(total, 1):.0%} reached calibration")
+    console.print(
+        f"{total} mutants of seed {seed} in {time.monotonic() - began:.0f} s; {calibrated / max(total, 1):.0%} reached calibration"
+    )
     if bad:
         raise typer.Exit(1)
 

@@ -28,7 +28,21 @@ _TYPES = (0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 16, 17, 21, 22, 23, 99, -1)
 _EXTREME_INTS = (0, 1, -1, 2, 3, 7, 2**31 - 1, -(2**31), 2**31, 2**32, 2**62, -(2**63), 2**63 - 1)
 _EXTREME_FLOATS = (0.0, -1.0, 1e-30, 1e30, 3e38, float("inf"), float("-inf"), float("nan"))
 _STRINGS = ("", "x", "y", "w", "/../x", "a\nb", "[/red]", "\x1b[31m", "名", "n" * 3000, "ai.onnx", "com.microsoft", "no.such.domain", " ")
-_OPERATORS = ("Add", "Mul", "Relu", "Conv", "MatMul", "Gemm", "Reshape", "Softmax", "Transpose", "Identity", "Cast", "Shape", "NoSuchOperator")
+_OPERATORS = (
+    "Add",
+    "Mul",
+    "Relu",
+    "Conv",
+    "MatMul",
+    "Gemm",
+    "Reshape",
+    "Softmax",
+    "Transpose",
+    "Identity",
+    "Cast",
+    "Shape",
+    "NoSuchOperator",
+)
 
 
 @dataclass
@@ -370,8 +384,12 @@ def _attribute(m: Mutant, rng: Rng) -> str:
     nodes = [n for n in _nodes(m) if len(n.attribute)]
     if not nodes or rng.random() < 0.2:
         node = _pick(rng, _nodes(m) or [onnx.NodeProto()])
-        name = str(_pick(rng, ("axis", "alpha", "group", "pads", "transA", "keepdims", "strides", "auto_pad", "to", "dilations", "kernel_shape")))
-        node.attribute.append(helper.make_attribute(name, _pick(rng, (0, 1, -1, 2, 0.5, [1, 1], [2, 2, 2, 2], "SAME_UPPER", "VALID", 2**40))))
+        name = str(
+            _pick(rng, ("axis", "alpha", "group", "pads", "transA", "keepdims", "strides", "auto_pad", "to", "dilations", "kernel_shape"))
+        )
+        node.attribute.append(
+            helper.make_attribute(name, _pick(rng, (0, 1, -1, 2, 0.5, [1, 1], [2, 2, 2, 2], "SAME_UPPER", "VALID", 2**40)))
+        )
         return f"{node.op_type} has {name}"
     node = _pick(rng, nodes)
     item = _pick(rng, node.attribute)

@@ -44,8 +44,7 @@ class OrtTrainingEngine:
     def __init__(self) -> None:
         self._c = runtime.load_gradient_builder()
         _register()
-        self._options = runtime.load().SessionOptions()
-        self._options.log_severity_level = 4
+        self._options = runtime.session_options()
 
     def differentiate(self, model: ModelProto, loss: str, wrt: Sequence[str]) -> GradientModel:
         """See `Engine.differentiate`."""

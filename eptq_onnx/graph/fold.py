@@ -84,7 +84,7 @@ def fold_sizes(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
 
 def _folded_once(model: ModelProto) -> ModelProto:
     inferred = infer_shapes(model)
-    graph = gs.import_onnx(inferred)
+    graph = gs.import_onnx(_untyped(inferred))
     try:
         # Its own flattening of conditionals loses outputs of nested ones.
         graph.fold_constants(error_ok=True, flatten_subgraphs=False, should_exclude_node=_draws).cleanup(
@@ -105,6 +105,17 @@ def _folded_once(model: ModelProto) -> ModelProto:
 def _draws(node: gs.Node) -> bool:
     """True for random numbers: they are no constants, even if nothing that they are drawn from changes."""
     return node.op in _RANDOM
+
+
+def _untyped(model: ModelProto) -> ModelProto:
+    """A copy in which what is no tensor has no type."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    for graph in (result.graph, *(inner for node in all_nodes(result.graph) for inner in subgraphs(node))):
+        for info in (*graph.input, *graph.output, *graph.value_info):
+            if not info.type.HasField("tensor_type"):
+                info.ClearField("type")
+    return result
 
 
 def _restore_types(graph: GraphProto, origin: GraphProto) -> None:

@@ -16,6 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, inliner
 
 from eptq_onnx.data import Samples
 from eptq_onnx.graph import branches, edit, fold, opsets
+from eptq_onnx.graph.canonical import separate_names
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.shapes import with_ranks
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
@@ -44,7 +45,7 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
     ModelError
         If the model cannot be converted or folded.
     """
-    result = inliner.inline_local_functions(model) if model.functions else _copy(model)
+    result = _inlined(model) if model.functions else _copy(model)
     _drop_default_inputs(result)
     result = _rewritten(widen(opsets.within(result, min_opset, *newest_readable())))
     return infer_shapes(result) if samples is None else settle(result, samples)
@@ -65,6 +66,12 @@ def settle(model: ModelProto, samples: Samples) -> ModelProto:
     if known is not result:
         del result.graph.value_info[:]
         result.graph.value_info.extend(known.graph.value_info)
+    return result
+
+
+def _inlined(model: ModelProto) -> ModelProto:
+    result = inliner.inline_local_functions(model)
+    separate_names(result)
     return result
 
 
@@ -129,14 +136,16 @@ def _spell_out_axes(model: ModelProto) -> None:
 
 
 def _name_nodes(model: ModelProto) -> None:
-    """Give every node a name of its own."""
-    taken: set[str] = set()
+    """Give every node a name of its own; the first that has a name keeps it."""
+    taken = {node.name for node in model.graph.node}
+    seen: set[str] = set()
     for k, node in enumerate(model.graph.node):
-        if not node.name or node.name in taken:
+        if not node.name or node.name in seen:
             node.name = f"{node.op_type}_{k}"
-        while node.name in taken:
-            node.name += "_"
-        taken.add(node.name)
+            while node.name in taken:
+                node.name += "_"
+            taken.add(node.name)
+        seen.add(node.name)
 
 
 def _rewrite(model: ModelProto, visit: Callable[[NodeProto, GraphView, edit.Builder], NodeProto | None]) -> ModelProto:

@@ -25,6 +25,7 @@ from eptq_onnx.graph.bodies import all_names, all_nodes, subgraphs
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.view import GraphView, int_attribute, last_layers
 from eptq_onnx.ops import Bounds, OpSpec, Role, channel_axes_of, is_known, pointwise, recorded, spec_of
+from eptq_onnx.runtime import OWN_DOMAINS
 from eptq_onnx.targets import Target
 from eptq_onnx.types import ActivationQuantizer, KeptFloat, Layer, Plan, QuantSpec
 
@@ -123,6 +124,8 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
     view, rules = draft.view, draft.target.ops
     if subgraphs(node):
         return _inside(node, rules.layers)
+    if not is_known(node) and node.domain not in OWN_DOMAINS:
+        return f"{node.op_type} is a custom operator, of the domain {node.domain}"
     if not is_known(node):
         return f"{node.op_type} is not in the operator table"
     if spec.role is Role.FLOAT or spec.role is Role.CLIPPING:

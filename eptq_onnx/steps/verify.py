@@ -20,6 +20,7 @@ from eptq_onnx.graph import io, store
 from eptq_onnx.graph.bodies import all_nodes
 from eptq_onnx.graph.branches import flattened, sink
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.outputs import numbers, readable
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk
@@ -173,13 +174,14 @@ def _compare_outputs(
 
 
 def _outputs(model: ModelProto, samples: Samples, parts: Sequence[NDArray[np.int64]]) -> Iterator[Feeds]:
-    """The float outputs, run by run."""
+    """The outputs that hold floating-point numbers, run by run."""
+    model, names = readable(model)
     session = Session(model)
 
     def run(part: NDArray[np.int64]) -> Feeds:
         feeds = samples.take(part)
         values = session.run({n: v for n, v in feeds.items() if n in session.inputs})
-        return {n: v for n, v in values.items() if isinstance(v, np.ndarray) and v.dtype.kind == "f"}
+        return {name: numbers(values[source]) for name, source in names.items()}
 
     return ordered_map(run, parts)
 
