@@ -185,7 +185,7 @@ def custom_operators(libraries: Sequence[str | os.PathLike[str]]) -> Iterator[No
         If a library does not exist, or onnxruntime cannot load it.
     """
     paths = tuple(os.path.abspath(library) for library in libraries)
-    options = load().SessionOptions()
+    options = _session_options()
     for path in paths:
         if not os.path.isfile(path):
             raise ConfigError(f"the library of custom operators {path} does not exist.")
@@ -201,9 +201,13 @@ def custom_operators(libraries: Sequence[str | os.PathLike[str]]) -> Iterator[No
         _custom_operators.reset(token)
 
 
+def _session_options() -> Any:
+    return load().SessionOptions()
+
+
 def session_options() -> Any:
     """onnxruntime's options of a silent session with the custom operators of this run."""
-    options = load().SessionOptions()
+    options = _session_options()
     options.log_severity_level = 4
     for path in _custom_operators.get():
         options.register_custom_ops_library(path)
@@ -278,7 +282,8 @@ class Session:
             raise OutputError(f"a model cannot be put into the temporary folder ({e.strerror or e}): let TMPDIR name one with room.") from e
         except Exception as e:
             # onnxruntime raises a family of pybind exceptions with no common base but Exception.
-            raise ModelError(f"onnxruntime refuses the model: {_one_line(e)}") from e
+            hint = "; give the library of its custom operators with --custom-ops" if "is not a registered function/op" in str(e) else ""
+            raise ModelError(f"onnxruntime refuses the model: {_one_line(e)}{hint}") from e
         self.inputs: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
         self.signature = [(o.name, str(o.type), list(o.shape)) for o in self._session.get_outputs()]
         self.outputs: tuple[str, ...] = tuple(name for name, _, _ in self.signature)
