@@ -6,6 +6,7 @@ QuantizeLinear and DequantizeLinear compute it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -253,6 +254,7 @@ def max_scales(rows: NDArray[np.floating], spec: QuantSpec) -> Array:
 def _best_grid(rows: Array, h: Array, scales: Array, spec: QuantSpec) -> tuple[Array, Array]:
     """Weighted squared error of each row on the best of its grids, and the zero point of that."""
     steps = rows / scales[:, None]
+    squares = np.square(scales, dtype=None if unit(scales) == 1 else np.float64)
     best: Array = np.full(len(rows), np.inf, np.float32)
     chosen: Array = np.zeros(len(rows), np.float32)
     for zero in _grids(rows, scales, spec):
@@ -260,7 +262,7 @@ def _best_grid(rows: Array, h: Array, scales: Array, spec: QuantSpec) -> tuple[A
         error -= steps
         error *= error
         error *= h
-        total = error.sum(axis=1) * scales**2
+        total = error.sum(axis=1) * squares
         better = total < best
         best, chosen = np.where(better, total, best), np.where(better, zero, chosen)
     return best, chosen
@@ -296,6 +298,18 @@ def unit(*arrays: NDArray[np.floating]) -> np.float32:
     if largest == 0 or _LEAST_SQUARED < largest < _MOST_SQUARED:
         return np.float32(1)
     return np.float32(2.0 ** np.clip(np.floor(np.log2(largest)), -126, 126))
+
+
+def layer_units(inputs: Iterable[NDArray[np.floating]], weight: NDArray[np.floating]) -> tuple[np.float32, np.float32]:
+    """Units of a layer's input and weight in which float32 holds the squares of both and of what they make; 1 where it does anyway."""
+    reaches = [
+        max((max(-low, high) for low, high in map(finite_extremes, part) if low <= high), default=0.0) for part in (inputs, [weight])
+    ]
+    sizes = [r for r in (*reaches, reaches[0] * reaches[1]) if r]
+    if all(_LEAST_SQUARED < size < _MOST_SQUARED for size in sizes):
+        return np.float32(1), np.float32(1)
+    first, second = (np.float32(2.0 ** np.clip(np.floor(np.log2(r)), -126, 126)) if r else np.float32(1) for r in reaches)
+    return first, second
 
 
 def square_sum(values: NDArray[np.floating]) -> float:

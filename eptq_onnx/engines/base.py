@@ -8,8 +8,10 @@ from typing import Protocol
 
 from onnx import ModelProto
 
+from eptq_onnx.errors import GradientError, ModelError
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.types import Array
+from eptq_onnx.runtime import Session
+from eptq_onnx.types import Array, Feeds
 
 LOSS = "eptq/loss"
 ERRORS = "eptq/errors"
@@ -99,6 +101,29 @@ def reachable(view: GraphView, loss: str, wrt: Sequence[str], blocked: frozenset
     """Those of ``wrt`` that the loss depends on, not going through nodes named in ``blocked``; and why the others are none."""
     relevant = view.upstream([loss], blocked)
     return [n for n in wrt if n in relevant], {n: UNREACHED for n in wrt if n not in relevant}
+
+
+class GradientSession(Session):
+    """A session of a model with gradients.
+
+    Raises
+    ------
+    GradientError
+        If onnxruntime cannot run it: its builder knows no tensors without elements, say.
+    """
+
+    def __init__(self, model: ModelProto, *, integers: bool = True) -> None:
+        try:
+            super().__init__(model, integers=integers)
+        except ModelError as e:
+            raise GradientError(str(e)) from e
+
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Feeds:
+        """See `Session.run`."""
+        try:
+            return super().run(feeds, outputs)
+        except ModelError as e:
+            raise GradientError(str(e)) from e
 
 
 class Engine(Protocol):

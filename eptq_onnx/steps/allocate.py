@@ -139,8 +139,10 @@ def candidates(
         form = linear_form(nodes[layer.node], view)
         inputs = walk.reach(layer.input)
         rows: compensation.Moments | None = None
+        own, of_weight = quant_math.layer_units(inputs, value)
         if form is not None:
-            rows = compensation.sampled_moments(form, value, inputs, inputs, _ROWS, np.random.default_rng((config.seed, k)))
+            inputs = inputs if own == 1 else [x / own for x in inputs]
+            rows = compensation.sampled_moments(form, value / of_weight, inputs, inputs, _ROWS, np.random.default_rng((config.seed, k)))
         if form is None:
             weights.setdefault(layer.weight, Candidates(value.size, {8: 0.0}))
         elif rows is None or rows.is_empty:
@@ -151,11 +153,13 @@ def candidates(
             positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
             known.operations += value.size * positions * quantizers[layer.input].spec.bits
             specs = {bits: target.weight_spec(bits, layer.weight_spec.axis, layer.depthwise) for bits in known.effects}
-            errors, rounded = _tried(form, value, rows, specs, config)
+            errors, rounded = _tried(form, value / of_weight, rows, specs, config)
             importance = _importance(layer, scores, errors[_MEASURED].size)
-            foreseen = {bits: float((error * importance).sum()) for bits, error in errors.items()}
+            square = (float(own) * float(of_weight)) ** 2
+            foreseen = {bits: float((error * importance).sum()) * square for bits, error in errors.items()}
             if deviation.parts and foreseen[_MEASURED] > _LEAST * max(foreseen.values()):
-                measured = deviation(_with_one_rounded(model, view, nodes[layer.node], layer, rounded, rows, form))
+                shift = rows.mean_error(form.weight_rows(rounded)) * (own * of_weight)
+                measured = deviation(_with_one_rounded(model, view, nodes[layer.node], layer, rounded * of_weight, shift))
                 unit = min(measured, _MOST_NOISE) / foreseen[_MEASURED]
             else:
                 unit = 1 / max(float(importance.sum()) * calibration.variance[layer.output], 1e-30)
@@ -241,11 +245,8 @@ def _tried(
     return errors, rounded
 
 
-def _with_one_rounded(
-    model: ModelProto, view: GraphView, node: NodeProto, layer: Layer, rounded: Array, moments: compensation.Moments, form: LinearForm
-) -> ModelProto:
+def _with_one_rounded(model: ModelProto, view: GraphView, node: NodeProto, layer: Layer, rounded: Array, shift: Array) -> ModelProto:
     """The float network with the weight of one layer rounded, and what that does to the means of its outputs taken up."""
-    shift = moments.mean_error(form.weight_rows(rounded))
     # A layer's output has the rank of its weight, where that of the output is unknown; those of products may have more axes in front.
     rank = len(view.shape(layer.output) or view.constant_shape(layer.weight))
     build = edit.Builder(model)
@@ -259,5 +260,6 @@ def _with_one_rounded(
 def _importance(layer: Layer, scores: Scores | None, channels: int) -> Array:
     """How much a squared error of 1 in each channel counts among those of the others."""
     if scores is not None and layer.output in scores.channels and scores.channels[layer.output].shape[1] == channels:
-        return np.asarray(scores.channels[layer.output].mean(axis=0), np.float32)
+        table = scores.channels[layer.output]
+        return np.asarray((table / quant_math.unit(table)).mean(axis=0), np.float32)
     return np.ones(channels, np.float32)

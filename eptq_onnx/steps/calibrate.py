@@ -194,7 +194,11 @@ def calibrate(
     measured += [o for o in view.outputs if o in view.producer and view.is_float(o) and o not in measured]
     masked = _masked(view)
     axes = {q.name: q.channel_axis or 0 for q in plan.activations}
-    importance = {name: _damped(table.mean(axis=0), config.damping) for name, table in (scores or {}).items() if name in observed}
+    importance = {
+        name: _damped((table / quant_math.unit(table)).mean(axis=0), config.damping)
+        for name, table in (scores or {}).items()
+        if name in observed
+    }
     sums = {name: np.zeros(3) for name in measured}
     none: Counter[str] = Counter()
     sizes: Counter[str] = Counter()

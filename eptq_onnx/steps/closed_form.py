@@ -41,6 +41,8 @@ _RATIOS = (1.0, 0.85, 0.7, 0.55)
 """Scales that are tried, in units of the one with the least squared error of the corrected weight."""
 _REFITS = 2
 """Times that the scales are fitted to the integers and these descend again."""
+_LEAST_UNIT = 1e-30
+"""Of outputs whose function is looked at: smaller ones are nothing beside their bias."""
 _HESSIAN_SHARE = 0.5
 """How much the positions' scores decide what a position counts; the rest all have in common."""
 _MOST_APART, _BYTES_APART = 2e7, 64
@@ -108,24 +110,29 @@ def closed_form(
     skipped = unsolved(model, plan)
     for k, layer in enumerate(plan.layers):
         weight: Array = np.asarray(view.constant(layer.weight), np.float32)
-        pair = exact.reach(layer.input), rough.reach(inputs[layer.node])
+        reached = exact.reach(layer.input), rough.reach(inputs[layer.node])
         form = linear_form(nodes[layer.node], view)
         problem: _Problem | None = None
         input_scale = start.activations[plan.quantizer_of[layer.input].name].scale
         if form is not None:
             wanted = _wanted_rows(form.weight_rows(weight).shape[2])
             rng = np.random.default_rng((config.seed, k))
-            importance = _importance(scores, layer, batches, [form.positions(x.shape) for x in pair[0]])
-            reader = _reader(view, layer, form, start, config)
+            importance = _importance(scores, layer, batches, [form.positions(x.shape) for x in reached[0]])
+            # Rounded is the layer in units in which float32 holds its squares.
+            units = quant_math.layer_units((x for side in reached for x in side), weight)
+            pair = [_over(side, units[0]) for side in reached]
+            reader = _reader(view, layer, form, start, config, units[0] * units[1])
             # Without a bias, the weights alone must get the mean right.
             centred = layer.bias is not None
-            moments = compensation.sampled_moments(form, weight, *pair, wanted, rng, centred=centred, importance=importance, reader=reader)
+            moments = compensation.sampled_moments(
+                form, weight / units[1], pair[0], pair[1], wanted, rng, centred=centred, importance=importance, reader=reader
+            )
             rows = OutputsApart(form, moments.apart) if moments.apart > 1 else form
             outputs = scores.outputs.get(layer.output) if scores is not None else None
             if moments.is_empty:
                 skipped.setdefault(layer.node, "no sample gives it a row of finite values")
             else:
-                problem = _Problem(rows, weight, layer.weight_spec, moments, outputs, config)
+                problem = _Problem(rows, weight, units, layer.weight_spec, moments, outputs, config)
             if problem is not None and layer.node not in skipped:
                 least: Array = np.zeros(1, np.float32)
                 if layer.bias is not None and plan.integer_bias:
@@ -136,12 +143,10 @@ def closed_form(
         rounded = quant_math.dequantize(integers[layer.weight], params[layer.weight], layer.weight_spec)
         rough.set_constant(names[layer.node][0], rounded)
         if layer.bias is not None:
-            if problem is not None:
-                biases[layer.bias] = biases[layer.bias] + problem.mean_error(rounded)
-            bias = biases[layer.bias]
-            if plan.integer_bias:
-                bias = quant_math.round_bias(bias, input_scale, params[layer.weight].scale)
-            rough.set_constant(names[layer.node][1], bias)
+            shift = 0 if problem is None else problem.mean_error(rounded)
+            bias = biases[layer.bias] = biases[layer.bias] + shift
+            grid = input_scale, params[layer.weight].scale
+            rough.set_constant(names[layer.node][1], quant_math.round_bias(bias, *grid) if plan.integer_bias else bias)
         progress(k + 1, len(plan.layers))
     bent: Mapping[str, Array] = ChainMap(targets, start.targets)  # type: ignore[arg-type]  # it is only read
     return replace(start, integers=integers, weights=params, biases=biases, targets=bent), skipped
@@ -229,21 +234,27 @@ def _activation(view: GraphView, layer: Layer, form: LinearForm, config: Config)
     return _Activation(nodes, end, row) if nodes else None
 
 
-def _reader(view: GraphView, layer: Layer, form: LinearForm, start: Rounding, config: Config) -> compensation.Reader | None:
-    """What reads a layer's outputs, where that is a function of each alone."""
+def _over(values: Sequence[Array], unit: np.float32) -> Sequence[Array]:
+    return values if unit == 1 else [value / unit for value in values]
+
+
+def _reader(
+    view: GraphView, layer: Layer, form: LinearForm, start: Rounding, config: Config, unit: np.float32
+) -> compensation.Reader | None:
+    """What reads a layer's outputs in such units, where that is a function of each alone."""
     activation = _activation(view, layer, form, config)
-    if activation is None:
+    if activation is None or not _LEAST_UNIT < unit < 1 / _LEAST_UNIT:
         return None
     function = function_of(view, activation.nodes, layer.output, activation.end)
 
     def of_groups(values: Array) -> Array:
         """Of outputs of shape (n_groups, n_rows, n_outputs)."""
-        by_row = values.swapaxes(0, 1)
+        by_row = values.swapaxes(0, 1) * unit
         return function(by_row.reshape(-1, *activation.row[1:])).reshape(by_row.shape).swapaxes(0, 1)
 
     groups, outputs, _ = row_shape(form, view.constant_shape(layer.weight))
     bias = start.biases[layer.bias] if layer.bias is not None else np.zeros(groups * outputs, np.float32)
-    return compensation.Reader(of_groups, np.asarray(bias, np.float32).reshape(groups, outputs))
+    return compensation.Reader(of_groups, np.asarray(bias / unit, np.float32).reshape(groups, outputs))
 
 
 def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:
@@ -281,10 +292,24 @@ def _with_open_layers(quantized: ModelProto, plan: Plan) -> tuple[ModelProto, di
 
 @dataclass(frozen=True)
 class _Problem:
-    """Rounding of one layer."""
+    """Rounding of one layer.
+
+    Parameters
+    ----------
+    form : WeightForm
+    weight : ndarray
+    units : tuple of float32
+        What the moments' inputs and weights are measured in.
+    spec : QuantSpec
+    moments : Moments
+    outputs : ndarray or None
+        The Hessian factor of the layer's outputs.
+    config : Config
+    """
 
     form: WeightForm
     weight: Array
+    units: tuple[np.float32, np.float32]
     spec: QuantSpec
     moments: compensation.Moments
     outputs: compensation.Float64 | None
@@ -293,7 +318,8 @@ class _Problem:
     def solve(self, least: Array) -> tuple[IntArray, QuantParams, Array]:
         """Integers, scales of at least ``least``, and the real weights that they stand for."""
         moment, cross, power = self.moments.covariances
-        rows = self.form.weight_rows(self.weight)
+        unit = self.units[1]
+        rows, least = self.form.weight_rows(self.weight / unit), least / unit
         damping = self.config.correction_damping
         chosen = self._damping(rows) if damping is None else damping
         target = compensation.corrected_target(rows, moment, cross, power, chosen)
@@ -330,13 +356,14 @@ class _Problem:
                 lambda q, s: compensation.jointly_refitted_scale(target, q, s, moment, effect, owners),
             )
         places = ... if self.spec.axis is not None else 0
-        params = QuantParams(np.asarray(scale[places], np.float32), best.zero[places])
+        params = QuantParams(np.asarray(scale[places] * unit, np.float32), best.zero[places])
         stored = self.form.weight_from_rows(integers + best.zero[owners][:, :, None])
-        return stored.astype(self.spec.container), params, full
+        return stored.astype(self.spec.container), params, full * unit
 
     def mean_error(self, rounded: Array) -> Array:
         """What the bias must take up: mean float output less mean quantized output, of shape (n_channels,)."""
-        return self.moments.mean_error(self.form.weight_rows(rounded))
+        own, of_weight = self.units
+        return self.moments.mean_error(self.form.weight_rows(rounded / of_weight)) * (own * of_weight)
 
     def _damping(self, rows: Array) -> compensation.Float64:
         """That of the correction; outputs of a group have the same, also where they stand apart."""

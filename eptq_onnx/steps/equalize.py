@@ -359,7 +359,8 @@ def _importance(name: str, count: int, positions: float, power: Float64, scores:
     table = scores.channels.get(name)
     if table is None or table.shape[1] != count:
         return np.zeros(count)
-    return np.asarray(table.mean(axis=0) * positions / scores.output_size, np.float64)
+    unit = quant_math.unit(table)
+    return np.asarray((table / unit).mean(axis=0) * positions / scores.output_size, np.float64) * float(unit)
 
 
 def _weights(view: GraphView, plan: Plan, groups: Iterable[_Group], scores: Scores | None) -> Iterable[_Weights]:
@@ -382,7 +383,8 @@ def _weights_of(
     groups, outputs, terms = rows.shape
     sets, energy = tensor.sets.reshape(groups, -1), tensor.power.reshape(groups, -1)
     parted = rows.reshape(groups, outputs, terms // form.taps, form.taps)
-    made = np.einsum("gnct,gc->gn", np.square(parted), energy).reshape(-1)
+    unit = quant_math.unit(parted)
+    made = np.einsum("gnct,gc->gn", np.square(parted / unit), energy).reshape(-1) * float(unit) ** 2
     # A layer has about as many places as its input; where it has fewer, its weights' errors count as much less.
     importance = _importance(output, groups * outputs, tensor.positions, made, scores).reshape(groups, outputs)
     for k in range(groups):

@@ -25,7 +25,7 @@ from scipy import stats
 from eptq_onnx import augment, compensation, quant_math
 from eptq_onnx.config import Attention, Config, Optimizer, RoundingVariable
 from eptq_onnx.data import Samples
-from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, ERRORS, FLOAT_SHARE, LOSS, TEACHER, TrainingGraph
+from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, ERRORS, FLOAT_SHARE, LOSS, TEACHER, GradientSession, TrainingGraph
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph.blocks import tensor_bytes
 from eptq_onnx.graph.shapes import specialize
@@ -51,6 +51,8 @@ _BYTES_A_CONSTANT = 9
 """Of an element of a table: its value, its integer, and what that stands for."""
 _COPIES_OF_TENSORS = 3
 """Of each tensor while a batch is worked on: in the float network, in the quantized one, and its gradient."""
+_MOST_FACTOR = 1e30
+"""Of errors in the loss."""
 _LEAST_SAMPLES = 5
 """With fewer pairs the signed-rank test never gets below one in twenty."""
 
@@ -127,16 +129,18 @@ def optimize(
     attention = np.hstack([attention, np.tile(part_weights(graph, calibration), (len(indices), 1))])
     seen = np.setdiff1d(np.arange(len(indices)), held)
     seen = seen if len(seen) else held
-    evaluation = Session(graph.evaluate, integers=False)
+    evaluation = GradientSession(graph.evaluate, integers=False)
     judge = _Judge(graph, evaluation, _Batches(graph, samples, indices, attention), held, config)
     found = judge(state, start)
     if not np.isfinite(found).all():
         raise GradientError("the errors of layers or outputs are beyond the numbers of float32.")
     balance = Balance.of(found, config.output_share)
+    if not balance.fits:
+        raise GradientError("the errors of layers or outputs are too small for float32.")
     kept = _Kept(start, balance(found))
     batches = _Batches(graph, samples, indices, attention * balance.columns(graph))
     layer_weights = balance.units[0] * layer_weights
-    session = Session(graph.train, integers=False)
+    session = GradientSession(graph.train, integers=False)
     batch = min(config.batch_size, len(seen))
     rng = np.random.default_rng(config.seed)
     queue: list[int] = []
@@ -273,6 +277,7 @@ def layer_attention(plan: Plan, scores: Scores | None, count: int) -> Array:
     rows: dict[str, Array] = {x.output: scores.channels[x.output].max(axis=1) for x in plan.layers if x.output in scores.channels}
     mean: Array = np.mean(list(rows.values()), axis=0)
     table = np.stack([rows.get(layer.output, mean) for layer in plan.layers])
+    table = table / quant_math.unit(table)
     largest = float(table.mean(axis=1).max())
     return (table / np.float32(largest)).astype(np.float32) if largest > 0 else np.ones_like(table)
 
@@ -319,6 +324,11 @@ class Balance:
     @property
     def _factors(self) -> NDArray[np.float64]:
         return self.shares * self.units
+
+    @property
+    def fits(self) -> bool:
+        """True if float32 holds the factors."""
+        return bool((self._factors < _MOST_FACTOR).all())
 
     def __call__(self, errors: Array) -> Array:
         """Of what `_Judge` gives, each sample's loss, and its outputs' errors as they are; shape (2, n_samples)."""

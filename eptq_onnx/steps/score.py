@@ -18,7 +18,7 @@ from onnx import ModelProto, TensorProto, helper
 from eptq_onnx import ops, quant_math
 from eptq_onnx.config import Config
 from eptq_onnx.data import Samples
-from eptq_onnx.engines.base import UNREACHED, Engine
+from eptq_onnx.engines.base import UNREACHED, Engine, GradientSession
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit, finite
 from eptq_onnx.graph.blocks import Block, advance, bytes_of, cut
@@ -202,7 +202,7 @@ class _Stage:
 
     def run(self, batches: Iterable[_Batch]) -> Iterator[tuple[int, Feeds]]:
         """Number of each batch and outputs, once a probe; hands the gradients on to the batch."""
-        session = Session(self.model)
+        session = GradientSession(self.model)
 
         def run(work: tuple[_Batch, Feeds]) -> tuple[_Batch, Feeds, Feeds]:
             batch, probe = work
@@ -388,7 +388,7 @@ def _summarize(
             if positions
             else builder.add("Mul", [gradient, gradient])
         )
-        mean = builder.add("Mul", [power, builder.constant(1.0 / float(np.prod([shape[i] for i in positions])), "mean")])
+        mean = builder.add("Mul", [power, builder.constant(1.0 / max(float(np.prod([shape[i] for i in positions])), 1.0), "mean")])
         channels.append(shape[axis])
         # Where samples are mixed, all get the same row.
         parts.append(builder.add("Expand", [mean, builder.constant(np.array([size, shape[axis]], np.int64), "rows")]))

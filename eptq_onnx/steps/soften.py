@@ -264,7 +264,7 @@ def _losses(view: GraphView, b: edit.Builder, tensors: Iterable[tuple[str, str, 
             all_rows = b.constant(np.array([size, channels], np.int64), "rows")
             error = b.add("Expand", [b.add("Mul", [error, b.constant(1.0 / size, "share")]), all_rows])
         columns.append(error)
-        compared.append(_Compared(channels, float(np.prod([shape[i] for i in axes])) / (1 if per_sample else size)))
+        compared.append(_Compared(channels, max(float(np.prod([shape[i] for i in axes])), 1.0) / (1 if per_sample else size)))
     b.add("Concat", columns, ERRORS, axis=1)
     b.reduce("ReduceSum", b.add("Mul", [ERRORS, ATTENTION]), None, LOSS)
     return compared
