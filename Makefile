@@ -49,8 +49,11 @@ $(OLDEST)/installed: pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[standard,test]" "onnxruntime==1.18.*" "numpy<2"
 	touch $@
 
+# DRAWS: networks that draw or choose, with a batch that is none, each compared with its nearest rounding.
+DRAWS ?= 500
+
 slow: setup
-	$(BIN)/python -m pytest -m slow
+	EPTQ_DRAWS=$(DRAWS) $(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .
