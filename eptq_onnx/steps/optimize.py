@@ -597,5 +597,7 @@ class _Judge:
         return np.stack([*rows.mean(axis=1), rows[1, 0]])
 
     def _errors(self, feeds: Feeds) -> Array:
-        errors = self._session.run(feeds, [ERRORS])[ERRORS] * feeds[ATTENTION]
-        return np.stack([part.sum(axis=1) for part in np.split(errors, [self._layers], axis=1)])
+        # Errors beyond float32 are infinite, and no candidate's.
+        with np.errstate(over="ignore", invalid="ignore"):
+            errors = self._session.run(feeds, [ERRORS])[ERRORS] * feeds[ATTENTION]
+            return np.stack([part.sum(axis=1) for part in np.split(errors, [self._layers], axis=1)])
