@@ -46,6 +46,15 @@ def specialize(model: ModelProto, batches: Sequence[Feeds]) -> ModelProto:
     return _with_shapes(result, known)
 
 
+def empty_tensor(model: ModelProto) -> str | None:
+    """A computed float tensor without elements, for the shapes that the model has; None if there is none.
+
+    Such are rows that were chosen by value, where none was: onnxruntime's gradient kernels crash on them.
+    """
+    view = GraphView(model)
+    return next((o for n in view.nodes for o in n.output if o and view.is_float(o) and 0 in (view.static_shape(o) or ())), None)
+
+
 def with_ranks(model: ModelProto, feeds: Feeds) -> ModelProto:
     """The model with the observed number of axes where inference does not tell it; itself if it tells all."""
     view = GraphView(model)

@@ -25,7 +25,7 @@ from eptq_onnx.graph.blocks import Block, advance, bytes_of, cut
 from eptq_onnx.graph.fold import fold_constants, fold_sizes
 from eptq_onnx.graph.kernels import faster
 from eptq_onnx.graph.lower import lower
-from eptq_onnx.graph.shapes import specialize
+from eptq_onnx.graph.shapes import empty_tensor, specialize
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
@@ -78,6 +78,9 @@ def score(
     """
     size = samples.micro_batch(len(indices))
     shaped = fold_sizes(specialize(model, samples.two_batches(size)))
+    empty = empty_tensor(shaped)
+    if empty is not None:
+        raise GradientError(f"{empty} has no elements on any of the samples that gradients are taken on.")
     points = ops.output_parts(GraphView(model))
     safe = finite.differentiable(
         shaped, [*points, *(x.output for x in plan.layers)], list(_fed(samples, indices, size)), config.block_bytes, ops.is_elementwise

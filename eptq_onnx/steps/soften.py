@@ -32,7 +32,7 @@ from eptq_onnx.graph.bodies import node_reads
 from eptq_onnx.graph.fold import fold_sizes
 from eptq_onnx.graph.kernels import faster
 from eptq_onnx.graph.lower import lower
-from eptq_onnx.graph.shapes import specialize
+from eptq_onnx.graph.shapes import empty_tensor, specialize
 from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.ops import LSQ_DOMAIN
 from eptq_onnx.types import Calibration, Plan, Rounding
@@ -69,6 +69,9 @@ def soften(
     size = samples.micro_batch(config.batch_size)
     kept = {*plan.weight_specs, *(q.name for q in plan.activations if q.constant)}
     private = fold_sizes(specialize(model, samples.two_batches(size)), kept)
+    empty = empty_tensor(private)
+    if empty is not None:
+        raise GradientError(f"{empty} has no elements on any of the samples that gradients are taken on.")
     outputs = [layer.output for layer in plan.layers]
     points = ops.output_parts(GraphView(model))
     alike = samples.alike()
