@@ -20,6 +20,8 @@ from eptq_onnx.graph.weights import light, with_weights, without_weights
 
 _ALIGNMENT = 4096
 """Of each tensor in the file, so that runtimes can map it into memory."""
+_SHOWN = 200
+"""Characters of a file name in a message."""
 
 
 def write_external(model: ModelProto, path: Path, data: Path, data_name: str) -> None:
@@ -98,15 +100,14 @@ def place_of(tensor: TensorProto, model: Path) -> store.Place:
     OutsideError
         If the file is not below the folder of the model, by its name or by what links lead to.
     ValueError
-        If offset and length do not fit the type and shape, or the file.
-    OSError
-        If the file is not there.
+        If the file is not there, or offset and length do not fit the type and shape, or the file.
     """
     location = _entry(tensor, "location")
+    shown = location if len(location) <= _SHOWN else f"{location[:_SHOWN]}..."
     if not location:
         raise ValueError(f"{tensor.name} does not say in which file it is")
     if PurePosixPath(location).is_absolute() or PureWindowsPath(location).drive or PureWindowsPath(location).root:
-        raise OutsideError(f"{location}, where {tensor.name} is, is not below the model's folder: external data has a relative path")
+        raise OutsideError(f"{shown}, where {tensor.name} is, is not below the model's folder: external data has a relative path")
     beside = Path(os.path.abspath(model)).parent
     # By name first: what is outside is not even looked at. Caches keep links to the model and to its data in a folder elsewhere.
     inside = Path(os.path.normpath(beside / location)).is_relative_to(beside)
@@ -114,15 +115,18 @@ def place_of(tensor: TensorProto, model: Path) -> store.Place:
     if not inside or not any(
         source.is_relative_to(folder) for folder in {Path(os.path.realpath(beside)), Path(os.path.realpath(model)).parent}
     ):
-        raise OutsideError(f"{location}, where {tensor.name} is, is not below the model's folder: put it beside the model")
-    status = source.stat()
+        raise OutsideError(f"{shown}, where {tensor.name} is, is not below the model's folder: put it beside the model")
+    try:
+        status = source.stat()
+    except OSError as e:
+        raise ValueError(f"{shown}, where {tensor.name} is: {e.strerror}") from e
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{location}, where {tensor.name} is, is no file")
+        raise ValueError(f"{shown}, where {tensor.name} is, is no file")
     expected, offset, length = value_bytes(tensor), _number(tensor, "offset"), _number(tensor, "length")
     if length not in (0, expected):
         raise ValueError(f"{tensor.name} has {length} bytes instead of {expected}, by its type and shape")
     if offset + expected > status.st_size:
-        raise ValueError(f"{location} ends before the value of {tensor.name} does: it has {status.st_size} bytes of {offset + expected}")
+        raise ValueError(f"{shown} ends before the value of {tensor.name} does: it has {status.st_size} bytes of {offset + expected}")
     return store.Place(source, offset, expected)
 
 
