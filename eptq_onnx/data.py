@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from eptq_onnx.errors import DataError
-from eptq_onnx.layouts import Axes, Column, Symbol, Values, along, batch_axes, readings
+from eptq_onnx.layouts import Axes, Column, Symbol, Values, along, batch_axes, is_batch, readings
 from eptq_onnx.readers import Feed, Source, opened
 from eptq_onnx.types import Feeds
 
@@ -28,10 +28,15 @@ class Samples:
         number.
     order : ndarray of int, optional
         The entries that are the samples; all of them by default.
+    rows : int
+        About how many rows of a batch a sample is: feeds may hold several.
     """
 
-    def __init__(self, columns: Mapping[str, Column], fixed_batch: int | None, order: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self, columns: Mapping[str, Column], fixed_batch: int | None, order: NDArray[np.int64] | None = None, rows: int = 1
+    ) -> None:
         self._columns = dict(columns)
+        self.rows = rows
         if any(c.axis is None and not c.shared for c in columns.values()):
             # What differs from run to run and has no batch axis cannot be put together.
             fixed_batch = 1
@@ -74,7 +79,7 @@ class Samples:
 
     def only(self, indices: Sequence[int] | NDArray[np.int64]) -> Samples:
         """Some of the samples, in this order; they are not copied."""
-        return Samples(self._columns, self.fixed_batch, self._order[np.asarray(indices, np.int64)])
+        return Samples(self._columns, self.fixed_batch, self._order[np.asarray(indices, np.int64)], self.rows)
 
     def numbers(self, indices: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """Which of the given samples these are."""
@@ -82,19 +87,19 @@ class Samples:
 
     def in_batches_of(self, size: int | None) -> Samples:
         """The same samples, of which every run takes so many."""
-        return Samples(self._columns, size, self._order)
+        return Samples(self._columns, size, self._order, self.rows)
 
     def grouped(self, size: int) -> Samples:
         """Samples that are what one run takes: so many of these, one after the other; the last are left out."""
         parts = list(self.in_batches_of(size).batches(range(self.count), size))
         feeds = [self.take(part) for part in parts]
-        return Samples({n: c if c.shared else Column([f[n] for f in feeds]) for n, c in self._columns.items()}, 1)
+        return Samples({n: c if c.shared else Column([f[n] for f in feeds]) for n, c in self._columns.items()}, 1, rows=size)
 
     def with_columns(self, columns: Mapping[str, Column]) -> Samples:
         """The same samples with the values of more inputs, one entry a sample."""
         if self.count != len(self._order) or not np.array_equal(self._order, np.arange(self.count)):
             raise ValueError("inputs are added to all samples only")
-        return Samples({**self._columns, **columns}, self.fixed_batch, self._order)
+        return Samples({**self._columns, **columns}, self.fixed_batch, self._order, self.rows)
 
     def micro_batch(self, wanted: int | None = None) -> int:
         """Samples that one run of the model takes: what the model prescribes, else at most ``wanted``, and few.
@@ -286,7 +291,11 @@ def _of_feeds(feeds: Sequence[Feed], inputs: Sequence[ValueInfoProto], label: st
                 wanted = ", ".join(str(d) if isinstance(d, int) else "any" for d in dims)
                 raise DataError(f"{where}: input {info.name!r} has shape {value.shape}, but the model wants ({wanted}) in one run.")
             columns[info.name].append(value)
-    return Samples({name: Column(values) for name, values in columns.items()}, 1)
+    signs = {i.name: _symbols(i) for i in inputs}
+    axes = batch_axes(signs, {})[0]
+    batches = [[v.shape[axes[n] or 0] for v in values] for n, values in columns.items() if is_batch(signs[n], axes[n])]
+    rows = min((int(np.median(sizes)) for sizes in batches), default=1)
+    return Samples({name: Column(values) for name, values in columns.items()}, 1, rows=max(rows, 1))
 
 
 def _checked_axes(given: Axes, dims: Mapping[str, Sequence[Symbol] | None]) -> Axes:

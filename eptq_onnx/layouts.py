@@ -83,6 +83,14 @@ def batch_axes(inputs: Mapping[str, Dims], given: Axes) -> list[dict[str, int | 
     return found
 
 
+def is_batch(dims: Dims, axis: int | None) -> bool:
+    """True if an axis is the batch's by its name, or, in front of others, for want of one."""
+    if not dims or axis is None:
+        return False
+    size = dims[axis]
+    return bool(_BATCH_NAME.search(size)) if isinstance(size, str) else size is None and len(dims) > 1
+
+
 def _batch_axis(dims: Dims, symbol: Symbol) -> int | None:
     """The axis that has the batch's name or number; else the first, if its size is open, or any that is open."""
     if dims is None:

@@ -290,7 +290,7 @@ class _Run:
     def walked(self) -> NDArray[np.int64]:
         """Samples to round layer by layer on: more than gradients are taken on, which cost more, and of all sizes."""
         training = self.shares.training
-        return training[spread(len(training), max(_WALKED, self.config.score_samples))]
+        return training[spread(len(training), max(1, max(_WALKED, self.config.score_samples) // self.samples.rows))]
 
     def executed(self, model: ModelProto, read_as: Mapping[str, str] | None = None) -> ModelProto:
         """What the samples run of a model."""
@@ -361,7 +361,7 @@ def _expected(model: ModelProto, plan: Plan, run: _Run) -> Estimate:
         "guard": GUARD_PASSES * min(chosen, GUARD_SAMPLES) * (config.max_noise > 0),
         "allocate": ALLOCATION_SAMPLES * len(plan.layers) * (config.budget is not None),
         "closed form": WALK_PASSES * len(run.walked) * (config.start is Start.CLOSED_FORM),
-        "optimize": STEP_PASSES * steps * min(config.batch_size, chosen),
+        "optimize": STEP_PASSES * steps * min(max(1, config.batch_size // samples.rows), chosen),
     }
     pace = seconds_a_pass(model, plan, samples, config)
     shares = {step: pace * n for step, n in passes.items()}

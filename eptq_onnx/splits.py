@@ -66,7 +66,7 @@ def share_out(samples: Samples, config: Config) -> Shares:
         rest = np.setdiff1d(rest, unseen)
     share = max(config.holdout, _LEAST_JUDGED / len(rest)) if held_out else max(config.holdout, _SHARE_OF_FEW)
     gradual = np.intersect1d(alike, rest)
-    scored = gradual[spread(len(gradual), config.score_samples)]
+    scored = gradual[spread(len(gradual), max(1, config.score_samples // samples.rows))]
     # Some of those that gradients are taken on, and as large a share of the others.
     held = _drawn(scored, _judges(len(scored), share, batch), rng)
     others = np.setdiff1d(rest, scored)

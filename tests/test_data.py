@@ -224,6 +224,13 @@ def test_a_feed_is_never_cut_up(tmp_path, monkeypatch):
                 np.testing.assert_array_equal(value, feed[name])
 
 
+@pytest.mark.parametrize(("shape", "rows"), [((16, 3, 8, 8), 16), ((1, 3, 8, 8), 1)])
+def test_a_feed_counts_as_many_rows_as_it_holds(shape, rows):
+    assert data.read([{"image": np.zeros(shape, np.float32)}] * 3, MODEL).rows == rows
+    assert data.read([{"x": np.zeros(40, np.float32)}] * 3, SOUND).rows == 1
+    assert data.read([{"x": np.zeros((3, 6, 5), np.float32)}] * 3, PICTURE).rows == 1
+
+
 def test_samples_that_cannot_be_told_apart_are_grouped():
     samples = data.read(images(10), MODEL).grouped(4)
     assert (samples.count, samples.fixed_batch) == (2, 1)

@@ -141,7 +141,7 @@ def optimize(
     batches = _Batches(graph, samples, indices, attention * balance.columns(graph))
     layer_weights = balance.units[0] * layer_weights
     session = GradientSession(graph.train, integers=False)
-    batch = min(config.batch_size, len(seen))
+    batch = min(max(1, config.batch_size // samples.rows), len(seen))
     rng = np.random.default_rng(config.seed)
     queue: list[int] = []
     losses: list[float] = []
