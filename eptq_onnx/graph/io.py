@@ -16,6 +16,7 @@ from eptq_onnx.graph import store, weights
 from eptq_onnx.graph.bodies import all_nodes, initializers
 from eptq_onnx.graph.canonical import make_canonical
 from eptq_onnx.graph.external import write_external
+from eptq_onnx.graph.sound import make_sound
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.outputs import Replacement, data_file, write_atomically
 from eptq_onnx.runtime import PROTOBUF_LIMIT
@@ -59,6 +60,7 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None 
     elif proto is model:
         proto = ModelProto()
         proto.CopyFrom(model)
+    make_sound(proto, name)
     make_canonical(proto)
     _check(proto, name)
     _densify(proto)
