@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eptq_onnx import archives
 from eptq_onnx.errors import DataError
 
 Arrays = Mapping[str, NDArray[np.generic] | Sequence[NDArray[np.generic]]]
@@ -86,7 +86,11 @@ def _folder(path: Path) -> list[Feed]:
     files = sorted(path.glob("*.npz"))
     if not files:
         raise DataError(f"data folder {path} has no .npz file.")
-    return [feed for file in files if isinstance(feed := _file(file), dict)]
+    feeds = [(file, _file(file)) for file in files]
+    odd = next((file for file, feed in feeds if not isinstance(feed, dict)), None)
+    if odd is not None:
+        raise DataError(f"data file {odd} holds one array without a name: in a folder each file is a feed, saved with numpy.savez.")
+    return [feed for _, feed in feeds if isinstance(feed, dict)]
 
 
 def _function(module: str, name: str, label: str) -> Callable[[], Any]:
@@ -105,11 +109,4 @@ def _function(module: str, name: str, label: str) -> Callable[[], Any]:
 def _file(path: Path) -> NDArray[np.generic] | dict[str, NDArray[np.generic]]:
     if not path.is_file():
         raise DataError(f"data file {path} does not exist.")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as e:
-        raise DataError(f"data file {path} is not a readable .npz file: {e}.") from e
+    return archives.read(path)

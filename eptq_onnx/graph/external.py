@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+import shutil
+import stat
 from contextlib import suppress
-from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx
+import psutil
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
 from eptq_onnx.graph import store
-from eptq_onnx.graph.bodies import all_nodes, initializers
-from eptq_onnx.graph.weights import light, with_weights
+from eptq_onnx.graph.check import labelled_tensors, value_bytes
+from eptq_onnx.graph.weights import light, with_weights, without_weights
 
 _ALIGNMENT = 4096
 """Of each tensor in the file, so that runtimes can map it into memory."""
@@ -61,19 +63,111 @@ def files_of(model: str | os.PathLike[str] | bytes | ModelProto) -> list[tuple[s
     path = Path(os.path.abspath(model))
     names: dict[str, None] = {}
     with suppress(OSError, ValueError, DecodeError):
-        names = dict.fromkeys(filter(None, map(_location, _tensors(onnx.load_model_from_string(path.read_bytes())))))
+        names = dict.fromkeys(filter(None, (_location(t) for _, t in labelled_tensors(onnx.load_model_from_string(path.read_bytes())))))
     return [("the float model", path), *(("the external data of the float model", path.parent / name) for name in names)]
 
 
 def _location(tensor: TensorProto) -> str:
-    return next((e.value for e in tensor.external_data if e.key == "location"), "") if store.is_stored(tensor) else ""
+    return _entry(tensor, "location") if store.is_stored(tensor) else ""
 
 
-def _tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Every tensor of a model that may be in another file."""
-    yield from initializers(model.graph)
-    for sparse in model.graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in chain(all_nodes(model.graph), *(all_nodes(f) for f in model.functions)):
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
+def _entry(tensor: TensorProto, key: str) -> str:
+    """An entry of a tensor's external data, the last of several; empty without one."""
+    found = next((e.value for e in reversed(tensor.external_data) if e.key == key), "")
+    return found if isinstance(found, str) and "\0" not in found else ""
+
+
+def _number(tensor: TensorProto, key: str) -> int:
+    text = _entry(tensor, key) or "0"
+    if not re.fullmatch(r"\s*\+?[0-9]{1,19}", text):
+        raise ValueError(f"the {key} of {tensor.name} is {text[:40]!r}, not a number of bytes")
+    return int(text)
+
+
+def place_of(tensor: TensorProto, model: Path) -> store.Place:
+    """Where the value of a tensor is that is not in the model file, checked without reading it.
+
+    Parameters
+    ----------
+    tensor : TensorProto
+        Its type and shape are checked already.
+    model : path
+
+    Raises
+    ------
+    OutsideError
+        If the file is not below the folder of the model, by its name or by what links lead to.
+    ValueError
+        If offset and length do not fit the type and shape, or the file.
+    OSError
+        If the file is not there.
+    """
+    location = _entry(tensor, "location")
+    if not location:
+        raise ValueError(f"{tensor.name} does not say in which file it is")
+    if PurePosixPath(location).is_absolute() or PureWindowsPath(location).drive or PureWindowsPath(location).root:
+        raise OutsideError(f"{location}, where {tensor.name} is, is not below the model's folder: external data has a relative path")
+    beside = Path(os.path.abspath(model)).parent
+    # By name first: what is outside is not even looked at. Caches keep links to the model and to its data in a folder elsewhere.
+    inside = Path(os.path.normpath(beside / location)).is_relative_to(beside)
+    source = Path(os.path.realpath(beside / location))
+    if not inside or not any(
+        source.is_relative_to(folder) for folder in {Path(os.path.realpath(beside)), Path(os.path.realpath(model)).parent}
+    ):
+        raise OutsideError(f"{location}, where {tensor.name} is, is not below the model's folder: put it beside the model")
+    status = source.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{location}, where {tensor.name} is, is no file")
+    expected, offset, length = value_bytes(tensor), _number(tensor, "offset"), _number(tensor, "length")
+    if length not in (0, expected):
+        raise ValueError(f"{tensor.name} has {length} bytes instead of {expected}, by its type and shape")
+    if offset + expected > status.st_size:
+        raise ValueError(f"{location} ends before the value of {tensor.name} does: it has {status.st_size} bytes of {offset + expected}")
+    return store.Place(source, offset, expected)
+
+
+class OutsideError(ValueError):
+    """External data that is not below the model's folder."""
+
+
+def with_values(model: ModelProto, path: Path, folder: str | None) -> ModelProto:
+    """A copy of a model that holds the external data, or has it in the folder.
+
+    Parameters
+    ----------
+    model : ModelProto
+        Checked; it is not changed.
+    path : path
+        Of the model file.
+    folder : str, optional
+        Where heavy initializers go.
+
+    Raises
+    ------
+    ValueError, OSError
+        See `place_of`; nothing is read then.
+    """
+    apart = [tensor for _, tensor in labelled_tensors(model) if store.is_stored(tensor)]
+    needed = sum(place_of(tensor, path).length for tensor in apart)
+    room = psutil.virtual_memory().available if folder is None else shutil.disk_usage(folder).free
+    if needed > room:
+        raise ValueError(f"it takes {needed} bytes, and {room} are free {'in memory' if folder is None else 'in the temporary folder'}")
+    result = without_weights(model)
+    for _, tensor in labelled_tensors(result):
+        if store.is_stored(tensor):
+            _hold(tensor, path)
+    for tensor in model.graph.initializer:
+        if not store.is_stored(tensor):
+            result.graph.initializer.append(store.stored(tensor, folder))
+        elif folder is not None:
+            result.graph.initializer.append(store.copied(tensor, place_of(tensor, path), folder))
+        else:
+            result.graph.initializer.append(tensor)
+            _hold(result.graph.initializer[-1], path)
+    return result
+
+
+def _hold(tensor: TensorProto, path: Path) -> None:
+    tensor.raw_data = b"".join(place_of(tensor, path).parts())
+    tensor.data_location = TensorProto.DEFAULT
+    del tensor.external_data[:]

@@ -9,13 +9,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, TensorProto, checker, numpy_helper
+from onnx import ModelProto, checker, numpy_helper
 
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import store, weights
 from eptq_onnx.graph.bodies import all_nodes, initializers
 from eptq_onnx.graph.canonical import make_canonical
-from eptq_onnx.graph.external import write_external
+from eptq_onnx.graph.check import check as check_declared
+from eptq_onnx.graph.check import fault, labelled_tensors, read_names
+from eptq_onnx.graph.external import OutsideError, place_of, with_values, write_external
+from eptq_onnx.graph.repair import repair
 from eptq_onnx.graph.sound import make_sound
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.outputs import Replacement, data_file, write_atomically
@@ -45,26 +48,55 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None 
     """
     if isinstance(model, (ModelProto, bytes)):
         name, proto = "the model", _parse(model, "the model") if isinstance(model, bytes) else model
-        apart = next((t.name for t in initializers(proto.graph) if store.is_stored(t)), None)
+        unread = check_declared(proto, name)
+        apart = next((t.name for _, t in labelled_tensors(proto) if store.is_stored(t)), None)
         if apart is not None:
             raise ModelError(f"the weight {apart} is in a file beside the model, which is not told: give the model's path.")
+        if proto is not model:
+            _leave_out(proto, unread)
     else:
         path = Path(model)
         name, proto = str(path), _read(path)
+        unread = check_declared(proto, name)
         try:
-            proto = _with_external(proto, path.parent, folder)
-        except (OSError, ValueError, checker.ValidationError) as e:
+            unread |= _unread_elsewhere(proto, path)
+            _leave_out(proto, unread)
+            if any(store.is_stored(t) for _, t in labelled_tensors(proto)):
+                proto = with_values(proto, path, folder if _is_large(proto) else None)
+        except (OSError, ValueError) as e:
             raise ModelError(f"the external data of {name} cannot be read: {' '.join(str(e).split())}.") from e
-    if folder is not None and _is_large(proto):
-        proto = weights.stored(proto, folder)
-    elif proto is model:
+    if proto is model and (unread or folder is None or not _is_large(proto)):
         proto = ModelProto()
         proto.CopyFrom(model)
+        _leave_out(proto, unread)
+    if folder is not None and _is_large(proto):
+        proto = weights.stored(proto, folder)
+    repair(proto, name)
     make_sound(proto, name)
     make_canonical(proto)
     _check(proto, name)
     _densify(proto)
     return proto
+
+
+def _unread_elsewhere(proto: ModelProto, path: Path) -> set[str]:
+    """Initializers that nobody reads, and whose external data is missing or damaged: onnxruntime does not look at it."""
+    read, found = read_names(proto.graph), set()
+    for tensor in proto.graph.initializer:
+        if tensor.name not in read and store.is_stored(tensor) and not fault(tensor):
+            try:
+                place_of(tensor, path)
+            except OutsideError:
+                raise
+            except (OSError, ValueError):
+                found.add(tensor.name)
+    return found
+
+
+def _leave_out(proto: ModelProto, names: set[str]) -> None:
+    for k in reversed(range(len(proto.graph.initializer) if names else 0)):
+        if proto.graph.initializer[k].name in names:
+            del proto.graph.initializer[k]
 
 
 def _read(path: Path) -> ModelProto:
@@ -82,25 +114,6 @@ def _is_large(proto: ModelProto) -> bool:
     return bool(4 * values > store.LARGE)
 
 
-def _with_external(proto: ModelProto, beside: Path, folder: str | None) -> ModelProto:
-    """A copy with its external data; in the folder, if there is one and the model is large."""
-    apart = weights.without_weights(proto)
-    onnx.load_external_data_for_model(apart, str(beside))
-    folder = folder if _is_large(proto) else None
-    for tensor in proto.graph.initializer:
-        if not store.is_stored(tensor):
-            apart.graph.initializer.append(store.stored(tensor, folder))
-        elif folder is not None:
-            apart.graph.initializer.append(store.copied(tensor, beside, folder))
-        else:
-            apart.graph.initializer.append(tensor)
-            copy = apart.graph.initializer[-1]
-            onnx.external_data_helper.load_external_data_for_tensor(copy, str(beside))
-            copy.data_location = TensorProto.DEFAULT
-            del copy.external_data[:]
-    return apart
-
-
 def _densify(proto: ModelProto) -> None:
     """Sparse initializers become ordinary ones, in place."""
     for sparse in proto.graph.sparse_initializer:
@@ -115,7 +128,7 @@ def _parse(data: bytes, name: str) -> ModelProto:
     try:
         proto = onnx.load_model_from_string(data)
     except DecodeError as e:
-        raise ModelError(f"{name} is not an ONNX model.") from e
+        raise ModelError(f"{name} is not an ONNX model, or it is damaged or nested too deep.") from e
     if not proto.graph.node or not proto.opset_import:
         raise ModelError(f"{name} is not an ONNX model, or its graph has no nodes.")
     return proto
@@ -155,15 +168,11 @@ def check(model: ModelProto, *, full: bool = False) -> None:
 
 
 def _check(proto: ModelProto, name: str) -> None:
-    light, heavy = weights.light(proto)
+    light, _ = weights.light(proto)
     try:
         check(light)
     except checker.ValidationError as e:
         raise ModelError(f"{name} is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
-    for tensor in heavy:
-        expected, found = store.value_bytes(tensor), store.held_bytes(tensor)
-        if found != expected:
-            raise ModelError(f"{name} is not valid ONNX: the initializer {tensor.name} has {found} bytes instead of {expected}.")
     constants = {t.name for t in proto.graph.initializer} | {o for n in proto.graph.node if n.op_type == "Constant" for o in n.output}
     for node in proto.graph.node:
         weight_only = node.op_type == "DequantizeLinear" and constants.issuperset(i for i in node.input if i)

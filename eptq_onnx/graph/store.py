@@ -12,11 +12,11 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -93,33 +93,46 @@ def is_finite(tensor: TensorProto) -> bool:
     return all(bool(np.isfinite(values).all()) for _, values in parts(tensor))
 
 
-def copied(tensor: TensorProto, beside: Path, folder: str) -> TensorProto:
+@dataclass(frozen=True)
+class Place:
+    """Where a file has the value of a tensor: from a byte on, so many of them."""
+
+    path: Path
+    offset: int
+    length: int
+
+    def parts(self) -> Iterator[bytes]:
+        """The bytes, some at a time.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read, or became too short.
+        """
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            left = self.length
+            while left:
+                part = file.read(min(left, _CHUNK))
+                if not part:
+                    raise OSError(f"{self.path} became shorter")
+                yield part
+                left -= len(part)
+
+
+def copied(tensor: TensorProto, place: Place, folder: str) -> TensorProto:
     """A stored copy of an initializer that is in a file beside the model, without reading it into memory at once.
 
     Raises
     ------
-    ValueError
-        If the file is not beside the model, or too short.
     OSError
         If it cannot be read.
     OutputError
         If the folder has no room for it.
     """
-    info = onnx.external_data_helper.ExternalDataInfo(tensor)
-    # By name: caches keep links to files elsewhere.
-    source = Path(os.path.normpath(beside / info.location))
-    if not source.is_relative_to(os.path.normpath(beside)):
-        raise ValueError(f"{info.location} is not below the model's folder")
-    with open(source, "rb") as file:
-        file.seek(info.offset or 0)
-        left = source.stat().st_size - (info.offset or 0) if info.length is None else info.length
-        with _new_file(folder) as target:
-            while left:
-                part = file.read(min(left, _CHUNK))
-                if not part:
-                    raise ValueError(f"{info.location} ends before the value of {tensor.name} does")
-                target.write(part)
-                left -= len(part)
+    with _new_file(folder) as target:
+        for part in place.parts():
+            target.write(part)
     return reference(tensor.name, tensor.data_type, tensor.dims, {"location": target.name})
 
 

@@ -29,6 +29,7 @@ def test_a_large_initializer_of_the_wrong_size_is_told():
     model = small_convnet()
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(5000, np.float32), "spare"))
     model.graph.initializer[-1].dims[0] = 4999
+    model.graph.node.append(onnx.helper.make_node("Identity", ["spare"], ["copy"]))
     with pytest.raises(ModelError, match="the initializer spare has 20000 bytes instead of 19996"):
         io.load(model)
 

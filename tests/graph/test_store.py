@@ -100,14 +100,17 @@ def test_a_full_disk_is_told(tmp_path):
     ("location", "length", "message"),
     [
         ("../m.data", "80000", "not below the model's folder"),
-        ("m.data", "99999", "ends before the value of w does"),
+        ("m.data", "99999", "w has 99999 bytes instead of 80000"),
+        ("short.data", "80000", "ends before the value of w does"),
         ("n.data", "1", "No such file"),
     ],
 )
 def test_external_data_that_is_not_there_is_told(tmp_path, monkeypatch, location, length, message):
     monkeypatch.setattr(store, "LARGE", 0)
     (tmp_path / "m.data").write_bytes(bytes(80_000))
+    (tmp_path / "short.data").write_bytes(bytes(79_999))
     model = small_convnet()
+    model.graph.node.append(onnx.helper.make_node("Identity", ["w"], ["copy"]))
     model.graph.initializer.append(
         store.reference("w", onnx.TensorProto.FLOAT, [20_000], {"location": location, "offset": 0, "length": length})
     )

@@ -1,0 +1,124 @@
+"""What onnxruntime ignores in a model and other libraries stumble over is removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from onnx import GraphProto, ModelProto, TensorProto, TypeProto, ValueInfoProto
+from onnx.onnx_pb import DESCRIPTOR
+
+from eptq_onnx.errors import ModelError
+from eptq_onnx.graph.bodies import all_nodes, subgraphs
+from eptq_onnx.graph.check import data_field, is_type, labelled_tensors
+
+_DATA = ("raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+_VERSIONS = range(1, 2**31)
+
+
+def repair(model: ModelProto, name: str) -> None:
+    """Remove, in place, what onnxruntime ignores: second values of tensors, sizes below zero, types that do not exist, bytes of names.
+
+    Raises
+    ------
+    ModelError
+        If the name of an input or output is no UTF-8; no runtime takes it.
+    """
+    for info in (*model.graph.input, *model.graph.output):
+        if not isinstance(info.name, str):
+            raise ModelError(f"{name} has an input or output whose name {info.name!r} is no UTF-8: rename it.")
+    _decode(model)
+    for _, tensor in labelled_tensors(model):
+        _keep_one_value(tensor)
+    _repair_declared(model.graph)
+    used = {n.domain for graph in (model.graph, *model.functions) for n in all_nodes(graph)}
+    imports = [o for o in model.opset_import if o.version in _VERSIONS or o.domain in used]
+    if len(imports) < len(model.opset_import):
+        kept = [(o.domain, o.version) for o in imports]
+        del model.opset_import[:]
+        for domain, version in kept:
+            model.opset_import.add(domain=domain, version=version)
+
+
+def _keep_one_value(tensor: TensorProto) -> None:
+    if tensor.HasField("segment"):
+        tensor.ClearField("segment")
+    raw = tensor.data_location == TensorProto.EXTERNAL or (tensor.HasField("raw_data") and tensor.data_type != TensorProto.STRING)
+    kept = "raw_data" if raw else data_field(tensor)
+    for field in _DATA:
+        if field != kept and (tensor.HasField(field) if field == "raw_data" else len(getattr(tensor, field))):
+            tensor.ClearField(field)
+
+
+def _repair_declared(graph: GraphProto) -> None:
+    known = [v for v in graph.value_info if not _is_odd(v)]
+    if len(known) < len(graph.value_info):
+        copies = [ValueInfoProto.FromString(v.SerializeToString()) for v in known]
+        del graph.value_info[:]
+        graph.value_info.extend(copies)
+    for info in (*graph.input, *graph.output, *graph.value_info):
+        _open_negative(info.type)
+    for node in graph.node:
+        for body in subgraphs(node):
+            _repair_declared(body)
+
+
+def _is_odd(info: ValueInfoProto) -> bool:
+    return info.type.HasField("tensor_type") and not is_type(info.type.tensor_type.elem_type)
+
+
+def _open_negative(kind: TypeProto) -> None:
+    """An axis of a size below zero is one of unknown size."""
+    if kind.HasField("tensor_type"):
+        for axis in kind.tensor_type.shape.dim if kind.tensor_type.HasField("shape") else ():
+            if axis.dim_value < 0:
+                axis.ClearField("dim_value")
+    elif kind.HasField("sequence_type"):
+        _open_negative(kind.sequence_type.elem_type)
+    elif kind.HasField("optional_type"):
+        _open_negative(kind.optional_type.elem_type)
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+def _decode(model: ModelProto) -> None:
+    """Text that is no UTF-8, which protobuf gives as bytes, becomes text with the odd bytes written out."""
+    stack: list[Any] = [model]
+    while stack:
+        message = stack.pop()
+        texts, many_texts, messages, many_messages = _fields(message.DESCRIPTOR.full_name)
+        for field in texts:
+            value = getattr(message, field)
+            if isinstance(value, bytes):
+                setattr(message, field, _text(value))
+        for field in many_texts:
+            values = getattr(message, field)
+            if any(isinstance(value, bytes) for value in values):
+                fixed = [_text(value) for value in values]
+                del values[:]
+                values.extend(fixed)
+        stack.extend(getattr(message, field) for field in messages if message.HasField(field))
+        for field in many_messages:
+            stack.extend(getattr(message, field))
+
+
+def _text(value: str | bytes) -> str:
+    return value if isinstance(value, str) else value.decode("utf-8", "backslashreplace")
+
+
+@cache
+def _fields(full_name: str) -> tuple[list[str], list[str], list[str], list[str]]:
+    """Fields of a message that hold text or messages: one text, several, one message, several."""
+    found: tuple[list[str], ...] = ([], [], [], [])
+    descriptor = DESCRIPTOR.pool.FindMessageTypeByName(full_name)
+    for field in _ordered(descriptor.fields):
+        many = bool(field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED)
+        if field.type == field.TYPE_STRING:
+            found[many].append(field.name)
+        elif field.message_type is not None:
+            found[2 + many].append(field.name)
+    return found[0], found[1], found[2], found[3]
+
+
+def _ordered(fields: Iterable[Any]) -> list[Any]:
+    return sorted(fields, key=lambda field: field.number)
