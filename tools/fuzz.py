@@ -221,7 +221,7 @@ def main(
             outcome = run(found, Path(folder), Limits(limit, memory), extra)
         counts[outcome.kind] += 1
         calibrated += outcome.calibrated
-        label = f"seed {seed}, number {number}, {found.name} {' '.join(extra)}: {'; '.join(found.said)}"
+        label = f"seed {seed}, number {number}, {found.name} {' '.join(extra)}: {'; '.join(s[:120] for s in found.said)}"
         if outcome.kind in BAD:
             bad[outcome.kind].append(label)
             last = (outcome.said.strip().splitlines() or [""])[-1]

@@ -23,6 +23,7 @@ from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.bodies import defined, node_reads, subgraphs
 from eptq_onnx.graph.canonical import rename
+from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.kernels import fits_blocks
 from eptq_onnx.graph.view import GraphView, attribute
 from eptq_onnx.graph.weights import light, with_weights
@@ -52,6 +53,8 @@ class OrtTrainingEngine:
     def differentiate(self, model: ModelProto, loss: str, wrt: Sequence[str]) -> GradientModel:
         """See `Engine.differentiate`."""
         blocked = ops.without_gradient(GraphView(model))
+        if any(n.name in blocked and subgraphs(n) for n in model.graph.node):
+            model = infer_shapes(model)
         reached, unreached = reachable(GraphView(model), loss, wrt, blocked)
         if not reached:
             return GradientModel(model, {}, unreached)

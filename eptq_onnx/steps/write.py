@@ -119,7 +119,8 @@ class _Writer:
         if quantizer.spec.narrower_than_container and tensor == quantizer.name:
             limits = [b.constant(np.array(v, quantizer.spec.container), "limit") for v in (quantizer.spec.qmin, quantizer.spec.qmax)]
             q = b.add("Clip", [q, *limits], b.unique(f"{tensor}_clipped"))
-        target_name = tensor if tensor in self._view.outputs else b.unique(f"{tensor}_dequantized")
+        made = tensor in self._view.outputs and tensor not in self._view.inputs
+        target_name = tensor if made else b.unique(f"{tensor}_dequantized")
         b.add("DequantizeLinear", [q, scale, zero], target_name)
         self.read_as[tensor] = target_name
 
