@@ -38,7 +38,7 @@ from eptq_onnx.outputs import check_apart, model_outputs
 from eptq_onnx.readers import Source
 from eptq_onnx.readers import files_of as files_of_data
 from eptq_onnx.report import LayerReport, Report
-from eptq_onnx.runtime import custom_operators
+from eptq_onnx.runtime import Session, custom_operators, newest_readable
 from eptq_onnx.sample_notes import sample_notes
 from eptq_onnx.speed import measure
 from eptq_onnx.splits import Shares, share_out
@@ -246,7 +246,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         seconds=clock.seconds,
         peak_memory_bytes=peak_memory(),
     )
-    return Result(store.load_all(restored(quantized, origin.opset, origin.ir_version)), report)
+    return Result(store.load_all(_final(quantized, origin)), report)
 
 
 @dataclass(frozen=True)
@@ -325,6 +325,15 @@ def _prepared(
     name = str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name
     notes = [*sample_notes(arranged.samples), *_type_notes(original, config), *_opset_notes(original, whole), *arranged.notes, *left]
     return _Origin(name, opset_of(original), original.ir_version, store.model_bytes(original), notes), samples, whole, found
+
+
+def _final(quantized: ModelProto, origin: _Origin) -> ModelProto:
+    """The verified model in the opset and IR version of the original; onnxruntime loads it, if it reads that opset at all."""
+    newest = newest_readable()
+    result = restored(quantized, origin.opset, origin.ir_version, *newest)
+    if result is not quantized and opset_of(result) <= newest[0]:
+        Session(result, optimize=False)
+    return result
 
 
 def _affordable(config: Config, whole: ModelProto, model: ModelProto, plan: Plan, samples: Samples, notes: list[str]) -> Config:

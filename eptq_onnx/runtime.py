@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -292,7 +294,8 @@ class Session:
         """Run the model; returns the named outputs (all by default)."""
         names = list(outputs or self.outputs)
         try:
-            values = self._session.run(names, feeds)
+            # numpy makes scalars of sums of arrays without axes; onnxruntime does not take them.
+            values = self._session.run(names, {n: np.asarray(v) for n, v in feeds.items()})
         except Exception as e:
             raise ModelError(f"onnxruntime cannot run the model: {_one_line(e)}") from e
         return dict(zip(names, values, strict=True))
@@ -300,6 +303,26 @@ class Session:
     def end_profiling(self) -> Path:
         """Stop timing operators; returns the file with the times (Chrome trace events, as JSON)."""
         return Path(self._session.end_profiling())
+
+
+_LOADING_SECONDS = 600
+_LOADING = (
+    "import sys, onnxruntime as o; s = o.SessionOptions(); s.log_severity_level = 4; "
+    "o.InferenceSession(sys.argv[1], s, providers=['CPUExecutionProvider'])"
+)
+
+
+def survives(model: ModelProto) -> bool:
+    """False if a process ends, or does not end, because onnxruntime loads the model in it; an error is survived."""
+    with scratch.folder() as folder, _source(model) as source:
+        path = Path(source) if isinstance(source, str) else Path(folder) / "model.onnx"
+        if not isinstance(source, str):
+            path.write_bytes(source)
+        try:
+            done = subprocess.run([sys.executable, "-c", _LOADING, str(path)], capture_output=True, check=False, timeout=_LOADING_SECONDS)
+        except subprocess.TimeoutExpired:
+            return False
+    return done.returncode in (0, 1)
 
 
 def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, TypeProto]:

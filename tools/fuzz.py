@@ -37,6 +37,7 @@ from rich.text import Text
 
 from eptq_onnx import cli, runtime
 
+NEWER = "written in an opset that the runtime does not read"
 WRITTEN, REFUSED, REFUSED_DATA, REFUSED_UNSAFE = "written", "refused", "refused: calibration file", "refused: unsafe"
 NOTHING, QUANTIZED = "refused: nothing to quantize", "refused: quantized already"
 BAD = (
@@ -131,7 +132,11 @@ def run(found: Mutant, folder: Path, limits: Limits, extra: list[str]) -> Outcom
     calibrated = any(line == "calibrate" for line in said.splitlines())
     kind = _kind(code, said, result, places[1], temporary)
     if kind == WRITTEN and forked(lambda: _loads(result), limits, folder / "loaded"):
-        kind, said = "written but does not load", said + (folder / "loaded").read_text(encoding="utf-8", errors="replace")
+        newer = max(o.version for o in onnx.load(result).opset_import if not o.domain) > runtime.newest_readable()[0]
+        kind, said = (
+            NEWER if newer else "written but does not load",
+            said + (folder / "loaded").read_text(encoding="utf-8", errors="replace"),
+        )
     if kind == REFUSED:
         kind = _why(found, said)
     if kind == REFUSED and not forked(lambda: _runs(model, found.samples), limits, folder / "float"):
@@ -219,7 +224,7 @@ def main(
             outcome = run(found, Path(folder), Limits(limit, memory), extra)
         counts[outcome.kind] += 1
         calibrated += outcome.calibrated
-        label = f"seed {seed}, number {number}, {found.name} {' '.join(extra)}: {'; '.join(found.said)}"
+        label = f"seed {seed}, number {number}, {found.name} {' '.join(extra)}: {'; '.join(s[:120] for s in found.said)}"
         if outcome.kind in BAD:
             bad[outcome.kind].append(label)
             last = (outcome.said.strip().splitlines() or [""])[-1]

@@ -21,6 +21,9 @@ from eptq_onnx.engines.tape import Tape
 from eptq_onnx.engines.windows import Window, turned_convolution, weight_gradient
 from eptq_onnx.errors import GradientError
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.bodies import defined, node_reads, subgraphs
+from eptq_onnx.graph.canonical import rename
+from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.kernels import fits_blocks
 from eptq_onnx.graph.view import GraphView, attribute
 from eptq_onnx.graph.weights import light, with_weights
@@ -49,6 +52,8 @@ class OrtTrainingEngine:
     def differentiate(self, model: ModelProto, loss: str, wrt: Sequence[str]) -> GradientModel:
         """See `Engine.differentiate`."""
         blocked = ops.without_gradient(GraphView(model))
+        if any(n.name in blocked and subgraphs(n) for n in model.graph.node):
+            model = infer_shapes(model)
         reached, unreached = reachable(GraphView(model), loss, wrt, blocked)
         if not reached:
             return GradientModel(model, {}, unreached)
@@ -134,6 +139,14 @@ def _prepared(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
         # Nobody infers the type behind ATen.
         infos.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, view.shape(like)))
 
+    def stopped(name: str) -> str:
+        if view.is_constant(name) or not view.is_float(name):
+            return name
+        # A stop must not read a differentiated graph input directly: hence the Identity.
+        result = builder.add("ATen", [builder.add("Identity", [name])], domain=_ATEN, operator=_STOP)
+        described(result, name)
+        return result
+
     for node in view.nodes:
         if node.op_type == "QuantizeLinear":
             continue
@@ -144,20 +157,31 @@ def _prepared(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
             continue
         copy = NodeProto()
         copy.CopyFrom(node)
+        if node.name in blocked:
+            _stop_gradients(copy, stopped)
         for k, name in enumerate(copy.input):
-            if name and node.name in blocked and not view.is_constant(name) and view.is_float(name):
-                # A stop must not read a differentiated graph input directly: hence the Identity.
-                passed = builder.add("Identity", [name])
-                copy.input[k] = builder.add("ATen", [passed], domain=_ATEN, operator=_STOP)
-                described(copy.input[k], name)
-            elif name and name in copy.input[:k]:
+            if name and name in copy.input[:k]:
                 copy.input[k] = builder.add("Identity", [name])
         builder.nodes.append(copy)
+        for k, name in enumerate(copy.output):
+            if node.name in blocked and subgraphs(node) and name and view.is_float(name):
+                # The builder must not look at what reads tensors without having them as inputs.
+                copy.output[k] = builder.unique(f"{name}_made")
+                described(copy.output[k], name)
+                builder.add("ATen", [copy.output[k]], name, domain=_ATEN, operator=_STOP)
     result = edit.with_nodes(model, builder.nodes, builder.initializers)
     known = {v.name for v in result.graph.value_info}
     result.graph.value_info.extend(v for v in infos if v.name not in known)
     edit.import_domain(result, _ATEN)
     return result
+
+
+def _stop_gradients(node: NodeProto, stopped: Callable[[str], str]) -> None:
+    """Let a node read what no gradient passes, in place; the builder ends the process where a body reads what one does."""
+    names = {name: stopped(name) for name in dict.fromkeys(node_reads(node))}
+    for graph in subgraphs(node):
+        rename(graph, {name: new for name, new in names.items() if name not in defined(graph)})
+    node.input[:] = [names.get(name, name) for name in node.input]
 
 
 def _replace_kernels(model: ModelProto) -> None:

@@ -47,7 +47,7 @@ def separate_names(model: ModelProto) -> None:
     own = [name for name in defined(model.graph) if name not in interface]
     names = _fresh([name for name in own if _is_reserved(name, taken)], taken)
     if names:
-        _rename(model.graph, names)
+        rename(model.graph, names)
     _separate(model.graph, set(), taken)
 
 
@@ -58,7 +58,7 @@ def _is_reserved(name: str, taken: set[str]) -> bool:
 def _separate(graph: GraphProto, around: set[str], taken: set[str]) -> None:
     names = _fresh([name for name in defined(graph) if name in around or _is_reserved(name, taken)], taken)
     if names:
-        _rename(graph, names)
+        rename(graph, names)
     visible = around | set(defined(graph))
     for node in graph.node:
         for inner in subgraphs(node):
@@ -77,7 +77,7 @@ def _fresh(names: Iterable[str], taken: set[str]) -> dict[str, str]:
     return found
 
 
-def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
+def rename(graph: GraphProto, names: Mapping[str, str]) -> None:
     """Rename tensors of a graph, in place, also where the bodies inside it read them."""
     for item in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         item.name = names.get(item.name, item.name)
@@ -88,7 +88,7 @@ def _rename(graph: GraphProto, names: Mapping[str, str]) -> None:
         node.output[:] = [names.get(o, o) for o in node.output]
         for inner in subgraphs(node):
             own = set(defined(inner))
-            _rename(inner, {old: new for old, new in names.items() if old not in own})
+            rename(inner, {old: new for old, new in names.items() if old not in own})
 
 
 def _name_graphs(graph: GraphProto) -> None:

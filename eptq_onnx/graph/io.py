@@ -19,6 +19,7 @@ from eptq_onnx.graph.check import check as check_declared
 from eptq_onnx.graph.check import fault, labelled_tensors, read_names
 from eptq_onnx.graph.external import OutsideError, place_of, with_values, write_external
 from eptq_onnx.graph.repair import repair
+from eptq_onnx.graph.sound import make_sound
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.outputs import Replacement, data_file, write_atomically
 from eptq_onnx.runtime import PROTOBUF_LIMIT
@@ -71,6 +72,7 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None 
     if folder is not None and _is_large(proto):
         proto = weights.stored(proto, folder)
     repair(proto, name)
+    make_sound(proto, name)
     make_canonical(proto)
     _check(proto, name)
     _densify(proto)

@@ -45,8 +45,17 @@ def within(model: ModelProto, least: int, newest: int, newest_ir: int) -> ModelP
     return model
 
 
-def restored(model: ModelProto, opset: int, ir_version: int) -> ModelProto:
+def restored(model: ModelProto, opset: int, ir_version: int, newest: int, newest_ir: int) -> ModelProto:
     """The model in at least this opset and IR version; itself if it is.
+
+    A newer IR version alone stays away where the runtime does not read it: the model needs nothing that came with it.
+
+    Parameters
+    ----------
+    model : ModelProto
+    opset, ir_version : int
+    newest, newest_ir : int
+        Highest default-domain opset and IR version of quantized models that the runtime reads.
 
     Raises
     ------
@@ -55,6 +64,8 @@ def restored(model: ModelProto, opset: int, ir_version: int) -> ModelProto:
     """
     if opset_of(model) < opset:
         model = converted(model, opset)
+    if opset_of(model) <= newest:
+        ir_version = min(ir_version, newest_ir)
     if model.ir_version < ir_version:
         model = edit.with_nodes(model, model.graph.node)
         model.ir_version = ir_version

@@ -71,7 +71,7 @@ def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[s
     Raises
     ------
     ModelError
-        If there is nothing to quantize, or a weight has NaN or Inf.
+        If there is nothing to quantize.
     """
     draft = _Draft(GraphView(model), target, sensitive=sensitive or {})
     _absorb(draft)
@@ -145,6 +145,10 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
             return "its weight is a vector"
         if spec.bias is not None and len(node.input) > spec.bias and node.input[spec.bias] and not view.is_constant(node.input[spec.bias]):
             return "its bias is computed at run time"
+        constants = [weight, *([node.input[spec.bias]] if spec.bias is not None and len(node.input) > spec.bias else [])]
+        infinite = [c for c in constants if c and view.is_float(c) and not view.is_finite(c)]
+        if infinite:
+            return f"its weight {infinite[0]} has NaN or Inf"
     elif spec.role is Role.LAYER and spec.weight not in (spec.data or ()):
         return "its weight is computed at run time"
     if not all(view.is_float(d) for d in (*data, *node.output)):
@@ -229,9 +233,6 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
             taken.add(bias)
         edge, depthwise = weight in edges, weight not in dense
         bits = config.edge_bits if edge else config.weight_bits
-        for constant in (weight, *([bias] if has_bias and bias else [])):
-            if not view.is_finite(constant):
-                raise ModelError(f"the weight {constant} of {node.name} has NaN or Inf: no scale can hold it.")
         layers.append(
             Layer(
                 node=node.name,

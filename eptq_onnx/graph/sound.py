@@ -1,0 +1,78 @@
+"""Damaged models: told apart from sound ones before anything else reads them, and mended where onnxruntime does not mind the damage.
+
+Libraries do not survive everything: onnxruntime 1.19 ends the process on a Conv whose weight has an axis too few or whose strides
+are 0. What onnx's strict inference objects to is therefore loaded by a process of its own first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+from onnx import GraphProto, ModelProto
+
+from eptq_onnx import runtime
+from eptq_onnx.errors import ModelError
+from eptq_onnx.graph.bodies import all_nodes, subgraphs
+from eptq_onnx.graph.view import opset_of
+from eptq_onnx.graph.weights import light
+
+
+def make_sound(model: ModelProto, name: str) -> None:
+    """Refuse what onnxruntime does not load, and remove, in place, what it does not look at and others stumble over.
+
+    Parameters
+    ----------
+    model : ModelProto
+    name : str
+        To call it in messages.
+
+    Raises
+    ------
+    ModelError
+        If onnxruntime reads models of this opset and IR version, but refuses this one; or if it crashes.
+    """
+    for node in all_nodes(model.graph):
+        for attribute in node.attribute:
+            # Outside functions there is nothing to refer to.
+            attribute.ClearField("ref_attr_name")
+    if _objection(model) is not None:
+        bare = _without_shapes(light(model)[0])
+        if _objection(bare) is None:
+            _without_shapes(model)
+        if not runtime.survives(model):
+            raise ModelError(f"{name} is not valid ONNX, and onnxruntime crashes on it: {_objection(model) or _objection(bare)}")
+    opset, ir_version = runtime.newest_readable()
+    if opset_of(model) > opset or model.ir_version > ir_version:
+        return
+    try:
+        runtime.Session(model, optimize=False)
+    except ModelError as e:
+        raise ModelError(f"{name}: {e}") from e
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    yield graph
+    for node in graph.node:
+        for inner in subgraphs(node):
+            yield from _graphs(inner)
+
+
+def _objection(model: ModelProto) -> str | None:
+    """What onnx's strict inference says against a model."""
+    try:
+        onnx.shape_inference.infer_shapes(light(model)[0], check_type=True, strict_mode=True)
+    except Exception as e:
+        # Bare C++ exceptions of several kinds.
+        return " ".join(str(e).split())[:300]
+    return None
+
+
+def _without_shapes(model: ModelProto) -> ModelProto:
+    """The model, changed, without the shapes that are declared of what nodes make; the scalars that Loop is given keep theirs."""
+    for graph in _graphs(model.graph):
+        inputs = () if graph is model.graph else graph.input
+        for tensor in (i.type.tensor_type for i in (*graph.output, *graph.value_info, *inputs) if i.type.HasField("tensor_type")):
+            if len(tensor.shape.dim):
+                tensor.ClearField("shape")
+    return model
