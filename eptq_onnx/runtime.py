@@ -30,6 +30,9 @@ PROTOBUF_LIMIT = 2**31 - 2**20
 LAYOUT_DOMAIN = "com.microsoft.nchwc"
 """Operators that compute on blocks of channels."""
 
+NO_KERNEL = "NOT_IMPLEMENTED"
+"""In onnxruntime's message where it has no kernel for an operator and type."""
+
 _OLDEST_OPSET, _OLDEST_IR = 19, 9
 """What every supported onnxruntime reads."""
 
