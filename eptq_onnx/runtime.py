@@ -34,6 +34,9 @@ LAYOUT_DOMAIN = "com.microsoft.nchwc"
 OWN_DOMAINS = frozenset(("", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "com.microsoft", LAYOUT_DOMAIN))
 """Domains of the operators that onnxruntime has; all others are custom."""
 
+NO_KERNEL = "NOT_IMPLEMENTED"
+"""In onnxruntime's message where it has no kernel for an operator and type."""
+
 _OLDEST_OPSET, _OLDEST_IR = 19, 9
 """What every supported onnxruntime reads."""
 
