@@ -251,7 +251,7 @@ class Session:
         names = list(outputs or self.outputs)
         try:
             # numpy makes scalars of sums of arrays without axes; onnxruntime does not take them.
-            values = self._session.run(names, {n: np.asarray(v) if isinstance(v, np.generic) else v for n, v in feeds.items()})
+            values = self._session.run(names, {n: np.asarray(v) if np.isscalar(v) else v for n, v in feeds.items()})
         except Exception as e:
             raise ModelError(f"onnxruntime cannot run the model: {_one_line(e)}") from e
         return dict(zip(names, values, strict=True))

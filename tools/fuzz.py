@@ -29,7 +29,8 @@ from typing import Annotated, NoReturn
 import numpy as np
 import onnx
 import typer
-from mutants import Mutant, mutant
+from mutant_bases import Mutant
+from mutants import mutant
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -88,7 +89,7 @@ def _child(act: Callable[[], int], limits: Limits, output: Path) -> NoReturn:
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for number in (1, 2):
             os.dup2(handle, number)
-        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
         faulthandler.enable(all_threads=False)
         signal.alarm(limits.seconds)
         used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
@@ -133,7 +134,10 @@ def run(found: Mutant, folder: Path, limits: Limits, extra: list[str]) -> Outcom
     kind = _kind(code, said, result, places[1], temporary)
     if kind == WRITTEN and forked(lambda: _loads(result), limits, folder / "loaded"):
         newer = max(o.version for o in onnx.load(result).opset_import if not o.domain) > runtime.newest_readable()[0]
-        kind, said = NEWER if newer else "written but does not load", said + (folder / "loaded").read_text(encoding="utf-8", errors="replace")
+        kind, said = (
+            NEWER if newer else "written but does not load",
+            said + (folder / "loaded").read_text(encoding="utf-8", errors="replace"),
+        )
     if kind == REFUSED:
         kind = _why(found, said)
     if kind == REFUSED and not forked(lambda: _runs(model, found.samples), limits, folder / "float"):
@@ -236,7 +240,9 @@ def main(
         table.add_row(kind, str(n), style="red" if kind in BAD else "")
     total = sum(counts.values())
     console.print(table)
-    console.print(f"{total} mutants of seed {seed} in {time.monotonic() - began:.0f} s; {calibrated / max(total, 1):.0%} reached calibration")
+    console.print(
+        f"{total} mutants of seed {seed} in {time.monotonic() - began:.0f} s; {calibrated / max(total, 1):.0%} reached calibration"
+    )
     if bad:
         raise typer.Exit(1)
 
