@@ -29,7 +29,8 @@ from typing import Annotated, NoReturn
 import numpy as np
 import onnx
 import typer
-from mutants import Mutant, mutant
+from mutant_bases import Mutant
+from mutants import mutant
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -88,7 +89,7 @@ def _child(act: Callable[[], int], limits: Limits, output: Path) -> NoReturn:
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for number in (1, 2):
             os.dup2(handle, number)
-        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115  # the process's own
+        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
         faulthandler.enable(all_threads=False)
         signal.alarm(limits.seconds)
         used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()

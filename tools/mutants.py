@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from mutant_bases import Mutant, Rng, base, messages, pick
+from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
-_SHIPPED = Path(__file__).resolve().parent.parent / "models"
-_SAMPLES = 6
 _TYPES = (0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 16, 17, 21, 22, 23, 99, -1)
 _EXTREME_INTS = (0, 1, -1, 2, 3, 7, 2**31 - 1, -(2**31), 2**31, 2**32, 2**62, -(2**63), 2**63 - 1)
 _EXTREME_FLOATS = (0.0, -1.0, 1e-30, 1e30, 3e38, float("inf"), float("-inf"), float("nan"))
@@ -45,55 +40,10 @@ _OPERATORS = (
 )
 
 
-@dataclass
-class Mutant:
-    """A model with its samples, as they come to be written.
-
-    Parameters
-    ----------
-    name : str
-        Of the base.
-    model : ModelProto
-    samples : dict of str to ndarray
-    said : list of str
-        The mutations.
-    model_bytes : bytes, optional
-        In place of ``model``, if its bytes were changed.
-    data_bytes : bytes, optional
-        In place of ``samples``.
-    beside : dict of str to bytes
-        Files beside the model.
-    """
-
-    name: str
-    model: ModelProto
-    samples: dict[str, NDArray[Any]]
-    said: list[str] = field(default_factory=list)
-    model_bytes: bytes | None = None
-    data_bytes: bytes | None = None
-    beside: dict[str, bytes] = field(default_factory=dict)
-    in_data: bool = False
-
-    def write(self, folder: Path) -> tuple[Path, Path]:
-        """Write the files; returns the paths of model and samples."""
-        model, data = folder / "model.onnx", folder / "samples.npz"
-        model.write_bytes(self.model_bytes if self.model_bytes is not None else self.model.SerializeToString())
-        if self.data_bytes is None:
-            np.savez(data, **self.samples)  # type: ignore[arg-type]
-        else:
-            data.write_bytes(self.data_bytes)
-        for name, content in self.beside.items():
-            (folder / name).write_bytes(content)
-        return model, data
-
-
-Rng = np.random.Generator
-
-
 def mutant(seed: int, number: int) -> Mutant:
     """The mutant of a seed and a number."""
     rng = np.random.default_rng([seed, number])
-    result = _base(rng)
+    result = base(rng)
     names = list(_MUTATIONS)
     weights = np.array([weight for _, weight in _MUTATIONS.values()], float)
     for _ in range(int(rng.choice([1, 2, 3], p=[0.75, 0.2, 0.05]))):
@@ -105,98 +55,12 @@ def mutant(seed: int, number: int) -> Mutant:
     return result
 
 
-# ---- bases -----------------------------------------------------------------------------------------------------------
-def _base(rng: Rng) -> Mutant:
-    names = [*_TINY, "digits_resnet", "digits_mobile", "shapes_detector", "shapes_segmenter"]
-    shares = np.array([1.0] * len(_TINY) + [0.1, 0.1, 0.03, 0.03])
-    name = str(rng.choice(names, p=shares / shares.sum()))
-    if name in _TINY:
-        model = onnx.parser.parse_model(f'<ir_version: {rng.integers(7, 10)}, opset_import: ["" : {rng.integers(13, 20)}]>\n{_TINY[name]}')
-        _fill(model, rng)
-        samples = _samples(model, rng)
-    else:
-        content, samples = _shipped(name)
-        model, samples = onnx.load_model_from_string(content), dict(samples)
-    return Mutant(name, model, samples)
-
-
-@cache
-def _shipped(name: str) -> tuple[bytes, dict[str, NDArray[Any]]]:
-    calibration = "digits_calib.npz" if name.startswith("digits") else "shapes_calib.npz"
-    with np.load(_SHIPPED / calibration) as arrays:
-        few = {n: arrays[n][: _SAMPLES if name.startswith("digits") else 2] for n in arrays.files}
-    return (_SHIPPED / f"{name}.onnx").read_bytes(), few
-
-
-_TINY = {
-    "gemm": """g (float[N,6] x) => (float[N,4] y) <float[6,8] w, float[8] b, float[4,8] v, float[4] c>
-        { h = Gemm (x, w, b) r = Relu (h) y = Gemm <transB = 1> (r, v, c) }""",
-    "matmul": """g (float[N,3,6] x) => (float[N,3,6] y) <float[6,6] w, float[6] b, float[6] s, float[6] o, float[6,6] v>
-        { m = MatMul (x, w) h = Add (m, b) t = Tanh (h) z = MatMul (t, v) k = Add (z, x) a = Mul (k, s) y = Add (a, o) }""",
-    "conv2d": """g (float[N,2,6,6] x) => (float[N,3] y) <float[4,2,3,3] w, float[4] b, float[4] s, float[4] o, float[4] m, float[4] v,
-        float[4,1,3,3] d, float[3,4] f> { c = Conv <pads = [1,1,1,1]> (x, w, b) n = BatchNormalization (c, s, o, m, v) r = Relu (n)
-        e = Conv <group = 4, pads = [1,1,1,1]> (r, d) k = Add (e, r) p = GlobalAveragePool (k) q = Flatten (p)
-        y = Gemm <transB = 1> (q, f) }""",
-    "conv1d": """g (float[N,2,8] x) => (float[N,3,4] y) <float[4,2,3] w, float[4] b, float[4,4,3] v, float[3,8,2] u>
-        { c = Conv <pads = [1,1]> (x, w, b) a = Relu (c) d = Conv <pads = [1,1]> (a, v) k = Add (d, a) j = Concat <axis = 1> (k, a)
-        y = Conv <strides = [2]> (j, u) }""",
-    "if": """g (float[N,4] x) => (float[N,4] y) <float[4,4] w, float[4,4] v, float zero>
-        { h = MatMul (x, w) s = ReduceMean <keepdims = 0> (x) p = Greater (s, zero)
-        z = If (p) <then_branch = t () => (float[N,4] a) { a = Relu (h) }, else_branch = e () => (float[N,4] b) { b = MatMul (h, w) }>
-        y = MatMul (z, v) }""",
-    "loop": """g (float[N,4] x) => (float[N,4] y) <float[4,4] w, float[4,4] v, int64 count = {2}, bool yes = {1}>
-        { h = MatMul (x, w) r = Relu (h)
-        z = Loop (count, yes, r) <body = l (int64 i, bool c, float[N,4] s) => (bool d, float[N,4] t) { d = Identity (c) t = Tanh (s) }>
-        y = MatMul (z, v) }""",
-    "embeddings": """g (int64[N,5] ids) => (float[N,5,3] y) <float[7,4] table, float[4] s, float[4] o, float[4,4] w, float[4,3] v>
-        { e = Gather (table, ids) n = Mul (e, s) l = Add (n, o) q = MatMul (l, w) t = Transpose <perm = [0,2,1]> (l)
-        a = MatMul (q, t) p = Softmax <axis = -1> (a) z = MatMul (p, l) k = Add (z, l) y = MatMul (k, v) }""",
-}
-
-
-def _fill(model: ModelProto, rng: Rng) -> None:
-    """Values for the constants that are declared without."""
-    for info in model.graph.value_info:
-        shape = tuple(d.dim_value for d in info.type.tensor_type.shape.dim)
-        model.graph.initializer.append(numpy_helper.from_array(_value(info.name, shape, rng), info.name))
-    del model.graph.value_info[:]
-
-
-def _value(name: str, shape: tuple[int, ...], rng: Rng) -> NDArray[np.float32]:
-    value = rng.normal(0, 0.6, shape).astype(np.float32)
-    return np.abs(value) + np.float32(0.3) if name in ("v", "s") and len(shape) == 1 else np.asarray(value)
-
-
-def _samples(model: ModelProto, rng: Rng) -> dict[str, NDArray[Any]]:
-    constants = {t.name for t in model.graph.initializer}
-    result: dict[str, NDArray[Any]] = {}
-    for info in (i for i in model.graph.input if i.name not in constants):
-        shape = (_SAMPLES, *[d.dim_value for d in info.type.tensor_type.shape.dim][1:])
-        whole = info.type.tensor_type.elem_type == TensorProto.INT64
-        result[info.name] = rng.integers(0, 7, shape) if whole else rng.normal(size=shape).astype(np.float32)
-    return result
-
-
 # ---- mutations of the model ------------------------------------------------------------------------------------------
-def _pick(rng: Rng, items: Any) -> Any:
-    return items[int(rng.integers(len(items)))]
-
-
-def _messages(message: Message, path: str = "") -> Iterator[tuple[str, Message]]:
-    """All messages in a message, itself included."""
-    yield path, message
-    for what, value in message.ListFields():
-        if what.type == FieldDescriptor.TYPE_MESSAGE:
-            repeated = not isinstance(value, Message)
-            for k, inner in enumerate(value if repeated else [value]):
-                yield from _messages(inner, f"{path}.{what.name}" + (f"[{k}]" if repeated else ""))
-
-
 def _any_field(m: Mutant, rng: Rng) -> str:
     """Set, clear, double, or take from elsewhere any field of any message."""
-    found = list(_messages(m.model))
-    path, message = _pick(rng, found)
-    what: Any = _pick(rng, list(message.DESCRIPTOR.fields))
+    found = list(messages(m.model))
+    path, message = pick(rng, found)
+    what: Any = pick(rng, list(message.DESCRIPTOR.fields))
     where = f"{path}.{what.name}"
     held = getattr(message, what.name)
     repeated = not isinstance(held, (Message, str, bytes, int, float))
@@ -205,7 +69,7 @@ def _any_field(m: Mutant, rng: Rng) -> str:
         return f"{where} cleared"
     if what.type == FieldDescriptor.TYPE_MESSAGE:
         others = [x for _, x in found if x.DESCRIPTOR is what.message_type]
-        content = _pick(rng, others).SerializeToString() if others else b""
+        content = pick(rng, others).SerializeToString() if others else b""
         target = held.add() if repeated else held
         target.ParseFromString(content)
         return f"{where} from elsewhere"
@@ -225,39 +89,39 @@ def _scalar(what: Any, m: Mutant, rng: Rng) -> Any:
     if what.type == FieldDescriptor.TYPE_BYTES:
         return bytes(rng.integers(0, 256, int(rng.integers(0, 40)), np.uint8))
     if what.type == FieldDescriptor.TYPE_ENUM:
-        return int(_pick(rng, what.enum_type.values).number)
+        return int(pick(rng, what.enum_type.values).number)
     if what.type in (FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_DOUBLE):
-        return _pick(rng, _EXTREME_FLOATS)
+        return pick(rng, _EXTREME_FLOATS)
     low, high = {FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1), FieldDescriptor.TYPE_UINT64: (0, 2**64 - 1)}.get(
         what.type, (-(2**63), 2**63 - 1)
     )
-    return min(max(int(_pick(rng, _EXTREME_INTS)), low), high)
+    return min(max(int(pick(rng, _EXTREME_INTS)), low), high)
 
 
 def _name(m: Mutant, rng: Rng) -> str:
     names = [n for node in m.model.graph.node for n in (*node.input, *node.output)]
-    return str(_pick(rng, names if names and rng.random() < 0.5 else _STRINGS))
+    return str(pick(rng, names if names and rng.random() < 0.5 else _STRINGS))
 
 
 def _tensors(m: Mutant) -> list[TensorProto]:
-    return [x for _, x in _messages(m.model) if isinstance(x, TensorProto)]
+    return [x for _, x in messages(m.model) if isinstance(x, TensorProto)]
 
 
 def _infos(m: Mutant) -> list[Any]:
-    return [x for _, x in _messages(m.model) if isinstance(x, onnx.ValueInfoProto)]
+    return [x for _, x in messages(m.model) if isinstance(x, onnx.ValueInfoProto)]
 
 
 def _nodes(m: Mutant) -> list[Any]:
-    return [x for _, x in _messages(m.model) if isinstance(x, onnx.NodeProto)]
+    return [x for _, x in messages(m.model) if isinstance(x, onnx.NodeProto)]
 
 
 def _type(m: Mutant, rng: Rng) -> str:
-    value = int(_pick(rng, _TYPES))
+    value = int(pick(rng, _TYPES))
     if rng.random() < 0.5 and (tensors := _tensors(m)):
-        tensor = _pick(rng, tensors)
+        tensor = pick(rng, tensors)
         tensor.data_type = value
         return f"tensor {tensor.name} has type {value}"
-    info = _pick(rng, _infos(m) or [onnx.ValueInfoProto()])
+    info = pick(rng, _infos(m) or [onnx.ValueInfoProto()])
     if rng.random() < 0.2:
         info.ClearField("type")
         return f"{info.name} has no type"
@@ -269,21 +133,21 @@ def _shape(m: Mutant, rng: Rng) -> str:
     infos = _infos(m)
     if not infos:
         return "nothing"
-    info = _pick(rng, infos)
+    info = pick(rng, infos)
     shape = info.type.tensor_type.shape
     how = int(rng.integers(5))
     if how == 0:
         info.type.tensor_type.ClearField("shape")
     elif how == 1:
-        shape.dim.add().dim_value = int(_pick(rng, _EXTREME_INTS))
+        shape.dim.add().dim_value = int(pick(rng, _EXTREME_INTS))
     elif how == 2 and len(shape.dim):
         del shape.dim[int(rng.integers(len(shape.dim)))]
     elif len(shape.dim):
-        dim = _pick(rng, shape.dim)
+        dim = pick(rng, shape.dim)
         if how == 3:
-            dim.dim_param = str(_pick(rng, _STRINGS))
+            dim.dim_param = str(pick(rng, _STRINGS))
         else:
-            dim.dim_value = int(_pick(rng, _EXTREME_INTS))
+            dim.dim_value = int(pick(rng, _EXTREME_INTS))
     return f"{info.name} has shape {str([d.dim_param or d.dim_value for d in shape.dim])[:100]}"
 
 
@@ -291,14 +155,14 @@ def _dims(m: Mutant, rng: Rng) -> str:
     tensors = [t for t in _tensors(m) if len(t.dims)]
     if not tensors:
         return "nothing"
-    tensor = _pick(rng, tensors)
+    tensor = pick(rng, tensors)
     how, k = int(rng.integers(4)), int(rng.integers(len(tensor.dims)))
     if how == 0:
-        tensor.dims[k] = int(_pick(rng, _EXTREME_INTS))
+        tensor.dims[k] = int(pick(rng, _EXTREME_INTS))
     elif how == 1:
         del tensor.dims[k]
     elif how == 2:
-        tensor.dims.insert(k, int(_pick(rng, (1, 2, 0, -1))))
+        tensor.dims.insert(k, int(pick(rng, (1, 2, 0, -1))))
     else:
         turned = list(tensor.dims)[::-1]
         del tensor.dims[:]
@@ -311,9 +175,9 @@ def _values(m: Mutant, rng: Rng) -> str:
     tensors = [t for t in m.model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.raw_data) >= 4]
     if not tensors:
         return "nothing"
-    tensor = _pick(rng, tensors)
+    tensor = pick(rng, tensors)
     value = np.frombuffer(tensor.raw_data[: len(tensor.raw_data) // 4 * 4], np.float32).copy()
-    how = float(_pick(rng, (*_EXTREME_FLOATS, 1e20, 1e-20, 1e-42)))
+    how = float(pick(rng, (*_EXTREME_FLOATS, 1e20, 1e-20, 1e-42)))
     if rng.random() < 0.5:
         value[int(rng.integers(len(value)))] = how
     elif rng.random() < 0.5:
@@ -329,7 +193,7 @@ def _raw(m: Mutant, rng: Rng) -> str:
     tensors = [t for t in _tensors(m) if t.HasField("raw_data")]
     if not tensors:
         return "nothing"
-    tensor = _pick(rng, tensors)
+    tensor = pick(rng, tensors)
     data = bytearray(tensor.raw_data)
     how = int(rng.integers(3))
     if how == 0 and data:
@@ -343,13 +207,13 @@ def _raw(m: Mutant, rng: Rng) -> str:
 
 
 def _rename(m: Mutant, rng: Rng) -> str:
-    node = _pick(rng, _nodes(m) or [onnx.NodeProto()])
+    node = pick(rng, _nodes(m) or [onnx.NodeProto()])
     places = [(node.input, k) for k in range(len(node.input))] + [(node.output, k) for k in range(len(node.output))]
     new = _name(m, rng)
     if not places or rng.random() < 0.3:
         old, node.name = node.name, new
         return f"node {old!r} is {new[:40]!r}"
-    names, k = _pick(rng, places)
+    names, k = pick(rng, places)
     old, names[k] = names[k], new
     return f"tensor {old!r} of {node.op_type} is {new[:40]!r}"
 
@@ -357,8 +221,8 @@ def _rename(m: Mutant, rng: Rng) -> str:
 def _everywhere(m: Mutant, rng: Rng) -> str:
     """Another name for a tensor, wherever it is named: valid."""
     old = _name(m, rng)
-    new = str(_pick(rng, ("a b", "名前", "[/red]", "n" * 2000, "x_quantized", "y/DequantizeLinear", "loss", "w_bn", "\x1b[0m")))
-    for _, message in _messages(m.model):
+    new = str(pick(rng, ("a b", "名前", "[/red]", "n" * 2000, "x_quantized", "y/DequantizeLinear", "loss", "w_bn", "\x1b[0m")))
+    for _, message in messages(m.model):
         for what, value in message.ListFields():
             if what.type == FieldDescriptor.TYPE_STRING and what.name in ("input", "output", "name"):
                 if isinstance(value, str):
@@ -371,33 +235,33 @@ def _everywhere(m: Mutant, rng: Rng) -> str:
 
 
 def _operator(m: Mutant, rng: Rng) -> str:
-    node = _pick(rng, _nodes(m) or [onnx.NodeProto()])
+    node = pick(rng, _nodes(m) or [onnx.NodeProto()])
     old = node.op_type
     if rng.random() < 0.2:
-        node.domain = str(_pick(rng, ("com.microsoft", "ai.onnx", "ai.onnx.ml", "no.such.domain")))
+        node.domain = str(pick(rng, ("com.microsoft", "ai.onnx", "ai.onnx.ml", "no.such.domain")))
     else:
-        node.op_type = str(_pick(rng, _OPERATORS))
+        node.op_type = str(pick(rng, _OPERATORS))
     return f"{old} is {node.domain}:{node.op_type}"
 
 
 def _attribute(m: Mutant, rng: Rng) -> str:
     nodes = [n for n in _nodes(m) if len(n.attribute)]
     if not nodes or rng.random() < 0.2:
-        node = _pick(rng, _nodes(m) or [onnx.NodeProto()])
+        node = pick(rng, _nodes(m) or [onnx.NodeProto()])
         name = str(
-            _pick(rng, ("axis", "alpha", "group", "pads", "transA", "keepdims", "strides", "auto_pad", "to", "dilations", "kernel_shape"))
+            pick(rng, ("axis", "alpha", "group", "pads", "transA", "keepdims", "strides", "auto_pad", "to", "dilations", "kernel_shape"))
         )
         node.attribute.append(
-            helper.make_attribute(name, _pick(rng, (0, 1, -1, 2, 0.5, [1, 1], [2, 2, 2, 2], "SAME_UPPER", "VALID", 2**40)))
+            helper.make_attribute(name, pick(rng, (0, 1, -1, 2, 0.5, [1, 1], [2, 2, 2, 2], "SAME_UPPER", "VALID", 2**40)))
         )
         return f"{node.op_type} has {name}"
-    node = _pick(rng, nodes)
-    item = _pick(rng, node.attribute)
+    node = pick(rng, nodes)
+    item = pick(rng, node.attribute)
     small = [0, 1, 2, -1, -2, 5, *_EXTREME_INTS]
     if item.type == onnx.AttributeProto.INTS and len(item.ints) and rng.random() < 0.7:
-        item.ints[int(rng.integers(len(item.ints)))] = int(_pick(rng, small))
+        item.ints[int(rng.integers(len(item.ints)))] = int(pick(rng, small))
     elif item.type == onnx.AttributeProto.INT and rng.random() < 0.7:
-        item.i = int(_pick(rng, small))
+        item.i = int(pick(rng, small))
     elif rng.random() < 0.5:
         item.type = int(rng.integers(0, 15))
     else:
@@ -408,7 +272,7 @@ def _attribute(m: Mutant, rng: Rng) -> str:
 def _wiring(m: Mutant, rng: Rng) -> str:
     """Nodes and other entries left out, doubled, moved, or nested."""
     graph = m.model.graph
-    entries = _pick(rng, (graph.node, graph.node, graph.initializer, graph.input, graph.output, graph.value_info))
+    entries = pick(rng, (graph.node, graph.node, graph.initializer, graph.input, graph.output, graph.value_info))
     if not len(entries):
         return "nothing"
     k, how = int(rng.integers(len(entries))), int(rng.integers(4))
@@ -431,7 +295,7 @@ def _wiring(m: Mutant, rng: Rng) -> str:
 
 def _nested(m: Mutant, rng: Rng) -> str:
     """An If in an If, many times."""
-    depth = int(_pick(rng, (2, 5, 20, 28)))
+    depth = int(pick(rng, (2, 5, 20, 28)))
     source, sink = m.model.graph.input[0].name if m.model.graph.input else "x", "deep"
     body = helper.make_graph([helper.make_node("Identity", [source], ["deepest"])], "b", [], [onnx.ValueInfoProto(name="deepest")])
     for k in range(depth):
@@ -446,13 +310,13 @@ def _nested(m: Mutant, rng: Rng) -> str:
 
 def _versions(m: Mutant, rng: Rng) -> str:
     if rng.random() < 0.4:
-        m.model.ir_version = int(_pick(rng, (0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 12, 13, 14, 99, -1, 2**40)))
+        m.model.ir_version = int(pick(rng, (0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 12, 13, 14, 99, -1, 2**40)))
         return f"IR {m.model.ir_version}"
-    opset = _pick(rng, m.model.opset_import) if len(m.model.opset_import) and rng.random() < 0.8 else m.model.opset_import.add()
+    opset = pick(rng, m.model.opset_import) if len(m.model.opset_import) and rng.random() < 0.8 else m.model.opset_import.add()
     if rng.random() < 0.2:
-        opset.domain = str(_pick(rng, ("ai.onnx", "com.microsoft", "ai.onnx.ml", "no.such.domain", "")))
+        opset.domain = str(pick(rng, ("ai.onnx", "com.microsoft", "ai.onnx.ml", "no.such.domain", "")))
     else:
-        opset.version = int(_pick(rng, (0, 1, 5, 7, 8, 9, 10, 11, 12, 13, 15, 18, 19, 20, 21, 22, 23, 24, 25, 30, 99, -1, 2**40)))
+        opset.version = int(pick(rng, (0, 1, 5, 7, 8, 9, 10, 11, 12, 13, 15, 18, 19, 20, 21, 22, 23, 24, 25, 30, 99, -1, 2**40)))
     return f"opset {opset.domain}:{opset.version}"
 
 
@@ -465,7 +329,7 @@ def _bytes(m: Mutant, rng: Rng) -> str:
 def _damaged(content: bytes, rng: Rng) -> bytes:
     data = bytearray(content)
     how = int(rng.integers(6))
-    for _ in range(int(_pick(rng, (1, 1, 2, 8)))):
+    for _ in range(int(pick(rng, (1, 1, 2, 8)))):
         at = int(rng.integers(max(1, len(data))))
         if how == 0:
             del data[at:]
@@ -485,10 +349,10 @@ def _external(m: Mutant, rng: Rng) -> str:
         data += tensor.raw_data
         tensor.ClearField("raw_data")
     if tensors and rng.random() < 0.7:
-        tensor = _pick(rng, tensors)
-        entry = _pick(rng, tensor.external_data)
+        tensor = pick(rng, tensors)
+        entry = pick(rng, tensor.external_data)
         new = {"location": ("../model.data", "/etc/passwd", "", "none.data", ".", "a/../model.data", "model.data/", "sub/../../model.data")}
-        entry.value = str(_pick(rng, new.get(entry.key, ("-1", "x", "", "0", "1", "99999999999999999999", "7"))))
+        entry.value = str(pick(rng, new.get(entry.key, ("-1", "x", "", "0", "1", "99999999999999999999", "7"))))
         said = f"{entry.key} of {tensor.name} is {entry.value!r}"
     m.beside["model.data"] = bytes(data)
     return said
@@ -514,11 +378,11 @@ def _zipped(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> byte
 
 def _data_values(m: Mutant, rng: Rng) -> str:
     m.in_data = True
-    name = _pick(rng, list(m.samples))
+    name = pick(rng, list(m.samples))
     value = m.samples[name]
     how = int(rng.integers(8))
     if how == 0:
-        value = value.astype(_pick(rng, (np.float64, np.float16, np.int8, np.int64, np.bool_, np.complex64, "S4", "U2", "datetime64[s]")))
+        value = value.astype(pick(rng, (np.float64, np.float16, np.int8, np.int64, np.bool_, np.complex64, "S4", "U2", "datetime64[s]")))
     elif how == 1:
         value = value[: int(rng.integers(0, 2))]
     elif how == 2:
@@ -529,9 +393,9 @@ def _data_values(m: Mutant, rng: Rng) -> str:
         value = np.array([v for v in value] + [None], dtype=object)
     elif how == 5 and value.dtype.kind == "f":
         value = value.copy()
-        value.reshape(-1)[0] = _pick(rng, _EXTREME_FLOATS)
+        value.reshape(-1)[0] = pick(rng, _EXTREME_FLOATS)
     elif how == 6:
-        value = np.zeros_like(value) + value.dtype.type(_pick(rng, (0, 1, 5, 100)))
+        value = np.zeros_like(value) + value.dtype.type(pick(rng, (0, 1, 5, 100)))
     else:
         value = np.asfortranarray(value).astype(value.dtype.newbyteorder(">"))
     m.samples[name] = value
@@ -540,7 +404,7 @@ def _data_values(m: Mutant, rng: Rng) -> str:
 
 def _data_members(m: Mutant, rng: Rng) -> str:
     m.in_data = True
-    name = _pick(rng, list(m.samples))
+    name = pick(rng, list(m.samples))
     how = int(rng.integers(3))
     if how == 0:
         m.samples["other"] = m.samples[name]
@@ -549,7 +413,7 @@ def _data_members(m: Mutant, rng: Rng) -> str:
         m.samples["other"] = m.samples.pop(name)
         return "another name"
     members = _archive(m)
-    members[_pick(rng, ("../evil.npy", "x.txt", "x", "z.npz", f"{name}.npy.npy"))] = b"text"
+    members[pick(rng, ("../evil.npy", "x.txt", "x", "z.npz", f"{name}.npy.npy"))] = b"text"
     m.data_bytes = _zipped(members)
     return "a member that is no array"
 
@@ -558,11 +422,11 @@ def _data_bytes(m: Mutant, rng: Rng) -> str:
     m.in_data = True
     members = _archive(m)
     if rng.random() < 0.4:
-        name = _pick(rng, list(members))
+        name = pick(rng, list(members))
         members[name] = _damaged(members[name][:200], rng) + members[name][200:]
         m.data_bytes = _zipped(members)
         return f"bytes of {name}"
-    m.data_bytes = _damaged(_zipped(members, int(_pick(rng, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))), rng)
+    m.data_bytes = _damaged(_zipped(members, int(pick(rng, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))), rng)
     return "bytes of the archive"
 
 
