@@ -41,7 +41,7 @@ def test_quantize_writes_the_model_and_the_report(folder):
     onnx.checker.check_model(onnx.load("out.onnx"), full_check=True)
     report = json.loads(Path("report.json").read_text())
     assert report["config"]["weight_bits"] == 4
-    assert report["optimization"]["steps"] == 3
+    assert 2 <= report["optimization"]["steps"] <= 3  # it may end early
     assert report["verification"]["kernels"] == {"Add": 1, "Conv": 3, "Gemm": 1, "GlobalAveragePool": 1}
     assert report["verification"]["outputs"]["logits"] > 5
     for text in ("wrote out.onnx", "Integer kernels", "SQNR"):
