@@ -50,7 +50,7 @@ def flat(value):
     return np.asarray(value).reshape(-1)
 
 
-def check(model, *, preset="fast", steps=None, least=25.0):
+def check(model, *, preset="fast", steps=None, least=22.0):
     """Quantize, and compare all outputs of floats with those of the float model."""
     options = {} if steps is None else {"steps": steps}
     feeds = feeds_of(model)
