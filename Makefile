@@ -33,7 +33,7 @@ test-training: setup
 test-standard: $(STANDARD)/installed test-training
 	$(if $(NEWEST),,@echo "SKIPPED: Python 3.13, which is not found; the standard engine is tested on the Python that $(PYTHON) is.")
 	$(STANDARD)/bin/python -m pip list --disable-pip-version-check | grep -i "^onnx"
-	$(STANDARD)/bin/python -m pytest
+	$(STANDARD)/bin/python -m pytest -m "not slow and not once"
 
 $(STANDARD)/installed: pyproject.toml
 	$(or $(NEWEST),$(PYTHON)) -m venv $(STANDARD)

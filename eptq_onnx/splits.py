@@ -12,7 +12,7 @@ from eptq_onnx.data import Samples, spread
 
 ENOUGH = 32
 """With fewer samples there is none to spare for a figure that no step has seen."""
-_LEAST_JUDGED, _SHARE_OF_FEW = 8, 0.25
+_LEAST_JUDGED, _MOST_SHARE, _SHARE_OF_FEW = 16, 0.2, 0.25
 _UNSEEN, _LEAST_UNSEEN, _MOST_UNSEEN = 0.1, 8, 64
 
 
@@ -64,7 +64,7 @@ def share_out(samples: Samples, config: Config) -> Shares:
         count = int(np.clip(round(_UNSEEN * len(rest)), _LEAST_UNSEEN, _MOST_UNSEEN))
         unseen = _drawn(rest, _whole(count, batch, len(rest) - 2 * batch), rng)
         rest = np.setdiff1d(rest, unseen)
-    share = max(config.holdout, _LEAST_JUDGED / len(rest)) if held_out else max(config.holdout, _SHARE_OF_FEW)
+    share = max(config.holdout, min(_LEAST_JUDGED / len(rest), _MOST_SHARE)) if held_out else max(config.holdout, _SHARE_OF_FEW)
     gradual = np.intersect1d(alike, rest)
     scored = gradual[spread(len(gradual), max(1, config.score_samples // samples.rows))]
     # Some of those that gradients are taken on, and as large a share of the others.

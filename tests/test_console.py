@@ -29,6 +29,8 @@ from eptq_onnx import Config
 from eptq_onnx.console import _Lines, _Stream, duration, line, shown
 from eptq_onnx.types import Estimate, KeptFloat
 
+pytestmark = pytest.mark.once
+
 NASTY = [
     "[/red]", "[bold]", "[link=http://x]y[/link]", "[/]", "[[", "\\[", ":smile:", "a\nb", "a\r\nb", "\x1b[31mred\x1b[0m",
     "\x1b]0;title\x07", "\x00", "\x07\x08", "\x7f", "\x9b31m", "\u202egnp.exe", "\u2028", "\ud800", "日本語" * 40, "e\u0301" * 30,

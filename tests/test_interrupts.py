@@ -33,6 +33,8 @@ class Run:
         script = f"""
 import sys
 from eptq_onnx.interrupts import command
+
+pytestmark = pytest.mark.once
 with command():
     print("ready", file=sys.stderr, flush=True)
     from eptq_onnx.graph import store

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from eptq_onnx.graph import edit, store
-from eptq_onnx.graph.bodies import node_reads
+from eptq_onnx.graph.bodies import node_reads, subgraphs
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import GraphView
 
 _TAKEN, _STAYS = "eptq_onnx.taken", "eptq_onnx.stays"
+_MOVES = {"MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze", "Flatten", "Expand", "Gather", "Identity"}
+"""Operators that onnxruntime may take a quantizer along, and some more."""
 _BRANCHES = {True: "then_branch", False: "else_branch"}
 
 
@@ -133,7 +135,34 @@ def sink(model: ModelProto) -> ModelProto:
     for node in result.graph.node:
         _unmark(node)
     _forget_shapes(result)
-    return result
+    return shielded(result)
+
+
+def shielded(model: ModelProto) -> ModelProto:
+    """A copy in which no body reads what follows from a DequantizeLinear by moves alone; the model itself if none does.
+
+    ``DequantizeLinear → Reshape → x, read inside If``    becomes    ``... → x → Clip → y, read inside If``: onnxruntime (1.19 to
+    1.32) ends the process where it takes the quantizer along to the reader. Clip without limits is a copy that it does not remove.
+    """
+    producer = {o: n for n in model.graph.node for o in n.output}
+    builder, found = edit.Builder(model), False
+
+    def is_moved(name: str) -> bool:
+        node = producer.get(name)
+        while node is not None and node.op_type in _MOVES:
+            node = producer.get(node.input[0])
+        return node is not None and node.op_type == "DequantizeLinear"
+
+    for node in model.graph.node:
+        if not subgraphs(node) or settled_branch(node):
+            builder.nodes.append(node)
+            continue
+        given = set(node.input)
+        inside = dict.fromkeys(i for i in node_reads(node) if i not in given and is_moved(i))
+        copies = {name: builder.add("Clip", [name], builder.unique(f"{name}/inside")) for name in inside}
+        found = found or bool(copies)
+        builder.nodes.append(edit.renamed(node, copies) if copies else node)
+    return edit.with_nodes(model, builder.nodes, builder.initializers) if found else model
 
 
 def _sink_into(model: ModelProto, name: str) -> None:

@@ -25,8 +25,8 @@ SAMPLES = 32
 """At most so many are judged on."""
 _SHARES = (0.75, 0.5, 0.25, 0.125)
 """Of the layers that keep what was done to them, where all do harm: errors add up on the way to the outputs."""
-_TOLERANCE = 10**0.05
-"""No part of the outputs may get noisier than nearest rounding leaves it by more than half a decibel."""
+_TOLERANCE = 10**0.025
+"""No part of the outputs may get noisier than nearest rounding leaves it by more than a quarter of a decibel."""
 
 _SLACK = 1.02
 """Noise that makes no difference: where activations make nearly all of it, chance decides."""

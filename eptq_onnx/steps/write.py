@@ -90,7 +90,7 @@ class _Writer:
         edit.prune(result)
         self._restore_value_info(result)
         result.producer_name = PRODUCER
-        return result
+        return branches.shielded(result)
 
     def _final(self, name: str) -> str:
         while name in self._made_as:

@@ -11,6 +11,8 @@ import eptq_onnx
 from eptq_onnx import Config
 from eptq_onnx.runtime import Session
 
+pytestmark = pytest.mark.once
+
 X = np.random.default_rng(0).standard_normal((24, 3, 16)).astype(np.float32)
 
 

@@ -11,6 +11,8 @@ import eptq_onnx
 from eptq_onnx import Config
 from eptq_onnx.runtime import Session
 
+pytestmark = pytest.mark.once
+
 
 def sqnr(model: ModelProto, result: ModelProto, x: np.ndarray) -> float:
     exact, got = (Session(m).run({"x": x})["y"].astype(np.float64) for m in (model, result))

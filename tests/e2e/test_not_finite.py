@@ -12,6 +12,8 @@ from eptq_onnx import Config
 from eptq_onnx.errors import DataError
 from eptq_onnx.runtime import Session
 
+pytestmark = pytest.mark.once
+
 
 def sqnr(model, result, feeds) -> float:
     exact, got = (Session(m).run(feeds)["y"].astype(np.float64) for m in (model, result))

@@ -9,6 +9,8 @@ from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 from eptq_onnx import Config, quantize
 from eptq_onnx.runtime import Session
 
+pytestmark = pytest.mark.once
+
 SAMPLES = 48
 RNG = np.random.default_rng(3)
 WEIGHTS = {

@@ -17,6 +17,8 @@ from eptq_onnx.runtime import Session
 from eptq_onnx.steps.arrange import record
 from eptq_onnx.steps.normalize import normalize
 
+pytestmark = pytest.mark.once
+
 CALIBRATION = 64
 DRAWN = int(os.environ.get("EPTQ_DRAWS", "24"))
 WORSE = 0.5

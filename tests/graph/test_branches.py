@@ -164,3 +164,25 @@ def test_an_if_inside_a_settled_one_keeps_its_own_fate():
         session = Session(flat)
         (got,) = session.run({n: feeds[n] for n in session.inputs}).values()
         np.testing.assert_allclose(got, Session(model).run(feeds)["y"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [
+        "m = Transpose <perm = [0, 2, 1]> (h)",
+        "a = Reshape (h, shape)  m = Slice (a, one, two, one)",
+        "a = Unsqueeze (h, one)  b = Squeeze (a, one)  m = Transpose <perm = [2, 0, 1]> (b)",
+    ],
+)
+def test_bodies_may_read_what_is_moved_behind_a_quantizer(moves):
+    """onnxruntime ends the process where it takes a quantizer along to a reader inside a body."""
+    model = parse(
+        f"g (float[N,4,6] x, bool c) => (float[N,4,5] y, float z) {{ h = MatMul (x, w)  k = MatMul (h, v)  {moves}"
+        "  z = If (c) <then_branch = t () => (float p) { q = Relu (m)  p = ReduceMean <keepdims = 0> (q) },"
+        " else_branch = e () => (float r) { s = Neg (m)  r = ReduceMean <keepdims = 0> (s) }>  y = Relu (k) }",
+        {"w": normal(6, 6), "v": normal(6, 5), "shape": np.array([0, 6, 4]), "one": np.array([1]), "two": np.array([2])},
+    )
+    feeds = [{"x": normal(2, 4, 6, seed=k), "c": np.array(bool(k % 2))} for k in range(36)]
+    result = eptq_onnx.quantize(model, feeds, Config(preset="fast"))
+    exact, got = (Session(m).run(feeds[0]) for m in (model, result.model))
+    np.testing.assert_allclose(got["z"], exact["z"], atol=0.05)
