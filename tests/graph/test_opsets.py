@@ -127,9 +127,9 @@ def test_every_opset_is_quantized_and_kept(opset):
     assert opset_of(result.model) == max(opset, 13)
     assert result.model.ir_version >= model.ir_version
     assert len(result.report.layers) == 3
-    assert bool(result.report.notes) == (opset > newest_readable()[0])
+    assert any("opset" in note for note in result.report.notes) == (opset > newest_readable()[0])
     expected = Session(network(17)).run({"x": X})["y"]
-    np.testing.assert_allclose(Session(runnable(result.model)).run({"x": X})["y"], expected, atol=0.06)
+    np.testing.assert_allclose(Session(runnable(result.model)).run({"x": X})["y"], expected, atol=0.1)
 
 
 def old(opset: int, op_type: str, *inputs: object, shape: tuple[int, ...] = (2, 3, 6, 6), out: int = 1, **attributes: object) -> ModelProto:
