@@ -8,7 +8,7 @@ STANDARD := .venv-standard
 OLDEST := .venv-oldest
 DEMO := digits_mobile shapes_detector
 
-.PHONY: setup demo test test-training test-standard test-oldest slow lint models clean
+.PHONY: setup demo test test-training test-standard test-oldest sample slow lint models clean
 
 setup: $(VENV)/installed
 
@@ -51,6 +51,10 @@ $(OLDEST)/installed: pyproject.toml
 
 # DRAWS: networks that draw or choose, with a batch that is none, each compared with its nearest rounding.
 DRAWS ?= 500
+
+# What CI takes of the slow tests.
+sample: setup
+	EPTQ_DRAWS=12 $(BIN)/python -m pytest -m slow tests/e2e/test_wild.py tests/e2e/test_large_models.py
 
 slow: setup
 	EPTQ_DRAWS=$(DRAWS) $(BIN)/python -m pytest -m slow

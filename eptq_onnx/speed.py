@@ -178,7 +178,8 @@ def profile(model: ModelProto, feeds: Feeds) -> dict[str, float]:
         while count < 3 or time.perf_counter() - began < _PROFILED:
             run()
             count += 1
-        events = json.loads(session.end_profiling().read_text(encoding="utf-8", errors="replace"))
+        # onnxruntime writes the names of nodes as they are, control characters and all.
+        events = json.loads(session.end_profiling().read_text(encoding="utf-8", errors="replace"), strict=False)
         graph = onnx.load(optimized, load_external_data=False).graph
         return operator_seconds(events, quantizer_labels(graph), count)
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eptq_onnx.data import Samples
+from eptq_onnx.layouts import Column
 from eptq_onnx.sample_notes import FEWEST, sample_notes
 
 COUNT = 40
@@ -17,7 +18,8 @@ def inputs(kind: str, count: int = COUNT, seed: int = 0) -> np.ndarray:
 
 
 def notes_of(*arrays: np.ndarray, **named: np.ndarray) -> list[str]:
-    return sample_notes(Samples({**{f"x{k}": a for k, a in enumerate(arrays)}, **named}, None))
+    values = {**{f"x{k}": a for k, a in enumerate(arrays)}, **named}
+    return sample_notes(Samples({name: Column(a, 0) for name, a in values.items()}, None))
 
 
 @pytest.mark.parametrize("kind", ["float", "int"])
@@ -81,7 +83,7 @@ def test_a_float_input_that_never_varies_is_named(value):
 def test_inputs_without_a_batch_axis_and_samples_of_other_sizes():
     ragged = [np.random.default_rng(k).standard_normal((2 + k % 5, 3)).astype(np.float32) for k in range(COUNT)]
     ragged[7] = ragged[2].copy()
-    samples = Samples({"x": ragged, "rate": np.array(16000)}, None, {"x": 0, "rate": None})
+    samples = Samples({"x": Column(ragged, 0), "rate": Column(np.array(16000), shared=True)}, None)
     (note,) = sample_notes(samples)
     assert "(sample 7 is sample 2 again)" in note
 

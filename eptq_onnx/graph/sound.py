@@ -17,6 +17,9 @@ from eptq_onnx.graph.bodies import all_nodes, subgraphs
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.weights import light
 
+_USUAL_IR = 4
+"""The first in which initializers need not be inputs."""
+
 
 def make_sound(model: ModelProto, name: str) -> None:
     """Refuse what onnxruntime does not load, and remove, in place, what it does not look at and others stumble over.
@@ -32,6 +35,8 @@ def make_sound(model: ModelProto, name: str) -> None:
     ModelError
         If onnxruntime reads models of this opset and IR version, but refuses this one; or if it crashes.
     """
+    # Old exporters leave the IR version out; nothing else need be wrong with their files.
+    model.ir_version = model.ir_version or _USUAL_IR
     for node in all_nodes(model.graph):
         for attribute in node.attribute:
             # Outside functions there is nothing to refer to.

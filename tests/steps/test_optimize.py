@@ -441,7 +441,7 @@ def test_what_is_masked_with_minus_infinity_is_left_out_of_the_loss(engine):
         "  a = Conv (image, w)  r = Relu (a)  y = Conv (r, v)  z = Where (mask, y, low) }",
         {"w": normal(4, 3, 1, 1), "v": normal(4, 4, 1, 1), "mask": np.arange(8) > 3, "low": np.array(-np.inf, np.float32)},
     )
-    result = eptq_onnx.quantize(model, images(16), Config(steps=4, weight_bits=4, batch_size=4))
+    result = eptq_onnx.quantize(model, images(40), Config(steps=4, weight_bits=4, batch_size=4))
     assert result.report.optimization is not None
     assert np.isfinite(result.report.optimization.losses).all()
     assert result.report.notes == ("NaN or infinite values in the float model count in no statistic: z (50.00%)",)
