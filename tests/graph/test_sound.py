@@ -96,6 +96,10 @@ def test_attributes_that_refer_to_a_function_which_is_none_have_their_values():
 def test_what_onnx_objects_to_and_onnxruntime_runs_goes_through():
     model = conv1d()
     _ints(model, "pads", -1, 3)
+    try:
+        Session(model)
+    except ModelError:
+        pytest.skip("this onnxruntime refuses negative pads, too")
     result = eptq_onnx.quantize(model, {"x": normal(6, 2, 8)}, FAST)
     assert len(result.report.layers) == 2
 
