@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
-from eptq_onnx.errors import DataError
+from eptq_onnx.errors import DataError, one_line
 
 _MEMBERS = 10_000
 """Most arrays of an archive: one for each input of the model."""
@@ -180,7 +180,7 @@ def _check_memory(needed: int, label: str) -> None:
 
 
 def _told(error: Exception) -> str:
-    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+    return one_line(error, 200).rstrip(".") or type(error).__name__
 
 
 def _shown(text: str) -> str:

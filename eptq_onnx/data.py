@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from eptq_onnx.errors import DataError
-from eptq_onnx.layouts import Axes, Column, Symbol, Values, along, batch_axes, is_batch, readings
+from eptq_onnx.layouts import Axes, Column, Symbol, Values, along, batch_axes, fits, is_batch, readings
 from eptq_onnx.readers import Feed, Source, opened
 from eptq_onnx.types import Feeds
 
@@ -97,7 +97,7 @@ class Samples:
 
     def with_columns(self, columns: Mapping[str, Column]) -> Samples:
         """The same samples with the values of more inputs, one entry a sample."""
-        if self.count != len(self._order) or not np.array_equal(self._order, np.arange(self.count)):
+        if not np.array_equal(self._order, np.arange(self.count)):
             raise ValueError("inputs are added to all samples only")
         return Samples({**self._columns, **columns}, self.fixed_batch, self._order, self.rows)
 
@@ -202,7 +202,7 @@ def candidates(source: Source, model: ModelProto, given: Axes | None = None) -> 
             errors.append(e)
     if not found:
         raise errors[0]
-    whole = {n: Column(v[None]) for n, v in values.items() if isinstance(v, np.ndarray) and _is_one_run(v, dims[n])}
+    whole = {n: Column(v[None]) for n, v in values.items() if isinstance(v, np.ndarray) and fits(v.shape, dims[n])}
     if len(whole) == len(values):
         found.append(Samples(whole, 1))
     return found
@@ -271,12 +271,6 @@ def _prescribed(columns: Mapping[str, Column], dims: Mapping[str, Sequence[Symbo
     return batch
 
 
-def _is_one_run(value: NDArray[np.generic], dims: Sequence[Symbol] | None) -> bool:
-    """True if the array may be what the model takes in one run."""
-    fits = dims is not None and value.ndim == len(dims)
-    return fits and all(not isinstance(d, int) or s == d for s, d in zip(value.shape, dims or (), strict=True))
-
-
 def _of_feeds(feeds: Sequence[Feed], inputs: Sequence[ValueInfoProto], label: str) -> Samples:
     """Every feed is a sample: it is what the model takes in one run, and never cut up."""
     columns: dict[str, list[NDArray[np.generic]]] = {i.name: [] for i in inputs}
@@ -287,7 +281,7 @@ def _of_feeds(feeds: Sequence[Feed], inputs: Sequence[ValueInfoProto], label: st
             value = np.asarray(feed[info.name])
             dims = _symbols(info)
             _check_values(value, info, where)
-            if dims is not None and not _is_one_run(value, dims):
+            if dims is not None and not fits(value.shape, dims):
                 wanted = ", ".join(str(d) if isinstance(d, int) else "any" for d in dims)
                 raise DataError(f"{where}: input {info.name!r} has shape {value.shape}, but the model wants ({wanted}) in one run.")
             columns[info.name].append(value)

@@ -41,3 +41,15 @@ class GradientError(EptqError):
 
 class OutputError(EptqError):
     """A result could not be written."""
+
+
+def one_line(error: BaseException, most: int | None = 300) -> str:
+    """The message of somebody else's error on one line, for a sentence of ours; None: all of it.
+
+    Parameters
+    ----------
+    error : BaseException
+    most : int or None
+        Characters.
+    """
+    return " ".join(str(error).split())[:most]

@@ -1,7 +1,7 @@
 """What the axes of calibration arrays mean: samples, what one run takes, or one value for all runs. Shapes alone, no values.
 
 An input's *batch axis* is the one along which a run takes several samples. A model says it only by the names of its axes, and
-often wrongly; shapes leave a few readings, in order of likelihood, and a run decides (`eptq_onnx.steps.batches`).
+often wrongly; shapes leave a few readings, in order of likelihood, and a run decides (`eptq_onnx.steps.arrange`).
 """
 
 from __future__ import annotations
@@ -134,22 +134,22 @@ def readings(name: str, values: Values, dims: Dims, axis: int | None, label: str
     rest = None if axis is None else [*dims[:axis], *dims[axis + 1 :]]
     found = []
     if entries is not None:
-        if rest is not None and all(_fits(e, rest) for e in entries):
+        if rest is not None and all(fits(e, rest) for e in entries):
             found.append(Column(values, axis))
-        if all(_fits(e, dims) for e in entries):
+        if all(fits(e, dims) for e in entries):
             found.append(_runs(values, axis))
         if not found:
             ranks = {len(e) for e in entries}
             wanted = dims if rest is None or ranks == {len(dims)} else rest
-            k, odd = next((k, e) for k, e in enumerate(entries) if not _fits(e, wanted))
+            k, odd = next((k, e) for k, e in enumerate(entries) if not fits(e, wanted))
             raise _misfit(f"{label}, sample {k}", name, odd, wanted, "")
         return found
     array = np.asarray(values)
-    if rest is not None and shape and _fits(shape[1:], rest):
+    if rest is not None and shape and fits(shape[1:], rest):
         found.append(Column(array, axis))
-    if len(shape) == len(dims) + 1 and _fits(shape[1:], dims):
+    if len(shape) == len(dims) + 1 and fits(shape[1:], dims):
         found.append(_runs(array, axis))
-    if _fits(shape, dims) and not batched:
+    if fits(shape, dims) and not batched:
         found.append(Column(array, shared=True))
     if not found:
         wanted = ["samples", *(dims if rest is None else rest)] if rest is not None or len(shape) > len(dims) else list(dims)
@@ -172,7 +172,10 @@ def _runs(values: Values, axis: int | None) -> Column:
     return Column(values)
 
 
-def _fits(shape: Sequence[int], dims: Sequence[Symbol]) -> bool:
+def fits(shape: Sequence[int], dims: Dims) -> bool:
+    """True if the shape is one that an input takes in one run; of an input of unknown rank nobody can tell."""
+    if dims is None:
+        return False
     return len(shape) == len(dims) and all(not isinstance(d, int) or s == d for s, d in zip(shape, dims, strict=True))
 
 

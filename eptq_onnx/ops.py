@@ -400,9 +400,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     **{("", name): _CHOICE for name in ("ArgMax", "ArgMin")},
     **{("", name): _ROWS for name in ("NonMaxSuppression", "NonZero")},
     ("", "Hardmax"): OpSpec(gradient=Gradient.ZERO, axis=channel_axes.keeps, recorded=replay.Recorded(draws=False)),
-    **{
-        ("", name): _DRAW for name in ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
-    },
+    **{("", name): _DRAW for name in replay.RANDOM},
     # clipping
     ("", "Relu"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_positive, channels=channels.passes),
     ("", "Clip"): OpSpec(Role.CLIPPING, elementwise=True, bounds=_clip_bounds, objection=_clip_objection, channels=_clip_channels),

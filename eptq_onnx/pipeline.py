@@ -423,6 +423,15 @@ class _Judge:
         judged = self.run.shares.judged
         return Deviation(self.model, self.run.samples, judged, JUDGED, self.calibration.variance, self.run.config)
 
+    @cached_property
+    def limit(self) -> NDArray[np.float64]:
+        """Noise of nearest rounding."""
+        return self.noise(self.nearest) if self.deviation.parts else np.zeros(0)
+
+    def noise(self, rounding: Rounding) -> NDArray[np.float64]:
+        """Of every part of the outputs."""
+        return self.deviation.of_parts(*self.written(rounding))
+
     def written(self, rounding: Rounding) -> tuple[ModelProto, Mapping[str, str]]:
         """The executed model with a rounding, and what stands for a tensor in it."""
         marked, stands_for = write(self.whole, self.plan, rounding)
@@ -430,7 +439,7 @@ class _Judge:
 
     def confirms(self, start: Rounding, rounding: Rounding) -> bool:
         """True if what the optimization made of its start is no worse than nearest rounding."""
-        return still_better(self.deviation, self.written, self.nearest, start, rounding)
+        return still_better(self.noise, self.limit, start, rounding)
 
 
 def _compensated(run: _Run, judge: _Judge, nearest: Rounding, scores: Scores | None, notes: list[str]) -> Rounding:
@@ -443,7 +452,7 @@ def _compensated(run: _Run, judge: _Judge, nearest: Rounding, scores: Scores | N
         )
         notes.extend(f"{node} keeps nearest rounding: {why}" for node, why in skipped.items())
     with run.clock("choose"):
-        rounding, note = better_than_nearest(judge.deviation, judge.written, plan, nearest, rounded, targets=run.config.optimizes)
+        rounding, note = better_than_nearest(judge.noise, judge.limit, plan, nearest, rounded, targets=run.config.optimizes)
         notes.extend([note] if note else [])
     return rounding
 

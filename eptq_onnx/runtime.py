@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, TypeProto, helper, numpy_helper
 
 from eptq_onnx import scratch
-from eptq_onnx.errors import ConfigError, EptqError, InstallError, ModelError, OutputError
+from eptq_onnx.errors import ConfigError, EptqError, InstallError, ModelError, OutputError, one_line
 from eptq_onnx.graph import store, weights
 from eptq_onnx.types import Feeds
 
@@ -198,7 +198,7 @@ def custom_operators(libraries: Sequence[str | os.PathLike[str]]) -> Iterator[No
             options.register_custom_ops_library(path)
         except Exception as e:
             # onnxruntime raises a family of pybind exceptions with no common base but Exception.
-            raise ConfigError(f"the library of custom operators {path} cannot be loaded: {_one_line(e)}") from e
+            raise ConfigError(f"the library of custom operators {path} cannot be loaded: {one_line(e, 400)}") from e
     token = _custom_operators.set(paths)
     try:
         yield
@@ -288,10 +288,14 @@ class Session:
         except Exception as e:
             # onnxruntime raises a family of pybind exceptions with no common base but Exception.
             hint = "; give the library of its custom operators with --custom-ops" if "is not a registered function/op" in str(e) else ""
-            raise ModelError(f"onnxruntime refuses the model: {_one_line(e)}{hint}") from e
+            raise ModelError(f"onnxruntime refuses the model: {one_line(e, 400)}{hint}") from e
         self.inputs: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
         self.signature = [(o.name, str(o.type), list(o.shape)) for o in self._session.get_outputs()]
         self.outputs: tuple[str, ...] = tuple(name for name, _, _ in self.signature)
+
+    def taken(self, feeds: Feeds) -> Feeds:
+        """Those of the feeds that the model takes: parts of a model have fewer inputs."""
+        return {name: value for name, value in feeds.items() if name in self.inputs}
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Run the model; returns the named outputs (all by default)."""
@@ -300,7 +304,7 @@ class Session:
             # numpy makes scalars of sums of arrays without axes; onnxruntime does not take them.
             values = self._session.run(names, {n: np.asarray(v) for n, v in feeds.items()})
         except Exception as e:
-            raise ModelError(f"onnxruntime cannot run the model: {_one_line(e)}") from e
+            raise ModelError(f"onnxruntime cannot run the model: {one_line(e, 400)}") from e
         return dict(zip(names, values, strict=True))
 
     def end_profiling(self) -> Path:
@@ -406,7 +410,3 @@ def _source(model: ModelProto | str | Path) -> Iterator[bytes | str]:
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(path)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]

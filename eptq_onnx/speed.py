@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
+from eptq_onnx import scratch
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.bodies import all_nodes
 from eptq_onnx.runtime import Session
@@ -136,7 +136,7 @@ def compare(run_float: Run, run_quantized: Run, samples: int, clock: Callable[[]
 
 
 def _bound(session: Session, feeds: Feeds) -> Run:
-    own = {name: value for name, value in feeds.items() if name in session.inputs}
+    own = session.taken(feeds)
     return lambda: session.run(own)
 
 
@@ -171,7 +171,7 @@ def _pace(low: float, high: float) -> Pace | None:
 
 def profile(model: ModelProto, feeds: Feeds) -> dict[str, float]:
     """Seconds of one run by operator, as `operator_seconds` names them."""
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch.folder() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session = Session(model, threads=0, profile=Path(folder) / "profile", save_optimized=optimized)
         run, count, began = _bound(session, feeds), 0, time.perf_counter()

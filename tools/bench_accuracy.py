@@ -44,7 +44,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -147,6 +147,24 @@ def _shown(figures: Figures) -> str:
     return " / ".join(f"{v:.4f}" if abs(v) <= 1 else f"{v:.1f}" for v in figures)
 
 
+def chosen_of(methods: str, known: Collection[str]) -> list[str]:
+    """Methods separated by commas."""
+    chosen = methods.split(",")
+    unknown = [m for m in chosen if m not in known]
+    if unknown:
+        raise typer.BadParameter(f"no method {unknown[0]}; there are {', '.join(known)}")
+    return chosen
+
+
+def subject(shipped: str, model: Path | None, data: Path | None, score: str, keys: str) -> tuple[Path, Path, Callable[[Path], Figures]]:
+    """A model, its calibration data, and what scores a file."""
+    if shipped:
+        return MODELS / f"{shipped}.onnx", MODELS / f"{shipped.split('_', maxsplit=1)[0]}_calib.npz", by_shipped_model(shipped)
+    if model is None or data is None or not score:
+        raise typer.BadParameter("give --shipped, or --model, --data and --score")
+    return model, data, by_command(score, keys.split(","))
+
+
 def main(
     bits: Annotated[list[str], typer.Argument(help="Pairs of weight and activation bits, as 4,8.")],
     shipped: Annotated[str, typer.Option(help="A model in models/.")] = "",
@@ -158,18 +176,8 @@ def main(
     aimet_iterations: Annotated[int, typer.Option(help="Of AIMET's AdaRound, a layer; it recommends 10,000 to 15,000.")] = 10_000,
 ) -> None:
     """Print the table."""
-    chosen = methods.split(",")
-    known = (*RIVALS, *OURS, *ABLATION)
-    unknown = [m for m in chosen if m not in known]
-    if unknown:
-        raise typer.BadParameter(f"no method {unknown[0]}; there are {', '.join(known)}")
-    if shipped:
-        evaluate = by_shipped_model(shipped)
-        model, data = MODELS / f"{shipped}.onnx", MODELS / f"{shipped.split('_')[0]}_calib.npz"
-    elif model is None or data is None or not score:
-        raise typer.BadParameter("give --shipped, or --model, --data and --score")
-    else:
-        evaluate = by_command(score, key.split(","))
+    chosen = chosen_of(methods, (*RIVALS, *OURS, *ABLATION))
+    model, data, evaluate = subject(shipped, model, data, score, key)
     table = Table("bits", "float", *chosen, title=str(model.name), title_justify="left")
     # The first figure only: the SQNR of a file to itself says nothing.
     reference = evaluate(model)[:1]

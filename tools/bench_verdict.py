@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from bench_accuracy import ABLATION, MODELS, OURS, by_command, by_shipped_model
+from bench_accuracy import ABLATION, OURS, chosen_of, subject
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -39,18 +39,9 @@ def main(
     folder: Annotated[Path, typer.Option(help="Where the files are left.")] = Path("build/verdicts"),
 ) -> None:
     """Print the table."""
-    chosen = methods.split(",")
     known = OURS | ABLATION
-    unknown = [m for m in chosen if m not in known]
-    if unknown:
-        raise typer.BadParameter(f"no method {unknown[0]}; there are {', '.join(known)}")
-    if shipped:
-        evaluate = by_shipped_model(shipped)
-        model, data = MODELS / f"{shipped}.onnx", MODELS / f"{shipped.split('_')[0]}_calib.npz"
-    elif model is None or data is None or not score:
-        raise typer.BadParameter("give --shipped, or --model, --data and --score")
-    else:
-        evaluate = by_command(score, [key])
+    chosen = chosen_of(methods, known)
+    model, data, evaluate = subject(shipped, model, data, score, key)
     folder.mkdir(parents=True, exist_ok=True)
     reference = evaluate(model)[0]
     table = Table(

@@ -19,7 +19,7 @@ from eptq_onnx.engines.base import GradientModel, reachable
 from eptq_onnx.engines.rules import leaky_relu_slope
 from eptq_onnx.engines.tape import Tape
 from eptq_onnx.engines.windows import Window, turned_convolution, weight_gradient
-from eptq_onnx.errors import GradientError
+from eptq_onnx.errors import GradientError, one_line
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.bodies import defined, node_reads, subgraphs
 from eptq_onnx.graph.canonical import rename
@@ -69,7 +69,7 @@ class OrtTrainingEngine:
             built = onnx.load_model_from_string(builder.get_model())
         except Exception as e:
             # The builder raises pybind exceptions that share only Exception.
-            raise GradientError(f"onnxruntime-training cannot differentiate the model: {' '.join(str(e).split())[:400]}") from e
+            raise GradientError(f"onnxruntime-training cannot differentiate the model: {one_line(e, 400)}") from e
         _replace_kernels(with_weights(built, [t for t in heavy if t.name not in reached]))
         return GradientModel(built, {name: f"{name}_grad" for name in reached}, unreached)
 

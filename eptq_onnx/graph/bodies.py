@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto
+from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorProto
 
 
 def node_reads(node: NodeProto) -> list[str]:
@@ -35,8 +35,18 @@ def all_names(graph: GraphProto) -> set[str]:
     return names
 
 
-def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """The nodes of a graph, and of the bodies inside it."""
+def all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """A graph, and the bodies inside it, in no order that matters."""
+    waiting = [graph]
+    while waiting:
+        found = waiting.pop()
+        yield found
+        for node in found.node:
+            waiting.extend(subgraphs(node))
+
+
+def all_nodes(graph: GraphProto | FunctionProto) -> Iterator[NodeProto]:
+    """The nodes of a graph or function, and of the bodies inside it."""
     for node in graph.node:
         yield node
         for inner in subgraphs(node):

@@ -15,10 +15,10 @@ from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 
 from eptq_onnx import runtime
 from eptq_onnx.errors import ModelError
-from eptq_onnx.graph.bodies import all_names, defined, node_reads, subgraphs
+from eptq_onnx.graph.bodies import all_graphs, all_names, defined, node_reads, subgraphs
 from eptq_onnx.graph.weights import light
 
-_FIRST_IR_WITH_CONSTANTS = 4
+FIRST_IR_WITH_CONSTANTS = 4
 _ALIAS = "ai.onnx"
 """The other name of the default domain."""
 _OF_STEPS = ("eptq/", "teacher/")
@@ -29,8 +29,9 @@ _OF_GRADIENTS = "_grad"
 
 def make_canonical(model: ModelProto) -> None:
     """Bring a model into the form that onnx's checker and passes read, in place; what it computes does not change."""
-    model.ir_version = max(model.ir_version, _FIRST_IR_WITH_CONSTANTS)
-    _name_graphs(model.graph)
+    model.ir_version = max(model.ir_version, FIRST_IR_WITH_CONSTANTS)
+    for graph in all_graphs(model.graph):
+        graph.name = graph.name or "graph"
     _import_operator_sets(model)
     _sort(model.graph)
     for function in model.functions:
@@ -89,13 +90,6 @@ def rename(graph: GraphProto, names: Mapping[str, str]) -> None:
         for inner in subgraphs(node):
             own = set(defined(inner))
             rename(inner, {old: new for old, new in names.items() if old not in own})
-
-
-def _name_graphs(graph: GraphProto) -> None:
-    graph.name = graph.name or "graph"
-    for node in graph.node:
-        for inner in subgraphs(node):
-            _name_graphs(inner)
 
 
 # ---- operator sets -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import psutil
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, TypeProto
 
 from eptq_onnx.errors import ModelError
-from eptq_onnx.graph.bodies import node_reads, subgraphs
+from eptq_onnx.graph.bodies import all_nodes, node_reads, subgraphs
 
 _DEEPEST = 16
 """Most bodies inside each other. onnxruntime 1.19 takes twice as long to load for each; 5 s at 16."""
@@ -106,20 +106,12 @@ def _check_nesting(model: ModelProto, name: str) -> None:
             stack.extend((body, depth + 1) for body in bodies)
 
 
-def _all_nodes(graph: GraphProto | FunctionProto) -> Iterator[NodeProto]:
-    stack: list[Any] = [graph]
-    while stack:
-        for node in stack.pop().node:
-            yield node
-            stack.extend(subgraphs(node))
-
-
 def _check_functions(model: ModelProto, name: str) -> None:
     """No function calls itself, by way of others or not, and what all calls amount to is bounded."""
     if not model.functions:
         return
     functions = {(f.domain, f.name): f for f in model.functions}
-    calls = {key: [called for n in _all_nodes(f) if (called := (n.domain, n.op_type)) in functions] for key, f in functions.items()}
+    calls = {key: [called for n in all_nodes(f) if (called := (n.domain, n.op_type)) in functions] for key, f in functions.items()}
     try:
         order = list(TopologicalSorter(calls).static_order())
     except CycleError as e:
@@ -128,12 +120,12 @@ def _check_functions(model: ModelProto, name: str) -> None:
     sizes: dict[tuple[str, str], int] = {}
     depths: dict[tuple[str, str], int] = {}
     for key in order:
-        sizes[key] = sum(1 for _ in _all_nodes(functions[key])) + sum(sizes[called] for called in calls[key])
+        sizes[key] = sum(1 for _ in all_nodes(functions[key])) + sum(sizes[called] for called in calls[key])
         depths[key] = 1 + max((depths[called] for called in calls[key]), default=0)
         if depths[key] > _CALLS:
             raise ModelError(f"{name} has more than {_CALLS} functions that call each other in a row, from {key[1]} on.")
-    total = sum(sizes.get((n.domain, n.op_type), 1) for n in _all_nodes(model.graph))
-    if total > max(_INLINED, 2 * sum(1 for _ in _all_nodes(model.graph))):
+    total = sum(sizes.get((n.domain, n.op_type), 1) for n in all_nodes(model.graph))
+    if total > max(_INLINED, 2 * sum(1 for _ in all_nodes(model.graph))):
         raise ModelError(f"{name} has {total} nodes once its functions are put in place: onnxruntime cannot load it.")
 
 

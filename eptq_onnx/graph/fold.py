@@ -10,14 +10,13 @@ import onnx_graphsurgeon as gs
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from eptq_onnx.errors import ModelError
+from eptq_onnx.errors import ModelError, one_line
 from eptq_onnx.graph import branches, edit, store
-from eptq_onnx.graph.bodies import all_nodes, node_reads, subgraphs
+from eptq_onnx.graph.bodies import all_graphs, all_nodes, node_reads, subgraphs
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.replay import RANDOM
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.weights import light, stored, with_weights, without_weights
-
-_RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
 
 
 def fold_constants(model: ModelProto) -> ModelProto:
@@ -93,7 +92,7 @@ def _folded_once(model: ModelProto) -> ModelProto:
         folded = gs.export_onnx(graph, do_type_check=False)
     except Exception as e:
         # onnx-graphsurgeon reports every problem as its own or a bare exception.
-        raise ModelError(f"the graph cannot be sorted or folded: {' '.join(str(e).split())[:300]}") from e
+        raise ModelError(f"the graph cannot be sorted or folded: {one_line(e)}") from e
     result = without_weights(model)
     result.graph.CopyFrom(folded.graph)
     result.graph.doc_string = model.graph.doc_string
@@ -104,14 +103,14 @@ def _folded_once(model: ModelProto) -> ModelProto:
 
 def _draws(node: gs.Node) -> bool:
     """True for random numbers: they are no constants, even if nothing that they are drawn from changes."""
-    return node.op in _RANDOM
+    return node.op in RANDOM or node.op == "Dropout"
 
 
 def _untyped(model: ModelProto) -> ModelProto:
     """A copy in which what is no tensor has no type."""
     result = ModelProto()
     result.CopyFrom(model)
-    for graph in (result.graph, *(inner for node in all_nodes(result.graph) for inner in subgraphs(node))):
+    for graph in all_graphs(result.graph):
         for info in (*graph.input, *graph.output, *graph.value_info):
             if not info.type.HasField("tensor_type"):
                 info.ClearField("type")

@@ -11,7 +11,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, checker, numpy_helper
 
-from eptq_onnx.errors import ModelError
+from eptq_onnx.errors import ModelError, one_line
 from eptq_onnx.graph import store, weights
 from eptq_onnx.graph.bodies import all_nodes, initializers
 from eptq_onnx.graph.canonical import make_canonical
@@ -64,7 +64,7 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None 
             if any(store.is_stored(t) for _, t in labelled_tensors(proto)):
                 proto = with_values(proto, path, folder if _is_large(proto) else None)
         except (OSError, ValueError) as e:
-            raise ModelError(f"the external data of {name} cannot be read: {' '.join(str(e).split())}.") from e
+            raise ModelError(f"the external data of {name} cannot be read: {one_line(e, None)}.") from e
     if proto is model and (unread or folder is None or not _is_large(proto)):
         proto = ModelProto()
         proto.CopyFrom(model)
@@ -172,7 +172,7 @@ def _check(proto: ModelProto, name: str) -> None:
     try:
         check(light)
     except checker.ValidationError as e:
-        raise ModelError(f"{name} is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
+        raise ModelError(f"{name} is not valid ONNX: {one_line(e)}") from e
     constants = {t.name for t in proto.graph.initializer} | {o for n in proto.graph.node if n.op_type == "Constant" for o in n.output}
     for node in proto.graph.node:
         weight_only = node.op_type == "DequantizeLinear" and constants.issuperset(i for i in node.input if i)

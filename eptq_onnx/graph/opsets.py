@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, helper, inliner
 
-from eptq_onnx.errors import ModelError
+from eptq_onnx.errors import ModelError, one_line
 from eptq_onnx.graph import edit, weights
 from eptq_onnx.graph.bodies import all_nodes, subgraphs
 from eptq_onnx.graph.fold import fold_constants
@@ -87,8 +87,7 @@ def converted(model: ModelProto, opset: int) -> ModelProto:
     except Exception as e:
         # The converter raises bare C++ exceptions of several kinds.
         raise ModelError(
-            f"the model's opset {opset_of(model)} cannot be converted to {opset}, which the target or the runtime needs: "
-            f"{' '.join(str(e).split())[:300]}"
+            f"the model's opset {opset_of(model)} cannot be converted to {opset}, which the target or the runtime needs: {one_line(e)}"
         ) from e
     result = weights.without_weights(model)
     result.ir_version = light.ir_version

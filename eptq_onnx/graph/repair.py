@@ -10,7 +10,7 @@ from onnx import GraphProto, ModelProto, TensorProto, TypeProto, ValueInfoProto
 from onnx.onnx_pb import DESCRIPTOR
 
 from eptq_onnx.errors import ModelError
-from eptq_onnx.graph.bodies import all_nodes, subgraphs
+from eptq_onnx.graph.bodies import all_graphs, all_nodes
 from eptq_onnx.graph.check import data_field, is_type, labelled_tensors
 
 _DATA = ("raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
@@ -31,7 +31,8 @@ def repair(model: ModelProto, name: str) -> None:
     _decode(model)
     for _, tensor in labelled_tensors(model):
         _keep_one_value(tensor)
-    _repair_declared(model.graph)
+    for graph in all_graphs(model.graph):
+        _repair_declared(graph)
     used = {n.domain for graph in (model.graph, *model.functions) for n in all_nodes(graph)}
     imports = [o for o in model.opset_import if o.version in _VERSIONS or o.domain in used]
     if len(imports) < len(model.opset_import):
@@ -59,9 +60,6 @@ def _repair_declared(graph: GraphProto) -> None:
         graph.value_info.extend(copies)
     for info in (*graph.input, *graph.output, *graph.value_info):
         _open_negative(info.type)
-    for node in graph.node:
-        for body in subgraphs(node):
-            _repair_declared(body)
 
 
 def _is_odd(info: ValueInfoProto) -> bool:

@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.bodies import all_names, all_nodes, subgraphs
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 
+RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+"""Operators that draw whatever they are given; Dropout does in training mode only."""
 _PREFIX = "recorded/"
 _INTEGERS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32, TensorProto.INT64}
 
@@ -85,26 +87,21 @@ def dropout_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder
 def rounds(node: NodeProto, view: GraphView) -> bool:
     """True for a Cast from float to an integer that follows from the inputs' values, not from their shapes alone."""
     makes = view.elem_type(node.output[0])
-    return view.is_float(node.input[0]) and makes in _INTEGERS and node.input[0] in _varying(view)
+    return view.is_float(node.input[0]) and makes in _INTEGERS and node.input[0] in view.varying
 
 
 def rounds_sizes(node: NodeProto, view: GraphView) -> bool:
     """True for a rounded value that an integer is made of: a length, a place, the number of rows."""
-    if node.output[0] not in _varying(view):
+    if node.output[0] not in view.varying:
         return False
     behind = view.downstream([node.output[0]])
     return any(n.op_type == "Cast" and n.output[0] in behind and view.elem_type(n.output[0]) in _INTEGERS for n in view.nodes)
 
 
-def _varying(view: GraphView) -> set[str]:
-    """Tensors that follow from the values of the inputs."""
-    return view.downstream(view.inputs, frozenset(n.name for n in view.nodes if n.op_type in ("Shape", "Size")))
-
-
 def decides(node: NodeProto, view: GraphView) -> bool:
     """True for a condition that follows from the inputs' values through computed floats."""
     condition = node.input[1 if node.op_type == "Compress" else 0]
-    if condition not in _varying(view):
+    if condition not in view.varying:
         return False
     return any(True for _ in _float_sources(view, condition))
 
@@ -261,11 +258,8 @@ def recording(model: ModelProto, places: tuple[Place, ...], seed: int) -> tuple[
         builder.nodes.append(copy)
     result = edit.with_nodes(model, builder.nodes)
     outputs = [names[p.name] for p in places]
-    known = {v.name for v in (*result.graph.value_info, *result.graph.input, *result.graph.output)}
-    del result.graph.output[:]
-    for name in dict.fromkeys(outputs):
-        # onnxruntime infers what is not known.
-        result.graph.output.append(ValueInfoProto(name=name) if name not in known else _info(model, name))
+    # onnxruntime infers what is not known.
+    edit.set_outputs(result, list(dict.fromkeys(outputs)), TensorProto.UNDEFINED)
     edit.prune(result)
     return result, outputs
 
@@ -284,11 +278,6 @@ def _reading(node: NodeProto, names: Mapping[int, str]) -> NodeProto:
     for position, name in names.items():
         copy.input[position] = name
     return copy
-
-
-def _info(model: ModelProto, name: str) -> ValueInfoProto:
-    known: list[ValueInfoProto] = [*model.graph.value_info, *model.graph.output, *model.graph.input]
-    return next(v for v in known if v.name == name)
 
 
 def _seed(node: NodeProto, seed: int) -> None:

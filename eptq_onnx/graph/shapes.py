@@ -67,7 +67,7 @@ def with_ranks(model: ModelProto, feeds: Feeds) -> ModelProto:
 
 def _observed(model: ModelProto, tensors: Sequence[str], feeds: Feeds) -> dict[str, Known]:
     session = Session(edit.exposing(model, tensors))
-    values = session.run({name: v for name, v in feeds.items() if name in session.inputs}, tensors)
+    values = session.run(session.taken(feeds), tensors)
     # Sequences and strings have no place in the table.
     plain = {name: v for name, v in values.items() if isinstance(v, np.ndarray) and v.dtype != object}
     return {name: (helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for name, v in plain.items()}

@@ -6,19 +6,15 @@ are 0. What onnx's strict inference objects to is therefore loaded by a process 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import onnx
-from onnx import GraphProto, ModelProto
+from onnx import ModelProto
 
 from eptq_onnx import runtime
-from eptq_onnx.errors import ModelError
-from eptq_onnx.graph.bodies import all_nodes, subgraphs
+from eptq_onnx.errors import ModelError, one_line
+from eptq_onnx.graph.bodies import all_graphs, all_nodes
+from eptq_onnx.graph.canonical import FIRST_IR_WITH_CONSTANTS
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.weights import light
-
-_USUAL_IR = 4
-"""The first in which initializers need not be inputs."""
 
 
 def make_sound(model: ModelProto, name: str) -> None:
@@ -36,7 +32,7 @@ def make_sound(model: ModelProto, name: str) -> None:
         If onnxruntime reads models of this opset and IR version, but refuses this one; or if it crashes.
     """
     # Old exporters leave the IR version out; nothing else need be wrong with their files.
-    model.ir_version = model.ir_version or _USUAL_IR
+    model.ir_version = model.ir_version or FIRST_IR_WITH_CONSTANTS
     for node in all_nodes(model.graph):
         for attribute in node.attribute:
             # Outside functions there is nothing to refer to.
@@ -58,26 +54,19 @@ def make_sound(model: ModelProto, name: str) -> None:
             raise ModelError(f"{name}: {e}") from e
 
 
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    yield graph
-    for node in graph.node:
-        for inner in subgraphs(node):
-            yield from _graphs(inner)
-
-
 def _objection(model: ModelProto) -> str | None:
     """What onnx's strict inference says against a model."""
     try:
         onnx.shape_inference.infer_shapes(light(model)[0], check_type=True, strict_mode=True)
     except Exception as e:
         # Bare C++ exceptions of several kinds.
-        return " ".join(str(e).split())[:300]
+        return one_line(e)
     return None
 
 
 def _without_shapes(model: ModelProto) -> ModelProto:
     """The model, changed, without the shapes that are declared of what nodes make; the scalars that Loop is given keep theirs."""
-    for graph in _graphs(model.graph):
+    for graph in all_graphs(model.graph):
         inputs = () if graph is model.graph else graph.input
         for tensor in (i.type.tensor_type for i in (*graph.output, *graph.value_info, *inputs) if i.type.HasField("tensor_type")):
             if len(tensor.shape.dim):

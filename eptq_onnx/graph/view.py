@@ -135,6 +135,11 @@ class GraphView:
             return None
         return tuple(int(d) for d in shape if d is not None)
 
+    @cached_property
+    def varying(self) -> set[str]:
+        """Tensors that follow from the values of the inputs, not from their shapes alone."""
+        return self.downstream(self.inputs, frozenset(n.name for n in self.nodes if n.op_type in ("Shape", "Size")))
+
     def downstream(self, sources: Iterable[str], blocked: frozenset[str] = frozenset()) -> set[str]:
         """All tensors computed from ``sources`` (included), not going through nodes named in ``blocked``."""
         reached = set(sources)

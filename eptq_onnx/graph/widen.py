@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper
 
 from eptq_onnx.graph import edit, store
-from eptq_onnx.graph.bodies import subgraphs
+from eptq_onnx.graph.bodies import all_graphs, subgraphs
 from eptq_onnx.graph.infer import infer_shapes
 
 _WIDENED: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.DOUBLE: "double"}
@@ -22,7 +22,8 @@ _TYPE_ATTRIBUTES = ("to", "dtype", "stash_type", "output_dtype")
 def other_float_types(model: ModelProto) -> tuple[str, ...]:
     """Names of the float types other than float32 that the model computes in."""
     found: set[int] = set()
-    _visit(model.graph, found)
+    for graph in all_graphs(model.graph):
+        _visit(graph, found)
     return tuple(sorted(_WIDENED[t] for t in found))
 
 
@@ -70,8 +71,6 @@ def _visit(graph: GraphProto, found: set[int]) -> None:
     types += [i.type.tensor_type.elem_type for i in (*graph.input, *graph.output, *graph.value_info)]
     for node in graph.node:
         types += [a.i for a in node.attribute if a.name in _TYPE_ATTRIBUTES]
-        for inner in subgraphs(node):
-            _visit(inner, found)
     found.update(t for t in types if t in _WIDENED)
 
 

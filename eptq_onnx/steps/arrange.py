@@ -112,7 +112,7 @@ class _Probe:
             recording, names = replay.recording(model, draws, seed)
             self._recorder = Session(recording), names
         self._session: Session | None = None
-        self._memory: dict[tuple[int, ...], Feeds] = {}
+        self._memory: dict[tuple[Samples | int, ...], Feeds] = {}
         self._seen: tuple[Samples, NDArray[np.int64]] | None = None
         self.why = ""
 
@@ -130,16 +130,16 @@ class _Probe:
         """
         alike = samples.alike()
         size = samples.fixed_batch or 1
-        one = self._two_different(samples, alike[: max(size, 1)] if size > 1 else alike)
-        self._seen = samples, one[:size]
+        self._seen = samples, alike[:size]
         if size > 1:
             return self._permutes(samples, alike[:size])
-        first = self._run(samples, one[:1])
-        if samples.fixed_batch == 1 or len(one) < 2:
+        pair = self._two_different(samples, alike)
+        first = self._run(samples, pair[:1])
+        if samples.fixed_batch == 1 or len(pair) < 2:
             return True
-        second = self._run(samples, one[1:])
+        second = self._run(samples, pair[1:])
         try:
-            both = self._run(samples, one)
+            both = self._run(samples, pair)
         except ModelError:
             self.why = "two in one batch do not run"
             return False
@@ -167,9 +167,7 @@ class _Probe:
 
     def _two_different(self, samples: Samples, alike: NDArray[np.int64]) -> NDArray[np.int64]:
         """The first sample, and the first that is not the same."""
-        first = samples.take(alike[:1]) if samples.fixed_batch in (None, 1) else None
-        if first is None:
-            return alike
+        first = samples.take(alike[:1])
         for k in alike[1:]:
             if any(not np.array_equal(value, samples.take([k])[name]) for name, value in first.items()):
                 return np.array([alike[0], k])
@@ -197,8 +195,7 @@ class _Probe:
         if self._session is None:
             types = {n: (helper.np_dtype_to_tensor_dtype(feeds[n].dtype), feeds[n].ndim) for n in (p.name for p in self._draws)}
             self._session = Session(Replay(self._draws, types)(self._model, recorded))
-        session = self._session
-        return session.run({n: v for n, v in feeds.items() if n in session.inputs})
+        return self._session.run(self._session.taken(feeds))
 
     def _drawn(self, samples: Samples, places: NDArray[np.int64]) -> Feeds:
         """The random numbers of these samples, the same each time."""
@@ -207,13 +204,16 @@ class _Probe:
         session, names = self._recorder
 
         def draw(chosen: NDArray[np.int64]) -> Feeds:
-            feeds = samples.take(chosen)
-            values = session.run({n: v for n, v in feeds.items() if n in session.inputs})
+            values = session.run(session.taken(samples.take(chosen)))
             return {p.name: values[name] for p, name in zip(self._draws, names, strict=True)}
 
         # Draws of batches that the model prescribes belong to their batch.
         runs = [places] if samples.fixed_batch else [places[k : k + 1] for k in range(len(places))]
-        parts = [self._memory.setdefault((id(samples), *run.tolist()), draw(run)) for run in runs]
+        keys = [(samples, *run.tolist()) for run in runs]
+        for key, run in zip(keys, runs, strict=True):
+            if key not in self._memory:
+                self._memory[key] = draw(run)
+        parts = [self._memory[key] for key in keys]
         if len(parts) == 1:
             return parts[0]
         together = draw(places)
@@ -256,24 +256,21 @@ def record(model: ModelProto, samples: Samples, seed: int) -> tuple[Samples, Rep
     draws = any(p.draws for p in places)
 
     def run(part: NDArray[np.int64]) -> Feeds:
-        feeds = samples.take(part)
-        return session.run({n: v for n, v in feeds.items() if n in session.inputs}, list(dict.fromkeys(names)))
+        return session.run(session.taken(samples.take(part)), list(dict.fromkeys(names)))
 
     # Draws follow each other in one stream: their order must not depend on which worker is first.
     runs: Iterable[Feeds] = map(run, parts) if draws else ordered_map(run, parts)
     values = list(runs)
     columns: dict[str, Column] = {}
-    together: bool = True
     for place, name in zip(places, names, strict=True):
         rows = [v[name] for v in values]
         axis = _batch_axis(session, samples, rows, name, place.draws) if samples.fixed_batch is None else None
-        together = together and axis is not None
         columns[place.name] = Column(rows, axis)
     kinds = {n: (helper.np_dtype_to_tensor_dtype(c.values[0].dtype), c.values[0].ndim) for n, c in columns.items()}
     found = Replay(places, kinds, replay.decisive(model, places))
     if size > 1:
         return samples.grouped(size).with_columns(columns), found, notes
-    if not together:
+    if any(c.axis is None for c in columns.values()):
         one = {n: Column(c.values) for n, c in columns.items()}
         if samples.fixed_batch is None:
             notes = (*notes, f"samples run one at a time: what {_listing(places, columns)} chooses depends on the others in a batch")
@@ -293,7 +290,7 @@ def _batch_axis(session: Session, samples: Samples, rows: Sequence[NDArray[Any]]
         return None
     pair = np.array([alike[0], alike[-1]])
     first, second = (rows[int(k)] for k in pair)
-    both = session.run({n: v for n, v in samples.take(pair).items() if n in session.inputs}, [name])[name]
+    both = session.run(session.taken(samples.take(pair)), [name])[name]
     axis = stacked_axis(first, second, both, values=not draws)
     return axis if axis is not None and all(r.ndim == first.ndim and r.shape[axis] == 1 for r in rows) else None
 

@@ -14,9 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
 
-from eptq_onnx.deviation import Deviation
 from eptq_onnx.types import Array, Plan, Rounding
 
 V = TypeVar("V")
@@ -31,20 +29,22 @@ _TOLERANCE = 10**0.025
 _SLACK = 1.02
 """Noise that makes no difference: where activations make nearly all of it, chance decides."""
 
-Written = Callable[[Rounding], tuple[ModelProto, Mapping[str, str]]]
-"""The executed model with a rounding, and what stands for a quantized tensor in it."""
+Noise = NDArray[np.float64]
+"""Of every part of the outputs; see `eptq_onnx.deviation.Deviation`."""
+NoiseOf = Callable[[Rounding], Noise]
+"""Of the network with a rounding, on samples that it has not seen; without elements where no output can be compared."""
 
 
 def better_than_nearest(
-    deviation: Deviation, written: Written, plan: Plan, nearest: Rounding, rounded: Rounding, *, targets: bool
+    noise_of: NoiseOf, limit: Noise, plan: Plan, nearest: Rounding, rounded: Rounding, *, targets: bool
 ) -> tuple[Rounding, str | None]:
     """What was rounded layer by layer, as far as it serves.
 
     Parameters
     ----------
-    deviation : Deviation
-        Of the float model, on samples that the rounding has not seen.
-    written : callable
+    noise_of : callable
+    limit : ndarray of shape (n_parts,)
+        Noise of nearest rounding.
     plan : Plan
     nearest, rounded : Rounding
     targets : bool
@@ -56,10 +56,9 @@ def better_than_nearest(
     str or None
         A note, if nearest rounding stays somewhere.
     """
-    if not deviation.parts:
+    if not limit.size:
         return rounded, None
-    limit = deviation.of_parts(*written(nearest))
-    found = deviation.of_parts(*written(rounded))
+    found = noise_of(rounded)
     if _serves(found, limit):
         return rounded, None
     layers = len(plan.layers)
@@ -68,7 +67,7 @@ def better_than_nearest(
         if not 0 < count < layers:
             continue
         mixed = _mixed(plan, rounded, nearest, count, targets=targets)
-        other = deviation.of_parts(*written(mixed))
+        other = noise_of(mixed)
         if _serves(other, limit) and other.mean() < noise.mean():
             best, kept, noise = mixed, count, other
     lost = 10 * np.log10(max(found.mean(), 1e-30) / max(limit.mean(), 1e-30))
@@ -77,21 +76,20 @@ def better_than_nearest(
     return best, f"nearest rounding stays ({where}): with all layers rounded one after the other the outputs are {why}"
 
 
-def still_better(deviation: Deviation, written: Written, nearest: Rounding, start: Rounding, candidate: Rounding) -> bool:
+def still_better(noise_of: NoiseOf, limit: Noise, start: Rounding, candidate: Rounding) -> bool:
     """True if the candidate keeps what `better_than_nearest` asked of the start, and is no noisier than that.
 
     Parameters
     ----------
-    deviation : Deviation
-    written : callable
-    nearest, start, candidate : Rounding
+    noise_of : callable
+    limit : ndarray of shape (n_parts,)
+        Noise of nearest rounding.
+    start, candidate : Rounding
     """
-    if not deviation.parts or candidate is start:
+    if not limit.size or candidate is start:
         return True
-    found = deviation.of_parts(*written(candidate))
-    if found.mean() > _SLACK * deviation.of_parts(*written(start)).mean():
-        return False
-    return _serves(found, deviation.of_parts(*written(nearest)))
+    found = noise_of(candidate)
+    return bool(found.mean() <= _SLACK * noise_of(start).mean()) and _serves(found, limit)
 
 
 def _serves(noise: NDArray[np.float64], limit: NDArray[np.float64]) -> bool:

@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, inliner
 
 from eptq_onnx.data import Samples
 from eptq_onnx.graph import branches, edit, fold, opsets
-from eptq_onnx.graph.canonical import separate_names
+from eptq_onnx.graph.canonical import FIRST_IR_WITH_CONSTANTS, separate_names
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.shapes import with_ranks
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
@@ -26,7 +26,6 @@ from eptq_onnx.runtime import Session, newest_readable
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _WITH_BIAS = (*_CONVOLUTIONS, "Gemm")
-_FIRST_IR_WITH_CONSTANTS = 4
 
 
 def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None) -> ModelProto:
@@ -108,7 +107,7 @@ def _decided(model: ModelProto, samples: Samples, known: Mapping[str, bool]) -> 
     seen: dict[str, set[bool]] = {tensor: set() for tensor in conditions.values()}
     for part in samples.batches(range(samples.count), samples.micro_batch()):
         feeds = samples.take(part)
-        for tensor, value in session.run({n: v for n, v in feeds.items() if n in session.inputs}).items():
+        for tensor, value in session.run(session.taken(feeds)).items():
             seen[tensor].update(bool(v) for v in value.reshape(-1))
     return {node: next(iter(seen[tensor])) for node, tensor in conditions.items() if len(seen[tensor]) == 1}
 
@@ -121,7 +120,7 @@ def _copy(model: ModelProto) -> ModelProto:
 
 def _drop_default_inputs(model: ModelProto) -> None:
     """Initializers listed as inputs (IR 3 style) become constants."""
-    model.ir_version = max(model.ir_version, _FIRST_IR_WITH_CONSTANTS)
+    model.ir_version = max(model.ir_version, FIRST_IR_WITH_CONSTANTS)
     constants = {t.name for t in model.graph.initializer}
     inputs = [i for i in model.graph.input if i.name not in constants]
     del model.graph.input[:]

@@ -563,7 +563,7 @@ class _Batches:
                 inputs, attention = self._varied(inputs, attention, places, rng)
             weight = attention * (part >= 0)[:, None] / (self._positions * np.float32(len(places)))
             feeds = {**parameters, **inputs, ATTENTION: weight.astype(np.float32)}
-            yield {name: value for name, value in feeds.items() if name in session.inputs}
+            yield session.taken(feeds)
 
     def _varied(self, inputs: Feeds, attention: Array, places: NDArray[np.int64], rng: np.random.Generator) -> tuple[Feeds, Array]:
         axes = self._graph.input_axes

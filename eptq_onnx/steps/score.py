@@ -107,7 +107,7 @@ def score(
             feeds = samples.take(indices[places % len(indices)])
             if floats is not None:
                 # What is no number in the float network counts nothing.
-                values = floats.run({n: v for n, v in feeds.items() if n in floats.inputs})
+                values = floats.run(floats.taken(feeds))
                 draws = [{name: draw[name] * np.isfinite(values[point]) for point, name in probes.items()} for draw in draws]
             yield _Batch(turn, feeds, draws)
 

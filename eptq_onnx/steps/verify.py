@@ -15,7 +15,7 @@ from onnx import ModelProto
 
 from eptq_onnx import quant_math, scratch
 from eptq_onnx.data import Samples
-from eptq_onnx.errors import ModelError, OutputError
+from eptq_onnx.errors import ModelError, OutputError, one_line
 from eptq_onnx.graph import io, store
 from eptq_onnx.graph.bodies import all_nodes
 from eptq_onnx.graph.branches import flattened, sink
@@ -176,8 +176,7 @@ def _outputs(model: ModelProto, samples: Samples, parts: Sequence[NDArray[np.int
     session = Session(model)
 
     def run(part: NDArray[np.int64]) -> Feeds:
-        feeds = samples.take(part)
-        values = session.run({n: v for n, v in feeds.items() if n in session.inputs})
+        values = session.run(session.taken(samples.take(part)))
         return {name: numbers(values[source]) for name, source in names.items()}
 
     return ordered_map(run, parts)
@@ -244,7 +243,7 @@ def _check(quantized: ModelProto, whole: ModelProto) -> None:
         # What the float model has, the quantized one may have: onnxruntime runs some that onnx objects to.
         if not _is_valid(whole):
             return
-        raise OutputError(f"the quantized model is not valid ONNX: {' '.join(str(e).split())[:300]}") from e
+        raise OutputError(f"the quantized model is not valid ONNX: {one_line(e)}") from e
 
 
 def _is_valid(model: ModelProto) -> bool:
