@@ -17,6 +17,8 @@ import onnx
 import pytest
 from graphs import images, small_convnet
 
+pytestmark = pytest.mark.once
+
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
 
 
@@ -33,8 +35,6 @@ class Run:
         script = f"""
 import sys
 from eptq_onnx.interrupts import command
-
-pytestmark = pytest.mark.once
 with command():
     print("ready", file=sys.stderr, flush=True)
     from eptq_onnx.graph import store

@@ -23,11 +23,11 @@ SAMPLES = 32
 """At most so many are judged on."""
 _SHARES = (0.75, 0.5, 0.25, 0.125)
 """Of the layers that keep what was done to them, where all do harm: errors add up on the way to the outputs."""
-_TOLERANCE = 10**0.025
-"""No part of the outputs may get noisier than nearest rounding leaves it by more than a quarter of a decibel."""
-
 _SLACK = 1.02
 """Noise that makes no difference: where activations make nearly all of it, chance decides."""
+
+_GAIN = 0.9
+"""The best of several mixtures is so by chance, too: on few samples it must leave no more than this share of the noise."""
 
 Noise = NDArray[np.float64]
 """Of every part of the outputs; see `eptq_onnx.deviation.Deviation`."""
@@ -68,7 +68,7 @@ def better_than_nearest(
             continue
         mixed = _mixed(plan, rounded, nearest, count, targets=targets)
         other = noise_of(mixed)
-        if _serves(other, limit) and other.mean() < noise.mean():
+        if _serves(other, limit) and other.mean() < min(_GAIN * limit.mean(), noise.mean()):
             best, kept, noise = mixed, count, other
     lost = 10 * np.log10(max(found.mean(), 1e-30) / max(limit.mean(), 1e-30))
     where = f"from layer {plan.layers[kept].node} on, {layers - kept} of {layers} layers" if kept else f"all {layers} layers"
@@ -93,7 +93,7 @@ def still_better(noise_of: NoiseOf, limit: Noise, start: Rounding, candidate: Ro
 
 
 def _serves(noise: NDArray[np.float64], limit: NDArray[np.float64]) -> bool:
-    return bool(noise.mean() <= _SLACK * limit.mean() and (noise <= _TOLERANCE * limit + 1e-12).all())
+    return bool((noise <= _SLACK * limit + 1e-12).all())
 
 
 def _mixed(plan: Plan, rounded: Rounding, nearest: Rounding, count: int, *, targets: bool) -> Rounding:
