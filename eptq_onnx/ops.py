@@ -161,6 +161,12 @@ def _clip_objection(node: NodeProto, view: GraphView) -> str | None:
     return None
 
 
+def _conv_objection(node: NodeProto, view: GraphView) -> str | None:
+    # onnxruntime runs it on floats.
+    weight = node.input[1]
+    return "it has no spatial axes" if view.is_constant(weight) and len(view.constant_shape(weight)) == 2 else None
+
+
 def _gemm_objection(node: NodeProto, view: GraphView) -> str | None:
     if int_attribute(node, "transA", 0):
         return "transA is set"
@@ -293,6 +299,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         bias=2,
         output_axis=1,
         linear=_conv_form,
+        objection=_conv_objection,
         channels=_layer_channels,
         mixes=True,
         lowering=pools.explicit_padding,

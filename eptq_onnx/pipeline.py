@@ -67,6 +67,7 @@ from eptq_onnx.steps.rotate import needed_bytes as rotation_bytes
 from eptq_onnx.steps.rotate import rotate
 from eptq_onnx.steps.score import FLOAT_PASSES as PROBE_PASSES
 from eptq_onnx.steps.score import score
+from eptq_onnx.steps.settle import deciding_activations
 from eptq_onnx.steps.soften import soften
 from eptq_onnx.steps.verify import Versions, verify
 from eptq_onnx.steps.write import write
@@ -198,7 +199,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     with clock("equalize"):
         whole, scores, equalized = equalize(whole, float_model, plan, run.training, scores, config, tell("equalize"))
         float_model = run.executed(whole)
-    plan, calibration = _ranged(run, whole, float_model, plan, calibration, scores, rescaled=bool(equalized))
+    plan, calibration = _ranged(run, whole, float_model, plan, calibration, scores, notes, rescaled=bool(equalized))
     if config.budget is not None:
         with clock("allocate"):
             plan = allocate(float_model, plan, target, samples, walked, calibration, scores, config.budget, config, tell("allocate"))
@@ -359,7 +360,7 @@ def _affordable(config: Config, whole: ModelProto, model: ModelProto, plan: Plan
 def _expected(model: ModelProto, plan: Plan, run: _Run) -> Estimate:
     """What the steps will take; it is told."""
     config, samples, chosen = run.config, run.samples, len(run.shares.scored)
-    steps = config.step_count(multiplications(model, plan, samples))
+    steps = config.step_count(sum(multiplications(model, plan, samples).values()))
     wants_scores = _wants_scores(config)
     count = samples.count
     # Passes of the float network over a sample; a second calibration follows on scores, and on channels that were scaled.
@@ -388,6 +389,7 @@ def _ranged(
     plan: Plan,
     calibration: Calibration,
     scores: Scores | None,
+    notes: list[str],
     *,
     rescaled: bool,
 ) -> tuple[Plan, Calibration]:
@@ -401,13 +403,29 @@ def _ranged(
     with clock("guard"):
         quantized = partial(_with_activations, run.executed, whole, plan, calibration)
         sensitive = sensitive_activations(model, plan, quantized, run.samples, run.walked, calibration, config, run.tell("guard"))
-        if not sensitive:
-            return plan, calibration
-        former, plan = plan, make_plan(whole, run.target, config, sensitive)
-        if not set(plan.activations) <= set(former.activations):
-            # What is left of a group may want another range.
-            calibration = again(plan, known=calibration.activations)
-    return plan, calibration
+        reasons = {t: f"quantizing {t} alone would cause noise of {ratio:.1%} of the outputs' power" for t, ratio in sensitive.items()}
+    former = plan
+
+    def without(reasons: Mapping[str, str]) -> tuple[Plan, Calibration]:
+        """A plan in which some tensors stay float."""
+        plan = make_plan(whole, run.target, config, reasons) if reasons else former
+        # What is left of a group may want another range.
+        kept = set(plan.activations) <= set(former.activations)
+        return plan, calibration if kept else again(plan, known=calibration.activations)
+
+    with clock("settle"):
+        rounding: Rounding | None = None
+
+        def rounded(deciding: Mapping[str, str]) -> tuple[ModelProto, dict[str, str]]:
+            nonlocal rounding
+            plan, calibration = without({**reasons, **deciding})
+            rounding = rounding or weight_ranges(model, plan, calibration, scores, config)
+            return write(whole, plan, replace(rounding, activations=calibration.activations))
+
+        plan, _ = without(reasons)
+        deciding, note = deciding_activations(whole, plan, rounded, run.samples, run.walked, run.found, run.tell("settle"))
+        notes += [note] if note else []
+        return without({**reasons, **deciding})
 
 
 class _Judge:

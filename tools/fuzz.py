@@ -41,6 +41,7 @@ from eptq_onnx import cli, runtime
 NEWER = "written in an opset that the runtime does not read"
 WRITTEN, REFUSED, REFUSED_DATA, REFUSED_UNSAFE = "written", "refused", "refused: calibration file", "refused: unsafe"
 NOTHING, QUANTIZED = "refused: nothing to quantize", "refused: quantized already"
+TOO_DEEP = "refused: onnxruntime takes too long to load it"
 BAD = (
     "traceback", "crash", "hang", "memory", "more than a sentence", "written by a failed run", "left behind", "written but does not load",
     "refused though onnxruntime runs it",
@@ -170,6 +171,8 @@ def _why(found: Mutant, said: str) -> str:
         return NOTHING
     if "quantized already" in last:
         return QUANTIZED
+    if "nested more than" in last:
+        return TOO_DEEP
     if found.in_data:
         return REFUSED_DATA
     if "external data" in last and any(m.startswith("external data") and "valid" not in m for m in found.said):

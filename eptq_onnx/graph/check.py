@@ -1,6 +1,6 @@
 """What a model declares is checked against what is there, before anything is allocated or given to other libraries.
 
-They trust it: onnxruntime runs out of stack in a function that calls itself, and takes hours for bodies nested 25 deep.
+They trust it: onnxruntime runs out of stack in a function that calls itself, and takes hours for bodies nested 25 deep, in many versions.
 What onnxruntime loads and runs is never refused here; what it ignores is removed by `eptq_onnx.graph.repair`.
 """
 
@@ -17,9 +17,8 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.bodies import all_nodes, node_reads, subgraphs
+from eptq_onnx.runtime import deepest_nesting
 
-_DEEPEST = 16
-"""Most bodies inside each other. onnxruntime 1.19 takes twice as long to load for each; 5 s at 16."""
 _CALLS = 100
 """Most functions that call each other in a row; onnx has the same limit."""
 _INLINED = 2**17
@@ -96,13 +95,17 @@ def read_names(graph: GraphProto) -> set[str]:
 
 # ---- nesting -------------------------------------------------------------------------------------------------------
 def _check_nesting(model: ModelProto, name: str) -> None:
+    most = deepest_nesting()
     stack: list[tuple[Any, int]] = [(model.graph, 0), *((f, 0) for f in model.functions)]
     while stack:
         graph, depth = stack.pop()
         for node in graph.node:
             bodies = subgraphs(node)
-            if bodies and depth == _DEEPEST:
-                raise ModelError(f"{name} has bodies nested more than {_DEEPEST} deep (at {_called(node)}): onnxruntime cannot load it.")
+            if bodies and depth == most:
+                raise ModelError(
+                    f"{name} has bodies nested more than {most} deep (at {_called(node)}): the installed onnxruntime would take minutes "
+                    "or hours to load it, if it does at all."
+                )
             stack.extend((body, depth + 1) for body in bodies)
 
 

@@ -72,8 +72,8 @@ def better_than_nearest(
             best, kept, noise = mixed, count, other
     lost = 10 * np.log10(max(found.mean(), 1e-30) / max(limit.mean(), 1e-30))
     where = f"from layer {plan.layers[kept].node} on, {layers - kept} of {layers} layers" if kept else f"all {layers} layers"
-    why = f"noisier by {lost:.1f} dB on samples that neither saw" if lost > 0 else "some output is noisier on samples that neither saw"
-    return best, f"nearest rounding stays ({where}): with all layers rounded one after the other the outputs are {why}"
+    worse = f"the outputs are noisier by {lost:.1f} dB" if lost > 0 else "some output is noisier"
+    return best, f"nearest rounding stays ({where}): with all layers rounded one after the other {worse} on samples that neither saw"
 
 
 def still_better(noise_of: NoiseOf, limit: Noise, start: Rounding, candidate: Rounding) -> bool:

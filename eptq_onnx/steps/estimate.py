@@ -21,8 +21,8 @@ _SIZE = 768
 """Of a matrix product that is timed: some milliseconds."""
 
 
-def multiplications(model: ModelProto, plan: Plan, samples: Samples) -> float:
-    """Multiplications of all layers, for one sample; layers of unknown output shape count nothing.
+def multiplications(model: ModelProto, plan: Plan, samples: Samples) -> dict[str, float]:
+    """Multiplications of each layer, by node, for one sample; layers of unknown output shape count none.
 
     Parameters
     ----------
@@ -33,12 +33,12 @@ def multiplications(model: ModelProto, plan: Plan, samples: Samples) -> float:
     """
     size = samples.micro_batch()
     view = GraphView(specialize(model, samples.two_batches(size)))
-    total = 0.0
+    found = dict.fromkeys((layer.node for layer in plan.layers), 0.0)
     for layer in plan.layers:
         shape = view.static_shape(layer.output)
         if shape and all(shape):
-            total += math.prod(view.constant_shape(layer.weight)) * math.prod(shape) / shape[layer.output_axis] / size
-    return total
+            found[layer.node] = math.prod(view.constant_shape(layer.weight)) * math.prod(shape) / shape[layer.output_axis] / size
+    return found
 
 
 def seconds_a_pass(model: ModelProto, plan: Plan, samples: Samples, config: Config) -> float:

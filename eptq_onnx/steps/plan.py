@@ -21,7 +21,7 @@ from onnx import AttributeProto, ModelProto, NodeProto
 
 from eptq_onnx.config import Config
 from eptq_onnx.errors import ModelError
-from eptq_onnx.graph.bodies import all_names, all_nodes, subgraphs
+from eptq_onnx.graph.bodies import all_names, all_nodes, node_reads, subgraphs
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.view import GraphView, int_attribute, last_layers
 from eptq_onnx.ops import Bounds, OpSpec, Role, channel_axes_of, is_known, pointwise, recorded, spec_of
@@ -44,8 +44,8 @@ class _Draft:
     absorbed: dict[str, str] = field(default_factory=dict)
     """Tensor before a clipping operator to the tensor behind it, where the operator vanishes."""
     reasons: dict[str, str] = field(default_factory=dict)
-    sensitive: Mapping[str, float] = field(default_factory=dict)
-    """Tensors that must stay float, with the noise that quantizing them would cause."""
+    sensitive: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that must stay float, each with the reason."""
 
     def final(self, tensor: str) -> str:
         """The tensor that is quantized in place of ``tensor``: behind the absorbed clipping operators."""
@@ -57,7 +57,7 @@ class _Draft:
         return self.view.consumers[self.final(tensor)]
 
 
-def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[str, float] | None = None) -> Plan:
+def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[str, str] | None = None) -> Plan:
     """Make the plan for a normalized model.
 
     Parameters
@@ -65,8 +65,8 @@ def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[s
     model : ModelProto
     target : Target
     config : Config
-    sensitive : mapping of str to float, optional
-        Tensors that must not be quantized, with the noise-to-signal ratio at the outputs that it would cause.
+    sensitive : mapping of str to str, optional
+        Tensors that must not be quantized, each with the reason.
 
     Raises
     ------
@@ -155,7 +155,7 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
         return "its values are not float32"
     for tensor in (*data, *(draft.final(o) for o in node.output)):
         if tensor in draft.sensitive:
-            return f"quantizing {tensor} alone would cause noise of {draft.sensitive[tensor]:.1%} of the outputs' power"
+            return draft.sensitive[tensor]
     if weighted:
         return None
     infinite = [d for d in data if view.is_constant(d) and not view.is_finite(d)]
@@ -363,11 +363,22 @@ def _choosing(draft: _Draft, integer: Mapping[str, str]) -> frozenset[str]:
         if node.name in integer or any(o in view.outputs for o in node.output):
             continue
         rule = recorded(node)
-        chooses = rule is not None and not rule.draws and rule.applies(node, view)
-        readers = [n.name for o in node.output for n in view.consumers[o]]
-        if chooses or (readers and found.issuperset(readers)):
+        chooses = rule is not None and not rule.draws and not rule.inputs and rule.applies(node, view)
+        readers = [(n, o) for o in node.output for n in view.consumers[o]]
+        if chooses or (readers and all(n.name in found or _only_decides(n, o, view) for n, o in readers)):
             found.add(node.name)
     return frozenset(found)
+
+
+def _only_decides(node: NodeProto, tensor: str, view: GraphView) -> bool:
+    """True if a node reads a tensor as its condition (If, Compress), and for nothing else."""
+    rule = recorded(node)
+    if rule is None or rule.draws or not rule.applies(node, view):
+        return False
+    reads = node_reads(node)
+    for k in rule.inputs:
+        reads.remove(node.input[k])
+    return tensor not in reads
 
 
 def _absorbed_nodes(draft: _Draft, activations: tuple[ActivationQuantizer, ...]) -> dict[str, str]:

@@ -343,11 +343,11 @@ def _scored_tensors(view: GraphView, plan: Plan) -> dict[str, int]:
 
 def _jointly_scored(view: GraphView, plan: Plan, reached: Iterable[str]) -> list[str]:
     """Outputs of the layers whose groups have several each; of very many channels the products would not pay."""
-    nodes = {n.name: n for n in view.nodes}
+    # What was put in place of a layer has its output, and no groups.
+    groups = {layer.output: int_attribute(view.producer[layer.output], "group", 1) for layer in plan.layers if layer.output in reached}
     return [
         layer.output for layer in plan.layers
-        if layer.output in reached
-        and int_attribute(nodes[layer.node], "group", 1) < _static_shape(view, layer.output)[layer.output_axis] <= _MOST_JOINT_CHANNELS
+        if layer.output in groups and groups[layer.output] < _static_shape(view, layer.output)[layer.output_axis] <= _MOST_JOINT_CHANNELS
     ]  # fmt: skip
 
 

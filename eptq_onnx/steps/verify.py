@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,18 @@ from eptq_onnx.data import Samples
 from eptq_onnx.errors import ModelError, OutputError, one_line
 from eptq_onnx.graph import io, store
 from eptq_onnx.graph.bodies import all_nodes
-from eptq_onnx.graph.branches import flattened, sink
+from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.infer import infer_shapes
-from eptq_onnx.graph.outputs import numbers, readable
 from eptq_onnx.graph.replay import Replay
-from eptq_onnx.graph.view import GraphView
 from eptq_onnx.graph.walk import Walk
 from eptq_onnx.graph.weights import light
-from eptq_onnx.ops import executed, recorded
-from eptq_onnx.parallel import ordered_map
-from eptq_onnx.rows import laid_beside, rows_axis
+from eptq_onnx.ops import executed
+from eptq_onnx.pairing import Pairing, within_bytes
 from eptq_onnx.runtime import Session
 from eptq_onnx.splits import Shares
 from eptq_onnx.statistics import Comparison
 from eptq_onnx.targets import Target
-from eptq_onnx.types import Feeds, Plan, Verification
+from eptq_onnx.types import Plan, Verification
 
 _LAYER_SAMPLES = 32
 _MOST_BYTES = 2**29
@@ -140,62 +137,25 @@ def _compare_outputs(
     sums: _Sums,
 ) -> tuple[int, tuple[str, ...]]:
     """Sums over the outputs, one run after the other; returns how many samples were compared, and notes."""
-    free = _in_free_order(versions.whole, found)
-    reference: list[Feeds] = []
-    size = 0
+    pairing = Pairing(versions.whole, samples, parts, found)
     # One session at a time: each holds all weights.
-    for values in _outputs(executed(versions.whole, found.draws), samples, parts):
-        reference.append(values)
-        size += sum(v.nbytes for v in values.values())
-        if size > _MOST_BYTES:
-            break
-    parts = parts[: len(reference)]
+    reference = within_bytes(pairing.outputs(executed(versions.whole, found.draws)), _MOST_BYTES)
     notes: tuple[str, ...] = ()
     draws = found.draws
     other = executed(versions.marked, draws, versions.stands_for) if draws.places else quantized
     try:
-        results = list(_outputs(other, samples, parts))
+        results = list(pairing.outputs(other, len(reference)))
     except ModelError as e:
         if not draws.places:
             raise
         # Other lengths want other numbers of draws.
-        results = list(_outputs(executed(versions.marked, found, versions.stands_for), samples, parts))
+        results = list(pairing.outputs(executed(versions.marked, found, versions.stands_for), len(reference)))
         notes = (f"in the comparison of outputs, lengths and places follow the float model: with its own the draws do not fit ({e})",)
-    counts = _chosen_counts(samples, parts, found)
-    for expected, got, rows in zip(reference, results, counts, strict=True):
-        axes = {name: axis for name in free if name in expected and (axis := rows_axis(expected[name], rows)) is not None}
-        for name, (value, mine) in laid_beside(expected, got, axes).items():
+    for pairs in pairing.pairs(reference, results):
+        for name, (value, mine) in pairs.items():
             sums.outputs.setdefault(name, Comparison()).add(value, mine)
             sums.add(f"output {name}", value, mine)
-    return sum(map(len, parts)), notes
-
-
-def _outputs(model: ModelProto, samples: Samples, parts: Sequence[NDArray[np.int64]]) -> Iterator[Feeds]:
-    """The outputs that hold floating-point numbers, run by run."""
-    model, names = readable(model)
-    session = Session(model)
-
-    def run(part: NDArray[np.int64]) -> Feeds:
-        values = session.run(session.taken(samples.take(part)))
-        return {name: numbers(values[source]) for name, source in names.items()}
-
-    return ordered_map(run, parts)
-
-
-def _in_free_order(model: ModelProto, found: Replay) -> list[str]:
-    """Outputs whose rows come in an order that was chosen by value."""
-    view = GraphView(flattened(model))
-    nodes = {n.name: n for n in view.nodes}
-    chosen = [nodes[p.node] for p in found.places if (rule := recorded(nodes[p.node])) is not None and rule.orders]
-    behind = view.downstream(o for n in chosen for o in n.output if o)
-    return [o for o in view.outputs if o in behind]
-
-
-def _chosen_counts(samples: Samples, parts: Sequence[NDArray[np.int64]], found: Replay) -> Iterator[set[int]]:
-    """For every run, the numbers of rows that the float network chose."""
-    for part in parts:
-        feeds = samples.take(part) if found.places else {}
-        yield {n for p in found.places if not p.draws for n in feeds[p.name].shape}
+    return sum(map(len, parts[: len(reference)])), notes
 
 
 class _Sums:

@@ -115,7 +115,8 @@ class _Writer:
     def _is_there(self, tensor: str) -> bool:
         """True if the runtime makes the float values of a quantized tensor anyway: no integer operator makes them."""
         producer = self._view.producer.get(tensor)
-        return tensor not in self._view.outputs and (producer is None or producer.name not in self._plan.integer_nodes)
+        made = producer is None or (producer.name not in self._plan.integer_nodes and producer.name not in self._plan.absorbed)
+        return made and tensor not in self._view.outputs
 
     def _pair(self, tensor: str, source: str) -> None:
         """QuantizeLinear, a Clip where the range is narrower than the type, DequantizeLinear."""

@@ -203,3 +203,30 @@ def test_an_infinite_operand_keeps_its_operator_float():
     p = plan(model, targets.load("ort-x64"), Config())
     assert any(k.op_type == "Add" and "mask has infinite values" in k.reason for k in p.kept_float)
     assert len(p.layers) == 2
+
+
+CONDITION = """m = ReduceMean <axes = [1, 2, 3], keepdims = 0> (b)  t = ReduceMax <keepdims = 0> (m)  p = Greater (t, limit)"""
+
+
+@pytest.mark.parametrize("data", ["other", "same"])
+def test_what_an_if_computes_with_does_more_than_choose(data):
+    body = """z = If (p) <then_branch = t () => (float[N,4,8,8] u) { u = Tanh (IN) },
+        else_branch = e () => (float[N,4,8,8] v) { v = Neg (IN) }>"""
+    text = f"""g (float[N,3,8,8] x) => (float[N,4,8,8] y) {{ a = Conv (x, w)  b = Sigmoid (a)  s = Softplus (a)
+        {CONDITION}  {body}  y = Conv (z, k) }}"""
+    model = parse(
+        text.replace("IN", "s" if data == "other" else "b"), {"w": normal(4, 3, 1, 1), "k": normal(4, 4, 1, 1), "limit": np.float32(0.5)}
+    )
+    model = normalize(model, 13)
+    kinds = {n.name: n.op_type for n in model.graph.node}
+    exact = [kinds[name] for name in plan(model, TARGET, Config()).exact]
+    assert ("Sigmoid" in exact) == (data == "other"), "one that only the condition is made of chooses"
+    assert "Softplus" not in exact
+    assert exact.count("ReduceMean") == exact.count("ReduceMax") == 1
+
+
+def test_a_convolution_without_spatial_axes_stays_float():
+    model = parse("g (float[N,4] x) => (float[N,5] y) { h = Conv (x, w)  y = MatMul (h, v) }", {"w": normal(4, 4), "v": normal(4, 5)})
+    p = make(model)
+    assert [x.op_type for x in p.layers] == ["MatMul"]
+    assert reasons(p)["Conv"] == "it has no spatial axes"

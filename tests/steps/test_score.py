@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from graphs import silent
+from graphs import normal, parse, silent
 
+import eptq_onnx
 from eptq_onnx import data, targets
 from eptq_onnx.config import Config
 from eptq_onnx.runtime import Session
@@ -153,3 +154,10 @@ def test_block_by_block_gives_the_same_scores(case, engine, limit):
         for tensor in expected:
             np.testing.assert_allclose(got[tensor], expected[tensor], rtol=1e-4, atol=1e-5 * float(np.abs(expected[tensor]).max()))
     assert whole.output_size == parts.output_size
+
+
+def test_products_of_a_single_vector_are_scored():
+    body = "h = MatMul (x, w)  r = Relu (h)  y = MatMul (r, v)"
+    model = parse(f"g (float[4] x) => (float[4] y) {{ {body} }}", {"w": normal(4, 4), "v": normal(4, 4, seed=1)})
+    result = eptq_onnx.quantize(model, {"x": normal(40, 4, seed=2)}, Config(steps=2, measure_speed=False))
+    assert all(layer.attention is not None for layer in result.report.layers)

@@ -177,3 +177,14 @@ def test_a_subgraph_reads_what_the_quantizer_makes_of_an_absorbed_activation(siz
     x = {"x": images(8)}
     expected, got = Session(model).run(x)["y"], Session(quantized).run(x)["y"]
     assert np.abs(expected - got).mean() < 0.01 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("function", "clips"), [("Relu", True), ("Tanh", False)])
+def test_what_chooses_reads_exact_values_unless_a_quantizer_clips_them(function, clips):
+    text = f"""g (float[N,4,6] x) => (float[N,4,5] y) {{ h = MatMul (x, w)  r = {function} (h)  m = ReduceMax <axes = [1]> (r)
+        i = ArgMax <axis = 2, keepdims = 0> (m)  q = Gather (table, i)  d = MatMul (r, v)  y = Add (d, q) }}"""
+    constants = {"w": normal(6, 8), "v": normal(8, 5, seed=1), "table": normal(8, 5, seed=2)}
+    _, p, _, quantized, stands_for = written(parse(text, constants), {"x": normal(64, 4, 6, seed=3)})
+    largest = next(n for n in quantized.graph.node if n.op_type == "ReduceMax")
+    assert largest.name in p.exact
+    assert largest.input[0] == (stands_for["r"] if clips else "r")
