@@ -38,6 +38,8 @@ class Deviation:
     variance : mapping of str to float
         Of the tensors that the outputs are put together from; those without any are not looked at.
     config : Config
+    size : int, optional
+        Samples a run; by default as many as run best.
     """
 
     def __init__(
@@ -48,12 +50,13 @@ class Deviation:
         count: int,
         variance: Mapping[str, float],
         config: Config,
+        size: int | None = None,
     ) -> None:
         self._config = config
         self.parts = [p for p in output_parts(GraphView(model)) if variance.get(p, 0.0) > 0]
         """Tensors that are compared."""
         self._variances = [variance[p] for p in self.parts]
-        size = samples.micro_batch()
+        size = size or samples.micro_batch()
         self._shapes = samples.two_batches(size)
         shaped = GraphView(specialize(model, self._shapes))
         most = max(1, _MOST_BYTES // max(sum(bytes_of(shaped, p) for p in self.parts), 1))
@@ -63,10 +66,10 @@ class Deviation:
 
     def __call__(self, other: ModelProto, read_as: Mapping[str, str] | None = None) -> float:
         """Of another version, in which some tensors are read under other names."""
-        return mean_noise(self.of_parts(other, read_as))
+        return mean_noise(self.of_runs(other, read_as))
 
-    def of_parts(self, other: ModelProto, read_as: Mapping[str, str] | None = None) -> NDArray[np.float64]:
-        """The ratio of each of ``parts``, of shape (n_parts,)."""
+    def of_runs(self, other: ModelProto, read_as: Mapping[str, str] | None = None) -> NDArray[np.float64]:
+        """What each run adds to the ratio of each of ``parts``, of shape (n_runs, n_parts); the mean over runs is the ratio."""
         return noise(self._exact, self._outputs(other, read_as or {}), self._variances)
 
     def _outputs(self, model: ModelProto, read_as: Mapping[str, str]) -> list[list[Array]]:
@@ -83,27 +86,31 @@ class Deviation:
 
 
 def noise(exact: Iterable[Sequence[Array]], got: Iterable[Sequence[Array]], variances: Sequence[float]) -> NDArray[np.float64]:
-    """Mean squared difference of each part of the outputs, in units of the part's variance; shape (n_parts,).
+    """Squared difference of each part of the outputs, in units of the part's variance, run by run; shape (n_runs, n_parts).
 
-    What has another size than before, for that depends on values, is lost: its error counts as its variance.
+    A run counts as much as it has elements, so that the mean over runs is that over all elements. What has another size than before,
+    for that depends on values, is lost: its error counts as its variance.
     """
-    errors, sizes = np.zeros(len(variances)), np.zeros(len(variances))
+    errors, sizes = list[list[float]](), list[list[int]]()
     for pair in zip(exact, got, strict=True):
-        for k, (reference, value) in enumerate(zip(*pair, strict=True)):
-            same = value.shape == reference.shape
-            # Where the float network has no number there is nothing to compare.
-            known = np.isfinite(reference)
-            size = max(int(np.count_nonzero(known)), 1)
-            sizes[k] += size
-            if not same:
-                errors[k] += variances[k] * size
-                continue
-            difference = np.subtract(reference, value, out=np.zeros_like(reference), where=known)
-            errors[k] += quant_math.square_sum(difference.reshape(-1)) if np.isfinite(difference).all() else np.inf
-    ratios = errors / np.maximum(sizes, 1) / variances
+        row = [_squares(reference, value, variance) for reference, value, variance in zip(*pair, variances, strict=True)]
+        errors.append([error for error, _ in row])
+        sizes.append([size for _, size in row])
+    ratios = np.asarray(errors) / np.maximum(np.mean(sizes, axis=0), 1) / variances
     return np.where(np.isfinite(ratios), np.minimum(ratios, LOST), LOST)
 
 
+def _squares(reference: Array, value: Array, variance: float) -> tuple[float, int]:
+    """Sum of squared differences, and of how many elements."""
+    # Where the float network has no number there is nothing to compare.
+    known = np.isfinite(reference)
+    size = max(int(np.count_nonzero(known)), 1)
+    if value.shape != reference.shape:
+        return variance * size, size
+    difference = np.subtract(reference, value, out=np.zeros_like(reference), where=known)
+    return (quant_math.square_sum(difference.reshape(-1)) if np.isfinite(difference).all() else np.inf), size
+
+
 def mean_noise(ratios: NDArray[np.float64]) -> float:
-    """Over all parts; all count alike."""
+    """Over all runs and parts; all count alike."""
     return min(float(ratios.mean()), LOST)

@@ -48,7 +48,7 @@ from eptq_onnx.steps.arrange import arrange, record
 from eptq_onnx.steps.calibrate import FLOAT_PASSES as CALIBRATION_PASSES
 from eptq_onnx.steps.calibrate import calibrate, check_outputs
 from eptq_onnx.steps.choose import SAMPLES as JUDGED
-from eptq_onnx.steps.choose import better_than_nearest, still_better
+from eptq_onnx.steps.choose import Limit, better_than_nearest, still_better
 from eptq_onnx.steps.closed_form import FLOAT_PASSES as WALK_PASSES
 from eptq_onnx.steps.closed_form import closed_form, operations, unsolved
 from eptq_onnx.steps.equalize import equalize
@@ -437,18 +437,21 @@ class _Judge:
 
     @cached_property
     def deviation(self) -> Deviation:
-        """Of the float model."""
-        judged = self.run.shares.judged
-        return Deviation(self.model, self.run.samples, judged, JUDGED, self.calibration.variance, self.run.config)
+        """Of the float model, sample by sample: how much they differ tells what chance does."""
+        run = self.run
+        size = run.samples.fixed_batch or 1
+        return Deviation(self.model, run.samples, run.shares.judged, JUDGED, self.calibration.variance, run.config, size)
 
     @cached_property
-    def limit(self) -> NDArray[np.float64]:
+    def limit(self) -> Limit:
         """Noise of nearest rounding."""
-        return self.noise(self.nearest) if self.deviation.parts else np.zeros(0)
+        parts = self.deviation.parts
+        noise = self.noise(self.nearest) if parts else np.zeros((0, 0))
+        return Limit(noise, np.array([p not in self.run.found.decisive for p in parts], bool))
 
     def noise(self, rounding: Rounding) -> NDArray[np.float64]:
-        """Of every part of the outputs."""
-        return self.deviation.of_parts(*self.written(rounding))
+        """Of every part of the outputs, run by run."""
+        return self.deviation.of_runs(*self.written(rounding))
 
     def written(self, rounding: Rounding) -> tuple[ModelProto, Mapping[str, str]]:
         """The executed model with a rounding, and what stands for a tensor in it."""

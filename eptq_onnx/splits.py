@@ -12,7 +12,7 @@ from eptq_onnx.data import Samples, spread
 
 ENOUGH = 32
 """With fewer samples there is none to spare for a figure that no step has seen."""
-_LEAST_JUDGED, _MOST_SHARE, _SHARE_OF_FEW = 16, 0.2, 0.25
+_LEAST_JUDGED, _MOST_SHARE, _SHARE_OF_FEW = 16, 0.3, 0.25
 _UNSEEN, _LEAST_UNSEEN, _MOST_UNSEEN = 0.1, 8, 64
 
 

@@ -14,10 +14,18 @@ from eptq_onnx.steps.normalize import normalize
 def test_parts_of_the_outputs_count_alike_and_a_part_of_another_size_is_lost():
     exact = [[np.zeros((2, 3), np.float32), np.ones((2, 100), np.float32)]]
     got = [[np.ones((2, 3), np.float32), np.ones((2, 100), np.float32)]]
-    np.testing.assert_allclose(noise(exact, got, [4.0, 1.0]), [0.25, 0])
+    np.testing.assert_allclose(noise(exact, got, [4.0, 1.0]), [[0.25, 0]])
     assert mean_noise(noise(exact, got, [4.0, 1.0])) == pytest.approx(0.125)
-    np.testing.assert_allclose(noise(exact, [[got[0][0], np.ones((2, 7), np.float32)]], [4.0, 1.0]), [0.25, 1])
-    np.testing.assert_array_equal(noise(exact, [[np.full((2, 3), np.nan, np.float32), got[0][1]]], [4.0, 1.0]), [LOST, 0])
+    np.testing.assert_allclose(noise(exact, [[got[0][0], np.ones((2, 7), np.float32)]], [4.0, 1.0]), [[0.25, 1]])
+    np.testing.assert_array_equal(noise(exact, [[np.full((2, 3), np.nan, np.float32), got[0][1]]], [4.0, 1.0]), [[LOST, 0]])
+
+
+def test_a_run_counts_as_much_as_it_has_elements():
+    exact = [[np.zeros((1, 4), np.float32)], [np.zeros((3, 4), np.float32)]]
+    got = [[np.full((1, 4), 2, np.float32)], [np.ones((3, 4), np.float32)]]
+    ratios = noise(exact, got, [1.0])
+    np.testing.assert_allclose(ratios, [[2.0], [1.5]])
+    assert ratios.mean() == pytest.approx(np.mean([4.0] * 4 + [1.0] * 12))
 
 
 @pytest.mark.parametrize("memory", [None, 100_000], ids=["at once", "block by block"])

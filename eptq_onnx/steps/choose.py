@@ -2,18 +2,19 @@
 
 Rounding layer by layer, and the network-wise loop, are judged by running the network that they make, on samples that they have
 not seen, with the choices of the float network. Where the outputs of all layers rounded so are no nearer to the float network's
-than nearest rounding leaves them, nearest rounding stays, from the layer on that does best.
+than nearest rounding leaves them, or may be so by chance alone, nearest rounding stays, from the layer on that does best.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from eptq_onnx.types import Array, Plan, Rounding
 
@@ -25,26 +26,47 @@ _SHARES = (0.75, 0.5, 0.25, 0.125)
 """Of the layers that keep what was done to them, where all do harm: errors add up on the way to the outputs."""
 _SLACK = 1.02
 """Noise that makes no difference: where activations make nearly all of it, chance decides."""
-
+_WORST = 1.06
+"""A quarter of a decibel: what a part of the outputs may lose at worst."""
+_CHANCE, _CHANCE_OF_MIXTURES = 0.01, 0.001
+"""Of more than that on other samples; the best of several mixtures is so by chance, too."""
+_NOTHING = 1e-12
+"""Noise of rounded floats."""
 _GAIN = 0.9
-"""The best of several mixtures is so by chance, too: on few samples it must leave no more than this share of the noise."""
+"""Share of the noise that a mixture may leave at most: less is not worth it."""
 
 Noise = NDArray[np.float64]
-"""Of every part of the outputs; see `eptq_onnx.deviation.Deviation`."""
+"""Run by run, of every part of the outputs; see `eptq_onnx.deviation.Deviation.of_runs`."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What nearest rounding leaves.
+
+    Parameters
+    ----------
+    noise : ndarray of shape (n_runs, n_parts)
+    outputs : ndarray of shape (n_parts,)
+        True for parts of the outputs; of others, which choices are made from, the mean alone counts.
+    """
+
+    noise: Noise
+    outputs: NDArray[np.bool_]
+
+
 NoiseOf = Callable[[Rounding], Noise]
 """Of the network with a rounding, on samples that it has not seen; without elements where no output can be compared."""
 
 
 def better_than_nearest(
-    noise_of: NoiseOf, limit: Noise, plan: Plan, nearest: Rounding, rounded: Rounding, *, targets: bool
+    noise_of: NoiseOf, limit: Limit, plan: Plan, nearest: Rounding, rounded: Rounding, *, targets: bool
 ) -> tuple[Rounding, str | None]:
     """What was rounded layer by layer, as far as it serves.
 
     Parameters
     ----------
     noise_of : callable
-    limit : ndarray of shape (n_parts,)
-        Noise of nearest rounding.
+    limit : Limit
     plan : Plan
     nearest, rounded : Rounding
     targets : bool
@@ -56,44 +78,49 @@ def better_than_nearest(
     str or None
         A note, if nearest rounding stays somewhere.
     """
-    if not limit.size:
+    if not limit.noise.size:
         return rounded, None
-    found = noise_of(rounded)
+    found, most = noise_of(rounded), limit.noise.mean()
     if _serves(found, limit):
         return rounded, None
     layers = len(plan.layers)
-    best, kept, noise = nearest, 0, limit
+    best, kept, least = nearest, 0, most
     for count in dict.fromkeys(round(share * layers) for share in _SHARES):
         if not 0 < count < layers:
             continue
         mixed = _mixed(plan, rounded, nearest, count, targets=targets)
         other = noise_of(mixed)
-        if _serves(other, limit) and other.mean() < min(_GAIN * limit.mean(), noise.mean()):
-            best, kept, noise = mixed, count, other
-    lost = 10 * np.log10(max(found.mean(), 1e-30) / max(limit.mean(), 1e-30))
+        if _serves(other, limit, _CHANCE_OF_MIXTURES) and other.mean() < min(_GAIN * most, least):
+            best, kept, least = mixed, count, other.mean()
+    lost = 10 * np.log10(max(found.mean(), 1e-30) / max(most, 1e-30))
     where = f"from layer {plan.layers[kept].node} on, {layers - kept} of {layers} layers" if kept else f"all {layers} layers"
     worse = f"the outputs are noisier by {lost:.1f} dB" if lost > 0 else "some output is noisier"
     return best, f"nearest rounding stays ({where}): with all layers rounded one after the other {worse} on samples that neither saw"
 
 
-def still_better(noise_of: NoiseOf, limit: Noise, start: Rounding, candidate: Rounding) -> bool:
+def still_better(noise_of: NoiseOf, limit: Limit, start: Rounding, candidate: Rounding) -> bool:
     """True if the candidate keeps what `better_than_nearest` asked of the start, and is no noisier than that.
 
     Parameters
     ----------
     noise_of : callable
-    limit : ndarray of shape (n_parts,)
-        Noise of nearest rounding.
+    limit : Limit
     start, candidate : Rounding
     """
-    if not limit.size or candidate is start:
+    if not limit.noise.size or candidate is start:
         return True
     found = noise_of(candidate)
     return bool(found.mean() <= _SLACK * noise_of(start).mean()) and _serves(found, limit)
 
 
-def _serves(noise: NDArray[np.float64], limit: NDArray[np.float64]) -> bool:
-    return bool((noise <= _SLACK * limit + 1e-12).all())
+def _serves(noise: Noise, limit: Limit, chance: float = _CHANCE) -> bool:
+    """True if nothing is noisier, nor, but for chance, a part of the outputs by more than a quarter of a decibel on other samples."""
+    mean, most = noise.mean(axis=0), limit.noise.mean(axis=0)
+    error: Noise = np.zeros_like(mean)
+    if len(noise) > 1:
+        error = stats.t.isf(chance, len(noise) - 1) * (noise - limit.noise).std(axis=0, ddof=1) / np.sqrt(len(noise))
+    likely = mean + error <= _WORST * most + _NOTHING
+    return bool((mean <= _SLACK * most + _NOTHING).all() and likely[limit.outputs].all())
 
 
 def _mixed(plan: Plan, rounded: Rounding, nearest: Rounding, count: int, *, targets: bool) -> Rounding:

@@ -6,7 +6,7 @@ from graphs import normal, parse
 
 from eptq_onnx import Config, targets
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.steps.choose import better_than_nearest, still_better
+from eptq_onnx.steps.choose import Limit, better_than_nearest, still_better
 from eptq_onnx.steps.normalize import normalize
 from eptq_onnx.steps.plan import plan
 from eptq_onnx.steps.ranges import biases
@@ -31,6 +31,10 @@ def chain():
     return made, rounding(0), rounding(1)
 
 
+def limit(runs: int, parts: int) -> Limit:
+    return Limit(np.ones((runs, parts)), np.ones(parts, bool))
+
+
 def kept_layers(chain, rounding: Rounding) -> int:
     made, _, _ = chain
     return sum(int(rounding.integers[x.weight].all()) for x in made.layers)
@@ -49,7 +53,7 @@ def kept_layers(chain, rounding: Rounding) -> int:
 def test_what_was_rounded_is_kept_as_far_as_it_serves(chain, noise, kept):
     made, nearest, rounded = chain
     rounding, note = better_than_nearest(
-        lambda r: np.array(noise[kept_layers(chain, r)], float), np.ones(2), made, nearest, rounded, targets=False
+        lambda r: np.array([noise[kept_layers(chain, r)]] * 3, float), limit(3, 2), made, nearest, rounded, targets=False
     )
     assert kept_layers(chain, rounding) == kept
     assert (note is None) == (kept == COUNT)
@@ -64,12 +68,29 @@ def test_what_was_rounded_is_kept_as_far_as_it_serves(chain, noise, kept):
 def test_where_no_output_can_be_compared_nothing_is_run(chain):
     made, nearest, rounded = chain
     never = pytest.fail
-    assert better_than_nearest(never, np.zeros(0), made, nearest, rounded, targets=False) == (rounded, None)
-    assert still_better(never, np.zeros(0), nearest, rounded)
+    assert better_than_nearest(never, limit(0, 0), made, nearest, rounded, targets=False) == (rounded, None)
+    assert still_better(never, limit(0, 0), nearest, rounded)
 
 
 @pytest.mark.parametrize(("start", "candidate", "better"), [(0.9, 0.8, True), (0.8, 0.9, False), (1.5, 1.2, False), (0.9, 0.91, True)])
 def test_the_optimization_may_lose_neither_to_its_start_nor_to_nearest_rounding(chain, start, candidate, better):
     _, nearest, rounded = chain
-    noise = {id(nearest): np.array([start]), id(rounded): np.array([candidate])}
-    assert still_better(lambda r: noise[id(r)], np.ones(1), nearest, rounded) == better
+    noise = {id(nearest): np.array([[start]]), id(rounded): np.array([[candidate]])}
+    assert still_better(lambda r: noise[id(r)], limit(1, 1), nearest, rounded) == better
+
+
+@pytest.mark.parametrize(("spread", "runs", "kept"), [(0.0, 16, COUNT), (0.5, 400, COUNT), (0.5, 16, 0), (2.0, 40, 0)])
+def test_what_may_be_better_by_chance_alone_does_not_replace_nearest_rounding(chain, spread, runs, kept):
+    made, nearest, rounded = chain
+    # Some runs are better, some worse; a little better on average.
+    ours = np.ones((runs, 1)) - 0.05 + spread * np.resize([-1.0, 1.0], (runs, 1))
+    rounding, _ = better_than_nearest(lambda r: ours, limit(runs, 1), made, nearest, rounded, targets=False)
+    assert kept_layers(chain, rounding) == kept
+
+
+def test_what_choices_are_made_from_counts_by_its_mean(chain):
+    made, nearest, rounded = chain
+    ours = np.stack([np.full(8, 0.5), 0.9 + np.resize([-0.8, 0.8], 8)], axis=1)
+    for outputs, kept in ([True, True], 0), ([True, False], COUNT):
+        rounding, _ = better_than_nearest(lambda r: ours, Limit(np.ones((8, 2)), np.array(outputs)), made, nearest, rounded, targets=False)
+        assert kept_layers(chain, rounding) == kept
