@@ -67,6 +67,8 @@ from eptq_onnx.steps.rotate import needed_bytes as rotation_bytes
 from eptq_onnx.steps.rotate import rotate
 from eptq_onnx.steps.score import FLOAT_PASSES as PROBE_PASSES
 from eptq_onnx.steps.score import score
+from eptq_onnx.steps.settle import FLOAT_PASSES as SETTLE_PASSES
+from eptq_onnx.steps.settle import SAMPLES as SETTLE_SAMPLES
 from eptq_onnx.steps.settle import deciding_activations
 from eptq_onnx.steps.soften import soften
 from eptq_onnx.steps.verify import Versions, verify
@@ -369,6 +371,7 @@ def _expected(model: ModelProto, plan: Plan, run: _Run) -> Estimate:
         "score": PROBE_PASSES * config.probes * chosen * wants_scores,
         "recalibrate": CALIBRATION_PASSES * count * (wants_scores or config.equalize),
         "guard": GUARD_PASSES * min(chosen, GUARD_SAMPLES) * (config.max_noise > 0),
+        "settle": SETTLE_PASSES * min(len(run.walked), SETTLE_SAMPLES) * any(not p.draws for p in run.found.places),
         "allocate": ALLOCATION_SAMPLES * len(plan.layers) * (config.budget is not None),
         "closed form": WALK_PASSES * len(run.walked) * (config.start is Start.CLOSED_FORM),
         "optimize": STEP_PASSES * steps * min(max(1, config.batch_size // samples.rows), chosen),
@@ -399,7 +402,9 @@ def _ranged(
     again = partial(calibrate, model, samples=run.training, config=config, progress=run.tell("recalibrate"), scores=channels)
     if rescaled or scores is not None:
         with clock("recalibrate"):
-            calibration = again(plan, known={} if rescaled else calibration.activations)
+            # No channels of tables are scaled.
+            tables = {q.name: calibration.activations[q.name] for q in plan.activations if q.spec.axis is not None}
+            calibration = again(plan, known=tables if rescaled else calibration.activations)
     with clock("guard"):
         quantized = partial(_with_activations, run.executed, whole, plan, calibration)
         sensitive = sensitive_activations(model, plan, quantized, run.samples, run.walked, calibration, config, run.tell("guard"))

@@ -288,7 +288,8 @@ def _damped(channels: Array, damping: float) -> Array:
 
 def _params(quantizer: ActivationQuantizer, observed: dict[str, Histogram], view: GraphView, config: Config) -> QuantParams:
     if quantizer.spec.axis is not None:
-        scales = [quant_math.weight_scales(rows, quantizer.spec) for _, rows in view.constant_parts(quantizer.name)]
+        # Tables are large, and at 8 bits a finer grid gains nothing.
+        scales = [quant_math.weight_scales(rows, quantizer.spec, rounds=1) for _, rows in view.constant_parts(quantizer.name)]
         return QuantParams(np.concatenate(scales))
     if quantizer.constant:
         value = view.constant(quantizer.name)

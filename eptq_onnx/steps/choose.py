@@ -28,6 +28,8 @@ _SLACK = 1.02
 """Noise that makes no difference: where activations make nearly all of it, chance decides."""
 _WORST = 1.06
 """A quarter of a decibel: what a part of the outputs may lose at worst."""
+_CLEAR = 0.7
+"""Share of the noise of all outputs together, one and a half decibels less: where no more is left, it need not be sure of each part."""
 _CHANCE, _CHANCE_OF_MIXTURES = 0.01, 0.001
 """Of more than that on other samples; the best of several mixtures is so by chance, too."""
 _NOTHING = 1e-12
@@ -114,13 +116,27 @@ def still_better(noise_of: NoiseOf, limit: Limit, start: Rounding, candidate: Ro
 
 
 def _serves(noise: Noise, limit: Limit, chance: float = _CHANCE) -> bool:
-    """True if nothing is noisier, nor, but for chance, a part of the outputs by more than a quarter of a decibel on other samples."""
+    """True if nothing is noisier, nor, but for chance, a part of the outputs by more than a quarter of a decibel on other samples.
+
+    Of many parts some are uncertain: where all together are clearly quieter, their means count.
+    """
     mean, most = noise.mean(axis=0), limit.noise.mean(axis=0)
-    error: Noise = np.zeros_like(mean)
-    if len(noise) > 1:
-        error = stats.t.isf(chance, len(noise) - 1) * (noise - limit.noise).std(axis=0, ddof=1) / np.sqrt(len(noise))
-    likely = mean + error <= _WORST * most + _NOTHING
-    return bool((mean <= _SLACK * most + _NOTHING).all() and likely[limit.outputs].all())
+    if not (mean <= _SLACK * most + _NOTHING).all():
+        return False
+    ours, theirs = noise[:, limit.outputs], limit.noise[:, limit.outputs]
+    if not ours.size:
+        return True
+    likely = _at_most(ours, theirs, chance) <= _WORST * theirs.mean(axis=0) + _NOTHING
+    together = ours.mean(axis=1, keepdims=True), theirs.mean(axis=1, keepdims=True)
+    return bool(likely.all() or (_at_most(*together, chance) <= _CLEAR * theirs.mean()).all())
+
+
+def _at_most(noise: Noise, limit: Noise, chance: float) -> Noise:
+    """The mean of each column on other samples is no higher, but for chance: judged by how it differs from the limit run by run."""
+    mean: Noise = noise.mean(axis=0)
+    if len(noise) < 2:
+        return mean
+    return np.asarray(mean + stats.t.isf(chance, len(noise) - 1) * (noise - limit).std(axis=0, ddof=1) / np.sqrt(len(noise)))
 
 
 def _mixed(plan: Plan, rounded: Rounding, nearest: Rounding, count: int, *, targets: bool) -> Rounding:

@@ -9,7 +9,6 @@ make more noise than all the rest, what they are made from stays float, as far b
 from __future__ import annotations
 
 import bisect
-from collections import Counter
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -26,8 +25,10 @@ from eptq_onnx.statistics import Comparison
 from eptq_onnx.steps.estimate import multiplications
 from eptq_onnx.types import Plan
 
-SAMPLES = 128
-"""Near ties are rare: it takes many samples to meet some."""
+SAMPLES, _LEAST_SAMPLES, _MULTIPLICATIONS = 128, 16, 20e9
+"""Near ties are rare: it takes many samples to meet some; fewer where all of them would take more multiplications than that."""
+FLOAT_PASSES = 3.0
+"""What the float network and a quantized one, with own choices and without, cost a sample; seldom more is needed."""
 _MOST_BYTES = 2**28
 """Of the float outputs, which are kept."""
 _HARM, _CURED = 3.0, 2.0
@@ -62,7 +63,7 @@ def deciding_activations(
     quantized : callable
     samples : Samples
     indices : ndarray of shape (n_samples,)
-        128 of them are run, one at a time.
+        16 to 128 of them are run, one at a time.
     found : Replay
         What the float network drew and chose.
     progress : callable
@@ -79,10 +80,12 @@ def deciding_activations(
         return {}, None
     before = GraphView(model).upstream(source for sources in choices.values() for source in sources)
     path = [q for q in plan.activations if not q.constant and not before.isdisjoint(q.tensors)]
-    chosen = indices[spread(len(indices), SAMPLES)]
+    operations = multiplications(model, plan, samples)
+    count = np.clip(_MULTIPLICATIONS / max(sum(operations.values()), 1), _LEAST_SAMPLES, SAMPLES)
+    chosen = indices[spread(len(indices), int(count))]
     harm = _Harm(model, samples, list(samples.batches(chosen, samples.fixed_batch or 1)), found)
-    own, followed = harm(*quantized({}))
     most, done = 3 + max(len(path), 1).bit_length(), 1
+    own, followed = harm(*quantized({}))
     progress(done, most)
     if own <= max(_UNNOTICED, _HARM * followed):
         return {}, None
@@ -90,7 +93,7 @@ def deciding_activations(
     where = ", ".join(list(choices)[:3]) + (" and others" if len(choices) > 3 else "")
     reason = f"{where} would choose other rows, and the outputs would be {lost:.1f} dB noisier than with those of the float model"
     tensors = [[t for q in path[len(path) - count :] for t in q.tensors] for count in range(len(path) + 1)]
-    afforded = _afforded(model, plan, samples, tensors)
+    afforded = _afforded(model, plan, operations, tensors)
 
     def settled(count: int) -> bool:
         nonlocal done
@@ -126,12 +129,13 @@ def _choices(model: ModelProto, plan: Plan, found: Replay) -> dict[str, list[str
     return result
 
 
-def _afforded(model: ModelProto, plan: Plan, samples: Samples, tensors: list[list[str]]) -> int:
+def _afforded(model: ModelProto, plan: Plan, operations: Mapping[str, float], tensors: list[list[str]]) -> int:
     """How far back the path to the choices may be float: an index of ``tensors``, of which each holds those before it."""
-    operations = Counter(multiplications(model, plan, samples))
     view = GraphView(model)
-    weights = Counter({layer.node: int(np.prod(view.constant_shape(layer.weight))) for layer in plan.layers})
-    limits = [(counts, max(few, _SHARE * counts.total())) for counts, few in ((operations, _FEW_MULTIPLICATIONS), (weights, _FEW_WEIGHTS))]
+    weights = {layer.node: float(np.prod(view.constant_shape(layer.weight))) for layer in plan.layers}
+    limits = [
+        (counts, max(few, _SHARE * sum(counts.values()))) for counts, few in ((operations, _FEW_MULTIPLICATIONS), (weights, _FEW_WEIGHTS))
+    ]
 
     def too_many(count: int) -> bool:
         gone = set(tensors[count])

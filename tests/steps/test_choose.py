@@ -94,3 +94,12 @@ def test_what_choices_are_made_from_counts_by_its_mean(chain):
     for outputs, kept in ([True, True], 0), ([True, False], COUNT):
         rounding, _ = better_than_nearest(lambda r: ours, Limit(np.ones((8, 2)), np.array(outputs)), made, nearest, rounded, targets=False)
         assert kept_layers(chain, rounding) == kept
+
+
+def test_a_part_that_is_uncertain_counts_by_its_mean_where_all_together_are_clearly_quieter(chain):
+    made, nearest, rounded = chain
+    uncertain = 0.9 + np.resize([-0.8, 0.8], 16)
+    for others, kept in (0.2, COUNT), (0.9, 0):
+        ours = np.stack([*[np.full(16, others)] * 8, uncertain], axis=1)
+        rounding, _ = better_than_nearest(lambda r, ours=ours: ours, limit(16, 9), made, nearest, rounded, targets=False)
+        assert kept_layers(chain, rounding) == kept
