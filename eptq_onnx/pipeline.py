@@ -364,7 +364,7 @@ def _expected(model: ModelProto, plan: Plan, run: _Run) -> Estimate:
     config, samples, chosen = run.config, run.samples, len(run.shares.scored)
     steps = config.step_count(sum(multiplications(model, plan, samples).values()))
     wants_scores = _wants_scores(config)
-    count = samples.count
+    count = len(run.shares.training)
     # Passes of the float network over a sample; a second calibration follows on scores, and on channels that were scaled.
     passes = {
         "calibrate": CALIBRATION_PASSES * count,
@@ -410,27 +410,32 @@ def _ranged(
         sensitive = sensitive_activations(model, plan, quantized, run.samples, run.walked, calibration, config, run.tell("guard"))
         reasons = {t: f"quantizing {t} alone would cause noise of {ratio:.1%} of the outputs' power" for t, ratio in sensitive.items()}
     former = plan
+    made: dict[frozenset[str], tuple[Plan, Calibration]] = {}
 
-    def without(reasons: Mapping[str, str]) -> tuple[Plan, Calibration]:
-        """A plan in which some tensors stay float."""
-        plan = make_plan(whole, run.target, config, reasons) if reasons else former
-        # What is left of a group may want another range.
-        kept = set(plan.activations) <= set(former.activations)
-        return plan, calibration if kept else again(plan, known=calibration.activations)
+    def without(deciding: Mapping[str, str]) -> tuple[Plan, Calibration]:
+        """A plan in which further tensors stay float."""
+        key = frozenset(deciding)
+        if key not in made:
+            left = {**reasons, **deciding}
+            plan = make_plan(whole, run.target, config, left) if left else former
+            # What is left of a group may want another range.
+            kept = set(plan.activations) <= set(former.activations)
+            made[key] = plan, calibration if kept else again(plan, known=calibration.activations)
+        return made[key]
 
     with clock("settle"):
         rounding: Rounding | None = None
 
         def rounded(deciding: Mapping[str, str]) -> tuple[ModelProto, dict[str, str]]:
             nonlocal rounding
-            plan, calibration = without({**reasons, **deciding})
+            plan, calibration = without(deciding)
             rounding = rounding or weight_ranges(model, plan, calibration, scores, config)
             return write(whole, plan, replace(rounding, activations=calibration.activations))
 
-        plan, _ = without(reasons)
+        plan = without({})[0]
         deciding, note = deciding_activations(whole, plan, rounded, run.samples, run.walked, run.found, run.tell("settle"))
         notes += [note] if note else []
-        return without({**reasons, **deciding})
+        return without(deciding)
 
 
 class _Judge:

@@ -324,6 +324,7 @@ class Session:
 _LOADING_SECONDS = 600
 _LOADING = (
     "import sys, onnxruntime as o; s = o.SessionOptions(); s.log_severity_level = 4; "
+    "[s.register_custom_ops_library(p) for p in sys.argv[2:]]; "
     "o.InferenceSession(sys.argv[1], s, providers=['CPUExecutionProvider'])"
 )
 
@@ -335,7 +336,8 @@ def survives(model: ModelProto) -> bool:
         if not isinstance(source, str):
             path.write_bytes(source)
         try:
-            done = subprocess.run([sys.executable, "-c", _LOADING, str(path)], capture_output=True, check=False, timeout=_LOADING_SECONDS)
+            command = [sys.executable, "-c", _LOADING, str(path), *_custom_operators.get()]
+            done = subprocess.run(command, capture_output=True, check=False, timeout=_LOADING_SECONDS)
         except subprocess.TimeoutExpired:
             return False
     return done.returncode in (0, 1)
