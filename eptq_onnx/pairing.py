@@ -17,6 +17,7 @@ from eptq_onnx.ops import recorded
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.rows import Pair, laid_beside, rows_axis
 from eptq_onnx.runtime import Session
+from eptq_onnx.statistics import Comparison
 from eptq_onnx.types import Feeds
 
 
@@ -60,6 +61,15 @@ class Pairing:
         """The numbers of rows that the float network chose in one run."""
         feeds = self._samples.take(part) if self._found.places else {}
         return {n for p in self._found.places if not p.draws for n in feeds[p.name].shape}
+
+
+def comparisons(runs: Iterable[dict[str, Pair]]) -> dict[str, Comparison]:
+    """What is collected of each output over all runs."""
+    found: dict[str, Comparison] = {}
+    for pairs in runs:
+        for name, pair in pairs.items():
+            found.setdefault(name, Comparison()).add(*pair)
+    return found
 
 
 def within_bytes(runs: Iterable[Feeds], most: int) -> list[Feeds]:

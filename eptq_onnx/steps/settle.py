@@ -20,8 +20,7 @@ from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import executed
-from eptq_onnx.pairing import Pairing, within_bytes
-from eptq_onnx.statistics import Comparison
+from eptq_onnx.pairing import Pairing, comparisons, within_bytes
 from eptq_onnx.steps.estimate import multiplications
 from eptq_onnx.types import Plan
 
@@ -162,8 +161,5 @@ class _Harm:
             return followed, followed
 
     def _noise(self, model: ModelProto) -> float:
-        compared: dict[str, Comparison] = {}
-        for pairs in self._pairing.pairs(self._reference, self._pairing.outputs(model, len(self._reference))):
-            for name, pair in pairs.items():
-                compared.setdefault(name, Comparison()).add(*pair)
+        compared = comparisons(self._pairing.pairs(self._reference, self._pairing.outputs(model, len(self._reference))))
         return float(np.mean([10 ** (-c.result().centred_sqnr_db / 10) for c in compared.values()] or [0.0]))

@@ -24,12 +24,11 @@ from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.walk import Walk
 from eptq_onnx.graph.weights import light
 from eptq_onnx.ops import executed
-from eptq_onnx.pairing import Pairing, within_bytes
+from eptq_onnx.pairing import Pairing, comparisons, within_bytes
 from eptq_onnx.runtime import Session
 from eptq_onnx.splits import Shares
-from eptq_onnx.statistics import Comparison
 from eptq_onnx.targets import Target
-from eptq_onnx.types import Plan, Verification
+from eptq_onnx.types import OutputStatistics, Plan, Verification
 
 _LAYER_SAMPLES = 32
 _MOST_BYTES = 2**29
@@ -100,10 +99,9 @@ def verify(
         session = Session(quantized, save_optimized=optimized)
         kernels = count_kernels(onnx.load(optimized, load_external_data=False), target)
         del session
-    sums = _Sums()
     parts = list(samples.batches(shares.unseen, samples.fixed_batch or 1))
-    compared, notes = _compare_outputs(versions, quantized, samples, parts, found, sums)
-    names = [f"output {name}" for name in sums.outputs]
+    compared, statistics, notes = _compare_outputs(versions, quantized, samples, parts, found)
+    sums = _Sums()
     float_model = executed(versions.whole, found)
     flat = executed(versions.marked, found, versions.stands_for)
     walked = list(samples.batches(shares.unseen[:_LAYER_SAMPLES], samples.micro_batch())) or parts
@@ -112,19 +110,19 @@ def verify(
     for k, layer in enumerate(plan.layers):
         pair = exact.reach(layer.result), rough.reach(versions.stands_for.get(layer.result, layer.result))
         for value, other in zip(*pair, strict=True):
-            sums.add(f"layer {layer.node}", value, other)
+            sums.add(layer.node, value, other)
         progress(k + 1, len(plan.layers))
     return Verification(
         samples=compared,
         held_out=shares.held_out,
-        outputs={name.removeprefix("output "): sums.ratio(name) for name in names},
-        layers={layer.node: sums.ratio(f"layer {layer.node}") for layer in plan.layers},
+        outputs={name: round(of.sqnr_db, 3) for name, of in statistics.items()},
+        layers={layer.node: sums.ratio(layer.node) for layer in plan.layers},
         planned=_planned_kernels(plan, target),
         kernels=kernels,
         float_bytes=float_bytes,
         quantized_bytes=store.model_bytes(quantized),
         notes=notes,
-        statistics={name: c.result() for name, c in sums.outputs.items()},
+        statistics=statistics,
     )
 
 
@@ -134,9 +132,8 @@ def _compare_outputs(
     samples: Samples,
     parts: Sequence[NDArray[np.int64]],
     found: Replay,
-    sums: _Sums,
-) -> tuple[int, tuple[str, ...]]:
-    """Sums over the outputs, one run after the other; returns how many samples were compared, and notes."""
+) -> tuple[int, dict[str, OutputStatistics], tuple[str, ...]]:
+    """How many samples were compared, one run after the other, what was found of each output, and notes."""
     pairing = Pairing(versions.whole, samples, parts, found)
     # One session at a time: each holds all weights.
     reference = within_bytes(pairing.outputs(executed(versions.whole, found.draws)), _MOST_BYTES)
@@ -151,23 +148,19 @@ def _compare_outputs(
         # Other lengths want other numbers of draws.
         results = list(pairing.outputs(executed(versions.marked, found, versions.stands_for), len(reference)))
         notes = (f"in the comparison of outputs, lengths and places follow the float model: with its own the draws do not fit ({e})",)
-    for pairs in pairing.pairs(reference, results):
-        for name, (value, mine) in pairs.items():
-            sums.outputs.setdefault(name, Comparison()).add(value, mine)
-            sums.add(f"output {name}", value, mine)
-    return sum(map(len, parts[: len(reference)])), notes
+    compared = comparisons(pairing.pairs(reference, results))
+    return sum(map(len, parts[: len(reference)])), {name: c.result() for name, c in compared.items()}, notes
 
 
 class _Sums:
-    """Squares of what is compared, and of the differences."""
+    """Squares of what layers make, and of the differences."""
 
     def __init__(self) -> None:
-        self.outputs: dict[str, Comparison] = {}
         self._power: dict[str, float] = defaultdict(float)
         self._noise: dict[str, float] = defaultdict(float)
 
     def add(self, key: str, expected: NDArray[Any], got: NDArray[Any]) -> None:
-        """Compare two arrays; of outputs whose size depends on their values another size counts as a loss of all."""
+        """Compare two arrays; another size, where that depends on values, counts as a loss of all."""
         reference = expected.astype(np.float64)
         finite = np.isfinite(reference)
         self._power[key] += float(np.square(reference[finite]).sum())
