@@ -96,7 +96,12 @@ def better_than_nearest(
             best, kept, least = mixed, count, other.mean()
     lost = 10 * np.log10(max(found.mean(), 1e-30) / max(most, 1e-30))
     where = f"from layer {plan.layers[kept].node} on, {layers - kept} of {layers} layers" if kept else f"all {layers} layers"
-    worse = f"the outputs are noisier by {lost:.1f} dB" if lost > 0 else "some output is noisier"
+    if lost > 0:
+        worse = f"the outputs are noisier by {lost:.1f} dB"
+    elif _noisier(found, limit):
+        worse = "some output is noisier"
+    else:
+        worse = "some output may be noisier, for all that can be told,"
     return best, f"nearest rounding stays ({where}): with all layers rounded one after the other {worse} on samples that neither saw"
 
 
@@ -120,8 +125,7 @@ def _serves(noise: Noise, limit: Limit, chance: float = _CHANCE) -> bool:
 
     Of many parts some are uncertain: where all together are clearly quieter, their means count.
     """
-    mean, most = noise.mean(axis=0), limit.noise.mean(axis=0)
-    if not (mean <= _SLACK * most + _NOTHING).all():
+    if _noisier(noise, limit):
         return False
     ours, theirs = noise[:, limit.outputs], limit.noise[:, limit.outputs]
     if not ours.size:
@@ -129,6 +133,11 @@ def _serves(noise: Noise, limit: Limit, chance: float = _CHANCE) -> bool:
     likely = _at_most(ours, theirs, chance) <= _WORST * theirs.mean(axis=0) + _NOTHING
     together = ours.mean(axis=1, keepdims=True), theirs.mean(axis=1, keepdims=True)
     return bool(likely.all() or (_at_most(*together, chance) <= _CLEAR * theirs.mean()).all())
+
+
+def _noisier(noise: Noise, limit: Limit) -> bool:
+    """True if a part is noisier on average."""
+    return not (noise.mean(axis=0) <= _SLACK * limit.noise.mean(axis=0) + _NOTHING).all()
 
 
 def _at_most(noise: Noise, limit: Noise, chance: float) -> Noise:

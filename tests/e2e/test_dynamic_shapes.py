@@ -49,7 +49,8 @@ def test_samples_of_different_sizes(options):
     result = eptq_onnx.quantize(model, {"x": SAMPLES}, Config.of(**options))
     assert len(result.report.layers) == 3
     told = "gradients need fixed shapes: scored and optimized on the 24 of 40 samples of the most frequent size"
-    assert result.report.notes == ((told,) if "steps" in options else ())
+    notes = [n for n in result.report.notes if not n.startswith("nearest rounding stays")]
+    assert notes == ([told] if "steps" in options else [])
     dims = [d.dim_param for d in result.model.graph.input[0].type.tensor_type.shape.dim]
     assert dims == ["N", "", "H", "W"]
     onnx.checker.check_model(result.model, full_check=True)
