@@ -444,5 +444,5 @@ def test_what_is_masked_with_minus_infinity_is_left_out_of_the_loss(engine):
     result = eptq_onnx.quantize(model, images(40), Config(steps=4, weight_bits=4, batch_size=4))
     assert result.report.optimization is not None
     assert np.isfinite(result.report.optimization.losses).all()
-    assert result.report.notes == ("NaN or infinite values in the float model count in no statistic: z (50.00%)",)
+    assert "NaN or infinite values in the float model count in no statistic: z (50.00%)" in result.report.notes
     assert min(result.report.verification.outputs.values()) > 15
