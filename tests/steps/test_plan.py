@@ -226,7 +226,8 @@ def test_what_an_if_computes_with_does_more_than_choose(data):
 
 
 def test_a_convolution_without_spatial_axes_stays_float():
-    model = parse("g (float[N,4] x) => (float[N,5] y) { h = Conv (x, w)  y = MatMul (h, v) }", {"w": normal(4, 4), "v": normal(4, 5)})
+    text = "g (float[N,4] x) => (float[N,5] y) <float[N,4] h> { h = Conv (x, w)  y = MatMul (h, v) }"
+    model = parse(text, {"w": normal(4, 4), "v": normal(4, 5)})
     p = make(model)
     assert [x.op_type for x in p.layers] == ["MatMul"]
     assert reasons(p)["Conv"] == "it has no spatial axes"
