@@ -182,7 +182,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         plan = make_plan(whole, target, config)
     given, config = config, _affordable(config, whole, float_model, plan, samples, notes)
     shares = share_out(samples, config)
-    run = _Run(config, target, samples, found, shares, clock, progress)
+    run = _Run(config, target, samples, found, shares, multiplications(float_model, plan, samples), clock, progress)
     scored, walked, tell = shares.scored, run.walked, run.tell
     with clock("estimate"):
         expected = _expected(float_model, plan, run)
@@ -267,6 +267,8 @@ class _Run:
         What the float network draws and chooses.
     shares : Shares
         Which samples do what.
+    multiplications : mapping of str to float
+        Of each layer, by node, for one sample.
     clock : _Clock
     progress : Progress
     """
@@ -276,6 +278,7 @@ class _Run:
     samples: Samples
     found: Replay
     shares: Shares
+    multiplications: Mapping[str, float]
     clock: _Clock
     progress: Progress
 
@@ -362,7 +365,7 @@ def _affordable(config: Config, whole: ModelProto, model: ModelProto, plan: Plan
 def _expected(model: ModelProto, plan: Plan, run: _Run) -> Estimate:
     """What the steps will take; it is told."""
     config, samples, chosen = run.config, run.samples, len(run.shares.scored)
-    steps = config.step_count(sum(multiplications(model, plan, samples).values()))
+    steps = config.step_count(sum(run.multiplications.values()))
     wants_scores = _wants_scores(config)
     count = len(run.shares.training)
     # Passes of the float network over a sample; a second calibration follows on scores, and on channels that were scaled.
@@ -432,8 +435,8 @@ def _ranged(
             rounding = rounding or weight_ranges(model, plan, calibration, scores, config)
             return write(whole, plan, replace(rounding, activations=calibration.activations))
 
-        plan = without({})[0]
-        deciding, note = deciding_activations(whole, plan, rounded, run.samples, run.walked, run.found, run.tell("settle"))
+        plan, walked = without({})[0], run.samples.only(run.walked)
+        deciding, note = deciding_activations(whole, plan, rounded, walked, run.multiplications, run.found, run.tell("settle"))
         notes += [note] if note else []
         return without(deciding)
 

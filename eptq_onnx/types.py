@@ -140,6 +140,11 @@ class Layer:
     edge: bool
     depthwise: bool
 
+    @property
+    def tensors(self) -> tuple[str, str, str]:
+        """What it reads and makes; where one of these stays float, it does."""
+        return self.input, self.output, self.result
+
 
 @dataclass(frozen=True)
 class KeptFloat:

@@ -136,6 +136,10 @@ class Place:
     draws: bool
     reads: bool = False
 
+    def source(self, node: NodeProto) -> str:
+        """The tensor that its node chooses by."""
+        return str(node.input[self.position if self.reads else 0])
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -295,8 +299,7 @@ def decisive(model: ModelProto, places: tuple[Place, ...]) -> dict[str, int]:
     for place in places:
         node = nodes[place.node]
         if not place.draws:
-            source = node.input[place.position if place.reads else 0]
-            found.update((t, view.elem_type(t)) for t in _float_sources(view, source))
+            found.update((t, view.elem_type(t)) for t in _float_sources(view, place.source(node)))
     return {t: kind for t, kind in found.items() if t not in view.outputs}
 
 

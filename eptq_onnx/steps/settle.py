@@ -21,7 +21,6 @@ from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import executed
 from eptq_onnx.pairing import Pairing, comparisons, within_bytes
-from eptq_onnx.steps.estimate import multiplications
 from eptq_onnx.types import Plan
 
 SAMPLES, _LEAST_SAMPLES, _MULTIPLICATIONS = 128, 16, 20e9
@@ -48,7 +47,7 @@ def deciding_activations(
     plan: Plan,
     quantized: Quantized,
     samples: Samples,
-    indices: NDArray[np.int64],
+    multiplications: Mapping[str, float],
     found: Replay,
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, str], str | None]:
@@ -61,8 +60,9 @@ def deciding_activations(
     plan : Plan
     quantized : callable
     samples : Samples
-    indices : ndarray of shape (n_samples,)
         16 to 128 of them are run, one at a time.
+    multiplications : mapping of str to float
+        Of each layer, by node, for one sample.
     found : Replay
         What the float network drew and chose.
     progress : callable
@@ -79,9 +79,9 @@ def deciding_activations(
         return {}, None
     before = GraphView(model).upstream(source for sources in choices.values() for source in sources)
     path = [q for q in plan.activations if not q.constant and not before.isdisjoint(q.tensors)]
-    operations = multiplications(model, plan, samples)
+    operations = {layer.node: multiplications[layer.node] for layer in plan.layers}
     count = np.clip(_MULTIPLICATIONS / max(sum(operations.values()), 1), _LEAST_SAMPLES, SAMPLES)
-    chosen = indices[spread(len(indices), int(count))]
+    chosen = spread(samples.count, int(count))
     harm = _Harm(model, samples, list(samples.batches(chosen, samples.fixed_batch or 1)), found)
     most, done = 3 + max(len(path), 1).bit_length(), 1
     own, followed = harm(*quantized({}))
@@ -124,7 +124,7 @@ def _choices(model: ModelProto, plan: Plan, found: Replay) -> dict[str, list[str
     for place in found.places:
         node = nodes.get(place.node)
         if node is not None and not place.draws and not read.isdisjoint(view.downstream(o for o in node.output if o)):
-            result.setdefault(node.name, []).append(node.input[place.position if place.reads else 0])
+            result.setdefault(node.name, []).append(place.source(node))
     return result
 
 
@@ -138,7 +138,7 @@ def _afforded(model: ModelProto, plan: Plan, operations: Mapping[str, float], te
 
     def too_many(count: int) -> bool:
         gone = set(tensors[count])
-        left = [layer.node for layer in plan.layers if not gone.isdisjoint((layer.input, layer.output, layer.result))]
+        left = [layer.node for layer in plan.layers if not gone.isdisjoint(layer.tensors)]
         return any(sum(counts[node] for node in left) > limit for counts, limit in limits)
 
     return bisect.bisect_left(range(len(tensors)), True, key=too_many) - 1
