@@ -32,8 +32,12 @@ class Run:
         (folder / "tmp").mkdir()
         self.folder = folder
         arguments = ["quantize", "model.onnx", "--data", "data.npz", "-o", "out.onnx", "--steps", "100000", "--report", "r.json"]
+        # Whoever runs the tests may have had signals ignored, as nohup does.
         script = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 from eptq_onnx.interrupts import command
 with command():
     print("ready", file=sys.stderr, flush=True)
