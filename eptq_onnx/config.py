@@ -177,10 +177,10 @@ class Config(BaseModel):
         5 %). Not for ``soft``.
     rotate : bool
         Mix channels where nothing but linear operators lies between layers, so that weights fill their ranges; see
-        `eptq_onnx.steps.rotate`.
+        `eptq_onnx.method.rotate`.
     equalize : bool
         Scale the channels of activations so that they fill the range that they share, where the layers around them can
-        take up the factors; see `eptq_onnx.steps.equalize`.
+        take up the factors; see `eptq_onnx.method.equalize`.
     max_noise : float
         Largest noise-to-signal power ratio at the outputs that the quantization of all activations together may cause, as
         measured on the float network with their quantizers; the noisiest stay float until the rest keep within it or none

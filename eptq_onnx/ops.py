@@ -32,7 +32,7 @@ from eptq_onnx.graph.lower import (
     sampling,
 )
 from eptq_onnx.graph.view import STOP, GraphView, attribute, int_attribute, ints_attribute
-from eptq_onnx.linear import ConvForm, LinearForm, MatrixForm
+from eptq_onnx.numerics.linear import ConvForm, LinearForm, MatrixForm
 
 Bounds = tuple[float, float]
 

@@ -21,60 +21,61 @@ from pydantic import ByteSize
 import eptq_onnx
 from eptq_onnx import engines, scratch, targets
 from eptq_onnx.config import Attention, Config, Start, WeightRange
-from eptq_onnx.data import Samples, spread
-from eptq_onnx.data import candidates as read_candidates
-from eptq_onnx.deviation import Deviation
+from eptq_onnx.data.notes import sample_notes
+from eptq_onnx.data.readers import Source
+from eptq_onnx.data.readers import files_of as files_of_data
+from eptq_onnx.data.samples import Samples, spread
+from eptq_onnx.data.samples import candidates as read_candidates
+from eptq_onnx.data.splits import Shares, share_out
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError, ModelError
-from eptq_onnx.graph import io, store
+from eptq_onnx.execute.deviation import Deviation
+from eptq_onnx.files import check_apart, model_outputs
+from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import flattened, sink
 from eptq_onnx.graph.external import files_of as files_of_model
 from eptq_onnx.graph.opsets import restored
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.widen import other_float_types
+from eptq_onnx.method.allocate import SAMPLES as ALLOCATION_SAMPLES
+from eptq_onnx.method.allocate import allocate
+from eptq_onnx.method.arrange import arrange, record
+from eptq_onnx.method.calibrate import FLOAT_PASSES as CALIBRATION_PASSES
+from eptq_onnx.method.calibrate import calibrate, check_outputs
+from eptq_onnx.method.choices import FLOAT_PASSES as SETTLE_PASSES
+from eptq_onnx.method.choices import SAMPLES as SETTLE_SAMPLES
+from eptq_onnx.method.choices import deciding_activations
+from eptq_onnx.method.equalize import equalize
+from eptq_onnx.method.equalize import needed_bytes as equalization_bytes
+from eptq_onnx.method.estimate import multiplications, seconds_a_pass, seconds_an_operation
+from eptq_onnx.method.float_fallback import FLOAT_PASSES as GUARD_PASSES
+from eptq_onnx.method.float_fallback import SAMPLES as GUARD_SAMPLES
+from eptq_onnx.method.float_fallback import sensitive_activations
+from eptq_onnx.method.judge import SAMPLES as JUDGED
+from eptq_onnx.method.judge import Limit, better_than_nearest, still_better
+from eptq_onnx.method.normalize import normalize, settle
+from eptq_onnx.method.plan import plan as make_plan
+from eptq_onnx.method.qdq import write
+from eptq_onnx.method.ranges import weight_ranges
+from eptq_onnx.method.reconstruct import FLOAT_PASSES as WALK_PASSES
+from eptq_onnx.method.reconstruct import closed_form, operations, unsolved
+from eptq_onnx.method.rotate import needed_bytes as rotation_bytes
+from eptq_onnx.method.rotate import rotate
+from eptq_onnx.method.score import FLOAT_PASSES as PROBE_PASSES
+from eptq_onnx.method.score import score
+from eptq_onnx.method.verify import Versions, verify
 from eptq_onnx.ops import executed
-from eptq_onnx.outputs import check_apart, model_outputs
-from eptq_onnx.readers import Source
-from eptq_onnx.readers import files_of as files_of_data
+from eptq_onnx.proto import store
+from eptq_onnx.records import Calibration, Estimate, OptimizationTrace, Plan, Rounding, Scores, Speed, Verification
 from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.runtime import Session, custom_operators, newest_readable
-from eptq_onnx.sample_notes import sample_notes
-from eptq_onnx.speed import measure
-from eptq_onnx.splits import Shares, share_out
-from eptq_onnx.steps.allocate import SAMPLES as ALLOCATION_SAMPLES
-from eptq_onnx.steps.allocate import allocate
-from eptq_onnx.steps.arrange import arrange, record
-from eptq_onnx.steps.calibrate import FLOAT_PASSES as CALIBRATION_PASSES
-from eptq_onnx.steps.calibrate import calibrate, check_outputs
-from eptq_onnx.steps.choose import SAMPLES as JUDGED
-from eptq_onnx.steps.choose import Limit, better_than_nearest, still_better
-from eptq_onnx.steps.closed_form import FLOAT_PASSES as WALK_PASSES
-from eptq_onnx.steps.closed_form import closed_form, operations, unsolved
-from eptq_onnx.steps.equalize import equalize
-from eptq_onnx.steps.equalize import needed_bytes as equalization_bytes
-from eptq_onnx.steps.estimate import multiplications, seconds_a_pass, seconds_an_operation
-from eptq_onnx.steps.guard import FLOAT_PASSES as GUARD_PASSES
-from eptq_onnx.steps.guard import SAMPLES as GUARD_SAMPLES
-from eptq_onnx.steps.guard import sensitive_activations
-from eptq_onnx.steps.normalize import normalize, settle
-from eptq_onnx.steps.optimize import FLOAT_PASSES as STEP_PASSES
-from eptq_onnx.steps.optimize import layer_attention, optimize
-from eptq_onnx.steps.optimize import needed_bytes as optimization_bytes
-from eptq_onnx.steps.plan import plan as make_plan
-from eptq_onnx.steps.ranges import weight_ranges
-from eptq_onnx.steps.rotate import needed_bytes as rotation_bytes
-from eptq_onnx.steps.rotate import rotate
-from eptq_onnx.steps.score import FLOAT_PASSES as PROBE_PASSES
-from eptq_onnx.steps.score import score
-from eptq_onnx.steps.settle import FLOAT_PASSES as SETTLE_PASSES
-from eptq_onnx.steps.settle import SAMPLES as SETTLE_SAMPLES
-from eptq_onnx.steps.settle import deciding_activations
-from eptq_onnx.steps.soften import soften
-from eptq_onnx.steps.verify import Versions, verify
-from eptq_onnx.steps.write import write
+from eptq_onnx.runtimes.speed import measure
 from eptq_onnx.targets import Target
-from eptq_onnx.types import Calibration, Estimate, OptimizationTrace, Plan, Rounding, Scores, Speed, Verification
+from eptq_onnx.training.graph import soften
+from eptq_onnx.training.loop import FLOAT_PASSES as STEP_PASSES
+from eptq_onnx.training.loop import layer_attention, optimize
+from eptq_onnx.training.loop import needed_bytes as optimization_bytes
 
 
 class Progress(Protocol):
@@ -143,7 +144,7 @@ def quantize(
         The float model; never changed.
     data : Source
         Calibration samples without labels: one array per model input, samples along the first axis; or feeds, files, or
-        a function that gives them; see `eptq_onnx.readers.opened`.
+        a function that gives them; see `eptq_onnx.data.readers.opened`.
     config : Config, optional
     progress : callable, optional
 

@@ -22,8 +22,8 @@ from onnx import ModelProto, TensorProto, TypeProto, helper, numpy_helper
 
 from eptq_onnx import scratch
 from eptq_onnx.errors import ConfigError, EptqError, InstallError, ModelError, OutputError, one_line
-from eptq_onnx.graph import store, weights
-from eptq_onnx.types import Feeds
+from eptq_onnx.numerics.types import Feeds
+from eptq_onnx.proto import store, weights
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """A message must stay below 2 GiB; some room is left for what onnxruntime adds."""

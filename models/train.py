@@ -24,7 +24,7 @@ from eptq_onnx import engines, ops
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.optimizers import Adam
+from eptq_onnx.numerics.optimizers import Adam
 from eptq_onnx.runtime import Session
 
 HERE = Path(__file__).resolve().parent

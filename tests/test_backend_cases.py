@@ -17,9 +17,9 @@ from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import EptqError, ModelError
 from eptq_onnx.graph.lower import NotLowerable
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.method.normalize import normalize
 from eptq_onnx.ops import Gradient
 from eptq_onnx.runtime import Session
-from eptq_onnx.steps.normalize import normalize
 
 AGREES = "the gradient agrees with finite differences"
 NEWEST_OPSET = 21

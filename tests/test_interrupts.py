@@ -181,7 +181,7 @@ SAVING = """
     import os, signal
     real = os.{name}
     def during(*arguments, **options):
-        if any(str(a).endswith((".tmp", ".onnx")) or isinstance(a, int) for a in arguments) and "eptq_onnx.outputs" in sys.modules:
+        if any(str(a).endswith((".tmp", ".onnx")) or isinstance(a, int) for a in arguments) and "eptq_onnx.files" in sys.modules:
             import traceback
             if any("outputs.py" in frame.filename for frame in traceback.extract_stack()):
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -73,7 +73,7 @@ def test_threads_share_the_folder_and_the_last_one_removes_it(temporary):
 
 
 def test_a_run_puts_everything_into_its_folder_and_removes_it(temporary, monkeypatch):
-    from eptq_onnx.graph import store
+    from eptq_onnx.proto import store
 
     monkeypatch.setattr(store, "LARGE", 1000)
     seen: set[str] = set()

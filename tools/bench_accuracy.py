@@ -59,7 +59,7 @@ from rich.table import Table
 
 import eptq_onnx
 from eptq_onnx import Config
-from eptq_onnx.data import read
+from eptq_onnx.data.samples import read
 from eptq_onnx.graph import io
 from eptq_onnx.pipeline import peak_memory
 

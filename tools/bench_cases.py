@@ -24,8 +24,8 @@ from rich.table import Table
 
 import eptq_onnx
 from eptq_onnx import Config, EptqError
+from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.runtime import Session
-from eptq_onnx.types import Feeds
 
 _PRESETS = ("fast", "balanced")
 

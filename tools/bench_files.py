@@ -32,12 +32,13 @@ from rich.console import Console
 from rich.table import Table
 
 from eptq_onnx import data
+from eptq_onnx.data.samples import expected
 from eptq_onnx.errors import EptqError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import flattened
-from eptq_onnx.quant_math import sqnr_db
+from eptq_onnx.method.normalize import normalize
+from eptq_onnx.numerics.quant_math import sqnr_db
 from eptq_onnx.runtime import Session
-from eptq_onnx.steps.normalize import normalize
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -186,7 +187,7 @@ def random_samples(file: Path, count: int, size: int) -> dict[str, NDArray[Any]]
     """Normal floats, small whole numbers and true flags, of the shapes that the model's inputs tell."""
     rng = np.random.default_rng(0)
     arrays = {}
-    for name, (shape, dtype) in data.expected(io.load(file), count, size).items():
+    for name, (shape, dtype) in expected(io.load(file), count, size).items():
         arrays[name] = rng.normal(size=shape).astype(dtype) if dtype.kind == "f" else rng.integers(0, 2, shape).astype(dtype)
     return arrays
 

@@ -21,7 +21,7 @@ from rich.text import Text
 
 import eptq_onnx
 from eptq_onnx import Config
-from eptq_onnx.outputs import write_atomically
+from eptq_onnx.files import write_atomically
 from eptq_onnx.report.verdict import Assurance
 
 METHODS = "mse,fast"

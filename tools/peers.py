@@ -19,9 +19,9 @@ from onnxruntime.quantization.quantize import load_model_with_shape_infer
 from onnxruntime.quantization.registry import QDQRegistry
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from eptq_onnx.data import Samples
+from eptq_onnx.data.samples import Samples
 from eptq_onnx.graph.view import opset_of
-from eptq_onnx.types import Feeds
+from eptq_onnx.numerics.types import Feeds
 
 _OPSET = 13
 _BATCHES_AT_ONCE = 4

@@ -12,10 +12,10 @@ import typer
 
 from eptq_onnx import targets
 from eptq_onnx.config import Config
-from eptq_onnx.data import Samples
+from eptq_onnx.data.samples import Samples
 from eptq_onnx.graph import io
-from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.plan import plan
+from eptq_onnx.method.normalize import normalize
+from eptq_onnx.method.plan import plan
 
 _TYPES = {8: "int8", 4: "int4", 2: "int2"}
 """AIMET's names of what it can store."""

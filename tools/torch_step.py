@@ -17,9 +17,9 @@ from onnx import ModelProto, NodeProto
 from eptq_onnx import targets
 from eptq_onnx.config import Config
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
-from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.plan import plan as make_plan
-from eptq_onnx.types import Array
+from eptq_onnx.method.normalize import normalize
+from eptq_onnx.method.plan import plan as make_plan
+from eptq_onnx.numerics.types import Array
 
 
 def seconds(model: ModelProto, x: Array, steps: int, channels_last: bool) -> float:

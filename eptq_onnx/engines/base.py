@@ -10,8 +10,8 @@ from onnx import ModelProto
 
 from eptq_onnx.errors import GradientError, ModelError
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.numerics.types import Array, Feeds
 from eptq_onnx.runtime import Session
-from eptq_onnx.types import Array, Feeds
 
 LOSS = "eptq/loss"
 ERRORS = "eptq/errors"

@@ -21,13 +21,13 @@ from eptq_onnx.engines.tape import Tape
 from eptq_onnx.engines.windows import Window, turned_convolution, weight_gradient
 from eptq_onnx.errors import GradientError, one_line
 from eptq_onnx.graph import edit
-from eptq_onnx.graph.bodies import defined, node_reads, subgraphs
 from eptq_onnx.graph.canonical import rename
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.kernels import fits_blocks
 from eptq_onnx.graph.view import GraphView, attribute
-from eptq_onnx.graph.weights import light, with_weights
 from eptq_onnx.ops import LSQ_DOMAIN
+from eptq_onnx.proto.bodies import defined, node_reads, subgraphs
+from eptq_onnx.proto.weights import light, with_weights
 
 _ATEN = "org.pytorch.aten"
 _STOP, _ROUND_TRIP = "eptq_stop_gradient", "eptq_round_trip"

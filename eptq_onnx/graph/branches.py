@@ -12,10 +12,11 @@ from collections.abc import Mapping
 
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-from eptq_onnx.graph import edit, store
-from eptq_onnx.graph.bodies import node_reads, subgraphs
+from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.proto import store
+from eptq_onnx.proto.bodies import node_reads, subgraphs
 
 _TAKEN, _STAYS = "eptq_onnx.taken", "eptq_onnx.stays"
 _MOVES = {"MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze", "Flatten", "Expand", "Gather", "Identity"}

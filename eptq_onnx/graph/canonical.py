@@ -15,8 +15,8 @@ from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 
 from eptq_onnx import runtime
 from eptq_onnx.errors import ModelError
-from eptq_onnx.graph.bodies import all_graphs, all_names, defined, node_reads, subgraphs
-from eptq_onnx.graph.weights import light
+from eptq_onnx.proto.bodies import all_graphs, all_names, defined, node_reads, subgraphs
+from eptq_onnx.proto.weights import light
 
 FIRST_IR_WITH_CONSTANTS = 4
 _ALIAS = "ai.onnx"

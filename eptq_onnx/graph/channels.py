@@ -22,11 +22,11 @@ from onnx import NodeProto
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from eptq_onnx.graph.bodies import node_reads
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
-from eptq_onnx.linear import LinearForm, row_shape
-from eptq_onnx.quant_math import along_axis
-from eptq_onnx.types import Array
+from eptq_onnx.numerics.linear import LinearForm, row_shape
+from eptq_onnx.numerics.quant_math import along_axis
+from eptq_onnx.numerics.types import Array
+from eptq_onnx.proto.bodies import node_reads
 
 Slots = NDArray[np.int64]
 Factors = NDArray[np.float64]

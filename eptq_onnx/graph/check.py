@@ -16,7 +16,7 @@ import psutil
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, TypeProto
 
 from eptq_onnx.errors import ModelError
-from eptq_onnx.graph.bodies import all_nodes, node_reads, subgraphs
+from eptq_onnx.proto.bodies import all_nodes, node_reads, subgraphs
 from eptq_onnx.runtime import deepest_nesting
 
 _CALLS = 100

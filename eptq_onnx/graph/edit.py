@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper
 
-from eptq_onnx.graph import store
-from eptq_onnx.graph.bodies import all_names, node_reads, subgraphs
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import opset_of
-from eptq_onnx.graph.weights import without_weights
+from eptq_onnx.proto import store
+from eptq_onnx.proto.bodies import all_names, node_reads, subgraphs
+from eptq_onnx.proto.weights import without_weights
 
 
 class Builder:

@@ -14,9 +14,9 @@ import psutil
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto
 
-from eptq_onnx.graph import store
 from eptq_onnx.graph.check import labelled_tensors, value_bytes
-from eptq_onnx.graph.weights import light, with_weights, without_weights
+from eptq_onnx.proto import store
+from eptq_onnx.proto.weights import light, with_weights, without_weights
 
 _ALIGNMENT = 4096
 """Of each tensor in the file, so that runtimes can map it into memory."""

@@ -11,12 +11,13 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx.reference import ReferenceEvaluator
 
 from eptq_onnx.errors import ModelError, one_line
-from eptq_onnx.graph import branches, edit, store
-from eptq_onnx.graph.bodies import all_graphs, all_nodes, node_reads, subgraphs
+from eptq_onnx.graph import branches, edit
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.replay import RANDOM
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.graph.weights import light, stored, with_weights, without_weights
+from eptq_onnx.proto import store
+from eptq_onnx.proto.bodies import all_graphs, all_nodes, node_reads, subgraphs
+from eptq_onnx.proto.weights import light, stored, with_weights, without_weights
 
 
 def fold_constants(model: ModelProto) -> ModelProto:

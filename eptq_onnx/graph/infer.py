@@ -7,7 +7,7 @@ from onnx import ModelProto, ValueInfoProto
 
 from eptq_onnx import runtime
 from eptq_onnx.errors import ModelError
-from eptq_onnx.graph.weights import light, without_weights
+from eptq_onnx.proto.weights import light, without_weights
 
 
 def infer_shapes(model: ModelProto) -> ModelProto:

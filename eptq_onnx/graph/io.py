@@ -12,8 +12,7 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, checker, numpy_helper
 
 from eptq_onnx.errors import ModelError, one_line
-from eptq_onnx.graph import store, weights
-from eptq_onnx.graph.bodies import all_nodes, initializers
+from eptq_onnx.files import Replacement, data_file, write_atomically
 from eptq_onnx.graph.canonical import make_canonical
 from eptq_onnx.graph.check import check as check_declared
 from eptq_onnx.graph.check import fault, labelled_tensors, read_names
@@ -21,7 +20,8 @@ from eptq_onnx.graph.external import OutsideError, place_of, with_values, write_
 from eptq_onnx.graph.repair import repair
 from eptq_onnx.graph.sound import make_sound
 from eptq_onnx.graph.view import opset_of
-from eptq_onnx.outputs import Replacement, data_file, write_atomically
+from eptq_onnx.proto import store, weights
+from eptq_onnx.proto.bodies import all_nodes, initializers
 from eptq_onnx.runtime import PROTOBUF_LIMIT
 
 _QUANTIZED = {
@@ -39,7 +39,7 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None 
     model : path, bytes or ModelProto
         A ModelProto is copied, never changed.
     folder : str, optional
-        Where the weights of a large model are put; see `eptq_onnx.graph.store`.
+        Where the weights of a large model are put; see `eptq_onnx.proto.store`.
 
     Raises
     ------

@@ -19,10 +19,10 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from eptq_onnx.graph import edit
-from eptq_onnx.graph.bodies import node_reads, subgraphs
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.lower.reductions import reduced_axes
 from eptq_onnx.graph.view import GraphView, int_attribute
+from eptq_onnx.proto.bodies import node_reads, subgraphs
 from eptq_onnx.runtime import LAYOUT_DOMAIN, channel_block
 
 _ELEMENTWISE = frozenset((

@@ -10,11 +10,12 @@ import onnx
 from onnx import ModelProto, NodeProto, helper, inliner
 
 from eptq_onnx.errors import ModelError, one_line
-from eptq_onnx.graph import edit, weights
-from eptq_onnx.graph.bodies import all_nodes, subgraphs
+from eptq_onnx.graph import edit
 from eptq_onnx.graph.fold import fold_constants
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, opset_of
+from eptq_onnx.proto import weights
+from eptq_onnx.proto.bodies import all_nodes, subgraphs
 
 
 def within(model: ModelProto, least: int, newest: int, newest_ir: int) -> ModelProto:

@@ -1,4 +1,4 @@
-"""What onnxruntime ignores in a model and other libraries stumble over is removed."""
+"""Remove what onnxruntime ignores in a model and other libraries stumble over."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
-from onnx import GraphProto, ModelProto, TensorProto, TypeProto, ValueInfoProto
+from onnx import FunctionProto, GraphProto, ModelProto, TensorProto, TypeProto, ValueInfoProto
 from onnx.onnx_pb import DESCRIPTOR
 
 from eptq_onnx.errors import ModelError
-from eptq_onnx.graph.bodies import all_graphs, all_nodes
 from eptq_onnx.graph.check import data_field, is_type, labelled_tensors
+from eptq_onnx.proto.bodies import all_graphs, all_nodes
 
 _DATA = ("raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 _VERSIONS = range(1, 2**31)
 
 
 def repair(model: ModelProto, name: str) -> None:
-    """Remove, in place, what onnxruntime ignores: second values of tensors, sizes below zero, types that do not exist, bytes of names.
+    """Remove, in place, what onnxruntime ignores.
+
+    That is: second values of tensors, functions that no node calls, sizes below zero, types that do not exist, bytes of names.
 
     Raises
     ------
@@ -29,6 +31,7 @@ def repair(model: ModelProto, name: str) -> None:
         if not isinstance(info.name, str):
             raise ModelError(f"{name} has an input or output whose name {info.name!r} is no UTF-8: rename it.")
     _decode(model)
+    _drop_functions(model)
     for _, tensor in labelled_tensors(model):
         _keep_one_value(tensor)
     for graph in all_graphs(model.graph):
@@ -40,6 +43,20 @@ def repair(model: ModelProto, name: str) -> None:
         del model.opset_import[:]
         for domain, version in kept:
             model.opset_import.add(domain=domain, version=version)
+
+
+def _drop_functions(model: ModelProto) -> None:
+    """Functions that no node calls, by way of others or not, are left out: onnxruntime does not look at them."""
+    functions = {(f.domain, f.name): f for f in model.functions}
+    called: set[tuple[str, str]] = set()
+    calling: list[GraphProto | FunctionProto] = [model.graph]
+    while calling:
+        found = {(n.domain, n.op_type) for n in all_nodes(calling.pop())} & functions.keys()
+        calling += [functions[key] for key in found - called]
+        called |= found
+    for k in reversed(range(len(model.functions))):
+        if (model.functions[k].domain, model.functions[k].name) not in called:
+            del model.functions[k]
 
 
 def _keep_one_value(tensor: TensorProto) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from eptq_onnx.graph import edit
-from eptq_onnx.graph.bodies import all_names, all_nodes, subgraphs
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute
+from eptq_onnx.proto.bodies import all_names, all_nodes, subgraphs
 
 RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
 """Operators that draw whatever they are given; Dropout does in training mode only."""

@@ -10,8 +10,8 @@ from onnx import ModelProto, helper
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.runtime import Session
-from eptq_onnx.types import Feeds
 
 Known = tuple[int, tuple[int | None, ...]]
 """Element type and shape."""

@@ -11,10 +11,10 @@ from onnx import ModelProto
 
 from eptq_onnx import runtime
 from eptq_onnx.errors import ModelError, one_line
-from eptq_onnx.graph.bodies import all_graphs, all_nodes
 from eptq_onnx.graph.canonical import FIRST_IR_WITH_CONSTANTS
 from eptq_onnx.graph.view import opset_of
-from eptq_onnx.graph.weights import light
+from eptq_onnx.proto.bodies import all_graphs, all_nodes
+from eptq_onnx.proto.weights import light
 
 
 def make_sound(model: ModelProto, name: str) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.graph.channels import Absorber, Channels, Slots
-from eptq_onnx.linear import row_shape
-from eptq_onnx.types import Array
+from eptq_onnx.numerics.linear import row_shape
+from eptq_onnx.numerics.types import Array
 
 Matrix = NDArray[np.float64]
 Places = NDArray[np.int64]

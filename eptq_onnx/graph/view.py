@@ -12,9 +12,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, TypeProto
 
-from eptq_onnx.graph import store
-from eptq_onnx.graph.bodies import node_reads
-from eptq_onnx.types import Layer
+from eptq_onnx.proto import store
+from eptq_onnx.proto.bodies import node_reads
+from eptq_onnx.records import Layer
 
 Shape = tuple[int | None, ...]
 

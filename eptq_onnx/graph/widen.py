@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper
 
-from eptq_onnx.graph import edit, store
-from eptq_onnx.graph.bodies import all_graphs, subgraphs
+from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.proto import store
+from eptq_onnx.proto.bodies import all_graphs, subgraphs
 
 _WIDENED: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.DOUBLE: "double"}
 _WIDENED_DOMAINS = ("", "com.microsoft")

@@ -15,11 +15,11 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from eptq_onnx.console import console as standard_output
-from eptq_onnx.console import line
+from eptq_onnx.records import Estimate, KeptFloat, OptimizationTrace, Speed, Verification
+from eptq_onnx.report.console import console as standard_output
+from eptq_onnx.report.console import line
 from eptq_onnx.report.speed import in_words, operator_table, warning
 from eptq_onnx.report.verdict import Assurance, Verdict, judge
-from eptq_onnx.types import Estimate, KeptFloat, OptimizationTrace, Speed, Verification
 
 _NAME = 200
 """Characters of a node's name in a table."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from eptq_onnx.types import OperatorTime, Pace, Speed
+from eptq_onnx.records import OperatorTime, Pace, Speed
 
 _NAMED, _SMALL = 3, 0.05
 """At most so many operators are named, those with at least this share of the run time or of what it grew by."""

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from eptq_onnx.types import OutputStatistics, Verification
+from eptq_onnx.numerics.statistics import OutputStatistics
+from eptq_onnx.records import Verification
 
 SAFE_DB, VERY_HIGH_DB = 30.0, 40.0
 """SQNR of an output that is safe, whatever it is for; and one that few samples, or samples seen before, are enough to tell."""

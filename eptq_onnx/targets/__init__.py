@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eptq_onnx.config import describe
 from eptq_onnx.errors import ConfigError
-from eptq_onnx.types import QuantSpec
+from eptq_onnx.numerics.types import QuantSpec
 
 if sys.version_info >= (3, 11):
     import tomllib

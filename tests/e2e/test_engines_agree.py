@@ -14,17 +14,18 @@ import pytest
 from conftest import INSTALLED, MODELS
 from graphs import silent
 
-from eptq_onnx import Config, data, engines, quant_math, targets
+from eptq_onnx import Config, data, engines, targets
 from eptq_onnx.config import EngineChoice
 from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LOSS
 from eptq_onnx.graph import io
+from eptq_onnx.method.calibrate import calibrate
+from eptq_onnx.method.normalize import normalize
+from eptq_onnx.method.plan import plan
+from eptq_onnx.method.ranges import weight_ranges
+from eptq_onnx.method.score import score
+from eptq_onnx.numerics import quant_math
 from eptq_onnx.runtime import Session
-from eptq_onnx.steps.calibrate import calibrate
-from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.steps.plan import plan
-from eptq_onnx.steps.ranges import weight_ranges
-from eptq_onnx.steps.score import score
-from eptq_onnx.steps.soften import soften
+from eptq_onnx.training.graph import soften
 
 sys.path.insert(0, str(MODELS))
 from score import MODELS as SHIPPED

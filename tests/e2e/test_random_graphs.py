@@ -13,10 +13,10 @@ from onnx import ModelProto, helper, numpy_helper
 
 import eptq_onnx
 from eptq_onnx import Config
+from eptq_onnx.method.normalize import normalize
+from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.ops import TABLE, Gradient
 from eptq_onnx.runtime import Session
-from eptq_onnx.steps.normalize import normalize
-from eptq_onnx.types import Feeds
 
 SAMPLES = 24
 PRESETS = {

@@ -12,10 +12,10 @@ from wild import CHOICES, DRAWS, Wild, wild
 import eptq_onnx
 from eptq_onnx import Config, data, pipeline
 from eptq_onnx.graph.branches import flattened
+from eptq_onnx.method.arrange import record
+from eptq_onnx.method.normalize import normalize
 from eptq_onnx.ops import executed
 from eptq_onnx.runtime import Session
-from eptq_onnx.steps.arrange import record
-from eptq_onnx.steps.normalize import normalize
 
 pytestmark = pytest.mark.once
 

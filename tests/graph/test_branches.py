@@ -11,12 +11,12 @@ from graphs import images, normal, parse
 
 import eptq_onnx
 from eptq_onnx import Config
-from eptq_onnx.data import Samples
+from eptq_onnx.data.layouts import Column
+from eptq_onnx.data.samples import Samples
 from eptq_onnx.graph import branches
-from eptq_onnx.graph.bodies import all_nodes
-from eptq_onnx.layouts import Column
+from eptq_onnx.method.normalize import normalize
+from eptq_onnx.proto.bodies import all_nodes
 from eptq_onnx.runtime import Session
-from eptq_onnx.steps.normalize import normalize
 
 RATES = """
 g (float[N,3,H,W] x, int64 rate) => (float[N,4,a,b] y, float[N,c,d,e] z) {

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx.graph import io
-from eptq_onnx.graph.bodies import defined, subgraphs
 from eptq_onnx.graph.canonical import make_canonical
+from eptq_onnx.proto.bodies import defined, subgraphs
 from eptq_onnx.runtime import Session
 
 X = normal(3, 4, seed=9)

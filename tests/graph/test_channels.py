@@ -14,8 +14,8 @@ from eptq_onnx import ops
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.channels import Channels
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.method.normalize import normalize
 from eptq_onnx.runtime import Session
-from eptq_onnx.steps.normalize import normalize
 
 HEAD = "a = Conv <pads = [1,1,1,1]> (x, w, b)"
 TAIL = "y = Conv (z, v)"

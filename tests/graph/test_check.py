@@ -10,8 +10,9 @@ from graphs import images, normal, parse, small_convnet
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx import ModelError
-from eptq_onnx.graph import external, io, store
+from eptq_onnx.graph import external, io
 from eptq_onnx.graph.check import labelled_tensors
+from eptq_onnx.proto import store
 from eptq_onnx.runtime import Session
 
 W = normal(3, 4)
@@ -375,6 +376,21 @@ def test_functions_without_end_are_refused_at_once(calls, message):
 def test_functions_that_call_others_are_loaded():
     model = calling([[1, 2], [2], []])
     np.testing.assert_array_equal(run(io.load(model)), run(model))
+
+
+@pytest.mark.parametrize("fault", ["no name", "unknown operator", "no opset"])
+def test_functions_that_nobody_calls_are_left_out(fault):
+    model = calling([[1], []])
+    odd = model.functions.add(domain="d", name="" if fault == "no name" else "odd")
+    if fault != "no opset":
+        odd.opset_import.add(domain="d", version=1)
+    if fault == "unknown operator":
+        odd.input.append("a")
+        odd.output.append("b")
+        odd.node.add(op_type="Nothing", domain="d", input=["a"], output=["b"])
+    loaded = io.load(model)
+    assert [f.name for f in loaded.functions] == ["f0", "f1"]
+    np.testing.assert_array_equal(run(loaded), run(calling([[1], []])))
 
 
 # ---- cost ----------------------------------------------------------------------------------------------------------

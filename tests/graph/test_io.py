@@ -5,8 +5,10 @@ import onnx
 import pytest
 from graphs import images, parse, small_convnet
 
-from eptq_onnx import ModelError, OutputError, outputs
-from eptq_onnx.graph import io, store
+from eptq_onnx import ModelError, OutputError
+from eptq_onnx import files as outputs
+from eptq_onnx.graph import io
+from eptq_onnx.proto import store
 from eptq_onnx.runtime import Session
 
 

@@ -5,8 +5,8 @@ import onnx
 from graphs import normal, parse, small_convnet
 
 from eptq_onnx.graph import edit
-from eptq_onnx.graph.bodies import node_reads
 from eptq_onnx.graph.view import GraphView, opset_of
+from eptq_onnx.proto.bodies import node_reads
 
 
 def named(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -10,8 +10,8 @@ from rich.console import Console
 
 import eptq_onnx
 from eptq_onnx import Config
+from eptq_onnx.records import OperatorTime, Pace, Speed
 from eptq_onnx.report.speed import costly, in_words, warning
-from eptq_onnx.types import OperatorTime, Pace, Speed
 
 SLOW = Speed(
     Pace.SLOWER, 0.0071, 0.0121, 1.7, 1.6, 1.85, 9, 1,

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.report.verdict import FEW_SAMPLES, VERY_HIGH_DB, Assurance, judge_outputs
-from eptq_onnx.types import OutputStatistics
 
 SCORES = OutputStatistics(32, 31.0, 30.5, 29.0, 25.0, decisions=32, disagreement=0.0, expected_disagreement=0.012)
 """Of a classifier at 8 bits."""

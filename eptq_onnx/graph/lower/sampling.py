@@ -14,7 +14,7 @@ from eptq_onnx.graph.edit import Builder
 from eptq_onnx.graph.lower.base import NotLowerable, constant_input, ints, number, reshape, shape_of, stopped, total, transpose
 from eptq_onnx.graph.lower.reductions import along
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
-from eptq_onnx.types import Array
+from eptq_onnx.numerics.types import Array
 
 
 def resize(node: NodeProto, view: GraphView, b: Builder) -> None:

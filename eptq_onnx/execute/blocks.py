@@ -1,0 +1,160 @@
+"""Models too large for one run: blocks of consecutive nodes, run one after the other for all batches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from onnx import ModelProto, ValueInfoProto, helper
+
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.shapes import specialize
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.numerics.types import Feeds
+from eptq_onnx.parallel import ordered_map
+from eptq_onnx.proto import store
+from eptq_onnx.proto.bodies import node_reads
+from eptq_onnx.runtime import Session
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive nodes of a model.
+
+    Parameters
+    ----------
+    model : ModelProto
+        Its inputs are the model's own and ``reads``, its outputs those of the model's that it makes, and ``makes``.
+    reads : tuple of str
+        Tensors of earlier blocks.
+    makes : tuple of str
+        Tensors that later blocks read.
+    """
+
+    model: ModelProto
+    reads: tuple[str, ...] = ()
+    makes: tuple[str, ...] = ()
+
+
+def blocks_of(model: ModelProto, batches: Sequence[Feeds], most: int | None) -> list[Block]:
+    """Blocks of at most ``most`` bytes for such batches (see `eptq_onnx.graph.shapes.specialize`); one where it is None."""
+    return [Block(model)] if most is None else cut(model, specialize(model, batches), most)
+
+
+def cut(model: ModelProto, shaped: ModelProto, most: int) -> list[Block]:
+    """Blocks whose tensors and weights take at most ``most`` bytes (or which are one node); the model itself if it does.
+
+    Parameters
+    ----------
+    model : ModelProto
+    shaped : ModelProto
+        The same nodes, with the shapes of one batch; tensors of unknown shape count nothing.
+    most : int
+    """
+    view = GraphView(model)
+    ends = _ends(GraphView(shaped), most)
+    if not ends:
+        return [Block(model)]
+    bounds = [0, *ends, len(view.nodes)]
+    place = {o: k for k, (a, b) in enumerate(itertools.pairwise(bounds)) for n in view.nodes[a:b] for o in n.output}
+    readers = {name: {place[o] for n in nodes for o in n.output if o} for name, nodes in view.consumers.items()}
+    return [_block(view, place, readers, k, a, b) for k, (a, b) in enumerate(itertools.pairwise(bounds))]
+
+
+def _ends(view: GraphView, most: int) -> list[int]:
+    """Places of the nodes that begin a new block."""
+    last = {name: k for k, node in enumerate(view.nodes) for name in node_reads(node)}
+    ends: list[int] = []
+    size, seen = 0, set[str]()
+    open_until: dict[str, int] = {}
+    for k, node in enumerate(view.nodes):
+        fresh = [i for i in node_reads(node) if i in view.initializers and i not in seen]
+        own = sum(store.value_bytes(view.initializers[i]) for i in fresh) + sum(bytes_of(view, o) for o in node.output)
+        open_until = {name: end for name, end in open_until.items() if end >= k}
+        # What crosses into another block is fed and returned: it must be a tensor of a known type.
+        if size and size + own > most and all(view.elem_type(name) for name in open_until):
+            ends.append(k)
+            size, seen = 0, set()
+        size += own
+        seen.update(fresh)
+        open_until |= {o: last[o] for o in node.output if o in last}
+    return ends
+
+
+def tensor_bytes(model: ModelProto) -> int:
+    """Bytes of all tensors that a model with the shapes of one batch computes; those of unknown shape count nothing."""
+    view = GraphView(model)
+    return sum(bytes_of(view, name) for name in view.producer)
+
+
+def bytes_of(view: GraphView, name: str) -> int:
+    """Bytes of a tensor; 0 where its type or shape is unknown."""
+    shape = view.static_shape(name)
+    if shape is None or not view.elem_type(name):
+        return 0
+    return int(helper.tensor_dtype_to_np_dtype(view.elem_type(name)).itemsize * math.prod(shape))
+
+
+def _block(view: GraphView, place: dict[str, int], readers: dict[str, set[int]], k: int, begin: int, end: int) -> Block:
+    nodes = view.nodes[begin:end]
+    read = dict.fromkeys(i for n in nodes for i in node_reads(n) if place.get(i) != k)
+    made = [o for n in nodes for o in n.output if o]
+    reads = tuple(i for i in read if i in place)
+    makes = tuple(o for o in made if any(p > k for p in readers.get(o, ())))
+    inputs = [i for i in view.model.graph.input if i.name in read and i.name in view.inputs]
+    known = {v.name: v for v in (*view.model.graph.value_info, *view.model.graph.output)}
+    graph = helper.make_graph(
+        nodes,
+        f"{view.model.graph.name}/{k}",
+        [*inputs, *(_described(view, known, i) for i in reads)],
+        [_described(view, known, o) for o in dict.fromkeys([*(o for o in view.outputs if place.get(o) == k), *makes])],
+        [view.initializers[i] for i in read if i in view.initializers],
+        value_info=[known[o] for o in made if o in known],
+    )
+    model = helper.make_model(graph, opset_imports=view.model.opset_import, ir_version=view.model.ir_version)
+    return Block(model, reads, makes)
+
+
+def _described(view: GraphView, known: dict[str, ValueInfoProto], name: str) -> ValueInfoProto:
+    return known[name] if name in known else edit.described(name, view.kind(name))
+
+
+def observe(blocks: Sequence[Block], batches: Iterable[Feeds], wanted: Sequence[str]) -> Iterator[tuple[int, Feeds]]:
+    """Run a model block by block; yields the number of a batch and those of its ``wanted`` tensors that a block makes.
+
+    Parameters
+    ----------
+    blocks : sequence of Block
+    batches : iterable of Feeds
+        Drawn as they are needed if there is one block; of several, all are kept, with what later blocks read.
+    wanted : sequence of str
+        Computed tensors, or inputs, which come with the first block.
+    """
+    if len(blocks) > 1:
+        batches = [dict(feeds) for feeds in batches]
+    for k, block in enumerate(blocks):
+        made = {o for n in block.model.graph.node for o in n.output}
+        given = {i.name for i in block.model.graph.input} if k == 0 else set()
+        chosen = [name for name in wanted if name in made or name in given]
+        for number, (feeds, values) in enumerate(_run(block, batches, [name for name in chosen if name in made])):
+            yield number, {name: values[name] if name in values else feeds[name] for name in chosen}
+
+
+def advance(block: Block, batches: Iterable[Feeds]) -> None:
+    """Give every batch, in place, what the block makes for later ones."""
+    for _ in _run(block, batches, ()):
+        pass
+
+
+def _run(block: Block, batches: Iterable[Feeds], wanted: Sequence[str]) -> Iterator[tuple[Feeds, Feeds]]:
+    names = list(dict.fromkeys([*wanted, *block.makes]))
+    session = Session(edit.exposing(block.model, names)) if names else None
+
+    def run(feeds: Feeds) -> tuple[Feeds, Feeds]:
+        return feeds, session.run({n: feeds[n] for n in session.inputs}, names) if session is not None else {}
+
+    for feeds, values in ordered_map(run, batches):
+        feeds.update({name: values[name] for name in block.makes})
+        yield feeds, values

@@ -1,0 +1,93 @@
+"""Outputs of two versions of a network that each choose for themselves, run by run, with matching rows beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from eptq_onnx.data.samples import Samples
+from eptq_onnx.graph.branches import flattened
+from eptq_onnx.graph.outputs import numbers, readable
+from eptq_onnx.graph.replay import Replay
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.numerics.rows import Pair, laid_beside, rows_axis
+from eptq_onnx.numerics.statistics import Comparison
+from eptq_onnx.numerics.types import Feeds
+from eptq_onnx.ops import recorded
+from eptq_onnx.parallel import ordered_map
+from eptq_onnx.runtime import Session
+
+
+class Pairing:
+    """Runs versions of a network and lays their outputs beside those of the float network.
+
+    Parameters
+    ----------
+    whole : ModelProto
+        The normalized float model.
+    samples : Samples
+    parts : sequence of ndarray
+        Samples of each run.
+    found : Replay
+        What the float network drew and chose.
+    """
+
+    def __init__(self, whole: ModelProto, samples: Samples, parts: Sequence[NDArray[np.int64]], found: Replay) -> None:
+        self._samples, self._parts, self._found = samples, parts, found
+        self._free = _in_free_order(whole, found)
+
+    def outputs(self, model: ModelProto, count: int | None = None) -> Iterator[Feeds]:
+        """The outputs that hold floating-point numbers, run by run; ``count`` runs, by default all."""
+        model, names = readable(model)
+        session = Session(model)
+
+        def run(part: NDArray[np.int64]) -> Feeds:
+            values = session.run(session.taken(self._samples.take(part)))
+            return {name: numbers(values[source]) for name, source in names.items()}
+
+        return ordered_map(run, self._parts[:count])
+
+    def pairs(self, reference: Iterable[Feeds], others: Iterable[Feeds]) -> Iterator[dict[str, Pair]]:
+        """Output name to the values of both, run by run; rows whose order was chosen by value are matched."""
+        for part, expected, got in zip(self._parts, reference, others, strict=False):
+            counts = self._chosen(part)
+            axes = {name: axis for name in self._free if name in expected and (axis := rows_axis(expected[name], counts)) is not None}
+            yield laid_beside(expected, got, axes)
+
+    def _chosen(self, part: NDArray[np.int64]) -> set[int]:
+        """The numbers of rows that the float network chose in one run."""
+        feeds = self._samples.take(part) if self._found.places else {}
+        return {n for p in self._found.places if not p.draws for n in feeds[p.name].shape}
+
+
+def comparisons(runs: Iterable[dict[str, Pair]]) -> dict[str, Comparison]:
+    """What is collected of each output over all runs."""
+    found: dict[str, Comparison] = {}
+    for pairs in runs:
+        for name, pair in pairs.items():
+            found.setdefault(name, Comparison()).add(*pair)
+    return found
+
+
+def within_bytes(runs: Iterable[Feeds], most: int) -> list[Feeds]:
+    """The first runs, until they take more than ``most`` bytes; at least one."""
+    kept: list[Feeds] = []
+    size = 0
+    for values in runs:
+        kept.append(values)
+        size += sum(v.nbytes for v in values.values())
+        if size > most:
+            break
+    return kept
+
+
+def _in_free_order(model: ModelProto, found: Replay) -> list[str]:
+    """Outputs whose rows come in an order that was chosen by value."""
+    view = GraphView(flattened(model))
+    nodes = {n.name: n for n in view.nodes}
+    chosen = [nodes[p.node] for p in found.places if (rule := recorded(nodes[p.node])) is not None and rule.orders]
+    behind = view.downstream(o for n in chosen for o in n.output if o)
+    return [o for o in view.outputs if o in behind]

@@ -1,0 +1,266 @@
+"""Step 5a: mixed precision. Bits of every weight under a budget, as an integer program.
+
+Each candidate width of each layer is tried on the inputs of the float network: rounding with error compensation, and
+the error of every output channel, on samples that the rounding has not seen, weighed by its Hessian score. What that does to
+the network's outputs is measured for one width, by running the float network with this one weight rounded, and follows
+for the others from those errors: scores take the errors at all positions for independent, though those of a weight add up in a
+mean over positions, say. The effects of layers add up, so that the best choice is an integer linear program, solved by SciPy's MILP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from eptq_onnx.config import Budget, BudgetUnit, Config
+from eptq_onnx.data.samples import Samples, spread
+from eptq_onnx.errors import ConfigError
+from eptq_onnx.execute.deviation import Deviation
+from eptq_onnx.execute.walk import Walk, affordable_batches
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.shapes import specialize
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.numerics import compensation, quant_math
+from eptq_onnx.numerics.linear import LinearForm, scale_places
+from eptq_onnx.numerics.quant_math import along_axis
+from eptq_onnx.numerics.types import Array, QuantSpec
+from eptq_onnx.ops import linear_form
+from eptq_onnx.records import Calibration, Layer, Plan, Scores
+from eptq_onnx.targets import Target
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+_ROWS = 30_000
+_MEASURED = 4
+"""The width at which the effect on the outputs is measured."""
+SAMPLES = 32
+"""That the network then runs, layer by layer."""
+_MOST_NOISE = 10.0
+"""Noise to signal that is as bad as any."""
+_LEAST = 1e-6
+"""A weight that has less than this share of its largest error at the width that is measured fits the grid; its errors at other
+widths then count relative to the variance of the layer's output."""
+
+
+@dataclass
+class Candidates:
+    """The widths that one weight tensor may have; what its layers contribute adds up.
+
+    Parameters
+    ----------
+    size : int
+        Elements.
+    effects : dict of int to float
+        Width to the noise that it causes at the outputs.
+    operations : float
+        Multiplications of one sample times the bits of the activations.
+    """
+
+    size: int
+    effects: dict[int, float]
+    operations: float = 0.0
+
+
+def allocate(
+    model: ModelProto,
+    plan: Plan,
+    target: Target,
+    samples: Samples,
+    indices: NDArray[np.int64],
+    calibration: Calibration,
+    scores: Scores | None,
+    budget: Budget,
+    config: Config,
+    progress: Callable[[int, int], None],
+) -> Plan:
+    """Give every weight its bit width.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model.
+    plan : Plan
+    target : Target
+    samples : Samples
+    indices : ndarray of shape (n_samples,)
+        The samples to look at.
+    calibration : Calibration
+        Gives the spread that each part of the outputs is measured by.
+    scores : Scores or None
+    budget : Budget
+    config : Config
+    progress : callable
+        Called with layers done and layers in all.
+
+    Returns
+    -------
+    Plan
+        The same with other weight specs. Layers that are no plain matrix product have 8 bits.
+
+    Raises
+    ------
+    ConfigError
+        If no choice meets the budget.
+    """
+    widths = solve(candidates(model, plan, target, samples, indices, calibration, scores, config, progress), budget)
+    layers = (replace(x, weight_spec=target.weight_spec(widths[x.weight], x.weight_spec.axis, x.depthwise)) for x in plan.layers)
+    return replace(plan, layers=tuple(layers))
+
+
+def candidates(
+    model: ModelProto,
+    plan: Plan,
+    target: Target,
+    samples: Samples,
+    indices: NDArray[np.int64],
+    calibration: Calibration,
+    scores: Scores | None,
+    config: Config,
+    progress: Callable[[int, int], None],
+) -> dict[str, Candidates]:
+    """What every width of every weight does to the outputs; parameters as in `allocate`."""
+    size = samples.micro_batch()
+    affordable = size * affordable_batches(specialize(model, samples.two_batches(size)), 1, config.max_memory)
+    chosen = indices[spread(len(indices), affordable)]
+    # Of two batches at least, one is rounded on and the other tells what came of it.
+    at_once = size if samples.fixed_batch else min(size, max(1, len(chosen) // 2))
+    parts = list(samples.batches(chosen, at_once))
+    walk = Walk(model, [samples.take(part) for part in parts])
+    view = GraphView(model)
+    nodes = {n.name: n for n in view.nodes}
+    deviation = Deviation(model, samples, np.concatenate(parts[1::2] or parts), SAMPLES, calibration.variance, config)
+    quantizers = plan.quantizer_of
+    weights: dict[str, Candidates] = {}
+    for k, layer in enumerate(plan.layers):
+        value: Array = np.asarray(view.constant(layer.weight), np.float32)
+        form = linear_form(nodes[layer.node], view)
+        inputs = walk.reach(layer.input)
+        rows: compensation.Moments | None = None
+        own, of_weight = quant_math.layer_units(inputs, value)
+        if form is not None:
+            inputs = inputs if own == 1 else [x / own for x in inputs]
+            rows = compensation.sampled_moments(form, value / of_weight, inputs, inputs, _ROWS, np.random.default_rng((config.seed, k)))
+        if form is None:
+            weights.setdefault(layer.weight, Candidates(value.size, {8: 0.0}))
+        elif rows is None or rows.is_empty:
+            # Nothing that is a number passes it: any width will do.
+            weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
+        else:
+            known = weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
+            positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
+            known.operations += value.size * positions * quantizers[layer.input].spec.bits
+            specs = {bits: target.weight_spec(bits, layer.weight_spec.axis, layer.depthwise) for bits in known.effects}
+            errors, rounded = _tried(form, value / of_weight, rows, specs, config)
+            importance = _importance(layer, scores, errors[_MEASURED].size)
+            square = (float(own) * float(of_weight)) ** 2
+            foreseen = {bits: float((error * importance).sum()) * square for bits, error in errors.items()}
+            if deviation.parts and foreseen[_MEASURED] > _LEAST * max(foreseen.values()):
+                shift = rows.mean_error(form.weight_rows(rounded)) * (own * of_weight)
+                measured = deviation(_with_one_rounded(model, view, nodes[layer.node], layer, rounded * of_weight, shift))
+                unit = min(measured, _MOST_NOISE) / foreseen[_MEASURED]
+            else:
+                unit = 1 / max(float(importance.sum()) * calibration.variance[layer.output], 1e-30)
+            for bits, effect in foreseen.items():
+                known.effects[bits] += unit * effect
+        progress(k + 1, len(plan.layers))
+    return weights
+
+
+def solve(weights: Mapping[str, Candidates], budget: Budget) -> dict[str, int]:
+    """The widths with the least total effect that meet the budget.
+
+    Raises
+    ------
+    ConfigError
+        If none does.
+    """
+    total = sum(w.size for w in weights.values())
+    names: list[str] = []
+    widths: list[int] = []
+    effects: list[float] = []
+    costs: list[float] = []
+    for name, weight in weights.items():
+        for bits, effect in weight.effects.items():
+            names.append(name)
+            widths.append(bits)
+            effects.append(effect)
+            costs.append(_cost(weight, bits, total, budget))
+    scale = max(*effects, 1e-30)
+    rows = {name: i for i, name in enumerate(weights)}
+    once = np.zeros((len(rows), len(names)))
+    once[[rows[n] for n in names], np.arange(len(names))] = 1
+    found = milp(
+        np.array(effects) / scale,
+        integrality=np.ones(len(names)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(np.array(costs)[None] / budget.amount, -np.inf, 1)],
+        options={"mip_rel_gap": 0},
+    )
+    if found.x is None:
+        least = sum(min(_cost(w, bits, total, budget) for bits in w.effects) for w in weights.values())
+        raise ConfigError(
+            f"option budget={budget} cannot be met: the smallest widths ({min(widths)} bits) take "
+            f"{budget.unit.value}={least:.4g}; give at least that."
+        )
+    return {names[i]: widths[i] for i in np.flatnonzero(found.x > 0.5)}
+
+
+def _cost(weight: Candidates, bits: int, total: int, budget: Budget) -> float:
+    """Share of one weight in the unit of the budget."""
+    if budget.unit is BudgetUnit.WEIGHTS:
+        return weight.size * bits / total
+    if budget.unit is BudgetUnit.BYTES:
+        return weight.size * bits / 8
+    return weight.operations * bits
+
+
+def _tried(
+    form: LinearForm, weight: Array, moments: compensation.Moments, specs: Mapping[int, QuantSpec], config: Config
+) -> tuple[dict[int, Array], Array]:
+    """What rounding at each width comes to.
+
+    Returns
+    -------
+    dict of int to ndarray of shape (n_channels,)
+        Width to the mean squared error of each output channel, its mean taken up by the bias.
+    ndarray
+        The rounded weight at the width that is measured.
+    """
+    # A weight with more terms than there are rows can be rounded to fit all of these: what it is worth, others tell.
+    seen, unseen = (moment for moment, _, _ in moments.halves or 2 * (moments.covariances,))
+    feedback = compensation.Feedback.of(compensation.damped(seen, config.rounding_damping))
+    rows = form.weight_rows(weight)
+    errors, rounded = {}, weight
+    for bits, spec in specs.items():
+        scale, owners = quant_math.weight_scales(weight, spec), scale_places(form, weight.shape, spec.axis)
+        per_row, zero = scale.reshape(-1)[owners], quant_math.zero_points(weight, scale, spec).reshape(-1)[owners]
+        integers = compensation.compensated_rounding(rows, per_row, feedback, quant_math.limits(zero, spec))
+        values = integers * per_row[:, :, None]
+        errors[bits] = np.asarray(compensation.cost(values - rows, unseen).reshape(-1), np.float32)
+        if bits == _MEASURED:
+            rounded = np.asarray(form.weight_from_rows(values), np.float32)
+    return errors, rounded
+
+
+def _with_one_rounded(model: ModelProto, view: GraphView, node: NodeProto, layer: Layer, rounded: Array, shift: Array) -> ModelProto:
+    """The float network with the weight of one layer rounded, and what that does to the means of its outputs taken up."""
+    # A layer's output has the rank of its weight, where that of the output is unknown; those of products may have more axes in front.
+    rank = len(view.shape(layer.output) or view.constant_shape(layer.weight))
+    build = edit.Builder(model)
+    raw = build.unique(f"{layer.output}_raw")
+    copy = edit.renamed(node, {layer.output: raw, layer.weight: build.constant(rounded, f"{layer.weight}_rounded")})
+    build.add("Add", [raw, along_axis(shift, layer.output_axis % rank, rank)], layer.output)
+    nodes = [n for other in view.nodes for n in ([copy, *build.nodes] if other.name == node.name else [other])]
+    return edit.with_nodes(model, nodes, build.initializers)
+
+
+def _importance(layer: Layer, scores: Scores | None, channels: int) -> Array:
+    """How much a squared error of 1 in each channel counts among those of the others."""
+    if scores is not None and layer.output in scores.channels and scores.channels[layer.output].shape[1] == channels:
+        table = scores.channels[layer.output]
+        return np.asarray((table / quant_math.unit(table)).mean(axis=0), np.float32)
+    return np.ones(channels, np.float32)

@@ -1,0 +1,338 @@
+"""Step 1b: how samples are run, found by running some, and what the network draws and chooses for each, recorded.
+
+Samples are put into one batch only if a batch of two gives what two runs give. Where it does not (a batch size written into a
+Reshape, statistics or attention across the batch), each runs by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, helper
+
+from eptq_onnx.data.layouts import Column
+from eptq_onnx.data.samples import Samples
+from eptq_onnx.errors import DataError, ModelError
+from eptq_onnx.graph import replay
+from eptq_onnx.graph.replay import Place, Replay
+from eptq_onnx.numerics.types import Feeds
+from eptq_onnx.ops import recorded
+from eptq_onnx.parallel import ordered_map
+from eptq_onnx.runtime import Session
+
+_SIZES = (2, 4, 8, 16, 32, 64)
+"""Batches that are tried where one sample alone does not run: some models have their batch written in."""
+_CLOSE = 1e-6
+"""Noise-to-signal power ratio of equal values: float summation differs from batch to batch."""
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """Samples as they are run.
+
+    Parameters
+    ----------
+    samples : Samples
+    notes : tuple of str
+        What was decided, and why.
+    """
+
+    samples: Samples
+    notes: tuple[str, ...] = ()
+
+
+def arrange(model: ModelProto, candidates: Sequence[Samples], seed: int) -> Arranged:
+    """The reading of the calibration data that the model runs, and how many samples go into a run.
+
+    Parameters
+    ----------
+    model : ModelProto
+        Normalized, as far as that is possible without samples.
+    candidates : sequence of Samples
+        What the data may mean, most likely first.
+    seed : int
+        Of random numbers.
+
+    Raises
+    ------
+    DataError
+        If onnxruntime runs the model on none of them.
+    """
+    places = replay.places_of(model, recorded)
+    probe = _Probe(model, tuple(p for p in places if p.draws), seed)
+    errors: list[tuple[Samples, ModelError]] = []
+    alone: Samples | None = None
+    for samples in candidates:
+        if alone is not None and samples.count == 1:
+            # All arrays as one run: only if nothing else works.
+            break
+        try:
+            fits = probe.fits(samples)
+        except ModelError as e:
+            errors.append((samples, e))
+            continue
+        if fits:
+            return Arranged(samples, _notes(probe.random()))
+        alone = alone or samples
+    if alone is not None:
+        size = alone.fixed_batch or 1
+        samples = alone.grouped(size) if size > 1 else alone.in_batches_of(1)
+        what = f"{size} samples, as many as the model prescribes, are run" if size > 1 else "samples run one at a time"
+        return Arranged(samples, (f"{what}: {probe.why}", *_notes(probe.random())))
+    for samples, _ in errors:
+        for size in _SIZES if samples.fixed_batch is None and samples.count > 1 else ():
+            grouped = probe.grouped(samples, size)
+            if grouped is not None:
+                note = f"samples run {size} at a time: the model takes batches of that size only, though its inputs leave it open"
+                return Arranged(grouped, (note, *_notes(probe.random())))
+    samples, error = errors[0]
+    shapes = ", ".join(f"{name}: {value.shape}" for name, value in probe.first(samples).items())
+    raise DataError(
+        f"the model does not run on one {'batch' if (samples.fixed_batch or 1) > 1 else 'sample'} of the calibration data ({shapes}); "
+        f"if an axis was taken for the batch's that is none, say --batch-axis NAME=AXIS or NAME=none, or give feeds, what the model "
+        f"takes in one run. {error}"
+    ) from error
+
+
+def _notes(random: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"two runs of the float model on the same sample differ in {name}: figures for it include that" for name in random)
+
+
+class _Probe:
+    """Runs the model on a few samples, alone and together."""
+
+    def __init__(self, model: ModelProto, draws: tuple[Place, ...], seed: int) -> None:
+        self._model, self._draws = model, draws
+        self._recorder: tuple[Session, list[str]] | None = None
+        if draws:
+            recording, names = replay.recording(model, draws, seed)
+            self._recorder = Session(recording), names
+        self._session: Session | None = None
+        self._memory: dict[tuple[Samples | int, ...], Feeds] = {}
+        self._seen: tuple[Samples, NDArray[np.int64]] | None = None
+        self.why = ""
+
+    def first(self, samples: Samples) -> Feeds:
+        """What the first run takes."""
+        return samples.take(samples.alike()[: samples.fixed_batch or 1])
+
+    def fits(self, samples: Samples) -> bool:
+        """True if samples may be put together; `why` tells what speaks against it.
+
+        Raises
+        ------
+        ModelError
+            If not even one run works.
+        """
+        alike = samples.alike()
+        size = samples.fixed_batch or 1
+        self._seen = samples, alike[:size]
+        if size > 1:
+            return self._permutes(samples, alike[:size])
+        pair = self._two_different(samples, alike)
+        first = self._run(samples, pair[:1])
+        if samples.fixed_batch == 1 or len(pair) < 2:
+            return True
+        second = self._run(samples, pair[1:])
+        try:
+            both = self._run(samples, pair)
+        except ModelError:
+            self.why = "two in one batch do not run"
+            return False
+        return self._same(first, second, both)
+
+    def random(self) -> list[str]:
+        """Outputs in which two runs on the same samples differ, in spite of the same draws."""
+        if self._seen is None:
+            return []
+        first, second = (self._run(*self._seen) for _ in range(2))
+        return [name for name, value in first.items() if _is_array(value) and not agree(value, second[name])]
+
+    def grouped(self, samples: Samples, size: int) -> Samples | None:
+        """Batches of that size, if the model runs them."""
+        places = samples.alike()[:size]
+        if len(places) < size or len(samples.alike()) < 2 * size:
+            return None
+        fixed = samples.in_batches_of(size)
+        try:
+            fits = self._permutes(fixed, places)
+        except ModelError:
+            return None
+        self._seen = fixed, places
+        return fixed if fits else samples.grouped(size)
+
+    def _two_different(self, samples: Samples, alike: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The first sample, and the first that is not the same."""
+        first = samples.take(alike[:1])
+        for k in alike[1:]:
+            if any(not np.array_equal(value, samples.take([k])[name]) for name, value in first.items()):
+                return np.array([alike[0], k])
+        return alike[:1]
+
+    def _permutes(self, samples: Samples, places: NDArray[np.int64]) -> bool:
+        """True if the outputs of a batch in reverse are those of the batch, in reverse."""
+        forward, backward = self._run(samples, places), self._run(samples, places[::-1].copy())
+        for name, value in forward.items():
+            axes = [k for k in range(np.ndim(value)) if value.shape[k] == len(places)]
+            if _is_array(value) and not any(agree(np.flip(value, axis), backward[name]) for axis in axes):
+                self.why = f"in another order they give another {name}"
+                return False
+        return True
+
+    def _same(self, first: Feeds, second: Feeds, both: Feeds) -> bool:
+        for name, value in both.items():
+            if _is_array(value) and stacked_axis(first[name], second[name], value) is None:
+                self.why = f"two in one batch give another {name} than two runs"
+                return False
+        return True
+
+    def _run(self, samples: Samples, places: NDArray[np.int64]) -> Feeds:
+        feeds = {**samples.take(places), **self._drawn(samples, places)}
+        if self._session is None:
+            types = {n: (helper.np_dtype_to_tensor_dtype(feeds[n].dtype), feeds[n].ndim) for n in (p.name for p in self._draws)}
+            self._session = Session(Replay(self._draws, types)(self._model, recorded))
+        return self._session.run(self._session.taken(feeds))
+
+    def _drawn(self, samples: Samples, places: NDArray[np.int64]) -> Feeds:
+        """The random numbers of these samples, the same each time."""
+        if self._recorder is None:
+            return {}
+        session, names = self._recorder
+
+        def draw(chosen: NDArray[np.int64]) -> Feeds:
+            values = session.run(session.taken(samples.take(chosen)))
+            return {p.name: values[name] for p, name in zip(self._draws, names, strict=True)}
+
+        # Draws of batches that the model prescribes belong to their batch.
+        runs = [places] if samples.fixed_batch else [places[k : k + 1] for k in range(len(places))]
+        keys = [(samples, *run.tolist()) for run in runs]
+        for key, run in zip(keys, runs, strict=True):
+            if key not in self._memory:
+                self._memory[key] = draw(run)
+        parts = [self._memory[key] for key in keys]
+        if len(parts) == 1:
+            return parts[0]
+        together = draw(places)
+        axes = {n: stacked_axis(parts[0][n], parts[1][n], value, values=False) for n, value in together.items()}
+        return {n: together[n] if axis is None else np.concatenate([p[n] for p in parts], axis) for n, axis in axes.items()}
+
+
+def record(model: ModelProto, samples: Samples, seed: int) -> tuple[Samples, Replay, tuple[str, ...]]:
+    """What the float network draws and chooses for every sample, as further inputs.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The executed float model.
+    samples : Samples
+    seed : int
+        Of random numbers.
+
+    Returns
+    -------
+    Samples
+        With the recorded tensors; one at a time, where these cannot be put together.
+    Replay
+        Makes them inputs of any version of the model.
+    tuple of str
+        Notes.
+    """
+    notes = tuple(
+        f"random numbers are drawn inside {name}: they differ from run to run, in the float network, too"
+        for name in replay.draws_inside_bodies(model, recorded)
+    )
+    places = replay.places_of(model, recorded)
+    if not places:
+        return samples, Replay(), notes
+    recording, names = replay.recording(model, places, seed)
+    session = Session(recording)
+    size = samples.fixed_batch or 1
+    every = range(samples.count)
+    parts = [np.array([k]) for k in every] if size == 1 else list(samples.batches(every, size))
+    draws = any(p.draws for p in places)
+
+    def run(part: NDArray[np.int64]) -> Feeds:
+        return session.run(session.taken(samples.take(part)), list(dict.fromkeys(names)))
+
+    # Draws follow each other in one stream: their order must not depend on which worker is first.
+    runs: Iterable[Feeds] = map(run, parts) if draws else ordered_map(run, parts)
+    values = list(runs)
+    columns: dict[str, Column] = {}
+    for place, name in zip(places, names, strict=True):
+        rows = [v[name] for v in values]
+        axis = _batch_axis(session, samples, rows, name, place.draws) if samples.fixed_batch is None else None
+        columns[place.name] = Column(rows, axis)
+    kinds = {n: (helper.np_dtype_to_tensor_dtype(c.values[0].dtype), c.values[0].ndim) for n, c in columns.items()}
+    found = Replay(places, kinds, replay.decisive(model, places))
+    if size > 1:
+        return samples.grouped(size).with_columns(columns), found, notes
+    if any(c.axis is None for c in columns.values()):
+        one = {n: Column(c.values) for n, c in columns.items()}
+        if samples.fixed_batch is None:
+            notes = (*notes, f"samples run one at a time: what {_listing(places, columns)} chooses depends on the others in a batch")
+        return samples.in_batches_of(1).with_columns(one), found, notes
+    squeezed = {n: Column([np.squeeze(v, c.axis) for v in c.values], c.axis) for n, c in columns.items()}
+    return samples.with_columns(squeezed), found, notes
+
+
+def _listing(places: Sequence[Place], columns: dict[str, Column]) -> str:
+    return ", ".join(dict.fromkeys(p.node for p in places if columns[p.name].axis is None))
+
+
+def _batch_axis(session: Session, samples: Samples, rows: Sequence[NDArray[Any]], name: str, draws: bool) -> int | None:
+    """The axis of size 1 along which a recorded tensor has its samples; None where they cannot be put together."""
+    alike = samples.alike()
+    if len(alike) < 2:
+        return None
+    pair = np.array([alike[0], alike[-1]])
+    first, second = (rows[int(k)] for k in pair)
+    both = session.run(session.taken(samples.take(pair)), [name])[name]
+    axis = stacked_axis(first, second, both, values=not draws)
+    return axis if axis is not None and all(r.ndim == first.ndim and r.shape[axis] == 1 for r in rows) else None
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind not in "OSU"
+
+
+def stacked_axis(first: NDArray[Any], second: NDArray[Any], both: NDArray[Any], *, values: bool = True) -> int | None:
+    """The axis along which a batch of two holds what two runs gave; None if it does not.
+
+    Parameters
+    ----------
+    first, second, both : ndarray
+    values : bool
+        False compares shapes only.
+    """
+    for axis in range(both.ndim):
+        if first.ndim != both.ndim or second.ndim != both.ndim:
+            return None
+        rest = [s[:axis] + s[axis + 1 :] for s in (first.shape, second.shape, both.shape)]
+        if len(set(rest)) > 1 or both.shape[axis] != first.shape[axis] + second.shape[axis]:
+            continue
+        if not values or agree(np.concatenate([first, second], axis), both):
+            return axis
+    return None
+
+
+def agree(expected: NDArray[Any], found: NDArray[Any]) -> bool:
+    """True if two arrays are equal up to float rounding (60 dB), or, if they are no floats, but for one element in a hundred."""
+    if expected.shape != found.shape or expected.dtype.kind != found.dtype.kind:
+        return False
+    if not expected.size:
+        return True
+    if expected.dtype.kind not in "fV":
+        return bool(np.mean(expected == found) >= 0.99)
+    ours, theirs = np.asarray(expected, np.float64), np.asarray(found, np.float64)
+    same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    if not np.array_equal(np.isfinite(ours), np.isfinite(theirs)):
+        return False
+    finite = np.isfinite(ours) & ~same
+    largest = float(np.abs(ours[np.isfinite(ours)]).max(initial=0.0)) or 1.0
+    error = np.square((ours[finite] - theirs[finite]) / largest).sum()
+    power = np.square(ours[np.isfinite(ours)] / largest).sum()
+    return bool(same[~np.isfinite(ours)].all() and error <= _CLOSE * power)

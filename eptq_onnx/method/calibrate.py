@@ -1,0 +1,303 @@
+"""Step 3: activation ranges from one streaming pass (paper section 3.3; AdaRound-style MSE search).
+
+Every tensor keeps a histogram of fixed size whose range doubles when a value falls outside, so that memory does
+not depend on the number of samples; minima and maxima are exact.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from eptq_onnx.config import ActivationRange, Config
+from eptq_onnx.data.samples import Samples
+from eptq_onnx.errors import DataError
+from eptq_onnx.execute.blocks import blocks_of, observe
+from eptq_onnx.execute.finite import has_infinite_source
+from eptq_onnx.execute.pieces import function_of
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.types import Array, QuantParams
+from eptq_onnx.ops import output_parts
+from eptq_onnx.records import ActivationQuantizer, Calibration, Plan
+
+FLOAT_PASSES = 3.0
+"""What a calibration costs, in float passes over the samples."""
+_BINS = 8192
+_VALUES_PER_SAMPLE = 16384
+_GRID = 32
+
+
+class Histogram:
+    """Streaming histogram over ``[-reach, reach]``; ``reach`` is a power of two that grows.
+
+    Doubling the reach merges neighbouring bins exactly.
+    """
+
+    def __init__(self) -> None:
+        self.reach = 0.0
+        self.counts: NDArray[np.float64] = np.zeros(_BINS)
+        self.low, self.high = np.inf, -np.inf
+
+    def add(self, values: Array, per_sample: int = _VALUES_PER_SAMPLE, importance: Array | None = None, axis: int = 0) -> None:
+        """Count values of a batch, at most about ``per_sample`` a row (evenly spread).
+
+        With ``importance``, of shape (n_channels,), a value counts as much as its channel along ``axis``.
+        """
+        low, high = quant_math.finite_extremes(values)
+        if low > high:
+            return
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        largest = max(abs(self.low), abs(self.high), 1e-30)
+        if self.reach == 0.0:
+            self.reach = float(2.0 ** np.ceil(np.log2(largest)))
+        while self.reach < largest:
+            half = self.counts.reshape(-1, 2).sum(axis=1)
+            self.counts[:] = 0
+            self.counts[_BINS // 4 : 3 * _BINS // 4] = half
+            self.reach *= 2
+        flat = values.reshape(-1)
+        step = quant_math.stride(flat.size, per_sample * max(1, len(values)))
+        flat = flat[::step]
+        weights = None
+        if importance is not None:
+            inner = int(np.prod(values.shape[axis + 1 :]))
+            weights = importance[np.arange(0, values.size, step) // inner % len(importance)]
+        finite = np.isfinite(flat)
+        if not finite.all():
+            flat, weights = flat[finite], None if weights is None else weights[finite]
+        places = (flat * np.float32(_BINS / (2 * self.reach)) + np.float32(_BINS / 2)).astype(np.int32)
+        self.counts += np.bincount(np.clip(places, 0, _BINS - 1), weights, minlength=_BINS)
+
+    def centres(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Centres and counts of the bins that are not empty, ends moved to the exact extremes."""
+        filled = np.flatnonzero(self.counts)
+        centres = (filled + 0.5) * (2 * self.reach / _BINS) - self.reach
+        return np.clip(centres, self.low, self.high), self.counts[filled]
+
+
+Function = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+def identity(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The function of a tensor whose own error counts."""
+    return x
+
+
+def scalar_function(model: ModelProto, quantizer: ActivationQuantizer) -> Function:
+    """What happens to each element between the quantizer and the tensor at which its error counts."""
+    if quantizer.through == quantizer.name:
+        return identity
+    view = GraphView(model)
+    between = view.downstream([quantizer.name]) & view.upstream([quantizer.through])
+    nodes = [n for n in view.nodes if any(o in between and o != quantizer.name for o in n.output)]
+    function = function_of(view, nodes, quantizer.name, quantizer.through)
+    return lambda x: function(x.astype(np.float32)).reshape(-1).astype(np.float64)
+
+
+def minmax_range(
+    histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity
+) -> tuple[float, float]:
+    """The extremes."""
+    return histogram.low, histogram.high
+
+
+def percentile_range(
+    histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity
+) -> tuple[float, float]:
+    """The values that ``100 - percentile`` per cent lie beyond, on each side."""
+    centres, counts = histogram.centres()
+    share = np.cumsum(counts) / counts.sum()
+    tail = 1 - config.percentile / 100
+    low = centres[min(int(np.searchsorted(share, tail)), len(centres) - 1)]
+    high = centres[min(int(np.searchsorted(share, 1 - tail)), len(centres) - 1)]
+    return (histogram.low, histogram.high) if config.percentile == 100 else (float(low), float(high))
+
+
+def mse_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity) -> tuple[float, float]:
+    """The range whose quantizer has the smallest squared error behind ``function``, searched on both ends in turn."""
+    centres, counts = histogram.centres()
+    exact = function(centres)
+
+    def error(low: float, high: float) -> float:
+        params = quant_math.activation_params(low, high, quantizer.spec, quantizer.bounds)
+        steps = centres / float(params.scale)
+        spec = quantizer.spec
+        rounded = np.clip(np.rint(steps), spec.qmin - params.zero_point, spec.qmax - params.zero_point)
+        return float((counts * (function(rounded * float(params.scale)) - exact) ** 2).sum())
+
+    extremes = (min(histogram.low, 0.0), max(histogram.high, 0.0))
+    # Both ends together first, over decades: with one end at an outlier, where the other lies makes no difference.
+    ratios = np.geomspace(1, 1e-3, 2 * _GRID)
+    joint = min(ratios, key=lambda r: error(extremes[0] * r, extremes[1] * r))
+    ends = [extremes[0] * float(joint), extremes[1] * float(joint)]
+    best = error(ends[0], ends[1])
+    for spread in (8.0, 1.15):
+        for side in (1, 0):
+            if ends[side] == 0.0:
+                continue
+            start = ends[side]
+            for factor in np.geomspace(1 / spread, spread, _GRID):
+                trial = [*ends]
+                trial[side] = float(np.clip(start * factor, *extremes))
+                value = error(trial[0], trial[1])
+                if value < best:
+                    best, ends[side] = value, trial[side]
+    return ends[0], ends[1]
+
+
+_METHODS: dict[ActivationRange, Callable[[Histogram, ActivationQuantizer, Config, Function], tuple[float, float]]] = {
+    ActivationRange.MINMAX: minmax_range,
+    ActivationRange.PERCENTILE: percentile_range,
+    ActivationRange.MSE: mse_range,
+}
+
+
+def calibrate(
+    model: ModelProto,
+    plan: Plan,
+    samples: Samples,
+    config: Config,
+    progress: Callable[[int, int], None],
+    scores: Mapping[str, Array] | None = None,
+    known: Mapping[str, QuantParams] | None = None,
+) -> Calibration:
+    """Choose the range of every activation quantizer.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model.
+    plan : Plan
+    samples : Samples
+    config : Config
+    progress : callable
+        Called with samples done and samples in all, those of every block.
+    scores : mapping of str to ndarray of shape (n_samples, n_channels), optional
+        Hessian scores: with them, the squared error of a value counts as much as its channel (damped, as in HMSE).
+    known : mapping of str to QuantParams, optional
+        What was chosen before; constants keep it.
+
+    Raises
+    ------
+    DataError
+        If an output of the float model is NaN, or is infinite though the model does not mask it so.
+    """
+    view = GraphView(model)
+    observed = {q.name: Histogram() for q in plan.activations if not q.constant}
+    measured = [layer.output for layer in plan.layers]
+    measured += [o for o in output_parts(view) if o not in measured]
+    # Outputs are looked at even where nothing is measured of them: what is no number there is no result.
+    measured += [o for o in view.outputs if o in view.producer and view.is_float(o) and o not in measured]
+    masked = _masked(view)
+    axes = {q.name: q.channel_axis or 0 for q in plan.activations}
+    importance = {
+        name: _damped((table / quant_math.unit(table)).mean(axis=0), config.damping)
+        for name, table in (scores or {}).items()
+        if name in observed
+    }
+    sums = {name: np.zeros(3) for name in measured}
+    none: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    size = samples.micro_batch()
+    parts = list(samples.batches(range(samples.count), size))
+    blocks = blocks_of(model, samples.two_batches(size), config.block_bytes)
+    done = 0
+    for k, values in observe(blocks, map(samples.take, parts), list(dict.fromkeys([*observed, *measured]))):
+        for name, value in values.items():
+            missing = _not_finite(value)
+            none[name] += missing
+            sizes[name] += value.size
+            if missing and name in view.outputs:
+                _refuse(name, value, samples.numbers(parts[k]), infinite=name in masked)
+            if name in observed and value.size:
+                observed[name].add(np.atleast_1d(value), importance=importance.get(name), axis=axes[name])
+            if name in sums:
+                flat = value.reshape(-1) if not missing else value[np.isfinite(value)]
+                sums[name] += np.array([flat.size, flat.sum(dtype=np.float64), quant_math.square_sum(flat)])
+        done += len(parts[k])
+        progress(done, len(blocks) * samples.count)
+    known = known or {}
+    params = {q.name: known[q.name] if q.constant and q.name in known else _params(q, observed, view, config) for q in plan.activations}
+    power = {n: float(t[2] / max(t[0], 1)) for n, t in sums.items()}
+    variance = {n: max(power[n] - float(t[1] / max(t[0], 1)) ** 2, 0.0) for n, t in sums.items()}
+    shares = {name: count / sizes[name] for name, count in none.items() if count}
+    return Calibration(params, power, variance, samples.count - sum(map(len, parts)), shares)
+
+
+def _not_finite(value: NDArray[np.floating]) -> int:
+    """How many values are NaN or infinite."""
+    if not value.size or np.isfinite(value.min() + value.max()):
+        return 0
+    return int(value.size - np.isfinite(value).sum())
+
+
+def check_outputs(model: ModelProto, samples: Samples, config: Config) -> None:
+    """Stop where an output of the float model is no number on samples that `calibrate` does not see.
+
+    Raises
+    ------
+    DataError
+        Names the output and a sample.
+    """
+    view = GraphView(model)
+    outputs = [o for o in view.outputs if o in view.producer and view.is_float(o)]
+    masked, size = _masked(view), samples.micro_batch()
+    parts = list(samples.batches(range(samples.count), size))
+    if not parts or not outputs:
+        return
+    blocks = blocks_of(model, samples.two_batches(size), config.block_bytes)
+    for k, values in observe(blocks, map(samples.take, parts), outputs):
+        for name, value in values.items():
+            if _not_finite(value):
+                _refuse(name, value, samples.numbers(parts[k]), infinite=name in masked)
+
+
+def _masked(view: GraphView) -> set[str]:
+    """Outputs that the model itself masks with infinite values."""
+    return {o for o in view.outputs if o in view.producer and view.is_float(o) and has_infinite_source(view, o)}
+
+
+def _refuse(output: str, value: NDArray[np.floating], chosen: NDArray[np.int64], *, infinite: bool) -> None:
+    """Stop where an output of the model is no number, unless it is infinite because the model masks it so.
+
+    Raises
+    ------
+    DataError
+        Names the output and a sample.
+    """
+    wrong = np.isnan(value) if infinite else ~np.isfinite(value)
+    if not wrong.any():
+        return
+    place = int(np.argwhere(wrong)[0, 0]) if value.ndim and len(value) == len(chosen) else 0
+    what = "NaN" if np.isnan(value).any() else "infinite values"
+    raise DataError(
+        f"the float model's output {output!r} has {what} for calibration sample {int(chosen[place])}: "
+        "leave such samples out, or mend the model."
+    )
+
+
+def _damped(channels: Array, damping: float) -> Array:
+    """Channel scores relative to their mean, plus the damping; all 1 where there are none."""
+    mean = float(channels.mean())
+    return (channels / mean + damping).astype(np.float32) if mean > 0 else np.ones_like(channels)
+
+
+def _params(quantizer: ActivationQuantizer, observed: dict[str, Histogram], view: GraphView, config: Config) -> QuantParams:
+    if quantizer.spec.axis is not None:
+        # Tables are large, and at 8 bits a finer grid gains nothing.
+        scales = [quant_math.weight_scales(rows, quantizer.spec, rounds=1) for _, rows in view.constant_parts(quantizer.name)]
+        return QuantParams(np.concatenate(scales))
+    if quantizer.constant:
+        value = view.constant(quantizer.name)
+        low, high = float(value.min()), float(value.max())
+    else:
+        histogram = observed[quantizer.name]
+        if not np.isfinite(histogram.low):
+            return quant_math.activation_params(0.0, 0.0, quantizer.spec, quantizer.bounds)
+        low, high = _METHODS[config.activation_range](histogram, quantizer, config, scalar_function(view.model, quantizer))
+    return quant_math.activation_params(low, high, quantizer.spec, quantizer.bounds)

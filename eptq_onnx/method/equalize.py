@@ -1,0 +1,438 @@
+"""Step 4a: channels of quantized tensors scaled so that the range that they share fits all that matter.
+
+Integer kernels know one scale for all channels of an activation, so that the rounding error of every channel is that of
+the widest. Where the layers around a tensor can take up factors (`eptq_onnx.graph.channels`), the channels are scaled: the
+float model computes the same, but channel c is rounded as finely as the range of all ``f x`` allows, over ``f[c]``
+(cross-layer equalization, Nagel et al. 2019). The price is paid by the weights that read it, whose rows have one grid each
+(the trade of SmoothQuant, Xiao et al. 2023). To first order the errors of the network's outputs are
+
+    sum_t sum_c G[t, c] (step_t² / (12 f[c]²) + D[t, c](R_t / f[c]))  +  sum_l S_l² sum_c E[l, c] f[c]² / 12,
+
+with the Hessian scores G of quantized tensors t, the step of a tensor's integers, which its range R gives, the squares D of
+what is cut off beyond that, the mean squares E of what layers l read, and the mean step S of a layer's rows, which follows their
+largest elements ``W / f``. L-BFGS finds all factors and ranges of the network at once; calibration then chooses the ranges anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+from scipy.optimize import minimize
+
+from eptq_onnx.config import Config
+from eptq_onnx.data.samples import Samples, spread
+from eptq_onnx.execute.blocks import blocks_of, observe
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.channels import Channels, Factors, Slots
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.linear import LinearForm
+from eptq_onnx.numerics.types import Array, QuantSpec
+from eptq_onnx.ops import channels_of, linear_form
+from eptq_onnx.records import Plan, Scores
+
+_SAMPLES, _VALUES = 64, 16_384
+"""At most so many samples are looked at, and about so many values of each tensor of a sample."""
+_OCTAVES, _BINS = 20, 3
+"""Magnitudes are told apart from 2 to the power of minus so many on to that of so many, in so many bins an octave."""
+_ROWS = 4.0
+"""The largest elements of rows follow this norm of all: rows have them in different channels."""
+_BYTES_A_CHANNEL = 16_000
+"""Of a scaled tensor: what is counted of it, and made of that."""
+_MOST = 64.0
+"""Largest factor, and one over the least."""
+_RIDGE = 1e-3
+"""Keeps factors at 1 where they hardly matter."""
+_WORTH = 0.98
+"""The predicted errors must fall below this share of themselves, or everything stays as it is."""
+
+Float64 = NDArray[np.float64]
+
+
+class _Tensor:
+    """What the channels of a tensor hold: how often each magnitude comes, on either side of 0.
+
+    Parameters
+    ----------
+    sets : ndarray of int, shape (n_channels,)
+        The set of tied slots of each channel.
+    axis : int
+        Of the channels.
+    """
+
+    def __init__(self, sets: Slots, axis: int) -> None:
+        self.sets, self.positions = sets, 0.0
+        self._axis = axis
+        self._held: Array = np.zeros((2, 2, len(sets), 2 * _OCTAVES * _BINS), np.float32)
+        """Numbers and sums, below and above 0, of every channel and bin."""
+        self._squares: Float64 = np.zeros(len(sets))
+
+    def add(self, value: NDArray[np.floating], count: int) -> None:
+        """Take a batch of ``count`` samples."""
+        rows = np.moveaxis(value, self._axis, -1).reshape(-1, len(self.sets))
+        self.positions = len(rows) / count
+        rows = rows[:: quant_math.stride(len(rows), max(1, _VALUES * count // rows.shape[1]))]
+        if not np.isfinite(rows).all():
+            rows = rows[np.isfinite(rows).all(axis=1)]
+        size = np.abs(rows)
+        places = (np.log2(np.maximum(size, 2.0**-_OCTAVES)) + _OCTAVES) * _BINS
+        bins = np.minimum(places.astype(np.int64), 2 * _OCTAVES * _BINS - 1)
+        keys = (((rows > 0) * len(self.sets) + np.arange(len(self.sets))) * (2 * _OCTAVES * _BINS) + bins).reshape(-1)
+        for k, weights in enumerate((None, size.reshape(-1))):
+            self._held[k] += np.bincount(keys, weights, minlength=self._held[k].size).reshape(self._held[k].shape)
+        unit = quant_math.unit(size)
+        self._squares += np.square(size / unit).sum(axis=0, dtype=np.float64) * float(unit) ** 2
+
+    @property
+    def _total(self) -> Float64:
+        """Values of each channel."""
+        return np.asarray(np.maximum(self._held[0].sum(axis=(0, 2), dtype=np.float64), 1), np.float64)
+
+    @property
+    def power(self) -> Float64:
+        """Mean square of each channel."""
+        return np.asarray(self._squares / self._total)
+
+    def side(self, side: int) -> _Side:
+        """What lies below (0) or above (1) 0."""
+        return _Side.of(self._held[0][side].astype(np.float64), self._held[1][side].astype(np.float64), self._total)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The magnitudes of the values on one side of 0, every bin's at their mean.
+
+    Parameters
+    ----------
+    means : ndarray of shape (n_channels, n_bins)
+    tails : ndarray of shape (3, n_channels, n_bins + 1)
+        Share, sum and sum of squares (each over the number of all values) of the bins from each on.
+    """
+
+    means: Float64
+    tails: Float64
+
+    @classmethod
+    def of(cls, counts: Float64, sums: Float64, total: Float64) -> _Side:
+        """From the counts and sums of all bins, and the number of all values of each channel."""
+        means = sums / np.maximum(counts, 1)
+        parts = np.stack([counts, sums, sums * means]) / total[:, None]
+        tails = np.zeros((*parts.shape[:2], parts.shape[2] + 1))
+        tails[:, :, :-1] = parts[:, :, ::-1].cumsum(axis=2)[:, :, ::-1]
+        return cls(means, tails)
+
+    @classmethod
+    def joined(cls, sides: Sequence[_Side]) -> _Side:
+        """The channels of all."""
+        return cls(np.concatenate([s.means for s in sides]), np.concatenate([s.tails for s in sides], axis=1))
+
+    @property
+    def largest(self) -> Float64:
+        """Of each channel."""
+        return np.asarray(self.means.max(axis=1))
+
+    def beyond(self, limit: Float64) -> tuple[Float64, Float64]:
+        """Mean square of what every channel has beyond its limit, and the slope for the logarithm of the limit."""
+        place = np.clip((np.log2(limit) + _OCTAVES) * _BINS, 0, self.means.shape[1] - 1).astype(np.int64)
+        channel = np.arange(len(limit))
+        place += self.means[channel, place] <= limit
+        share, sums, squares = self.tails[:, channel, place]
+        return squares - 2 * limit * sums + limit**2 * share, -2 * limit * (sums - limit * share)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The tensors of one quantizer, which share its range."""
+
+    spec: QuantSpec
+    tensors: dict[str, _Tensor]
+
+
+class _Activations:
+    """The first sum, for one quantizer.
+
+    Parameters
+    ----------
+    sets : ndarray of int, shape (n_channels,)
+    sides : sequence of _Side
+        Of all its tensors, below and above 0; one, if the range is symmetric.
+    importance : ndarray of shape (n_channels,)
+        G: error of the outputs for a squared error of 1 in the channel of a sample.
+    levels : int
+        Steps of the range, or of one of its sides, if it is symmetric.
+    """
+
+    def __init__(self, sets: Slots, sides: Sequence[_Side], importance: Float64, levels: int) -> None:
+        self.sets, self._importance, self._levels = sets, importance, levels
+        self._sides = [side for side in sides if side.largest.any()]
+
+    @property
+    def widest(self) -> list[float]:
+        """The logarithms of the ends of the range that cut nothing off where all factors are 1."""
+        return [float(np.log(side.largest.max())) for side in self._sides]
+
+    def error(self, logs: Float64, ends: Float64) -> tuple[float, Float64, Float64]:
+        """Value and slopes for the logarithms of the factors of its channels, and of the ends of the range."""
+        reach = np.exp(ends)
+        rounding = self._importance * (reach.sum() / self._levels) ** 2 / 12 * np.exp(-2 * logs)
+        total, slope = float(rounding.sum()), -2 * rounding
+        ends_slope = 2 * total * reach / max(float(reach.sum()), 1e-30)
+        for k, side in enumerate(self._sides):
+            cut, pull = side.beyond(np.exp(ends[k] - logs))
+            total += float(self._importance @ cut)
+            slope -= self._importance * pull
+            ends_slope[k] += float(self._importance @ pull)
+        return total, slope, ends_slope
+
+
+class _Weights:
+    """The second term of one group of a layer: ``S² sum_c E[c] f[c]²``.
+
+    Parameters
+    ----------
+    sets : ndarray of int, shape (n_channels,)
+    rows : ndarray of shape (n_outputs, n_channels, taps)
+        The weight.
+    energy : ndarray of shape (n_channels,)
+        Mean square of what each channel reads.
+    importance : ndarray of shape (n_outputs,)
+        Error of the network's outputs for a squared error of 1 in each output of a sample.
+    levels : int
+    """
+
+    def __init__(self, sets: Slots, rows: NDArray[np.floating], energy: Float64, importance: Float64, levels: int) -> None:
+        self.sets = sets
+        most, least = np.maximum(rows.max(axis=2), 0), np.minimum(rows.min(axis=2), 0)
+        unit = quant_math.unit(rows)
+        columns = np.sqrt(importance @ np.square(np.maximum(most, -least) / unit)) * float(unit)
+        self._columns = np.log(columns + 1e-30)
+        steps = (most.max(axis=1) - least.min(axis=1)) / levels
+        share = float(importance @ np.square(steps / unit)) * float(unit) ** 2 / max(_norm(self._columns, _ROWS)[0], 1e-30) ** 2
+        self._energy = share * rows.shape[2] * energy / 12
+
+    def error(self, logs: Float64) -> tuple[float, Float64]:
+        """Value and slope for the logarithms of the factors of its channels."""
+        step, shares = _norm(self._columns - logs, _ROWS)
+        parts = step**2 * self._energy * np.exp(2 * logs)
+        total = float(parts.sum())
+        return total, 2 * parts - 2 * total * shares
+
+
+def _norm(logs: Float64, power: float) -> tuple[float, Float64]:
+    """The p-norm of positive numbers, given their logarithms; and the slopes of its logarithm."""
+    most = float(logs.max())
+    parts = np.exp(power * (logs - most))
+    total = float(parts.sum())
+    return float(np.exp(most)) * total ** (1 / power), parts / total
+
+
+def needed_bytes(model: ModelProto, plan: Plan) -> int:
+    """Memory that `equalize` takes, about.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The whole normalized model.
+    plan : Plan
+    """
+    channels = channels_of(GraphView(model))
+    groups = _groups(plan, channels, channels.classes()[1])
+    return _BYTES_A_CHANNEL * sum(len(t.sets) for g in groups for t in g.tensors.values())
+
+
+def equalize(
+    model: ModelProto,
+    running: ModelProto,
+    plan: Plan,
+    samples: Samples,
+    scores: Scores | None,
+    config: Config,
+    progress: Callable[[int, int], None],
+) -> tuple[ModelProto, Scores | None, dict[str, float]]:
+    """Scale channels, and the constants of the layers around them.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The whole normalized model; it is not changed.
+    running : ModelProto
+        What the samples run of it.
+    plan : Plan
+    samples : Samples
+        Evenly spread ones are looked at.
+    scores : Scores or None
+        Without them, errors count in units of the power of the tensor that they are made in.
+    config : Config
+    progress : callable
+        Called with samples done and samples in all, those of every block.
+
+    Returns
+    -------
+    ModelProto
+        It computes the same outputs, up to float rounding.
+    Scores or None
+        Those of the new model.
+    dict of str to float
+        The quantized tensors whose channels were scaled, and by how much at the most, up or down.
+    """
+    if not config.equalize:
+        return model, scores, {}
+    view = GraphView(model)
+    channels = channels_of(view)
+    count, sets = channels.classes()
+    groups = _groups(plan, channels, sets)
+    if not groups:
+        return model, scores, {}
+    _look(running, groups, samples, config, progress)
+    terms = list(_activations(groups, scores)), list(_weights(view, plan, groups, scores))
+    factors = _factors(*terms, count, int(sets[0]))[sets]
+    changed = [a for a in channels.absorbers if (factors[a.slots] != 1).any()]
+    if not changed:
+        return model, scores, {}
+    ratios = {
+        a.constant: a.scaled(np.ones(view.constant_shape(a.constant), np.float32), factors)
+        for a in changed if scores is not None and a.constant in scores.weights
+    }  # fmt: skip
+    result = edit.with_constants(model, {a.constant: a.scaled(view.constant(a.constant), factors) for a in changed})
+    of_tensor = {name: factors[known[0]] for name in view.producer if (known := channels.of(name)) is not None}
+    scaled = {name: float(np.exp(np.abs(np.log(of_tensor[name])).max())) for g in groups for name in g.tensors}
+    return result, _rescaled(scores, of_tensor, ratios), {name: f for name, f in scaled.items() if f > 1}
+
+
+def _rescaled(scores: Scores | None, factors: dict[str, Factors], ratios: dict[str, Array]) -> Scores | None:
+    """The scores of the scaled model: gradients of scaled values are smaller by the factor."""
+    if scores is None:
+        return None
+    channels = {n: (t / factors[n] ** 2).astype(np.float32) if n in factors else t for n, t in scores.channels.items()}
+    outputs = {n: t / np.outer(factors[n], factors[n]) if n in factors else t for n, t in scores.outputs.items()}
+    weights = {n: (h / np.square(ratios[n])).astype(np.float32) if n in ratios else h for n, h in scores.weights.items()}
+    return replace(scores, channels=channels, outputs=outputs, weights=weights)
+
+
+def _groups(plan: Plan, channels: Channels, sets: Slots) -> list[_Group]:
+    """The quantizers that have tensors whose channels may be scaled, with all their tensors that have channels."""
+    found = []
+    for quantizer in plan.activations:
+        if quantizer.constant:
+            continue
+        known = {name: channels.of(name) for name in quantizer.tensors}
+        tensors = {name: _Tensor(sets[k[0]], k[1]) for name, k in known.items() if k is not None}
+        # A tensor of no known channels shares the range, and nothing here knows what it reaches.
+        if len(tensors) == len(known) and any((t.sets != sets[0]).any() for t in tensors.values()):
+            found.append(_Group(quantizer.spec, tensors))
+    return found
+
+
+def _look(model: ModelProto, groups: Sequence[_Group], samples: Samples, config: Config, progress: Callable[[int, int], None]) -> None:
+    """Gather what the channels of all tensors reach."""
+    tensors = {name: t for g in groups for name, t in g.tensors.items()}
+    size = samples.micro_batch()
+    parts = list(samples.batches(spread(samples.count, _SAMPLES), size))
+    blocks = blocks_of(model, samples.two_batches(size), config.block_bytes)
+    done, total = 0, len(blocks) * sum(map(len, parts))
+    for k, values in observe(blocks, map(samples.take, parts), list(tensors)):
+        for name, value in values.items():
+            if value.size:
+                tensors[name].add(value, len(parts[k]))
+        done += len(parts[k])
+        progress(done, total)
+
+
+def _activations(groups: Iterable[_Group], scores: Scores | None) -> Iterable[_Activations]:
+    for group in groups:
+        tensors = group.tensors.values()
+        sides = [_Side.joined([t.side(k) for t in tensors]) for k in (0, 1)]
+        levels = group.spec.qmax - group.spec.qmin
+        if group.spec.symmetric:
+            sides, levels = [_Side(np.maximum(sides[0].means, sides[1].means), sides[0].tails + sides[1].tails)], levels // 2
+        weights = [_importance(name, len(t.sets), t.positions, t.power, scores) for name, t in group.tensors.items()]
+        yield _Activations(np.concatenate([t.sets for t in tensors]), sides, np.concatenate(weights), levels)
+
+
+def _importance(name: str, count: int, positions: float, power: Float64, scores: Scores | None) -> Float64:
+    """Error of the outputs for a squared error of 1 at all positions of each channel."""
+    if scores is None:
+        return np.full(count, 1 / max(float(power.sum()), 1e-30))
+    table = scores.channels.get(name)
+    if table is None or table.shape[1] != count:
+        return np.zeros(count)
+    unit = quant_math.unit(table)
+    return np.asarray((table / unit).mean(axis=0) * positions / scores.output_size, np.float64) * float(unit)
+
+
+def _weights(view: GraphView, plan: Plan, groups: Iterable[_Group], scores: Scores | None) -> Iterable[_Weights]:
+    """What layers pay whose rows read several channels each."""
+    nodes = {n.name: n for n in view.nodes}
+    inputs = {name: t for group in groups for name, t in group.tensors.items()}
+    for layer in plan.layers:
+        form, tensor = linear_form(nodes[layer.node], view), inputs.get(layer.input)
+        if form is None or tensor is None:
+            continue
+        rows = form.weight_rows(view.constant(layer.weight))
+        if rows.shape[2] == form.taps:
+            continue
+        yield from _weights_of(rows, form, tensor, layer.output, layer.weight_spec.qmax - layer.weight_spec.qmin, scores)
+
+
+def _weights_of(
+    rows: NDArray[np.floating], form: LinearForm, tensor: _Tensor, output: str, levels: int, scores: Scores | None
+) -> Iterable[_Weights]:
+    groups, outputs, terms = rows.shape
+    sets, energy = tensor.sets.reshape(groups, -1), tensor.power.reshape(groups, -1)
+    parted = rows.reshape(groups, outputs, terms // form.taps, form.taps)
+    unit = quant_math.unit(parted)
+    made = np.einsum("gnct,gc->gn", np.square(parted / unit), energy).reshape(-1) * float(unit) ** 2
+    # A layer has about as many places as its input; where it has fewer, its weights' errors count as much less.
+    importance = _importance(output, groups * outputs, tensor.positions, made, scores).reshape(groups, outputs)
+    for k in range(groups):
+        yield _Weights(sets[k], parted[k], energy[k], importance[k], levels)
+
+
+def _factors(activations: Sequence[_Activations], weights: Sequence[_Weights], count: int, fixed: int) -> Factors:
+    """The factors of all sets with the least sum of errors; 1 where that is hardly less."""
+    free = np.zeros(count, np.bool_)
+    free[np.concatenate([*(t.sets for t in activations), *(w.sets for w in weights)])] = True
+    free[fixed] = False
+    places = np.flatnonzero(free)
+    bounds = np.cumsum([len(places), *(len(t.widest) for t in activations)])
+
+    def total(values: Float64) -> tuple[float, Float64]:
+        logs, slope = np.zeros(count), np.zeros(count)
+        logs[places] = values[: len(places)]
+        slopes, error = np.zeros(len(values)), 0.0
+        for term, begin, end in zip(activations, bounds, bounds[1:], strict=False):
+            value, own, slopes[begin:end] = term.error(logs[term.sets], values[begin:end])
+            error += value
+            np.add.at(slope, term.sets, own)
+        for layer in weights:
+            value, own = layer.error(logs[layer.sets])
+            error += value
+            np.add.at(slope, layer.sets, own)
+        slopes[: len(places)] = slope[places]
+        return error, slopes
+
+    def objective(values: Float64) -> tuple[float, Float64]:
+        error, slopes = total(values)
+        ridge = _RIDGE / max(len(places), 1)
+        slopes = slopes / start
+        slopes[: len(places)] += 2 * ridge * values[: len(places)]
+        return error / start + ridge * float(np.square(values[: len(places)]).sum()), slopes
+
+    limits = [(-np.log(_MOST), np.log(_MOST))] * len(places)
+    pinned = [(0.0, 0.0)] * len(places)
+    values = np.concatenate([np.zeros(len(places)), *(t.widest for t in activations)])
+    anywhere = [(float(v) - 5, float(v) + 5) for v in values[len(places) :]]
+    start = total(values)[0]
+    if start <= 0 or not len(places):
+        return np.ones(count)
+    # First the best ranges as it is, which the rest must beat.
+    values = minimize(objective, values, jac=True, method="L-BFGS-B", bounds=[*pinned, *anywhere], options={"maxiter": 100}).x
+    start = total(values)[0]
+    found = minimize(objective, values, jac=True, method="L-BFGS-B", bounds=[*limits, *anywhere], options={"maxiter": 300})
+    logs = np.zeros(count)
+    logs[places] = found.x[: len(places)]
+    return np.exp(logs) if total(found.x)[0] < _WORTH * start else np.ones(count)

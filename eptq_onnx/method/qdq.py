@@ -1,0 +1,252 @@
+"""Step 8: the standard QDQ model.
+
+Every quantized activation gets a QuantizeLinear/DequantizeLinear pair that all its readers share; weights and biases
+become integer initializers behind a DequantizeLinear that carries the tensor's old name. A bit width below the
+container's keeps its range by a Clip on the integers, between the two nodes.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from eptq_onnx.graph import branches, edit
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.types import IntArray, QuantParams, QuantSpec
+from eptq_onnx.ops import spec_of
+from eptq_onnx.records import ActivationQuantizer, Layer, Plan, Rounding
+
+PRODUCER = "eptq-onnx"
+
+
+def write(model: ModelProto, plan: Plan, rounding: Rounding) -> tuple[ModelProto, dict[str, str]]:
+    """Make the QDQ model.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model; it is not changed.
+    plan : Plan
+    rounding : Rounding
+
+    Returns
+    -------
+    ModelProto
+        Inputs and outputs as in ``model``.
+    dict of str to str
+        Quantized tensor to the tensor of the new model that holds its dequantized values.
+    """
+    writer = _Writer(model, plan, rounding)
+    return writer.run(), writer.read_as
+
+
+class _Writer:
+    def __init__(self, model: ModelProto, plan: Plan, rounding: Rounding) -> None:
+        self._model, self._plan, self._rounding = model, plan, rounding
+        self._view = GraphView(model)
+        self._b = edit.Builder(model)
+        self._quantizers = plan.quantizer_of
+        self._layers = {layer.node: layer for layer in plan.layers}
+        self.read_as: dict[str, str] = {}
+        """Tensor to what its readers shall read instead."""
+        self._layer_reads: dict[tuple[str, str], str] = {}
+        """(layer node, constant) to what that layer alone shall read instead."""
+        self._made_as: dict[str, str] = {}
+        """Tensor to the name under which its producer shall make it."""
+        self._tables: dict[str, tuple[str, str]] = {}
+        """Table that is looked up to the names of its integers and scales."""
+        self._replaced: set[str] = set()
+        """Float constants whose name a DequantizeLinear has now."""
+
+    def run(self) -> ModelProto:
+        b, view = self._b, self._view
+        self._constants()
+        skipped = set(self._plan.absorbed)
+        for node in view.nodes:
+            if node.name in skipped:
+                self._made_as[node.input[0]] = node.output[0]
+        pending = [i for i in view.inputs if i in self._quantizers]
+        for name in pending:
+            self._pair(name, name)
+        for node in view.nodes:
+            if node.name in skipped:
+                continue
+            b.nodes.extend(self._written(node))
+            copy = b.nodes[-1]
+            for k, name in enumerate(node.output):
+                final = self._final(name)
+                if final in self._quantizers:
+                    source = b.unique(f"{final}_float") if final in view.outputs else final
+                    copy.output[k] = source
+                    self._pair(final, source)
+                elif final:
+                    copy.output[k] = final
+        result = edit.with_nodes(self._model, b.nodes, b.initializers, drop=self._replaced)
+        edit.prune(result)
+        self._restore_value_info(result)
+        result.producer_name = PRODUCER
+        return branches.shielded(result)
+
+    def _final(self, name: str) -> str:
+        while name in self._made_as:
+            name = self._made_as[name]
+        return name
+
+    def _rewired(self, node: NodeProto) -> NodeProto:
+        layer = self._layers.get(node.name)
+        own = {name: self._layer_reads[node.name, name] for name in node.input if (node.name, name) in self._layer_reads}
+        reads: Mapping[str, str] = ChainMap(own, self.read_as)
+        if branches.settled_branch(node):
+            # The other branch gets inputs that the scales do not know: it reads them as they come.
+            reads = {name: new for name, new in reads.items() if name not in self._view.inputs}
+        if node.name in self._plan.exact:
+            reads = {name: new for name, new in reads.items() if not self._is_there(name)}
+        copy = edit.renamed(node, reads)
+        if layer is not None and layer.bias is not None and not layer.has_bias and self._rounding.biases[layer.bias].any():
+            del copy.input[2:]
+            copy.input.append(self._layer_reads[node.name, layer.bias])
+        return copy
+
+    def _is_there(self, tensor: str) -> bool:
+        """True if the runtime makes the float values of a quantized tensor anyway: no integer operator makes them."""
+        producer = self._view.producer.get(tensor)
+        made = producer is None or (producer.name not in self._plan.integer_nodes and producer.name not in self._plan.absorbed)
+        return made and tensor not in self._view.outputs
+
+    def _pair(self, tensor: str, source: str) -> None:
+        """QuantizeLinear, a Clip where the range is narrower than the type, DequantizeLinear."""
+        b, quantizer = self._b, self._quantizers[tensor]
+        params = self._rounding.activations[quantizer.name]
+        scale, zero = self._scale_names(quantizer.name, params, quantizer.spec)
+        q = b.add("QuantizeLinear", [source, scale, zero], b.unique(f"{tensor}_quantized"))
+        if quantizer.spec.narrower_than_container and tensor == quantizer.name:
+            limits = [b.constant(np.array(v, quantizer.spec.container), "limit") for v in (quantizer.spec.qmin, quantizer.spec.qmax)]
+            q = b.add("Clip", [q, *limits], b.unique(f"{tensor}_clipped"))
+        made = tensor in self._view.outputs and tensor in self._view.producer
+        target_name = tensor if made else b.unique(f"{tensor}_dequantized")
+        b.add("DequantizeLinear", [q, scale, zero], target_name)
+        self.read_as[tensor] = target_name
+
+    def _scale_names(self, stem: str, params: QuantParams, spec: QuantSpec) -> tuple[str, str]:
+        b = self._b
+        zero = np.full(np.shape(params.scale), params.zero_point, spec.container)
+        return b.constant(np.asarray(params.scale, np.float32), f"{stem}_scale"), b.constant(zero, f"{stem}_zero_point")
+
+    # ---- constants ------------------------------------------------------------------------------------------
+    def _constants(self) -> None:
+        for weight, spec in self._plan.weight_specs.items():
+            readers = [layer.node for layer in self._plan.layers if layer.weight == weight]
+            integers, params = quant_math.folded(self._rounding.integers[weight], self._rounding.weights[weight], spec)
+            name = self._dequantized(weight, integers, params, spec, readers)
+            for node in readers:
+                self._layer_reads[node, weight] = name
+        for quantizer in self._plan.activations:
+            if quantizer.spec.axis is not None:
+                self._table(quantizer)
+            elif quantizer.constant:
+                self._constant_operand(quantizer)
+        if self._plan.integer_bias:
+            for layer in self._plan.layers:
+                if layer.bias is not None and (layer.has_bias or self._rounding.biases[layer.bias].any()):
+                    self._bias(layer)
+        else:
+            self._float_biases()
+
+    def _dequantized(self, tensor: str, integers: IntArray, params: QuantParams, spec: QuantSpec, readers: list[str]) -> str:
+        """Initializers and DequantizeLinear of a constant; returns the name to read."""
+        b = self._b
+        stored = b.unique(f"{tensor}_quantized")
+        b.keep(integers.astype(spec.container), stored)
+        scale, zero = self._scale_names(tensor, params, spec)
+        name = self._take_over(tensor, readers)
+        b.add("DequantizeLinear", [stored, scale, zero], name, **_axis(spec.axis))
+        return name
+
+    def _take_over(self, tensor: str, readers: list[str]) -> str:
+        """The tensor's own name if nobody else reads the float constant, else a new one."""
+        others = [n for n in self._view.consumers[tensor] if n.name not in readers]
+        if others or tensor in self._view.outputs:
+            return self._b.unique(f"{tensor}_dequantized")
+        self._replaced.add(tensor)
+        return tensor
+
+    def _table(self, quantizer: ActivationQuantizer) -> None:
+        """Integers and scales under new names, from which `_written` makes the rows that a node wants."""
+        b, tensor = self._b, quantizer.name
+        shape, params = self._view.constant_shape(tensor), self._rounding.activations[tensor]
+        names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
+        integers = np.empty(shape, quantizer.spec.container)
+        for part, rows in self._view.constant_parts(tensor):
+            integers[part] = quant_math.quantize(rows, replace(params, scale=params.scale[part]), quantizer.spec)
+        scale = params.scale.reshape(-1, *(1,) * (len(shape) - 1))
+        for value, name in zip((integers, scale), names, strict=True):
+            b.keep(value, name)
+        self._tables[tensor] = names
+
+    def _written(self, node: NodeProto) -> list[NodeProto]:
+        """What stands for a node, its results made by the last; rows of a stored table are integers times scales.
+
+        (No DequantizeLinear has scales that depend on an index.)
+        """
+        b, copy, place = self._b, self._rewired(node), None
+        rule = spec_of(node).table
+        if rule is not None and node.name not in self._plan.integer_nodes:
+            place = rule(node)
+        if place is None or node.input[place] not in self._tables:
+            return [copy]
+        parts = []
+        for name in self._tables[node.input[place]]:
+            part = edit.renamed(copy, {node.input[place]: name, node.output[0]: b.unique(f"{node.output[0]}_{name}")})
+            part.name = b.unique(f"{node.name}/{name}")
+            parts.append(part)
+        as_float = b.unique(f"{node.output[0]}_float")
+        cast = helper.make_node("Cast", [parts[0].output[0]], [as_float], name=b.unique(f"{as_float}/Cast"), to=TensorProto.FLOAT)
+        return [*parts, cast, helper.make_node("Mul", [as_float, parts[1].output[0]], list(node.output), name=node.name)]
+
+    def _constant_operand(self, quantizer: ActivationQuantizer) -> None:
+        view, tensor = self._view, quantizer.name
+        params = self._rounding.activations[tensor]
+        integers = quant_math.quantize(np.asarray(view.constant(tensor), np.float32), params, quantizer.spec)
+        readers = [n.name for n in view.consumers[tensor] if n.name in self._plan.integer_nodes]
+        name = self._dequantized(tensor, integers, params, quantizer.spec, readers)
+        for node in readers:
+            self._layer_reads[node, tensor] = name
+
+    def _bias(self, layer: Layer) -> None:
+        """int32 with scale s_x * s_w and zero point 0 (what QLinearConv and QGemm assume)."""
+        b, name = self._b, layer.bias or ""
+        scales = self._rounding.activations[self._quantizers[layer.input].name].scale, self._rounding.weights[layer.weight].scale
+        scale = quant_math.bias_scale(*scales)
+        stored = b.unique(f"{name}_quantized")
+        b.keep(quant_math.bias_integers(self._rounding.biases[name], *scales), stored)
+        inputs = [stored, b.constant(scale, f"{name}_scale"), b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point")]
+        output = self._take_over(name, [layer.node])
+        b.add("DequantizeLinear", inputs, output, **_axis(0 if scale.ndim else None))
+        self._layer_reads[layer.node, name] = output
+
+    def _float_biases(self) -> None:
+        for layer in self._plan.layers:
+            if layer.bias is not None and (layer.has_bias or self._rounding.biases[layer.bias].any()):
+                name = self._b.unique(f"{layer.bias}_learned")
+                self._b.keep(self._rounding.biases[layer.bias], name)
+                self._layer_reads[layer.node, layer.bias] = name
+
+    def _restore_value_info(self, model: ModelProto) -> None:
+        """Give the tensors behind DequantizeLinear the type and shape of the tensor that they stand for."""
+        known = {v.name: v for v in (*self._model.graph.value_info, *self._model.graph.input)}
+        for tensor, name in self.read_as.items():
+            if tensor in known and name not in known and tensor != name:
+                info = model.graph.value_info.add()
+                info.CopyFrom(known[tensor])
+                info.name = name
+
+
+def _axis(axis: int | None) -> dict[str, Any]:
+    """The axis attribute, where there is one scale per channel."""
+    return {} if axis is None else {"axis": axis}

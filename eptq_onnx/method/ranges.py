@@ -1,0 +1,92 @@
+"""Step 5: weight ranges (HMSE, paper section 3.3), and the guards that the integer bias needs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+from onnx import ModelProto
+
+from eptq_onnx.config import Config, WeightRange
+from eptq_onnx.graph.view import Constants, GraphView
+from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.types import Array, QuantParams, QuantSpec
+from eptq_onnx.ops import output_channels
+from eptq_onnx.records import Calibration, Plan, Rounding, Scores
+
+
+def weight_ranges(
+    model: ModelProto,
+    plan: Plan,
+    calibration: Calibration,
+    scores: Scores | None,
+    config: Config,
+    searched: Collection[str] | None = None,
+) -> Rounding:
+    """Choose weight scales and zero points, and round to nearest.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model.
+    plan : Plan
+    calibration : Calibration
+        Gives the activation scales, which the bias scale is a multiple of.
+    scores : Scores or None
+        Hessian scores; weights without one are ranged by plain MSE.
+    config : Config
+    searched : collection of str, optional
+        The weights whose ranges matter; the others, which a later step ranges anew, get their extremes. By default all.
+
+    Returns
+    -------
+    Rounding
+        Nearest rounding with the chosen ranges: the start of the optimization.
+    """
+    view = GraphView(model)
+    params, integers = {}, {}
+    smallest = _smallest_scales(view, plan, calibration)
+    for name, spec in plan.weight_specs.items():
+        weight: Array = np.asarray(view.constant(name), np.float32)
+        importance = scores.weights.get(name) if scores else None
+        method = config.weight_range_method if searched is None or name in searched else WeightRange.MINMAX
+        weighed = importance if method is WeightRange.HMSE else None
+        scale = np.maximum(_scales(weight, spec, weighed, method, config.damping), smallest.get(name, np.float32(0)))
+        params[name] = QuantParams(scale, quant_math.zero_points(weight, scale, spec, weighed, config.damping))
+        integers[name] = quant_math.quantize(weight, params[name], spec)
+    return Rounding(integers, params, dict(calibration.activations), biases(view, plan), Constants(view, integers))
+
+
+def biases(view: GraphView, plan: Plan) -> dict[str, Array]:
+    """The bias of every layer that may have one; zeros where the float model has none."""
+    result: dict[str, Array] = {}
+    nodes = {n.name: n for n in view.nodes}
+    for layer in plan.layers:
+        if layer.bias is not None and layer.has_bias:
+            result[layer.bias] = np.asarray(view.constant(layer.bias), np.float32)
+        elif layer.bias is not None:
+            result[layer.bias] = np.zeros(output_channels(nodes[layer.node], view), np.float32)
+    return result
+
+
+def _scales(weight: Array, spec: QuantSpec, importance: Array | None, method: WeightRange, damping: float) -> Array:
+    if method is WeightRange.MINMAX:
+        rows = quant_math.channel_rows(weight, spec.axis)
+        scales = np.where(rows.any(axis=1), quant_math.max_scales(rows, spec), np.float32(1)).astype(np.float32)
+        return np.asarray(scales[0]) if spec.axis is None else scales
+    return quant_math.weight_scales(weight, spec, importance, damping)
+
+
+def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> dict[str, Array]:
+    """Per weight, the scales below which the int32 bias (scale s_x * s_w) would overflow."""
+    quantizers = plan.quantizer_of
+    result: dict[str, Array] = {}
+    for layer in plan.layers:
+        if layer.bias is None or not layer.has_bias or layer.weight_spec.axis is None:
+            continue
+        bias = np.asarray(view.constant(layer.bias), np.float32)
+        if bias.size != view.constant_shape(layer.weight)[layer.weight_spec.axis]:
+            continue
+        limit = quant_math.smallest_weight_scale(bias, calibration.activations[quantizers[layer.input].name].scale)
+        result[layer.weight] = np.maximum(result.get(layer.weight, np.float32(0)), limit)
+    return result

@@ -1,0 +1,295 @@
+"""Step 2c: channels mixed so that the rows of all weights around them are rounded finely.
+
+Where nothing but linear operators lies between layers (`eptq_onnx.graph.spaces`), any invertible matrix T may go into the
+rows of the layers in front, ``T W``, and its inverse into the terms of those behind, ``W T⁻¹``; the float model computes the
+same. With a grid a row, whose step follows the largest element, the squared errors are, to first order and in units of what
+each layer makes,
+
+    sum_front  n b sum_i |T W|_i² / (levels² tr W Wᵀ G)  +  sum_behind  e sum_o |W T⁻¹|_o² / (levels² tr W S Wᵀ),
+
+with ``|.|_i`` the largest magnitude of a row, n its terms, b the mean importance of the mixed channels and e their power: S, the
+squared rows of all layers in front, stands for the power of each channel as it is, G, the squared columns of all layers
+behind, for its importance. T is a diagonal that balances the two (as cross-layer equalization does, Nagel et al. 2019), then
+a rotation (SpinQuant, Liu et al. 2024, learns such by gradients of the network): L-BFGS over its Cayley parameters finds the
+one with the least errors, of a smooth norm instead of the largest magnitudes. Weights become spread evenly over their range.
+No data are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+from scipy.optimize import minimize
+
+from eptq_onnx.config import Config
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.channels import Absorber
+from eptq_onnx.graph.spaces import Matrix, Spaces
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.numerics.types import Array
+from eptq_onnx.ops import channels_of
+from eptq_onnx.records import Plan
+
+_ITERATIONS = 40
+"""Of L-BFGS: nine tenths of what hundreds gain."""
+_MOST = 2048
+"""Members of a space: an evaluation inverts a matrix of them."""
+_LEAST_SHARE = 1e-3
+"""Channels count at least as this share of the mean: dead ones have no power or no importance."""
+_WORTH = 0.8
+"""The predicted errors must fall below this share of themselves, or a space stays as it is: what mixing does to the ranges
+of activations is not counted."""
+_FLOATS_A_TERM = 6
+"""What is held of each element of a weight in work."""
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What a weight has of a space.
+
+    Parameters
+    ----------
+    levels : int
+        Steps of its range; 0 for a weight that stays float.
+    rows : ndarray
+        Of a producer, of shape (n_members, n_copies * n_terms), copies one after the other; of a consumer, of shape
+        (n_outputs * n, n_members), with the n places that each member has in a row one after the other.
+    count : int
+        Copies, or places.
+    beyond : ndarray of shape (n_outputs, 1) or None
+        Of a consumer: norm of the elements of each row that meet other channels.
+    """
+
+    levels: int
+    rows: Array
+    count: int
+    beyond: Array | None = None
+
+    @property
+    def squares(self) -> NDArray[np.float64]:
+        """Sum of the squares that each member has."""
+        return np.asarray(np.square(self.rows, dtype=np.float64).sum(axis=0 if self.beyond is not None else 1))
+
+    @property
+    def terms(self) -> int:
+        """Of a producer's rows."""
+        return int(self.rows.shape[1] // self.count)
+
+    def whole(self, rows: Array) -> tuple[Array, Array | None]:
+        """The rows of the weight, made of such that are laid out as `rows`, and what is beyond them."""
+        count = len(rows) * self.count if self.beyond is None else len(rows) // self.count
+        return rows.reshape(count, -1), self.beyond
+
+    def unit(self, weights: NDArray[np.float64]) -> float:
+        """What a squared range of 1 counts, in units of the squares of all members by their weights."""
+        return 1 / (self.levels**2 * max(float(self.squares @ weights), 1e-30))
+
+
+def needed_bytes(model: ModelProto) -> int:
+    """Memory that `rotate` takes beside the model, about.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The whole normalized model.
+    """
+    view = GraphView(model)
+    spaces = Spaces(channels_of(view, linear=True))
+    sizes = [sum(int(np.prod(view.constant_shape(a.constant))) for a in _touched(spaces, k)) for k in range(len(spaces.members))]
+    return 4 * (_FLOATS_A_TERM * max(sizes, default=0) + sum(sizes))
+
+
+def rotate(
+    model: ModelProto, plan: Plan, config: Config, progress: Callable[[int, int], None]
+) -> tuple[ModelProto, dict[str, int], list[str]]:
+    """Mix channels, in the constants of the layers around them.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The whole normalized model; it is not changed.
+    plan : Plan
+    config : Config
+        ``rotate`` and ``seed``.
+    progress : callable
+        Called with spaces done and spaces in all.
+
+    Returns
+    -------
+    ModelProto
+        It computes the same outputs, up to float rounding.
+    dict of str to int
+        The tensors whose channels were mixed, and how many at a time.
+    list of str
+        What was left as it is, and why.
+    """
+    if not config.rotate:
+        return model, {}, []
+    view = GraphView(model)
+    channels = channels_of(view, linear=True)
+    spaces = Spaces(channels)
+    levels = {name: spec.qmax - spec.qmin for name, spec in plan.weight_specs.items()}
+    values: dict[str, Array] = {}
+    mixed: list[int] = []
+    notes = []
+    for k, members in enumerate(spaces.members):
+        progress(k, len(spaces.members))
+        touched = _touched(spaces, k)
+        if not any(a.constant in levels for a in touched):
+            continue
+        if len(members) > _MOST:
+            notes.append(f"{len(members)} channels that could be mixed stay as they are: at most {_MOST} are")
+            continue
+        held = {a.constant: values.get(a.constant, view.constant(a.constant)) for a in touched}
+        matrix = _matrix(*_sides(spaces, k, touched, held, levels), np.random.default_rng([config.seed, k]))
+        if matrix is not None:
+            inverse = np.asarray(np.linalg.inv(matrix), np.float64)
+            values |= {a.constant: spaces.mixed(a, held[a.constant], k, matrix, inverse) for a in touched}
+            mixed.append(k)
+    if not values:
+        return model, {}, notes
+    progress(len(spaces.members), len(spaces.members))
+    counts = {
+        name: max((len(spaces.members[k]) for k in mixed if spaces.places(slots, k).size), default=0)
+        for name, slots in channels.tensors().items()
+    }  # fmt: skip
+    return edit.with_constants(model, values), {name: n for name, n in counts.items() if n}, notes
+
+
+def _touched(spaces: Spaces, space: int) -> list[Absorber]:
+    return [a for a in spaces.absorbers if spaces.places(a.slots, space).size]
+
+
+def _sides(
+    spaces: Spaces, space: int, touched: Sequence[Absorber], held: dict[str, Array], levels: dict[str, int]
+) -> tuple[list[_Side], list[_Side]]:
+    """What producers and consumers have of a space."""
+    producers, consumers = [], []
+    for a in touched:
+        if a.form is None:
+            continue
+        rows = a.form.weight_rows(held[a.constant])[0].astype(np.float32)
+        steps = levels.get(a.constant, 0)
+        made, read = spaces.places(a.times, space), spaces.places(a.over, space)
+        if made.size:
+            producers.append(_Side(steps, np.swapaxes(rows[made], 0, 1).reshape(made.shape[1], -1), len(made)))
+        if read.size:
+            terms = rows.reshape(len(rows), -1, a.form.taps)
+            others = np.delete(terms, read.reshape(-1), axis=1).reshape(len(rows), -1)
+            own = terms[:, read].transpose(0, 1, 3, 2).reshape(-1, read.shape[1])
+            consumers.append(_Side(steps, own, len(own) // len(rows), _norms(others)))
+    return producers, consumers
+
+
+def _matrix(producers: Sequence[_Side], consumers: Sequence[_Side], rng: np.random.Generator) -> Matrix | None:
+    """The matrix with the least errors that is found; None if it is hardly better than none."""
+    if not producers or not consumers:
+        return None
+    count = len(producers[0].rows)
+    power = _shares([side.squares for side in producers])
+    importance = _shares([side.squares for side in consumers])
+    diagonal = (importance / power) ** 0.25
+    start = np.asarray(np.linalg.qr(rng.standard_normal((count, count)))[0], np.float64)
+    rotation, least = _descended(_Cost(producers, consumers, power, importance, diagonal), start)
+    return rotation * diagonal if least < _WORTH * _plain(producers, consumers, power, importance) else None
+
+
+def _shares(squares: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Mean over layers of what each channel has of a layer's sum."""
+    shares = np.mean([s / max(float(s.sum()), 1e-30) for s in squares], axis=0)
+    return np.asarray(np.maximum(shares, _LEAST_SHARE / len(shares)))
+
+
+def _plain(producers: Sequence[_Side], consumers: Sequence[_Side], power: NDArray[np.float64], importance: NDArray[np.float64]) -> float:
+    """The errors where nothing is mixed: every channel has a grid and an importance of its own."""
+    total = 0.0
+    for side in filter(lambda s: s.levels, producers):
+        norms = _norms(side.whole(side.rows)[0]).reshape(len(importance), -1)
+        total += side.terms * side.unit(importance) * float(importance @ np.square(norms).sum(axis=1))
+    for side in filter(lambda s: s.levels, consumers):
+        total += float(power.sum()) * side.unit(power) * _squares(*side.whole(side.rows))[0]
+    return total
+
+
+class _Cost:
+    """The errors, as a function of the rotation.
+
+    Parameters
+    ----------
+    producers, consumers : sequence of _Side
+    power, importance : ndarray of shape (n_members,)
+        S and G.
+    diagonal : ndarray of shape (n_members,)
+        What channels are scaled by first.
+    """
+
+    def __init__(
+        self,
+        producers: Sequence[_Side],
+        consumers: Sequence[_Side],
+        power: NDArray[np.float64],
+        importance: NDArray[np.float64],
+        diagonal: NDArray[np.float64],
+    ) -> None:
+        scale = diagonal.astype(np.float32)
+        mean, energy = float((importance / diagonal**2).mean()), float((power * diagonal**2).sum())
+        self._producers = [(replace(s, rows=s.rows * scale[:, None]), mean * s.terms * s.unit(importance)) for s in producers if s.levels]
+        self._consumers = [(replace(s, rows=s.rows / scale), energy * s.unit(power)) for s in consumers if s.levels]
+
+    def __call__(self, rotation: Array) -> tuple[float, Matrix]:
+        """The errors and their slopes for the elements of a rotation."""
+        total, slope = 0.0, np.zeros(rotation.shape)
+        for side, weight in self._producers:
+            value, pull = _squares(*side.whole(np.asarray(rotation @ side.rows)))
+            total += weight * value
+            slope += weight * (pull.reshape(side.rows.shape) @ side.rows.T)
+        for side, weight in self._consumers:
+            value, pull = _squares(*side.whole(np.asarray(side.rows @ rotation.T)))
+            total += weight * value
+            slope += weight * (pull.reshape(side.rows.shape).T @ side.rows)
+        return total, slope
+
+
+def _norms(rows: Array) -> Array:
+    """The 8-norm of every row, of shape (n_rows, 1): a smooth largest magnitude."""
+    most = np.abs(rows).max(axis=1, keepdims=True, initial=1e-30)
+    return np.asarray(most * np.square(np.square(np.square(rows / most))).sum(axis=1, keepdims=True) ** 0.125, np.float32)
+
+
+def _squares(rows: Array, beyond: Array | None = None) -> tuple[float, Array]:
+    """Sum of the squared 8-norms of rows, of which some elements may not be among these; and its slopes."""
+    most = np.abs(rows).max(axis=1, keepdims=True)
+    most = np.maximum(most, 1e-30 if beyond is None else np.maximum(beyond, 1e-30))
+    parts = rows / most
+    fourth = np.square(np.square(parts))
+    total = np.square(fourth).sum(axis=1, keepdims=True)
+    if beyond is not None:
+        total += (beyond / most) ** 8
+    root = np.asarray(np.maximum(total, 1e-30) ** 0.25, np.float32)
+    slope = parts * np.square(parts) * fourth * (2 * most * root / np.maximum(total, 1e-30))
+    return float((np.square(most, dtype=np.float64) * root).sum()), slope
+
+
+def _descended(cost: Callable[[Array], tuple[float, Matrix]], start: Matrix) -> tuple[Matrix, float]:
+    """A rotation with the least cost, and that cost: ``(I + A / 2)⁻¹ (I - A / 2) start`` with A skew-symmetric."""
+    one, upper = np.eye(len(start)), np.triu_indices(len(start), 1)
+
+    def cayley(values: NDArray[np.float64]) -> tuple[Matrix, Matrix]:
+        skew = np.zeros_like(start)
+        skew[upper] = values
+        skew -= skew.T
+        inverse = np.asarray(np.linalg.inv(one + skew / 2), np.float64)
+        return inverse, inverse @ (one - skew / 2) @ start
+
+    def function(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        inverse, rotation = cayley(values)
+        value, slope = cost(rotation.astype(np.float32))
+        pull = -0.5 * inverse.T @ slope @ (rotation + start).T
+        return float(np.log(max(value, 1e-300))), (pull - pull.T)[upper] / max(value, 1e-300)
+
+    found = minimize(function, np.zeros(len(upper[0])), jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS})
+    return cayley(found.x)[1], float(np.exp(found.fun))

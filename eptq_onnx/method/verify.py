@@ -1,0 +1,210 @@
+"""Step 9: check the written model by running it in the target's runtime, beside the float model."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from eptq_onnx import scratch
+from eptq_onnx.data.samples import Samples
+from eptq_onnx.data.splits import Shares
+from eptq_onnx.errors import ModelError, OutputError, one_line
+from eptq_onnx.execute.pairing import Pairing, comparisons, within_bytes
+from eptq_onnx.execute.walk import Walk
+from eptq_onnx.graph import io
+from eptq_onnx.graph.branches import sink
+from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.replay import Replay
+from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.statistics import OutputStatistics
+from eptq_onnx.ops import executed
+from eptq_onnx.proto import store
+from eptq_onnx.proto.bodies import all_nodes
+from eptq_onnx.proto.weights import light
+from eptq_onnx.records import Plan, Verification
+from eptq_onnx.runtime import Session
+from eptq_onnx.targets import Target
+
+_LAYER_SAMPLES = 32
+_MOST_BYTES = 2**29
+"""Of the float outputs, which are kept while the other network runs."""
+
+
+@dataclass(frozen=True)
+class Versions:
+    """The float model and what was made of it.
+
+    Parameters
+    ----------
+    whole : ModelProto
+        The normalized float model.
+    marked : ModelProto
+        The written model, settled Ifs still marked.
+    stands_for : dict of str to str
+        Quantized tensor to the tensor of the written model that holds its values.
+    """
+
+    whole: ModelProto
+    marked: ModelProto
+    stands_for: Mapping[str, str]
+
+
+def verify(
+    versions: Versions,
+    plan: Plan,
+    target: Target,
+    samples: Samples,
+    shares: Shares,
+    found: Replay,
+    float_bytes: int,
+    progress: Callable[[int, int], None],
+) -> Verification:
+    """Compare outputs and layers, and count integer kernels.
+
+    Outputs are those of the written model as a user would run it, sample by sample, with choices of its own; only random
+    numbers are those of the float model. Layers are compared on the choices of the float model, so that their rows match.
+
+    Parameters
+    ----------
+    versions : Versions
+    plan : Plan
+    target : Target
+        Names the integer kernels.
+    samples : Samples
+    shares : Shares
+        ``unseen`` are compared.
+    found : Replay
+        What the float network drew and chose.
+    float_bytes : int
+        Size of the original model.
+    progress : callable
+        Called with layers done and layers in all.
+
+    Raises
+    ------
+    OutputError
+        If the written model is not valid ONNX.
+    ModelError
+        If onnxruntime refuses it.
+    """
+    quantized = sink(versions.marked)
+    _check(quantized, versions.whole)
+    with scratch.folder() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session = Session(quantized, save_optimized=optimized)
+        kernels = count_kernels(onnx.load(optimized, load_external_data=False), target)
+        del session
+    parts = list(samples.batches(shares.unseen, samples.fixed_batch or 1))
+    compared, statistics, notes = _compare_outputs(versions, quantized, samples, parts, found)
+    sums = _Sums()
+    float_model = executed(versions.whole, found)
+    flat = executed(versions.marked, found, versions.stands_for)
+    walked = list(samples.batches(shares.unseen[:_LAYER_SAMPLES], samples.micro_batch())) or parts
+    feeds = [samples.take(part) for part in walked]
+    exact, rough = Walk(float_model, feeds), Walk(infer_shapes(flat), feeds)
+    for k, layer in enumerate(plan.layers):
+        pair = exact.reach(layer.result), rough.reach(versions.stands_for.get(layer.result, layer.result))
+        for value, other in zip(*pair, strict=True):
+            sums.add(layer.node, value, other)
+        progress(k + 1, len(plan.layers))
+    return Verification(
+        samples=compared,
+        held_out=shares.held_out,
+        outputs={name: round(of.sqnr_db, 3) for name, of in statistics.items()},
+        layers={layer.node: sums.ratio(layer.node) for layer in plan.layers},
+        planned=_planned_kernels(plan, target),
+        kernels=kernels,
+        float_bytes=float_bytes,
+        quantized_bytes=store.model_bytes(quantized),
+        notes=notes,
+        statistics=statistics,
+    )
+
+
+def _compare_outputs(
+    versions: Versions,
+    quantized: ModelProto,
+    samples: Samples,
+    parts: Sequence[NDArray[np.int64]],
+    found: Replay,
+) -> tuple[int, dict[str, OutputStatistics], tuple[str, ...]]:
+    """How many samples were compared, one run after the other, what was found of each output, and notes."""
+    pairing = Pairing(versions.whole, samples, parts, found)
+    # One session at a time: each holds all weights.
+    reference = within_bytes(pairing.outputs(executed(versions.whole, found.draws)), _MOST_BYTES)
+    notes: tuple[str, ...] = ()
+    draws = found.draws
+    other = executed(versions.marked, draws, versions.stands_for) if draws.places else quantized
+    try:
+        results = list(pairing.outputs(other, len(reference)))
+    except ModelError as e:
+        if not draws.places:
+            raise
+        # Other lengths want other numbers of draws.
+        results = list(pairing.outputs(executed(versions.marked, found, versions.stands_for), len(reference)))
+        notes = (f"in the comparison of outputs, lengths and places follow the float model: with its own the draws do not fit ({e})",)
+    compared = comparisons(pairing.pairs(reference, results))
+    return sum(map(len, parts[: len(reference)])), {name: c.result() for name, c in compared.items()}, notes
+
+
+class _Sums:
+    """Squares of what layers make, and of the differences."""
+
+    def __init__(self) -> None:
+        self._power: dict[str, float] = defaultdict(float)
+        self._noise: dict[str, float] = defaultdict(float)
+
+    def add(self, key: str, expected: NDArray[Any], got: NDArray[Any]) -> None:
+        """Compare two arrays; another size, where that depends on values, counts as a loss of all."""
+        reference = expected.astype(np.float64)
+        finite = np.isfinite(reference)
+        self._power[key] += float(np.square(reference[finite]).sum())
+        difference = np.where(finite, reference, 0)
+        if got.shape == reference.shape:
+            # Where the float network has no number there is nothing to compare; where the other has none, all is lost.
+            np.subtract(reference, got, out=difference, where=finite & np.isfinite(got))
+        self._noise[key] += float(np.square(difference).sum())
+
+    def ratio(self, key: str) -> float:
+        """SQNR in dB."""
+        return round(quant_math.sqnr_db(self._power[key], self._noise[key]), 3)
+
+
+def _planned_kernels(plan: Plan, target: Target) -> dict[str, int]:
+    """Operators that shall run on integers; the target's kernels are for types of 8 bits."""
+    if any(q.spec.bits > 8 for q in plan.activations):
+        return {}
+    return dict(sorted(Counter(t for t in plan.integer_nodes.values() if t in target.kernels).items()))
+
+
+def count_kernels(optimized: ModelProto, target: Target) -> dict[str, int]:
+    """Integer kernels in a graph that onnxruntime optimized, by the operator that they stand for."""
+    counts = Counter(node.op_type for node in all_nodes(optimized.graph))
+    found = {op: sum(counts[name] for name in names) for op, names in sorted(target.kernels.items())}
+    return {op: n for op, n in found.items() if n}
+
+
+def _check(quantized: ModelProto, whole: ModelProto) -> None:
+    try:
+        io.check(light(quantized)[0], full=True)
+    except Exception as e:
+        # What the float model has, the quantized one may have: onnxruntime runs some that onnx objects to.
+        if not _is_valid(whole):
+            return
+        raise OutputError(f"the quantized model is not valid ONNX: {one_line(e)}") from e
+
+
+def _is_valid(model: ModelProto) -> bool:
+    try:
+        io.check(light(model)[0], full=True)
+    except Exception:
+        return False
+    return True

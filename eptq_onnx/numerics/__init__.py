@@ -1,0 +1,1 @@
+"""Formats, roundings and linear algebra: numpy alone."""

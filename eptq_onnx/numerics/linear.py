@@ -1,0 +1,246 @@
+"""Layers as matrix products: which rows of inputs meet which rows of weights. Pure numpy, no ONNX.
+
+A layer computes, for each of its groups, ``y = x Wᵀ + b`` with x a row of inputs (a patch, for convolutions). The forms
+here cut such rows out of an input tensor, and turn a weight tensor into rows and back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eptq_onnx.numerics.types import Array
+
+
+class WeightForm(Protocol):
+    """How a weight is made of rows, one for each output."""
+
+    def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """The weight as an array of shape (n_groups, n_outputs, n_terms)."""
+        ...
+
+    def weight_from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """Inverse of `weight_rows`."""
+        ...
+
+
+class LinearForm(WeightForm, Protocol):
+    """How a layer is a matrix product."""
+
+    @property
+    def taps(self) -> int:
+        """Terms that each input channel has, one behind the other."""
+        ...
+
+    def positions(self, x_shape: Sequence[int]) -> int:
+        """Number of rows that an input of this shape has."""
+        ...
+
+    def input_rows(self, x: Array, chosen: NDArray[np.int64]) -> Array:
+        """The rows at the chosen positions (ascending), of shape (n_groups, len(chosen), n_terms)."""
+        ...
+
+
+@dataclass(frozen=True)
+class OutputsApart:
+    """A weight of which each output is a group of its own.
+
+    Parameters
+    ----------
+    form : WeightForm
+    outputs : int
+        Of each group of ``form``.
+    """
+
+    form: WeightForm
+    outputs: int
+
+    def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """See `WeightForm`."""
+        rows = self.form.weight_rows(weight)
+        return rows.reshape(-1, 1, rows.shape[2])
+
+    def weight_from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """See `WeightForm`."""
+        return self.form.weight_from_rows(rows.reshape(-1, self.outputs, rows.shape[2]))
+
+
+def row_shape(form: WeightForm, shape: Sequence[int]) -> tuple[int, int, int]:
+    """Groups, outputs and terms of a weight of this shape."""
+    groups, outputs, terms = form.weight_rows(np.broadcast_to(np.float32(0), tuple(shape))).shape
+    return groups, outputs, terms
+
+
+def scale_places(form: WeightForm, shape: Sequence[int], axis: int | None) -> NDArray[np.int64]:
+    """Which of a weight's scales each of its rows has, of shape (n_groups, n_outputs).
+
+    Parameters
+    ----------
+    form : LinearForm
+    shape : sequence of int
+        The weight's.
+    axis : int or None
+        Axis with one scale per index; None for one scale in all.
+    """
+    index = np.zeros(shape, np.int64)
+    if axis is not None:
+        index += np.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    return form.weight_rows(index)[:, :, 0]
+
+
+@dataclass(frozen=True)
+class MatrixForm:
+    """A matrix product with a constant right-hand side (ONNX Gemm, MatMul).
+
+    Parameters
+    ----------
+    transposed : bool
+        True if the weight is stored as (n_outputs, n_terms).
+    gain : float
+        Factor of the product (Gemm's alpha).
+    """
+
+    transposed: bool = False
+    gain: float = 1.0
+
+    @property
+    def taps(self) -> int:
+        """See `LinearForm`."""
+        return 1
+
+    def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """See `LinearForm`."""
+        return (weight if self.transposed else weight.T)[None]
+
+    def weight_from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """See `LinearForm`."""
+        return np.ascontiguousarray(rows[0] if self.transposed else rows[0].T)
+
+    def positions(self, x_shape: Sequence[int]) -> int:
+        """See `LinearForm`."""
+        return int(np.prod(x_shape[:-1]))
+
+    def input_rows(self, x: Array, chosen: NDArray[np.int64]) -> Array:
+        """See `LinearForm`."""
+        rows: Array = x.reshape(-1, x.shape[-1])[chosen] * np.float32(self.gain)
+        return rows[None]
+
+
+@dataclass(frozen=True)
+class ConvForm:
+    """A convolution of any rank (ONNX Conv; ConvTranspose as the Conv over its input with zeros put between).
+
+    Parameters
+    ----------
+    kernel, strides, dilations : tuple of int
+        One number a spatial axis.
+    pads : tuple of int or None
+        Begins, then ends; None with ``auto_pad``.
+    auto_pad : str
+        SAME_UPPER, SAME_LOWER, VALID or NOTSET.
+    group : int
+    transposed : bool
+        ConvTranspose: the weight is (C, M / group, *kernel), and ``pads`` crop the output.
+    output_padding : tuple of int
+        Of ConvTranspose.
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...] | None
+    auto_pad: str = "NOTSET"
+    group: int = 1
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+
+    @property
+    def taps(self) -> int:
+        """See `LinearForm`."""
+        return math.prod(self.kernel)
+
+    def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """See `LinearForm`."""
+        g = self.group
+        if not self.transposed:
+            return weight.reshape(g, weight.shape[0] // g, -1)
+        flipped = np.flip(weight, axis=tuple(range(2, weight.ndim)))
+        parted = flipped.reshape(g, weight.shape[0] // g, *weight.shape[1:])
+        return np.swapaxes(parted, 1, 2).reshape(g, weight.shape[1], -1)
+
+    def weight_from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """See `LinearForm`."""
+        g, outputs = rows.shape[:2]
+        parted = rows.reshape(g, outputs, -1, *self.kernel)
+        if not self.transposed:
+            return np.ascontiguousarray(parted.reshape(g * outputs, -1, *self.kernel))
+        swapped = np.swapaxes(parted, 1, 2).reshape(-1, outputs, *self.kernel)
+        return np.ascontiguousarray(np.flip(swapped, axis=tuple(range(2, swapped.ndim))))
+
+    def positions(self, x_shape: Sequence[int]) -> int:
+        """See `LinearForm`."""
+        return int(x_shape[0]) * int(np.prod(self._extents(x_shape)))
+
+    def input_rows(self, x: Array, chosen: NDArray[np.int64]) -> Array:
+        """See `LinearForm`."""
+        if self.transposed:
+            x = self._spread(x)
+        begins, ends = self._pads(x.shape)
+        x = np.pad(x, [(0, 0), (0, 0), *((max(a, 0), max(e, 0)) for a, e in zip(begins, ends, strict=True))])
+        x = x[(slice(None), slice(None), *(slice(max(-a, 0), n + min(e, 0)) for a, e, n in zip(begins, ends, x.shape[2:], strict=True)))]
+        strides = (1,) * len(self.kernel) if self.transposed else self.strides
+        extents = [(n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(x.shape[2:], self.kernel, self.dilations, strides, strict=True)]
+        pitches = np.cumprod([1, *x.shape[:2:-1]])[::-1]
+        # Where each patch begins in a flat channel, and where its elements lie behind that.
+        sample, *places = np.unravel_index(chosen, (len(x), *extents))
+        begin = sum(p * s * pitch for p, s, pitch in zip(places, strides, pitches, strict=True))
+        offset = sum(
+            np.arange(k).reshape([-1 if i == axis else 1 for i in range(len(self.kernel))]) * d * pitch
+            for axis, (k, d, pitch) in enumerate(zip(self.kernel, self.dilations, pitches, strict=True))
+        )
+        flat = x.reshape(*x.shape[:2], -1)
+        # Channel by channel, so that what is read together lies together.
+        columns = np.empty((x.shape[1], np.size(offset), len(chosen)), x.dtype)
+        for n in range(len(x)):
+            here = slice(*np.searchsorted(sample, [n, n + 1]))
+            columns[:, :, here] = np.take(flat[n], np.reshape(offset, (-1, 1)) + begin[here], axis=1)
+        return columns.reshape(self.group, -1, len(chosen)).swapaxes(1, 2)
+
+    def _spread(self, x: Array) -> Array:
+        """The input with stride - 1 zeros between its elements."""
+        extents = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], self.strides, strict=True)]
+        result = np.zeros((*x.shape[:2], *extents), x.dtype)
+        result[(slice(None), slice(None), *(slice(None, None, s) for s in self.strides))] = x
+        return result
+
+    def _extents(self, x_shape: Sequence[int]) -> list[int]:
+        """Spatial extents of the output."""
+        spatial = list(x_shape[2:])
+        if self.transposed:
+            spatial = [(n - 1) * s + 1 for n, s in zip(spatial, self.strides, strict=True)]
+        begins, ends = self._pads((*x_shape[:2], *spatial))
+        strides = (1,) * len(spatial) if self.transposed else self.strides
+        terms = zip(spatial, begins, ends, self.kernel, self.dilations, strides, strict=True)
+        return [(n + a + e - (k - 1) * d - 1) // s + 1 for n, a, e, k, d, s in terms]
+
+    def _pads(self, shape: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Zeros before and behind each spatial axis of the (spread) input; negative for ConvTranspose that crops more."""
+        rank = len(self.kernel)
+        reach = [(k - 1) * d for k, d in zip(self.kernel, self.dilations, strict=True)]
+        if self.transposed:
+            pads = self.pads or (0,) * (2 * rank)
+            extra = self.output_padding or (0,) * rank
+            return [r - p for r, p in zip(reach, pads[:rank], strict=True)], [
+                r - p + o for r, p, o in zip(reach, pads[rank:], extra, strict=True)
+            ]
+        if self.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
+            totals = [max(0, (-(-n // s) - 1) * s + r + 1 - n) for n, s, r in zip(shape[2:], self.strides, reach, strict=True)]
+            small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
+            return (small, large) if self.auto_pad == "SAME_UPPER" else (large, small)
+        pads = self.pads or (0,) * (2 * rank)
+        return list(pads[:rank]), list(pads[rank:])

@@ -1,0 +1,87 @@
+"""First-order optimizers on numpy arrays, state updated in place."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from eptq_onnx.numerics.types import Array
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015).
+
+    Parameters
+    ----------
+    parameters : mapping of str to ndarray of float32
+        Updated in place.
+    beta1, beta2, epsilon : float
+    """
+
+    def __init__(self, parameters: Mapping[str, Array], beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -> None:
+        self.parameters = parameters
+        self._beta1, self._beta2, self._epsilon = beta1, beta2, epsilon
+        self._first = {n: np.zeros_like(p) for n, p in parameters.items()}
+        self._second = {n: np.zeros_like(p) for n, p in parameters.items()}
+        self._time = 0
+
+    def step(self, gradients: Mapping[str, Array], rate: float) -> None:
+        """One update of the parameters that have a gradient."""
+        self._time += 1
+        correction = 1 - self._beta1**self._time
+        for name, gradient in gradients.items():
+            m, v = self._first[name], self._second[name]
+            m *= np.float32(self._beta1)
+            m += np.float32(1 - self._beta1) * gradient
+            v *= np.float32(self._beta2)
+            v += np.float32(1 - self._beta2) * np.square(gradient)
+            self.parameters[name][...] -= np.float32(rate / correction) * self._direction(m, v)
+
+    def _direction(self, m: Array, v: Array) -> Array:
+        root = np.sqrt(v / np.float32(1 - self._beta2**self._time))
+        result: Array = m / (root + np.float32(self._epsilon))
+        return result
+
+
+class MovingAverage(Generic[Key]):
+    """Where parameters go, while single steps wander about it (Polyak and Juditsky 1992).
+
+    Parameters
+    ----------
+    parameters : mapping of hashable to ndarray of float32
+        Followed, never changed.
+    steps : float
+        Steps that count, about; of fewer all count alike.
+    """
+
+    def __init__(self, parameters: Mapping[Key, Array], steps: float) -> None:
+        self._parameters, self._steps, self._seen = parameters, max(1.0, steps), 0
+        self.values: dict[Key, Array] = {n: p.copy() for n, p in parameters.items()}
+
+    def update(self) -> None:
+        """Take the current values in."""
+        self._seen += 1
+        pace = np.float32(1 / min(self._seen, self._steps))
+        for name, value in self._parameters.items():
+            mean = self.values[name]
+            mean += pace * (value - mean)
+
+
+class RAdam(Adam):
+    """Rectified Adam (Liu et al. 2020): no update until the variance of the step size is tractable (five steps).
+
+    The original falls back to plain momentum there, whose step depends on the scale of the loss.
+    """
+
+    def _direction(self, m: Array, v: Array) -> Array:
+        longest = 2 / (1 - self._beta2) - 1
+        power = self._beta2**self._time
+        length = longest - 2 * self._time * power / (1 - power)
+        if length <= 5:
+            return np.zeros_like(m)
+        rectified = np.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
+        return np.float32(rectified) * super()._direction(m, v)

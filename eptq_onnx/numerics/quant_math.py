@@ -1,0 +1,432 @@
+"""Quantization arithmetic: grids, ranges, soft rounding. Pure numpy, no ONNX.
+
+Everywhere ``q(x) = (clip(round(x / s) + z, qmin, qmax) - z) * s`` with half-to-even rounding, as ONNX
+QuantizeLinear and DequantizeLinear compute it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
+from eptq_onnx.parallel import ordered_map
+
+Number = TypeVar("Number", bound=np.generic)
+
+ZETA, GAMMA = 1.1, -0.1
+"""Stretch of the rectified sigmoid (AdaRound, Nagel et al. 2020, equation 23)."""
+
+_TINY = np.float32(1e-30)
+
+_PART = 2**20
+"""Values of a large array that are worked on at a time: what is made of them in between stays small, and in the cache."""
+
+_BIAS_LIMIT = np.float32(2.0**30)
+"""Largest integer that a bias may need: half of int32, so that learned scales and biases keep room."""
+
+
+# ---- channels ----------------------------------------------------------------------------------------------
+def along_axis(values: NDArray[Number], axis: int | None, rank: int) -> NDArray[Number]:
+    """Reshape per-channel values so that they broadcast along ``axis`` of a tensor of rank ``rank``.
+
+    Parameters
+    ----------
+    values : ndarray, scalar or of shape (n_channels,)
+    axis : int or None
+    rank : int
+
+    Returns
+    -------
+    ndarray
+        ``values`` itself if ``axis`` is None, else of shape (1, ..., n_channels, ..., 1).
+    """
+    if axis is None:
+        return values
+    return values.reshape([-1 if i == axis else 1 for i in range(rank)])
+
+
+def channel_rows(values: NDArray[np.floating], axis: int | None) -> NDArray[np.floating]:
+    """View a tensor as one row per channel: shape (n_channels, n_elements), or (1, size) without axis."""
+    if axis is None:
+        return values.reshape(1, -1)
+    return np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+
+
+def channel_sum(values: Array, axis: int | None) -> Array:
+    """Sum over everything but the channel axis; returns shape (n_channels,), or a scalar without axis."""
+    if axis is None:
+        return np.asarray(values.sum(dtype=np.float64), np.float32)
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    return np.asarray(values.sum(axis=others, dtype=np.float64), np.float32)
+
+
+def _parts(values: NDArray[np.generic]) -> list[Any]:
+    """Slices of the first axis."""
+    if values.ndim == 0 or values.size <= _PART:
+        return [...]
+    step = max(1, _PART * len(values) // values.size)
+    return [slice(begin, begin + step) for begin in range(0, len(values), step)]
+
+
+def _of(scale: Array, part: Any) -> Array:
+    """The scales of a part."""
+    return scale[part] if np.ndim(scale) and len(scale) > 1 else scale
+
+
+# ---- quantizers ---------------------------------------------------------------------------------------------
+def quantize(x: Array, params: QuantParams, spec: QuantSpec) -> IntArray:
+    """Round to the integer grid, in the container's type (ONNX QuantizeLinear, clipped to the spec's range)."""
+    scale, zero = scale_and_zero(params, spec, x.ndim)
+    result: IntArray = np.empty(x.shape, spec.container)
+    for part in _parts(x):
+        result[part] = np.clip(np.rint(x[part] / _of(scale, part)) + _of(zero, part), spec.qmin, spec.qmax)
+    return result
+
+
+def dequantize(integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
+    """Back to real values (ONNX DequantizeLinear)."""
+    scale, zero = scale_and_zero(params, spec, integers.ndim)
+    result: Array = np.empty(integers.shape, np.float32)
+    for part in _parts(integers):
+        result[part] = (integers[part].astype(np.float32) - _of(zero, part)) * _of(scale, part)
+    return result
+
+
+def folded(integers: IntArray, params: QuantParams, spec: QuantSpec) -> tuple[IntArray, QuantParams]:
+    """The same weights with zero point 0: the integers less their zero point, inside what the container holds."""
+    if not np.any(params.zero_point):
+        return integers, params
+    _, zero = scale_and_zero(params, spec, integers.ndim)
+    steps: IntArray = np.empty(integers.shape, spec.container)
+    for part in _parts(integers):
+        steps[part] = integers[part] - _of(zero, part)
+    return steps, replace(params, zero_point=0)
+
+
+def limits(zero: IntArray | Array, spec: QuantSpec) -> tuple[Array, Array]:
+    """Least and largest integer less the zero point, of the zero point's shape."""
+    return np.asarray(spec.qmin - zero, np.float32), np.asarray(spec.qmax - zero, np.float32)
+
+
+def scale_and_zero(params: QuantParams, spec: QuantSpec, rank: int) -> tuple[Array, Array]:
+    """Both as they broadcast along a tensor of that rank, the zero point as a real number."""
+    zero: Array = np.asarray(params.zero_point, np.float32)
+    return along_axis(params.scale, spec.axis, rank), along_axis(zero, spec.axis, rank) if zero.ndim else zero
+
+
+def fake_quantize(x: Array, params: QuantParams, spec: QuantSpec) -> Array:
+    """Quantize and dequantize."""
+    return dequantize(quantize(x, params, spec), params, spec)
+
+
+def bias_integers(bias: Array, activation_scale: Array, weight_scale: Array) -> IntArray:
+    """A bias as integer kernels want it: int32, zero point 0, scale s_x * s_w (`bias_scale`)."""
+    limits = np.iinfo(np.int32)
+    steps = np.rint(bias.astype(np.float64) / bias_scale(activation_scale, weight_scale))
+    return np.clip(steps, limits.min, limits.max).astype(np.int32)
+
+
+def round_bias(bias: Array, activation_scale: Array, weight_scale: Array) -> Array:
+    """A bias after the round trip through `bias_integers`."""
+    integers = bias_integers(bias, activation_scale, weight_scale)
+    return np.asarray(integers.astype(np.float32) * bias_scale(activation_scale, weight_scale), np.float32)
+
+
+def bias_scale(activation_scale: Array, weight_scale: Array) -> Array:
+    """The product of the scales of a layer's input and weight, in float32."""
+    return np.asarray(np.float32(activation_scale) * weight_scale, np.float32)
+
+
+def smallest_weight_scale(bias: Array, activation_scale: Array) -> Array:
+    """Weight scale of each channel below which the int32 bias might overflow, shape (n_channels,)."""
+    return np.asarray(np.abs(bias) / (activation_scale * _BIAS_LIMIT), np.float32)
+
+
+# ---- weight ranges ------------------------------------------------------------------------------------------
+def weight_scales(
+    weight: Array,
+    spec: QuantSpec,
+    importance: Array | None = None,
+    damping: float = 0.1,
+    points: int = 40,
+    rounds: int = 3,
+) -> Array:
+    """Scales that minimise ``sum H * (W - q(W))**2`` per channel (HMSE, paper section 3.3).
+
+    Parameters
+    ----------
+    weight : ndarray
+    spec : QuantSpec
+        ``axis`` is the channel axis. Where it allows zero points, each scale is tried with those of `zero_points`.
+    importance : ndarray of the weight's shape, optional
+        H; without it every element counts the same (MSE).
+    damping : float
+        H is replaced by ``H + damping * mean(H)`` per tensor: with few probes an undamped H clips weights that
+        only look insensitive.
+    points, rounds : int
+        Clipping ratios tried in a round, and how often the grid is refined around the best.
+
+    Returns
+    -------
+    ndarray of float32, scalar or of shape (n_channels,)
+        Positive; 1 for a channel of zeros.
+    """
+    rows, h = _rows_and_importance(weight, spec, importance, damping)
+    parts = _parts(rows)
+    found = ordered_map(lambda part: _row_scales(rows[part].astype(np.float32), h[part], spec, points, rounds), parts)
+    scales = np.concatenate(list(found))
+    return np.asarray(scales[0]) if spec.axis is None else scales
+
+
+def zero_points(weight: Array, scale: Array, spec: QuantSpec, importance: Array | None = None, damping: float = 0.1) -> IntArray:
+    """The zero point of each scale that centres the grid on the channel's extremes, of the two nearest the better.
+
+    Parameters
+    ----------
+    weight : ndarray
+    scale : ndarray of float32, scalar or of shape (n_channels,)
+    spec : QuantSpec
+    importance, damping
+        As in `weight_scales`.
+
+    Returns
+    -------
+    ndarray of int32, of the scale's shape
+        Within ``spec.zero_points``.
+    """
+    if spec.symmetric:
+        return np.zeros(np.shape(scale), np.int32)
+    rows, h = _rows_and_importance(weight, spec, importance, damping)
+    scales = np.reshape(scale, -1)
+    found = []
+    for part in _parts(rows):
+        own: Array = rows[part].astype(np.float32)
+        _, zero = _best_grid(own, h[part], scales[part], spec)
+        found.append(zero)
+    return np.concatenate(found).reshape(np.shape(scale)).astype(np.int32)
+
+
+def _rows_and_importance(weight: Array, spec: QuantSpec, importance: Array | None, damping: float) -> tuple[NDArray[np.floating], Array]:
+    """One row a channel, and what its elements count, or one column where all count the same."""
+    rows = channel_rows(weight, spec.axis)
+    h: Array = np.ones((len(rows), 1), np.float32)
+    if importance is not None and importance.any():
+        h = channel_rows(importance, spec.axis).astype(np.float32)
+        h = h / np.float32(h.mean(dtype=np.float64)) + np.float32(damping)
+    return rows, h
+
+
+def _row_scales(rows: Array, h: Array, spec: QuantSpec, points: int, rounds: int) -> Array:
+    """The best scale of each row, with an importance of each element or each row."""
+    largest = max_scales(rows, spec)
+    low, high = np.full(len(rows), 0.2, np.float32), np.full(len(rows), 1.1, np.float32)
+    best = np.ones(len(rows), np.float32)
+    best_error, _ = _best_grid(rows, h, largest, spec)
+    for _ in range(rounds):
+        for fraction in np.linspace(0, 1, points, dtype=np.float32):
+            ratio = low + (high - low) * fraction
+            error, _ = _best_grid(rows, h, largest * ratio, spec)
+            better = error < best_error
+            best_error = np.where(better, error, best_error)
+            best = np.where(better, ratio, best)
+        width = (high - low) / np.float32(points - 1)
+        low, high = np.maximum(best - width, 0.02), best + width
+    return np.where(rows.any(axis=1), largest * best, np.float32(1)).astype(np.float32)
+
+
+def max_scales(rows: NDArray[np.floating], spec: QuantSpec) -> Array:
+    """Smallest scale of each row that clips nothing; a tiny positive number for a row of zeros."""
+    least, most = spec.zero_points
+    up = rows.max(axis=1, initial=0) / (spec.qmax - least)
+    down = rows.min(axis=1, initial=0) / (spec.qmin - most) if spec.qmin < most else np.zeros(len(rows))
+    reach = np.maximum(up, down)
+    if not spec.symmetric and rows.shape[1]:
+        reach = np.maximum(reach, np.ptp(rows, axis=1) / (spec.qmax - spec.qmin))
+    result: Array = np.maximum(reach, _TINY).astype(np.float32)
+    return result
+
+
+def _best_grid(rows: Array, h: Array, scales: Array, spec: QuantSpec) -> tuple[Array, Array]:
+    """Weighted squared error of each row on the best of its grids, and the zero point of that."""
+    steps = rows / scales[:, None]
+    squares = np.square(scales, dtype=None if unit(scales) == 1 else np.float64)
+    best: Array = np.full(len(rows), np.inf, np.float32)
+    chosen: Array = np.zeros(len(rows), np.float32)
+    for zero in _grids(rows, scales, spec):
+        error = np.clip(np.rint(steps), *limits(zero[:, None], spec))
+        error -= steps
+        error *= error
+        error *= h
+        total = error.sum(axis=1) * squares
+        better = total < best
+        best, chosen = np.where(better, total, best), np.where(better, zero, chosen)
+    return best, chosen
+
+
+def _grids(rows: Array, scales: Array, spec: QuantSpec) -> list[Array]:
+    """Zero points to try for each row."""
+    if spec.symmetric or not rows.shape[1]:
+        return [np.zeros(len(rows), np.float32)]
+    middle = (spec.qmin + spec.qmax) / 2 - (rows.max(axis=1) + rows.min(axis=1)) / (2 * scales)
+    return [np.clip(side(middle), *spec.zero_points).astype(np.float32) for side in (np.floor, np.ceil)]
+
+
+# ---- numbers beyond float32's squares, and none -----------------------------------------------------------------
+_LEAST_SQUARED, _MOST_SQUARED = 1e-15, 1e15
+"""Magnitudes whose squares float32 holds, and many of them in sum."""
+
+
+def finite_extremes(values: NDArray[np.floating]) -> tuple[float, float]:
+    """Least and largest finite value; inf and -inf where there is none."""
+    if not values.size:
+        return float("inf"), float("-inf")
+    low, high = float(values.min()), float(values.max())
+    if np.isfinite(low) and np.isfinite(high):
+        return low, high
+    finite = np.isfinite(values)
+    return float(values.min(initial=np.inf, where=finite)), float(values.max(initial=-np.inf, where=finite))
+
+
+def unit(*arrays: NDArray[np.floating]) -> np.float32:
+    """The power of two that brings extreme values near 1, so that float32 holds their squares; 1 where it does as they are."""
+    largest = max((max(-low, high) for low, high in map(finite_extremes, arrays) if low <= high), default=0.0)
+    if largest == 0 or _LEAST_SQUARED < largest < _MOST_SQUARED:
+        return np.float32(1)
+    return np.float32(2.0 ** np.clip(np.floor(np.log2(largest)), -126, 126))
+
+
+def layer_units(inputs: Iterable[NDArray[np.floating]], weight: NDArray[np.floating]) -> tuple[np.float32, np.float32]:
+    """Units of a layer's input and weight in which float32 holds the squares of both and of what they make; 1 where it does anyway."""
+    reaches = [
+        max((max(-low, high) for low, high in map(finite_extremes, part) if low <= high), default=0.0) for part in (inputs, [weight])
+    ]
+    sizes = [r for r in (*reaches, reaches[0] * reaches[1]) if r]
+    if all(_LEAST_SQUARED < size < _MOST_SQUARED for size in sizes):
+        return np.float32(1), np.float32(1)
+    first, second = (np.float32(2.0 ** np.clip(np.floor(np.log2(r)), -126, 126)) if r else np.float32(1) for r in reaches)
+    return first, second
+
+
+def square_sum(values: NDArray[np.floating]) -> float:
+    """Sum of the squares of finite values; in float64 where float32 would not hold them."""
+    found = float(np.dot(values, values)) if unit(values) == 1 else float("inf")
+    return found if np.isfinite(found) else float(np.square(values, dtype=np.float64).sum())
+
+
+# ---- activation ranges ----------------------------------------------------------------------------------------
+def stride(size: int, limit: int) -> int:
+    """A step that picks about ``limit`` of ``size`` values and is coprime to the usual image sizes."""
+    step = max(1, size // limit)
+    while step > 1 and any(step % p == 0 for p in (2, 3, 5, 7)):
+        step += 1
+    return step
+
+
+def activation_params(low: float, high: float, spec: QuantSpec, bounds: tuple[float, float] | None = None) -> QuantParams:
+    """Scale and zero point that cover ``[low, high]`` and 0.
+
+    Parameters
+    ----------
+    low, high : float
+        Range to represent.
+    spec : QuantSpec
+    bounds : tuple of float, optional
+        Limits that no representable value may pass, so that the Relu or Clip in front of the quantizer can be
+        dropped; see `inside_bounds`.
+
+    Returns
+    -------
+    QuantParams
+        With a scalar scale; 0 is exactly representable.
+    """
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    if spec.symmetric:
+        reach = max(high / spec.qmax, low / spec.qmin if spec.qmin < 0 else 0.0)
+        params = QuantParams(np.asarray(reach if reach > 1e-30 else 1.0, np.float32), 0)
+    else:
+        scale = (high - low) / (spec.qmax - spec.qmin)
+        scale = scale if scale > 1e-30 else 1.0
+        zero = int(np.clip(np.rint(spec.qmin - low / scale), spec.qmin, spec.qmax))
+        params = QuantParams(np.asarray(scale, np.float32), zero)
+    return params if bounds is None else inside_bounds(params, spec, bounds)
+
+
+def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, float]) -> QuantParams:
+    """Shrink the scale until every representable value, in float32, lies within ``bounds``.
+
+    The quantizer then does all that a Relu or Clip with these limits does in front of it.
+    """
+    low, high = bounds
+    if spec.symmetric or low > 0 or high < 0:
+        return params
+    zero = spec.qmin if low == 0 else spec.qmax if high == 0 else params.zero_point
+    reach_low, reach_high = spec.qmin - zero, spec.qmax - zero
+    scale = np.float32(params.scale)
+    if np.isfinite(high) and reach_high > 0:
+        scale = min(scale, np.float32(high / reach_high))
+    if np.isfinite(low) and low < 0 and reach_low < 0:
+        scale = min(scale, np.float32(low / reach_low))
+    while np.isfinite(high) and np.float32(reach_high) * scale > np.float32(high):
+        scale = np.nextafter(scale, np.float32(0))
+    while np.isfinite(low) and np.float32(reach_low) * scale < np.float32(low):
+        scale = np.nextafter(scale, np.float32(0))
+    return replace(params, scale=np.asarray(scale, np.float32), zero_point=zero)
+
+
+def continuous(target: Array, integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
+    """A continuous copy of rounded weights, in integer steps: on the side of ``target``, but safely rounding to ``integers``."""
+    scale, zero = scale_and_zero(params, spec, target.ndim)
+    steps = target / scale + zero
+    near = integers.astype(np.int32)
+    return np.asarray(near + np.clip(steps - near, -0.45, 0.45), np.float32)
+
+
+# ---- soft rounding --------------------------------------------------------------------------------------------
+def rectified_sigmoid(alpha: Array) -> Array:
+    """``h(a) = clip((zeta - gamma) * sigmoid(a) + gamma, 0, 1)`` (paper equation 9)."""
+    result: Array = np.clip((ZETA - GAMMA) * _sigmoid(alpha) + GAMMA, 0, 1).astype(np.float32)
+    return result
+
+
+def rectified_sigmoid_slope(alpha: Array) -> Array:
+    """``dh/da``; 0 where h is clipped."""
+    s = _sigmoid(alpha)
+    stretched = (ZETA - GAMMA) * s + GAMMA
+    result: Array = ((ZETA - GAMMA) * s * (1 - s) * ((stretched > 0) & (stretched < 1))).astype(np.float32)
+    return result
+
+
+def rectified_sigmoid_inverse(h: Array) -> Array:
+    """The ``a`` with ``h(a) = h`` for h in [0, 1]."""
+    s = np.clip((h - GAMMA) / (ZETA - GAMMA), 1e-4, 1 - 1e-4)
+    result: Array = np.log(s / (1 - s)).astype(np.float32)
+    return result
+
+
+def _sigmoid(x: Array) -> Array:
+    return np.asarray(0.5 * np.tanh(0.5 * x) + 0.5, np.float32)
+
+
+def rounding_penalty(h: Array, exponent: float) -> float:
+    """``sum(1 - |2h - 1|**exponent)`` (AdaRound's regulariser): 0 once every weight is decided."""
+    return float(h.size - (np.abs(2 * h - 1) ** np.float32(exponent)).sum(dtype=np.float64))
+
+
+def rounding_penalty_slope(h: Array, exponent: float) -> Array:
+    """Derivative of `rounding_penalty` with respect to h."""
+    centred = 2 * h - 1
+    result: Array = (-2 * exponent * np.sign(centred) * np.abs(centred) ** np.float32(exponent - 1)).astype(np.float32)
+    return result
+
+
+# ---- measures -------------------------------------------------------------------------------------------------
+def sqnr_db(signal_power: float, noise_power: float) -> float:
+    """Signal-to-quantization-noise ratio in dB; infinite without noise."""
+    if noise_power <= 0:
+        return float("inf")
+    return float(10 * np.log10(max(signal_power, 1e-45) / noise_power))

@@ -1,0 +1,205 @@
+"""How far outputs of the quantized model are from the float model's, in figures that tell what it does to a task.
+
+The signal-to-noise ratio of an output alone tells little: what decides between classes is the distance of the two largest
+scores, and of outputs with a large mean (box coordinates, say) the spread about it. Both are measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eptq_onnx.numerics.quant_math import sqnr_db
+
+
+@dataclass(frozen=True)
+class OutputStatistics:
+    """How one output of the quantized model differs from the float model's.
+
+    Parameters
+    ----------
+    samples : int
+        Samples compared.
+    sqnr_db : float
+        Signal-to-noise ratio of all values, in dB.
+    centred_sqnr_db : float
+        The same with the spread of each channel about its mean as the signal.
+    channel_sqnr_db : float
+        The lower quartile, over channels, of each channel's own `centred_sqnr_db`.
+    sample_sqnr_db : float
+        `sqnr_db` of the worst sample.
+    decisions : int
+        Places at which the largest channel of the float output was compared with that of the quantized output; 0 for an output
+        that is no set of scores: too few channels, or always the same one is largest.
+    disagreement : float
+        Share of these places at which another channel is the largest.
+    expected_disagreement : float
+        Share at which another channel would be the largest on ordinary samples, given the noise and the mean distance between
+        the two largest channels. It tells something where few decisions were compared, or where the calibration samples are
+        those that the network was trained on.
+    mismatched, not_finite : int
+        Samples whose quantized output has another shape, or NaN or Inf where the float output has none: all of it counts as noise.
+    """
+
+    samples: int
+    sqnr_db: float
+    centred_sqnr_db: float
+    channel_sqnr_db: float
+    sample_sqnr_db: float
+    decisions: int = 0
+    disagreement: float = 0.0
+    expected_disagreement: float = 0.0
+    mismatched: int = 0
+    not_finite: int = 0
+
+
+_MOST_VALUES = 2**18
+"""Values of a sample that are kept to look at channels; positions of larger outputs are taken evenly."""
+_CLEARLY = 0.05
+"""Share of the variance that the last axis must explain beyond axis 1, where most models have their channels."""
+_NEGLIGIBLE = 1e-12
+"""Share of the power below which the spread of values is rounding."""
+
+Rows = NDArray[np.float64]
+
+
+class Comparison:
+    """Collects what one output is on each sample, in both models; keeps no more than it needs of large outputs."""
+
+    def __init__(self) -> None:
+        self._power: list[float] = []
+        self._noise: list[float] = []
+        self._rows: dict[int, list[tuple[Rows, Rows]]] = {}
+        self._mismatched = self._not_finite = 0
+
+    def add(self, reference: NDArray[Any], other: NDArray[Any]) -> None:
+        """Take note of one sample.
+
+        Parameters
+        ----------
+        reference, other : ndarray
+            Output of the float and of the quantized model, batch axis and all. Where they differ in shape, or where the quantized
+            one is not finite, all of the reference counts as noise.
+        """
+        exact = np.asarray(reference).astype(np.float64)
+        finite = np.isfinite(exact)
+        self._power.append(float(np.square(exact[finite]).sum()))
+        got = np.asarray(other).astype(np.float64)
+        mismatched = got.shape != exact.shape
+        # What is infinite in both, as masked logits are, does not differ.
+        if mismatched or not (np.isfinite(got[finite]).all() and np.array_equal(got[~finite], exact[~finite], equal_nan=True)):
+            self._mismatched += mismatched
+            self._not_finite += not mismatched
+            self._noise.append(self._power[-1])
+            return
+        self._noise.append(float(np.square(exact[finite] - got[finite]).sum()))
+        exact, got = (np.where(finite, v, 0.0) for v in (exact, got))
+        for axis in channel_axes(exact.ndim):
+            self._rows.setdefault(axis, []).append((_rows(exact, axis), _rows(got, axis)))
+
+    def result(self) -> OutputStatistics:
+        """The figures of all samples."""
+        pooled = sqnr_db(sum(self._power), sum(self._noise))
+        worst = min((sqnr_db(p, n) for p, n in zip(self._power, self._noise, strict=True)), default=float("inf"))
+        pair = self._by_channel()
+        centred, quartile = _spread_ratios(*pair, pooled) if pair is not None else (pooled, pooled)
+        decisions, differing, expected = _decisions(*pair) if pair is not None else (0, 0.0, 0.0)
+        return OutputStatistics(
+            samples=len(self._power),
+            sqnr_db=pooled,
+            centred_sqnr_db=centred,
+            channel_sqnr_db=quartile,
+            sample_sqnr_db=worst,
+            decisions=decisions,
+            disagreement=differing,
+            expected_disagreement=expected,
+            mismatched=self._mismatched,
+            not_finite=self._not_finite,
+        )
+
+    def _by_channel(self) -> tuple[Rows, Rows] | None:
+        """Values as (positions, channels), along the axis whose indices differ most; the last one must do so clearly."""
+        found = []
+        for pairs in self._rows.values():
+            if len({exact.shape[1] for exact, _ in pairs}) == 1:
+                exact, got = (np.concatenate(part) for part in zip(*pairs, strict=True))
+                if exact.size:
+                    found.append((exact, got))
+        if len(found) == 2 and _explained(found[1][0]) > _explained(found[0][0]) + _CLEARLY:
+            return found[1]
+        return found[0] if found else None
+
+
+def compare(references: Iterable[NDArray[Any]], others: Iterable[NDArray[Any]]) -> OutputStatistics:
+    """Statistics of one output over samples.
+
+    Parameters
+    ----------
+    references, others : iterable of ndarray
+        One array a sample, of the float and of the quantized model, in the same order.
+    """
+    comparison = Comparison()
+    for reference, other in zip(references, others, strict=True):
+        comparison.add(reference, other)
+    return comparison.result()
+
+
+def channel_axes(rank: int) -> Sequence[int]:
+    """Axes that may be the channels of an output; the first is the batch, if there are several."""
+    if rank < 2:
+        return range(rank)
+    return (1,) if rank == 2 else (1, rank - 1)
+
+
+def _rows(value: Rows, axis: int) -> Rows:
+    """The value as (positions, channels); evenly chosen positions, if there are many."""
+    channels = value.shape[axis]
+    rows = np.moveaxis(value, axis, -1).reshape(-1, channels) if channels else np.zeros((0, 0))
+    most = max(1, _MOST_VALUES // max(channels, 1))
+    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).round().astype(np.int64)]
+
+
+def _explained(rows: Rows) -> float:
+    """Share of the variance that lies between the means of channels, less what chance makes of it (adjusted R squared)."""
+    total, within = float(np.square(rows - rows.mean()).sum()), float(np.square(rows - rows.mean(axis=0)).sum())
+    free = rows.size - rows.shape[1]
+    if free <= 0 or total <= 0:
+        return -np.inf
+    return float(1 - within / total * (rows.size - 1) / free)
+
+
+def _spread_ratios(exact: Rows, got: Rows, pooled: float) -> tuple[float, float]:
+    """The ratio of the channels' spread to the noise in dB, of all together and the lower quartile of each; else the pooled one."""
+    spread = np.square(exact - exact.mean(axis=0)).sum(axis=0)
+    noise = np.square(exact - got).sum(axis=0)
+    alive = spread > _NEGLIGIBLE * np.square(exact).sum()
+    if not alive.any():
+        return pooled, pooled
+    each = [sqnr_db(s, n) for s, n in zip(spread[alive], noise[alive], strict=True)]
+    return sqnr_db(float(spread.sum()), float(noise.sum())), float(np.quantile(each, 0.25, method="lower"))
+
+
+def _decisions(exact: Rows, got: Rows) -> tuple[int, float, float]:
+    """Decisions compared, the share that differs, and the share expected to differ; see `OutputStatistics`."""
+    count, channels = exact.shape
+    winners = exact.argmax(axis=1) if channels else np.zeros(0, np.int64)
+    if channels < 2 or len(np.unique(winners)) < 2:
+        return 0, 0.0, 0.0
+    disagreement = float((winners != got.argmax(axis=1)).mean())
+    first, second = np.argpartition(exact, channels - 2, axis=1)[:, -2:].T
+    place = np.arange(count)
+    margin = np.abs(exact[place, first] - exact[place, second])
+    kept = np.where(exact[place, first] >= exact[place, second], 1, -1) * (got[place, first] - got[place, second])
+    if not margin.any():
+        return count, disagreement, disagreement
+    gain = float(margin @ kept / (margin @ margin))
+    if gain <= 0:
+        return count, disagreement, max(disagreement, 1 - 1 / channels)
+    # Scores that all grow or shrink alike decide as before. Distances near zero, which few samples show, are as frequent as an
+    # exponential distribution of the same mean has them.
+    fall = np.maximum(margin - kept / gain, 0)
+    return count, disagreement, float((1 - np.exp(-fall / margin.mean())).mean())

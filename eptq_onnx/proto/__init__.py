@@ -1,0 +1,1 @@
+"""Storage of models as protobuf: bodies, weights in memory and in files."""

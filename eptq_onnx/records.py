@@ -1,0 +1,375 @@
+"""The frozen records that the steps hand to each other. Pure data: numpy, no ONNX."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eptq_onnx.numerics.statistics import OutputStatistics
+from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
+
+
+@dataclass(frozen=True)
+class ActivationQuantizer:
+    """One scale and zero point, shared by every tensor of an equal-scale group.
+
+    Parameters
+    ----------
+    name : str
+        The most upstream tensor of the group: the one that is calibrated.
+    tensors : tuple of str
+        All tensors that get a QuantizeLinear/DequantizeLinear pair with these parameters.
+    spec : QuantSpec
+    bounds : tuple of float
+        Limits that the activation function guarantees; the quantized range stays inside, so that the function can
+        be dropped (infinite where there is none).
+    constant : bool
+        True for a constant operand of an integer operator (its range is known without calibration), and for a table that
+        is stored as integers, one scale a row (``spec.axis`` 0).
+    through : str
+        Tensor at which the error of the range counts: ``name``, or the result of the scalar function that alone reads
+        it. What SiLU flattens, say, needs no range in front of it.
+    channel_axis : int or None
+        Axis of its channels, along which its Hessian scores are told apart (its scale is per tensor all the same); see
+        `eptq_onnx.ops.channel_axes_of`. None for a tensor of unknown rank or without axes.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    spec: QuantSpec
+    bounds: tuple[float, float] = (-np.inf, np.inf)
+    constant: bool = False
+    through: str = ""
+    channel_axis: int | None = None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One node with a constant weight that will run on integers.
+
+    Parameters
+    ----------
+    node : str
+        Node name.
+    op_type : str
+    weight, input, output, result : str
+        Tensor names; ``output`` is z_l, the value before the activation function, ``result`` that behind an absorbed
+        clipping function.
+    bias : str or None
+        Name of the bias; for a layer without one the name that a learned bias will get; None if the operator
+        takes no bias.
+    has_bias : bool
+        False if the float model gives this layer no bias.
+    weight_spec : QuantSpec
+    output_axis : int
+        Channel axis of ``output``.
+    edge : bool
+        True for a first or last layer.
+    depthwise : bool
+        True for a convolution of one input and one output channel a group.
+    """
+
+    node: str
+    op_type: str
+    weight: str
+    input: str
+    output: str
+    result: str
+    bias: str | None
+    has_bias: bool
+    weight_spec: QuantSpec
+    output_axis: int
+    edge: bool
+    depthwise: bool
+
+    @property
+    def tensors(self) -> tuple[str, str, str]:
+        """What it reads and makes; where one of these stays float, it does."""
+        return self.input, self.output, self.result
+
+
+@dataclass(frozen=True)
+class KeptFloat:
+    """A node that stays in floating point, and why."""
+
+    node: str
+    op_type: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is quantized, and how.
+
+    Parameters
+    ----------
+    layers : tuple of Layer
+        In topological order.
+    activations : tuple of ActivationQuantizer
+        In topological order of their first tensor.
+    integer_nodes : dict of str to str
+        Name and operator of every node that is to run on integers (layers included).
+    absorbed : dict of str to str
+        Clipping nodes that the quantizer behind them makes superfluous, and their operators.
+    kept_float : tuple of KeptFloat
+    integer_bias : bool
+        True if biases are rounded to the grid of the product of scales.
+    exact : frozenset of str
+        Float nodes that only choose, by value: they read what is quantized for others as it was before, where it is there.
+    """
+
+    layers: tuple[Layer, ...]
+    activations: tuple[ActivationQuantizer, ...]
+    integer_nodes: Mapping[str, str]
+    absorbed: Mapping[str, str]
+    kept_float: tuple[KeptFloat, ...]
+    integer_bias: bool
+    exact: frozenset[str] = frozenset()
+
+    @property
+    def quantizer_of(self) -> dict[str, ActivationQuantizer]:
+        """The quantizer of each quantized tensor."""
+        return {tensor: q for q in self.activations for tensor in q.tensors}
+
+    @property
+    def weight_specs(self) -> dict[str, QuantSpec]:
+        """The spec of each quantized weight (shared weights appear once)."""
+        return {layer.weight: layer.weight_spec for layer in self.layers}
+
+    @property
+    def shared_weights(self) -> set[str]:
+        """Weights that several layers read."""
+        return {name for name, count in Counter(layer.weight for layer in self.layers).items() if count > 1}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the calibration pass learned.
+
+    Parameters
+    ----------
+    activations : dict of str to QuantParams
+        Per activation quantizer (by its name).
+    power : dict of str to float
+        Mean square of the finite values of each layer output and of each tensor that the model's outputs are put together from.
+    variance : dict of str to float
+        Variance of the same.
+    unused_samples : int
+        Samples left over because the model prescribes a batch size that does not divide their number.
+    not_finite : dict of str to float
+        Tensors with NaN or infinite values, and their share; they count in no statistic.
+    """
+
+    activations: Mapping[str, QuantParams]
+    power: Mapping[str, float]
+    variance: Mapping[str, float]
+    unused_samples: int = 0
+    not_finite: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Label-free Hessian bound (paper section 3.1), estimated by Hutchinson probes.
+
+    Parameters
+    ----------
+    channels : dict of str to ndarray of shape (n_samples, n_channels)
+        Per layer output and per quantized activation, the mean of (J^T v)^2 over probes and positions.
+    weights : dict of str to ndarray
+        Per weight tensor, the mean of (d<v, f>/dW)^2 over samples, in the weight's shape.
+    outputs : dict of str to ndarray of shape (n_channels, n_channels)
+        Per output of a layer whose groups have several channels each, the mean of (J^T v)(J^T v)^T over samples and
+        probes, summed over positions.
+    output_size : int
+        Elements of all probed outputs of one sample.
+    positions : dict of str to ndarray of shape (n_samples, n_positions)
+        Per layer output, the mean of (J^T v)^2 over probes and channels at each position, in units of the mean over all;
+        of some layers only, where all would take too much memory.
+    samples : ndarray of shape (n_samples,)
+        Indices of the scored samples: the rows above.
+    unreached : dict of str to str
+        Layers that no gradient reaches, and why.
+    """
+
+    channels: Mapping[str, Array]
+    weights: Mapping[str, Array]
+    outputs: Mapping[str, NDArray[np.float64]]
+    output_size: int
+    positions: Mapping[str, Array] = field(default_factory=dict)
+    samples: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    unreached: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The integers and parameters that are written.
+
+    Parameters
+    ----------
+    integers : dict of str to ndarray
+        Per weight tensor, in the type of the container; zero points are not folded in yet.
+    weights : dict of str to QuantParams
+    activations : dict of str to QuantParams
+        Per activation quantizer (by its name).
+    biases : dict of str to ndarray
+        Per layer bias, float.
+    targets : dict of str to ndarray
+        Per weight tensor, the real values that the integers were rounded from; they may be read only when asked for.
+    """
+
+    integers: Mapping[str, IntArray]
+    weights: Mapping[str, QuantParams]
+    activations: Mapping[str, QuantParams]
+    biases: Mapping[str, Array]
+    targets: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """What one kind of operator takes in one run of the float and of the quantized model, in seconds."""
+
+    operator: str
+    float_seconds: float
+    quantized_seconds: float
+
+
+class Pace(str, Enum):
+    """The quantized model's run time beside the float model's, as far as it was told from noise."""
+
+    FASTER = "faster"
+    SAME = "about as fast"
+    SLOWER = "slower"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Run time of the float and of the written model in onnxruntime on this machine, measured in turn.
+
+    Parameters
+    ----------
+    pace : Pace
+    float_seconds, quantized_seconds : float
+        Median time of one run.
+    ratio : float
+        Median of the quantized model's time over the float model's, pair by pair: above 1 it is slower.
+    low, high : float
+        Interval of that median, at a confidence of 99.8 %.
+    pairs : int
+        Measurements of each model.
+    samples : int
+        Samples that one run takes.
+    operators : tuple of OperatorTime
+        Where the model is not faster: the time of each kind of operator, those that cost most beside the float model first.
+    """
+
+    pace: Pace
+    float_seconds: float
+    quantized_seconds: float
+    ratio: float
+    low: float
+    high: float
+    pairs: int
+    samples: int
+    operators: tuple[OperatorTime, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Float model against written model, both run in onnxruntime.
+
+    Parameters
+    ----------
+    samples : int
+        Samples compared.
+    outputs : dict of str to float
+        SQNR in dB per float output.
+    layers : dict of str to float
+        SQNR in dB of each layer's quantized output, with all errors from upstream.
+    planned : dict of str to int
+        Operator to the number of nodes that are to run on integers.
+    kernels : dict of str to int
+        Operator to the number of integer kernels found in the runtime's optimized graph.
+    float_bytes, quantized_bytes : int
+        Sizes of the two models.
+    notes : tuple of str
+        How the comparison was made, where that is not plain.
+    statistics : dict of str to OutputStatistics
+        Per float output.
+    held_out : bool
+        False if a step of the quantization has seen these samples.
+    """
+
+    samples: int
+    outputs: Mapping[str, float]
+    layers: Mapping[str, float]
+    planned: Mapping[str, int]
+    kernels: Mapping[str, int]
+    float_bytes: int
+    quantized_bytes: int
+    notes: tuple[str, ...] = ()
+    statistics: Mapping[str, OutputStatistics] = field(default_factory=dict)
+    held_out: bool = True
+
+
+_SHORT = 10
+"""Seconds below which no estimate is worth its name."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run was expected to take, before it started.
+
+    Parameters
+    ----------
+    seconds : float
+        Most: the optimization may end earlier.
+    steps : int
+        Of the network-wise optimization, at most.
+    shares : dict of str to float
+        Seconds of each step, in the order of the run, as far as they are known.
+    """
+
+    seconds: float
+    steps: int
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        steps = f", at most {self.steps} optimization steps" if self.steps else ", no optimization steps"
+        for unit, name in ((3600, "hours"), (60, "minutes"), (1, "seconds")):
+            if self.seconds >= max(2 * unit, _SHORT):
+                return f"about {self.seconds / unit:.0f} {name}{steps}"
+        return f"less than {_SHORT} seconds{steps}"
+
+
+@dataclass(frozen=True)
+class OptimizationTrace:
+    """What the network-wise optimization did.
+
+    Parameters
+    ----------
+    steps : int
+    losses : tuple of float
+        Training loss, one a step.
+    checkpoints : tuple of (int, float)
+        Step and held-out objective of each hard-rounded candidate; step 0 is the start.
+    best_step : int
+        The candidate that was kept.
+    flipped : float
+        Share of the weights that do not round to nearest.
+    seconds : float
+    reason : str
+        Why that candidate was kept, as a sentence without a full stop.
+    """
+
+    steps: int
+    losses: tuple[float, ...]
+    checkpoints: tuple[tuple[int, float], ...]
+    best_step: int
+    flipped: float
+    seconds: float
+    reason: str

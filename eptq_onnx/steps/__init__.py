@@ -1,1 +1,0 @@
-"""The steps of the pipeline, one file each; they know nothing of each other."""

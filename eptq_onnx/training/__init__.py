@@ -1,0 +1,1 @@
+"""The training graph and the loop that learns with it."""

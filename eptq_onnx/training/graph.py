@@ -1,0 +1,293 @@
+"""Step 6: the training graph (paper section 3.4 and 4).
+
+One graph holds the float model (teacher, constant weights) and the quantized model (student, weights, biases and
+activation scales as inputs), and compares the outputs of every layer, and those of the networks. Soft rounding itself is
+elementwise in the weights and independent of the batch; it stays in numpy, outside the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from eptq_onnx import ops
+from eptq_onnx.config import Config
+from eptq_onnx.data.samples import Samples
+from eptq_onnx.engines.base import (
+    ACTIVATION_SCALES,
+    ATTENTION,
+    ERRORS,
+    FLOAT_SHARE,
+    LOSS,
+    TEACHER,
+    Engine,
+    TrainingGraph,
+)
+from eptq_onnx.errors import GradientError
+from eptq_onnx.execute import finite
+from eptq_onnx.graph import edit
+from eptq_onnx.graph.fold import fold_sizes
+from eptq_onnx.graph.kernels import faster
+from eptq_onnx.graph.lower import lower
+from eptq_onnx.graph.shapes import empty_tensor, specialize
+from eptq_onnx.graph.view import GraphView, last_layers
+from eptq_onnx.numerics import quant_math
+from eptq_onnx.ops import LSQ_DOMAIN
+from eptq_onnx.proto import store
+from eptq_onnx.proto.bodies import node_reads
+from eptq_onnx.records import Calibration, Plan, Rounding
+
+_LEAST_SPREAD = 1e-30
+"""Variance of a part of the outputs that float32 can be divided by, and times."""
+
+
+def soften(
+    model: ModelProto, plan: Plan, start: Rounding, samples: Samples, calibration: Calibration, config: Config, engine: Engine
+) -> TrainingGraph:
+    """Build the training graph.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model; it is not changed.
+    plan : Plan
+    start : Rounding
+        Gives zero points and the constants' ranges.
+    samples : Samples
+    calibration : Calibration
+        Parts of the outputs that it knows no spread of are not compared.
+    config : Config
+        ``batch_size``: the graph takes fewer samples at a time if the model prescribes it; what is not learned or not
+        gradual costs nothing.
+    engine : Engine
+
+    Raises
+    ------
+    GradientError
+        If the graph cannot be differentiated.
+    """
+    size = samples.micro_batch(config.batch_size)
+    kept = {*plan.weight_specs, *(q.name for q in plan.activations if q.constant)}
+    private = fold_sizes(specialize(model, samples.two_batches(size)), kept)
+    empty = empty_tensor(private)
+    if empty is not None:
+        raise GradientError(f"{empty} has no elements on any of the samples that gradients are taken on.")
+    outputs = [layer.output for layer in plan.layers]
+    points = ops.output_parts(GraphView(model))
+    alike = samples.alike()
+    fed = [samples.take(alike[np.arange(begin, begin + size) % len(alike)]) for begin in range(0, len(alike), size)]
+    safe = finite.differentiable(private, [*points, *outputs], fed, config.block_bytes, ops.is_elementwise)
+    lowered, refused = lower(private if safe is None else safe, ops.LOWERINGS)
+    view = GraphView(lowered)
+    spreads = calibration.variance
+    parts = [p for p in points if _LEAST_SPREAD < spreads.get(p, 0.0) < 1 / _LEAST_SPREAD and view.static_shape(p) is not None]
+    last = last_layers(view, plan.layers)
+    # A scale is learned where x has a gradient too (onnxruntime-training's builder needs both) and a layer reads it.
+    moving = view.downstream(outputs, ops.without_gradient(view))
+    needed = view.upstream([*outputs, *parts])
+    read = {name for node in view.nodes if any(o in needed for o in node.output) for name in node_reads(node)}
+    # At 8 bits learning it brings nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a sixth of the step.
+    low = [q for q in plan.activations if q.spec.bits < 8 and not q.constant and config.activation_scale_lr]
+    learned = tuple(q.name for q in low if q.name in moving & read)
+    train, compared = _compose(private, lowered, plan, parts, start, learned, size, safe is not None, gradual=config.gradual_activations)
+    evaluate, _ = lower(_compose(private, lowered, plan, parts, start, learned, size, safe is not None, gradual=False)[0], ops.QUANTIZERS)
+    parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
+    edit.promote_to_inputs(evaluate, parameters)
+    edit.set_outputs(evaluate, [LOSS, ERRORS, *(side + layer.output for layer in last for side in (TEACHER, ""))])
+    gradient = engine.differentiate(train, LOSS, [*parameters, *([ACTIVATION_SCALES] if learned else [])])
+    # Weights that no gradient reaches are fed too: the student is quantized everywhere.
+    edit.promote_to_inputs(gradient.model, parameters)
+    edit.set_outputs(gradient.model, [LOSS, ERRORS, *gradient.gradients.values()])
+    # Gradients that nobody asked for (of scales that are not learned) would cost a fifth of the step.
+    edit.prune(gradient.model)
+    return TrainingGraph(
+        train=faster(gradient.model),
+        evaluate=faster(evaluate),
+        gradients=gradient.gradients,
+        quantizers=learned,
+        channels=tuple(x.channels for x in compared[: len(outputs)]),
+        positions=np.array([x.positions for x in compared[: len(outputs)]], np.float32),
+        outputs={name: x.positions for name, x in zip(parts, compared[len(outputs) :], strict=True)},
+        last=tuple(layer in last for layer in plan.layers),
+        micro_batch=size,
+        input_axes={name: axis for name, axis in ops.channel_axes_of(GraphView(private)).items() if name in view.inputs},
+        unreached={n: why for n, why in gradient.unreached.items() if n in plan.weight_specs},
+        notes=tuple(f"{node}: {why}" for node, why in refused.items()),
+    )
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A tensor of both networks: sums of squares a sample, and elements of each."""
+
+    channels: int
+    positions: float
+
+
+def _compose(
+    model: ModelProto,
+    lowered: ModelProto,
+    plan: Plan,
+    parts: Sequence[str],
+    start: Rounding,
+    learned: tuple[str, ...],
+    size: int,
+    masked: bool,
+    *,
+    gradual: bool,
+) -> tuple[ModelProto, list[_Compared]]:
+    view, b = GraphView(lowered), edit.Builder(lowered, "eptq/")
+    student, infos, stands_for = _student(view, b, plan, start, learned, gradual)
+    # The teacher needs no gradient: it keeps the operators that were lowered, which run faster.
+    teacher, teacher_constants = _teacher(GraphView(model), [*(layer.output for layer in plan.layers), *parts])
+    layers = [(x.output, x.output, x.output_axis) for x in plan.layers]
+    compared = _losses(view, b, [*layers, *((p, stands_for.get(p, p), None) for p in parts)], size, masked)
+    losses = b.nodes[len(student) :]
+    constants = [*b.initializers, *teacher_constants, *_zero_biases(plan, start), *_constant_operands(view, plan, start)]
+    replaced = {q.name for q in plan.activations if q.constant}
+    result = edit.with_nodes(lowered, [*teacher, *student, *losses], constants, drop=replaced)
+    if learned:
+        result.graph.input.append(helper.make_tensor_value_info(ACTIVATION_SCALES, TensorProto.FLOAT, [len(learned)]))
+    columns = sum(x.channels for x in compared)
+    if gradual:
+        result.graph.input.append(helper.make_tensor_value_info(FLOAT_SHARE, TensorProto.FLOAT, [1]))
+    result.graph.input.append(helper.make_tensor_value_info(ATTENTION, TensorProto.FLOAT, [size, columns]))
+    result.graph.value_info.extend(infos)
+    edit.set_outputs(result, [LOSS, ERRORS])
+    edit.import_domain(result, LSQ_DOMAIN)
+    edit.prune(result)
+    return result, compared
+
+
+def _student(
+    view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, learned: tuple[str, ...], gradual: bool
+) -> tuple[list[NodeProto], list[ValueInfoProto], dict[str, str]]:
+    """The model's nodes with quantizers on the tensors of the plan, added to the builder.
+
+    Also the types of the new tensors, and which of them stands for which tensor.
+    """
+    quantizers = {q.name: q for q in plan.activations if not q.constant}
+    with_new_bias = {x.node: x.bias for x in plan.layers if x.bias is not None and not x.has_bias}
+    renamed: dict[str, str] = {}
+    infos: list[ValueInfoProto] = []
+    scales = {name: f"eptq/scale_{k}" for k, name in enumerate(learned)}
+    for k, name in enumerate(scales.values()):
+        b.add("Slice", [ACTIVATION_SCALES, *(b.constant(np.array([v], np.int64), "place") for v in (k, k + 1))], name)
+    if gradual:
+        b.add("Sub", [b.constant(np.ones(1, np.float32), "one"), FLOAT_SHARE], "eptq/integer_share")
+
+    def fake_quantize(tensor: str) -> None:
+        quantizer, params = quantizers[tensor], start.activations[tensor]
+        exact = b.unique(f"{tensor}/quantized")
+        if tensor in scales or quantizer.spec.narrower_than_container:
+            scale = scales.get(tensor)
+            if scale is None:
+                # Not b.constant: engines may give each scale a gradient, so that no two quantizers can share one.
+                scale = b.unique("eptq/fixed_scale")
+                b.keep(params.scale.reshape(1), scale)
+            zero = b.constant(np.array([params.zero_point], np.float32), "zero_point")
+            b.add(
+                "FakeQuant",
+                [tensor, scale, zero],
+                outputs=[exact, b.unique(f"{tensor}/mask")],
+                domain=LSQ_DOMAIN,
+                quant_min=quantizer.spec.qmin,
+                quant_max=quantizer.spec.qmax,
+            )
+        else:
+            # Six times as fast. So wide a range clips next to nothing: the gradient passes it unmasked.
+            fixed = [
+                b.constant(params.scale.reshape(()), "scale"),
+                b.constant(np.array(params.zero_point, quantizer.spec.container), "zero"),
+            ]
+            b.add("DequantizeLinear", [b.add("QuantizeLinear", [tensor, *fixed]), *fixed], exact)
+        if gradual:
+            # p x + (1 - p) q(x): gradual activation quantization.
+            exact = b.add("Add", [b.add("Mul", [tensor, FLOAT_SHARE]), b.add("Mul", [exact, "eptq/integer_share"])])
+        renamed[tensor] = exact
+        # The engine must know the shape: nobody infers it behind a quantizer.
+        infos.append(helper.make_tensor_value_info(exact, TensorProto.FLOAT, view.shape(tensor)))
+
+    for name in view.inputs:
+        if name in quantizers:
+            fake_quantize(name)
+    for node in view.nodes:
+        copy = edit.renamed(node, renamed)
+        if node.name in with_new_bias:
+            del copy.input[2:]
+            copy.input.append(with_new_bias[node.name] or "")
+        b.nodes.append(copy)
+        for name in node.output:
+            if name in quantizers:
+                fake_quantize(name)
+    return list(b.nodes), infos, renamed
+
+
+def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list[TensorProto]]:
+    """A copy of the nodes that compute ``outputs``, under other names, with constants of its own."""
+    needed = view.upstream(outputs)
+    nodes, constants = [], []
+    used: set[str] = set()
+    names = {n: TEACHER + n for n in (*view.producer, *view.initializers)}
+    for node in view.nodes:
+        if not any(o in needed for o in node.output):
+            continue
+        copy = edit.renamed(node, names)
+        copy.name = TEACHER + node.name
+        used.update(node_reads(node))
+        nodes.append(copy)
+    for tensor in view.model.graph.initializer:
+        if tensor.name in used:
+            constants.append(edit.renamed_tensor(tensor, names[tensor.name]))
+    return nodes, constants
+
+
+def _losses(view: GraphView, b: edit.Builder, tensors: Iterable[tuple[str, str, int | None]], size: int, masked: bool) -> list[_Compared]:
+    """Sums of squared errors of every sample, and channel if tensors have an axis of channels, and their weighted sum.
+
+    Each tensor comes with what stands for it in the student, and with that axis. Masked, positions that are no numbers in
+    the teacher are left out.
+    """
+    columns, compared = [], []
+    for name, ours, axis in tensors:
+        shape = view.static_shape(name)
+        if shape is None:
+            raise GradientError(f"the shape of {name} is not known even for fixed inputs.")
+        channel = None if axis is None else axis % len(shape)
+        per_sample = len(shape) > 0 and shape[0] == size and channel != 0
+        axes = [i for i in range(len(shape)) if i != channel and not (per_sample and i == 0)]
+        difference = b.add("Sub", [ours, TEACHER + name])
+        if masked:
+            difference = finite.kept(b, difference, TEACHER + name)
+        error = b.reduce("ReduceSumSquare", difference, axes, keepdims=True) if axes else b.add("Mul", [difference, difference])
+        channels = 1 if channel is None else shape[channel]
+        error = b.add("Reshape", [error, b.constant(np.array([size if per_sample else 1, channels], np.int64), "rows")])
+        if not per_sample:
+            # Samples are mixed: each gets its share of the whole error.
+            all_rows = b.constant(np.array([size, channels], np.int64), "rows")
+            error = b.add("Expand", [b.add("Mul", [error, b.constant(1.0 / size, "share")]), all_rows])
+        columns.append(error)
+        compared.append(_Compared(channels, max(float(np.prod([shape[i] for i in axes])), 1.0) / (1 if per_sample else size)))
+    b.add("Concat", columns, ERRORS, axis=1)
+    b.reduce("ReduceSum", b.add("Mul", [ERRORS, ATTENTION]), None, LOSS)
+    return compared
+
+
+def _zero_biases(plan: Plan, start: Rounding) -> list[TensorProto]:
+    """Initializers for the biases that the float model does not have."""
+    return [
+        numpy_helper.from_array(start.biases[x.bias], x.bias) for x in plan.layers if x.bias is not None and not x.has_bias
+    ]  # fmt: skip
+
+
+def _constant_operands(view: GraphView, plan: Plan, start: Rounding) -> list[TensorProto]:
+    """Constant operands of integer operators, as the written model will hold them."""
+    folder = store.folder_of(view.model)
+    return [
+        store.constant(quant_math.fake_quantize(view.constant(q.name), start.activations[q.name], q.spec), q.name, folder)
+        for q in plan.activations
+        if q.constant
+    ]

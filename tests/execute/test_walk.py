@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import numpy as np
+from graphs import images, parse, small_convnet
+
+from eptq_onnx.execute.walk import Walk, peak_bytes
+from eptq_onnx.graph import edit
+from eptq_onnx.method.normalize import normalize
+from eptq_onnx.runtime import Session
+
+
+def test_a_walk_reaches_what_a_run_computes():
+    model = normalize(small_convnet(), 13)
+    batches = [{"image": images(4, seed=k)} for k in range(2)]
+    names = [n.input[0] for n in model.graph.node if n.op_type in ("Conv", "Gemm")]
+    walk = Walk(model, batches)
+    session = Session(edit.exposing(model, [n for n in names if n != "image"]))
+    for name in names:
+        for k, value in enumerate(walk.reach(name)):
+            expected = {**batches[k], **session.run(batches[k])}[name]
+            np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_constant_set_on_the_way_is_used_downstream():
+    graph = "g (float[N,2] x) => (float[N,2] y) { a = Relu (x)  b = Mul (a, w)  y = Add (b, a) }"
+    model = normalize(parse(graph, {"w": np.array([1, 1], np.float32)}), 13)
+    x = np.array([[1, -2]], np.float32)
+    walk = Walk(model, [{"x": x}])
+    np.testing.assert_array_equal(walk.reach("a")[0], [[1, 0]])
+    walk.set_constant("w", np.array([3, 3], np.float32))
+    np.testing.assert_array_equal(walk.reach("y")[0], [[4, 0]])
+
+
+def test_peak_counts_what_lives_at_once():
+    model = parse("g (float[1,4] x) => (float[1,4] y) { a = Relu (x) \n b = Exp (a) \n c = Exp (b) \n y = Add (c, a) }")
+    shaped = edit.specialize(model, {"x": (1, 4)})
+    # While Exp makes c: a, b and c.
+    assert peak_bytes(shaped) == 3 * 16

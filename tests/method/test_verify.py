@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from graphs import images, normal, parse, silent, small_convnet
+
+import eptq_onnx
+from eptq_onnx import Config, OutputError, data, targets
+from eptq_onnx.data.splits import share_out
+from eptq_onnx.graph.replay import Replay
+from eptq_onnx.method.normalize import normalize
+from eptq_onnx.method.plan import plan
+from eptq_onnx.method.verify import Versions, count_kernels, verify
+from eptq_onnx.runtime import Session
+
+
+def test_the_report_measures_what_a_user_would():
+    """Output SQNR over the held-out samples, recomputed by hand."""
+    x = images(40)
+    shares = share_out(data.read(x, small_convnet()), Config())
+    result = eptq_onnx.quantize(small_convnet(), x, Config(preset="fast"))
+    held = x[shares.unseen]
+    expected, got = (Session(m).run({"image": held})["logits"] for m in (small_convnet(), result.model))
+    by_hand = 10 * np.log10(np.square(expected).sum() / np.square(expected - got).sum())
+    v = result.report.verification
+    assert v.samples == len(held) == 8
+    assert v.held_out
+    assert v.outputs["logits"] == pytest.approx(by_hand, abs=0.05)
+    assert set(v.layers) == {x.node for x in result.report.layers}
+    assert v.layers[result.report.layers[-1].node] == pytest.approx(by_hand, abs=0.05)
+    assert v.quantized_bytes == result.model.ByteSize()
+
+
+def test_kernels_are_counted_by_the_operator_that_they_stand_for():
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node(t, [], [f"o{k}"]) for k, t in enumerate(["QLinearConv", "QLinearConv", "MatMulIntegerToFloat", "Conv"])],
+        "g", [], [],
+    )  # fmt: skip
+    assert count_kernels(onnx.helper.make_model(graph), targets.load("ort-x64")) == {"Conv": 2, "MatMul": 1}
+
+
+def test_an_invalid_model_is_not_passed_on():
+    model = normalize(small_convnet(), 13)
+    target = targets.load("ort-x64")
+    p = plan(model, target, Config())
+    broken = onnx.ModelProto()
+    broken.CopyFrom(model)
+    broken.graph.node[0].op_type = "Nonsense"
+    samples = data.read(images(4), model)
+    shares = share_out(samples, Config())
+    with pytest.raises(OutputError, match="not valid ONNX"):
+        verify(Versions(model, broken, {}), p, target, samples, shares, Replay(), 0, silent)
+
+
+def test_outputs_whose_size_depends_on_values_are_compared():
+    model = parse(
+        "g (float[N,4] x) => (float[K] y) { h = MatMul (x, w)  zero = Constant <value_float = 0.0> ()  c = Greater (h, zero)"
+        " last = Constant <value_ints = [-1]> ()  d = Reshape (c, last)  y = Compress (h, d) }",
+        {"w": normal(4, 6)},
+    )
+    result = eptq_onnx.quantize(model, {"x": normal(64, 4)}, Config(preset="fast", activation_bits=3, edge_bits=3))
+    assert 0 <= result.report.verification.outputs["y"] < 20

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx.reference
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from eptq_onnx.numerics import quant_math as qm
+from eptq_onnx.numerics.types import QuantParams, QuantSpec
+
+INT4 = QuantSpec(4, -8, 7, "int8", True, 0)
+UINT8 = QuantSpec(8, 0, 255, "uint8", False)
+INT8 = QuantSpec(8, -128, 127, "int8", True)
+SHIFTED = QuantSpec(4, -8, 7, "int8", False, 0, (-56, 56))
+
+
+def test_quantize_is_what_onnx_computes():
+    model = onnx.parser.parse_model("""
+    <ir_version: 8, opset_import: ["" : 19]>
+    g (float[3,5] x, float[3] s, int8[3] z) => (float[3,5] y)
+    { q = QuantizeLinear <axis = 0> (x, s, z)  y = DequantizeLinear <axis = 0> (q, s, z) }
+    """)
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32) * 3
+    s = np.array([0.01, 0.1, 0.5], np.float32)
+    spec = QuantSpec(8, -128, 127, "int8", True, 0)
+    y = onnx.reference.ReferenceEvaluator(model).run(None, {"x": x, "s": s, "z": np.zeros(3, np.int8)})[0]
+    np.testing.assert_array_equal(qm.fake_quantize(x, QuantParams(s), spec), y)
+
+
+@given(
+    hnp.arrays(np.float32, (4, 6), elements=st.floats(-100, 100, width=32)),
+    st.sampled_from([2, 3, 4, 8]),
+)
+def test_mse_scales_are_never_worse_than_the_maximum(weight, bits):
+    spec = QuantSpec(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, "int8", True, 0)
+    scales = qm.weight_scales(weight, spec)
+    assert scales.shape == (4,)
+    assert (scales > 0).all()
+    largest = np.where(weight.any(axis=1), qm.max_scales(weight, spec), 1).astype(np.float32)
+    for row, chosen, plain in zip(weight, scales, largest, strict=True):
+        spec_row = QuantSpec(bits, spec.qmin, spec.qmax, "int8", True)
+        errors = [np.square(row - qm.fake_quantize(row, QuantParams(np.float32(s).reshape(())), spec_row)).sum() for s in (chosen, plain)]
+        assert errors[0] <= errors[1] * (1 + 1e-4) + 1e-12
+
+
+def test_importance_moves_the_scale_and_damping_holds_it():
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(1, 200)).astype(np.float32)
+    weight[0, 0] = 8.0
+    blind = np.where(np.abs(weight) > 5, 0, 1).astype(np.float32)
+    free = qm.weight_scales(weight, INT4, blind, damping=0.0)
+    damped = qm.weight_scales(weight, INT4, blind, damping=0.5)
+    plain = qm.weight_scales(weight, INT4)
+    assert free[0] < damped[0] <= plain[0] * 1.001
+
+
+@pytest.mark.parametrize("spec", [INT4, SHIFTED])
+def test_a_channel_of_zeros_has_scale_one(spec):
+    zeros = np.zeros((2, 3), np.float32)
+    np.testing.assert_array_equal(qm.weight_scales(zeros, spec), [1, 1])
+    params = QuantParams(np.ones(2, np.float32), qm.zero_points(zeros, np.ones(2, np.float32), spec))
+    np.testing.assert_array_equal(qm.fake_quantize(zeros, params, spec), zeros)
+
+
+def _on_best_grid(weight: np.ndarray, spec: QuantSpec) -> np.ndarray:
+    scale = qm.weight_scales(weight, spec)
+    return qm.fake_quantize(weight, QuantParams(scale, qm.zero_points(weight, scale, spec)), spec)
+
+
+def test_zero_points_serve_lopsided_channels():
+    weight = np.random.default_rng(0).uniform(-0.2, 1, (32, 9)).astype(np.float32)
+    weight[::2] *= -1
+    errors = [np.square(_on_best_grid(weight, spec) - weight).sum() for spec in (INT4, SHIFTED)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+@given(hnp.arrays(np.float32, (4, 6), elements=st.floats(-100, 100, width=32)), st.sampled_from([2, 3, 4]))
+def test_folded_weights_are_the_same_and_fit_the_target(weight, bits):
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    spec = QuantSpec(bits, low, high, "int8", False, 0, (high - 63, low + 64))
+    scale = qm.weight_scales(weight, spec)
+    params = QuantParams(scale, qm.zero_points(weight, scale, spec))
+    integers = qm.quantize(weight, params, spec)
+    assert low <= integers.min() <= integers.max() <= high
+    stored, symmetric = qm.folded(integers, params, spec)
+    assert -64 <= stored.min() <= stored.max() <= 63
+    assert not np.any(symmetric.zero_point)
+    np.testing.assert_array_equal(qm.dequantize(stored, symmetric, spec), qm.dequantize(integers, params, spec))
+    largest = np.abs(weight).max(axis=1, keepdims=True)
+    assert (np.abs(_on_best_grid(weight, spec) - weight) <= largest + 1e-6).all()
+
+
+@given(st.floats(-50, 0), st.floats(0, 50), st.sampled_from([UINT8, INT8, QuantSpec(4, 0, 15, "uint8", False)]))
+def test_zero_is_always_representable(low, high, spec):
+    params = qm.activation_params(low, high, spec)
+    assert float(params.scale) > 0
+    assert spec.qmin <= params.zero_point <= spec.qmax
+    assert qm.fake_quantize(np.zeros(1, np.float32), params, spec)[0] == 0
+
+
+@given(st.floats(0.125, 20, width=32), st.sampled_from([0.0, -1.0, -2.5]), st.floats(0.1, 3))
+def test_inside_bounds_leaves_no_value_outside(high, low, stretch):
+    params = qm.activation_params(low * stretch, high * stretch, UINT8, (low, high))
+    ends = qm.dequantize(np.array([0, 255], np.int32), params, UINT8)
+    assert ends[0] >= np.float32(low)
+    assert ends[1] <= np.float32(high)
+
+
+def test_rectified_sigmoid_and_its_inverse():
+    h = np.linspace(0.001, 0.999, 101, dtype=np.float32)
+    np.testing.assert_allclose(qm.rectified_sigmoid(qm.rectified_sigmoid_inverse(h)), h, atol=1e-5)
+    assert qm.rectified_sigmoid(np.array([-10, 10], np.float32)).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("exponent", [2.0, 5.0, 20.0])
+def test_slopes_agree_with_finite_differences(exponent):
+    a = np.linspace(-2.0, 2.0, 41).astype(np.float32) + np.float32(0.013)
+    step = np.float32(1e-2)
+    numeric = (qm.rectified_sigmoid(a + step) - qm.rectified_sigmoid(a - step)) / (2 * step)
+    np.testing.assert_allclose(qm.rectified_sigmoid_slope(a), numeric, atol=2e-4)
+    h = np.linspace(0.05, 0.95, 10).astype(np.float32)
+    for k in range(len(h)):
+        up, down = h.copy(), h.copy()
+        up[k] += 1e-3
+        down[k] -= 1e-3
+        slope = (qm.rounding_penalty(up, exponent) - qm.rounding_penalty(down, exponent)) / float(up[k] - down[k])
+        assert qm.rounding_penalty_slope(h, exponent)[k] == pytest.approx(slope, abs=2e-2)
+
+
+def test_penalty_is_zero_once_all_is_decided():
+    assert qm.rounding_penalty(np.array([0, 1, 1], np.float32), 2.0) == 0
+    assert qm.rounding_penalty(np.array([0.5], np.float32), 2.0) == 1
+
+
+@pytest.mark.parametrize("size", [100, 1000, 12345])
+def test_stride_avoids_image_sizes(size):
+    step = qm.stride(size, 10)
+    assert step == 1 or all(step % p for p in (2, 3, 5, 7))

@@ -1,0 +1,48 @@
+"""Weights being rounded: where they start, and their gradients against finite differences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.rounding import SoftWeight, StraightThroughWeight
+from eptq_onnx.numerics.types import QuantParams, QuantSpec
+
+SPEC = QuantSpec(4, -8, 7, "int8", False, 0, (-56, 56))
+ZERO = np.array([0, 5, -3], np.int32)
+
+
+@pytest.mark.parametrize("kind", [SoftWeight, StraightThroughWeight])
+def test_a_weight_starts_at_the_given_integers(kind):
+    weight = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    params = QuantParams(np.array([0.1, 0.2, 0.05], np.float32), ZERO)
+    start = np.random.default_rng(1).integers(-8, 8, weight.shape).astype(np.int32)
+    integers, hard = kind(quant_math.continuous(weight, start, params, SPEC), params, SPEC).harden()
+    np.testing.assert_array_equal(integers, start)
+    np.testing.assert_array_equal(hard.scale, params.scale)
+    np.testing.assert_array_equal(hard.zero_point, ZERO)
+
+
+def test_a_soft_weight_starts_at_the_float_weight_and_its_gradients_are_right():
+    weight = np.random.default_rng(0).normal(0, 0.3, (3, 20)).astype(np.float32)
+    scale = np.array([0.1, 0.2, 0.15], np.float32)
+    weight -= (ZERO * scale)[:, None]
+    soft = SoftWeight(weight / scale[:, None] + ZERO[:, None], QuantParams(scale, ZERO), SPEC)
+    np.testing.assert_allclose(soft.forward(), weight, atol=2e-3)
+    v = np.random.default_rng(1).normal(size=weight.shape).astype(np.float32)
+
+    def loss() -> float:
+        return float((v * soft.forward()).sum(dtype=np.float64)) + 0.3 * soft.penalty(4.0)
+
+    loss()
+    d_alpha, d_gamma = soft.backward(v, 0.3, 4.0)
+    direction = np.random.default_rng(2).choice([-1.0, 1.0], size=weight.shape).astype(np.float32)
+    for value, gradient, along in ((soft.variable, d_alpha, direction), (soft.gamma, d_gamma, np.array([1, -1, 1], np.float32))):
+        kept = value.copy()
+        ends = []
+        for sign in (1, -1):
+            value[...] = kept + sign * 1e-3 * along
+            ends.append(loss())
+        value[...] = kept
+        assert float((gradient * along).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=3e-2, abs=1e-2)
