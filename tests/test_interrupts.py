@@ -183,7 +183,7 @@ SAVING = """
     def during(*arguments, **options):
         if any(str(a).endswith((".tmp", ".onnx")) or isinstance(a, int) for a in arguments) and "eptq_onnx.files" in sys.modules:
             import traceback
-            if any("outputs.py" in frame.filename for frame in traceback.extract_stack()):
+            if any("files.py" in frame.filename for frame in traceback.extract_stack()):
                 os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments, **options)
     os.{name} = during
