@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from eptq_onnx._version import __version__
 from eptq_onnx.errors import (
     ConfigError,
     DataError,
@@ -14,11 +15,9 @@ from eptq_onnx.errors import (
 )
 
 if TYPE_CHECKING:
+    from eptq_onnx.api import Result, quantize
     from eptq_onnx.config import Config
-    from eptq_onnx.pipeline import Result, quantize
     from eptq_onnx.report import Report
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Config",
@@ -35,7 +34,7 @@ __all__ = [
     "quantize",
 ]
 
-_PLACES = {"Config": "config", "Report": "report", "Result": "pipeline", "quantize": "pipeline"}
+_PLACES = {"Config": "config", "Report": "report", "Result": "api", "quantize": "api"}
 """Imported when they are asked for: the command has to handle signals before the seconds that this takes."""
 
 

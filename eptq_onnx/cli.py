@@ -12,12 +12,12 @@ import typer
 from rich.console import Console
 
 import eptq_onnx
+from eptq_onnx.api import Result, input_files
+from eptq_onnx.api import quantize as run
 from eptq_onnx.config import ActivationRange, Attention, Config, EngineChoice, Optimizer, Preset, RoundingVariable, WeightRange
 from eptq_onnx.errors import EptqError, OutputError
 from eptq_onnx.files import check_apart, check_writable, model_outputs, write_atomically
 from eptq_onnx.interrupts import command, tell_outcome
-from eptq_onnx.pipeline import Result, input_files
-from eptq_onnx.pipeline import quantize as run
 from eptq_onnx.report.console import console, display, line, shown, tolerant_streams
 
 _DEFAULTS = Config()

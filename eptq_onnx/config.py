@@ -338,6 +338,11 @@ class Config(BaseModel):
         return WeightRange.MSE if self.preset is Preset.FAST else WeightRange.HMSE
 
     @property
+    def wants_scores(self) -> bool:
+        """True if ranges or the loss weigh anything by the Hessian bound."""
+        return self.weight_range_method is WeightRange.HMSE or (self.optimizes and self.attention is not Attention.NONE)
+
+    @property
     def needs_gradients(self) -> bool:
         """True if any step of this run uses the gradient engine."""
         return self.optimizes or self.weight_range_method is WeightRange.HMSE

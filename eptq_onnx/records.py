@@ -1,4 +1,4 @@
-"""The frozen records that the steps hand to each other. Pure data: numpy, no ONNX."""
+"""The frozen records that the steps hand to each other. Pure data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
@@ -203,6 +204,25 @@ class Scores:
     positions: Mapping[str, Array] = field(default_factory=dict)
     samples: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     unreached: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Network:
+    """The float network that the samples run, and what is known of it.
+
+    Parameters
+    ----------
+    model : ModelProto
+        Normalized.
+    plan : Plan
+    calibration : Calibration
+    scores : Scores or None
+    """
+
+    model: ModelProto
+    plan: Plan
+    calibration: Calibration
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True)

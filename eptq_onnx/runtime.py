@@ -321,7 +321,7 @@ class Session:
         return Path(self._session.end_profiling())
 
 
-_LOADING_SECONDS = 600
+_LOADING_SECONDS = 60
 _LOADING = (
     "import sys, onnxruntime as o; s = o.SessionOptions(); s.log_severity_level = 4; "
     "[s.register_custom_ops_library(p) for p in sys.argv[2:]]; "

@@ -41,7 +41,7 @@ for number in (signal.SIGTERM, signal.SIGHUP):
 from eptq_onnx.interrupts import command
 with command():
     print("ready", file=sys.stderr, flush=True)
-    from eptq_onnx.graph import store
+    from eptq_onnx.proto import store
     store.LARGE = 1000
 {body}
     from eptq_onnx.cli import app
@@ -124,7 +124,7 @@ def test_a_second_signal_ends_it_as_cleanly(tmp_path, pause):
 
 STUCK = """
     import time
-    import eptq_onnx.pipeline
+    import eptq_onnx.passes.calibrate
     def stuck(*arguments, **options):
         print("stuck", file=sys.stderr, flush=True)
         for _ in range(300):
@@ -132,7 +132,7 @@ STUCK = """
                 time.sleep(0.2)
             except BaseException:
                 pass
-    eptq_onnx.pipeline.calibrate = stuck
+    eptq_onnx.passes.calibrate.calibrate = stuck
 """
 
 
@@ -157,7 +157,7 @@ def test_one_signal_waits_for_it_a_few_seconds(tmp_path):
 
 LOST = """
     import os, signal, gc
-    import eptq_onnx.pipeline
+    import eptq_onnx.passes.calibrate
     class Odd:
         def __del__(self):
             os.kill(os.getpid(), signal.SIGINT)
@@ -166,7 +166,7 @@ LOST = """
         Odd()
         import time
         time.sleep(60)
-    eptq_onnx.pipeline.calibrate = odd
+    eptq_onnx.passes.calibrate.calibrate = odd
 """
 
 

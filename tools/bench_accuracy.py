@@ -59,9 +59,9 @@ from rich.table import Table
 
 import eptq_onnx
 from eptq_onnx import Config
+from eptq_onnx.api import peak_memory
 from eptq_onnx.data.samples import read
 from eptq_onnx.graph import io
-from eptq_onnx.pipeline import peak_memory
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 NEAREST: dict[str, object] = {"start": "nearest", "rotate": False, "equalize": False}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -151,6 +152,21 @@ class Samples:
 def spread(count: int, limit: int) -> NDArray[np.int64]:
     """At most ``limit`` of ``count`` places, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Some of the samples.
+
+    Parameters
+    ----------
+    samples : Samples
+    indices : ndarray of shape (n_samples,)
+        Which.
+    """
+
+    samples: Samples
+    indices: NDArray[np.int64]
 
 
 def read(source: Source, model: ModelProto, given: Axes | None = None) -> Samples:

@@ -42,7 +42,8 @@ def make_sound(model: ModelProto, name: str) -> None:
         if _objection(bare) is None:
             _without_shapes(model)
         if not runtime.survives(model):
-            raise ModelError(f"{name} is not valid ONNX, and onnxruntime crashes on it: {_objection(model) or _objection(bare)}")
+            why = _objection(model) or _objection(bare)
+            raise ModelError(f"{name} is not valid ONNX, and onnxruntime crashes on it, or has not loaded it after a minute: {why}")
     opset, ir_version = runtime.newest_readable()
     if opset_of(model) > opset or model.ir_version > ir_version:
         return

@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from eptq_onnx.config import Budget, BudgetUnit, Config
-from eptq_onnx.data.samples import Samples, spread
+from eptq_onnx.data.samples import Selection, spread
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.execute.walk import Walk, affordable_batches
@@ -27,10 +26,11 @@ from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import compensation, quant_math
 from eptq_onnx.numerics.linear import LinearForm, scale_places
+from eptq_onnx.numerics.moments import Moments, sampled_moments
 from eptq_onnx.numerics.quant_math import along_axis
 from eptq_onnx.numerics.types import Array, QuantSpec
 from eptq_onnx.ops import linear_form
-from eptq_onnx.records import Calibration, Layer, Plan, Scores
+from eptq_onnx.records import Layer, Network, Plan, Scores
 from eptq_onnx.targets import Target
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -66,13 +66,9 @@ class Candidates:
 
 
 def allocate(
-    model: ModelProto,
-    plan: Plan,
+    network: Network,
+    selection: Selection,
     target: Target,
-    samples: Samples,
-    indices: NDArray[np.int64],
-    calibration: Calibration,
-    scores: Scores | None,
     budget: Budget,
     config: Config,
     progress: Callable[[int, int], None],
@@ -81,16 +77,11 @@ def allocate(
 
     Parameters
     ----------
-    model : ModelProto
-        The normalized float model.
-    plan : Plan
-    target : Target
-    samples : Samples
-    indices : ndarray of shape (n_samples,)
+    network : Network
+        Its calibration gives the spread that each part of the outputs is measured by.
+    selection : Selection
         The samples to look at.
-    calibration : Calibration
-        Gives the spread that each part of the outputs is measured by.
-    scores : Scores or None
+    target : Target
     budget : Budget
     config : Config
     progress : callable
@@ -106,23 +97,22 @@ def allocate(
     ConfigError
         If no choice meets the budget.
     """
-    widths = solve(candidates(model, plan, target, samples, indices, calibration, scores, config, progress), budget)
+    plan = network.plan
+    widths = solve(candidates(network, selection, target, config, progress), budget)
     layers = (replace(x, weight_spec=target.weight_spec(widths[x.weight], x.weight_spec.axis, x.depthwise)) for x in plan.layers)
     return replace(plan, layers=tuple(layers))
 
 
 def candidates(
-    model: ModelProto,
-    plan: Plan,
+    network: Network,
+    selection: Selection,
     target: Target,
-    samples: Samples,
-    indices: NDArray[np.int64],
-    calibration: Calibration,
-    scores: Scores | None,
     config: Config,
     progress: Callable[[int, int], None],
 ) -> dict[str, Candidates]:
     """What every width of every weight does to the outputs; parameters as in `allocate`."""
+    model, plan, calibration = network.model, network.plan, network.calibration
+    samples, indices = selection.samples, selection.indices
     size = samples.micro_batch()
     affordable = size * affordable_batches(specialize(model, samples.two_batches(size)), 1, config.max_memory)
     chosen = indices[spread(len(indices), affordable)]
@@ -139,11 +129,12 @@ def candidates(
         value: Array = np.asarray(view.constant(layer.weight), np.float32)
         form = linear_form(nodes[layer.node], view)
         inputs = walk.reach(layer.input)
-        rows: compensation.Moments | None = None
+        rows: Moments | None = None
         own, of_weight = quant_math.layer_units(inputs, value)
         if form is not None:
             inputs = inputs if own == 1 else [x / own for x in inputs]
-            rows = compensation.sampled_moments(form, value / of_weight, inputs, inputs, _ROWS, np.random.default_rng((config.seed, k)))
+            rng = np.random.default_rng((config.seed, k))
+            rows = sampled_moments(form, Moments(form.weight_rows(value / of_weight)), (inputs, inputs), _ROWS, rng)
         if form is None:
             weights.setdefault(layer.weight, Candidates(value.size, {8: 0.0}))
         elif rows is None or rows.is_empty:
@@ -155,7 +146,7 @@ def candidates(
             known.operations += value.size * positions * quantizers[layer.input].spec.bits
             specs = {bits: target.weight_spec(bits, layer.weight_spec.axis, layer.depthwise) for bits in known.effects}
             errors, rounded = _tried(form, value / of_weight, rows, specs, config)
-            importance = _importance(layer, scores, errors[_MEASURED].size)
+            importance = _importance(layer, network.scores, errors[_MEASURED].size)
             square = (float(own) * float(of_weight)) ** 2
             foreseen = {bits: float((error * importance).sum()) * square for bits, error in errors.items()}
             if deviation.parts and foreseen[_MEASURED] > _LEAST * max(foreseen.values()):
@@ -219,7 +210,7 @@ def _cost(weight: Candidates, bits: int, total: int, budget: Budget) -> float:
 
 
 def _tried(
-    form: LinearForm, weight: Array, moments: compensation.Moments, specs: Mapping[int, QuantSpec], config: Config
+    form: LinearForm, weight: Array, moments: Moments, specs: Mapping[int, QuantSpec], config: Config
 ) -> tuple[dict[int, Array], Array]:
     """What rounding at each width comes to.
 

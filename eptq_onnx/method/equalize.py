@@ -82,8 +82,10 @@ class _Tensor:
         places = (np.log2(np.maximum(size, 2.0**-_OCTAVES)) + _OCTAVES) * _BINS
         bins = np.minimum(places.astype(np.int64), 2 * _OCTAVES * _BINS - 1)
         keys = (((rows > 0) * len(self.sets) + np.arange(len(self.sets))) * (2 * _OCTAVES * _BINS) + bins).reshape(-1)
-        for k, weights in enumerate((None, size.reshape(-1))):
-            self._held[k] += np.bincount(keys, weights, minlength=self._held[k].size).reshape(self._held[k].shape)
+        # Sums beyond float32 are told by `is_bounded`.
+        with np.errstate(over="ignore"):
+            for k, weights in enumerate((None, size.reshape(-1))):
+                self._held[k] += np.bincount(keys, weights, minlength=self._held[k].size).reshape(self._held[k].shape)
         unit = quant_math.unit(size)
         self._squares += np.square(size / unit).sum(axis=0, dtype=np.float64) * float(unit) ** 2
 
@@ -91,6 +93,11 @@ class _Tensor:
     def _total(self) -> Float64:
         """Values of each channel."""
         return np.asarray(np.maximum(self._held[0].sum(axis=(0, 2), dtype=np.float64), 1), np.float64)
+
+    @property
+    def is_bounded(self) -> bool:
+        """True if float32 holds the sums of what was looked at."""
+        return bool(np.isfinite(self._held).all())
 
     @property
     def power(self) -> Float64:
@@ -252,7 +259,7 @@ def equalize(
     scores: Scores | None,
     config: Config,
     progress: Callable[[int, int], None],
-) -> tuple[ModelProto, Scores | None, dict[str, float]]:
+) -> tuple[ModelProto, Scores | None, dict[str, float], list[str]]:
     """Scale channels, and the constants of the layers around them.
 
     Parameters
@@ -278,21 +285,26 @@ def equalize(
         Those of the new model.
     dict of str to float
         The quantized tensors whose channels were scaled, and by how much at the most, up or down.
+    list of str
+        Notes.
     """
     if not config.equalize:
-        return model, scores, {}
+        return model, scores, {}, []
     view = GraphView(model)
     channels = channels_of(view)
     count, sets = channels.classes()
     groups = _groups(plan, channels, sets)
     if not groups:
-        return model, scores, {}
+        return model, scores, {}, []
     _look(running, groups, samples, config, progress)
+    boundless = [name for g in groups for name, tensor in g.tensors.items() if not tensor.is_bounded]
+    if boundless:
+        return model, scores, {}, [f"no channels are scaled: values of {boundless[0]} are near the largest that float32 holds"]
     terms = list(_activations(groups, scores)), list(_weights(view, plan, groups, scores))
     factors = _factors(*terms, count, int(sets[0]))[sets]
     changed = [a for a in channels.absorbers if (factors[a.slots] != 1).any()]
     if not changed:
-        return model, scores, {}
+        return model, scores, {}, []
     ratios = {
         a.constant: a.scaled(np.ones(view.constant_shape(a.constant), np.float32), factors)
         for a in changed if scores is not None and a.constant in scores.weights
@@ -300,7 +312,7 @@ def equalize(
     result = edit.with_constants(model, {a.constant: a.scaled(view.constant(a.constant), factors) for a in changed})
     of_tensor = {name: factors[known[0]] for name in view.producer if (known := channels.of(name)) is not None}
     scaled = {name: float(np.exp(np.abs(np.log(of_tensor[name])).max())) for g in groups for name in g.tensors}
-    return result, _rescaled(scores, of_tensor, ratios), {name: f for name, f in scaled.items() if f > 1}
+    return result, _rescaled(scores, of_tensor, ratios), {name: f for name, f in scaled.items() if f > 1}, []
 
 
 def _rescaled(scores: Scores | None, factors: dict[str, Factors], ratios: dict[str, Array]) -> Scores | None:

@@ -13,14 +13,12 @@ import bisect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
 from onnx import ModelProto
 
 from eptq_onnx.config import Config
-from eptq_onnx.data.samples import Samples
+from eptq_onnx.data.samples import Selection
 from eptq_onnx.execute.deviation import Deviation
-from eptq_onnx.records import Calibration, Plan
+from eptq_onnx.records import Network
 
 SAMPLES = 16
 FLOAT_PASSES = 4.0
@@ -34,12 +32,9 @@ Quantized = Callable[[Sequence[str]], tuple[ModelProto, Mapping[str, str]]]
 
 
 def sensitive_activations(
-    model: ModelProto,
-    plan: Plan,
+    network: Network,
     quantized: Quantized,
-    samples: Samples,
-    indices: NDArray[np.int64],
-    calibration: Calibration,
+    selection: Selection,
     config: Config,
     progress: Callable[[int, int], None],
 ) -> dict[str, float]:
@@ -47,16 +42,12 @@ def sensitive_activations(
 
     Parameters
     ----------
-    model : ModelProto
-        The normalized float model.
-    plan : Plan
+    network : Network
+        Its calibration gives the spread that each part of the outputs is measured by.
     quantized : callable
         Of names of activation quantizers: the float model with these, and tensor to what holds its quantized values.
-    samples : Samples
-    indices : ndarray of shape (n_samples,)
-        16 of them are run.
-    calibration : Calibration
-        Gives the spread that each part of the outputs is measured by.
+    selection : Selection
+        16 of these samples are run.
     config : Config
     progress : callable
         Called with runs done and the most there may be.
@@ -66,10 +57,11 @@ def sensitive_activations(
     dict of str to float
         Noise-to-signal power ratio at the outputs, each part of them in units of its own spread.
     """
+    plan = network.plan
     names = [q.name for q in plan.activations if not q.constant]
     if not names or config.max_noise == 0:
         return {}
-    deviation = Deviation(model, samples, indices, SAMPLES, calibration.variance, config)
+    deviation = Deviation(network.model, selection.samples, selection.indices, SAMPLES, network.calibration.variance, config)
     if not deviation.parts:
         return {}
     runs = itertools.count(1)

@@ -24,7 +24,7 @@ from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.view import GraphView, int_attribute, last_layers
 from eptq_onnx.numerics.types import QuantSpec
-from eptq_onnx.ops import Bounds, OpSpec, Role, channel_axes_of, is_known, pointwise, recorded, spec_of
+from eptq_onnx.ops import Bounds, OpSpec, Role, channel_axes_of, is_known, output_channels, pointwise, recorded, spec_of
 from eptq_onnx.proto.bodies import all_names, all_nodes, node_reads, subgraphs
 from eptq_onnx.records import ActivationQuantizer, KeptFloat, Layer, Plan
 from eptq_onnx.runtime import OWN_DOMAINS
@@ -144,9 +144,12 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
         data = [d for d in data if d != weight]
         if view.shape(weight) is not None and len(view.shape(weight) or ()) < 2:
             return "its weight is a vector"
-        if spec.bias is not None and len(node.input) > spec.bias and node.input[spec.bias] and not view.is_constant(node.input[spec.bias]):
+        bias = node.input[spec.bias] if spec.bias is not None and len(node.input) > spec.bias else ""
+        if bias and not view.is_constant(bias):
             return "its bias is computed at run time"
-        constants = [weight, *([node.input[spec.bias]] if spec.bias is not None and len(node.input) > spec.bias else [])]
+        if bias and view.constant_shape(bias) != (output_channels(node, view),):
+            return "its bias has not one value for each output channel"
+        constants = [weight, bias]
         infinite = [c for c in constants if c and view.is_float(c) and not view.is_finite(c)]
         if infinite:
             return f"its weight {infinite[0]} has NaN or Inf"

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from eptq_onnx.config import Config
-from eptq_onnx.data.samples import Samples, spread
+from eptq_onnx.data.samples import Selection, spread
 from eptq_onnx.execute.pieces import function_of
 from eptq_onnx.execute.walk import Walk, affordable_batches
 from eptq_onnx.graph import edit
@@ -27,9 +27,10 @@ from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import compensation, quant_math
 from eptq_onnx.numerics.linear import LinearForm, OutputsApart, WeightForm, row_shape, scale_places
-from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
+from eptq_onnx.numerics.moments import Moments, OutputNonlinearity, sampled_moments
+from eptq_onnx.numerics.types import Array, Float64, IntArray, QuantParams, QuantSpec
 from eptq_onnx.ops import linear_form, pointwise, spec_of
-from eptq_onnx.records import Layer, Plan, Rounding, Scores
+from eptq_onnx.records import Layer, Network, Plan, Rounding, Scores
 
 FLOAT_PASSES = 4.0
 """What walking both networks costs, in float passes over the samples."""
@@ -55,13 +56,10 @@ _OUTPUT_DAMPING = 0.1
 
 
 def closed_form(
-    model: ModelProto,
+    network: Network,
     quantized: ModelProto,
-    plan: Plan,
     start: Rounding,
-    samples: Samples,
-    indices: NDArray[np.int64],
-    scores: Scores | None,
+    selection: Selection,
     config: Config,
     progress: Callable[[int, int], None],
 ) -> tuple[Rounding, dict[str, str]]:
@@ -69,19 +67,15 @@ def closed_form(
 
     Parameters
     ----------
-    model : ModelProto
-        The normalized float model.
+    network : Network
+        The ``positions`` of its scores tell which inputs count most, their ``outputs`` which errors of a layer add up in the
+        network's outputs.
     quantized : ModelProto
         The QDQ model of ``start``; it gives the quantizers of the activations.
-    plan : Plan
     start : Rounding
         What is not rounded here keeps its values.
-    samples : Samples
-    indices : ndarray of shape (n_samples,)
+    selection : Selection
         The samples to look at; of more than fit into 3 GiB, evenly spread ones are.
-    scores : Scores or None
-        Their ``positions`` tell which inputs count most, their ``outputs`` which errors of a layer add up in the network's
-        outputs.
     config : Config
     progress : callable
         Called with layers done and layers in all.
@@ -96,6 +90,8 @@ def closed_form(
     -----
     Input-error correction and sequential rounding follow OBQ (Frantar and Alistarh 2022) and GPTQ (Frantar et al. 2023).
     """
+    model, plan, scores = network.model, network.plan, network.scores
+    samples, indices = selection.samples, selection.indices
     size = samples.micro_batch()
     affordable = size * affordable_batches(specialize(model, samples.two_batches(size)), 2, config.max_memory)
     kept = indices[spread(len(indices), affordable)]
@@ -116,23 +112,19 @@ def closed_form(
         problem: _Problem | None = None
         input_scale = start.activations[plan.quantizer_of[layer.input].name].scale
         if form is not None:
-            wanted = _wanted_rows(form.weight_rows(weight).shape[2])
-            rng = np.random.default_rng((config.seed, k))
             importance = _importance(scores, layer, batches, [form.positions(x.shape) for x in reached[0]])
             # Rounded is the layer in units in which float32 holds its squares.
             units = quant_math.layer_units((x for side in reached for x in side), weight)
-            pair = [_over(side, units[0]) for side in reached]
             reader = _reader(view, layer, form, start, config, units[0] * units[1])
             # Without a bias, the weights alone must get the mean right.
-            centred = layer.bias is not None
-            moments = compensation.sampled_moments(
-                form, weight / units[1], pair[0], pair[1], wanted, rng, centred=centred, importance=importance, reader=reader
-            )
-            rows = OutputsApart(form, moments.apart) if moments.apart > 1 else form
-            outputs = scores.outputs.get(layer.output) if scores is not None else None
+            moments = Moments(form.weight_rows(weight / units[1]), layer.bias is not None, reader)
+            wanted, rng = _wanted_rows(form.weight_rows(weight).shape[2]), np.random.default_rng((config.seed, k))
+            sampled_moments(form, moments, (_over(reached[0], units[0]), _over(reached[1], units[0])), wanted, rng, importance)
             if moments.is_empty:
                 skipped.setdefault(layer.node, "no sample gives it a row of finite values")
             else:
+                rows = OutputsApart(form, moments.apart) if moments.apart > 1 else form
+                outputs = scores.outputs.get(layer.output) if scores is not None else None
                 problem = _Problem(rows, weight, units, layer.weight_spec, moments, outputs, config)
             if problem is not None and layer.node not in skipped:
                 least: Array = np.zeros(1, np.float32)
@@ -241,7 +233,7 @@ def _over(values: Sequence[Array], unit: np.float32) -> Sequence[Array]:
 
 def _reader(
     view: GraphView, layer: Layer, form: LinearForm, start: Rounding, config: Config, unit: np.float32
-) -> compensation.Reader | None:
+) -> OutputNonlinearity | None:
     """What reads a layer's outputs in such units, where that is a function of each alone."""
     activation = _activation(view, layer, form, config)
     if activation is None or not _LEAST_UNIT < unit < 1 / _LEAST_UNIT:
@@ -255,7 +247,7 @@ def _reader(
 
     groups, outputs, _ = row_shape(form, view.constant_shape(layer.weight))
     bias = start.biases[layer.bias] if layer.bias is not None else np.zeros(groups * outputs, np.float32)
-    return compensation.Reader(of_groups, np.asarray(bias / unit, np.float32).reshape(groups, outputs))
+    return OutputNonlinearity(of_groups, np.asarray(bias / unit, np.float32).reshape(groups, outputs))
 
 
 def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:
@@ -312,8 +304,8 @@ class _Problem:
     weight: Array
     units: tuple[np.float32, np.float32]
     spec: QuantSpec
-    moments: compensation.Moments
-    outputs: compensation.Float64 | None
+    moments: Moments
+    outputs: Float64 | None
     config: Config
 
     def solve(self, least: Array) -> tuple[IntArray, QuantParams, Array]:
@@ -366,12 +358,12 @@ class _Problem:
         own, of_weight = self.units
         return self.moments.mean_error(self.form.weight_rows(rounded / of_weight)) * (own * of_weight)
 
-    def _damping(self, rows: Array) -> compensation.Float64:
+    def _damping(self, rows: Array) -> Float64:
         """That of the correction; outputs of a group have the same, also where they stand apart."""
         apart = self.moments.apart
         return np.repeat(compensation.best_damping(rows.reshape(-1, apart * rows.shape[1], rows.shape[2]), self.moments.halves), apart)
 
-    def _output_moment(self, groups: int) -> compensation.Float64 | None:
+    def _output_moment(self, groups: int) -> Float64 | None:
         """G of every group, of shape (n_groups, n_outputs, n_outputs); None if it is unknown or 0, or a group has one output."""
         if self.outputs is None or len(self.outputs) == groups or np.trace(self.outputs) <= 0:
             return None
@@ -404,7 +396,7 @@ class _Problem:
         full: Array,
         target: Array,
         scale: Array,
-        moment: compensation.Float64,
+        moment: Float64,
         feedback: compensation.Feedback,
         owners: NDArray[np.int64],
     ) -> _Rounded:

@@ -17,8 +17,8 @@ from onnx import ModelProto, TensorProto, helper
 
 from eptq_onnx import ops
 from eptq_onnx.config import Config
-from eptq_onnx.data.samples import Samples
-from eptq_onnx.engines.base import UNREACHED, Engine, GradientSession
+from eptq_onnx.data.samples import Samples, Selection
+from eptq_onnx.engines.base import UNREACHED, Engine, GradientModel, GradientSession
 from eptq_onnx.errors import GradientError
 from eptq_onnx.execute import finite
 from eptq_onnx.execute.blocks import Block, advance, bytes_of, cut
@@ -31,7 +31,7 @@ from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.types import Array, Feeds
 from eptq_onnx.parallel import ordered_map
-from eptq_onnx.records import Calibration, Plan, Scores
+from eptq_onnx.records import Calibration, Network, Plan, Scores
 from eptq_onnx.runtime import Session
 
 FLOAT_PASSES = 6.0
@@ -43,11 +43,8 @@ _POSITIONS_MEMORY = 2**29
 
 
 def score(
-    model: ModelProto,
-    plan: Plan,
-    samples: Samples,
-    indices: NDArray[np.int64],
-    calibration: Calibration,
+    network: Network,
+    selection: Selection,
     weights: Collection[str],
     engine: Engine,
     config: Config,
@@ -57,14 +54,10 @@ def score(
 
     Parameters
     ----------
-    model : ModelProto
-        The normalized float model; it is not changed.
-    plan : Plan
-    samples : Samples
-    indices : ndarray of shape (n_samples,)
+    network : Network
+        Its calibration gives the spread that each part of the outputs is divided by; its scores are not looked at.
+    selection : Selection
         The samples to score.
-    calibration : Calibration
-        Gives the spread that each part of the outputs is divided by.
     weights : collection of str
         The weights whose elements are scored. They cost as much again as everything else: their gradients, and the fast
         kernels that convolutions have for constant weights.
@@ -79,6 +72,7 @@ def score(
     GradientError
         If no output of the model can be differentiated.
     """
+    model, plan, samples, indices = network.model, network.plan, selection.samples, selection.indices
     size = samples.micro_batch(len(indices))
     shaped = fold_sizes(specialize(model, samples.two_batches(size)))
     empty = empty_tensor(shaped)
@@ -96,9 +90,10 @@ def score(
     axes = _scored_tensors(view, plan)
     blocks = [Block(private)] if config.block_bytes is None else cut(private, private, config.block_bytes)
     placed = _scored_positions(view, plan, axes, size, len(indices), config.block_bytes or _POSITIONS_MEMORY)
-    stages, unreached = _stages(blocks, view, plan, probes, axes, placed, weights, size, engine)
+    wanted = _Wanted(view, plan, probes, axes, placed, weights, size)
+    stages, unreached = _stages(blocks, wanted, engine)
     shapes = {name: _static_shape(view, point) for point, name in probes.items()}
-    unit = _units(probes, shapes, calibration)
+    unit = _units(probes, shapes, network.calibration)
     rng = np.random.default_rng(config.seed)
     floats = Session(_giving(shaped, points)) if safe is not None else None
 
@@ -271,18 +266,37 @@ def _rounds_together(blocks: Sequence[Block], view: GraphView, config: Config) -
     return max(1, 4 * config.block_bytes // max(1, kept * (1 + config.probes)))
 
 
-def _stages(
-    blocks: Sequence[Block],
-    view: GraphView,
-    plan: Plan,
-    probes: Mapping[str, str],
-    axes: Mapping[str, int],
-    placed: Collection[str],
-    weights: Collection[str],
-    size: int,
-    engine: Engine,
-) -> tuple[list[_Stage], dict[str, str]]:
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be scored.
+
+    Parameters
+    ----------
+    view : GraphView
+        The lowered network.
+    plan : Plan
+    probes : mapping of str to str
+        Parts of the outputs, and the inputs with their signs.
+    axes : mapping of str to int
+        Scored tensors and their channel axes.
+    placed, weights : collection of str
+        Tensors whose positions are scored, and scored weights.
+    size : int
+        Samples of a batch.
+    """
+
+    view: GraphView
+    plan: Plan
+    probes: Mapping[str, str]
+    axes: Mapping[str, int]
+    placed: Collection[str]
+    weights: Collection[str]
+    size: int
+
+
+def _stages(blocks: Sequence[Block], wanted: _Wanted, engine: Engine) -> tuple[list[_Stage], dict[str, str]]:
     """The backward passes of the blocks that gradients reach, the last block first; and why tensors have no gradient."""
+    view, probes, axes, weights = wanted.view, wanted.probes, wanted.axes, wanted.weights
     stages: list[_Stage] = []
     unreached: dict[str, str] = {}
     live: set[str] = set()
@@ -304,9 +318,8 @@ def _stages(
         own = {w: gradient.gradients[w] for w in weights if w in gradient.gradients}
         passed = {t: gradient.gradients[t] for t in backward if t in gradient.gradients}
         live.update(passed)
-        joint = _jointly_scored(view, plan, reached)
         others = [*own.values(), *passed.values()]
-        summary, channels, positions, products = _summarize(gradient.model, reached, gradient.gradients, view, size, joint, placed, others)
+        summary, channels, positions, products = _summarize(gradient, reached, wanted, others)
         fixed = {name: view.constant(name) for name in own}
         stages.append(_Stage(summary, dict(zip(reached, channels, strict=True)), positions, own, products, passed, fixed))
     return stages, unreached
@@ -364,20 +377,15 @@ def _scored_positions(view: GraphView, plan: Plan, axes: Mapping[str, int], size
 
 
 def _summarize(
-    model: ModelProto,
-    axes: dict[str, int],
-    gradients: dict[str, str],
-    shapes: GraphView,
-    size: int,
-    joint: list[str],
-    placed: Collection[str],
-    others: list[str],
+    differentiated: GradientModel, axes: dict[str, int], wanted: _Wanted, others: list[str]
 ) -> tuple[ModelProto, list[int], dict[str, str], dict[str, str]]:
-    """Reduce every J^T v to its channels' mean squares, one row a sample, and multiply those of ``joint`` tensors.
+    """Reduce every J^T v to its channels' mean squares, one row a sample, and multiply those of some tensors.
 
-    Returns the model, the numbers of channels, and the outputs with the sums of squares at the positions of ``placed``
-    tensors and with the products (J^T v)(J^T v)^T.
+    Returns the model, the numbers of channels, and the outputs with the sums of squares at the positions of some tensors and
+    with the products (J^T v)(J^T v)^T; the model gives ``others`` as well.
     """
+    model, gradients, shapes, size, placed = differentiated.model, differentiated.gradients, wanted.view, wanted.size, wanted.placed
+    joint = _jointly_scored(shapes, wanted.plan, axes)
     builder, parts, channels = edit.Builder(model, "eptq/"), [], []
     products = {tensor: _product(builder, gradients[tensor], axes[tensor], _static_shape(shapes, tensor)) for tensor in joint}
     positions_of: dict[str, str] = {}

@@ -50,11 +50,14 @@ class Versions:
         The written model, settled Ifs still marked.
     stands_for : dict of str to str
         Quantized tensor to the tensor of the written model that holds its values.
+    float_bytes : int
+        Size of the original model.
     """
 
     whole: ModelProto
     marked: ModelProto
     stands_for: Mapping[str, str]
+    float_bytes: int
 
 
 def verify(
@@ -64,7 +67,6 @@ def verify(
     samples: Samples,
     shares: Shares,
     found: Replay,
-    float_bytes: int,
     progress: Callable[[int, int], None],
 ) -> Verification:
     """Compare outputs and layers, and count integer kernels.
@@ -83,8 +85,6 @@ def verify(
         ``unseen`` are compared.
     found : Replay
         What the float network drew and chose.
-    float_bytes : int
-        Size of the original model.
     progress : callable
         Called with layers done and layers in all.
 
@@ -122,7 +122,7 @@ def verify(
         layers={layer.node: sums.ratio(layer.node) for layer in plan.layers},
         planned=_planned_kernels(plan, target),
         kernels=kernels,
-        float_bytes=float_bytes,
+        float_bytes=versions.float_bytes,
         quantized_bytes=store.model_bytes(quantized),
         notes=notes,
         statistics=statistics,

@@ -16,23 +16,20 @@ scales (n_groups, n_outputs).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eptq_onnx.numerics.linear import LinearForm
-from eptq_onnx.numerics.types import Array
-from eptq_onnx.parallel import ordered_map
+from eptq_onnx.numerics.gains import MOST_GAIN
+from eptq_onnx.numerics.moments import Covariances
+from eptq_onnx.numerics.types import Array, Float64
 
-Float64 = NDArray[np.float64]
 Limits: TypeAlias = tuple[Array, Array]
 """Least and largest integer of each row of a weight, both of shape (n_groups, n_outputs)."""
 
-_MOST_GAIN = 1.1
-"""Largest correction of an output's slope: where almost nothing of the float output is left, a gain would amplify noise."""
 
 _SCALE_DAMPING, _MOST_REFIT = 1e-3, 2.0
 """How reluctantly scales are refitted together, in units of their curvature, and how far at most."""
@@ -40,262 +37,9 @@ _SCALE_DAMPING, _MOST_REFIT = 1e-3, 2.0
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1000.0)
 """What `best_damping` tries."""
 
-_VALUES_AT_ONCE = 2**20
-"""Of rows that are gathered before they are added to the second moments: large products are fast while they stay in the cache."""
-
-_SEEN_SHARE = 0.95
-"""How much the slope of the function that reads an output decides what a row counts for it; the rest all have in common."""
-
-_STEP, _LEAST_STEP = 0.25, 1e-3
-"""What errors these slopes are taken over, in units of each output's deviation: about those of 4 bits. Not less than a
-thousandth of the largest."""
 
 _BLOCK = 64
 """Columns that are corrected one by one before the rest is, in one matrix product."""
-
-
-Covariances = tuple[Float64, Float64, Float64]
-"""A = E[x_q x_qᵀ], C = E[x_q yᵀ] and V = E[y²], of shapes (n_groups, n_terms, n_terms), (n_groups, n_terms,
-n_outputs) and (n_groups, n_outputs)."""
-
-
-_Rows: TypeAlias = tuple[Array, Array, Array]
-"""Outputs, inputs and shares of some rows."""
-
-
-@dataclass(frozen=True)
-class Reader:
-    """The function of each output alone through which a layer acts on the rest of the network.
-
-    Parameters
-    ----------
-    function : callable
-        Of outputs of shape (n_groups, n_rows, n_outputs), bias included.
-    bias : ndarray of shape (n_groups, n_outputs)
-    """
-
-    function: Callable[[Array], Array]
-    bias: Array
-
-    def slopes(self, outputs: Array, steps: Array) -> Array:
-        """Of the function at each output (without bias), over steps of shape (n_groups, 1, n_outputs); 0 where it has none."""
-        z = outputs + self.bias[:, None, :]
-        with np.errstate(invalid="ignore", over="ignore"):
-            slope = (self.function(z + steps) - self.function(z - steps)) / (2 * steps)
-        return np.where(np.isfinite(slope), slope, 0).astype(np.float32)
-
-
-class Moments:
-    """Streaming second moments of a layer's quantized inputs and float outputs, of two halves of the batches apart.
-
-    Parameters
-    ----------
-    weight : ndarray of shape (n_groups, n_outputs, n_terms)
-        Makes the float outputs of the float inputs; without a bias.
-    centred : bool
-        True if a bias takes up the means: errors in them then count nothing.
-    reader : Reader, optional
-        Rows then count, for each output, by how steep its function is there: errors where it is flat are not seen. As no
-        two outputs have the same moments, each is a group of its own.
-    """
-
-    def __init__(self, weight: Array, centred: bool = True, reader: Reader | None = None) -> None:
-        self._centred = centred
-        self._reader = reader
-        self._steps: Array | None = None
-        self._steepest = 1.0
-        self.apart = weight.shape[1] if reader is not None else 1
-        """Outputs of each group that stand apart from each other."""
-        self._turned = np.ascontiguousarray(weight.swapaxes(1, 2))
-        self._batches = 0
-        self._shifts: tuple[Array, Array] | None = None
-        self._waiting: tuple[list[_Rows], list[_Rows]] = [], []
-        self._halves: tuple[dict[str, Any], dict[str, Any]] = {}, {}
-
-    def add(self, exact: Array, quantized: Array, weights: Array | None = None) -> None:
-        """Take rows of inputs of both networks, of shape (n_groups, n_rows, n_terms); each counts ``weights`` times."""
-        outputs = np.matmul(exact, self._turned)
-        if self._shifts is None:
-            # Sums of values whose mean is far from 0 would lose the variance to float32.
-            shifts = outputs.mean(axis=1), quantized.mean(axis=1)
-            self._shifts = shifts if self._centred else (np.zeros_like(shifts[0]), np.zeros_like(shifts[1]))
-        y, q = (x - shift[:, None, :] for x, shift in zip((outputs, quantized), self._shifts, strict=True))
-        half = self._batches % 2
-        shares = np.ones((1, q.shape[1], 1), np.float32) if weights is None else weights[None, :, None]
-        self._waiting[half].append((y, q, shares if self._reader is None else shares * self._seen(self._reader, outputs)))
-        self._batches += 1
-        if sum(q.size for _, q, _ in self._waiting[half]) >= _VALUES_AT_ONCE:
-            self._settle(half)
-
-    def _seen(self, reader: Reader, outputs: Array) -> Array:
-        """How much errors of each output count; shape (n_groups, n_rows, n_outputs)."""
-        if self._steps is None:
-            # One row alone has no deviation.
-            steps = np.float32(_STEP) * (outputs.std(axis=1, keepdims=True) if outputs.shape[1] > 1 else np.abs(outputs))
-            largest = float(steps.max())
-            self._steps = np.maximum(steps, _LEAST_STEP * largest) if largest > 0 else np.ones_like(steps)
-            self._steepest = float(np.abs(reader.slopes(outputs, self._steps)).max()) or 1.0
-        relative = reader.slopes(outputs, self._steps) / np.float32(self._steepest)
-        return np.asarray((1 - _SEEN_SHARE) + np.float32(_SEEN_SHARE) * np.square(relative), np.float32)
-
-    def _settle(self, half: int) -> None:
-        """Add the rows that wait to the sums."""
-        if not self._waiting[half]:
-            return
-        y, q, shares = (np.concatenate(parts, axis=1) for parts in zip(*self._waiting[half], strict=True))
-        self._waiting[half].clear()
-        if self.apart == 1:
-            sums = _sums(y, q, shares)
-        else:
-            each = [_sums(y[:, :, k : k + 1], q, shares[:, :, k : k + 1]) for k in range(self.apart)]
-            sums = {name: np.stack([s[name] for s in each], axis=1).reshape(-1, *value.shape[1:]) for name, value in each[0].items()}
-        known = self._halves[half]
-        for name, value in sums.items():
-            if name in known:
-                known[name] += value
-            else:
-                known[name] = np.asarray(value, np.float64)
-
-    @property
-    def is_empty(self) -> bool:
-        """True if there was no row of numbers."""
-        return not self._batches
-
-    @property
-    def means(self) -> tuple[Float64, Float64]:
-        """Mean float outputs (n_groups, n_outputs) and mean quantized inputs (n_groups, n_terms)."""
-        rows, y, q = (self._total(name) for name in ("rows", "y", "q"))
-        shift_y, shift_q = self._shifts or (np.zeros_like(y), np.zeros_like(q))
-        return y / rows + shift_y.reshape(y.shape), q / rows + np.repeat(shift_q, len(q) // len(shift_q), axis=0)
-
-    def mean_error(self, rows: Array) -> Array:
-        """Mean float outputs less those of a rounded weight of such rows: what the bias must take up; of shape (n_channels,)."""
-        outputs, inputs = self.means
-        return np.asarray((outputs - np.einsum("gnt,gt->gn", rows, inputs)).reshape(-1), np.float32)
-
-    @property
-    def covariances(self) -> Covariances:
-        """Of all rows."""
-        return self._covariances({name: self._total(name) for name in self._settled()[0]})
-
-    @property
-    def halves(self) -> tuple[Covariances, ...]:
-        """Of each half of the batches; empty where there is one batch only.
-
-        Where outputs stand apart, those of a group have the mean of their A.
-        """
-        return tuple(self._pooled(*self._covariances(sums)) for sums in self._settled()) if self._batches > 1 else ()
-
-    def _pooled(self, moment: Float64, cross: Float64, power: Float64) -> Covariances:
-        if self.apart == 1:
-            return moment, cross, power
-        groups, terms = len(moment) // self.apart, moment.shape[1]
-        own = moment.reshape(groups, self.apart, terms, terms).mean(axis=1)
-        return own, cross.reshape(groups, self.apart, terms).swapaxes(1, 2), power.reshape(groups, self.apart)
-
-    def _settled(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        for half in range(2):
-            self._settle(half)
-        return self._halves
-
-    def _total(self, name: str) -> Any:
-        first, second = self._settled()
-        return first[name] + second.get(name, 0.0)
-
-    def _covariances(self, sums: dict[str, Any]) -> Covariances:
-        rows, share = sums["rows"], float(self._centred)
-        y, q = share * sums["y"] / rows, share * sums["q"] / rows
-        return (
-            sums["qq"] / rows[:, :, None] - q[:, :, None] * q[:, None, :],
-            sums["qy"] / rows[:, :, None] - q[:, :, None] * y[:, None, :],
-            sums["yy"] / rows - np.square(y),
-        )
-
-
-def _sums(y: Array, q: Array, shares: Array) -> dict[str, Any]:
-    """Sums over rows of products of outputs (n_groups, n_rows, n_outputs) and inputs (n_groups, n_rows, n_terms).
-
-    Each row counts by ``shares`` of shape (n_groups or 1, n_rows, 1).
-    """
-    share = shares.swapaxes(1, 2)
-    turned = q.swapaxes(1, 2) * share
-    return {
-        "qq": np.matmul(turned, q),
-        "qy": np.matmul(turned, y),
-        "yy": np.matmul(share, np.square(y))[:, 0].astype(np.float64),
-        "q": turned.sum(axis=2, dtype=np.float64),
-        "y": np.matmul(share, y)[:, 0].astype(np.float64),
-        "rows": share.sum(axis=2, dtype=np.float64),
-    }
-
-
-def sampled_moments(
-    form: LinearForm,
-    weight: Array,
-    exact: Sequence[NDArray[Any]],
-    quantized: Sequence[NDArray[Any]],
-    wanted: int,
-    rng: np.random.Generator,
-    *,
-    centred: bool = True,
-    importance: Sequence[Array | None] | None = None,
-    reader: Reader | None = None,
-) -> Moments:
-    """Moments of about ``wanted`` random rows of a layer's inputs, of the same positions in both networks.
-
-    Parameters
-    ----------
-    form : LinearForm
-    weight : ndarray
-        The float weight.
-    exact, quantized : sequence of ndarray
-        The layer's input in the float and in the quantized network, batch by batch; not all are empty.
-    wanted : int
-    rng : Generator
-    centred : bool
-        See `Moments`.
-    importance : sequence of (ndarray of shape (n_positions,) or None), optional
-        How much each position counts, batch by batch, about 1 on average; by default all count the same. Positions that
-        count more are drawn more often.
-    reader : Reader, optional
-        See `Moments`.
-    """
-    moments = Moments(form.weight_rows(weight), centred, reader)
-    # Of rows that are chosen by value there may be none.
-    some = [k for k, x in enumerate(exact) if x.size]
-    exact, quantized = [exact[k] for k in some], [quantized[k] for k in some]
-    importance = None if importance is None else [importance[k] for k in some]
-    total = sum(form.positions(x.shape) for x in exact)
-
-    def places() -> Iterator[tuple[NDArray[np.int64], Array]]:
-        for k, x in enumerate(exact):
-            available = form.positions(x.shape)
-            counts = importance[k] if importance is not None else None
-            goal = (np.ones(available) if counts is None else counts) * min(1.0, wanted / max(total, 1))
-            chance = np.minimum(goal, 1.0)
-            chosen = np.flatnonzero(rng.random(available) < chance)
-            if not len(chosen) and available:
-                chosen = np.array([chance.argmax()])
-            yield chosen, (goal[chosen] / chance[chosen]).astype(np.float32)
-
-    def rows(batch: tuple[NDArray[Any], NDArray[Any], tuple[NDArray[np.int64], Array]]) -> tuple[Array, Array, Array]:
-        x_f, x_q, (chosen, weights) = batch
-        return form.input_rows(np.asarray(x_f, np.float32), chosen), form.input_rows(np.asarray(x_q, np.float32), chosen), weights
-
-    for parts in ordered_map(rows, zip(exact, quantized, places(), strict=True)):
-        known = _numbers(*parts)
-        if known[0].shape[1]:
-            moments.add(*known)
-    return moments
-
-
-def _numbers(exact: Array, quantized: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """The rows (n_groups, n_rows, n_terms) that are finite in both networks."""
-    finite = np.isfinite(exact) & np.isfinite(quantized)
-    if finite.all():
-        return exact, quantized, weights
-    known = finite.all(axis=(0, 2))
-    return exact[:, known], quantized[:, known], weights[known]
 
 
 def _ridge(moment: Float64, damping: float | Float64) -> Float64:
@@ -328,7 +72,7 @@ def corrected_target(weight: Array, moment: Float64, cross: Float64, power: Floa
     target = np.linalg.solve(moment + ridge, pull).swapaxes(1, 2)
     reached = (target * cross.swapaxes(1, 2)).sum(axis=2)
     gain = np.where(reached > 0, power / np.where(reached > 0, reached, 1), 1.0)
-    return np.asarray(target * np.clip(gain, 1 / _MOST_GAIN, _MOST_GAIN)[:, :, None], np.float32)
+    return np.asarray(target * np.clip(gain, 1 / MOST_GAIN, MOST_GAIN)[:, :, None], np.float32)
 
 
 def best_damping(weight: Array, halves: Sequence[Covariances]) -> Float64:
@@ -354,68 +98,6 @@ def best_damping(weight: Array, halves: Sequence[Covariances]) -> Float64:
             errors[k] += cost(target, moment).sum(axis=1) - 2 * explained + power.sum(axis=1)
     chosen: Float64 = np.asarray(DAMPINGS, np.float64)[errors.argmin(axis=0)]
     return chosen
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A layer's outputs in the float and in the quantized network, summed over the positions of every sample.
-
-    Where samples and positions share the first axis, every position counts as a sample.
-
-    Parameters
-    ----------
-    positions : ndarray of shape (n_samples, 1)
-        Their number.
-    exact, rough : ndarray of shape (n_samples, n_channels)
-        Sums of float and of quantized values.
-    power, product : ndarray of shape (n_samples, n_channels)
-        Sums of the squared float values, and of their products with the quantized.
-    """
-
-    positions: Float64
-    exact: Float64
-    rough: Float64
-    power: Float64
-    product: Float64
-
-    @classmethod
-    def of(cls, exact: Array, rough: Array) -> Comparison:
-        """From the outputs of a batch, channels along the last axis."""
-        x, y = (v.reshape(len(v), -1, v.shape[-1]).astype(np.float64) for v in (exact, rough))
-        return cls(np.full((len(x), 1), float(x.shape[1])), x.sum(axis=1), y.sum(axis=1), np.square(x).sum(axis=1), (x * y).sum(axis=1))
-
-    @classmethod
-    def joined(cls, parts: Sequence[Comparison], share: float) -> Comparison:
-        """The first of all samples, this share of them."""
-        kept = round(share * sum(len(p.power) for p in parts))
-        return cls(*(np.concatenate([getattr(p, f.name) for p in parts])[:kept] for f in fields(cls)))
-
-    @property
-    def means(self) -> tuple[Float64, Float64]:
-        """Of the float and of the quantized values of each channel."""
-        return self.exact.sum(axis=0) / self.positions.sum(), self.rough.sum(axis=0) / self.positions.sum()
-
-    @property
-    def gains(self) -> Float64:
-        """What each channel's quantized values lack to have the slope 1 over the float values, near 1.
-
-        Slopes of channels that differ by no more than the samples disagree are taken to be the same (James and Stein 1961).
-        """
-        mean, other = self.means
-        power = self.power - mean * (2 * self.exact - self.positions * mean)
-        product = self.product - mean * self.rough - other * (self.exact - self.positions * mean)
-        total = power.sum(axis=0)
-        varies = total > 0
-        if not varies.any():
-            return np.ones(len(total))
-        total = np.where(varies, total, 1)
-        common = product.sum() / power.sum()
-        slope = np.where(varies, product.sum(axis=0) / total, common)
-        count = len(power)
-        doubt = np.square(product - slope * power).sum(axis=0) / np.square(total) * count / max(count - 1, 1)
-        spread = max(0.0, float((np.square(slope - common) - doubt)[varies].mean())) if count > 1 else 0.0
-        slope = common + spread / np.maximum(spread + doubt, 1e-30) * (slope - common)
-        return np.asarray(1 / np.clip(slope, 1 / _MOST_GAIN, _MOST_GAIN))
 
 
 def cost(error: Array, moment: Float64) -> Float64:

@@ -144,7 +144,9 @@ def bias_scale(activation_scale: Array, weight_scale: Array) -> Array:
 
 def smallest_weight_scale(bias: Array, activation_scale: Array) -> Array:
     """Weight scale of each channel below which the int32 bias might overflow, shape (n_channels,)."""
-    return np.asarray(np.abs(bias) / (activation_scale * _BIAS_LIMIT), np.float32)
+    # Divided by what is beyond float32, a bias is no limit.
+    with np.errstate(over="ignore"):
+        return np.asarray(np.abs(bias) / (activation_scale * _BIAS_LIMIT), np.float32)
 
 
 # ---- weight ranges ------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def line(text: object, style: str = "", *, most: int = _MOST) -> Text:
 
 
 class Display(Protocol):
-    """Called as the work goes on; see `eptq_onnx.pipeline.Progress`."""
+    """Called as the work goes on; see `eptq_onnx.passes.base.Progress`."""
 
     def __call__(self, step: str, done: int, total: int, detail: object = "") -> None:
         """Take note."""

@@ -38,27 +38,22 @@ from eptq_onnx.numerics import quant_math
 from eptq_onnx.ops import LSQ_DOMAIN
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import node_reads
-from eptq_onnx.records import Calibration, Plan, Rounding
+from eptq_onnx.records import Network, Plan, Rounding
 
 _LEAST_SPREAD = 1e-30
 """Variance of a part of the outputs that float32 can be divided by, and times."""
 
 
-def soften(
-    model: ModelProto, plan: Plan, start: Rounding, samples: Samples, calibration: Calibration, config: Config, engine: Engine
-) -> TrainingGraph:
+def training_graph(network: Network, start: Rounding, samples: Samples, config: Config, engine: Engine) -> TrainingGraph:
     """Build the training graph.
 
     Parameters
     ----------
-    model : ModelProto
-        The normalized float model; it is not changed.
-    plan : Plan
+    network : Network
+        Parts of the outputs that its calibration knows no spread of are not compared.
     start : Rounding
         Gives zero points and the constants' ranges.
     samples : Samples
-    calibration : Calibration
-        Parts of the outputs that it knows no spread of are not compared.
     config : Config
         ``batch_size``: the graph takes fewer samples at a time if the model prescribes it; what is not learned or not
         gradual costs nothing.
@@ -69,6 +64,7 @@ def soften(
     GradientError
         If the graph cannot be differentiated.
     """
+    model, plan = network.model, network.plan
     size = samples.micro_batch(config.batch_size)
     kept = {*plan.weight_specs, *(q.name for q in plan.activations if q.constant)}
     private = fold_sizes(specialize(model, samples.two_batches(size)), kept)
@@ -82,7 +78,7 @@ def soften(
     safe = finite.differentiable(private, [*points, *outputs], fed, config.block_bytes, ops.is_elementwise)
     lowered, refused = lower(private if safe is None else safe, ops.LOWERINGS)
     view = GraphView(lowered)
-    spreads = calibration.variance
+    spreads = network.calibration.variance
     parts = [p for p in points if _LEAST_SPREAD < spreads.get(p, 0.0) < 1 / _LEAST_SPREAD and view.static_shape(p) is not None]
     last = last_layers(view, plan.layers)
     # A scale is learned where x has a gradient too (onnxruntime-training's builder needs both) and a layer reads it.
@@ -92,8 +88,9 @@ def soften(
     # At 8 bits learning it brings nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a sixth of the step.
     low = [q for q in plan.activations if q.spec.bits < 8 and not q.constant and config.activation_scale_lr]
     learned = tuple(q.name for q in low if q.name in moving & read)
-    train, compared = _compose(private, lowered, plan, parts, start, learned, size, safe is not None, gradual=config.gradual_activations)
-    evaluate, _ = lower(_compose(private, lowered, plan, parts, start, learned, size, safe is not None, gradual=False)[0], ops.QUANTIZERS)
+    student = _Student(lowered, plan, start, learned)
+    train, compared = _compose(private, student, parts, size, masked=safe is not None, gradual=config.gradual_activations)
+    evaluate, _ = lower(_compose(private, student, parts, size, masked=safe is not None, gradual=False)[0], ops.QUANTIZERS)
     parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
     edit.promote_to_inputs(evaluate, parameters)
     edit.set_outputs(evaluate, [LOSS, ERRORS, *(side + layer.output for layer in last for side in (TEACHER, ""))])
@@ -127,20 +124,33 @@ class _Compared:
     positions: float
 
 
+@dataclass(frozen=True)
+class _Student:
+    """What the quantized network is made of.
+
+    Parameters
+    ----------
+    lowered : ModelProto
+        The float network in operators that have gradients.
+    plan : Plan
+    start : Rounding
+    learned : tuple of str
+        Activation quantizers whose scales are learned.
+    """
+
+    lowered: ModelProto
+    plan: Plan
+    start: Rounding
+    learned: tuple[str, ...]
+
+
 def _compose(
-    model: ModelProto,
-    lowered: ModelProto,
-    plan: Plan,
-    parts: Sequence[str],
-    start: Rounding,
-    learned: tuple[str, ...],
-    size: int,
-    masked: bool,
-    *,
-    gradual: bool,
+    model: ModelProto, made_of: _Student, parts: Sequence[str], size: int, *, masked: bool, gradual: bool
 ) -> tuple[ModelProto, list[_Compared]]:
+    """Both networks and their losses; for ``size`` samples."""
+    lowered, plan, start, learned = made_of.lowered, made_of.plan, made_of.start, made_of.learned
     view, b = GraphView(lowered), edit.Builder(lowered, "eptq/")
-    student, infos, stands_for = _student(view, b, plan, start, learned, gradual)
+    student, infos, stands_for = _student(view, b, made_of, gradual)
     # The teacher needs no gradient: it keeps the operators that were lowered, which run faster.
     teacher, teacher_constants = _teacher(GraphView(model), [*(layer.output for layer in plan.layers), *parts])
     layers = [(x.output, x.output, x.output_axis) for x in plan.layers]
@@ -163,12 +173,13 @@ def _compose(
 
 
 def _student(
-    view: GraphView, b: edit.Builder, plan: Plan, start: Rounding, learned: tuple[str, ...], gradual: bool
+    view: GraphView, b: edit.Builder, made_of: _Student, gradual: bool
 ) -> tuple[list[NodeProto], list[ValueInfoProto], dict[str, str]]:
     """The model's nodes with quantizers on the tensors of the plan, added to the builder.
 
     Also the types of the new tensors, and which of them stands for which tensor.
     """
+    plan, start, learned = made_of.plan, made_of.start, made_of.learned
     quantizers = {q.name: q for q in plan.activations if not q.constant}
     with_new_bias = {x.node: x.bias for x in plan.layers if x.bias is not None and not x.has_bias}
     renamed: dict[str, str] = {}

@@ -16,6 +16,7 @@ from graphs import silent
 
 from eptq_onnx import Config, data, engines, targets
 from eptq_onnx.config import EngineChoice
+from eptq_onnx.data.samples import Selection
 from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, FLOAT_SHARE, LOSS
 from eptq_onnx.graph import io
 from eptq_onnx.method.calibrate import calibrate
@@ -24,8 +25,9 @@ from eptq_onnx.method.plan import plan
 from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.method.score import score
 from eptq_onnx.numerics import quant_math
+from eptq_onnx.records import Network
 from eptq_onnx.runtime import Session
-from eptq_onnx.training.graph import soften
+from eptq_onnx.training.graph import training_graph
 
 sys.path.insert(0, str(MODELS))
 from score import MODELS as SHIPPED
@@ -49,12 +51,14 @@ def gradients(name: str, choice: EngineChoice) -> Found:
         the_plan = plan(model, target, config)
         calibration = calibrate(model, the_plan, samples, config, silent)
         if bits == 8:
-            scores = score(model, the_plan, samples, indices, calibration, list(the_plan.weight_specs), engine, config, silent)
+            scores = score(
+                Network(model, the_plan, calibration), Selection(samples, indices), list(the_plan.weight_specs), engine, config, silent
+            )
             assert not scores.unreached
             for kind in ("channels", "weights", "outputs"):
                 found |= {f"{kind}/{k}": v for k, v in getattr(scores, kind).items()}
         start = weight_ranges(model, the_plan, calibration, None, config)
-        graph = soften(model, the_plan, start, samples, calibration, config, engine)
+        graph = training_graph(Network(model, the_plan, calibration), start, samples, config, engine)
         assert not graph.unreached
         session = Session(graph.train, integers=False)
         feeds = {

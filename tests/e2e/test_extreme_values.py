@@ -39,6 +39,8 @@ CASES = {
     "small, then large": (network(1e-20, 1e20, 1e-20), X),
     "large inputs": (network(bias=1e20), X * np.float32(1e20)),
     "small inputs": (network(bias=1e-20), X * np.float32(1e-20)),
+    "inputs whose sums no float32 holds": (network(bias=1e36), X * np.float32(1e36)),
+    "inputs near the largest": (network(0.1, 0.1, 1e36), X * np.float32(5e37)),
     "denormal inputs": (network(), X * np.float32(1e-40)),
     "weights below all": (network(1e-38), X),
     "a bias above all": (network(1e-10, 1, 1e10), X),

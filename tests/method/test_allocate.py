@@ -11,12 +11,14 @@ from graphs import images, normal, parse, silent, small_convnet
 import eptq_onnx
 from eptq_onnx import data, targets
 from eptq_onnx.config import Budget, Config
+from eptq_onnx.data.samples import Selection
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.allocate import Candidates, allocate, candidates, solve
 from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
+from eptq_onnx.records import Network
 
 TARGET = targets.load("ort-x64")
 
@@ -63,7 +65,7 @@ def test_widths_meet_the_budget_and_leave_the_rest_of_the_plan_alone():
     p = plan(model, TARGET, config)
     samples = data.read({"image": images(32)}, model)
     calibration = calibrate(model, p, samples, config, silent)
-    mixed = allocate(model, p, TARGET, samples, np.arange(32), calibration, None, budget, config, silent)
+    mixed = allocate(Network(model, p, calibration), Selection(samples, np.arange(32)), TARGET, budget, config, silent)
     view = GraphView(model)
     sizes = {n: view.constant(n).size for n in p.weight_specs}
     mean = sum(sizes[n] * s.bits for n, s in mixed.weight_specs.items()) / sum(sizes.values())
@@ -80,7 +82,7 @@ def test_effects_are_those_on_samples_that_the_rounding_has_not_seen():
     for count in (64, 2048):
         samples = data.read({"x": normal(count, 96, seed=1)}, model)
         calibration = calibrate(model, p, samples, config, silent)
-        [found] = candidates(model, p, TARGET, samples, np.arange(count), calibration, None, config, silent).values()
+        [found] = candidates(Network(model, p, calibration), Selection(samples, np.arange(count)), TARGET, config, silent).values()
         effects[count] = found.effects
     for bits in (2, 3, 4):
         # 96 terms can be made to fit 64 rows: measured on these, the error would be less than half of what it is.
@@ -96,7 +98,7 @@ def test_errors_that_add_up_over_positions_are_counted_as_such():
         p = plan(model, TARGET, config)
         samples = data.read({"x": flat}, model)
         calibration = calibrate(model, p, samples, config, silent)
-        [found] = candidates(model, p, TARGET, samples, np.arange(64), calibration, None, config, silent).values()
+        [found] = candidates(Network(model, p, calibration), Selection(samples, np.arange(64)), TARGET, config, silent).values()
         effects.append(found.effects)
     # The error is the same at all positions of a flat image: their mean has all of it.
     for bits in (2, 4, 8):
@@ -111,7 +113,7 @@ def test_a_weight_that_fits_the_grid_at_the_measured_width_needs_no_more():
     p = plan(model, TARGET, config)
     samples = data.read({"x": normal(64, 24, seed=1)}, model)
     calibration = calibrate(model, p, samples, config, silent)
-    [found] = candidates(model, p, TARGET, samples, np.arange(64), calibration, None, config, silent).values()
+    [found] = candidates(Network(model, p, calibration), Selection(samples, np.arange(64)), TARGET, config, silent).values()
     assert found.effects[4] < 1e-6
     # In units of the variance of the output: 4 levels of 16 do some harm.
     assert 1e-3 < found.effects[2] < 1

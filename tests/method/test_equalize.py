@@ -8,12 +8,14 @@ from graphs import images, normal, parse, silent
 
 import eptq_onnx
 from eptq_onnx import Config, data, targets
+from eptq_onnx.data.samples import Selection
 from eptq_onnx.method import equalize as step
 from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.equalize import equalize
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.score import score
+from eptq_onnx.records import Network
 from eptq_onnx.runtime import Session
 
 SPREAD = np.geomspace(0.02, 2, 8).astype(np.float32)
@@ -49,7 +51,9 @@ class Case:
     def scored(self, model):
         calibration = calibrate(model, self.plan, self.samples, self.config, silent)
         weights = self.plan.weight_specs
-        return score(model, self.plan, self.samples, np.arange(24), calibration, weights, self.engine, self.config, silent)
+        return score(
+            Network(model, self.plan, calibration), Selection(self.samples, np.arange(24)), weights, self.engine, self.config, silent
+        )
 
     def equalized(self, scores="own"):
         given = self.scores if scores == "own" else scores
@@ -63,7 +67,7 @@ def case(engine):
 
 @pytest.mark.parametrize("scores", ["own", None], ids=["with scores", "without"])
 def test_the_model_computes_the_same(case, scores):
-    model, _, scaled = case.equalized(scores)
+    model, _, scaled, _ = case.equalized(scores)
     assert {"r", "p"} <= set(scaled)
     assert "x" not in scaled
     assert "y" not in scaled
@@ -73,7 +77,7 @@ def test_the_model_computes_the_same(case, scores):
 
 
 def test_faint_channels_are_widened(case):
-    model, _, _ = case.equalized()
+    model, _, _, _ = case.equalized()
     feeds = {"x": images(8, seed=3)}
     probe = [step.edit.exposing(m, ["r", "p"]) for m in (case.model, model)]
     for tensor in ("r", "p"):
@@ -84,7 +88,7 @@ def test_faint_channels_are_widened(case):
 
 def test_scores_are_those_of_the_scaled_model(case):
     """The signs are drawn alike, so that the scores of the new model are the rescaled ones up to float rounding."""
-    model, rescaled, _ = case.equalized()
+    model, rescaled, _, _ = case.equalized()
     anew = case.scored(model)
     for name in case.scores.channels:
         np.testing.assert_allclose(rescaled.channels[name], anew.channels[name], rtol=1e-3, atol=1e-6 * anew.channels[name].max())
@@ -109,7 +113,7 @@ def test_nothing_to_gain_changes_nothing(engine):
         {"w1": np.tile(normal(1, 3, 3, 3, seed=1), (8, 1, 1, 1)), "w2": np.tile(normal(4, 1, 1, 1, seed=2), (1, 8, 1, 1))},
     )
     case = Case(engine, Config(batch_size=8, probes=8), even)
-    model, scores, scaled = case.equalized()
+    model, scores, scaled, _ = case.equalized()
     assert model is case.model
     assert scores is case.scores
     assert not scaled
@@ -154,7 +158,7 @@ def test_integers_serve_the_outputs_better(preset):
 
 def test_a_tensor_of_unknown_channels_that_shares_a_range_keeps_the_others_as_they_are(case):
     quantizers = tuple(replace(q, tensors=(*q.tensors, "elsewhere")) if q.name == "r" else q for q in case.plan.activations)
-    _, _, scaled = equalize(
+    _, _, scaled, _ = equalize(
         case.model, case.model, replace(case.plan, activations=quantizers), case.samples, case.scores, case.config, silent
     )
     assert "r" not in scaled

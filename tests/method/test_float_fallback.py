@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,15 +9,21 @@ from graphs import images, normal, parse, silent
 
 import eptq_onnx
 from eptq_onnx import Config, data, targets
+from eptq_onnx.data.samples import Selection
 from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.float_fallback import _spoilers, sensitive_activations
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.numerics import quant_math
-from eptq_onnx.pipeline import _with_activations
+from eptq_onnx.passes.base import State
+from eptq_onnx.passes.float_fallback import with_activations
+from eptq_onnx.records import Network
 from eptq_onnx.runtime import Session
 
 DEPTH = 12
+
+AS_IT_IS = SimpleNamespace(executed=lambda written, read_as: written)
+"""The part of a context that tells what the samples run of a model: all of it."""
 
 
 def unbalanced():
@@ -42,8 +49,10 @@ def case():
 
 def found(case, **options):
     model, p, samples, calibration = case
-    quantized = partial(_with_activations, lambda written, read_as: written, model, p, calibration)
-    return sensitive_activations(model, p, quantized, samples, np.arange(16), calibration, Config(**options), silent)
+
+    quantized = partial(with_activations, State(model, model, p, calibration), AS_IT_IS)
+
+    return sensitive_activations(Network(model, p, calibration), quantized, Selection(samples, np.arange(16)), Config(**options), silent)
 
 
 def test_the_unbalanced_tensor_is_found(case):
@@ -56,7 +65,7 @@ def test_the_unbalanced_tensor_is_found(case):
 
 def test_the_ratio_is_the_error_of_the_outputs_in_units_of_their_spread(case):
     model, p, samples, calibration = case
-    alone, read_as = _with_activations(lambda written, read_as: written, model, p, calibration, ["a5"])
+    alone, read_as = with_activations(State(model, model, p, calibration), AS_IT_IS, ["a5"])
     feeds, output = samples.take(range(16)), f"r{DEPTH - 1}"
     exact, got = (Session(m).run(feeds)[name] for m, name in ((model, output), (alone, read_as.get(output, output))))
     assert found(case, max_noise=0.1)["a5"] == pytest.approx(np.square(exact - got).mean() / exact.var(), rel=1e-3)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from graphs import normal, parse, small_convnet
 
+import eptq_onnx
 from eptq_onnx import targets
 from eptq_onnx.config import Config
 from eptq_onnx.errors import ModelError
@@ -231,3 +232,13 @@ def test_a_convolution_without_spatial_axes_stays_float():
     p = make(model)
     assert [x.op_type for x in p.layers] == ["MatMul"]
     assert reasons(p)["Conv"] == "it has no spatial axes"
+
+
+@pytest.mark.parametrize("bias", ["w", "m", "c"])
+def test_a_gemm_whose_bias_is_a_matrix_stays_float(bias):
+    """onnxruntime adds what broadcasts: one row a sample, or one value a sample."""
+    text = f"g (float[6,6] x) => (float[6,8] y) {{ a = Gemm (x, w, {bias})  r = Relu (a)  y = MatMul (r, v) }}"
+    constants = {"w": normal(6, 8), "m": normal(6, 8, seed=1), "c": normal(6, 1, seed=2), "v": normal(8, 8, seed=3)}
+    result = eptq_onnx.quantize(parse(text, constants), normal(24, 6), Config(preset="fast", measure_speed=False))
+    assert [x.op_type for x in result.report.layers] == ["MatMul"]
+    assert "its bias has not one value for each output channel" in [k.reason for k in result.report.kept_float]

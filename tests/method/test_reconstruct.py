@@ -10,6 +10,7 @@ from graphs import images, normal, parse, silent, small_convnet
 
 from eptq_onnx import data, targets
 from eptq_onnx.config import Config
+from eptq_onnx.data.samples import Selection
 from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
@@ -17,7 +18,7 @@ from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.method.reconstruct import closed_form
 from eptq_onnx.numerics import quant_math
-from eptq_onnx.records import Scores
+from eptq_onnx.records import Network, Scores
 from eptq_onnx.runtime import Session
 
 TARGET = targets.load("ort-x64")
@@ -31,7 +32,9 @@ def run(model, scores=None, make=images, **options):
     calibration = calibrate(model, p, samples, config, silent)
     nearest = weight_ranges(model, p, calibration, None, config)
     quantized, _ = write(model, p, nearest)
-    rounding, skipped = closed_form(model, quantized, p, nearest, samples, np.arange(64), scores, config, silent)
+    rounding, skipped = closed_form(
+        Network(model, p, calibration, scores), quantized, nearest, Selection(samples, np.arange(64)), config, silent
+    )
     return model, p, nearest, rounding, skipped
 
 
@@ -75,8 +78,11 @@ def test_grouped_transposed_convolutions_share_the_scales_of_their_channels():
     config = Config(weight_bits=3, edge_bits=3, preset="fast")
     p = plan(model, target, config)
     samples = data.read({"x": smooth(32)}, model)
-    nearest = weight_ranges(model, p, calibrate(model, p, samples, config, silent), None, config)
-    rounding, skipped = closed_form(model, write(model, p, nearest)[0], p, nearest, samples, np.arange(32), None, config, silent)
+    calibration = calibrate(model, p, samples, config, silent)
+    nearest = weight_ranges(model, p, calibration, None, config)
+    rounding, skipped = closed_form(
+        Network(model, p, calibration), write(model, p, nearest)[0], nearest, Selection(samples, np.arange(32)), config, silent
+    )
     assert not skipped
     assert rounding.weights["w2"].scale.shape == (3,)
     assert error(model, p, rounding, smooth) < 0.9 * error(model, p, nearest, smooth)

@@ -10,10 +10,12 @@ from graphs import normal, parse, silent
 import eptq_onnx
 from eptq_onnx import data, targets
 from eptq_onnx.config import Config
+from eptq_onnx.data.samples import Selection
 from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.score import score
+from eptq_onnx.records import Network
 from eptq_onnx.runtime import Session
 
 TINY = """
@@ -48,7 +50,7 @@ def case(engine):
     the_plan = plan(model, target, config)
     samples = data.read({"image": images}, model)
     calibration = calibrate(model, the_plan, samples, config, silent)
-    scores = score(model, the_plan, samples, np.arange(6), calibration, the_plan.weight_specs, engine, config, silent)
+    scores = score(Network(model, the_plan, calibration), Selection(samples, np.arange(6)), the_plan.weight_specs, engine, config, silent)
     # Both outputs count alike, whatever their sizes.
     mean = (3 + 16) / 2
     spread = {o: np.sqrt(calibration.variance[o] * size / mean) for o, size in (("logits", 3), ("features", 16))}
@@ -121,7 +123,14 @@ def test_positions_are_scored_for_the_small_layers_where_memory_is_short(case, e
     samples = data.read({"image": images}, model)
     # A sixteenth is for tensors of a batch: 180 bytes, enough for 6 x 1 and 6 x 4 positions, but not for 6 x 16 more.
     config = Config(probes=1, max_memory=16 * 180)
-    less = score(model, the_plan, samples, np.arange(6), calibrate(model, the_plan, samples, config, silent), (), engine, config, silent)
+    less = score(
+        Network(model, the_plan, calibrate(model, the_plan, samples, config, silent)),
+        Selection(samples, np.arange(6)),
+        (),
+        engine,
+        config,
+        silent,
+    )
     assert less.positions.keys() == {"features", "logits"}
 
 
@@ -131,7 +140,7 @@ def test_a_short_last_batch_counts_no_sample_twice(case, engine):
     samples = data.read({"image": images}, model)
     config = Config(probes=1500, batch_size=3, seed=5)
     calibration = calibrate(model, the_plan, samples, config, silent)
-    other = score(model, the_plan, samples, np.arange(6), calibration, the_plan.weight_specs, engine, config, silent)
+    other = score(Network(model, the_plan, calibration), Selection(samples, np.arange(6)), the_plan.weight_specs, engine, config, silent)
     for name in scores.weights:
         assert float(other.weights[name].mean()) == pytest.approx(float(scores.weights[name].mean()), rel=0.1)
 
@@ -144,7 +153,14 @@ def test_block_by_block_gives_the_same_scores(case, engine, limit):
     calibration = calibrate(model, the_plan, samples, config, silent)
     calls = []
     whole, parts = (
-        score(model, the_plan, samples, np.arange(6), calibration, the_plan.weight_specs, engine, c, lambda *a: calls.append(a))
+        score(
+            Network(model, the_plan, calibration),
+            Selection(samples, np.arange(6)),
+            the_plan.weight_specs,
+            engine,
+            c,
+            lambda *a: calls.append(a),
+        )
         for c in (config, Config(probes=3, batch_size=4, max_memory=limit))
     )
     assert calls[-1][0] == calls[-1][1] > 2 * 3

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from eptq_onnx.numerics import compensation
+from eptq_onnx.numerics.gains import Comparison
 from eptq_onnx.numerics.linear import MatrixForm
+from eptq_onnx.numerics.moments import Moments, OutputNonlinearity, sampled_moments
 
 LIMITS = np.float32([[-4]]), np.float32([[3]])
 
@@ -19,10 +21,10 @@ def _inputs(rows: int, terms: int, groups: int = 1, seed: int = 0) -> np.ndarray
     return (rng.normal(size=(groups, rows, terms)) @ rng.normal(size=(groups, terms, terms)) + 1).astype(np.float32)
 
 
-def _moments(exact: np.ndarray, quantized: np.ndarray, parts: int = 3, weight: np.ndarray | None = None) -> compensation.Moments:
+def _moments(exact: np.ndarray, quantized: np.ndarray, parts: int = 3, weight: np.ndarray | None = None) -> Moments:
     """By default of outputs that are the inputs."""
     terms = exact.shape[2]
-    moments = compensation.Moments(np.stack([np.eye(terms, dtype=np.float32)] * len(exact)) if weight is None else weight)
+    moments = Moments(np.stack([np.eye(terms, dtype=np.float32)] * len(exact)) if weight is None else weight)
     for f, q in zip(np.array_split(exact, parts, axis=1), np.array_split(quantized, parts, axis=1), strict=True):
         moments.add(f, q)
     return moments
@@ -46,7 +48,7 @@ def test_moments_are_those_of_all_rows_at_once():
 def test_rows_count_as_often_as_their_weights_say():
     exact, quantized = _inputs(30, 4, 2), _inputs(30, 4, 2, seed=1)
     times = np.arange(30) % 3
-    weighed, repeated = (compensation.Moments(np.ones((2, 3, 4), np.float32)) for _ in range(2))
+    weighed, repeated = (Moments(np.ones((2, 3, 4), np.float32)) for _ in range(2))
     weighed.add(exact, quantized, times.astype(np.float32))
     repeated.add(exact.repeat(times, axis=1), quantized.repeat(times, axis=1))
     for got, expected in zip((*weighed.covariances, *weighed.means), (*repeated.covariances, *repeated.means), strict=True):
@@ -63,7 +65,7 @@ def test_rows_count_for_each_output_by_the_slope_of_what_reads_it(groups):
     weight = np.random.default_rng(2).normal(size=(groups, 3, 4)).astype(np.float32)
     outputs = exact @ weight.swapaxes(1, 2)
     bias = -np.median(outputs, axis=1)
-    apart = compensation.Moments(weight, reader=compensation.Reader(_relu, bias))
+    apart = Moments(weight, reader=OutputNonlinearity(_relu, bias))
     apart.add(exact, quantized)
     assert apart.apart == 3
     steps = 0.25 * outputs.std(axis=1, keepdims=True)
@@ -71,7 +73,7 @@ def test_rows_count_for_each_output_by_the_slope_of_what_reads_it(groups):
         z, h = outputs[g, :, k] + bias[g, k], steps[g, 0, k]
         slope = (_relu(z + h) - _relu(z - h)) / (2 * h)
         seen = 0.05 + 0.95 * slope**2
-        alone = compensation.Moments(weight[g : g + 1, k : k + 1])
+        alone = Moments(weight[g : g + 1, k : k + 1])
         alone.add(exact[g : g + 1], quantized[g : g + 1], seen.astype(np.float32))
         for got, expected in zip((*apart.covariances, *apart.means), (*alone.covariances, *alone.means), strict=True):
             np.testing.assert_allclose(got[3 * g + k], expected[0], rtol=1e-3, atol=1e-3)
@@ -79,7 +81,7 @@ def test_rows_count_for_each_output_by_the_slope_of_what_reads_it(groups):
 
 def test_a_function_of_slope_one_sees_all_rows_alike():
     exact, weight = _inputs(60, 4), np.random.default_rng(2).normal(size=(1, 3, 4)).astype(np.float32)
-    plain, read = compensation.Moments(weight), compensation.Moments(weight, reader=compensation.Reader(lambda z: z + 1, np.zeros((1, 3))))
+    plain, read = Moments(weight), Moments(weight, reader=OutputNonlinearity(lambda z: z + 1, np.zeros((1, 3))))
     for moments in (plain, read):
         for part in np.array_split(exact, 3, axis=1):
             moments.add(part, part)
@@ -90,7 +92,7 @@ def test_a_function_of_slope_one_sees_all_rows_alike():
 
 
 def test_where_a_function_has_no_value_nothing_is_seen():
-    reader = compensation.Reader(lambda z: np.where(z > 0, z, np.nan), np.zeros((1, 1)))
+    reader = OutputNonlinearity(lambda z: np.where(z > 0, z, np.nan), np.zeros((1, 1)))
     np.testing.assert_array_equal(reader.slopes(np.float32([[[-3], [3]]]), np.float32([[[1]]])), [[[0], [1]]])
 
 
@@ -98,10 +100,10 @@ def test_important_positions_are_drawn_more_often_and_count_what_they_should():
     form = MatrixForm()
     batches = [_inputs(4000, 3, seed=k)[0] for k in range(4)]
     importance = [np.linspace(0, 2, 4000).astype(np.float32) ** 4 for _ in batches]
-    drawn = compensation.sampled_moments(
-        form, np.eye(3, dtype=np.float32), batches, batches, 3000, np.random.default_rng(0), importance=importance
+    drawn = sampled_moments(
+        form, Moments(np.eye(3, dtype=np.float32)[None]), (batches, batches), 3000, np.random.default_rng(0), importance
     )
-    whole = compensation.Moments(np.eye(3, dtype=np.float32)[None])
+    whole = Moments(np.eye(3, dtype=np.float32)[None])
     for rows, counts in zip(batches, importance, strict=True):
         whole.add(rows[None], rows[None], counts)
     np.testing.assert_allclose(drawn.covariances[0], whole.covariances[0], atol=0.05 * whole.covariances[0].max())
@@ -266,10 +268,10 @@ def test_the_damping_is_what_serves_inputs_that_were_not_fitted():
     np.testing.assert_array_equal(compensation.best_damping(weight, ()), compensation.DAMPINGS[3])
 
 
-def _compared(slopes: np.ndarray, noise: float, count: int = 60, seed: int = 0) -> compensation.Comparison:
+def _compared(slopes: np.ndarray, noise: float, count: int = 60, seed: int = 0) -> Comparison:
     rng = np.random.default_rng(seed)
     exact = 3 + rng.normal(size=(count, 10, len(slopes)))
-    return compensation.Comparison.of(exact, slopes * exact + noise * rng.normal(size=exact.shape))
+    return Comparison.of(exact, slopes * exact + noise * rng.normal(size=exact.shape))
 
 
 def test_slopes_that_differ_by_chance_are_one_slope():
@@ -290,19 +292,19 @@ def test_slopes_of_batches_are_those_of_their_samples():
     rng = np.random.default_rng(0)
     exact = rng.normal(size=(9, 4, 6)).astype(np.float32)
     rough = 0.95 * exact + 0.1 * rng.normal(size=exact.shape).astype(np.float32)
-    whole = compensation.Comparison.of(exact[:7], rough[:7])
-    parts = [compensation.Comparison.of(exact[a : a + 3], rough[a : a + 3]) for a in (0, 3, 6)]
-    joined = compensation.Comparison.joined(parts, 7 / 9)
+    whole = Comparison.of(exact[:7], rough[:7])
+    parts = [Comparison.of(exact[a : a + 3], rough[a : a + 3]) for a in (0, 3, 6)]
+    joined = Comparison.joined(parts, 7 / 9)
     np.testing.assert_allclose(joined.gains, whole.gains)
     np.testing.assert_allclose(joined.means[0], exact[:7].mean(axis=(0, 1)), rtol=1e-5)
     np.testing.assert_allclose(joined.means[1], rough[:7].mean(axis=(0, 1)), rtol=1e-5)
 
 
 def test_what_never_varies_has_no_slope():
-    still = compensation.Comparison.of(np.ones((5, 4, 3)), np.zeros((5, 4, 3)))
+    still = Comparison.of(np.ones((5, 4, 3)), np.zeros((5, 4, 3)))
     np.testing.assert_array_equal(still.gains, 1)
     exact = np.random.default_rng(0).normal(size=(5, 4, 3)) * [1, 0, 1]
-    some = compensation.Comparison.of(exact, 0.95 * exact)
+    some = Comparison.of(exact, 0.95 * exact)
     np.testing.assert_allclose(some.gains, 1 / 0.95)
-    lone = compensation.Comparison.of(exact[:1], exact[:1] * [0.92, 1, 1])
+    lone = Comparison.of(exact[:1], exact[:1] * [0.92, 1, 1])
     assert len(set(lone.gains.tolist())) == 1, "one sample cannot tell channels apart"

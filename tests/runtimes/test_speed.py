@@ -167,7 +167,7 @@ def test_measuring_changes_no_byte_and_a_failure_is_a_note(measured_speed, monke
     def refuse(*_: object) -> None:
         raise ModelError("one run takes 7.0 s")
 
-    monkeypatch.setattr("eptq_onnx.pipeline.measure", refuse)
+    monkeypatch.setattr("eptq_onnx.passes.measure.measure", refuse)
     failed = eptq_onnx.quantize(small_convnet(), images(8), config)
     assert failed.report.speed is None
     assert "speed is not measured: one run takes 7.0 s" in failed.report.notes

@@ -11,6 +11,7 @@ from graphs import images, silent, small_convnet
 
 from eptq_onnx import data, targets
 from eptq_onnx.config import Attention, Config, RoundingVariable
+from eptq_onnx.data.samples import Selection
 from eptq_onnx.engines.base import ACTIVATION_SCALES, ATTENTION, ERRORS, FLOAT_SHARE, LOSS
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.calibrate import calibrate
@@ -21,10 +22,12 @@ from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.method.score import score
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.optimizers import Adam
-from eptq_onnx.records import Scores
+from eptq_onnx.records import Network, Scores
 from eptq_onnx.runtime import Session
-from eptq_onnx.training.graph import soften
-from eptq_onnx.training.loop import Balance, _Kept, channel_attention, is_accepted, is_better, layer_attention, optimize, part_weights
+from eptq_onnx.training.attention import channel_attention, layer_attention, part_weights
+from eptq_onnx.training.graph import training_graph
+from eptq_onnx.training.kept import Balance, Kept, is_accepted, is_better
+from eptq_onnx.training.loop import optimize
 
 TARGET = targets.load("ort-x64")
 
@@ -38,9 +41,11 @@ class Case:
         self.calibration = calibrate(self.model, self.plan, self.samples, self.config, silent)
         self.indices = np.arange(24)
         self.held = np.sort(np.random.default_rng(0).permutation(24)[:2])
-        self.scores = score(self.model, self.plan, self.samples, self.indices, self.calibration, set(), engine, self.config, silent)
+        self.scores = score(
+            Network(self.model, self.plan, self.calibration), Selection(self.samples, self.indices), set(), engine, self.config, silent
+        )
         self.start = weight_ranges(self.model, self.plan, self.calibration, self.scores, self.config)
-        self.graph = soften(self.model, self.plan, self.start, self.samples, self.calibration, self.config, engine)
+        self.graph = training_graph(Network(self.model, self.plan, self.calibration), self.start, self.samples, self.config, engine)
 
     def feeds(self) -> dict[str, np.ndarray]:
         weights = {n: quant_math.dequantize(self.start.integers[n], self.start.weights[n], s) for n, s in self.plan.weight_specs.items()}
@@ -58,7 +63,13 @@ class Case:
 
     def run(self, **options):
         return optimize(
-            self.plan, self.start, self.graph, self.samples, self.indices, self.held, self.calibration, self.scores, self.config, silent
+            Network(self.model, self.plan, self.calibration, self.scores),
+            self.start,
+            self.graph,
+            Selection(self.samples, self.indices),
+            self.held,
+            self.config,
+            silent,
         )
 
 
@@ -301,7 +312,7 @@ def replayed(losses, outputs, noise=0.0, count=26, seed=0):
     """What the checks of a run find: errors of held-out samples that are so many times those of the start."""
     rng = np.random.default_rng(seed)
     start = rng.uniform(1, 2, (2, count)).astype(np.float32)
-    kept = _Kept("start", start)
+    kept = Kept("start", start)
     for step, factors in enumerate(zip(losses, outputs, strict=True), 1):
         kept.offer(step, step, (start * np.array(factors)[:, None] * rng.uniform(1 - noise, 1 + noise, start.shape)).astype(np.float32))
         if kept.is_settled:
@@ -353,7 +364,7 @@ def test_the_loop_ends_early_only_where_the_start_is_kept(seed):
 
 
 def test_a_start_without_errors_is_kept_without_a_division_by_zero():
-    kept = _Kept("start", np.zeros((2, 8), np.float32))
+    kept = Kept("start", np.zeros((2, 8), np.float32))
     for step in (1, 2):
         kept.offer(step, step, np.ones((2, 8), np.float32))
     assert kept.is_settled
@@ -414,7 +425,7 @@ def test_weights_move_half_as_fast_after_every_check_that_finds_nothing_better(e
             rates.append(rate)
             super().step(gradients, rate)
 
-    monkeypatch.setattr("eptq_onnx.training.loop.Adam", Watched)
+    monkeypatch.setattr("eptq_onnx.training.learned.Adam", Watched)
     _, trace = case.run()
     assert trace.best_step == 0
     # Three optimizers take turns, that of the rounding first; the last step is the ninth check's second.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,7 +106,8 @@ def recurrent(node: NodeProto, view: GraphView, b: Builder) -> None:
         cell = _cell(node, view, b, d, hidden)
         reverse = d == 1 or attribute(node, "direction", "forward") == "reverse"
         state = _initial(node, b, d, (batch, hidden), layout)
-        outputs = _unrolled(node, b, cell, _projected(node, b, x, d, hidden), state, running, reverse, steps)
+        times = reversed(range(steps)) if reverse else range(steps)
+        outputs = _unrolled(node, cell, _projected(node, b, x, d, hidden), state, running, times)
         sequences.append(outputs[0])
         finals.append(outputs[1])
     _write(node, b, sequences, finals, (steps, batch, hidden), layout)
@@ -200,13 +201,12 @@ def _running(node: NodeProto, b: Builder, steps: int, batch: int) -> str:
     return b.add("Cast", [b.add("Less", [np.arange(steps).reshape(-1, 1, 1), lengths])], to=TensorProto.FLOAT)
 
 
-def _unrolled(
-    node: NodeProto, b: Builder, cell: _Cell, projected: str, state: State, running: str, reverse: bool, steps: int
-) -> tuple[list[str], State]:
-    """Outputs in the order of time, and the last state."""
+def _unrolled(node: NodeProto, cell: _Cell, projected: str, state: State, running: str, times: Iterable[int]) -> tuple[list[str], State]:
+    """The output of each of these times, and the last state."""
+    b = cell.b
     step = {"RNN": cell.rnn, "GRU": cell.gru, "LSTM": cell.lstm}[node.op_type]
-    outputs = [""] * steps
-    for t in reversed(range(steps)) if reverse else range(steps):
+    outputs: dict[int, str] = {}
+    for t in times:
         place = np.array(t)
         new = step(b.add("Gather", [projected, place], axis=0), state)
         outputs[t] = new[0]
@@ -215,7 +215,7 @@ def _unrolled(
             outputs[t] = b.add("Mul", [new[0], on])
             new = tuple(b.add("Add", [old, b.add("Mul", [on, b.add("Sub", [n, old])])]) for n, old in zip(new, state, strict=True))
         state = new
-    return outputs, state
+    return [outputs[t] for t in sorted(outputs)], state
 
 
 def _write(node: NodeProto, b: Builder, sequences: list[list[str]], finals: list[State], shape: tuple[int, int, int], layout: int) -> None:

@@ -1,0 +1,155 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+from onnx import ModelProto
+
+from eptq_onnx import engines, pipeline, scratch, targets
+from eptq_onnx.config import Config
+from eptq_onnx.data.readers import Source
+from eptq_onnx.data.readers import files_of as files_of_data
+from eptq_onnx.data.splits import share_out
+from eptq_onnx.files import check_apart, model_outputs
+from eptq_onnx.graph import io
+from eptq_onnx.graph.branches import sink
+from eptq_onnx.graph.external import files_of as files_of_model
+from eptq_onnx.method.estimate import multiplications
+from eptq_onnx.method.plan import plan as make_plan
+from eptq_onnx.ops import executed
+from eptq_onnx.passes.base import Context, Progress, State
+from eptq_onnx.prepare import final, prepare
+from eptq_onnx.proto import store
+from eptq_onnx.report import Report
+from eptq_onnx.runtime import custom_operators
+from eptq_onnx.summary import Costs, report_of
+
+
+def _silent(step: str, done: int, total: int, detail: object = "") -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Result:
+    """The quantized model and what was done to get it.
+
+    Parameters
+    ----------
+    model : ModelProto
+    report : Report
+    inputs : tuple of (str, path)
+        The files that the run read, each with what it is.
+    """
+
+    model: ModelProto
+    report: Report
+    inputs: tuple[tuple[str, Path], ...] = ()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model; see `eptq_onnx.graph.io.save`.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written, or would overwrite a file that the run read.
+        """
+        check_apart(model_outputs(path), self.inputs)
+        io.save(self.model, path)
+
+
+def quantize(
+    model: str | os.PathLike[str] | bytes | ModelProto,
+    data: Source,
+    config: Config | None = None,
+    *,
+    progress: Progress = _silent,
+) -> Result:
+    """Quantize a float ONNX model with EPTQ.
+
+    Parameters
+    ----------
+    model : path, bytes or ModelProto
+        The float model; never changed.
+    data : Source
+        Calibration samples without labels: one array per model input, samples along the first axis; or feeds, files, or
+        a function that gives them; see `eptq_onnx.data.readers.opened`.
+    config : Config, optional
+    progress : callable, optional
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    EptqError
+        Its subclasses say what is wrong and what to do; see `eptq_onnx.errors`.
+    """
+    config = config or Config()
+    inputs = tuple(input_files(model, data, config))
+    with custom_operators(config.custom_ops), scratch.folder() as folder:
+        return replace(_quantize(model, data, config, progress, folder), inputs=inputs)
+
+
+def input_files(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config) -> list[tuple[str, Path]]:
+    """The files that `quantize` reads, each with what it is: none of them may be overwritten."""
+    target = [("the target file", Path(os.path.abspath(config.target)))] if config.target.endswith(".toml") else []
+    libraries = [("a custom-operator library", path) for path in config.custom_ops]
+    return [*files_of_model(model), *files_of_data(data), *target, *libraries]
+
+
+def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, given: Config, progress: Progress, folder: str) -> Result:
+    """See `quantize`; ``folder`` is for the weights of a large model."""
+    seconds: dict[str, float] = {}
+    runner = pipeline.Runner(pipeline.PIPELINE, seconds)
+    target = targets.load(given.target)
+    engine = engines.make(given.engine) if given.needs_gradients else None
+    with _timed(seconds, "normalize"):
+        prepared = prepare(model, data, target, given, folder)
+        samples = prepared.samples
+        float_model = executed(prepared.model, prepared.found)
+    with _timed(seconds, "plan"):
+        plan = make_plan(prepared.model, target, given)
+        config, state = runner.affordable(given, State(prepared.model, float_model, plan), samples)
+    ctx = Context(
+        config=config,
+        target=target,
+        engine=engine,
+        samples=samples,
+        shares=share_out(samples, config),
+        found=prepared.found,
+        multiplications=multiplications(float_model, plan, samples),
+        source=model,
+        folder=folder,
+        float_bytes=prepared.float_bytes,
+        progress=progress,
+    )
+    with _timed(seconds, "estimate"):
+        expected = runner.estimate(state, ctx)
+    state = runner.run(state, ctx)
+    report = report_of(given, prepared, state, ctx, Costs(expected, seconds, peak_memory()))
+    return Result(store.load_all(final(sink(state.written.marked), prepared)), report)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - began, 3)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,54 @@
+"""Choose the ranges of activations, and choose them again for scores and scaled channels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from eptq_onnx.method.calibrate import FLOAT_PASSES, calibrate, check_outputs
+from eptq_onnx.passes.base import Context, Cost, Pass, State
+
+
+class Calibrate(Pass):
+    """See `eptq_onnx.method.calibrate`."""
+
+    name = "calibrate"
+    provides = ("calibration",)
+
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """One walk with histograms."""
+        return Cost(passes=FLOAT_PASSES * len(ctx.shares.training))
+
+    def run(self, state: State, ctx: Context) -> State:
+        """Observe all tensors of the plan."""
+        check_outputs(state.executed, ctx.others, ctx.config)
+        return replace(state, calibration=calibrate(state.executed, state.plan, ctx.training, ctx.config, ctx.tell(self.name)))
+
+
+class Recalibrate(Pass):
+    """The same once more, for ranges that know the scores, and channels as they are now."""
+
+    name = "recalibrate"
+    requires = ("calibration",)
+    provides = ("calibration",)
+
+    def enabled(self, ctx: Context) -> bool:
+        """True if there may be scores or scaled channels."""
+        return ctx.config.wants_scores or ctx.config.equalize
+
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """One walk with histograms."""
+        return Cost(passes=FLOAT_PASSES * len(ctx.shares.training))
+
+    def run(self, state: State, ctx: Context) -> State:
+        """Observe all tensors of the plan again, unless nothing has changed."""
+        if state.scores is None and not state.equalized:
+            return state
+        known = state.calibration.activations
+        if state.equalized:
+            # No channels of tables are scaled.
+            known = {q.name: known[q.name] for q in state.plan.activations if q.spec.axis is not None}
+        channels = state.scores.channels if state.scores is not None else None
+        tell = ctx.tell(self.name)
+        return replace(
+            state, calibration=calibrate(state.executed, state.plan, ctx.training, ctx.config, tell, scores=channels, known=known)
+        )

@@ -1,0 +1,34 @@
+"""Scale the channels of activations to fit the range that they share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from eptq_onnx.data.samples import Samples
+from eptq_onnx.method.equalize import equalize, needed_bytes
+from eptq_onnx.passes.base import Context, Pass, State
+
+
+class Equalize(Pass):
+    """See `eptq_onnx.method.equalize`."""
+
+    name = "equalize"
+    requires = ("calibration",)
+    provides = ("model", "executed", "scores", "equalized")
+    switch = ("equalize", False)
+    without = "no channels are scaled"
+    memory_share = 4
+
+    def enabled(self, ctx: Context) -> bool:
+        """True if the option is on."""
+        return ctx.config.equalize
+
+    def memory(self, state: State, samples: Samples) -> int:
+        """A second set of weights, and histograms of all channels."""
+        return needed_bytes(state.model, state.plan)
+
+    def run(self, state: State, ctx: Context) -> State:
+        """Scale what can be scaled."""
+        tell = ctx.tell(self.name)
+        model, scores, equalized, notes = equalize(state.model, state.executed, state.plan, ctx.training, state.scores, ctx.config, tell)
+        return replace(state, model=model, executed=ctx.executed(model), scores=scores, equalized=equalized).noting(*notes)

@@ -1,0 +1,46 @@
+"""Leave those activations float whose quantization alone would spoil the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from onnx import ModelProto
+
+from eptq_onnx.method.float_fallback import FLOAT_PASSES, SAMPLES, sensitive_activations
+from eptq_onnx.method.qdq import write
+from eptq_onnx.passes.base import Context, Cost, Pass, State, leave_float
+from eptq_onnx.records import Rounding
+
+
+class FloatFallback(Pass):
+    """See `eptq_onnx.method.float_fallback`."""
+
+    name = "float fallback"
+    requires = ("calibration",)
+    provides = ("plan", "calibration", "left_float")
+
+    def enabled(self, ctx: Context) -> bool:
+        """True if noise is limited."""
+        return ctx.config.max_noise > 0
+
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """All quantizers at once, as a rule."""
+        return Cost(passes=FLOAT_PASSES * min(len(ctx.shares.scored), SAMPLES))
+
+    def run(self, state: State, ctx: Context) -> State:
+        """Measure, and plan anew without what is too noisy."""
+        quantized = partial(with_activations, state, ctx)
+        ratios = sensitive_activations(state.network, quantized, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name))
+        reasons = {t: f"quantizing {t} alone would cause noise of {ratio:.1%} of the outputs' power" for t, ratio in ratios.items()}
+        return leave_float(state, ctx, reasons)
+
+
+def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:
+    """The float network with the quantizers of some activations, and what stands for a quantized tensor in it."""
+    wanted = set(names)
+    chosen = tuple(q for q in state.plan.activations if q.name in wanted)
+    plan = replace(state.plan, layers=(), activations=chosen, integer_nodes={}, absorbed={})
+    marked, stands_for = write(state.model, plan, Rounding({}, {}, state.calibration.activations, {}, {}))
+    return ctx.executed(marked, stands_for), stands_for

@@ -1,0 +1,35 @@
+"""Run both models in turn, to tell which is faster on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from eptq_onnx.errors import ModelError
+from eptq_onnx.graph import io
+from eptq_onnx.graph.branches import sink
+from eptq_onnx.passes.base import Context, Pass, State
+from eptq_onnx.proto import store
+from eptq_onnx.runtimes.speed import measure
+
+
+class Measure(Pass):
+    """See `eptq_onnx.runtimes.speed`."""
+
+    name = "speed"
+    requires = ("written",)
+    provides = ("speed",)
+
+    def enabled(self, ctx: Context) -> bool:
+        """True if the option is on."""
+        return ctx.config.measure_speed
+
+    def run(self, state: State, ctx: Context) -> State:
+        """Time both models; where that cannot be done, a note says why."""
+        quantized = sink(state.written.marked)
+        if store.folder_of(quantized) is not None:
+            return state.noting("speed is not measured: both models together would take too much memory")
+        part = next(ctx.samples.parts(range(ctx.samples.count), ctx.samples.fixed_batch or 1))
+        try:
+            return replace(state, speed=measure(io.load(ctx.source, ctx.folder), quantized, ctx.samples.take(part), len(part)))
+        except ModelError as e:
+            return state.noting(f"speed is not measured: {e}")

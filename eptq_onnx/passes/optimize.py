@@ -1,0 +1,58 @@
+"""Learn over the whole network at once which weights round up and which round down."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from eptq_onnx.data.samples import Samples
+from eptq_onnx.errors import GradientError
+from eptq_onnx.method.judge import still_better
+from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.passes.judge import Judge
+from eptq_onnx.training.graph import training_graph
+from eptq_onnx.training.loop import FLOAT_PASSES, needed_bytes, optimize
+
+
+class Optimize(Pass):
+    """See `eptq_onnx.training`."""
+
+    name = "optimize"
+    requires = ("calibration", "nearest", "rounding")
+    provides = ("rounding", "trace")
+    switch = ("steps", 0)
+    without = "not optimized over the whole network"
+
+    def enabled(self, ctx: Context) -> bool:
+        """True if there are steps to make."""
+        return ctx.config.optimizes
+
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """Its steps, each with a forward and a backward pass through both networks."""
+        steps = ctx.config.step_count(sum(ctx.multiplications.values()))
+        batch = min(max(1, ctx.config.batch_size // ctx.samples.rows), len(ctx.shares.scored))
+        return Cost(passes=FLOAT_PASSES * steps * batch, steps=steps)
+
+    def memory(self, state: State, samples: Samples) -> int:
+        """Weights with what the optimizer keeps of them, and the tensors of a batch."""
+        return needed_bytes(state.executed, state.plan, samples)
+
+    def run(self, state: State, ctx: Context) -> State:
+        """Run the loop from the rounding so far; its result is kept if it is better, on samples that it has not seen."""
+        if ctx.engine is None:
+            raise GradientError("no engine was chosen.")
+        judge, start = Judge(state, ctx), state.rounding
+        graph = training_graph(state.network, start, ctx.samples, ctx.config, ctx.engine)
+        notes = [f"no gradient passes {note}" for note in graph.notes]
+        notes += [f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items()]
+
+        def tell(done: int, total: int, loss: float) -> None:
+            ctx.progress(self.name, done, total, f"loss {loss:.4g}")
+
+        scored = ctx.chosen(ctx.shares.scored)
+        rounding, trace = optimize(state.network, start, graph, scored, ctx.shares.held, ctx.config, tell)
+        if not still_better(judge.noise, judge.limit, start, rounding):
+            notes.append(
+                "the start of the optimization is kept: outputs of its result are noisier than those of the start or of nearest rounding"
+            )
+            rounding, trace = start, replace(trace, best_step=0)
+        return replace(state, rounding=rounding, trace=trace).noting(*notes)

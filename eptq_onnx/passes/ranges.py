@@ -1,0 +1,21 @@
+"""Choose the ranges of weights, and round them to nearest."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from eptq_onnx.method.ranges import weight_ranges
+from eptq_onnx.passes.base import Context, Pass, State
+
+
+class Ranges(Pass):
+    """See `eptq_onnx.method.ranges`."""
+
+    name = "ranges"
+    requires = ("calibration",)
+    provides = ("nearest", "rounding")
+
+    def run(self, state: State, ctx: Context) -> State:
+        """Choose scales and zero points of all weights."""
+        nearest = weight_ranges(state.executed, state.plan, state.calibration, state.scores, ctx.config)
+        return replace(state, nearest=nearest, rounding=nearest)

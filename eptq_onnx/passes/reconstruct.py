@@ -1,0 +1,37 @@
+"""Round layer by layer with error compensation, as far as it serves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from eptq_onnx.config import Start
+from eptq_onnx.method.judge import better_than_nearest
+from eptq_onnx.method.reconstruct import FLOAT_PASSES, closed_form, operations
+from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.passes.judge import Judge
+
+
+class Reconstruct(Pass):
+    """See `eptq_onnx.method.reconstruct` and `eptq_onnx.method.judge`."""
+
+    name = "reconstruct"
+    requires = ("calibration", "nearest", "rounding")
+    provides = ("rounding",)
+
+    def enabled(self, ctx: Context) -> bool:
+        """True if the optimization does not start from nearest rounding."""
+        return ctx.config.start is Start.CLOSED_FORM
+
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """A walk through both networks, and the linear algebra of every layer."""
+        return Cost(passes=FLOAT_PASSES * len(ctx.walked), operations=operations(state.executed, state.plan, ctx.config))
+
+    def run(self, state: State, ctx: Context) -> State:
+        """Round all layers, and keep what beats nearest rounding; note what was left as it was."""
+        judge = Judge(state, ctx)
+        quantized, _ = judge.written(state.nearest)
+        rounded, skipped = closed_form(state.network, quantized, state.nearest, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name))
+        notes = [f"{node} keeps nearest rounding: {why}" for node, why in skipped.items()]
+        targets = ctx.config.optimizes
+        rounding, note = better_than_nearest(judge.noise, judge.limit, state.plan, state.nearest, rounded, targets=targets)
+        return replace(state, rounding=rounding).noting(*notes, *[note] if note else [])

@@ -1,0 +1,32 @@
+"""Mix channels where nothing but linear operators lies between layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from eptq_onnx.data.samples import Samples
+from eptq_onnx.method.rotate import needed_bytes, rotate
+from eptq_onnx.passes.base import Context, Pass, State
+
+
+class Rotate(Pass):
+    """See `eptq_onnx.method.rotate`."""
+
+    name = "rotate"
+    provides = ("model", "executed", "rotated")
+    switch = ("rotate", False)
+    without = "no channels are mixed"
+    memory_share = 4
+
+    def enabled(self, ctx: Context) -> bool:
+        """True if the option is on."""
+        return ctx.config.rotate
+
+    def memory(self, state: State, samples: Samples) -> int:
+        """Two sets of weights."""
+        return needed_bytes(state.model)
+
+    def run(self, state: State, ctx: Context) -> State:
+        """Mix what can be mixed."""
+        model, rotated, left = rotate(state.model, state.plan, ctx.config, ctx.tell(self.name))
+        return replace(state, model=model, executed=ctx.executed(model), rotated=rotated).noting(*left)

@@ -1,0 +1,44 @@
+"""Estimate the Hessian bound of layers, samples, channels and weight elements."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from eptq_onnx.config import Start, WeightRange
+from eptq_onnx.errors import GradientError
+from eptq_onnx.method.reconstruct import unsolved
+from eptq_onnx.method.score import FLOAT_PASSES, score
+from eptq_onnx.passes.base import Context, Cost, Pass, State
+
+
+class Score(Pass):
+    """See `eptq_onnx.method.score`."""
+
+    name = "score"
+    requires = ("calibration",)
+    provides = ("scores",)
+    without = "no Hessian scores, plain MSE ranges instead"
+
+    def enabled(self, ctx: Context) -> bool:
+        """True if ranges or the loss weigh anything by the scores."""
+        return ctx.config.wants_scores
+
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """One backward pass a probe."""
+        return Cost(passes=FLOAT_PASSES * ctx.config.probes * len(ctx.shares.scored))
+
+    def run(self, state: State, ctx: Context) -> State:
+        """Probe the float network."""
+        if ctx.engine is None:
+            raise GradientError("no engine was chosen.")
+        wanted = _scored_weights(state, ctx)
+        scores = score(state.network, ctx.chosen(ctx.shares.scored), wanted, ctx.engine, ctx.config, ctx.tell(self.name))
+        return replace(state, scores=scores)
+
+
+def _scored_weights(state: State, ctx: Context) -> set[str]:
+    """The weights whose scores decide what is written: layer-wise reconstruction chooses ranges of its own."""
+    if ctx.config.weight_range_method is not WeightRange.HMSE:
+        return set()
+    skipped = unsolved(state.executed, state.plan)
+    return {x.weight for x in state.plan.layers if ctx.config.start is not Start.CLOSED_FORM or x.node in skipped}

@@ -1,0 +1,22 @@
+"""Compare the written model with the float model, by running both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from eptq_onnx.method.verify import Versions, verify
+from eptq_onnx.passes.base import Context, Pass, State
+
+
+class Verify(Pass):
+    """See `eptq_onnx.method.verify`."""
+
+    name = "verify"
+    requires = ("written",)
+    provides = ("verification",)
+
+    def run(self, state: State, ctx: Context) -> State:
+        """Compare outputs and layers, and count integer kernels."""
+        versions = Versions(state.model, state.written.marked, state.written.stands_for, ctx.float_bytes)
+        found = verify(versions, state.plan, ctx.target, ctx.samples, ctx.shares, ctx.found, ctx.tell(self.name))
+        return replace(state, verification=found)

@@ -1,0 +1,108 @@
+"""Before the passes: read the model and the samples, bring the model into normal form, and see what the samples run of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx import ModelProto
+
+from eptq_onnx.config import Config
+from eptq_onnx.data import candidates
+from eptq_onnx.data.notes import sample_notes
+from eptq_onnx.data.readers import Source
+from eptq_onnx.data.samples import Samples
+from eptq_onnx.graph import io
+from eptq_onnx.graph.branches import flattened
+from eptq_onnx.graph.opsets import restored
+from eptq_onnx.graph.replay import Replay
+from eptq_onnx.graph.view import opset_of
+from eptq_onnx.graph.widen import other_float_types
+from eptq_onnx.method.arrange import arrange, record
+from eptq_onnx.method.normalize import normalize, settle
+from eptq_onnx.proto import store
+from eptq_onnx.runtime import Session, newest_readable
+from eptq_onnx.targets import Target
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model in normal form with its samples, and what to remember of the original.
+
+    Parameters
+    ----------
+    model : ModelProto
+        Whole, in normal form.
+    samples : Samples
+    found : Replay
+        What the float network draws and chooses.
+    name : str
+        Path or graph name of the original.
+    opset, ir_version : int
+        Of the original.
+    float_bytes : int
+        Size of the original.
+    notes : tuple of str
+    """
+
+    model: ModelProto
+    samples: Samples
+    found: Replay
+    name: str
+    opset: int
+    ir_version: int
+    float_bytes: int
+    notes: tuple[str, ...]
+
+
+def prepare(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, target: Target, config: Config, folder: str) -> Prepared:
+    """Read everything.
+
+    Parameters
+    ----------
+    model : path, bytes or ModelProto
+    data : Source
+    target : Target
+    config : Config
+    folder : str
+        For the weights of a large model.
+
+    Raises
+    ------
+    ModelError, DataError
+        If the model or the samples cannot be used.
+    """
+    original = io.load(model, folder)
+    read = candidates(data, original, config.batch_axes)
+    plain = normalize(original, target.opset_for(config.activation_bits))
+    arranged = arrange(plain, read, config.seed)
+    whole = settle(plain, arranged.samples)
+    samples, found, left = record(flattened(whole), arranged.samples, config.seed)
+    name = str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name
+    notes = [*sample_notes(arranged.samples), *_type_notes(original, config), *_opset_notes(original, whole), *arranged.notes, *left]
+    size = store.model_bytes(original)
+    return Prepared(whole, samples, found, name, opset_of(original), original.ir_version, size, tuple(notes))
+
+
+def final(quantized: ModelProto, prepared: Prepared) -> ModelProto:
+    """The verified model in the opset and IR version of the original; onnxruntime loads it, if it reads that opset at all."""
+    newest = newest_readable()
+    result = restored(quantized, prepared.opset, prepared.ir_version, *newest)
+    if result is not quantized and opset_of(result) <= newest[0]:
+        Session(result, optimize=False)
+    return result
+
+
+def _type_notes(model: ModelProto, config: Config) -> list[str]:
+    notes = [f"{name} tensors are computed and stored in float32; inputs and outputs keep their types" for name in other_float_types(model)]
+    if config.activation_bits > 8:
+        notes.append("no integer kernels are known for 16-bit activations: operators compute in float32 between their quantizers")
+    return notes
+
+
+def _opset_notes(model: ModelProto, readable: ModelProto) -> list[str]:
+    own, read = opset_of(model), opset_of(readable)
+    if own <= read:
+        return []
+    return [f"the installed onnxruntime does not run quantized models of opset {own}: the result was made and verified in opset {read}"]

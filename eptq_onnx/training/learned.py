@@ -1,0 +1,179 @@
+"""Everything that the optimization learns, and how it is updated."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eptq_onnx.config import Config, Optimizer, RoundingVariable
+from eptq_onnx.engines.base import ACTIVATION_SCALES, FLOAT_SHARE, LOSS, TrainingGraph
+from eptq_onnx.errors import GradientError
+from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.optimizers import Adam, MovingAverage, RAdam
+from eptq_onnx.numerics.rounding import RoundedWeight, SoftWeight, StraightThroughWeight
+from eptq_onnx.numerics.types import Array, Feeds
+from eptq_onnx.parallel import ordered_map
+from eptq_onnx.records import Calibration, Plan, Rounding
+from eptq_onnx.runtime import Session
+from eptq_onnx.training.batches import Batches
+
+_RISE = 0.1
+"""Share of the steps in which the learning rates rise to their full size."""
+
+_MEMORY = 0.05
+"""Share of the steps that a candidate is the average of: the single steps wander about where they go."""
+
+_KINDS: dict[RoundingVariable, type[SoftWeight] | type[StraightThroughWeight]] = {
+    RoundingVariable.SOFT: SoftWeight,
+    RoundingVariable.STRAIGHT_THROUGH: StraightThroughWeight,
+}
+
+
+class Learned:
+    """Everything that is learned, and how it is updated."""
+
+    def __init__(self, plan: Plan, start: Rounding, graph: TrainingGraph, calibration: Calibration, config: Config, total: int) -> None:
+        self._plan, self._start, self._graph, self._config, self._total = plan, start, graph, config, total
+        learnable = [n for n in plan.weight_specs if n in graph.gradients]
+        kind = _KINDS[config.rounding]
+        self.weights: dict[str, RoundedWeight] = {
+            n: kind(
+                quant_math.continuous(start.targets[n], start.integers[n], start.weights[n], plan.weight_specs[n]),
+                start.weights[n],
+                plan.weight_specs[n],
+            )
+            for n in learnable
+        }
+        self._quantizers = plan.quantizer_of
+        self._frozen = {
+            n: quant_math.dequantize(start.integers[n], start.weights[n], spec)
+            for n, spec in plan.weight_specs.items()
+            if n not in self.weights
+        }
+        self._bias_unit = {
+            x.bias: np.float32(np.sqrt(calibration.power[x.output]) or 1.0)
+            for x in plan.layers
+            if x.bias is not None and x.bias in graph.gradients
+        }
+        self._bias_shift: dict[str, Array] = {n: np.zeros_like(start.biases[n]) for n in self._bias_unit}
+        self._log_scales: Array = np.zeros(len(graph.quantizers), np.float32)
+        self._pace = 1.0
+        self._first_scales = np.array([float(start.activations[q].scale) for q in graph.quantizers], np.float32)
+        self._layers_of = {n: [k for k, x in enumerate(plan.layers) if x.weight == n] for n in self.weights}
+        rounding = RAdam if config.optimizer is Optimizer.RADAM else Adam
+        self._rounding = rounding({n: w.variable for n, w in self.weights.items()})
+        self._factors = Adam({n: w.gamma for n, w in self.weights.items()})
+        self._biases = Adam(self._bias_shift)
+        self._scales = Adam({ACTIVATION_SCALES: self._log_scales})
+        self._means = MovingAverage(
+            {
+                **{("variable", n): w.variable for n, w in self.weights.items()},
+                **{("gamma", n): w.gamma for n, w in self.weights.items()},
+                **{("bias", n): shift for n, shift in self._bias_shift.items()},
+                ("scales", ACTIVATION_SCALES): self._log_scales,
+            },
+            _MEMORY * total,
+        )
+
+    def step(
+        self,
+        session: Session,
+        batches: Batches,
+        chosen: NDArray[np.int64],
+        layer_weights: Array,
+        step: int,
+        rng: np.random.Generator,
+    ) -> float:
+        """One update from the samples at places ``chosen``; returns the loss."""
+        steps = {n: p.scale for n, p in self._start.weights.items()} | {n: w.scale * w.gamma for n, w in self.weights.items()}
+        weights = {n: w.forward() for n, w in self.weights.items()}
+        feeds = self._parameters(weights, steps, self._biases_of(self._bias_shift), self._scales_of(self._log_scales))
+        feeds[FLOAT_SHARE] = np.array([max(0.0, 1 - (step + 1) / self._total)], np.float32)
+        gradients: dict[str, Array] = {}
+        loss = 0.0
+        wanted = [LOSS, *self._graph.gradients.values()]
+        for values in ordered_map(
+            lambda run: session.run(run, wanted), batches.runs(chosen, feeds, session, rng if self._config.augment else None)
+        ):
+            loss += float(values[LOSS])
+            for name, output in self._graph.gradients.items():
+                value = values[output]
+                gradients[name] = gradients[name] + value if name in gradients else value
+        for name, value in gradients.items():
+            if not np.isfinite(value).all():
+                raise GradientError(f"the gradient of {name} in step {step + 1} is not a number.")
+        return loss + self._update(gradients, layer_weights, step)
+
+    def _update(self, gradients: dict[str, Array], layer_weights: Array, step: int) -> float:
+        config, total = self._config, self._total
+        warm = config.warmup * total
+        strength = config.rounding_strength if step >= warm else 0.0
+        exponent = 20 + (2 - 20) * min(1.0, max(0.0, (step - warm) / max(1.0, total - warm)))
+        penalty, alphas, gammas = 0.0, {}, {}
+        for name, weight in self.weights.items():
+            factor = strength * float(sum(layer_weights[k] for k in self._layers_of[name]))
+            alphas[name], gammas[name] = weight.backward(gradients[name], factor, exponent)
+            if factor:
+                penalty += factor * weight.penalty(exponent)
+        # Adam's first steps are as long as the others and know the least.
+        cosine = 0.5 * (1 + np.cos(np.pi * step / total)) * min(1.0, (step + 1) / (_RISE * total))
+        self._rounding.step(alphas, config.rounding_rate * self._pace * cosine)
+        self._factors.step(gammas, config.scale_lr * cosine)
+        self._biases.step({n: gradients[n] * unit for n, unit in self._bias_unit.items()}, config.bias_lr * cosine)
+        if ACTIVATION_SCALES in gradients:
+            self._scales.step(
+                {ACTIVATION_SCALES: gradients[ACTIVATION_SCALES] * self._scales_of(self._log_scales)}, config.activation_scale_lr * cosine
+            )
+        self._means.update()
+        return penalty
+
+    def slow_down(self) -> None:
+        """Halve the steps of the rounding variables: weights that flip to and fro are noise to all the others."""
+        self._pace /= 2
+
+    def harden(self) -> Rounding:
+        """Where the parameters are going, with every weight decided."""
+        means = self._means.values
+        integers, params = dict(self._start.integers), dict(self._start.weights)
+        for name, weight in self.weights.items():
+            settled = copy(weight)
+            settled.variable, settled.gamma = means["variable", name], means["gamma", name]
+            integers[name], params[name] = settled.harden()
+        activations = dict(self._start.activations)
+        bounds = {q.name: q for q in self._plan.activations}
+        for name, scale in zip(self._graph.quantizers, self._scales_of(means["scales", ACTIVATION_SCALES]), strict=True):
+            changed = replace(activations[name], scale=np.asarray(scale, np.float32))
+            activations[name] = quant_math.inside_bounds(changed, bounds[name].spec, bounds[name].bounds)
+        biases = self._biases_of({n: means["bias", n] for n in self._bias_shift})
+        return Rounding(integers, params, activations, {**self._start.biases, **biases}, self._start.targets)
+
+    def hard_parameters(self, rounding: Rounding) -> Feeds:
+        """Feeds of the evaluation graph for a hard-rounded candidate."""
+        weights = {n: quant_math.dequantize(rounding.integers[n], rounding.weights[n], s) for n, s in self._plan.weight_specs.items()}
+        scales = np.array([float(rounding.activations[q].scale) for q in self._graph.quantizers], np.float32)
+        return self._parameters(weights, {n: p.scale for n, p in rounding.weights.items()}, dict(rounding.biases), scales)
+
+    def _parameters(self, weights: dict[str, Array], steps: dict[str, Array], biases: dict[str, Array], scales: Array) -> Feeds:
+        """Feeds for weights with integer steps of the given sizes; biases are rounded as they will be written."""
+        feeds: Feeds = {**self._frozen, **weights, **self._start.biases, **biases}
+        if self._plan.integer_bias:
+            activations = {n: p.scale for n, p in self._start.activations.items()}
+            activations.update(zip(self._graph.quantizers, scales, strict=True))
+            for layer in self._plan.layers:
+                if layer.bias is not None:
+                    grid = activations[self._quantizers[layer.input].name], steps[layer.weight]
+                    exact = np.asarray(feeds[layer.bias], np.float32)
+                    feeds[layer.bias] = quant_math.round_bias(exact, *grid)
+        if self._graph.quantizers:
+            feeds[ACTIVATION_SCALES] = scales
+        return feeds
+
+    def _biases_of(self, shifts: dict[str, Array]) -> dict[str, Array]:
+        return {n: self._start.biases[n] + shift * self._bias_unit[n] for n, shift in shifts.items()}
+
+    def _scales_of(self, logarithms: Array) -> Array:
+        result: Array = self._first_scales * np.exp(logarithms)
+        return result
