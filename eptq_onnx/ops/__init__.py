@@ -1,0 +1,39 @@
+"""The operator table: one row an operator, and what follows from the rows."""
+
+from eptq_onnx.ops.queries import (
+    channel_axes_of,
+    channels_of,
+    executed,
+    is_elementwise,
+    output_channels,
+    output_parts,
+    pointwise,
+    recorded,
+    without_gradient,
+)
+from eptq_onnx.ops.spec import Bounds, Gradient, OpSpec, Role
+from eptq_onnx.ops.table import LOWERINGS, LSQ_DOMAIN, QUANTIZERS, TABLE, UNKNOWN, is_known, linear_form, spec_of
+
+__all__ = [
+    "LOWERINGS",
+    "LSQ_DOMAIN",
+    "QUANTIZERS",
+    "TABLE",
+    "UNKNOWN",
+    "Bounds",
+    "Gradient",
+    "OpSpec",
+    "Role",
+    "channel_axes_of",
+    "channels_of",
+    "executed",
+    "is_elementwise",
+    "is_known",
+    "linear_form",
+    "output_channels",
+    "output_parts",
+    "pointwise",
+    "recorded",
+    "spec_of",
+    "without_gradient",
+]
