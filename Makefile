@@ -8,6 +8,9 @@ STANDARD := .venv-standard
 OLDEST := .venv-oldest
 DEMO := digits_mobile shapes_detector
 
+# Tests run on all cores.
+PARALLEL := -n auto --dist worksteal
+
 .PHONY: setup demo test test-training test-standard test-oldest sample slow lint models clean
 
 setup: $(VENV)/installed
@@ -27,13 +30,13 @@ demo: setup
 test: lint test-training test-standard test-oldest
 
 test-training: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # Behind the other: it compares with the gradients that the training build leaves in build/.
 test-standard: $(STANDARD)/installed test-training
 	$(if $(NEWEST),,@echo "SKIPPED: Python 3.13, which is not found; the standard engine is tested on the Python that $(PYTHON) is.")
 	$(STANDARD)/bin/python -m pip list --disable-pip-version-check | grep -i "^onnx"
-	$(STANDARD)/bin/python -m pytest -m "not slow and not once"
+	$(STANDARD)/bin/python -m pytest $(PARALLEL) -m "not slow and not once"
 
 $(STANDARD)/installed: pyproject.toml
 	$(or $(NEWEST),$(PYTHON)) -m venv $(STANDARD)
@@ -42,7 +45,7 @@ $(STANDARD)/installed: pyproject.toml
 
 # The gradients with the oldest onnxruntime that the extra allows.
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest tests/engines tests/test_ops.py
+	$(OLDEST)/bin/python -m pytest $(PARALLEL) tests/engines tests/test_ops.py
 
 $(OLDEST)/installed: pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
@@ -54,10 +57,10 @@ DRAWS ?= 500
 
 # What CI takes of the slow tests.
 sample: setup
-	EPTQ_DRAWS=12 $(BIN)/python -m pytest -m slow tests/e2e/test_wild.py tests/e2e/test_large_models.py
+	EPTQ_DRAWS=12 $(BIN)/python -m pytest $(PARALLEL) -m slow tests/e2e/test_wild.py tests/e2e/test_large_models.py
 
 slow: setup
-	EPTQ_DRAWS=$(DRAWS) $(BIN)/python -m pytest -m slow
+	EPTQ_DRAWS=$(DRAWS) $(BIN)/python -m pytest $(PARALLEL) -m slow
 
 lint: setup
 	$(BIN)/ruff check .

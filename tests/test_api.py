@@ -49,9 +49,9 @@ def test_save_is_atomic(tmp_path, monkeypatch):
 
 def test_config_is_frozen_and_strict():
     with pytest.raises(ConfigError, match="option colour is unknown"):
-        Config.of(colour=3)
+        Config(colour=3)
     with pytest.raises(ConfigError, match="option weight_bits=1 is wrong: input should be"):
-        Config.of(weight_bits=1)
+        Config(weight_bits=1)
     assert not Config(preset="fast").optimizes
     assert not Config(preset="fast").needs_gradients
     assert Config(preset="fast", steps=5).needs_gradients

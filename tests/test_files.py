@@ -74,7 +74,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("used", ["model.onnx", "weights.bin", "data.npz"])
 @pytest.mark.parametrize("option", ["-o", "--report"])
 def test_an_output_that_is_an_input_is_refused_before_anything_runs(folder, way, used, option, monkeypatch):
-    monkeypatch.setattr("eptq_onnx.cli.run", lambda *a, **k: pytest.fail("it ran"))
+    monkeypatch.setattr("eptq_onnx.cli.quantize.run", lambda *a, **k: pytest.fail("it ran"))
     path = way(used)
     before = contents(folder)
     outputs = ["-o", path] if option == "-o" else ["-o", "out.onnx", "--report", path]
@@ -256,7 +256,7 @@ def test_a_report_that_cannot_be_written_does_not_cost_the_model(folder, monkeyp
     def gone(path: object, data: bytes) -> None:
         raise OutputError(f"{path} cannot be written: No space left on device.")
 
-    monkeypatch.setattr("eptq_onnx.cli.write_atomically", gone)
+    monkeypatch.setattr("eptq_onnx.cli.quantize.write_atomically", gone)
     arguments = ["model.onnx", "--data", "data.npz", "-o", "out.onnx", "--report", "reports/r.json", "--preset", "fast"]
     result = CliRunner().invoke(app, ["quantize", *arguments])
     assert result.exit_code == 2

@@ -30,7 +30,7 @@ def test_names_are_told_apart_and_switches_are_options():
     for step in PIPELINE:
         if step.switch is not None:
             assert step.without
-            assert Config.of(**dict([step.switch]))
+            assert Config(**dict([step.switch]))
 
 
 @pytest.mark.parametrize("name", ["calibrate", "ranges", "write"])

@@ -48,7 +48,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import peers
 import rivals
@@ -64,8 +64,8 @@ from eptq_onnx.data.samples import read
 from eptq_onnx.graph import io
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
-NEAREST: dict[str, object] = {"start": "nearest", "rotate": False, "equalize": False}
-OURS: dict[str, dict[str, object]] = {
+NEAREST: dict[str, Any] = {"start": "nearest", "rotate": False, "equalize": False}
+OURS: dict[str, dict[str, Any]] = {
     "minmax": {**NEAREST, "steps": 0, "weight_range": "minmax"},
     "mse": {**NEAREST, "steps": 0, "weight_range": "mse"},
     "hmse": {**NEAREST, "steps": 0},
@@ -74,7 +74,7 @@ OURS: dict[str, dict[str, object]] = {
     "closed-form": {"steps": 0},
     "default": {},
 }
-ABLATION: dict[str, dict[str, object]] = {
+ABLATION: dict[str, dict[str, Any]] = {
     "network-no-attention": {**NEAREST, "attention": "none"},
     "network-layer": {**NEAREST, "attention": "layer"},
     "network-mse": {**NEAREST, "weight_range": "mse"},
@@ -94,7 +94,7 @@ def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], iterat
     """Files that a method makes; none if it cannot do these bits."""
     if method not in RIVALS:
         options = (OURS | ABLATION)[method]
-        result = eptq_onnx.quantize(model, data, Config.of(weight_bits=bits[0], activation_bits=bits[1], **options))
+        result = eptq_onnx.quantize(model, data, Config(weight_bits=bits[0], activation_bits=bits[1], **options))
         result.save(folder / "ours.onnx")
         return [folder / "ours.onnx"]
     samples = read(data, io.load(model))

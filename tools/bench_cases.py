@@ -24,6 +24,7 @@ from rich.table import Table
 
 import eptq_onnx
 from eptq_onnx import Config, EptqError
+from eptq_onnx.config import Preset
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.runtime import Session
 
@@ -107,7 +108,7 @@ def main(
                 for preset in _PRESETS:
                     figure, said = -np.inf, ""
                     try:
-                        result = eptq_onnx.quantize(here / "model.onnx", here / data, Config.of(preset=preset, measure_speed=False))
+                        result = eptq_onnx.quantize(here / "model.onnx", here / data, Config(preset=Preset(preset), measure_speed=False))
                         result.save(here / "q.onnx")
                         figure, said = ratio(here / "model.onnx", here / "q.onnx", here, wanted[name]), str(result.report.verdict)
                     except EptqError as e:

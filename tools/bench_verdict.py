@@ -52,7 +52,7 @@ def main(
         weight, activation = (int(v) for v in pair.split(","))
         for method in chosen:
             options = {**known[method], "weight_bits": weight, "activation_bits": activation, "measure_speed": False}
-            result = eptq_onnx.quantize(model, data, Config.of(**options))
+            result = eptq_onnx.quantize(model, data, Config(**options))
             path = folder / f"{model.stem}-w{weight}a{activation}-{method}.onnx"
             result.save(path)
             write_atomically(path.with_suffix(".json"), result.report.to_json().encode())

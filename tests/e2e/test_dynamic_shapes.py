@@ -46,7 +46,7 @@ SAMPLES = [images(1, size=size, seed=k)[0] for k, size in enumerate(4 * [8, 12, 
 @pytest.mark.parametrize("options", [{"preset": "fast"}, {"steps": 3, "batch_size": 2}])
 def test_samples_of_different_sizes(options):
     model = detector()
-    result = eptq_onnx.quantize(model, {"x": SAMPLES}, Config.of(**options))
+    result = eptq_onnx.quantize(model, {"x": SAMPLES}, Config(**options))
     assert len(result.report.layers) == 3
     told = "gradients need fixed shapes: scored and optimized on the 24 of 40 samples of the most frequent size"
     notes = [n for n in result.report.notes if not n.startswith("nearest rounding stays")]

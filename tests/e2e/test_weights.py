@@ -95,7 +95,7 @@ def test_a_weight_ends_in_integers(case):
     made, layers = CASES[case]
     model = made if isinstance(made, ModelProto) else made()
     shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim[1:]]
-    result = eptq_onnx.quantize(model, {"x": normal(12, *shape, seed=3, scale=1)}, Config.of(preset="fast"))
+    result = eptq_onnx.quantize(model, {"x": normal(12, *shape, seed=3, scale=1)}, Config(preset="fast"))
     assert len(result.report.layers) == layers
     weights = {t.name: t.data_type for t in result.model.graph.initializer}
     floats = [t for t in result.model.graph.initializer if t.data_type == 1 and len(t.dims) > 1]
@@ -110,7 +110,7 @@ def test_an_einsum_that_is_no_matrix_product_is_told():
         'g (float[N,4,6] x) => (float[N,5,6] y) { h = MatMul (x, v)  y = Einsum <equation = "bsd,sk->bkd"> (h, w) }',
         {"v": normal(6, 6), "w": normal(4, 5)},
     )
-    result = eptq_onnx.quantize(model, {"x": normal(12, 4, 6)}, Config.of(preset="fast"))
+    result = eptq_onnx.quantize(model, {"x": normal(12, 4, 6)}, Config(preset="fast"))
     assert [k.op_type for k in result.report.kept_float] == ["Einsum"]
 
 
@@ -120,7 +120,7 @@ def test_a_model_whose_activations_are_quantized_is_refused():
         {"w": W, "s": np.float32(0.1), "z": np.int8(0)},
     )
     with pytest.raises(eptq_onnx.ModelError, match="quantized already"):
-        eptq_onnx.quantize(model, {"x": normal(12, 3, 8, 8)}, Config.of(preset="fast"))
+        eptq_onnx.quantize(model, {"x": normal(12, 3, 8, 8)}, Config(preset="fast"))
 
 
 EXTREME = np.where(normal(8, 8, 3, 3) > -0.2, 1, -1).astype(np.float32)
@@ -134,7 +134,7 @@ def test_products_of_the_largest_integers_do_not_saturate(group):
         {"w": EXTREME[:, : 8 // group] / 8, "v": EXTREME[::-1, : 8 // group, 1:, 1:] / 8},
     )
     x = np.abs(np.random.default_rng(0).normal(0.9, 0.2, (12, 8, 8, 8))).astype(np.float32)
-    written = eptq_onnx.quantize(model, {"x": x}, Config.of(preset="fast")).model
+    written = eptq_onnx.quantize(model, {"x": x}, Config(preset="fast")).model
     exact, got = (Session(written, integers=integers).run({"x": x})["y"] for integers in (False, True))
     assert np.square(got - exact).mean() < 1e-4 * np.square(exact).mean()
 
@@ -149,7 +149,7 @@ EMBEDDING = parse(
 @pytest.mark.parametrize("options", [{"preset": "fast"}, {"steps": 2}])
 def test_an_embedding_is_stored_in_8_bits_with_a_scale_for_each_row(options):
     ids = np.random.default_rng(0).integers(0, 400, (12, 7))
-    result = eptq_onnx.quantize(EMBEDDING, {"x": ids}, Config.of(**options))
+    result = eptq_onnx.quantize(EMBEDDING, {"x": ids}, Config(**options))
     onnx.checker.check_model(result.model, full_check=True)
     assert [k.reason for k in result.report.kept_float if k.op_type == "Gather"] == [
         "its table is stored in 8 bits, one scale a row; what is looked up is float"
@@ -171,7 +171,7 @@ def test_small_tables_and_other_axes_stay_as_they_are():
         {"t": normal(20, 6), "u": normal(6, 4000), "k": np.array([0, 5, 7]), "w": normal(3, 4)},
     )
     ids = np.random.default_rng(0).integers(0, 20, (12, 7))
-    result = eptq_onnx.quantize(model, {"x": ids}, Config.of(preset="fast"))
+    result = eptq_onnx.quantize(model, {"x": ids}, Config(preset="fast"))
     assert [k.reason for k in result.report.kept_float if k.op_type == "Gather"] == [
         "its table has fewer than 16384 values: storing it as integers would not pay"
     ]
@@ -183,7 +183,7 @@ def test_a_table_that_is_a_layers_weight_too_stays_float():
         {"t": TABLE, "g": np.ones(48, np.float32), "h": np.zeros(48, np.float32)},
     )
     ids = np.random.default_rng(0).integers(0, 400, 40)
-    result = eptq_onnx.quantize(model, {"x": ids}, Config.of(steps=2))
+    result = eptq_onnx.quantize(model, {"x": ids}, Config(steps=2))
     assert [k.reason for k in result.report.kept_float if k.op_type == "Gather"] == ["its table is the weight of a layer too"]
     expected, got = Session(model).run({"x": ids})["y"], Session(result.model).run({"x": ids})["y"]
     assert np.square(got - expected).mean() < 0.01 * np.square(expected).mean()

@@ -91,7 +91,7 @@ def test_hoisted_and_sunk_a_model_computes_what_it_did():
 @pytest.mark.parametrize("options", [{"preset": "fast"}, {"steps": 2}])
 def test_the_branch_that_samples_take_is_quantized_and_the_other_is_not(options):
     model = rates()
-    result = eptq_onnx.quantize(model, {"x": images(16), "rate": np.array(16000)}, Config.of(**options))
+    result = eptq_onnx.quantize(model, {"x": images(16), "rate": np.array(16000)}, Config(**options))
     assert counts(result.model.graph)["If"] == 1
     assert len(result.report.layers) == 3
     assert result.report.verification.kernels["Conv"] >= 2, "one layer's output leaves the graph, and stays float"
@@ -114,7 +114,7 @@ def test_branches_that_samples_disagree_on_are_left_alone():
     )
     x = images(16) * np.repeat([0.7, 2], 8).astype(np.float32)[:, None, None, None]
     assert counts(normalize(model, 13, Samples({"x": Column(x, 0)}, None)).graph)["If"] == 1
-    result = eptq_onnx.quantize(model, {"x": x}, Config.of(preset="fast"))
+    result = eptq_onnx.quantize(model, {"x": x}, Config(preset="fast"))
     assert ("If", "samples take different branches: what is in them stays float (1 Conv)") in [
         (k.op_type, k.reason) for k in result.report.kept_float
     ]
@@ -130,7 +130,7 @@ def test_what_a_loop_repeats_is_told():
         " more = Identity (go) } > }",
         {"w": normal(4, 4), "v": normal(4, 4, seed=1)},
     )
-    result = eptq_onnx.quantize(model, {"x": normal(16, 4)}, Config.of(preset="fast"))
+    result = eptq_onnx.quantize(model, {"x": normal(16, 4)}, Config(preset="fast"))
     assert [k.reason for k in result.report.kept_float] == ["what it repeats stays float (1 MatMul)"]
     expected, got = Session(model).run({"x": normal(4, 4, seed=3)})["y"], Session(result.model).run({"x": normal(4, 4, seed=3)})["y"]
     np.testing.assert_allclose(got, expected, atol=0.15)

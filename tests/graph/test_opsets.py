@@ -121,7 +121,7 @@ def test_every_opset_is_quantized_and_kept(opset):
     model = network(opset)
     onnx.checker.check_model(model, full_check=True)
     before = model.SerializeToString()
-    result = eptq_onnx.quantize(model, {"x": X}, Config.of(preset="fast", score_samples=16))
+    result = eptq_onnx.quantize(model, {"x": X}, Config(preset="fast", score_samples=16))
     assert model.SerializeToString() == before
     onnx.checker.check_model(result.model, full_check=True)
     assert opset_of(result.model) == max(opset, 13)
@@ -196,7 +196,7 @@ def test_operators_that_are_too_young_are_written_in_older_ones():
     hidden = x @ normal(6, 6)
     hidden = hidden / np.sqrt(np.square(hidden).mean(axis=-1, keepdims=True) + 1e-5) * np.linspace(0.5, 2, 6)
     np.testing.assert_allclose(Session(older).run({"x": x})["y"], hidden @ normal(6, 5, seed=1), rtol=1e-4, atol=1e-5)
-    result = eptq_onnx.quantize(model, {"x": x}, Config.of(preset="fast"))
+    result = eptq_onnx.quantize(model, {"x": x}, Config(preset="fast"))
     assert opset_of(result.model) == 23
     assert len(result.report.layers) == 2
 
@@ -231,7 +231,7 @@ def test_matrix_products_of_opset_21_are_quantized(activation_bits):
         opset=21,
     )
     model.ir_version = 10
-    result = eptq_onnx.quantize(model, {"x": normal(32, 4, 8, seed=2)}, Config.of(preset="fast", activation_bits=activation_bits))
+    result = eptq_onnx.quantize(model, {"x": normal(32, 4, 8, seed=2)}, Config(preset="fast", activation_bits=activation_bits))
     assert opset_of(result.model) == 21
     assert result.report.verification.outputs["y"] > 25
     assert len(result.report.layers) == 2

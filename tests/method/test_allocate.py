@@ -56,7 +56,7 @@ def test_a_budget_that_is_too_small_is_refused_with_the_smallest_possible():
 @pytest.mark.parametrize("text", ["weights", "bits=4", "weights=much", "weights=-1", "weights="])
 def test_an_unreadable_budget_is_refused(text):
     with pytest.raises(ConfigError, match="option budget"):
-        Config.of(budget=text)
+        Config(budget=text)
 
 
 def test_widths_meet_the_budget_and_leave_the_rest_of_the_plan_alone():
@@ -122,7 +122,7 @@ def test_a_weight_that_fits_the_grid_at_the_measured_width_needs_no_more():
 def test_mixed_widths_beat_uniform_ones_of_the_same_size(models_folder):
     results = {}
     for name, options in {"mixed": {"budget": "weights=3"}, "uniform": {"weight_bits": 3, "edge_bits": 3}}.items():
-        config = Config.of(steps=0, activation_bits=8, **options)
+        config = Config(steps=0, activation_bits=8, **options)
         results[name] = eptq_onnx.quantize(models_folder / "digits_mobile.onnx", models_folder / "digits_calib.npz", config)
     sqnr = {name: next(iter(r.report.verification.outputs.values())) for name, r in results.items()}
     assert sqnr["mixed"] > sqnr["uniform"] + 1

@@ -75,7 +75,7 @@ def test_some_layer_is_quantized_whatever_the_noise():
     weight, x = normal(4, 3, 1, 1), normal(16, 3, 4, 4)
     weight[:, 0], x[:, 0] = 0, 2000 * x[:, 0]
     model = parse("g (float[N,3,4,4] x) => (float[N,4,4,4] y) { y = Conv (x, w) }", {"w": weight})
-    result = eptq_onnx.quantize(model, {"x": x}, Config.of(preset="fast", equalize=False))
+    result = eptq_onnx.quantize(model, {"x": x}, Config(preset="fast", equalize=False))
     assert len(result.report.layers) == 1
     assert result.report.verification.outputs["y"] < 3
 
@@ -135,7 +135,7 @@ def test_it_stays_float_with_the_reason_and_the_outputs_are_saved(case):
     model = case[0]
     # Equalization would quiet the loud channel.
     options = {"preset": "fast", "start": "nearest", "equalize": False}
-    results = {m: eptq_onnx.quantize(unbalanced(), images(16), Config.of(max_noise=m, **options)) for m in (0.0, 0.1)}
+    results = {m: eptq_onnx.quantize(unbalanced(), images(16), Config(max_noise=m, **options)) for m in (0.0, 0.1)}
     reasons = {k.node: k.reason for k in results[0.1].report.kept_float}
     assert any("alone would cause noise" in r for r in reasons.values())
     assert len(results[0.1].report.layers) >= DEPTH - 3
@@ -154,5 +154,5 @@ def test_a_prescribed_batch_larger_than_what_is_run_is_run_once():
     model = unbalanced()
     for value in (model.graph.input[0], model.graph.output[0]):
         value.type.tensor_type.shape.dim[0].dim_value = 24
-    result = eptq_onnx.quantize(model, images(24), Config.of(preset="fast", start="nearest", equalize=False, max_noise=0.1))
+    result = eptq_onnx.quantize(model, images(24), Config(preset="fast", start="nearest", equalize=False, max_noise=0.1))
     assert any("alone would cause noise" in k.reason for k in result.report.kept_float)

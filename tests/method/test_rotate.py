@@ -36,7 +36,7 @@ def bottleneck(kernel: int = 1):
 
 
 def rotated(model, **options):
-    whole, config = normalize(model, 13), Config.of(weight_bits=4, **options)
+    whole, config = normalize(model, 13), Config(weight_bits=4, **options)
     return whole, *rotate(whole, plan(whole, targets.load("ort-x64"), config), config, silent)
 
 
@@ -83,7 +83,7 @@ def residual(seed: int):
 def test_the_quantized_model_is_nearer_to_the_float_model(seed):
     ratios = []
     for option in (False, True):
-        config = Config.of(preset="fast", weight_bits=4, rotate=option)
+        config = Config(preset="fast", weight_bits=4, rotate=option)
         report = eptq_onnx.quantize(residual(seed), images(96, channels=8, size=4), config).report
         assert bool(report.rotated) is option
         ratios.append(report.verification.outputs["y"])

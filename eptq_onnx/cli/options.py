@@ -1,0 +1,63 @@
+"""Options of commands, made from the fields of `Config`: name, type, help and default stand there alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+
+from eptq_onnx.config import Config, Option
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+def with_config_options(command: F) -> F:
+    """Give a command, in place of its ``**options``, one option for each field of `Config`; those that are not given are not passed on."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    added = [_parameter(name, field) for name, field in sorted(Config.model_fields.items(), key=lambda item: _option(item[1]).advanced)]
+
+    def called(**given: Any) -> None:
+        command(**{name: value for name, value in given.items() if value is not None or name not in Config.model_fields})
+
+    called.__doc__, called.__name__ = command.__doc__, command.__name__
+    called.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
+    return called  # type: ignore[return-value]
+
+
+def _option(field: FieldInfo) -> Option:
+    return next(m for m in field.metadata if isinstance(m, Option))
+
+
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    option = _option(field)
+    flag = option.flag or "--" + name.replace("_", "-")
+    default = option.default or _shown(field.get_default(call_default_factory=True))
+    text = f"{' '.join((field.description or '').split())} [default: {default}]"
+    kind = _kind(field.annotation, text=option.text)
+    names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
+    info = typer.Option(*names, help=text, metavar=option.metavar or None, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
+
+
+def _shown(default: object) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return str(default.value if isinstance(default, Enum) else default)
+
+
+def _kind(annotation: Any, *, text: bool) -> Any:
+    """What the command line reads for a field of this type."""
+    if get_origin(annotation) in (Union, UnionType):
+        [annotation] = [a for a in get_args(annotation) if a is not NoneType]
+    if get_origin(annotation) is tuple:
+        return list[Path]
+    if get_origin(annotation) is dict:
+        return list[str]
+    return str if text else annotation

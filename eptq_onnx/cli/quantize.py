@@ -1,0 +1,71 @@
+"""The command ``quantize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eptq_onnx.api import Result, input_files
+from eptq_onnx.api import quantize as run
+from eptq_onnx.cli.app import app, one_sentence
+from eptq_onnx.cli.options import with_config_options
+from eptq_onnx.config import Config
+from eptq_onnx.config.files import read_options
+from eptq_onnx.errors import OutputError
+from eptq_onnx.files import check_apart, check_writable, model_outputs, write_atomically
+from eptq_onnx.interrupts import tell_outcome
+from eptq_onnx.report.console import console, display, line, shown
+
+
+@app.command()
+@with_config_options
+def quantize(
+    *,
+    model: Annotated[Path, typer.Argument(help="The float ONNX model.", show_default=False)],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data",
+            help="Calibration samples: a .npz with one array per model input, samples along the first axis; a folder of .npz, "
+            "each what the model takes in one run; or module:function, which gives either.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the QDQ model.")],
+    report: Annotated[Path | None, typer.Option(help="Where to write the report as JSON.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="File with options: .toml, or the report of a former run (.json); options of the command line come first."),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime."""
+    messages = console(stderr=True)
+    with one_sentence(messages):
+        chosen = Config(**{**(read_options(config) if config is not None else {}), **options})
+        outputs = model_outputs(output) if report is None else {**model_outputs(output), "the report": report}
+        for path in filter(None, (output, report)):
+            check_writable(path)
+        inputs = input_files(model, data, chosen)
+        check_apart(outputs, [*inputs, ("the configuration", config)] if config is not None else inputs)
+        with display(messages, chosen.preset.value) as progress:
+            result = run(model, data, chosen, progress=progress)
+        result.save(output)
+        tell_outcome(f"wrote {shown(output)}")
+        failure = _write_report(result, output, report)
+        summary = console()
+        result.report.print(summary)
+        summary.print(line(f"wrote {output}"), soft_wrap=True)
+        if failure is not None:
+            raise failure
+
+
+def _write_report(result: Result, output: Path, report: Path | None) -> OutputError | None:
+    """Write the report; what went wrong is told after the summary, which may be all that is left of it."""
+    try:
+        if report is not None:
+            write_atomically(report, result.report.to_json().encode())
+    except OutputError as e:
+        return OutputError(f"{output} was written, but not the report: {e}")
+    return None

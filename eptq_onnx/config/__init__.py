@@ -1,0 +1,33 @@
+"""The options."""
+
+from eptq_onnx.config.budget import Budget
+from eptq_onnx.config.choices import (
+    ActivationRange,
+    Attention,
+    BudgetUnit,
+    EngineChoice,
+    Optimizer,
+    Preset,
+    RoundingVariable,
+    Start,
+    WeightRange,
+)
+from eptq_onnx.config.config import PRESET_STEPS, Config, describe
+from eptq_onnx.config.option import Option
+
+__all__ = [
+    "PRESET_STEPS",
+    "ActivationRange",
+    "Attention",
+    "Budget",
+    "BudgetUnit",
+    "Config",
+    "EngineChoice",
+    "Optimizer",
+    "Option",
+    "Preset",
+    "RoundingVariable",
+    "Start",
+    "WeightRange",
+    "describe",
+]

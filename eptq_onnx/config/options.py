@@ -1,0 +1,58 @@
+"""The types of options as users write them: words beside enumerations, text beside sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from typing_extensions import TypedDict
+
+from eptq_onnx.config.budget import Budget
+from eptq_onnx.config.choices import ActivationRange, Attention, EngineChoice, Optimizer, Preset, RoundingVariable, Start, WeightRange
+
+
+class Options(TypedDict, total=False):
+    """The options of `Config` as users write them; a test holds the two against each other."""
+
+    weight_bits: int
+    activation_bits: int
+    edge_bits: int
+    budget: Budget | str | None
+    target: str
+    preset: Preset | Literal["fast", "balanced", "best"]
+    steps: int | None
+    engine: EngineChoice | Literal["auto", "training", "standard"]
+    seed: int
+    batch_size: int
+    score_samples: int
+    activation_range: ActivationRange | Literal["minmax", "percentile", "mse"]
+    percentile: float
+    weight_range: WeightRange | Literal["minmax", "mse", "hmse"] | None
+    damping: float
+    probes: int
+    rotate: bool
+    equalize: bool
+    max_noise: float
+    start: Start | Literal["nearest", "closed-form"]
+    correction_damping: float | None
+    rounding_damping: float
+    descent_passes: int
+    attention: Attention | Literal["none", "layer", "channel"]
+    output_share: float
+    rounding: RoundingVariable | Literal["soft", "straight-through"]
+    optimizer: Optimizer | Literal["radam", "adam"]
+    holdout: float
+    patience: int
+    rounding_lr: float | None
+    bias_lr: float
+    scale_lr: float
+    activation_scale_lr: float
+    rounding_strength: float
+    warmup: float
+    gradual_activations: bool
+    augment: bool
+    max_memory: int | str | None
+    batch_axes: Mapping[str, int | None] | Sequence[str]
+    custom_ops: Sequence[str | Path]
+    measure_speed: bool
