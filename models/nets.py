@@ -7,6 +7,7 @@ differentiates; for the shipped file it is the ONNX operator with running statis
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,20 @@ from shapes import SIZE
 OPSET = 17
 EPSILON = 1e-5
 Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Size and stride of a convolution, its groups, and whether it is transposed."""
+
+    k: int = 3
+    stride: int = 1
+    group: int = 1
+    transpose: bool = False
+
+
+WINDOW = Window()
+POINT = Window(k=1)
 
 
 class Net:
@@ -58,16 +73,13 @@ class Net:
         self,
         x: str,
         name: str,
-        c_in: int,
-        c_out: int,
-        k: int = 3,
-        stride: int = 1,
-        group: int = 1,
+        channels: tuple[int, int],
+        window: Window = WINDOW,
         *,
         bias: bool = False,
-        transpose: bool = False,
     ) -> str:
-        """Convolution, or ConvTranspose by the stride."""
+        """Convolution, or ConvTranspose by the stride, from so many channels to so many."""
+        (c_in, c_out), k, stride, group, transpose = channels, window.k, window.stride, window.group, window.transpose
         fan = c_in // group * k * k
         shape = (c_in, c_out // group, k, k) if transpose else (c_out, c_in // group, k, k)
         inputs = [x, self.parameter(f"{name}.weight", lambda: self._rng.normal(0, np.sqrt(2 / fan), shape))]
@@ -96,9 +108,9 @@ class Net:
         scaled = self.op("Mul", [unit, self.op("Reshape", [scale, shape], f"{name}_scale4")], f"{name}_scaled")
         return self.op("Add", [scaled, self.op("Reshape", [bias, shape], f"{name}_bias4")], f"{name}_out")
 
-    def block(self, x: str, name: str, c_in: int, c_out: int, act: str = "Relu", **conv: Any) -> str:
+    def block(self, x: str, name: str, c_in: int, c_out: int, act: str = "Relu", **window: Any) -> str:
         """Convolution, BatchNormalization, activation function."""
-        y = self.norm(self.conv(x, f"{name}.conv", c_in, c_out, **conv), f"{name}.bn", c_out)
+        y = self.norm(self.conv(x, f"{name}.conv", (c_in, c_out), Window(**window)), f"{name}.bn", c_out)
         return self.activation(y, name, act)
 
     def activation(self, y: str, name: str, act: str) -> str:
@@ -182,8 +194,8 @@ def shapes_detector(net: Net) -> ModelProto:
     outputs: dict[str, list[str | int | None]] = {}
     for name, features, cells in (("fine", fine, SIZE // 4), ("coarse", coarse, SIZE // 8)):
         head = net.block(features, f"{name}.head", 32, 32, act="Silu")
-        scores = net.conv(head, f"{name}.scores", 32, 4, k=1, bias=True)
-        sides = net.op("Relu", [net.conv(head, f"{name}.sides", 32, 4, k=1, bias=True)], f"{name}_sides")
+        scores = net.conv(head, f"{name}.scores", (32, 4), POINT, bias=True)
+        sides = net.op("Relu", [net.conv(head, f"{name}.sides", (32, 4), POINT, bias=True)], f"{name}_sides")
         if not net.training:
             scores = net.op("Sigmoid", [scores], f"{name}_probabilities")
         net.op("Concat", [scores, sides], name, axis=1)
@@ -203,7 +215,7 @@ def shapes_segmenter(net: Net) -> ModelProto:
     y = net.block(net.op("Concat", [y, half], "half_all", axis=1), "fuse2", 48, 24)
     y = net.block(y, "up1", 24, 12, act="LeakyRelu", k=4, stride=2, transpose=True)
     y = net.block(net.op("Concat", [y, full], "full_all", axis=1), "fuse1", 24, 16)
-    y = net.conv(y, "classes", 16, 4, k=1, bias=True)
+    y = net.conv(y, "classes", (16, 4), POINT, bias=True)
     net.op("Identity", [y], "logits")
     return net.model("shapes_segmenter", ["N", 3, SIZE, SIZE], {"logits": ["N", 4, SIZE, SIZE]})
 

@@ -11,7 +11,7 @@ and last layers: 8), a column a method:
                  calibration (8 bits only)
     nncf         NNCF's ONNX quantization (pip install nncf), its default and its slower, more accurate bias correction;
                  the better of the two (8 bits only)
-    aimet        AIMET's AdaRound (pip install torch==2.13.0 aimet-onnx), ``--aimet-iterations`` a layer
+    aimet        AIMET's AdaRound (pip install torch==2.13.0 aimet-onnx), 10,000 iterations a layer; ``aimet=2000``: so many
     minmax       nearest rounding, weight scales that clip nothing; like the next two on channels as they are
     mse          nearest rounding, MSE weight ranges
     hmse         nearest rounding, Hessian-weighted MSE weight ranges
@@ -90,8 +90,9 @@ RIVALS = ("static", "nncf", "aimet")
 Figures = tuple[float, ...]
 
 
-def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], iterations: int, folder: Path) -> list[Path]:
+def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], folder: Path) -> list[Path]:
     """Files that a method makes; none if it cannot do these bits."""
+    method, _, iterations = method.partition("=")
     if method not in RIVALS:
         options = (OURS | ABLATION)[method]
         result = eptq_onnx.quantize(model, data, Config(weight_bits=bits[0], activation_bits=bits[1], **options))
@@ -99,7 +100,7 @@ def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], iterat
         return [folder / "ours.onnx"]
     samples = read(data, io.load(model))
     if method == "aimet":
-        return rivals.aimet(model, samples, bits, iterations, folder)
+        return rivals.aimet(model, samples, bits, int(iterations or 10_000), folder)
     if bits != (8, 8):
         return []
     if method == "static":
@@ -107,13 +108,13 @@ def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], iterat
     return rivals.nncf(model, samples, folder)
 
 
-def measured(method: str, model: Path, data: Path, bits: tuple[int, int], iterations: int, folder: Path) -> tuple[list[Path], float, int]:
+def measured(method: str, model: Path, data: Path, bits: tuple[int, int], folder: Path) -> tuple[list[Path], float, int]:
     """The files of `quantize`, the seconds that it took, and the peak memory of the process in bytes."""
     logging.disable(logging.WARNING)
     began = time.perf_counter()
     with redirect_stdout(sys.stderr):
         # Peers print what they do.
-        files = quantize(method, model, data, bits, iterations, folder)
+        files = quantize(method, model, data, bits, folder)
     return files, time.perf_counter() - began, peak_memory()
 
 
@@ -150,7 +151,7 @@ def _shown(figures: Figures) -> str:
 def chosen_of(methods: str, known: Collection[str]) -> list[str]:
     """Methods separated by commas."""
     chosen = methods.split(",")
-    unknown = [m for m in chosen if m not in known]
+    unknown = [m for m in chosen if m.partition("=")[0] not in known]
     if unknown:
         raise typer.BadParameter(f"no method {unknown[0]}; there are {', '.join(known)}")
     return chosen
@@ -173,7 +174,6 @@ def main(
     score: Annotated[str, typer.Option(help="The command that scores a file.")] = "",
     key: Annotated[str, typer.Option(help="The figures in the JSON that it prints, separated by commas.")] = "top1",
     methods: Annotated[str, typer.Option(help="Columns, separated by commas.")] = ",".join(METHODS),
-    aimet_iterations: Annotated[int, typer.Option(help="Of AIMET's AdaRound, a layer; it recommends 10,000 to 15,000.")] = 10_000,
 ) -> None:
     """Print the table."""
     chosen = chosen_of(methods, (*RIVALS, *OURS, *ABLATION))
@@ -188,7 +188,7 @@ def main(
             # A process each: peaks of memory add up otherwise, and rivals leave things behind.
             workers = ProcessPoolExecutor(1, multiprocessing.get_context("forkserver"))
             with tempfile.TemporaryDirectory() as folder, workers as process:
-                work = process.submit(measured, method, model, data, (weight, activation), aimet_iterations, Path(folder))
+                work = process.submit(measured, method, model, data, (weight, activation), Path(folder))
                 files, seconds, memory = work.result()
                 costs.append(f"{seconds:.0f} s, {memory / 1e9:.1f} GB" if files else "")
                 scores.append(_shown(max(evaluate(f) for f in files)) if files else "-")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -23,7 +23,7 @@ from rich.table import Table
 
 import eptq_onnx
 from eptq_onnx import Config, data
-from eptq_onnx.config import EngineChoice
+from eptq_onnx.cli.options import with_config_options
 from eptq_onnx.graph import io
 from eptq_onnx.runtime import Session
 
@@ -45,35 +45,26 @@ def forward_seconds(model: Path, source: Path, batch_size: int) -> float:
     return float(np.median(taken)) * -(-batch_size // size)
 
 
+OPTIONS: dict[str, Any] = {"weight_bits": 4, "score_samples": 64, "probes": 1, "steps": 40, "patience": 0}
+"""Options where others are not given: ten checks on held-out samples fall between the steps."""
+
+
+@with_config_options
 def main(
+    *,
     shipped: Annotated[str, typer.Option(help="A model in models/.")] = "",
     model: Annotated[Path | None, typer.Option(help="Another model.")] = None,
     source: Annotated[Path | None, typer.Option("--data", help="Its calibration data.")] = None,
-    weight_bits: Annotated[int, typer.Option(help="Weight bits.")] = 4,
-    activation_bits: Annotated[int, typer.Option(help="Activation bits.")] = 8,
-    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 16,
-    samples: Annotated[int, typer.Option(help="Samples to score and to walk over.")] = 64,
-    probes: Annotated[int, typer.Option(help="Hessian probes a sample.")] = 1,
-    steps: Annotated[int, typer.Option(help="Steps to time; ten checks on held-out samples fall between them.")] = 40,
     torch: Annotated[bool, typer.Option(help="Time the step in PyTorch, too.")] = False,
-    engine: Annotated[EngineChoice, typer.Option(help="Where gradients come from.")] = EngineChoice.AUTO,
+    **options: Any,
 ) -> None:
     """Print the table."""
     if shipped:
         model, source = MODELS / f"{shipped}.onnx", MODELS / f"{shipped.split('_')[0]}_calib.npz"
     elif model is None or source is None:
         raise typer.BadParameter("give --shipped, or --model and --data")
-    forward = forward_seconds(model, source, batch_size)
-    config = Config(
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        batch_size=batch_size,
-        score_samples=samples,
-        steps=steps,
-        patience=0,
-        probes=probes,
-        engine=engine,
-    )
+    config = Config(**{**OPTIONS, **options})
+    forward = forward_seconds(model, source, config.batch_size)
     ticks: list[float] = []
 
     def note(step: str, done: int, total: int, detail: object = "") -> None:
@@ -81,22 +72,22 @@ def main(
             ticks.append(time.perf_counter())
 
     report = eptq_onnx.quantize(model, source, config, progress=note).report
-    scored = forward * min(samples, report.samples) / batch_size
-    title = f"{model.name}, W{weight_bits}A{activation_bits}, engine {report.engine}"
+    scored = forward * min(config.score_samples, report.samples) / config.batch_size
+    title = f"{model.name}, W{config.weight_bits}A{config.activation_bits}, engine {report.engine}"
     table = Table("part", "float forward passes", title=title, title_justify="left")
-    table.add_row("one forward pass of a batch", f"{forward:.3f} s for {batch_size} samples")
-    table.add_row("calibration, all samples", f"{report.seconds['calibrate'] / (forward * report.samples / batch_size):.1f}")
-    table.add_row(f"Hessian scores, {probes} probe{'s' if probes > 1 else ''}", f"{report.seconds['score'] / scored:.1f}")
-    table.add_row("closed-form start", f"{report.seconds['closed form'] / scored:.1f}")
+    table.add_row("one forward pass of a batch", f"{forward:.3f} s for {config.batch_size} samples")
+    table.add_row("calibration, all samples", f"{report.seconds['calibrate'] / (forward * report.samples / config.batch_size):.1f}")
+    table.add_row(f"Hessian scores, {config.probes} probe{'s' if config.probes > 1 else ''}", f"{report.seconds['score'] / scored:.1f}")
+    table.add_row("layer-wise reconstruction", f"{report.seconds['reconstruct'] / scored:.1f}")
     # Checks on held-out samples fall between some of the ticks; the median knows nothing of them.
     table.add_row("one optimization step", f"{np.median(np.diff(ticks)) / forward:.1f}")
     if torch:
         import torch_step
 
         float_model = io.load(model)
-        batch = next(iter(data.read(source, float_model).take(np.arange(batch_size)).values()))
+        batch = next(iter(data.read(source, float_model).take(np.arange(config.batch_size)).values()))
         for layout in (True, False):
-            taken = torch_step.seconds(float_model, batch, steps, channels_last=layout) / forward
+            taken = torch_step.seconds(float_model, batch, config.step_count(0), channels_last=layout) / forward
             table.add_row(f"the same step in PyTorch, {'channels last' if layout else 'contiguous'}", f"{taken:.1f}")
     table.add_row("time taken, over what was told before", f"{sum(report.seconds.values()) / report.estimate.seconds:.2f}")
     table.add_row("peak memory", f"{report.peak_memory_bytes / 2**30:.1f} GB")

@@ -4,7 +4,7 @@
     python tools/bench_verdict.py --model m.onnx --data calib.npz --score "score.py {model}" --key top1 8,8 4,8
 
 A row is a pair of weight and activation bits and a method of ``tools/bench_accuracy.py`` (``--methods``). A verdict is wrong that says
-safe of a file that loses more than ``--tolerance`` of the score; the exit code then is 1. A file that loses less than a half of that
+safe of a file that loses more than a point of the score; the exit code then is 1. A file that loses less than a half of that
 and is not called safe is marked as overly careful.
 """
 
@@ -27,6 +27,12 @@ from eptq_onnx.report.verdict import Assurance
 METHODS = "mse,fast"
 
 
+TOLERANCE = 0.01
+"""Loss of the score above which a file is not safe."""
+FOLDER = Path("build/verdicts")
+"""Where the files are left."""
+
+
 def main(
     bits: Annotated[list[str], typer.Argument(help="Pairs of weight and activation bits, as 4,8.")],
     shipped: Annotated[str, typer.Option(help="A model in models/.")] = "",
@@ -35,14 +41,12 @@ def main(
     score: Annotated[str, typer.Option(help="The command that scores a file.")] = "",
     key: Annotated[str, typer.Option(help="The figure in the JSON that it prints.")] = "top1",
     methods: Annotated[str, typer.Option(help="Separated by commas.")] = METHODS,
-    tolerance: Annotated[float, typer.Option(help="Loss of the score above which a file is not safe.")] = 0.01,
-    folder: Annotated[Path, typer.Option(help="Where the files are left.")] = Path("build/verdicts"),
 ) -> None:
     """Print the table."""
     known = OURS | ABLATION
     chosen = chosen_of(methods, known)
     model, data, evaluate = subject(shipped, model, data, score, key)
-    folder.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     reference = evaluate(model)[0]
     table = Table(
         "bits", "method", "score", "loss", "verdict", "", "why", title=f"{model.name}, float: {reference:.4f}", title_justify="left"
@@ -53,11 +57,11 @@ def main(
         for method in chosen:
             options = {**known[method], "weight_bits": weight, "activation_bits": activation, "measure_speed": False}
             result = eptq_onnx.quantize(model, data, Config(**options))
-            path = folder / f"{model.stem}-w{weight}a{activation}-{method}.onnx"
+            path = FOLDER / f"{model.stem}-w{weight}a{activation}-{method}.onnx"
             result.save(path)
             write_atomically(path.with_suffix(".json"), result.report.to_json().encode())
             verdict, found = result.report.verdict, evaluate(path)[0]
-            mark = _mark(verdict.assurance, reference - found, tolerance)
+            mark = _mark(verdict.assurance, reference - found, TOLERANCE)
             wrong += mark == "WRONG"
             row = (f"{found:.4f}", f"{reference - found:+.4f}", verdict.assurance.value, mark, Text("; ".join(verdict.reasons)))
             table.add_row(f"W{weight}A{activation}", method, *row)

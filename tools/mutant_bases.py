@@ -21,6 +21,8 @@ _SAMPLES = 6
 
 Rng = np.random.Generator
 
+EXTREME_FLOATS = (0.0, -1.0, 1e-30, 1e30, 3e38, float("inf"), float("-inf"), float("nan"))
+
 
 @dataclass
 class Mutant:
@@ -149,3 +151,18 @@ def messages(message: Message, path: str = "") -> Iterator[tuple[str, Message]]:
             repeated = not isinstance(value, Message)
             for k, inner in enumerate(value if repeated else [value]):
                 yield from messages(inner, f"{path}.{what.name}" + (f"[{k}]" if repeated else ""))
+
+
+def damaged(content: bytes, rng: Rng) -> bytes:
+    """Content with bytes changed, left out or put in."""
+    data = bytearray(content)
+    how = int(rng.integers(6))
+    for _ in range(int(pick(rng, (1, 1, 2, 8)))):
+        at = int(rng.integers(max(1, len(data))))
+        if how == 0:
+            del data[at:]
+        elif how == 1:
+            data[at:at] = bytes(rng.integers(0, 256, int(rng.integers(1, 9)), np.uint8))
+        elif data:
+            data[at % len(data)] = int(rng.integers(256))
+    return bytes(data)

@@ -6,22 +6,20 @@ model's fields, types, shapes, names, attributes, wiring and bytes, of the data 
 
 from __future__ import annotations
 
-import io
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import mutant_samples
 import numpy as np
 import onnx
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
-from mutant_bases import Mutant, Rng, base, messages, pick
+from mutant_bases import EXTREME_FLOATS, Mutant, Rng, base, damaged, messages, pick
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 _TYPES = (0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 16, 17, 21, 22, 23, 99, -1)
 _EXTREME_INTS = (0, 1, -1, 2, 3, 7, 2**31 - 1, -(2**31), 2**31, 2**32, 2**62, -(2**63), 2**63 - 1)
-_EXTREME_FLOATS = (0.0, -1.0, 1e-30, 1e30, 3e38, float("inf"), float("-inf"), float("nan"))
 _STRINGS = ("", "x", "y", "w", "/../x", "a\nb", "[/red]", "\x1b[31m", "名", "n" * 3000, "ai.onnx", "com.microsoft", "no.such.domain", " ")
 _OPERATORS = (
     "Add",
@@ -91,7 +89,7 @@ def _scalar(what: Any, m: Mutant, rng: Rng) -> Any:
     if what.type == FieldDescriptor.TYPE_ENUM:
         return int(pick(rng, what.enum_type.values).number)
     if what.type in (FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_DOUBLE):
-        return pick(rng, _EXTREME_FLOATS)
+        return pick(rng, EXTREME_FLOATS)
     low, high = {FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1), FieldDescriptor.TYPE_UINT64: (0, 2**64 - 1)}.get(
         what.type, (-(2**63), 2**63 - 1)
     )
@@ -177,7 +175,7 @@ def _values(m: Mutant, rng: Rng) -> str:
         return "nothing"
     tensor = pick(rng, tensors)
     value = np.frombuffer(tensor.raw_data[: len(tensor.raw_data) // 4 * 4], np.float32).copy()
-    how = float(pick(rng, (*_EXTREME_FLOATS, 1e20, 1e-20, 1e-42)))
+    how = float(pick(rng, (*EXTREME_FLOATS, 1e20, 1e-20, 1e-42)))
     if rng.random() < 0.5:
         value[int(rng.integers(len(value)))] = how
     elif rng.random() < 0.5:
@@ -322,22 +320,8 @@ def _versions(m: Mutant, rng: Rng) -> str:
 
 def _bytes(m: Mutant, rng: Rng) -> str:
     """The file is cut, longer, or has other bytes."""
-    m.model_bytes = _damaged(m.model.SerializeToString(), rng)
+    m.model_bytes = damaged(m.model.SerializeToString(), rng)
     return f"{len(m.model_bytes)} bytes"
-
-
-def _damaged(content: bytes, rng: Rng) -> bytes:
-    data = bytearray(content)
-    how = int(rng.integers(6))
-    for _ in range(int(pick(rng, (1, 1, 2, 8)))):
-        at = int(rng.integers(max(1, len(data))))
-        if how == 0:
-            del data[at:]
-        elif how == 1:
-            data[at:at] = bytes(rng.integers(0, 256, int(rng.integers(1, 9)), np.uint8))
-        elif data:
-            data[at % len(data)] = int(rng.integers(256))
-    return bytes(data)
 
 
 def _external(m: Mutant, rng: Rng) -> str:
@@ -358,78 +342,6 @@ def _external(m: Mutant, rng: Rng) -> str:
     return said
 
 
-# ---- mutations of the samples ----------------------------------------------------------------------------------------
-def _archive(m: Mutant) -> dict[str, bytes]:
-    members = {}
-    for name, value in m.samples.items():
-        buffer = io.BytesIO()
-        np.save(buffer, value, allow_pickle=True)
-        members[f"{name}.npy"] = buffer.getvalue()
-    return members
-
-
-def _zipped(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-def _data_values(m: Mutant, rng: Rng) -> str:
-    m.in_data = True
-    name = pick(rng, list(m.samples))
-    value = m.samples[name]
-    how = int(rng.integers(8))
-    if how == 0:
-        value = value.astype(pick(rng, (np.float64, np.float16, np.int8, np.int64, np.bool_, np.complex64, "S4", "U2", "datetime64[s]")))
-    elif how == 1:
-        value = value[: int(rng.integers(0, 2))]
-    elif how == 2:
-        value = value.reshape(-1) if rng.random() < 0.5 else value[None]
-    elif how == 3:
-        value = np.array(3.0, value.dtype)
-    elif how == 4:
-        value = np.array([v for v in value] + [None], dtype=object)
-    elif how == 5 and value.dtype.kind == "f":
-        value = value.copy()
-        value.reshape(-1)[0] = pick(rng, _EXTREME_FLOATS)
-    elif how == 6:
-        value = np.zeros_like(value) + value.dtype.type(pick(rng, (0, 1, 5, 100)))
-    else:
-        value = np.asfortranarray(value).astype(value.dtype.newbyteorder(">"))
-    m.samples[name] = value
-    return f"{name} is {value.dtype} {value.shape}"
-
-
-def _data_members(m: Mutant, rng: Rng) -> str:
-    m.in_data = True
-    name = pick(rng, list(m.samples))
-    how = int(rng.integers(3))
-    if how == 0:
-        m.samples["other"] = m.samples[name]
-        return "one more array"
-    if how == 1:
-        m.samples["other"] = m.samples.pop(name)
-        return "another name"
-    members = _archive(m)
-    members[pick(rng, ("../evil.npy", "x.txt", "x", "z.npz", f"{name}.npy.npy"))] = b"text"
-    m.data_bytes = _zipped(members)
-    return "a member that is no array"
-
-
-def _data_bytes(m: Mutant, rng: Rng) -> str:
-    m.in_data = True
-    members = _archive(m)
-    if rng.random() < 0.4:
-        name = pick(rng, list(members))
-        members[name] = _damaged(members[name][:200], rng) + members[name][200:]
-        m.data_bytes = _zipped(members)
-        return f"bytes of {name}"
-    m.data_bytes = _damaged(_zipped(members, int(pick(rng, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)))), rng)
-    return "bytes of the archive"
-
-
 _MUTATIONS: dict[str, tuple[Callable[[Mutant, Rng], str], float]] = {
     "field": (_any_field, 3),
     "type": (_type, 1.5),
@@ -446,7 +358,7 @@ _MUTATIONS: dict[str, tuple[Callable[[Mutant, Rng], str], float]] = {
     "versions": (_versions, 1.2),
     "bytes": (_bytes, 1.5),
     "external data": (_external, 1),
-    "data values": (_data_values, 0.8),
-    "data members": (_data_members, 0.4),
-    "data bytes": (_data_bytes, 0.5),
+    "data values": (mutant_samples.data_values, 0.8),
+    "data members": (mutant_samples.data_members, 0.4),
+    "data bytes": (mutant_samples.data_bytes, 0.5),
 }

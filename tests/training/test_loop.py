@@ -26,7 +26,6 @@ from eptq_onnx.records import Network, Scores
 from eptq_onnx.runtime import Session
 from eptq_onnx.training.attention import channel_attention, layer_attention, part_weights
 from eptq_onnx.training.graph import training_graph
-from eptq_onnx.training.kept import Balance, Kept, is_accepted, is_better
 from eptq_onnx.training.loop import optimize
 
 TARGET = targets.load("ort-x64")
@@ -204,25 +203,6 @@ def test_slopes_that_cost_more_than_the_loop_brought_are_left(engine, monkeypatc
     assert best is found[0]
 
 
-@pytest.mark.parametrize(("share", "layers", "outputs"), [(0.5, 0.5, 0.5), (0.0, 1.0, 0.0), (1.0, 0.0, 1.0), (0.2, 0.8, 0.2)])
-def test_the_loss_of_the_start_is_one_of_which_the_outputs_have_their_share(share, layers, outputs):
-    errors = np.random.default_rng(0).uniform(1, 2, (3, 40)).astype(np.float32) * np.array([[7.0], [0.01], [1.0]], np.float32)
-    balance = Balance.of(errors, share)
-    np.testing.assert_allclose(balance(errors)[0].sum(), 1)
-    np.testing.assert_allclose(balance(errors)[1], errors[2])
-    halved = balance(errors * np.array([[0.5], [1.0], [1.0]]))[0].sum(), balance(errors * np.array([[1.0], [0.5], [1.0]]))[0].sum()
-    np.testing.assert_allclose(halved, (1 - layers / 2, 1 - outputs / 2))
-
-
-@pytest.mark.parametrize(
-    ("share", "errors", "shares"), [(0.5, (2, 0), (1, 0)), (1.0, (2, 0), (1, 0)), (0.5, (0, 2), (0, 1)), (0.5, (0, 0), (0, 0))]
-)
-def test_what_has_no_errors_has_no_share(share, errors, shares):
-    balance = Balance.of(np.array([[errors[0]], [errors[1]], [0]], np.float32), share)
-    np.testing.assert_allclose(balance.shares, shares)
-    assert np.isfinite(balance.units).all()
-
-
 def test_the_outputs_count_part_by_part_in_units_of_their_spread(engine):
     """Of a detector that joins boxes in pixels with probabilities, the probabilities count as much as the boxes."""
     from graphs import normal, parse
@@ -258,25 +238,6 @@ def test_any_share_of_the_outputs_lowers_their_error(engine, share):
     assert np.square(after - exact).sum() < 0.8 * np.square(before - exact).sum()
 
 
-def test_layers_in_the_middle_do_not_gain_at_the_cost_of_the_outputs():
-    errors = np.random.default_rng(0).uniform(1, 2, (2, 40)).astype(np.float32)
-    gain = np.array([[0.9], [1.0]], np.float32)
-    assert is_accepted(errors * gain, errors)
-    assert not is_accepted(errors * np.array([[0.9], [1.01]], np.float32), errors)
-    assert not is_accepted(errors * gain[::-1], errors), "the outputs alone do not decide either"
-
-
-def test_only_what_beats_chance_is_better():
-    rng = np.random.default_rng(0)
-    before = rng.uniform(1, 2, 20).astype(np.float32)
-    assert is_better(before * np.float32(0.9), before)
-    assert not is_better(before, before)
-    loud = np.where(np.arange(20) == 3, np.float32(0.1), before * np.float32(1.01)).astype(np.float32)
-    assert loud.mean() < before.mean()
-    assert not is_better(loud, before), "one loud sample must not decide"
-    assert is_better(before[:1] - 1e-3, before[:1])
-
-
 def test_a_harmful_optimization_is_not_kept(engine):
     case = Case(engine, rounding_lr=30.0, bias_lr=10.0, steps=10)
     best, trace = case.run()
@@ -306,69 +267,6 @@ def test_a_step_that_is_kept_is_named(engine):
     assert trace.reason == (
         f"step {trace.best_step} was kept: it lowered the error on held-out samples ({100 * change:+.1f} %; {trace.steps} of 60 steps)"
     )
-
-
-def replayed(losses, outputs, noise=0.0, count=26, seed=0):
-    """What the checks of a run find: errors of held-out samples that are so many times those of the start."""
-    rng = np.random.default_rng(seed)
-    start = rng.uniform(1, 2, (2, count)).astype(np.float32)
-    kept = Kept("start", start)
-    for step, factors in enumerate(zip(losses, outputs, strict=True), 1):
-        kept.offer(step, step, (start * np.array(factors)[:, None] * rng.uniform(1 - noise, 1 + noise, start.shape)).astype(np.float32))
-        if kept.is_settled:
-            break
-    return kept, step
-
-
-@pytest.mark.parametrize(
-    ("losses", "outputs", "ends", "why"),
-    [
-        ([1.01, 1.02, 0.5], [0.9, 0.9, 0.5], 2, "error on held-out samples (best +1.0 % in 2 of 3 steps; stopped early)"),
-        ([0.9, 0.8, 0.5], [1.1, 1.2, 0.5], 2, "error of the outputs on held-out samples (best +10.0 % in 2 of 3 steps; stopped early)"),
-        ([1.3, 1.2, 1.1, 1.15], [1, 1, 1, 1], 4, "error on held-out samples (best +10.0 % in 4 of 4 steps)"),
-        ([0.9, 0.8, 0.7], [1.3, 1.2, 1.25], 3, "error of the outputs on held-out samples (best +20.0 % in 3 of 3 steps)"),
-        (
-            [0.999, 1.3, 1.3],
-            [1.1, 0.9, 1.1],
-            3,
-            "error on held-out samples by more than chance without raising that of the outputs (best -0.1 % in 3 of 3 steps)",
-        ),
-    ],
-)
-def test_the_loop_ends_when_the_start_will_be_kept(losses, outputs, ends, why):
-    kept, ran = replayed(losses, outputs)
-    assert (kept.step, ran) == (0, ends)
-    assert kept.reason(ran, len(losses)) == f"the start was kept: no step lowered the {why}"
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_the_loop_goes_on_while_errors_fall_and_after_a_gain(seed):
-    """A late gain is found if the errors fell, and a run that has gained is not ended by this rule, whatever comes."""
-    rng = np.random.default_rng(seed)
-    falling = np.sort(rng.uniform(1.0, 1.5, 5))[::-1] * np.array([1, 1, 1, 1, 0.5])
-    kept, ran = replayed(falling, falling, seed=seed)
-    assert (kept.step, ran) == (5, 5)
-    kept, ran = replayed([0.5, *rng.uniform(1, 2, 6)], [0.5, *rng.uniform(1, 2, 6)], seed=seed)
-    assert (kept.step, ran) == (1, 7)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_the_loop_ends_early_only_where_the_start_is_kept(seed):
-    """In drawn runs, what the rule ends had no gain up to there; without the rule the same checks find none up to there either."""
-    rng = np.random.default_rng(seed)
-    losses, outputs = rng.uniform(0.8, 1.2, (2, 10))
-    kept, ran = replayed(losses, outputs, noise=0.1, seed=seed)
-    assert kept.step == 0 or ran == 10
-    assert np.isfinite([*kept.checkpoints.values()]).all()
-    assert kept.reason(ran, 10).startswith("the start was kept: " if not kept.step else f"step {kept.step} was kept: ")
-
-
-def test_a_start_without_errors_is_kept_without_a_division_by_zero():
-    kept = Kept("start", np.zeros((2, 8), np.float32))
-    for step in (1, 2):
-        kept.offer(step, step, np.ones((2, 8), np.float32))
-    assert kept.is_settled
-    assert kept.reason(2, 10).startswith("the start was kept: no step lowered the error")
 
 
 def test_a_model_that_takes_one_sample_at_a_time(engine):
