@@ -9,7 +9,7 @@ OLDEST := .venv-oldest
 DEMO := digits_mobile shapes_detector
 
 # Tests run on all cores.
-PARALLEL := -n auto --dist worksteal
+PARALLEL := -n logical --dist worksteal
 
 .PHONY: setup demo test test-training test-standard test-oldest sample slow lint models clean
 
