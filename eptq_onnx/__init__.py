@@ -16,25 +16,70 @@ from eptq_onnx.errors import (
 
 if TYPE_CHECKING:
     from eptq_onnx.api import Result, quantize
-    from eptq_onnx.config import Config
+    from eptq_onnx.config import (
+        ActivationRange,
+        Attention,
+        Budget,
+        BudgetUnit,
+        Config,
+        EngineChoice,
+        Optimizer,
+        Preset,
+        RoundingVariable,
+        Start,
+        WeightRange,
+    )
+    from eptq_onnx.passes.base import Progress
     from eptq_onnx.report import Report
 
 __all__ = [
+    "ActivationRange",
+    "Attention",
+    "Budget",
+    "BudgetUnit",
     "Config",
     "ConfigError",
     "DataError",
+    "EngineChoice",
     "EptqError",
     "GradientError",
     "InstallError",
     "ModelError",
+    "Optimizer",
     "OutputError",
+    "Preset",
+    "Progress",
     "Report",
     "Result",
+    "RoundingVariable",
+    "Start",
+    "WeightRange",
     "__version__",
     "quantize",
 ]
 
-_PLACES = {"Config": "config", "Report": "report", "Result": "api", "quantize": "api"}
+_PLACES = {
+    **dict.fromkeys(
+        (
+            "ActivationRange",
+            "Attention",
+            "Budget",
+            "BudgetUnit",
+            "Config",
+            "EngineChoice",
+            "Optimizer",
+            "Preset",
+            "RoundingVariable",
+            "Start",
+            "WeightRange",
+        ),
+        "config",
+    ),
+    "Progress": "passes.base",
+    "Report": "report",
+    "Result": "api",
+    "quantize": "api",
+}
 """Imported when they are asked for: the command has to handle signals before the seconds that this takes."""
 
 

@@ -120,6 +120,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         plan = make_plan(prepared.model, target, given)
         config, state = runner.affordable(given, State(prepared.model, float_model, plan), samples)
     ctx = Context(
+        given=given,
         config=config,
         target=target,
         engine=engine,
@@ -135,7 +136,7 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     with _timed(seconds, "estimate"):
         expected = runner.estimate(state, ctx)
     state = runner.run(state, ctx)
-    report = report_of(given, prepared, state, ctx, Costs(expected, seconds, peak_memory()))
+    report = report_of(prepared, state, ctx, Costs(expected, seconds, peak_memory()))
     return Result(store.load_all(final(sink(state.written.marked), prepared)), report)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ PIPELINE: tuple[Pass, ...] = (
 )
 """What is done to a model that was read, normalized and planned."""
 
+_LOGGER = logging.getLogger("eptq_onnx")
 _SHARE_OF_MEMORY = 0.9
 """Default memory limit of large models, as a fraction of RAM."""
 
@@ -112,6 +114,7 @@ class Runner:
                     raise
                 state = state.noting(f"{step.without}: {e}")
             self.seconds[step.name] = round(time.perf_counter() - began, 3)
+            _LOGGER.info("%s: %.1f s", step.name, self.seconds[step.name])
         return state
 
     def _enabled(self, ctx: Context) -> Iterable[Pass]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eptq_onnx._version import __version__
-from eptq_onnx.config import Config
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.passes.base import Context, State
@@ -37,13 +36,11 @@ class Costs:
     peak_memory: int
 
 
-def report_of(given: Config, prepared: Prepared, state: State, ctx: Context, costs: Costs) -> Report:
+def report_of(prepared: Prepared, state: State, ctx: Context, costs: Costs) -> Report:
     """Put the report together.
 
     Parameters
     ----------
-    given : Config
-        As the user gave it, before what does not fit the memory was left out.
     prepared : Prepared
     state : State
         After all passes.
@@ -63,7 +60,7 @@ def report_of(given: Config, prepared: Prepared, state: State, ctx: Context, cos
         model=prepared.name,
         target=ctx.target.name,
         engine=ctx.engine.name if ctx.engine else "",
-        config=given.model_dump(mode="json"),
+        config=ctx.given.model_dump(mode="json"),
         opset=max(opset_of(sink(state.written.marked)), prepared.opset),
         samples=ctx.samples.count,
         unused_samples=state.calibration.unused_samples,

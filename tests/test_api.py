@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import logging
+
 import onnx
 import pytest
 from graphs import images, small_convnet
 
 import eptq_onnx
-from eptq_onnx import Config, ConfigError, EptqError, errors
+from eptq_onnx import Config, ConfigError, EptqError, errors, targets
 
 
 def test_public_names_are_pinned():
     assert sorted(eptq_onnx.__all__) == [
-        "Config", "ConfigError", "DataError", "EptqError", "GradientError", "InstallError", "ModelError", "OutputError",
-        "Report", "Result", "__version__", "quantize",
+        "ActivationRange", "Attention", "Budget", "BudgetUnit", "Config", "ConfigError", "DataError", "EngineChoice", "EptqError",
+        "GradientError", "InstallError", "ModelError", "Optimizer", "OutputError", "Preset", "Progress", "Report", "Result",
+        "RoundingVariable", "Start", "WeightRange", "__version__", "quantize",
     ]  # fmt: skip
     assert all(hasattr(eptq_onnx, name) for name in eptq_onnx.__all__)
 
@@ -63,3 +66,35 @@ def test_small_models_get_more_steps():
     assert Config(preset="best").step_count(0) == 5000
     assert Config(steps=7).step_count(0) == Config(steps=7).step_count(1e12) == 7
     assert Config(preset="fast").step_count(0) == 0
+
+
+def signs(model):
+    return {p.key: p.value for p in model.metadata_props}
+
+
+def test_the_written_model_says_what_made_it():
+    model = small_convnet()
+    model.metadata_props.add(key="author", value="me")
+    model.metadata_props.add(key="eptq_onnx.version", value="0")
+    made = eptq_onnx.quantize(model, images(8), Config(preset="fast")).model
+    assert (made.producer_name, made.producer_version) == ("eptq-onnx", eptq_onnx.__version__)
+    assert signs(made) | {"eptq_onnx.options": ""} == {
+        "author": "me", "eptq_onnx.version": eptq_onnx.__version__, "eptq_onnx.target": "ort-x64", "eptq_onnx.options": "",
+    }  # fmt: skip
+
+
+def test_options_that_change_nothing_written_do_not_count():
+    target = targets.load("ort-x64")
+    plain = Config().digest(target)
+    assert len(plain) == 16
+    assert Config(measure_speed=False, custom_ops=["a.so"]).digest(target) == plain
+    others = [Config(seed=1), Config(weight_bits=4), Config(budget="weights=4"), Config(batch_axes={"x": 0}), Config(rotate=False)]
+    assert len({plain, *(c.digest(target) for c in others), Config().digest(targets.load("ort-x64-vnni"))}) == 7
+
+
+def test_every_pass_is_logged(caplog):
+    with caplog.at_level(logging.INFO, "eptq_onnx"):
+        result = eptq_onnx.quantize(small_convnet(), images(8), Config(preset="fast"))
+    names = [record.getMessage().partition(":")[0] for record in caplog.records if record.name == "eptq_onnx"]
+    assert names == [name for name in result.report.seconds if name in names]
+    assert {"calibrate", "reconstruct", "write", "verify"} <= set(names)

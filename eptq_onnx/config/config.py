@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
@@ -132,9 +134,9 @@ class Config(BaseModel):
         Option("model", flag="--batch-axis", metavar="NAME=AXIS|none", text=True, default="found from shapes and samples"),
     ] = Field(default_factory=dict)
     """Batch axis of a model input, counted from 0, or none for an input without one; give it once for each input."""
-    custom_ops: Annotated[tuple[Path, ...], Option("model", default="none")] = ()
+    custom_ops: Annotated[tuple[Path, ...], Option("model", default="none", in_result=False)] = ()
     """Shared library with custom operators for onnxruntime, whose nodes stay float; give it once for each library."""
-    measure_speed: Annotated[bool, Option("limits")] = True
+    measure_speed: Annotated[bool, Option("limits", in_result=False)] = True
     """Measure at the end, for a second or two, whether the quantized model runs faster than the float model on this machine; it changes
     nothing in the result."""
 
@@ -166,6 +168,13 @@ class Config(BaseModel):
         if 8 < bits < 16:
             raise ValueError("give 2 to 8, or 16")
         return bits
+
+    def digest(self, target: BaseModel) -> str:
+        """Hash of the options that change the result, in 16 hexadecimal digits; a target counts by what it says, not by its name."""
+        named = {n: m for n, field in type(self).model_fields.items() for m in field.metadata if isinstance(m, Option)}
+        values = self.model_dump(mode="json", include={n for n, option in named.items() if option.in_result and n != "target"})
+        text = json.dumps([values, target.model_dump(mode="json")], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def block_bytes(self) -> int | None:

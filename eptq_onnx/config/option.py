@@ -23,6 +23,8 @@ class Option:
         What help calls the default, if the value does not tell.
     advanced : bool
         True for what few users need.
+    in_result : bool
+        False if the written model does not depend on it.
     """
 
     section: str
@@ -31,3 +33,4 @@ class Option:
     text: bool = False
     default: str = ""
     advanced: bool = False
+    in_result: bool = True

@@ -47,6 +47,8 @@ class Context:
 
     Parameters
     ----------
+    given : Config
+        As the user gave it.
     config : Config
         As the machine's memory allows it.
     target : Target
@@ -69,6 +71,7 @@ class Context:
     progress : Progress
     """
 
+    given: Config
     config: Config
     target: Target
     engine: Engine | None

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from onnx import ModelProto
+
+from eptq_onnx._version import __version__
 from eptq_onnx.method.qdq import write
 from eptq_onnx.passes.base import Context, Pass, State, Written
+
+_PREFIX = "eptq_onnx."
+"""Of the metadata that tells where a model comes from."""
 
 
 class Write(Pass):
@@ -16,5 +22,17 @@ class Write(Pass):
     provides = ("written",)
 
     def run(self, state: State, ctx: Context) -> State:
-        """Write the model of the plan and the rounding."""
-        return replace(state, written=Written(*write(state.model, state.plan, state.rounding)))
+        """Write the model of the plan and the rounding, and into it what made it."""
+        marked, stands_for = write(state.model, state.plan, state.rounding)
+        _sign(marked, ctx)
+        return replace(state, written=Written(marked, stands_for))
+
+
+def _sign(model: ModelProto, ctx: Context) -> None:
+    """Name version, target and options in the metadata, in place."""
+    model.producer_version = __version__
+    kept = [(p.key, p.value) for p in model.metadata_props if not p.key.startswith(_PREFIX)]
+    made = {"version": __version__, "target": ctx.target.name, "options": ctx.given.digest(ctx.target)}
+    del model.metadata_props[:]
+    for key, value in [*kept, *((_PREFIX + key, value) for key, value in made.items())]:
+        model.metadata_props.add(key=key, value=value)
