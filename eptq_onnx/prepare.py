@@ -75,7 +75,7 @@ def prepare(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, ta
     """
     original = io.load(model, folder)
     read = candidates(data, original, config.batch_axes)
-    plain = normalize(original, target.opset_for(config.activation_bits))
+    plain = normalize(original, target.opset_for(config.most_activation_bits))
     arranged = arrange(plain, read, config.seed)
     whole = settle(plain, arranged.samples)
     samples, found, left = record(flattened(whole), arranged.samples, config.seed)
@@ -96,7 +96,7 @@ def final(quantized: ModelProto, prepared: Prepared) -> ModelProto:
 
 def _type_notes(model: ModelProto, config: Config) -> list[str]:
     notes = [f"{name} tensors are computed and stored in float32; inputs and outputs keep their types" for name in other_float_types(model)]
-    if config.activation_bits > 8:
+    if config.most_activation_bits > 8:
         notes.append("no integer kernels are known for 16-bit activations: operators compute in float32 between their quantizers")
     return notes
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from enum import Enum
-from pathlib import Path
-from types import NoneType, UnionType
+from types import GenericAlias, NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
@@ -57,7 +56,7 @@ def _kind(annotation: Any, *, text: bool) -> Any:
     if get_origin(annotation) in (Union, UnionType):
         [annotation] = [a for a in get_args(annotation) if a is not NoneType]
     if get_origin(annotation) is tuple:
-        return list[Path]
+        return GenericAlias(list, get_args(annotation)[:1])
     if get_origin(annotation) is dict:
         return list[str]
     return str if text else annotation

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
-from typing_extensions import Unpack
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Self, Unpack
 
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import ActivationRange, Attention, EngineChoice, Optimizer, Preset, RoundingVariable, Start, WeightRange
@@ -34,14 +35,20 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    weight_bits: Annotated[int, Option("bits")] = Field(8, ge=2, le=8)
+    weight_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=8)
     """Bits of the weights, 2 to 8."""
-    activation_bits: Annotated[int, Option("bits")] = Field(8, ge=2, le=16)
+    activation_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=16)
     """Bits of the activations, 2 to 8, or 16, which takes opset 21."""
-    edge_bits: Annotated[int, Option("bits")] = Field(8, ge=2, le=8)
+    edge_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=8)
     """Bits of the first and last layers, those that have no layer before or behind them: of their weights, and, where the other
     activations have fewer, of the model's inputs and the last layers' inputs and outputs."""
-    budget: Annotated[Budget | None, Option("bits", metavar="UNIT=AMOUNT", text=True, default="none")] = None
+    bits: Annotated[tuple[str, ...], Option("widths", metavar="[PATTERN=]wWaA", default="none")] = ()
+    """w4a8 sets the bits of all weights and activations; PATTERN=w8a16 those of the weights of some nodes and of the activations that
+    these read. PATTERN is a node's name, re:REGEX, op:TYPE or from:NAME..to:NAME; of several that match, the last counts. Give it once
+    for each."""
+    exclude: Annotated[tuple[str, ...], Option("widths", metavar="PATTERN", default="none")] = ()
+    """Nodes that stay float, by a pattern as for the bits; give it once for each."""
+    budget: Annotated[Budget | None, Option("widths", metavar="UNIT=AMOUNT", text=True, default="none")] = None
     """Mixed precision: every weight gets the width, of 2 to 8 bits, with which the error of the outputs is least within weights=4 (mean
     bits), bytes=2e6 or bitops=1e10; instead of the bits of weights."""
     target: Annotated[str, Option("runtime")] = "ort-x64"
@@ -162,6 +169,39 @@ class Config(BaseModel):
             axes[name] = None if axis == "none" else int(axis)
         return axes
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bits_of_all(cls, given: Any) -> Any:
+        """Bits without a pattern are the options weight_bits and activation_bits by another name."""
+        if not isinstance(given, Mapping) or "bits" not in given:
+            return given
+        rules = [given["bits"]] if isinstance(given["bits"], str) else list(given["bits"])
+        options = {name: value for name, value in given.items() if name != "bits"}
+        for rule in rules:
+            if "=" not in str(rule):
+                for name, width in zip(("weight_bits", "activation_bits"), widths(rule), strict=True):
+                    if options.setdefault(name, width) != width:
+                        raise ValueError(f"bits {rule} and {name} {options[name]} contradict each other")
+        return {**options, "bits": [rule for rule in rules if "=" in str(rule)]}
+
+    @field_validator("bits")
+    @classmethod
+    def _readable(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        for rule in rules:
+            widths(rule.rpartition("=")[2])
+        return rules
+
+    @field_validator("bits", "exclude", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: object) -> object:
+        return (given,) if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.budget is not None and self.bits:
+            raise ValueError("a budget chooses the bits of all weights: leave bits with patterns out")
+        return self
+
     @field_validator("activation_bits")
     @classmethod
     def _stored(cls, bits: int) -> int:
@@ -175,6 +215,16 @@ class Config(BaseModel):
         values = self.model_dump(mode="json", include={n for n, option in named.items() if option.in_result and n != "target"})
         text = json.dumps([values, target.model_dump(mode="json")], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def node_bits(self) -> list[tuple[str, int, int]]:
+        """Pattern, weight bits and activation bits of the rules for some nodes."""
+        return [(rule.rpartition("=")[0], *widths(rule.rpartition("=")[2])) for rule in self.bits]
+
+    @property
+    def most_activation_bits(self) -> int:
+        """The widest activations that there may be."""
+        return max([self.activation_bits, *(bits for _, _, bits in self.node_bits)])
 
     @property
     def block_bytes(self) -> int | None:
@@ -218,6 +268,14 @@ class Config(BaseModel):
     def needs_gradients(self) -> bool:
         """True if any step of this run uses the gradient engine."""
         return self.optimizes or self.weight_range_method is WeightRange.HMSE
+
+
+def widths(text: str) -> tuple[int, int]:
+    """Weight and activation bits of such as w4a8."""
+    found = re.fullmatch(r"w(\d+)a(\d+)", str(text))
+    if found is None or not 2 <= int(found[1]) <= 8 or int(found[2]) not in (2, 3, 4, 5, 6, 7, 8, 16):
+        raise ValueError(f"write bits as w4a8, of 2 to 8 for weights and 2 to 8 or 16 for activations, not {text}")
+    return int(found[1]), int(found[2])
 
 
 def describe(error: ValidationError, what: str) -> str:

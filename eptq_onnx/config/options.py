@@ -18,6 +18,8 @@ class Options(TypedDict, total=False):
     weight_bits: int
     activation_bits: int
     edge_bits: int
+    bits: Sequence[str] | str
+    exclude: Sequence[str] | str
     budget: Budget | str | None
     target: str
     preset: Preset | Literal["fast", "balanced", "best"]

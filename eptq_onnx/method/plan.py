@@ -22,6 +22,7 @@ from onnx import AttributeProto, ModelProto, NodeProto
 from eptq_onnx.config import Config
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
+from eptq_onnx.graph.patterns import matching
 from eptq_onnx.graph.view import GraphView, int_attribute, last_layers
 from eptq_onnx.numerics.types import QuantSpec
 from eptq_onnx.ops import Bounds, OpSpec, Role, channel_axes_of, is_known, output_channels, pointwise, recorded, spec_of
@@ -47,6 +48,10 @@ class _Draft:
     reasons: dict[str, str] = field(default_factory=dict)
     sensitive: Mapping[str, str] = field(default_factory=dict)
     """Tensors that must stay float, each with the reason."""
+    excluded: Mapping[str, str] = field(default_factory=dict)
+    """Nodes that the user wants float, each with the reason."""
+    bits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Nodes that the user wants with other weight and activation bits than the rest."""
 
     def final(self, tensor: str) -> str:
         """The tensor that is quantized in place of ``tensor``: behind the absorbed clipping operators."""
@@ -73,8 +78,13 @@ def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[s
     ------
     ModelError
         If there is nothing to quantize.
+    ConfigError
+        If a pattern matches no node.
     """
-    draft = _Draft(GraphView(model), target, sensitive=sensitive or {})
+    view = GraphView(model)
+    excluded = {name: f"excluded by the pattern {pattern}" for pattern in config.exclude for name in matching(view, pattern)}
+    bits = {name: (w, a) for pattern, w, a in config.node_bits for name in matching(view, pattern)}
+    draft = _Draft(view, target, sensitive=sensitive or {}, excluded=excluded, bits=bits)
     _absorb(draft)
     _choose(draft)
     layers = _layers(draft, config, model)
@@ -94,7 +104,7 @@ def _absorb(draft: _Draft) -> None:
     view = draft.view
     for node in view.nodes:
         spec = spec_of(node)
-        if spec.role is not Role.CLIPPING or node.op_type not in draft.target.ops.absorbed:
+        if spec.role is not Role.CLIPPING or node.op_type not in draft.target.ops.absorbed or node.name in draft.excluded:
             continue
         source = view.producer.get(node.input[0])
         if source is None or spec_of(source).role not in (Role.LAYER, Role.ARITHMETIC, Role.CLIPPING):
@@ -123,6 +133,8 @@ def _choose(draft: _Draft) -> None:
 def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
     """Why a node stays float, or None."""
     view, rules = draft.view, draft.target.ops
+    if node.name in draft.excluded:
+        return draft.excluded[node.name]
     if subgraphs(node):
         return _inside(node, rules.layers)
     if not is_known(node) and node.domain not in OWN_DOMAINS:
@@ -220,6 +232,11 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
     axes: dict[str, int] = {}
     edges = {_weight(n) for n in nodes if n.input[0] not in behind or n.output[0] not in before}
     dense = {_weight(n) for n in nodes if not _is_depthwise(n, view)}
+    # A weight that several layers read has the most bits that any of them wants.
+    wanted: dict[str, int] = {}
+    for node in nodes:
+        if node.name in draft.bits:
+            wanted[_weight(node)] = max(wanted.get(_weight(node), 0), draft.bits[node.name][0])
     for node in nodes:
         spec, weight = spec_of(node), _weight(node)
         rank = len(view.constant_shape(weight))
@@ -236,7 +253,7 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
                 bias += "_"
             taken.add(bias)
         edge, depthwise = weight in edges, weight not in dense
-        bits = config.edge_bits if edge else config.weight_bits
+        bits = wanted.get(weight, config.edge_bits if edge else config.weight_bits)
         layers.append(
             Layer(
                 node=node.name,
@@ -290,6 +307,9 @@ def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tu
     for members in groups.values():
         edge = any(m in wide for m in members)
         bits = max(config.edge_bits, config.activation_bits) if edge else config.activation_bits
+        readers = {n.name for m in members for n in view.consumers[m] if n.name in draft.quantized and _reads(n, m)}
+        if readers & draft.bits.keys():
+            bits = max(draft.bits[name][1] if name in draft.bits else bits for name in readers)
         spec_q: QuantSpec = draft.target.activation_spec(bits)
         first = members[0]
         constant = view.is_constant(first)

@@ -37,6 +37,10 @@ def test_every_option_has_a_type_for_users_a_section_and_help():
         ({"steps": -1}, "option steps=-1 is wrong"),
         ({"color": 3}, "option color is unknown"),
         ({"budget": "weights"}, "option budget='weights' is wrong"),
+        ({"bits": "w9a8"}, "write bits as w4a8"),
+        ({"bits": ["op:Conv=4"]}, "write bits as w4a8"),
+        ({"bits": "w4a8", "weight_bits": 8}, "contradict each other"),
+        ({"bits": ["op:Conv=w4a8"], "budget": "weights=4"}, "leave bits with patterns out"),
     ],
 )
 def test_a_wrong_option_is_named(options, message):
@@ -44,9 +48,15 @@ def test_a_wrong_option_is_named(options, message):
         Config(**options)
 
 
+def test_bits_of_all_are_the_options_by_another_name():
+    assert Config(bits="w4a16") == Config(weight_bits=4, activation_bits=16)
+    assert Config(bits=["w4a8", "op:Conv=w8a8"]) == Config(weight_bits=4, bits=["op:Conv=w8a8"])
+    assert Config(bits="w4a8", weight_bits=4).weight_bits == 4
+
+
 def test_a_file_holds_options_in_their_sections_or_outside(tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text('seed = 3\n[bits]\nweight_bits = 4\nbudget = "weights=4"\n[model.batch_axes]\nx = 0\n')
+    file.write_text('seed = 3\n[widths]\nweight_bits = 4\nbudget = "weights=4"\n[model.batch_axes]\nx = 0\n')
     options = read_options(file)
     assert options == {"seed": 3, "weight_bits": 4, "budget": "weights=4", "batch_axes": {"x": 0}}
     assert str(Config(**options).budget) == "weights=4"
@@ -57,8 +67,8 @@ def test_a_file_holds_options_in_their_sections_or_outside(tmp_path):
     [
         ("weight_bits = ", "cannot be read"),
         ("colour = 3", "option colour is unknown"),
-        ("[bits]\nseed = 1", "option seed in the table bits is unknown"),
-        ("weight_bits = 4\n[bits]\nweight_bits = 8", "option weight_bits is given twice"),
+        ("[widths]\nseed = 1", "option seed in the table widths is unknown"),
+        ("weight_bits = 4\n[widths]\nweight_bits = 8", "option weight_bits is given twice"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_in_a_sentence(tmp_path, text, message):
@@ -85,6 +95,7 @@ def test_a_missing_file_is_refused(tmp_path):
     "options",
     [
         {"preset": "fast", "weight_bits": 4, "rotate": False, "batch_axes": {"image": 0}},
+        {"preset": "fast", "bits": ["w6a8", "op:Gemm=w4a16"], "exclude": ["op:Relu"]},
         {"steps": 2, "budget": "weights=5", "max_memory": "2GB", "attention": "layer", "max_noise": 0.1},
     ],
 )

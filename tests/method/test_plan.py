@@ -242,3 +242,57 @@ def test_a_gemm_whose_bias_is_a_matrix_stays_float(bias):
     result = eptq_onnx.quantize(parse(text, constants), normal(24, 6), Config(preset="fast", measure_speed=False))
     assert [x.op_type for x in result.report.layers] == ["MatMul"]
     assert "its bias has not one value for each output channel" in [k.reason for k in result.report.kept_float]
+
+
+TWO_PATHS = (
+    "g (float[N,8] x) => (float[N,8] y) { a = MatMul (x, w1)  r = Relu (a)  b = MatMul (r, w2)  c = MatMul (r, w3)  s = Add (b, c)"
+    "  t = Sigmoid (s)  y = MatMul (t, w4) }"
+)
+
+
+def two_paths():
+    model = parse(TWO_PATHS, {f"w{k}": normal(8, 8, seed=k) for k in range(1, 5)})
+    for node in model.graph.node:
+        node.name = node.output[0]
+    return normalize(model, 21)
+
+
+@pytest.mark.parametrize(("pattern", "gone"), [("b", {"b"}), ("op:MatMul", None), ("re:[bc]", {"b", "c"}), ("from:r..to:s", {"b", "c"})])
+def test_excluded_nodes_stay_float_and_say_so(pattern, gone):
+    if gone is None:
+        with pytest.raises(ModelError, match="excluded by the pattern op:MatMul"):
+            plan(two_paths(), TARGET, Config(exclude=pattern))
+        return
+    made = plan(two_paths(), TARGET, Config(exclude=[pattern]))
+    assert {x.node for x in made.layers} == {"a", "b", "c", "y"} - gone
+    assert {k.node for k in made.kept_float if k.reason == f"excluded by the pattern {pattern}"} >= gone
+
+
+def test_an_excluded_clipping_function_is_not_absorbed():
+    assert "r" in plan(two_paths(), TARGET, Config()).absorbed
+    made = plan(two_paths(), TARGET, Config(exclude="r"))
+    assert "r" not in made.absorbed
+    assert "r" in {k.node for k in made.kept_float}
+
+
+def test_bits_of_some_nodes():
+    made = plan(two_paths(), TARGET, Config(bits=["w4a8", "op:MatMul=w6a8", "re:[bc]=w3a16"], edge_bits=4))
+    assert {x.node: x.weight_spec.bits for x in made.layers} == {"a": 6, "b": 3, "c": 3, "y": 6}
+    widths = {t: q.spec.bits for q in made.activations for t in q.tensors}
+    assert widths["r"] == 16
+    assert widths["x"] == 8
+
+
+def test_a_tensor_has_the_most_bits_that_its_readers_want():
+    made = plan(two_paths(), TARGET, Config(activation_bits=6, edge_bits=6, bits="b=w8a4"))
+    assert {t: q.spec.bits for q in made.activations for t in q.tensors}["r"] == 6
+    made = plan(two_paths(), TARGET, Config(activation_bits=6, edge_bits=6, bits=["b=w8a4", "c=w8a5"]))
+    assert {t: q.spec.bits for q in made.activations for t in q.tensors}["r"] == 5
+
+
+def test_a_weight_that_two_layers_read_has_the_most_bits_that_one_wants():
+    model = parse(TWO_PATHS.replace("w3", "w2"), {f"w{k}": normal(8, 8, seed=k) for k in (1, 2, 4)})
+    for node in model.graph.node:
+        node.name = node.output[0]
+    made = plan(normalize(model, 13), TARGET, Config(bits=["b=w5a8", "c=w3a8"]))
+    assert {x.weight_spec.bits for x in made.layers if x.weight == "w2"} == {5}
