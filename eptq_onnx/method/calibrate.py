@@ -21,6 +21,7 @@ from eptq_onnx.execute.finite import has_infinite_source
 from eptq_onnx.execute.pieces import function_of
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.grid import nearest
 from eptq_onnx.numerics.types import Array, QuantParams
 from eptq_onnx.ops import output_parts
 from eptq_onnx.records import ActivationQuantizer, Calibration, Plan
@@ -127,7 +128,7 @@ def mse_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Conf
         params = quant_math.activation_params(low, high, quantizer.spec, quantizer.bounds)
         steps = centres / float(params.scale)
         spec = quantizer.spec
-        rounded = np.clip(np.rint(steps), spec.qmin - params.zero_point, spec.qmax - params.zero_point)
+        rounded = np.clip(nearest(steps), spec.qmin - params.zero_point, spec.qmax - params.zero_point)
         return float((counts * (function(rounded * float(params.scale)) - exact) ** 2).sum())
 
     extremes = (min(histogram.low, 0.0), max(histogram.high, 0.0))

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.numerics.gains import MOST_GAIN
+from eptq_onnx.numerics.grid import nearest
 from eptq_onnx.numerics.moments import Covariances
 from eptq_onnx.numerics.types import Array, Float64
 
@@ -154,7 +155,7 @@ def compensated_rounding(target: Array, scale: Array, feedback: Feedback, limits
         block = rest[:, :, begin:end]
         errors = np.empty_like(block)
         for i in range(end - begin):
-            q = np.clip(np.rint(block[:, :, i]), *limits)
+            q = np.clip(nearest(block[:, :, i]), *limits)
             result[:, :, begin + i] = q
             errors[:, :, i] = block[:, :, i] - q
             block[:, :, i + 1 :] -= errors[:, :, i, None] * spread[:, None, begin + i, begin + i + 1 : end]
@@ -186,7 +187,7 @@ def coordinate_descent(target: Array, integers: Array, scale: Array, moment: Flo
             local = pull[:, :, begin:end]
             for i in range(end - begin):
                 column = q[:, :, begin + i]
-                wanted = np.clip(np.rint(column + local[:, :, i] / diagonal[:, None, begin + i]), *limits)
+                wanted = np.clip(nearest(column + local[:, :, i] / diagonal[:, None, begin + i]), *limits)
                 step = wanted - column
                 if step.any():
                     q[:, :, begin + i] = wanted
@@ -308,7 +309,7 @@ def _descend_column(
     curvature = scale * np.diag(output_moment) * variance
     effect: Float64 | None = None
     for _ in range(2 * len(column)):
-        wanted = np.clip(np.rint(column + pull / curvature), *limits) - column
+        wanted = np.clip(nearest(column + pull / curvature), *limits) - column
         gain = scale * wanted * (2 * pull - wanted * curvature)
         best = int(np.argmax(gain))
         if gain[best] <= 1e-9 * curvature[best] * scale[best]:

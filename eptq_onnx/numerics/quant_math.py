@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from eptq_onnx.numerics.formats import IntFormat, PerAxis, PerTensor
+from eptq_onnx.numerics.grid import Grid, nearest, part_of, slices
 from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
 from eptq_onnx.parallel import ordered_map
 
@@ -22,9 +24,6 @@ ZETA, GAMMA = 1.1, -0.1
 """Stretch of the rectified sigmoid (AdaRound, Nagel et al. 2020, equation 23)."""
 
 _TINY = np.float32(1e-30)
-
-_PART = 2**20
-"""Values of a large array that are worked on at a time: what is made of them in between stays small, and in the cache."""
 
 _BIAS_LIMIT = np.float32(2.0**30)
 """Largest integer that a bias may need: half of int32, so that learned scales and biases keep room."""
@@ -65,36 +64,23 @@ def channel_sum(values: Array, axis: int | None) -> Array:
     return np.asarray(values.sum(axis=others, dtype=np.float64), np.float32)
 
 
-def _parts(values: NDArray[np.generic]) -> list[Any]:
-    """Slices of the first axis."""
-    if values.ndim == 0 or values.size <= _PART:
-        return [...]
-    step = max(1, _PART * len(values) // values.size)
-    return [slice(begin, begin + step) for begin in range(0, len(values), step)]
-
-
-def _of(scale: Array, part: Any) -> Array:
-    """The scales of a part."""
-    return scale[part] if np.ndim(scale) and len(scale) > 1 else scale
-
-
 # ---- quantizers ---------------------------------------------------------------------------------------------
+def grid(params: QuantParams, spec: QuantSpec) -> Grid:
+    """The grid of a tensor."""
+    granularity = PerTensor() if spec.axis is None else PerAxis(spec.axis)
+    signed = not spec.container.startswith("u")
+    return Grid(IntFormat(spec.width, signed, spec.qmin, spec.qmax), granularity, params.scale, params.zero_point)
+
+
 def quantize(x: Array, params: QuantParams, spec: QuantSpec) -> IntArray:
     """Round to the integer grid, in the container's type (ONNX QuantizeLinear, clipped to the spec's range)."""
-    scale, zero = scale_and_zero(params, spec, x.ndim)
-    result: IntArray = np.empty(x.shape, spec.container)
-    for part in _parts(x):
-        result[part] = np.clip(np.rint(x[part] / _of(scale, part)) + _of(zero, part), spec.qmin, spec.qmax)
-    return result
+    integers: IntArray = np.asarray(grid(params, spec).quantize(x, spec.container))
+    return integers
 
 
 def dequantize(integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
     """Back to real values (ONNX DequantizeLinear)."""
-    scale, zero = scale_and_zero(params, spec, integers.ndim)
-    result: Array = np.empty(integers.shape, np.float32)
-    for part in _parts(integers):
-        result[part] = (integers[part].astype(np.float32) - _of(zero, part)) * _of(scale, part)
-    return result
+    return grid(params, spec).dequantize(integers)
 
 
 def folded(integers: IntArray, params: QuantParams, spec: QuantSpec) -> tuple[IntArray, QuantParams]:
@@ -103,8 +89,8 @@ def folded(integers: IntArray, params: QuantParams, spec: QuantSpec) -> tuple[In
         return integers, params
     _, zero = scale_and_zero(params, spec, integers.ndim)
     steps: IntArray = np.empty(integers.shape, spec.container)
-    for part in _parts(integers):
-        steps[part] = integers[part] - _of(zero, part)
+    for part in slices(integers):
+        steps[part] = integers[part] - part_of(zero, part)
     return steps, replace(params, zero_point=0)
 
 
@@ -127,8 +113,8 @@ def fake_quantize(x: Array, params: QuantParams, spec: QuantSpec) -> Array:
 def bias_integers(bias: Array, activation_scale: Array, weight_scale: Array) -> IntArray:
     """A bias as integer kernels want it: int32, zero point 0, scale s_x * s_w (`bias_scale`)."""
     limits = np.iinfo(np.int32)
-    steps = np.rint(bias.astype(np.float64) / bias_scale(activation_scale, weight_scale))
-    return np.clip(steps, limits.min, limits.max).astype(np.int32)
+    steps = nearest(bias.astype(np.float64) / bias_scale(activation_scale, weight_scale))
+    return np.asarray(np.clip(steps, limits.min, limits.max), np.int32)
 
 
 def round_bias(bias: Array, activation_scale: Array, weight_scale: Array) -> Array:
@@ -179,7 +165,7 @@ def weight_scales(
         Positive; 1 for a channel of zeros.
     """
     rows, h = _rows_and_importance(weight, spec, importance, damping)
-    parts = _parts(rows)
+    parts = slices(rows)
     found = ordered_map(lambda part: _row_scales(rows[part].astype(np.float32), h[part], spec, points, rounds), parts)
     scales = np.concatenate(list(found))
     return np.asarray(scales[0]) if spec.axis is None else scales
@@ -206,7 +192,7 @@ def zero_points(weight: Array, scale: Array, spec: QuantSpec, importance: Array 
     rows, h = _rows_and_importance(weight, spec, importance, damping)
     scales = np.reshape(scale, -1)
     found = []
-    for part in _parts(rows):
+    for part in slices(rows):
         own: Array = rows[part].astype(np.float32)
         _, zero = _best_grid(own, h[part], scales[part], spec)
         found.append(zero)
@@ -260,7 +246,7 @@ def _best_grid(rows: Array, h: Array, scales: Array, spec: QuantSpec) -> tuple[A
     best: Array = np.full(len(rows), np.inf, np.float32)
     chosen: Array = np.zeros(len(rows), np.float32)
     for zero in _grids(rows, scales, spec):
-        error = np.clip(np.rint(steps), *limits(zero[:, None], spec))
+        error = np.clip(nearest(steps), *limits(zero[:, None], spec))
         error -= steps
         error *= error
         error *= h
@@ -353,7 +339,7 @@ def activation_params(low: float, high: float, spec: QuantSpec, bounds: tuple[fl
     else:
         scale = (high - low) / (spec.qmax - spec.qmin)
         scale = scale if scale > 1e-30 else 1.0
-        zero = int(np.clip(np.rint(spec.qmin - low / scale), spec.qmin, spec.qmax))
+        zero = int(np.clip(nearest(spec.qmin - low / scale), spec.qmin, spec.qmax))
         params = QuantParams(np.asarray(scale, np.float32), zero)
     return params if bounds is None else inside_bounds(params, spec, bounds)
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.grid import nearest
 from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
 
 
@@ -50,7 +51,7 @@ class StraightThroughWeight:
 
     def forward(self) -> Array:
         """The rounded weight."""
-        self._level = np.clip(np.rint(self.variable), self.spec.qmin, self.spec.qmax) - self._z
+        self._level = np.clip(nearest(self.variable), self.spec.qmin, self.spec.qmax) - self._z
         return self._level * self._factor()
 
     def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
@@ -64,7 +65,7 @@ class StraightThroughWeight:
 
     def harden(self) -> tuple[IntArray, QuantParams]:
         """Integers, scales and zero points."""
-        integers = np.clip(np.rint(self.variable), self.spec.qmin, self.spec.qmax).astype(self.spec.container)
+        integers = np.clip(nearest(self.variable), self.spec.qmin, self.spec.qmax).astype(self.spec.container)
         return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32), self._zero_point)
 
     def _factor(self) -> Array:

@@ -44,6 +44,11 @@ class QuantSpec:
     zero_points: tuple[int, int] = (0, 0)
 
     @property
+    def width(self) -> int:
+        """Bits of the container."""
+        return 16 if self.container.endswith("16") else 8
+
+    @property
     def narrower_than_container(self) -> bool:
         """True if the container can hold integers outside ``[qmin, qmax]``."""
         info = np.iinfo(self.container)

@@ -1,0 +1,209 @@
+"""Number formats, how many values share a scale, how a runtime stores them, and which scales it takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eptq_onnx.numerics.types import Array
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """Integers from ``qmin`` to ``qmax``.
+
+    Parameters
+    ----------
+    bits : int
+        Width of a stored value, 2 to 16.
+    signed : bool
+    qmin, qmax : int
+        Range that values are kept in; it may be narrower than the width.
+    """
+
+    bits: int
+    signed: bool
+    qmin: int
+    qmax: int
+
+    def __post_init__(self) -> None:
+        low, high = (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.signed else (0, 2**self.bits - 1)
+        if not 2 <= self.bits <= 16 or not low <= self.qmin < self.qmax <= high:
+            raise ValueError(f"{self.bits} bits do not hold {self.qmin} to {self.qmax}")
+
+    @classmethod
+    def full(cls, bits: int, *, signed: bool) -> IntFormat:
+        """The whole range of a width."""
+        return cls(bits, signed, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else cls(bits, signed, 0, 2**bits - 1)
+
+    @property
+    def largest(self) -> float:
+        """Largest magnitude of both signs."""
+        return float(self.qmax if not self.signed else min(-self.qmin, self.qmax))
+
+    def codes(self, values: Array) -> NDArray[np.uint16]:
+        """Bit patterns of values of the format; two's complement of negative ones."""
+        return np.asarray(values.astype(np.int64) & (2**self.bits - 1), np.uint16)
+
+    def values(self, codes: NDArray[np.uint16]) -> Array:
+        """Values of bit patterns."""
+        whole = codes.astype(np.int64)
+        return (whole - (whole >= 2 ** (self.bits - 1)) * 2**self.bits if self.signed else whole).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class FloatFormat:
+    """Binary floating-point numbers with a sign, as ONNX knows them: float8e4m3fn is (4, 3, finite), float8e5m2 is (5, 2).
+
+    Parameters
+    ----------
+    exponent, mantissa : int
+        Bits of each; the bias is ``2 ** (exponent - 1) - 1``.
+    finite : bool
+        True if there are no infinities: the largest exponent holds numbers, too, but for the one pattern of all ones, NaN.
+
+    Notes
+    -----
+    Micikevicius et al. 2022, "FP8 formats for deep learning"; ONNX technical note "Float stored in 8 bits".
+    """
+
+    exponent: int
+    mantissa: int
+    finite: bool = False
+
+    @property
+    def bits(self) -> int:
+        """Width of a stored value."""
+        return 1 + self.exponent + self.mantissa
+
+    @property
+    def _bias(self) -> int:
+        return int(2 ** (self.exponent - 1) - 1)
+
+    @property
+    def largest(self) -> float:
+        """Largest finite number."""
+        top = 2**self.exponent - (1 if self.finite else 2) - self._bias
+        fraction = 2 - (2 if self.finite else 1) * 2.0**-self.mantissa
+        return math.ldexp(fraction, top)
+
+    def exponents(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Exponent of the numbers around each value: that of the least normal number for what is smaller."""
+        _, above = np.frexp(np.where(values == 0, 1.0, np.abs(values)))
+        return np.asarray(np.maximum(above.astype(np.int64) - 1, 1 - self._bias))
+
+    def codes(self, values: Array) -> NDArray[np.uint16]:
+        """Bit patterns of values of the format."""
+        exact = np.abs(values.astype(np.float64))
+        exponents = self.exponents(exact)
+        steps = np.ldexp(exact, self.mantissa - exponents).astype(np.int64)
+        # Numbers below the least normal one have the exponent field 0.
+        field = np.where(steps >= 2**self.mantissa, exponents + self._bias, 0)
+        pattern = (field << self.mantissa) + steps % 2**self.mantissa
+        return np.asarray(pattern + (np.signbit(values).astype(np.int64) << (self.bits - 1)), np.uint16)
+
+    def values(self, codes: NDArray[np.uint16]) -> Array:
+        """Values of bit patterns."""
+        whole = codes.astype(np.int64)
+        field, rest = (whole >> self.mantissa) & (2**self.exponent - 1), whole & (2**self.mantissa - 1)
+        steps = np.where(field > 0, rest + 2**self.mantissa, rest)
+        magnitude = np.ldexp(steps.astype(np.float64), np.maximum(field, 1) - self._bias - self.mantissa)
+        top = field == 2**self.exponent - 1
+        if self.finite:
+            magnitude[top & (rest == 2**self.mantissa - 1)] = np.nan
+        else:
+            magnitude[top] = np.where(rest[top] == 0, np.inf, np.nan)
+        return np.asarray(np.where(whole >> (self.bits - 1), -1, 1) * magnitude, np.float32)
+
+
+Format: TypeAlias = IntFormat | FloatFormat
+E4M3, E5M2 = FloatFormat(4, 3, finite=True), FloatFormat(5, 2)
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale: of shape () for any tensor."""
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor."""
+        return ()
+
+    def spread(self, scale: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
+        """The scale as it broadcasts along a tensor."""
+        return scale
+
+
+@dataclass(frozen=True)
+class PerAxis:
+    """One scale for each index of an axis: of shape (6,) for a tensor of shape (4, 6, 3) and axis 1."""
+
+    axis: int
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor."""
+        return (shape[self.axis],)
+
+    def spread(self, scale: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
+        """The scale as it broadcasts along a tensor."""
+        axis = self.axis % len(shape)
+        return scale.reshape([-1 if i == axis else 1 for i in range(len(shape))]) if scale.ndim else scale
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale for so many values in a row along an axis: of shape (4, 3, 3) for a tensor of shape (4, 6, 3), axis 1 and size 2.
+
+    The last block is shorter where the size does not divide the axis (ONNX QuantizeLinear, opset 21).
+    """
+
+    axis: int
+    size: int
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scale of a tensor."""
+        axis = self.axis % len(shape)
+        return tuple(-(-n // self.size) if i == axis else n for i, n in enumerate(shape))
+
+    def spread(self, scale: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
+        """The scale as it broadcasts along a tensor."""
+        if not scale.ndim:
+            return scale
+        axis = self.axis % len(shape)
+        return np.repeat(scale, self.size, axis=axis).take(np.arange(shape[axis]), axis=axis)
+
+
+Granularity: TypeAlias = PerTensor | PerAxis | PerBlock
+
+
+class Storage(str, Enum):
+    """How stored values lie in memory."""
+
+    NATIVE = "native"
+    """As the ONNX type of that width: 2 and 4 bits packed, the first value in the low bits; others in whole bytes."""
+    PACKED = "packed"
+    """One bit pattern behind the other, from the low bits of each byte on, whatever the width."""
+    CONTAINER = "container"
+    """In an integer type of 8 or 16 bits."""
+
+
+class ScaleRule(str, Enum):
+    """Which scales a runtime takes."""
+
+    ANY = "any"
+    POWER_OF_TWO = "power of two"
+    FIXED = "fixed"
+    """One that the operator prescribes, such as 1/256 behind Softmax."""
+
+    def fitting(self, scale: Array, fixed: float = 1.0) -> Array:
+        """The least scales that the rule allows and that reach no less far; with ``FIXED``, that one."""
+        if self is ScaleRule.FIXED:
+            return np.full_like(scale, fixed)
+        if self is ScaleRule.POWER_OF_TWO:
+            mantissa, exponent = np.frexp(scale)
+            return np.asarray(np.ldexp(np.float32(1), exponent - (mantissa == 0.5)), np.float32)
+        return scale

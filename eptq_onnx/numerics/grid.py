@@ -1,0 +1,129 @@
+"""The grid of a tensor: the one place where values are rounded.
+
+``q(x) = (clip(round(x / s) + z) - z) s`` with half-to-even rounding, as ONNX QuantizeLinear and DequantizeLinear compute it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eptq_onnx.numerics.formats import FloatFormat, Format, Granularity, IntFormat, Storage
+from eptq_onnx.numerics.types import Array, Float64, IntArray
+
+_PART = 2**20
+"""Values of a large array that are worked on at a time: what is made of them in between stays small, and in the cache."""
+
+
+def nearest(steps: NDArray[Any] | float) -> NDArray[Any]:
+    """The nearest integers, halves to the even one."""
+    return np.asarray(np.rint(steps))
+
+
+def nearest_float(values: Float64, form: FloatFormat) -> Float64:
+    """The nearest numbers of a floating-point format, halves to the even one; beyond the largest, that."""
+    quantum = form.exponents(values) - form.mantissa
+    rounded = np.ldexp(np.rint(np.ldexp(values, -quantum)), quantum)
+    return np.asarray(np.clip(rounded, -form.largest, form.largest))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Format, granularity, scale and zero point of a tensor.
+
+    Parameters
+    ----------
+    format : IntFormat or FloatFormat
+    granularity : PerTensor, PerAxis or PerBlock
+    scale : ndarray of float32
+        Of the shape that the granularity says, or a scalar.
+    zero_point : int or ndarray of int
+        Of the scale's shape, or one for all; 0 for floating-point formats.
+    """
+
+    format: Format
+    granularity: Granularity
+    scale: Array
+    zero_point: int | IntArray = 0
+
+    def quantize(self, x: Array, dtype: str = "float32") -> NDArray[Any]:
+        """Values of the format, integers less nothing: what QuantizeLinear gives.
+
+        Parameters
+        ----------
+        x : ndarray
+        dtype : str
+            Type of the result, which holds the values of the format.
+        """
+        scale, zero = self._spread(x.shape)
+        result = np.empty(x.shape, dtype)
+        for part in slices(x):
+            result[part] = self._rounded(x[part] / part_of(scale, part), part_of(zero, part))
+        return result
+
+    def _rounded(self, steps: NDArray[np.floating], zero: Array) -> NDArray[np.floating]:
+        if isinstance(self.format, FloatFormat):
+            return nearest_float(steps.astype(np.float64), self.format)
+        return np.asarray(np.clip(np.rint(steps) + zero, self.format.qmin, self.format.qmax))
+
+    def dequantize(self, values: NDArray[Any]) -> Array:
+        """Real values of values of the format: what DequantizeLinear gives."""
+        scale, zero = self._spread(values.shape)
+        result: Array = np.empty(values.shape, np.float32)
+        for part in slices(values):
+            result[part] = (values[part].astype(np.float32) - part_of(zero, part)) * part_of(scale, part)
+        return result
+
+    def round(self, x: Array) -> Array:
+        """Real values on the grid."""
+        return self.dequantize(self.quantize(x))
+
+    def encode(self, values: NDArray[Any], storage: Storage) -> bytes:
+        """Bytes of values of the format, in C order."""
+        codes = self.format.codes(np.asarray(values, np.float32).reshape(-1))
+        width = _width(self.format, storage)
+        if width == self.format.bits and width not in (8, 16):
+            bits = (codes[:, None] >> np.arange(width, dtype=np.uint16)) & 1
+            return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little").tobytes()
+        if isinstance(self.format, IntFormat) and self.format.signed and width > self.format.bits:
+            codes = np.asarray(values).reshape(-1).astype(np.int64).astype(np.uint16)
+        return codes.astype("<u1" if width == 8 else "<u2").tobytes()
+
+    def decode(self, content: bytes, shape: tuple[int, ...], storage: Storage) -> Array:
+        """Values of the format from their bytes."""
+        width, count = _width(self.format, storage), int(np.prod(shape))
+        if width == self.format.bits and width not in (8, 16):
+            bits = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")[: count * width].reshape(count, width)
+            codes = (bits.astype(np.uint16) << np.arange(width, dtype=np.uint16)).sum(axis=1, dtype=np.uint16)
+        else:
+            codes = np.frombuffer(content, "<u1" if width == 8 else "<u2").astype(np.uint16) & np.uint16(2**self.format.bits - 1)
+        return self.format.values(codes).reshape(shape)
+
+    def _spread(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """Scale and zero point as they broadcast along a tensor, the zero point as a real number."""
+        zero: Array = np.asarray(self.zero_point, np.float32)
+        spread = self.granularity.spread
+        return np.asarray(spread(self.scale, shape)), np.asarray(spread(zero, shape)) if zero.ndim else zero
+
+
+def _width(form: Format, storage: Storage) -> int:
+    """Bits that a stored value takes."""
+    if storage is Storage.PACKED or (storage is Storage.NATIVE and form.bits in (2, 4, 8, 16)):
+        return form.bits
+    return 8 if form.bits <= 8 else 16
+
+
+def slices(values: NDArray[np.generic]) -> list[Any]:
+    """Slices of the first axis."""
+    if values.ndim == 0 or values.size <= _PART:
+        return [...]
+    step = max(1, _PART * len(values) // values.size)
+    return [slice(begin, begin + step) for begin in range(0, len(values), step)]
+
+
+def part_of(scale: Array, part: Any) -> Array:
+    """The scales of a part."""
+    return scale[part] if np.ndim(scale) and len(scale) > 1 else scale
