@@ -70,7 +70,7 @@ lint: setup
 
 # Links that lead nowhere are errors.
 docs: $(VENV)/docs-installed
-	$(BIN)/python -m mkdocs build --strict --quiet --site-dir build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/docs
 
 $(VENV)/docs-installed: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
