@@ -11,7 +11,7 @@ DEMO := digits_mobile shapes_detector
 # Tests run on all cores.
 PARALLEL := -n logical --dist worksteal
 
-.PHONY: setup demo test test-training test-standard test-oldest sample slow lint models clean
+.PHONY: setup demo test test-training test-standard test-oldest sample slow lint docs models clean
 
 setup: $(VENV)/installed
 
@@ -67,6 +67,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Links that lead nowhere are errors.
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir build/docs
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	touch $@
 
 models: setup
 	cd models && ../$(BIN)/python train.py

@@ -1,4 +1,4 @@
-"""What README shows works as it stands there."""
+"""What README and the documentation show works as it stands there, and says what the code says."""
 
 from __future__ import annotations
 
@@ -6,19 +6,35 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import MODELS
 from typer.testing import CliRunner
 
+import eptq_onnx
 from eptq_onnx import targets
 from eptq_onnx.cli import app
 from eptq_onnx.config import PRESET_STEPS, Config, Preset
+from eptq_onnx.config.files import SECTIONS
+from eptq_onnx.pipeline import PIPELINE
 
 ROOT = MODELS.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^eptq-onnx (quantize .*)$", README, re.MULTILINE)
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+README = PAGES["README.md"]
+OTHERS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
+BLOCKS = [(name, *block) for name, text in PAGES.items() for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
+"""Page, language and text of every block of code."""
+
+
+def _commands(text: str) -> list[str]:
+    return re.findall(r"^eptq-onnx (quantize .*)$", text, re.MULTILINE)
+
+
+COMMANDS = [
+    pytest.param(command, id=f"{page}-{k}") for page, lang, text in BLOCKS if lang == "bash" for k, command in enumerate(_commands(text))
+]
+SNIPPETS = [pytest.param(page, text, id=page) for page, lang, text in BLOCKS if lang == "python"]
 
 
 @pytest.fixture
@@ -31,6 +47,19 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def options_page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import options_page
+
+    return options_page
+
+
+@pytest.fixture(scope="module")
+def help_text() -> str:
+    return CliRunner().invoke(app, ["quantize", "--help"], env={"COLUMNS": "200"}).output
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(workplace, command):
     result = CliRunner().invoke(app, shlex.split(command))
@@ -38,30 +67,113 @@ def test_commands(workplace, command):
     assert list(Path("build").glob("*.onnx"))
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_python(workplace, snippet):
-    exec(compile(snippet, "README.md", "exec"), {})
+@pytest.mark.parametrize(("page", "snippet"), SNIPPETS)
+def test_python(workplace, page, snippet):
+    exec(compile(snippet, page, "exec"), {})
     assert list(Path("build").glob("*.onnx"))
 
 
-def test_there_is_something_to_check():
-    assert len(COMMANDS) >= 2
-    assert SNIPPETS
+def test_there_is_something_to_check_and_not_too_much():
+    pages = {page for page, lang, _ in BLOCKS if lang in ("bash", "python")}
+    assert {"README.md", "docs/getting-started.md", "docs/choosing-bits.md"} <= pages
+    assert len([c for c in COMMANDS if c.id.startswith("README.md")]) >= 2
+    assert "README.md" in {snippet.id for snippet in SNIPPETS}
+    assert len(COMMANDS) + len(SNIPPETS) <= 6
 
 
-def test_options_defaults_and_targets_are_those_of_the_code():
+def test_commands_stand_where_they_are_run():
+    """What is only an illustration is marked as text; nothing else may show a command that no test runs."""
+    for page, text in PAGES.items():
+        shown = [(lang, command) for name, lang, block in BLOCKS if name == page for command in _commands(block)]
+        assert len(_commands(text)) == len(shown), page
+        assert {lang for lang, _ in shown} <= {"bash", "text"}, page
+    assert {lang for _, lang, _ in BLOCKS} <= {"bash", "python", "console", "text", "toml"}
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 900
+
+
+def test_presets_targets_and_defaults_are_those_of_the_code():
     for name in targets.names():
-        assert f"| `{name}` |" in README
+        assert f"| `{name}` |" in PAGES["docs/targets.md"]
+        assert f"- `{name}`" in README
     for preset, text in ((Preset.BALANCED, "`balanced`: {} steps (small models: up to {})"), (Preset.BEST, "`best`: {} steps (up to {})")):
-        assert text.format(*PRESET_STEPS[preset]) in README
-    help_text = CliRunner().invoke(app, ["quantize", "--help"], env={"COLUMNS": "200"}).output
-    for option in re.findall(r"`(--[a-z-]+)`", README.split("## Targets")[0].split("| option |")[1]):
-        assert option in help_text
+        assert text.format(*PRESET_STEPS[preset]) in PAGES["docs/getting-started.md"]
     config = Config()
     assert (config.attention.value, config.rounding.value, config.optimizer.value) == ("channel", "straight-through", "adam")
+    for name in ("weight_bits", "activation_bits", "edge_bits"):
+        assert f"| `--{name.replace('_', '-')}` | {getattr(config, name)} |" in PAGES["docs/choosing-bits.md"]
+
+
+def test_the_page_of_options_holds_all_of_them(options_page, help_text):
+    page = options_page.on_page_markdown(PAGES["docs/options.md"])
+    assert options_page.PLACE not in page
+    for section in SECTIONS.values():
+        assert f"Table `[{section}]`" in page
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) == len(Config.model_fields) + 5, "the options, the model, its samples, two outputs and a file of options"
+    listed = re.findall(r"`(--[a-z-]+)", " ".join(flags for flags, _, _ in rows))
+    assert set(listed) <= set(re.findall(r"--[a-z-]+", help_text))
+    assert set(re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", help_text, re.MULTILINE)) - set(listed) <= {"--help"}
+    words = " ".join(help_text.split())
+    for flags, default, text in rows:
+        assert text, flags
+        assert default in ("required", "none") or f"[default: {default}]" in words, flags
+
+
+def test_the_page_of_options_is_left_alone_elsewhere(options_page):
+    assert options_page.on_page_markdown(README) == README
+
+
+def test_options_that_pages_name_exist(help_text):
+    known = set(re.findall(r"--[a-z-]+", help_text + "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tools/*.py"))))
+    for page, text in PAGES.items():
+        named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", text))
+        assert named <= known, page
+
+
+def test_the_method_is_numbered_as_the_passes_are():
+    headings = re.findall(r"^### (\d+)\. (.+)$", PAGES["docs/how-it-works.md"], re.MULTILINE)
+    assert [(int(number), title.lower()) for number, title in headings] == [(k, step.name) for k, step in enumerate(PIPELINE, 1)]
+
+
+def test_the_architecture_names_all_folders_and_files_that_stand_beside_them():
+    tree = PAGES["docs/architecture.md"].split("```text")[1].split("```")[0]
+    for path in (ROOT / "eptq_onnx").iterdir():
+        if path.suffix == ".py" and not path.name.startswith("_"):
+            assert f"  {path.name} " in tree
+        if (path / "__init__.py").exists():
+            assert f"  {path.name}/ " in tree
+    for name in re.findall(r"^ +(\w+(?:/|\.py)) ", tree, re.MULTILINE):
+        assert (ROOT / "eptq_onnx" / name).exists() or (ROOT / "eptq_onnx" / "graph" / name).exists()
+    for folder in ("method", "graph"):
+        words = set(re.findall(r"\w+", tree))
+        assert {path.stem for path in (ROOT / "eptq_onnx" / folder).glob("[a-z]*.py")} <= words
+
+
+def test_the_page_of_the_api_holds_all_public_names():
+    named = re.findall(r"^::: eptq_onnx\.(\w+)$", PAGES["docs/api.md"], re.MULTILINE)
+    assert sorted(named) == sorted(eptq_onnx.__all__)
 
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+    found = re.findall(r"^make (\w+)|`make (\w+)`", "\n".join([*PAGES.values(), *OTHERS.values()]), re.MULTILINE)
+    assert {"demo", "test", "sample", "slow", "docs"} <= {a or b for a, b in found}
+    for target in {a or b for a, b in found}:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
+def test_links_and_files_that_are_named_exist(page):
+    text = {**PAGES, **OTHERS}[page]
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert link.startswith("https://") or ((ROOT / page).parent / link).exists(), link
+    for path in re.findall(r"(?:eptq_onnx|tests|tools|docs|models)/[\w./-]*\w\.(?:py|toml|md)\b", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_site_has_all_pages():
+    listed = re.findall(r"^ +- [\w ]+: ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(f"docs/{name}" for name in listed) == sorted(name for name in PAGES if name.startswith("docs/"))

@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., None])
 def with_config_options(command: F) -> F:
     """Give a command, in place of its ``**options``, one option for each field of `Config`; those that are not given are not passed on."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    added = [_parameter(name, field) for name, field in sorted(Config.model_fields.items(), key=lambda item: _option(item[1]).advanced)]
+    added = [_parameter(name, field) for name, field in sorted(Config.model_fields.items(), key=lambda item: option_of(item[1]).advanced)]
 
     def called(**given: Any) -> None:
         command(**{name: value for name, value in given.items() if value is not None or name not in Config.model_fields})
@@ -30,18 +30,27 @@ def with_config_options(command: F) -> F:
     return called  # type: ignore[return-value]
 
 
-def _option(field: FieldInfo) -> Option:
+def option_of(field: FieldInfo) -> Option:
+    """What a field is as an option."""
     return next(m for m in field.metadata if isinstance(m, Option))
 
 
+def flags_of(name: str, field: FieldInfo) -> list[str]:
+    """Its name on the command line; of a switch the one that turns it off, too."""
+    flag = option_of(field).flag or "--" + name.replace("_", "-")
+    return [flag, f"--no-{flag[2:]}"] if field.annotation is bool else [flag]
+
+
+def default_of(field: FieldInfo) -> str:
+    """Its default as help shows it."""
+    return option_of(field).default or _shown(field.get_default(call_default_factory=True))
+
+
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    option = _option(field)
-    flag = option.flag or "--" + name.replace("_", "-")
-    default = option.default or _shown(field.get_default(call_default_factory=True))
-    text = f"{' '.join((field.description or '').split())} [default: {default}]"
+    option = option_of(field)
+    text = f"{' '.join((field.description or '').split())} [default: {default_of(field)}]"
     kind = _kind(field.annotation, text=option.text)
-    names = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag]
-    info = typer.Option(*names, help=text, metavar=option.metavar or None, show_default=False)
+    info = typer.Option("/".join(flags_of(name, field)), help=text, metavar=option.metavar or None, show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
 
 
