@@ -1,4 +1,4 @@
-"""Step 5a: mixed precision. Bits of every weight under a budget, as an integer program.
+"""Mixed precision: choose the bits of every weight under a budget, as an integer program.
 
 Each candidate width of each layer is tried on the inputs of the float network: rounding with error compensation, and
 the error of every output channel, on samples that the rounding has not seen, weighed by its Hessian score. What that does to

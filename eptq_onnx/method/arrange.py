@@ -1,4 +1,4 @@
-"""Step 1b: how samples are run, found by running some, and what the network draws and chooses for each, recorded.
+"""Find how samples are run by running some, and record what the network draws and chooses for each.
 
 Samples are put into one batch only if a batch of two gives what two runs give. Where it does not (a batch size written into a
 Reshape, statistics or attention across the batch), each runs by itself.

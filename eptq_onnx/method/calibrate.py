@@ -1,4 +1,4 @@
-"""Step 3: activation ranges from one streaming pass (paper section 3.3; AdaRound-style MSE search).
+"""Choose activation ranges from one streaming pass (paper section 3.3; AdaRound-style MSE search).
 
 Every tensor keeps a histogram of fixed size whose range doubles when a value falls outside, so that memory does
 not depend on the number of samples; minima and maxima are exact.

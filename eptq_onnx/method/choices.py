@@ -1,4 +1,4 @@
-"""Step 4c: which activations must stay float, because a choice by value would fall on other rows.
+"""Find the activations that must stay float because a choice by value would fall on other rows.
 
 Where TopK takes rows that further layers work on, or ArgMax the row of a table, a small error of the scores makes the network
 take another row, and what follows has nothing to do with what it was. How much that costs is measured: the network with its

@@ -1,4 +1,4 @@
-"""Step 4a: channels of quantized tensors scaled so that the range that they share fits all that matter.
+"""Scale the channels of quantized tensors so that the range that they share fits all that matter.
 
 Integer kernels know one scale for all channels of an activation, so that the rounding error of every channel is that of
 the widest. Where the layers around a tensor can take up factors (`eptq_onnx.graph.channels`), the channels are scaled: the

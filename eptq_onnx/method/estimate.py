@@ -1,4 +1,4 @@
-"""Step 2b: how fast this machine is with this model, so that what a run takes can be told before it starts."""
+"""Measure how fast this machine runs this model, so that the run time can be estimated before the run."""
 
 from __future__ import annotations
 

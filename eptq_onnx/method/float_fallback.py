@@ -1,4 +1,4 @@
-"""Step 4b: which activations must stay float, because their quantization would spoil the outputs.
+"""Find the activations that must stay float because their quantization would spoil the outputs.
 
 What a quantizer does to the outputs is measured, not predicted: the float network runs with the quantizers of some
 activations, and its outputs are compared with its own. (Hessian scores are of first order: in networks that blow noise up

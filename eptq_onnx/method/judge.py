@@ -1,4 +1,4 @@
-"""Steps 5c and 7b: nothing is written that is worse than nearest rounding with the same ranges.
+"""Keep nearest rounding wherever nothing beats it: no result is worse than nearest rounding with the same ranges.
 
 Rounding layer by layer, and the network-wise loop, are judged by running the network that they make, on samples that they have
 not seen, with the choices of the float network. Where the outputs of all layers rounded so are no nearer to the float network's

@@ -1,4 +1,4 @@
-"""Step 1: bring a model into the one form that the other steps expect.
+"""Bring a model into the one form that everything else expects.
 
 Functions inlined, opset raised if the target needs it, all floats made float32, constants folded into initializers, nodes named,
 BatchNormalization and padding folded into the layers they belong to, every layer with a bias of its own; the branches

@@ -1,4 +1,4 @@
-"""Step 2: decide which tensors get which quantizer, and say why the others stay float.
+"""Decide which tensors get which quantizer, and say why the others stay float.
 
 The rules, in the words of the operator table (`ops.TABLE`) and the target:
 

@@ -1,4 +1,4 @@
-"""Step 8: the standard QDQ model.
+"""Write the standard QDQ model.
 
 Every quantized activation gets a QuantizeLinear/DequantizeLinear pair that all its readers share; weights and biases
 become integer initializers behind a DequantizeLinear that carries the tensor's old name. A bit width below the

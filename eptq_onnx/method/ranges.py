@@ -1,4 +1,4 @@
-"""Step 5: weight ranges (HMSE, paper section 3.3), and the guards that the integer bias needs."""
+"""Choose weight ranges (HMSE, paper section 3.3), no narrower than the integer bias needs."""
 
 from __future__ import annotations
 

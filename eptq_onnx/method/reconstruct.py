@@ -1,4 +1,4 @@
-"""Step 5b: the closed-form start, layer by layer.
+"""Layer-wise reconstruction: round layer by layer in closed form.
 
 In topological order, each weight is first bent to make up for the errors upstream, then rounded with error
 compensation, and the bias takes up the mean of what is left; see `eptq_onnx.numerics.compensation`. Float and quantized network
@@ -55,7 +55,7 @@ _OUTPUT_DAMPING = 0.1
 """Added to the outputs' Hessian factor, in units of its mean diagonal: few probes leave directions unseen."""
 
 
-def closed_form(
+def reconstruct(
     network: Network,
     quantized: ModelProto,
     start: Rounding,
@@ -146,7 +146,7 @@ def closed_form(
 
 
 def operations(model: ModelProto, plan: Plan, config: Config) -> float:
-    """Multiplications that `closed_form` takes beside the walk, about, as fast as those of large matrix products.
+    """Multiplications that `reconstruct` takes beside the walk, about, as fast as those of large matrix products.
 
     Parameters
     ----------
@@ -251,7 +251,7 @@ def _reader(
 
 
 def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:
-    """Layers that the closed form cannot round, and why."""
+    """Layers that cannot be reconstructed, and why."""
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
     shared = plan.shared_weights

@@ -1,4 +1,4 @@
-"""Step 2c: channels mixed so that the rows of all weights around them are rounded finely.
+"""Mix channels so that the rows of all weights around them are rounded finely.
 
 Where nothing but linear operators lies between layers (`eptq_onnx.graph.spaces`), any invertible matrix T may go into the
 rows of the layers in front, ``T W``, and its inverse into the terms of those behind, ``W T⁻¹``; the float model computes the

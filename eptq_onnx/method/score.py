@@ -1,4 +1,4 @@
-"""Step 4: label-free Hessian bound by Hutchinson probes (paper section 3.1 and 3.2).
+"""Estimate the label-free Hessian bound by Hutchinson probes (paper sections 3.1 and 3.2).
 
 With v Rademacher on the outputs, E[(J^T v)^2] = diag(J^T J). One backward pass of <v, f(x)> gives J^T v for every
 layer and every weight. Probes are independent per sample: in the squared gradient of a batch the cross terms

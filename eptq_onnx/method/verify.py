@@ -1,4 +1,4 @@
-"""Step 9: check the written model by running it in the target's runtime, beside the float model."""
+"""Check the written model by running it in the target's runtime beside the float model."""
 
 from __future__ import annotations
 

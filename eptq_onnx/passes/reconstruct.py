@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from eptq_onnx.config import Start
 from eptq_onnx.method.judge import better_than_nearest
-from eptq_onnx.method.reconstruct import FLOAT_PASSES, closed_form, operations
+from eptq_onnx.method.reconstruct import FLOAT_PASSES, operations, reconstruct
 from eptq_onnx.passes.base import Context, Cost, Pass, State
 from eptq_onnx.passes.judge import Judge
 
@@ -30,7 +30,7 @@ class Reconstruct(Pass):
         """Round all layers, and keep what beats nearest rounding; note what was left as it was."""
         judge = Judge(state, ctx)
         quantized, _ = judge.written(state.nearest)
-        rounded, skipped = closed_form(state.network, quantized, state.nearest, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name))
+        rounded, skipped = reconstruct(state.network, quantized, state.nearest, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name))
         notes = [f"{node} keeps nearest rounding: {why}" for node, why in skipped.items()]
         targets = ctx.config.optimizes
         rounding, note = better_than_nearest(judge.noise, judge.limit, state.plan, state.nearest, rounded, targets=targets)

@@ -1,4 +1,4 @@
-"""Step 6: the training graph (paper section 3.4 and 4).
+"""Build the training graph (paper sections 3.4 and 4).
 
 One graph holds the float model (teacher, constant weights) and the quantized model (student, weights, biases and
 activation scales as inputs), and compares the outputs of every layer, and those of the networks. Soft rounding itself is

@@ -1,4 +1,4 @@
-"""Step 7: network-wise optimization (paper section 4): soft rounding, biases, weight and activation scales at once.
+"""Optimize the rounding over the whole network (paper section 4): weights, biases, weight and activation scales at once.
 
 The loss is that of the layers, weighed by sample-layer attention, and that of the network's outputs, half of it at the start.
 Attention is of first order: where errors add up it misleads. The outputs alone want to be smaller than they should be.

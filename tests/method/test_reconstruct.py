@@ -16,7 +16,7 @@ from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
-from eptq_onnx.method.reconstruct import closed_form
+from eptq_onnx.method.reconstruct import reconstruct
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.records import Network, Scores
 from eptq_onnx.runtime import Session
@@ -32,7 +32,7 @@ def run(model, scores=None, make=images, **options):
     calibration = calibrate(model, p, samples, config, silent)
     nearest = weight_ranges(model, p, calibration, None, config)
     quantized, _ = write(model, p, nearest)
-    rounding, skipped = closed_form(
+    rounding, skipped = reconstruct(
         Network(model, p, calibration, scores), quantized, nearest, Selection(samples, np.arange(64)), config, silent
     )
     return model, p, nearest, rounding, skipped
@@ -80,7 +80,7 @@ def test_grouped_transposed_convolutions_share_the_scales_of_their_channels():
     samples = data.read({"x": smooth(32)}, model)
     calibration = calibrate(model, p, samples, config, silent)
     nearest = weight_ranges(model, p, calibration, None, config)
-    rounding, skipped = closed_form(
+    rounding, skipped = reconstruct(
         Network(model, p, calibration), write(model, p, nearest)[0], nearest, Selection(samples, np.arange(32)), config, silent
     )
     assert not skipped
