@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import onnx
 import pytest
@@ -90,6 +93,13 @@ def test_options_that_change_nothing_written_do_not_count():
     assert Config(measure_speed=False, custom_ops=["a.so"]).digest(target) == plain
     others = [Config(seed=1), Config(weight_bits=4), Config(budget="weights=4"), Config(batch_axes={"x": 0}), Config(rotate=False)]
     assert len({plain, *(c.digest(target) for c in others), Config().digest(targets.load("ort-x64-vnni"))}) == 7
+
+
+def test_the_hash_of_options_is_the_same_in_every_process():
+    code = "from eptq_onnx import Config, targets; print(Config().digest(targets.load('ort-x64')))"
+    environments = [{**os.environ, "PYTHONHASHSEED": seed} for seed in ("1", "2", "3")]
+    found = {subprocess.run([sys.executable, "-c", code], env=e, capture_output=True, check=True).stdout for e in environments}
+    assert len(found) == 1
 
 
 def test_every_pass_is_logged(caplog):

@@ -213,7 +213,10 @@ class Config(BaseModel):
         """Hash of the options that change the result, in 16 hexadecimal digits; a target counts by what it says, not by its name."""
         named = {n: m for n, field in type(self).model_fields.items() for m in field.metadata if isinstance(m, Option)}
         values = self.model_dump(mode="json", include={n for n, option in named.items() if option.in_result and n != "target"})
-        text = json.dumps([values, target.model_dump(mode="json")], sort_keys=True)
+        # Sets come in another order in every process.
+        text = json.dumps(
+            [values, target.model_dump()], sort_keys=True, default=lambda v: sorted(v) if isinstance(v, frozenset) else str(v)
+        )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
