@@ -58,37 +58,17 @@ __all__ = [
     "quantize",
 ]
 
-_PLACES = {
-    **dict.fromkeys(
-        (
-            "ActivationRange",
-            "Attention",
-            "Budget",
-            "BudgetUnit",
-            "Config",
-            "EngineChoice",
-            "Optimizer",
-            "Preset",
-            "RoundingVariable",
-            "Start",
-            "WeightRange",
-        ),
-        "config",
-    ),
-    "Progress": "passes.base",
-    "Report": "report",
-    "Result": "api",
-    "quantize": "api",
-}
-"""Imported when they are asked for: the command has to handle signals before the seconds that this takes."""
+_PLACES = {"Progress": "passes.base", "Report": "report", "Result": "api", "quantize": "api"}
+"""Modules of what is imported when it is asked for, other than `eptq_onnx.config`: the command has to handle signals before the seconds
+that this takes."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_PLACES.get(name, 'config')}"), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *__all__})

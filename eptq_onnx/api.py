@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -108,15 +105,14 @@ def input_files(model: str | os.PathLike[str] | bytes | ModelProto, data: Source
 
 def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, given: Config, progress: Progress, folder: str) -> Result:
     """See `quantize`; ``folder`` is for the weights of a large model."""
-    seconds: dict[str, float] = {}
-    runner = pipeline.Runner(pipeline.PIPELINE, seconds)
+    runner = pipeline.Runner(pipeline.PIPELINE)
     target = targets.load(given.target)
     engine = engines.make(given.engine) if given.needs_gradients else None
-    with _timed(seconds, "normalize"):
+    with runner.timed("normalize"):
         prepared = prepare(model, data, target, given, folder)
         samples = prepared.samples
         float_model = executed(prepared.model, prepared.found)
-    with _timed(seconds, "plan"):
+    with runner.timed("plan"):
         plan = make_plan(prepared.model, target, given)
         config, state = runner.affordable(given, State(prepared.model, float_model, plan), samples)
     ctx = Context(
@@ -133,18 +129,11 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         float_bytes=prepared.float_bytes,
         progress=progress,
     )
-    with _timed(seconds, "estimate"):
+    with runner.timed("estimate"):
         expected = runner.estimate(state, ctx)
     state = runner.run(state, ctx)
-    report = report_of(prepared, state, ctx, Costs(expected, seconds, peak_memory()))
+    report = report_of(prepared, state, ctx, Costs(expected, runner.seconds, peak_memory()))
     return Result(store.load_all(final(sink(state.written.marked), prepared)), report)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    began = time.perf_counter()
-    yield
-    seconds[name] = round(time.perf_counter() - began, 3)
 
 
 def peak_memory() -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import psutil
@@ -68,6 +69,13 @@ class Runner:
     passes: Sequence[Pass]
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Time what is done inside, also before the passes."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 3)
+
     def affordable(self, config: Config, state: State, samples: Samples) -> tuple[Config, State]:
         """The config with a limit for the memory of a large model and without passes that do not fit; a note tells of each."""
         if config.max_memory is None and store.folder_of(state.executed) is not None:
@@ -106,14 +114,13 @@ class Runner:
             missing = [name for name in step.requires if getattr(state, name) is None]
             if missing:
                 raise RuntimeError(f"the pass {step.name} stands before what provides {', '.join(missing)}")
-            began = time.perf_counter()
-            try:
-                state = step.run(state, ctx)
-            except GradientError as e:
-                if not step.without:
-                    raise
-                state = state.noting(f"{step.without}: {e}")
-            self.seconds[step.name] = round(time.perf_counter() - began, 3)
+            with self.timed(step.name):
+                try:
+                    state = step.run(state, ctx)
+                except GradientError as e:
+                    if not step.without:
+                        raise
+                    state = state.noting(f"{step.without}: {e}")
             _LOGGER.info("%s: %.1f s", step.name, self.seconds[step.name])
         return state
 

@@ -12,8 +12,8 @@ import typer.main
 from pydantic.fields import FieldInfo
 
 from eptq_onnx.cli import app
-from eptq_onnx.cli.options import default_of, flags_of, option_of
-from eptq_onnx.config import Config
+from eptq_onnx.cli.options import default_of, flags_of
+from eptq_onnx.config import Config, option_of
 
 PLACE = "<!-- the tables of all options -->"
 """Stands in the page where the tables go."""

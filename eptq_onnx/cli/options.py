@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from eptq_onnx.config import Config, Option
+from eptq_onnx.config import Config, option_of
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -28,11 +28,6 @@ def with_config_options(command: F) -> F:
     called.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
     called.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
     return called  # type: ignore[return-value]
-
-
-def option_of(field: FieldInfo) -> Option:
-    """What a field is as an option."""
-    return next(m for m in field.metadata if isinstance(m, Option))
 
 
 def flags_of(name: str, field: FieldInfo) -> list[str]:

@@ -13,7 +13,7 @@ from eptq_onnx.config.choices import (
     WeightRange,
 )
 from eptq_onnx.config.config import PRESET_STEPS, Config, describe
-from eptq_onnx.config.option import Option
+from eptq_onnx.config.option import Option, option_of
 
 __all__ = [
     "PRESET_STEPS",
@@ -30,4 +30,5 @@ __all__ = [
     "Start",
     "WeightRange",
     "describe",
+    "option_of",
 ]

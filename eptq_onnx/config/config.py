@@ -14,7 +14,7 @@ from typing_extensions import Self, Unpack
 
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import ActivationRange, Attention, EngineChoice, Optimizer, Preset, RoundingVariable, Start, WeightRange
-from eptq_onnx.config.option import Option
+from eptq_onnx.config.option import Option, option_of
 from eptq_onnx.config.options import Options
 from eptq_onnx.errors import ConfigError
 
@@ -211,8 +211,8 @@ class Config(BaseModel):
 
     def digest(self, target: BaseModel) -> str:
         """Hash of the options that change the result, in 16 hexadecimal digits; a target counts by what it says, not by its name."""
-        named = {n: m for n, field in type(self).model_fields.items() for m in field.metadata if isinstance(m, Option)}
-        values = self.model_dump(mode="json", include={n for n, option in named.items() if option.in_result and n != "target"})
+        counted = {name for name, field in type(self).model_fields.items() if option_of(field).in_result}
+        values = self.model_dump(mode="json", include=counted - {"target"})
         # Sets come in another order in every process.
         text = json.dumps(
             [values, target.model_dump()], sort_keys=True, default=lambda v: sorted(v) if isinstance(v, frozenset) else str(v)

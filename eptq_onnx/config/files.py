@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eptq_onnx.config.config import Config
-from eptq_onnx.config.option import Option
+from eptq_onnx.config.option import option_of
 from eptq_onnx.errors import ConfigError, one_line
 
 if sys.version_info >= (3, 11):
@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SECTIONS = {name: next(m.section for m in field.metadata if isinstance(m, Option)) for name, field in Config.model_fields.items()}
+SECTIONS = {name: option_of(field).section for name, field in Config.model_fields.items()}
 """The table of each option."""
 
 

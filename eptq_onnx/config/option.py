@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic.fields import FieldInfo
+
 
 @dataclass(frozen=True)
 class Option:
@@ -34,3 +36,8 @@ class Option:
     default: str = ""
     advanced: bool = False
     in_result: bool = True
+
+
+def option_of(field: FieldInfo) -> Option:
+    """What a field of `Config` is as an option."""
+    return next(m for m in field.metadata if isinstance(m, Option))

@@ -23,8 +23,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
+from eptq_onnx.numerics.formats import along_axis
 from eptq_onnx.numerics.linear import LinearForm, row_shape
-from eptq_onnx.numerics.quant_math import along_axis
 from eptq_onnx.numerics.types import Array
 from eptq_onnx.proto.bodies import node_reads
 

@@ -61,6 +61,6 @@ def _between(view: GraphView, first: str, last: str) -> set[str]:
         return {first}
     behind, before = view.downstream(o for o in begin.output if o), view.upstream(i for i in end.input if i)
     inside = {n.name for n in view.nodes if any(o in behind and o in before for o in n.output)}
-    if not inside & {first}:
+    if first not in inside:
         raise ConfigError(f"the pattern 'from:{first}..to:{last}' matches no node: no path leads from the one to the other.")
     return {*inside, last}

@@ -25,9 +25,9 @@ from eptq_onnx.graph import edit
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import compensation, quant_math
+from eptq_onnx.numerics.formats import along_axis
 from eptq_onnx.numerics.linear import LinearForm, scale_places
 from eptq_onnx.numerics.moments import Moments, sampled_moments
-from eptq_onnx.numerics.quant_math import along_axis
 from eptq_onnx.numerics.types import Array, QuantSpec
 from eptq_onnx.ops import linear_form
 from eptq_onnx.records import Layer, Network, Plan, Scores

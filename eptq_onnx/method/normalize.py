@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, inliner
 
 from eptq_onnx.data.samples import Samples
-from eptq_onnx.errors import EptqError
 from eptq_onnx.graph import branches, edit, fold, opsets
 from eptq_onnx.graph.canonical import FIRST_IR_WITH_CONSTANTS, separate_names
 from eptq_onnx.graph.infer import infer_shapes
@@ -44,19 +43,12 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
     Raises
     ------
     ModelError
-        If the model cannot be converted or folded, or onnxruntime refuses it.
+        If the model cannot be converted or folded.
     """
-    try:
-        result = _inlined(model) if model.functions else _copy(model)
-        _drop_default_inputs(result)
-        result = _rewritten(widen(opsets.within(result, min_opset, *newest_readable())))
-        return infer_shapes(result) if samples is None else settle(result, samples)
-    except EptqError:
-        raise
-    except Exception:
-        # The rewrites take constants and attributes to fit their operators; onnxruntime says best where they do not.
-        Session(model, optimize=False)
-        raise
+    result = _inlined(model) if model.functions else _copy(model)
+    _drop_default_inputs(result)
+    result = _rewritten(widen(opsets.within(result, min_opset, *newest_readable())))
+    return infer_shapes(result) if samples is None else settle(result, samples)
 
 
 def settle(model: ModelProto, samples: Samples) -> ModelProto:

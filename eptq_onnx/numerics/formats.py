@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.numerics.types import Array
+
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,25 @@ Format: TypeAlias = IntFormat | FloatFormat
 E4M3, E5M2 = FloatFormat(4, 3, finite=True), FloatFormat(5, 2)
 
 
+def along_axis(values: NDArray[Number], axis: int | None, rank: int) -> NDArray[Number]:
+    """Reshape per-channel values so that they broadcast along ``axis`` of a tensor of rank ``rank``.
+
+    Parameters
+    ----------
+    values : ndarray, scalar or of shape (n_channels,)
+    axis : int or None
+    rank : int
+
+    Returns
+    -------
+    ndarray
+        ``values`` itself if ``axis`` is None, else of shape (1, ..., n_channels, ..., 1).
+    """
+    if axis is None:
+        return values
+    return values.reshape([-1 if i == axis else 1 for i in range(rank)])
+
+
 @dataclass(frozen=True)
 class PerTensor:
     """One scale: of shape () for any tensor."""
@@ -150,8 +171,7 @@ class PerAxis:
 
     def spread(self, scale: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
         """The scale as it broadcasts along a tensor."""
-        axis = self.axis % len(shape)
-        return scale.reshape([-1 if i == axis else 1 for i in range(len(shape))]) if scale.ndim else scale
+        return along_axis(scale, self.axis % len(shape), len(shape)) if scale.ndim else scale
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Grid:
     zero_point: int | IntArray = 0
 
     def quantize(self, x: Array, dtype: str = "float32") -> NDArray[Any]:
-        """Values of the format, integers less nothing: what QuantizeLinear gives.
+        """Values of the format: what QuantizeLinear gives.
 
         Parameters
         ----------
@@ -58,7 +58,7 @@ class Grid:
         dtype : str
             Type of the result, which holds the values of the format.
         """
-        scale, zero = self._spread(x.shape)
+        scale, zero = self.spread(x.shape)
         result = np.empty(x.shape, dtype)
         for part in slices(x):
             result[part] = self._rounded(x[part] / part_of(scale, part), part_of(zero, part))
@@ -71,7 +71,7 @@ class Grid:
 
     def dequantize(self, values: NDArray[Any]) -> Array:
         """Real values of values of the format: what DequantizeLinear gives."""
-        scale, zero = self._spread(values.shape)
+        scale, zero = self.spread(values.shape)
         result: Array = np.empty(values.shape, np.float32)
         for part in slices(values):
             result[part] = (values[part].astype(np.float32) - part_of(zero, part)) * part_of(scale, part)
@@ -102,11 +102,11 @@ class Grid:
             codes = np.frombuffer(content, "<u1" if width == 8 else "<u2").astype(np.uint16) & np.uint16(2**self.format.bits - 1)
         return self.format.values(codes).reshape(shape)
 
-    def _spread(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    def spread(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
         """Scale and zero point as they broadcast along a tensor, the zero point as a real number."""
         zero: Array = np.asarray(self.zero_point, np.float32)
-        spread = self.granularity.spread
-        return np.asarray(spread(self.scale, shape)), np.asarray(spread(zero, shape)) if zero.ndim else zero
+        along = self.granularity.spread
+        return np.asarray(along(self.scale, shape)), np.asarray(along(zero, shape)) if zero.ndim else zero
 
 
 def _width(form: Format, storage: Storage) -> int:

@@ -30,25 +30,6 @@ _BIAS_LIMIT = np.float32(2.0**30)
 
 
 # ---- channels ----------------------------------------------------------------------------------------------
-def along_axis(values: NDArray[Number], axis: int | None, rank: int) -> NDArray[Number]:
-    """Reshape per-channel values so that they broadcast along ``axis`` of a tensor of rank ``rank``.
-
-    Parameters
-    ----------
-    values : ndarray, scalar or of shape (n_channels,)
-    axis : int or None
-    rank : int
-
-    Returns
-    -------
-    ndarray
-        ``values`` itself if ``axis`` is None, else of shape (1, ..., n_channels, ..., 1).
-    """
-    if axis is None:
-        return values
-    return values.reshape([-1 if i == axis else 1 for i in range(rank)])
-
-
 def channel_rows(values: NDArray[np.floating], axis: int | None) -> NDArray[np.floating]:
     """View a tensor as one row per channel: shape (n_channels, n_elements), or (1, size) without axis."""
     if axis is None:
@@ -87,7 +68,7 @@ def folded(integers: IntArray, params: QuantParams, spec: QuantSpec) -> tuple[In
     """The same weights with zero point 0: the integers less their zero point, inside what the container holds."""
     if not np.any(params.zero_point):
         return integers, params
-    _, zero = scale_and_zero(params, spec, integers.ndim)
+    _, zero = grid(params, spec).spread(integers.shape)
     steps: IntArray = np.empty(integers.shape, spec.container)
     for part in slices(integers):
         steps[part] = integers[part] - part_of(zero, part)
@@ -97,12 +78,6 @@ def folded(integers: IntArray, params: QuantParams, spec: QuantSpec) -> tuple[In
 def limits(zero: IntArray | Array, spec: QuantSpec) -> tuple[Array, Array]:
     """Least and largest integer less the zero point, of the zero point's shape."""
     return np.asarray(spec.qmin - zero, np.float32), np.asarray(spec.qmax - zero, np.float32)
-
-
-def scale_and_zero(params: QuantParams, spec: QuantSpec, rank: int) -> tuple[Array, Array]:
-    """Both as they broadcast along a tensor of that rank, the zero point as a real number."""
-    zero: Array = np.asarray(params.zero_point, np.float32)
-    return along_axis(params.scale, spec.axis, rank), along_axis(zero, spec.axis, rank) if zero.ndim else zero
 
 
 def fake_quantize(x: Array, params: QuantParams, spec: QuantSpec) -> Array:
@@ -368,7 +343,7 @@ def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, flo
 
 def continuous(target: Array, integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
     """A continuous copy of rounded weights, in integer steps: on the side of ``target``, but safely rounding to ``integers``."""
-    scale, zero = scale_and_zero(params, spec, target.ndim)
+    scale, zero = grid(params, spec).spread(target.shape)
     steps = target / scale + zero
     near = integers.astype(np.int32)
     return np.asarray(near + np.clip(steps - near, -0.45, 0.45), np.float32)

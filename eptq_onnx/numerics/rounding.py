@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.formats import along_axis
 from eptq_onnx.numerics.grid import nearest
 from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
 
@@ -44,7 +45,7 @@ class StraightThroughWeight:
     def __init__(self, position: Array, params: QuantParams, spec: QuantSpec) -> None:
         self.spec = spec
         self.scale, self._zero_point = params.scale, params.zero_point
-        self._s, self._z = quant_math.scale_and_zero(params, spec, position.ndim)
+        self._s, self._z = quant_math.grid(params, spec).spread(position.shape)
         self.variable: Array = position
         self.gamma: Array = np.ones_like(params.scale)
         self._level: Array = np.zeros(0, np.float32)
@@ -69,7 +70,7 @@ class StraightThroughWeight:
         return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32), self._zero_point)
 
     def _factor(self) -> Array:
-        return self._s * quant_math.along_axis(self.gamma, self.spec.axis, self.variable.ndim)
+        return self._s * along_axis(self.gamma, self.spec.axis, self.variable.ndim)
 
 
 class SoftWeight:
@@ -89,7 +90,7 @@ class SoftWeight:
     def __init__(self, position: Array, params: QuantParams, spec: QuantSpec) -> None:
         self.spec = spec
         self.scale, self._zero_point = params.scale, params.zero_point
-        self._s, self._z = quant_math.scale_and_zero(params, spec, position.ndim)
+        self._s, self._z = quant_math.grid(params, spec).spread(position.shape)
         self.floor: Array = np.floor(position)
         self.variable: Array = quant_math.rectified_sigmoid_inverse(position - self.floor)
         self.gamma: Array = np.ones_like(params.scale)
@@ -123,4 +124,4 @@ class SoftWeight:
         return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32), self._zero_point)
 
     def _factor(self) -> Array:
-        return self._s * quant_math.along_axis(self.gamma, self.spec.axis, self.floor.ndim)
+        return self._s * along_axis(self.gamma, self.spec.axis, self.floor.ndim)

@@ -17,9 +17,13 @@ from eptq_onnx.config import Config
 from eptq_onnx.data.samples import Samples, Selection, spread
 from eptq_onnx.data.splits import Shares
 from eptq_onnx.engines.base import Engine
+from eptq_onnx.errors import GradientError
+from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.method.calibrate import calibrate
+from eptq_onnx.method.judge import SAMPLES, Limit
 from eptq_onnx.method.plan import plan as make_plan
+from eptq_onnx.method.qdq import write
 from eptq_onnx.ops import executed
 from eptq_onnx.records import Calibration, Network, OptimizationTrace, Plan, Rounding, Scores, Speed, Verification
 from eptq_onnx.targets import Target
@@ -100,6 +104,19 @@ class Context:
         training = self.shares.training
         return training[spread(len(training), max(1, max(_WALKED, self.config.score_samples) // self.samples.rows))]
 
+    @property
+    def gradients(self) -> Engine:
+        """The engine, for passes that need one.
+
+        Raises
+        ------
+        GradientError
+            If none was chosen.
+        """
+        if self.engine is None:
+            raise GradientError("no engine was chosen.")
+        return self.engine
+
     def chosen(self, indices: NDArray[np.int64]) -> Selection:
         """Some of the samples."""
         return Selection(self.samples, indices)
@@ -129,6 +146,47 @@ class Written:
     stands_for: Mapping[str, str]
 
 
+class Judge:
+    """Compares roundings with nearest rounding by running the networks that they make, on samples that no rounding has seen.
+
+    What it needs for that is computed when it is first asked, and once.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The whole float model.
+    network : Network
+    nearest : Rounding
+    ctx : Context
+    """
+
+    def __init__(self, model: ModelProto, network: Network, nearest: Rounding, ctx: Context) -> None:
+        self._model, self._network, self._nearest, self._ctx = model, network, nearest, ctx
+
+    @cached_property
+    def _deviation(self) -> Deviation:
+        """From the float model, sample by sample: how much samples differ tells what chance does."""
+        ctx, network = self._ctx, self._network
+        size = ctx.samples.fixed_batch or 1
+        return Deviation(network.model, ctx.samples, ctx.shares.judged, SAMPLES, network.calibration.variance, ctx.config, size)
+
+    @cached_property
+    def limit(self) -> Limit:
+        """Noise of nearest rounding."""
+        parts = self._deviation.parts
+        noise = self.noise(self._nearest) if parts else np.zeros((0, 0))
+        return Limit(noise, np.array([p not in self._ctx.found.decisive for p in parts], bool))
+
+    def noise(self, rounding: Rounding) -> NDArray[np.float64]:
+        """Noise of every part of the outputs, run by run."""
+        return self._deviation.of_runs(*self.written(rounding))
+
+    def written(self, rounding: Rounding) -> tuple[ModelProto, Mapping[str, str]]:
+        """The executed model with a rounding, and what stands for a tensor in it."""
+        marked, stands_for = write(self._model, self._network.plan, rounding)
+        return self._ctx.executed(marked, stands_for), stands_for
+
+
 @dataclass(frozen=True)
 class State:
     """What the passes have made so far. Fields are `UNSET` before a pass provides them.
@@ -145,6 +203,8 @@ class State:
         None where the Hessian bound is not wanted or cannot be had.
     nearest : Rounding
         All weights rounded to nearest.
+    judge : Judge
+        Compares with nearest rounding.
     rounding : Rounding
     trace : OptimizationTrace or None
     written : Written
@@ -163,6 +223,7 @@ class State:
     calibration: Calibration = UNSET
     scores: Scores | None = None
     nearest: Rounding = UNSET
+    judge: Judge = UNSET
     rounding: Rounding = UNSET
     trace: OptimizationTrace | None = None
     written: Written = UNSET

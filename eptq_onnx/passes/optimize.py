@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from eptq_onnx.data.samples import Samples
-from eptq_onnx.errors import GradientError
 from eptq_onnx.method.judge import still_better
 from eptq_onnx.passes.base import Context, Cost, Pass, State
-from eptq_onnx.passes.judge import Judge
 from eptq_onnx.training.graph import training_graph
 from eptq_onnx.training.loop import FLOAT_PASSES, needed_bytes, optimize
 
@@ -17,7 +15,7 @@ class Optimize(Pass):
     """See `eptq_onnx.training`."""
 
     name = "optimize"
-    requires = ("calibration", "nearest", "rounding")
+    requires = ("calibration", "judge", "rounding")
     provides = ("rounding", "trace")
     switch = ("steps", 0)
     without = "not optimized over the whole network"
@@ -38,10 +36,8 @@ class Optimize(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Run the loop from the rounding so far; its result is kept if it is better, on samples that it has not seen."""
-        if ctx.engine is None:
-            raise GradientError("no engine was chosen.")
-        judge, start = Judge(state, ctx), state.rounding
-        graph = training_graph(state.network, start, ctx.samples, ctx.config, ctx.engine)
+        judge, start = state.judge, state.rounding
+        graph = training_graph(state.network, start, ctx.samples, ctx.config, ctx.gradients)
         notes = [f"no gradient passes {note}" for note in graph.notes]
         notes += [f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items()]
 

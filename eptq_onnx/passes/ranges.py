@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from eptq_onnx.method.ranges import weight_ranges
-from eptq_onnx.passes.base import Context, Pass, State
+from eptq_onnx.passes.base import Context, Judge, Pass, State
 
 
 class Ranges(Pass):
@@ -13,9 +13,10 @@ class Ranges(Pass):
 
     name = "ranges"
     requires = ("calibration",)
-    provides = ("nearest", "rounding")
+    provides = ("nearest", "judge", "rounding")
 
     def run(self, state: State, ctx: Context) -> State:
         """Choose scales and zero points of all weights."""
         nearest = weight_ranges(state.executed, state.plan, state.calibration, state.scores, ctx.config)
-        return replace(state, nearest=nearest, rounding=nearest)
+        judge = Judge(state.model, state.network, nearest, ctx)
+        return replace(state, nearest=nearest, judge=judge, rounding=nearest)

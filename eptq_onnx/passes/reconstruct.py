@@ -8,14 +8,13 @@ from eptq_onnx.config import Start
 from eptq_onnx.method.judge import better_than_nearest
 from eptq_onnx.method.reconstruct import FLOAT_PASSES, operations, reconstruct
 from eptq_onnx.passes.base import Context, Cost, Pass, State
-from eptq_onnx.passes.judge import Judge
 
 
 class Reconstruct(Pass):
     """See `eptq_onnx.method.reconstruct` and `eptq_onnx.method.judge`."""
 
     name = "reconstruct"
-    requires = ("calibration", "nearest", "rounding")
+    requires = ("calibration", "nearest", "judge", "rounding")
     provides = ("rounding",)
 
     def enabled(self, ctx: Context) -> bool:
@@ -28,7 +27,7 @@ class Reconstruct(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Round all layers, and keep what beats nearest rounding; note what was left as it was."""
-        judge = Judge(state, ctx)
+        judge = state.judge
         quantized, _ = judge.written(state.nearest)
         rounded, skipped = reconstruct(state.network, quantized, state.nearest, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name))
         notes = [f"{node} keeps nearest rounding: {why}" for node, why in skipped.items()]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from eptq_onnx.config import Start, WeightRange
-from eptq_onnx.errors import GradientError
 from eptq_onnx.method.reconstruct import unsolved
 from eptq_onnx.method.score import FLOAT_PASSES, score
 from eptq_onnx.passes.base import Context, Cost, Pass, State
@@ -29,10 +28,8 @@ class Score(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Probe the float network."""
-        if ctx.engine is None:
-            raise GradientError("no engine was chosen.")
         wanted = _scored_weights(state, ctx)
-        scores = score(state.network, ctx.chosen(ctx.shares.scored), wanted, ctx.engine, ctx.config, ctx.tell(self.name))
+        scores = score(state.network, ctx.chosen(ctx.shares.scored), wanted, ctx.gradients, ctx.config, ctx.tell(self.name))
         return replace(state, scores=scores)
 
 

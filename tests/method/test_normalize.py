@@ -8,6 +8,7 @@ import pytest
 from graphs import images, normal, parse, small_convnet
 
 from eptq_onnx.errors import EptqError
+from eptq_onnx.graph import io
 from eptq_onnx.graph.view import GraphView, opset_of
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.runtime import Session, survives
@@ -227,7 +228,7 @@ def test_constants_that_do_not_fit_are_refused_in_a_sentence(label, seed):
     except EptqError:
         expected = None
     try:
-        got = Session(normalize(model, 13)).run(feeds)
+        got = Session(normalize(io.load(model), 13)).run(feeds)
     except EptqError:
         assert expected is None
     else:

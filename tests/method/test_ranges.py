@@ -11,6 +11,7 @@ from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.formats import along_axis
 from eptq_onnx.records import Scores
 
 TARGET = targets.load("ort-x64")
@@ -39,7 +40,7 @@ def test_minmax_clips_nothing():
     model, p, _, rounding = start(small_convnet(), {"image": images()}, config)
     for name, spec in p.weight_specs.items():
         back = quant_math.dequantize(rounding.integers[name], rounding.weights[name], spec)
-        half = quant_math.along_axis(rounding.weights[name].scale, spec.axis, back.ndim) / 2
+        half = along_axis(rounding.weights[name].scale, spec.axis, back.ndim) / 2
         assert (np.abs(back - GraphView(model).constant(name)) <= half * 1.001).all()
 
 
