@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from eptq_onnx.passes.base import Context, Progress, State
 from eptq_onnx.prepare import final, prepare
 from eptq_onnx.proto import store
 from eptq_onnx.report import Report
+from eptq_onnx.resume import Resume
 from eptq_onnx.runtime import custom_operators
 from eptq_onnx.summary import Costs, report_of
+from eptq_onnx.workdir import Workdir
 
 
 def _silent(step: str, done: int, total: int, detail: object = "") -> None:
@@ -92,8 +95,9 @@ def quantize(
     """
     config = config or Config()
     inputs = tuple(input_files(model, data, config))
-    with custom_operators(config.custom_ops), scratch.folder() as folder:
-        return replace(_quantize(model, data, config, progress, folder), inputs=inputs)
+    kept = Workdir(config.workdir) if config.workdir is not None else nullcontext()
+    with custom_operators(config.custom_ops), scratch.folder() as folder, kept as workdir:
+        return replace(_quantize(model, data, config, progress, _Places(folder, workdir)), inputs=inputs)
 
 
 def input_files(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config) -> list[tuple[str, Path]]:
@@ -103,13 +107,31 @@ def input_files(model: str | os.PathLike[str] | bytes | ModelProto, data: Source
     return [*files_of_model(model), *files_of_data(data), *target, *libraries]
 
 
-def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, given: Config, progress: Progress, folder: str) -> Result:
-    """See `quantize`; ``folder`` is for the weights of a large model."""
+@dataclass(frozen=True)
+class _Places:
+    """Where a run keeps what it makes.
+
+    Parameters
+    ----------
+    folder : str
+        For the weights of a large model, until the run ends.
+    workdir : Workdir or None
+        For results of passes, beyond its end.
+    """
+
+    folder: str
+    workdir: Workdir | None
+
+
+def _quantize(
+    model: str | os.PathLike[str] | bytes | ModelProto, data: Source, given: Config, progress: Progress, places: _Places
+) -> Result:
+    """See `quantize`."""
     runner = pipeline.Runner(pipeline.PIPELINE)
     target = targets.load(given.target)
     engine = engines.make(given.engine) if given.needs_gradients else None
     with runner.timed("normalize"):
-        prepared = prepare(model, data, target, given, folder)
+        prepared = prepare(model, data, target, given, places.folder)
         samples = prepared.samples
         float_model = executed(prepared.model, prepared.found)
     with runner.timed("plan"):
@@ -125,10 +147,12 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
         found=prepared.found,
         multiplications=multiplications(float_model, plan, samples),
         source=model,
-        folder=folder,
+        folder=places.folder,
         float_bytes=prepared.float_bytes,
         progress=progress,
     )
+    if places.workdir is not None:
+        runner.resume = Resume(places.workdir, state, ctx)
     with runner.timed("estimate"):
         expected = runner.estimate(state, ctx)
     state = runner.run(state, ctx)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -31,6 +31,7 @@ from eptq_onnx.passes.verify import Verify
 from eptq_onnx.passes.write import Write
 from eptq_onnx.proto import store
 from eptq_onnx.records import Estimate
+from eptq_onnx.resume import Resume
 
 PIPELINE: tuple[Pass, ...] = (
     Rotate(),
@@ -62,11 +63,14 @@ class Runner:
     Parameters
     ----------
     passes : sequence of Pass
+    resume : Resume, optional
+        Where results are kept, and taken from.
     seconds : dict of str to float
         What each pass took; those that were left out are not in it.
     """
 
     passes: Sequence[Pass]
+    resume: Resume | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -94,7 +98,9 @@ class Runner:
 
     def estimate(self, state: State, ctx: Context) -> Estimate:
         """Estimate the run time of all passes together and of each, and report it."""
-        costs = {step.name: step.cost(state, ctx) for step in self._enabled(ctx)}
+        enabled = self._enabled(ctx)
+        known = self.resume.known(enabled, ctx) if self.resume is not None else set()
+        costs = {step.name: step.cost(state, ctx) for step in enabled if step.name not in known}
         pace = seconds_a_pass(state.executed, state.plan, ctx.samples, ctx.config)
         operation = seconds_an_operation() if any(cost.operations for cost in costs.values()) else 0.0
         shares = {name: pace * cost.passes + operation * cost.operations for name, cost in costs.items()}
@@ -110,19 +116,37 @@ class Runner:
         EptqError
             From a pass.
         """
+        taken = []
         for step in self._enabled(ctx):
-            missing = [name for name in step.requires if getattr(state, name) is None]
-            if missing:
-                raise RuntimeError(f"the pass {step.name} stands before what provides {', '.join(missing)}")
+            found = self.resume.take(step, state, ctx) if self.resume is not None else None
+            if found is not None:
+                state, self.seconds[step.name] = found
+                taken.append(step.name)
+                _LOGGER.info("%s: taken from the workdir", step.name)
+                continue
             with self.timed(step.name):
-                try:
-                    state = step.run(state, ctx)
-                except GradientError as e:
-                    if not step.without:
-                        raise
-                    state = state.noting(f"{step.without}: {e}")
+                state = self.resume.run(step, state, ctx, step_of(step)) if self.resume is not None else step_of(step)(state, ctx)
             _LOGGER.info("%s: %.1f s", step.name, self.seconds[step.name])
-        return state
+        if self.resume is not None:
+            state = self.resume.loaded(state)
+        return state.noting(f"taken from the workdir, with the times that they took before: {', '.join(taken)}") if taken else state
 
-    def _enabled(self, ctx: Context) -> Iterable[Pass]:
+    def _enabled(self, ctx: Context) -> list[Pass]:
         return [step for step in self.passes if step.enabled(ctx)]
+
+
+def step_of(step: Pass) -> Callable[[State, Context], State]:
+    """What runs a pass, or notes that it is left out for want of gradients."""
+
+    def work(state: State, ctx: Context) -> State:
+        missing = [name for name in step.requires if getattr(state, name) is None]
+        if missing:
+            raise RuntimeError(f"the pass {step.name} stands before what provides {', '.join(missing)}")
+        try:
+            return step.run(state, ctx)
+        except GradientError as e:
+            if not step.without:
+                raise
+            return state.noting(f"{step.without}: {e}")
+
+    return work

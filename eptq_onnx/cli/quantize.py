@@ -49,6 +49,8 @@ def quantize(
             check_writable(path)
         inputs = input_files(model, data, chosen)
         check_apart(outputs, [*inputs, ("the configuration", config)] if config is not None else inputs)
+        if chosen.workdir is not None:
+            tell_outcome(f"nothing was written; the same command goes on from {shown(chosen.workdir)}")
         with display(messages, chosen.preset.value) as progress:
             result = run(model, data, chosen, progress=progress)
         result.save(output)

@@ -136,6 +136,9 @@ class Config(BaseModel):
     ] = Field(None, gt=0)
     """Memory limit, such as 4GB. A model whose tensors do not fit is calibrated and scored block by block; what does not fit even so is
     left out, with a note. What the runtime maps of weight files does not count: the system takes it back when it needs to."""
+    workdir: Annotated[Path | None, Option("limits", default="none", in_result=False)] = None
+    """Folder in which the run keeps what it has done. The same command again takes from there what is still true, so that a run that
+    was interrupted or killed goes on where it was."""
     batch_axes: Annotated[
         dict[str, int | None],
         Option("model", flag="--batch-axis", metavar="NAME=AXIS|none", text=True, default="found from shapes and samples"),

@@ -55,6 +55,7 @@ class Options(TypedDict, total=False):
     gradual_activations: bool
     augment: bool
     max_memory: int | str | None
+    workdir: str | Path | None
     batch_axes: Mapping[str, int | None] | Sequence[str]
     custom_ops: Sequence[str | Path]
     measure_speed: bool

@@ -55,6 +55,11 @@ class Samples:
         return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
 
     @property
+    def identity(self) -> tuple[object, ...]:
+        """What tells these samples from others."""
+        return self._columns, self.fixed_batch, self._order, self.rows
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the model inputs."""
         return tuple(self._columns)

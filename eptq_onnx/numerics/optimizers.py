@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from eptq_onnx.numerics.types import Array
 
 Key = TypeVar("Key", bound=Hashable)
+
+
+def copy_into(arrays: Mapping[Key, Array], values: Mapping[Key, Array]) -> None:
+    """Change arrays in place to the values of the same names."""
+    for name, array in arrays.items():
+        array[...] = values[name]
 
 
 class Adam:
@@ -41,6 +47,16 @@ class Adam:
             v += np.float32(1 - self._beta2) * np.square(gradient)
             self.parameters[name][...] -= np.float32(rate / correction) * self._direction(m, v)
 
+    def saved(self) -> dict[str, Any]:
+        """What it knows of the steps so far, the parameters apart."""
+        return {"first": self._first, "second": self._second, "time": self._time}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `saved` gave."""
+        copy_into(self._first, saved["first"])
+        copy_into(self._second, saved["second"])
+        self._time = saved["time"]
+
     def _direction(self, m: Array, v: Array) -> Array:
         root = np.sqrt(v / np.float32(1 - self._beta2**self._time))
         result: Array = m / (root + np.float32(self._epsilon))
@@ -69,6 +85,15 @@ class MovingAverage(Generic[Key]):
         for name, value in self._parameters.items():
             mean = self.values[name]
             mean += pace * (value - mean)
+
+    def saved(self) -> dict[str, Any]:
+        """The averages, and what they know of the steps so far."""
+        return {"values": self.values, "seen": self._seen}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `saved` gave."""
+        copy_into(self.values, saved["values"])
+        self._seen = saved["seen"]
 
 
 class RAdam(Adam):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from eptq_onnx.method.allocate import SAMPLES, allocate
 from eptq_onnx.passes.base import Context, Cost, Pass, State
 
@@ -29,4 +27,4 @@ class Allocate(Pass):
         if budget is None:
             return state
         plan = allocate(state.network, ctx.chosen(ctx.walked), ctx.target, budget, ctx.config, ctx.tell(self.name))
-        return replace(state, plan=plan)
+        return state.changed(plan=plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol
 
@@ -27,6 +27,7 @@ from eptq_onnx.method.qdq import write
 from eptq_onnx.ops import executed
 from eptq_onnx.records import Calibration, Network, OptimizationTrace, Plan, Rounding, Scores, Speed, Verification
 from eptq_onnx.targets import Target
+from eptq_onnx.workdir import Partial
 
 _WALKED = 1024
 """Largest number of samples for layer-wise work, unless more are scored."""
@@ -73,6 +74,8 @@ class Context:
     float_bytes : int
         Size of the float model.
     progress : Progress
+    partial : Partial
+        Where the pass that runs may keep its work while it goes on.
     """
 
     given: Config
@@ -87,6 +90,7 @@ class Context:
     folder: str
     float_bytes: int
     progress: Progress
+    partial: Partial = field(default_factory=Partial)
 
     @cached_property
     def training(self) -> Samples:
@@ -153,15 +157,13 @@ class Judge:
 
     Parameters
     ----------
-    model : ModelProto
-        The whole float model.
-    network : Network
-    nearest : Rounding
+    state : State
+        With the ranges of all weights.
     ctx : Context
     """
 
-    def __init__(self, model: ModelProto, network: Network, nearest: Rounding, ctx: Context) -> None:
-        self._model, self._network, self._nearest, self._ctx = model, network, nearest, ctx
+    def __init__(self, state: State, ctx: Context) -> None:
+        self._model, self._network, self._nearest, self._ctx = state.model, state.network, state.nearest, ctx
 
     @cached_property
     def _deviation(self) -> Deviation:
@@ -203,8 +205,6 @@ class State:
         None where the Hessian bound is not wanted or cannot be had.
     nearest : Rounding
         All weights rounded to nearest.
-    judge : Judge
-        Compares with nearest rounding.
     rounding : Rounding
     trace : OptimizationTrace or None
     written : Written
@@ -223,7 +223,6 @@ class State:
     calibration: Calibration = UNSET
     scores: Scores | None = None
     nearest: Rounding = UNSET
-    judge: Judge = UNSET
     rounding: Rounding = UNSET
     trace: OptimizationTrace | None = None
     written: Written = UNSET
@@ -239,9 +238,15 @@ class State:
         """The float network and what is known of it."""
         return Network(self.executed, self.plan, self.calibration, self.scores)
 
+    def changed(self, **fields: Any) -> State:
+        """The same with some fields changed."""
+        result = object.__new__(type(self))
+        vars(result).update({**vars(self), **fields})
+        return result
+
     def noting(self, *notes: str) -> State:
         """The same with further notes."""
-        return replace(self, notes=(*self.notes, *notes)) if notes else self
+        return self.changed(notes=(*self.notes, *notes)) if notes else self
 
 
 @dataclass(frozen=True)
@@ -278,6 +283,8 @@ class Pass(ABC):
         What a result without this pass is called in a note.
     memory_share : int
         A pass may take one part in so many of the memory limit: the rest holds what other passes left.
+    repeats : bool
+        True if the same pass makes something else each time: its result is not kept in a workdir.
     """
 
     name: ClassVar[str]
@@ -286,6 +293,7 @@ class Pass(ABC):
     switch: ClassVar[tuple[str, object] | None] = None
     without: ClassVar[str] = ""
     memory_share: ClassVar[int] = 1
+    repeats: ClassVar[bool] = False
 
     def enabled(self, ctx: Context) -> bool:
         """True if the options ask for this pass."""
@@ -322,4 +330,4 @@ def leave_float(state: State, ctx: Context, tensors: Mapping[str, str]) -> State
         channels = state.scores.channels if state.scores is not None else None
         tell = ctx.tell("recalibrate")
         calibration = calibrate(state.executed, plan, ctx.training, ctx.config, tell, scores=channels, known=calibration.activations)
-    return replace(state, plan=plan, calibration=calibration, left_float=left)
+    return state.changed(plan=plan, calibration=calibration, left_float=left)

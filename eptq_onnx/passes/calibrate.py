@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from eptq_onnx.method.calibrate import FLOAT_PASSES, calibrate, check_outputs
 from eptq_onnx.passes.base import Context, Cost, Pass, State
 
@@ -21,7 +19,7 @@ class Calibrate(Pass):
     def run(self, state: State, ctx: Context) -> State:
         """Observe all tensors of the plan."""
         check_outputs(state.executed, ctx.others, ctx.config)
-        return replace(state, calibration=calibrate(state.executed, state.plan, ctx.training, ctx.config, ctx.tell(self.name)))
+        return state.changed(calibration=calibrate(state.executed, state.plan, ctx.training, ctx.config, ctx.tell(self.name)))
 
 
 class Recalibrate(Pass):
@@ -49,6 +47,6 @@ class Recalibrate(Pass):
             known = {q.name: known[q.name] for q in state.plan.activations if q.spec.axis is not None}
         channels = state.scores.channels if state.scores is not None else None
         tell = ctx.tell(self.name)
-        return replace(
-            state, calibration=calibrate(state.executed, state.plan, ctx.training, ctx.config, tell, scores=channels, known=known)
+        return state.changed(
+            calibration=calibrate(state.executed, state.plan, ctx.training, ctx.config, tell, scores=channels, known=known)
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.method.equalize import equalize, needed_bytes
 from eptq_onnx.passes.base import Context, Pass, State
@@ -31,4 +29,4 @@ class Equalize(Pass):
         """Scale what can be scaled."""
         tell = ctx.tell(self.name)
         model, scores, equalized, notes = equalize(state.model, state.executed, state.plan, ctx.training, state.scores, ctx.config, tell)
-        return replace(state, model=model, executed=ctx.executed(model), scores=scores, equalized=equalized).noting(*notes)
+        return state.changed(model=model, executed=ctx.executed(model), scores=scores, equalized=equalized).noting(*notes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import sink
@@ -18,6 +16,7 @@ class Measure(Pass):
     name = "speed"
     requires = ("written",)
     provides = ("speed",)
+    repeats = True
 
     def enabled(self, ctx: Context) -> bool:
         """True if the option is on."""
@@ -30,6 +29,6 @@ class Measure(Pass):
             return state.noting("speed is not measured: both models together would take too much memory")
         part = next(ctx.samples.parts(range(ctx.samples.count), ctx.samples.fixed_batch or 1))
         try:
-            return replace(state, speed=measure(io.load(ctx.source, ctx.folder), quantized, ctx.samples.take(part), len(part)))
+            return state.changed(speed=measure(io.load(ctx.source, ctx.folder), quantized, ctx.samples.take(part), len(part)))
         except ModelError as e:
             return state.noting(f"speed is not measured: {e}")

@@ -6,16 +6,16 @@ from dataclasses import replace
 
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.method.judge import still_better
-from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
 from eptq_onnx.training.graph import training_graph
-from eptq_onnx.training.loop import FLOAT_PASSES, needed_bytes, optimize
+from eptq_onnx.training.loop import FLOAT_PASSES, Hooks, needed_bytes, optimize
 
 
 class Optimize(Pass):
     """See `eptq_onnx.training`."""
 
     name = "optimize"
-    requires = ("calibration", "judge", "rounding")
+    requires = ("calibration", "nearest", "rounding")
     provides = ("rounding", "trace")
     switch = ("steps", 0)
     without = "not optimized over the whole network"
@@ -36,7 +36,7 @@ class Optimize(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Run the loop from the rounding so far; its result is kept if it is better, on samples that it has not seen."""
-        judge, start = state.judge, state.rounding
+        judge, start = Judge(state, ctx), state.rounding
         graph = training_graph(state.network, start, ctx.samples, ctx.config, ctx.gradients)
         notes = [f"no gradient passes {note}" for note in graph.notes]
         notes += [f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items()]
@@ -45,10 +45,10 @@ class Optimize(Pass):
             ctx.progress(self.name, done, total, f"loss {loss:.4g}")
 
         scored = ctx.chosen(ctx.shares.scored)
-        rounding, trace = optimize(state.network, start, graph, scored, ctx.shares.held, ctx.config, tell)
+        rounding, trace = optimize(state.network, start, graph, scored, ctx.shares.held, ctx.config, Hooks(tell, ctx.partial))
         if not still_better(judge.noise, judge.limit, start, rounding):
             notes.append(
                 "the start of the optimization is kept: outputs of its result are noisier than those of the start or of nearest rounding"
             )
             rounding, trace = start, replace(trace, best_step=0)
-        return replace(state, rounding=rounding, trace=trace).noting(*notes)
+        return state.changed(rounding=rounding, trace=trace).noting(*notes)

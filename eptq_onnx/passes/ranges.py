@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from eptq_onnx.method.ranges import weight_ranges
-from eptq_onnx.passes.base import Context, Judge, Pass, State
+from eptq_onnx.passes.base import Context, Pass, State
 
 
 class Ranges(Pass):
@@ -13,10 +11,9 @@ class Ranges(Pass):
 
     name = "ranges"
     requires = ("calibration",)
-    provides = ("nearest", "judge", "rounding")
+    provides = ("nearest", "rounding")
 
     def run(self, state: State, ctx: Context) -> State:
         """Choose scales and zero points of all weights."""
         nearest = weight_ranges(state.executed, state.plan, state.calibration, state.scores, ctx.config)
-        judge = Judge(state.model, state.network, nearest, ctx)
-        return replace(state, nearest=nearest, judge=judge, rounding=nearest)
+        return state.changed(nearest=nearest, rounding=nearest)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from eptq_onnx.config import Start
 from eptq_onnx.method.judge import better_than_nearest
 from eptq_onnx.method.reconstruct import FLOAT_PASSES, operations, reconstruct
-from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
 
 
 class Reconstruct(Pass):
     """See `eptq_onnx.method.reconstruct` and `eptq_onnx.method.judge`."""
 
     name = "reconstruct"
-    requires = ("calibration", "nearest", "judge", "rounding")
+    requires = ("calibration", "nearest", "rounding")
     provides = ("rounding",)
 
     def enabled(self, ctx: Context) -> bool:
@@ -27,10 +25,10 @@ class Reconstruct(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Round all layers, and keep what beats nearest rounding; note what was left as it was."""
-        judge = state.judge
+        judge = Judge(state, ctx)
         quantized, _ = judge.written(state.nearest)
         rounded, skipped = reconstruct(state.network, quantized, state.nearest, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name))
         notes = [f"{node} keeps nearest rounding: {why}" for node, why in skipped.items()]
         targets = ctx.config.optimizes
         rounding, note = better_than_nearest(judge.noise, judge.limit, state.plan, state.nearest, rounded, targets=targets)
-        return replace(state, rounding=rounding).noting(*notes, *[note] if note else [])
+        return state.changed(rounding=rounding).noting(*notes, *[note] if note else [])

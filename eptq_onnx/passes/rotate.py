@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.method.rotate import needed_bytes, rotate
 from eptq_onnx.passes.base import Context, Pass, State
@@ -29,4 +27,4 @@ class Rotate(Pass):
     def run(self, state: State, ctx: Context) -> State:
         """Mix what can be mixed."""
         model, rotated, left = rotate(state.model, state.plan, ctx.config, ctx.tell(self.name))
-        return replace(state, model=model, executed=ctx.executed(model), rotated=rotated).noting(*left)
+        return state.changed(model=model, executed=ctx.executed(model), rotated=rotated).noting(*left)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from eptq_onnx.config import Start, WeightRange
 from eptq_onnx.method.reconstruct import unsolved
 from eptq_onnx.method.score import FLOAT_PASSES, score
@@ -30,7 +28,7 @@ class Score(Pass):
         """Probe the float network."""
         wanted = _scored_weights(state, ctx)
         scores = score(state.network, ctx.chosen(ctx.shares.scored), wanted, ctx.gradients, ctx.config, ctx.tell(self.name))
-        return replace(state, scores=scores)
+        return state.changed(scores=scores)
 
 
 def _scored_weights(state: State, ctx: Context) -> set[str]:

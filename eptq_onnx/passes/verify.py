@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from eptq_onnx.method.verify import Versions, verify
 from eptq_onnx.passes.base import Context, Pass, State
 
@@ -19,4 +17,4 @@ class Verify(Pass):
         """Compare outputs and layers, and count integer kernels."""
         versions = Versions(state.model, state.written.marked, state.written.stands_for, ctx.float_bytes)
         found = verify(versions, state.plan, ctx.target, ctx.samples, ctx.shares, ctx.found, ctx.tell(self.name))
-        return replace(state, verification=found)
+        return state.changed(verification=found)

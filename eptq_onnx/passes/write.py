@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from onnx import ModelProto
 
 from eptq_onnx._version import __version__
@@ -25,7 +23,7 @@ class Write(Pass):
         """Write the model of the plan and the rounding, and into it what made it."""
         marked, stands_for = write(state.model, state.plan, state.rounding)
         _sign(marked, ctx)
-        return replace(state, written=Written(marked, stands_for))
+        return state.changed(written=Written(marked, stands_for))
 
 
 def _sign(model: ModelProto, ctx: Context) -> None:

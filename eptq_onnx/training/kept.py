@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +76,17 @@ class Kept:
             "the start was kept: no step lowered the error on held-out samples by more than chance without raising that of the outputs "
             f"(best {best} in {ran})"
         )
+
+    def saved(self) -> dict[str, Any]:
+        """What is kept so far, but for the real values of the weights, which are those of the start."""
+        best = replace(self.rounding, targets={}) if self.step else None
+        return {"best": best, "step": self.step, "checkpoints": self.checkpoints, "outputs": self._outputs}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `saved` gave."""
+        if saved["step"]:
+            self.rounding = replace(saved["best"], targets=self.rounding.targets)
+        self.step, self.checkpoints, self._outputs = saved["step"], saved["checkpoints"], saved["outputs"]
 
     def amend(self, rounding: Rounding, errors: Array) -> None:
         """Take another form of what is kept, if that, too, may replace the start."""

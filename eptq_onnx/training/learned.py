@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +14,7 @@ from eptq_onnx.config import Config, Optimizer, RoundingVariable
 from eptq_onnx.engines.base import ACTIVATION_SCALES, FLOAT_SHARE, LOSS, TrainingGraph
 from eptq_onnx.errors import GradientError
 from eptq_onnx.numerics import quant_math
-from eptq_onnx.numerics.optimizers import Adam, MovingAverage, RAdam
+from eptq_onnx.numerics.optimizers import Adam, MovingAverage, RAdam, copy_into
 from eptq_onnx.numerics.rounding import RoundedWeight, SoftWeight, StraightThroughWeight
 from eptq_onnx.numerics.types import Array, Feeds
 from eptq_onnx.parallel import ordered_map
@@ -68,15 +70,13 @@ class Learned:
         self._factors = Adam({n: w.gamma for n, w in self.weights.items()})
         self._biases = Adam(self._bias_shift)
         self._scales = Adam({ACTIVATION_SCALES: self._log_scales})
-        self._means = MovingAverage(
-            {
-                **{("variable", n): w.variable for n, w in self.weights.items()},
-                **{("gamma", n): w.gamma for n, w in self.weights.items()},
-                **{("bias", n): shift for n, shift in self._bias_shift.items()},
-                ("scales", ACTIVATION_SCALES): self._log_scales,
-            },
-            _MEMORY * total,
-        )
+        self._variables = {
+            **{("variable", n): w.variable for n, w in self.weights.items()},
+            **{("gamma", n): w.gamma for n, w in self.weights.items()},
+            **{("bias", n): shift for n, shift in self._bias_shift.items()},
+            ("scales", ACTIVATION_SCALES): self._log_scales,
+        }
+        self._means = MovingAverage(self._variables, _MEMORY * total)
 
     def step(
         self,
@@ -129,6 +129,21 @@ class Learned:
             )
         self._means.update()
         return penalty
+
+    def saved(self) -> dict[str, Any]:
+        """All that the steps so far have changed."""
+        return {"variables": self._variables, "pace": self._pace, "optimizers": [o.saved() for o in self._followers]}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `saved` gave."""
+        copy_into(self._variables, saved["variables"])
+        self._pace = saved["pace"]
+        for follower, known in zip(self._followers, saved["optimizers"], strict=True):
+            follower.restore(known)
+
+    @property
+    def _followers(self) -> tuple[Adam | MovingAverage[tuple[str, str]], ...]:
+        return self._rounding, self._factors, self._biases, self._scales, self._means
 
     def slow_down(self) -> None:
         """Halve the steps of the rounding variables: weights that flip to and fro are noise to all the others."""

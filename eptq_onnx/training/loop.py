@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ from eptq_onnx.training.attention import channel_attention, part_weights
 from eptq_onnx.training.batches import Batches, HeldOut
 from eptq_onnx.training.kept import Balance, Kept
 from eptq_onnx.training.learned import Learned
+from eptq_onnx.workdir import Partial
 
 FLOAT_PASSES = 9.0
 """What a step costs, in float passes over its samples; checks included."""
@@ -46,6 +47,22 @@ _BYTES_A_CONSTANT = 9
 """Of an element of a table: its value, its integer, and what that stands for."""
 _COPIES_OF_TENSORS = 3
 """Of each tensor while a batch is worked on: in the float network, in the quantized one, and its gradient."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop calls while it runs.
+
+    Parameters
+    ----------
+    progress : callable
+        With steps done, steps in all and the loss.
+    partial : Partial
+        Keeps the state of the loop at its checks.
+    """
+
+    progress: Callable[[int, int, float], None]
+    partial: Partial = field(default_factory=Partial)
 
 
 def needed_bytes(model: ModelProto, plan: Plan, samples: Samples) -> int:
@@ -72,7 +89,7 @@ def optimize(
     selection: Selection,
     held: NDArray[np.int64],
     config: Config,
-    progress: Callable[[int, int, float], None],
+    hooks: Hooks,
 ) -> tuple[Rounding, OptimizationTrace]:
     """Learn the rounding of the whole network.
 
@@ -87,8 +104,7 @@ def optimize(
     held : ndarray of shape (n_held,)
         Places in the selection of the samples to choose by; the others are optimized on, or these too, if there are none.
     config : Config
-    progress : callable
-        Called with steps done, steps in all and the loss.
+    hooks : Hooks
 
     Returns
     -------
@@ -123,16 +139,15 @@ def optimize(
     session = GradientSession(graph.train, integers=False)
     batch = min(max(1, config.batch_size // samples.rows), len(seen))
     rng = np.random.default_rng(config.seed)
-    queue: list[int] = []
-    losses: list[float] = []
-    for step in range(total):
+    queue, losses, seconds = _resumed(hooks.partial, state, kept, rng)
+    for step in range(len(losses), total):
         while len(queue) < batch:
             queue.extend(rng.permutation(seen).tolist())
         chosen, queue = np.array(queue[:batch]), queue[batch:]
         losses.append(state.step(session, batches, chosen, layer_weights, step, rng))
         if not np.isfinite(losses[-1]):
             raise GradientError(f"the loss of step {step + 1} is not a number.")
-        progress(step + 1, total, losses[-1])
+        hooks.progress(step + 1, total, losses[-1])
         if (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total:
             candidate = state.harden()
             fruitless = kept.offer(step + 1, candidate, balance(judge(state.hard_parameters(candidate))))
@@ -142,6 +157,9 @@ def optimize(
                     state.slow_down()
                 if config.patience and (fruitless >= config.patience or kept.is_settled):
                     break
+            work = {"learned": state.saved(), "kept": kept.saved(), "random": rng.bit_generator.state}
+            so_far = {"queue": queue, "losses": losses, "seconds": seconds + time.perf_counter() - began}
+            hooks.partial.save(step + 1, {**work, **so_far})
     if kept.step:
         runs = batches.runs(np.arange(len(indices)), state.hard_parameters(kept.rounding), evaluation)
         restored = _restored(plan, graph, evaluation, runs, len(indices), kept.rounding)
@@ -152,10 +170,21 @@ def optimize(
         checkpoints=tuple(kept.checkpoints.items()),
         best_step=kept.step,
         flipped=_flipped(start, kept.rounding),
-        seconds=time.perf_counter() - began,
+        seconds=seconds + time.perf_counter() - began,
         reason=kept.reason(len(losses), total),
     )
     return kept.rounding, trace
+
+
+def _resumed(partial: Partial, state: Learned, kept: Kept, rng: np.random.Generator) -> tuple[list[int], list[float], float]:
+    """Go on from the work that was kept: the samples to come, the losses and the seconds so far; at first there are none."""
+    work = partial.load()
+    if work is None:
+        return [], [], 0.0
+    state.restore(work["learned"])
+    kept.restore(work["kept"])
+    rng.bit_generator.state = work["random"]
+    return work["queue"], work["losses"], work["seconds"]
 
 
 def _restored(plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable[Feeds], count: int, rounding: Rounding) -> Rounding:

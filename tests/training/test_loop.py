@@ -26,7 +26,7 @@ from eptq_onnx.records import Network, Scores
 from eptq_onnx.runtime import Session
 from eptq_onnx.training.attention import channel_attention, layer_attention, part_weights
 from eptq_onnx.training.graph import training_graph
-from eptq_onnx.training.loop import optimize
+from eptq_onnx.training.loop import Hooks, optimize
 
 TARGET = targets.load("ort-x64")
 
@@ -68,7 +68,7 @@ class Case:
             Selection(self.samples, self.indices),
             self.held,
             self.config,
-            silent,
+            Hooks(silent),
         )
 
 

@@ -1,0 +1,180 @@
+"""Results of passes, kept in a workdir with all that the passes have read, and taken from there where all of that is the same.
+
+What a pass reads is not declared but observed: it is given options and a state that remember what was asked of them. So a result is
+never taken where anything is different that it follows from, and another option makes anew only what reads it, and what reads
+what comes out differently.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from eptq_onnx._version import __version__
+from eptq_onnx.passes.base import Context, Pass, State
+from eptq_onnx.watched import FIELDS, Reads, options
+from eptq_onnx.workdir import HashOnly, Partial, Workdir, decode, encode
+
+_DISTRIBUTIONS = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-training-cpu", "scipy")
+"""Results may depend on their versions."""
+_SHARE_OF_TIME = 0.1
+"""Share of the time of a long pass that keeping its work may take."""
+
+
+class Resume:
+    """The results of one run in a workdir.
+
+    Parameters
+    ----------
+    workdir : Workdir
+    state : State
+        Before the first pass.
+    ctx : Context
+    """
+
+    def __init__(self, workdir: Workdir, state: State, ctx: Context) -> None:
+        self._workdir, self._folder = workdir, ctx.folder
+        self._base = _base_of(ctx)
+        self._digests = {name: encode(getattr(state, name), HashOnly()) for name in FIELDS}
+        self._absent: set[str] = set()
+        """Fields whose values are in the workdir alone."""
+
+    def known(self, passes: Sequence[Pass], ctx: Context) -> set[str]:
+        """Names of the first passes that will be taken from the workdir."""
+        digests, found = dict(self._digests), set()
+        for step in passes:
+            entry = self._find(step, ctx, digests)
+            if entry is None:
+                break
+            digests.update(entry["provides"])
+            found.add(step.name)
+        return found
+
+    def take(self, step: Pass, state: State, ctx: Context) -> tuple[State, float] | None:
+        """The state behind a pass, and the seconds that the pass took when it ran; None if it has to run."""
+        entry = self._find(step, ctx, self._digests)
+        if entry is None:
+            return None
+        self._digests.update(entry["provides"])
+        self._absent |= set(entry["provides"])
+        return state.noting(*entry["notes"]), entry["seconds"]
+
+    def loaded(self, state: State) -> State:
+        """The state with all values that are in the workdir alone."""
+        values = {name: decode(self._digests[name], self._workdir, self._folder) for name in FIELDS if name in self._absent}
+        self._absent = set()
+        return state.changed(**values)
+
+    def run(self, step: Pass, state: State, ctx: Context, work: Callable[[State, Context], State]) -> State:
+        """Run a pass, and keep what it provides.
+
+        Parameters
+        ----------
+        step : Pass
+        state : State
+        ctx : Context
+        work : callable
+            Makes a new state of the one before.
+        """
+        state = self.loaded(state)
+        reads = Reads(ctx, state)
+        partial = _KeptPartial(self._workdir, f"{step.name} (partial)", self._base, reads, self._digests)
+        began = time.perf_counter()
+        after = work(reads.state, reads.context(partial))
+        seconds = time.perf_counter() - began
+        made = {name: vars(after)[name] for name in FIELDS if vars(after)[name] is not vars(state)[name]}
+        undeclared = made.keys() - set(step.provides)
+        if undeclared:
+            raise RuntimeError(f"the pass {step.name} provides {', '.join(sorted(undeclared))} without saying so")
+        told = reads.told(self._digests)
+        provides = {name: encode(value, HashOnly() if step.repeats else self._workdir) for name, value in made.items()}
+        self._digests.update(provides)
+        if not step.repeats:
+            notes = list(after.notes[len(state.notes) :])
+            kept = {"provides": provides, "notes": notes, "seconds": round(seconds, 3), "values": sorted(set(provides.values()))}
+            self._workdir.add(step.name, {"base": self._base, **told, **kept})
+            partial.forget()
+        return state.changed(**made, notes=after.notes)
+
+    def _find(self, step: Pass, ctx: Context, digests: Mapping[str, str]) -> dict[str, Any] | None:
+        if step.repeats:
+            return None
+        return next((entry for entry in self._workdir.entries(step.name) if _applies(entry, self._base, ctx, digests)), None)
+
+
+class _KeptPartial(Partial):
+    """The unfinished work of a pass, kept with what the pass has read until then."""
+
+    def __init__(self, workdir: Workdir, name: str, base: str, reads: Reads, digests: Mapping[str, str]) -> None:
+        self._workdir, self._name, self._base, self._reads, self._digests = workdir, name, base, reads, dict(digests)
+        self._last: dict[str, Any] | None = None
+        self._due = 0.0
+
+    def load(self) -> Any:
+        fitting = [e for e in self._workdir.entries(self._name) if _applies(e, self._base, self._reads.ctx, self._digests)]
+        self._last = max(fitting, key=lambda entry: entry["progress"], default=None)
+        return None if self._last is None else decode(self._last["values"][0], self._workdir)
+
+    def save(self, progress: int, value: dict[str, Any]) -> None:
+        began = time.perf_counter()
+        if began < self._due:
+            return
+        former, values = self._last, [encode(value, self._workdir)]
+        self._last = {"base": self._base, **self._reads.told(self._digests), "progress": progress, "values": values}
+        self._workdir.add(self._name, self._last)
+        if former is not None:
+            self._workdir.remove(self._name, former)
+        ended = time.perf_counter()
+        self._due = ended + (ended - began) / _SHARE_OF_TIME
+
+    def forget(self) -> None:
+        """The pass is done."""
+        if self._last is not None:
+            self._workdir.remove(self._name, self._last)
+
+
+def _applies(entry: Mapping[str, Any], base: str, ctx: Context, digests: Mapping[str, str]) -> bool:
+    """True if all that an entry follows from is what it was."""
+    return bool(
+        entry["base"] == base
+        and all(digests.get(name) == digest for name, digest in entry["fields"].items())
+        and entry["config"] == options(ctx.config, entry["config"])
+        and entry["given"] == options(ctx.given, entry["given"])
+    )
+
+
+def _base_of(ctx: Context) -> str:
+    """Digest of all that a pass may read beside options and state: samples, target, engine, libraries, and the code itself."""
+    libraries = [HashOnly().put_file(str(path)) for path in ctx.given.custom_ops]
+    values = (
+        _code(), _versions(), libraries, ctx.target.name, ctx.target.model_dump(), ctx.engine and ctx.engine.name,
+        ctx.samples.identity, ctx.shares, ctx.found, ctx.multiplications, ctx.float_bytes,
+    )  # fmt: skip
+    return encode(values, HashOnly())
+
+
+@cache
+def _code() -> str:
+    """Digest of the package: the same version may be one that is being worked on."""
+    folder, state = Path(__file__).parent, hashlib.blake2b()
+    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.toml")]):
+        state.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return state.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {name: version for name in _DISTRIBUTIONS if (version := _version(name)) is not None}
+    return {**found, "python": platform.python_version(), "machine": platform.machine(), "eptq-onnx": __version__}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
