@@ -59,6 +59,7 @@ DRAWS ?= 500
 sample: setup
 	EPTQ_DRAWS=12 $(BIN)/python -m pytest $(PARALLEL) -m slow tests/e2e/test_wild.py
 	$(BIN)/python -m pytest -m slow tests/e2e/test_large_models.py
+	EPTQ_KILLS=2 $(BIN)/python -m pytest -m slow tests/e2e/test_kills.py
 
 slow: setup
 	EPTQ_DRAWS=$(DRAWS) $(BIN)/python -m pytest $(PARALLEL) -m slow

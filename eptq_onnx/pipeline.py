@@ -122,6 +122,7 @@ class Runner:
             if found is not None:
                 state, self.seconds[step.name] = found
                 taken.append(step.name)
+                ctx.progress(step.name, 1, 1, "from the workdir")
                 _LOGGER.info("%s: taken from the workdir", step.name)
                 continue
             with self.timed(step.name):

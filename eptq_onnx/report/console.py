@@ -199,7 +199,7 @@ class _Lines:
         if step != self._step:
             self._end(now)
             self._step, self._open, self._began, self._told = step, True, now, now
-            self._write(step)
+            self._write(f"{step}: {shown(detail)}" if done >= total and detail else step)
         if done >= total:
             self._end(now)
         elif now - self._told >= _ANSWER_SECONDS:
