@@ -19,6 +19,7 @@ from eptq_onnx.passes.optimize import Optimize
 from eptq_onnx.passes.ranges import Ranges
 from eptq_onnx.passes.score import Score
 from eptq_onnx.pipeline import PIPELINE
+from eptq_onnx.proto import store
 from eptq_onnx.watched import Reads
 from eptq_onnx.workdir import Workdir
 
@@ -237,3 +238,19 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_to_the_same_bytes(tmp_path
     assert start("-c", _KILLED, str(10**6), package) == 0
     assert output.read_bytes() == alone
     assert not list((tmp_path / "w").rglob("*.tmp"))
+
+
+def test_weights_in_files_go_on_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "LARGE", 0)
+    monkeypatch.setattr(store, "_HEAVY", 256)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Optimize, "run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "w", max_memory="8GB")
+    again = run(tmp_path / "w", max_memory="8GB")
+    assert taken(again) == ALL[: ALL.index("optimize")]
+    assert content(again) == content(run(None, max_memory="8GB"))
