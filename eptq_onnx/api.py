@@ -107,7 +107,8 @@ def _quantize(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, 
     """See `quantize`; ``folder`` is for the weights of a large model."""
     runner = pipeline.Runner(pipeline.PIPELINE)
     target = targets.load(given.target)
-    engine = engines.make(given.engine) if given.needs_gradients else None
+    chosen = engines.choose(given.engine)
+    engine = chosen() if given.needs_gradients else None
     with runner.timed("normalize"):
         prepared = prepare(model, data, target, given, folder)
         samples = prepared.samples

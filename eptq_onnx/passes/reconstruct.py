@@ -11,7 +11,10 @@ from eptq_onnx.passes.base import Context, Cost, Pass, State
 
 
 class Reconstruct(Pass):
-    """See `eptq_onnx.method.reconstruct` and `eptq_onnx.method.judge`."""
+    """Round layer by layer with error compensation, as far as it serves.
+
+    See `eptq_onnx.method.reconstruct` and `eptq_onnx.method.judge`.
+    """
 
     name = "reconstruct"
     requires = ("calibration", "nearest", "judge", "rounding")
