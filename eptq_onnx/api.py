@@ -129,7 +129,8 @@ def _quantize(
     """See `quantize`."""
     runner = pipeline.Runner(pipeline.PIPELINE)
     target = targets.load(given.target)
-    engine = engines.make(given.engine) if given.needs_gradients else None
+    chosen = engines.choose(given.engine)
+    engine = chosen() if given.needs_gradients else None
     with runner.timed("normalize"):
         prepared = prepare(model, data, target, given, places.folder)
         samples = prepared.samples

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from eptq_onnx import engines, runtime
-from eptq_onnx.config import EngineChoice
+from eptq_onnx import engines
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.passes.measure import Measure
 
@@ -23,7 +22,7 @@ settings.load_profile("untimed")
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
-INSTALLED = [EngineChoice.STANDARD, *([EngineChoice.TRAINING] if runtime.is_training_build() else [])]
+INSTALLED = [name for name, engine in reversed(engines.registered().items()) if engine.available()]
 """The engines that run here: the standard one does everywhere."""
 
 
@@ -33,7 +32,7 @@ def engine() -> Engine:
     return engines.make()
 
 
-@pytest.fixture(scope="session", params=INSTALLED, ids=[choice.value for choice in INSTALLED])
+@pytest.fixture(scope="session", params=INSTALLED)
 def each_engine(request: pytest.FixtureRequest) -> Engine:
     """All engines that run here, one after the other."""
     return engines.make(request.param)

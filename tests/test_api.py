@@ -15,7 +15,7 @@ from eptq_onnx import Config, ConfigError, EptqError, errors, targets
 
 def test_public_names_are_pinned():
     assert sorted(eptq_onnx.__all__) == [
-        "ActivationRange", "Attention", "Budget", "BudgetUnit", "Config", "ConfigError", "DataError", "EngineChoice", "EptqError",
+        "ActivationRange", "Attention", "Budget", "BudgetUnit", "Config", "ConfigError", "DataError", "EptqError",
         "GradientError", "InstallError", "ModelError", "Optimizer", "OutputError", "Preset", "Progress", "Report", "Result",
         "RoundingVariable", "Start", "WeightRange", "__version__", "quantize",
     ]  # fmt: skip

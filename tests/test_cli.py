@@ -91,6 +91,7 @@ CASES = {
     "nothing to quantize": (_nothing, [], "nothing to quantize"),
     "quantized already": (_quantized, [], "quantized already"),
     "unknown target": (lambda: None, ["--target", "toaster"], "target 'toaster' is unknown: choose one of ort-x64"),
+    "unknown engine": (lambda: None, ["--engine", "steam"], "engine 'steam' is unknown: choose one of auto, training, standard"),
     "no target file": (lambda: None, ["--target", "mine.toml"], "target file mine.toml does not exist"),
     "bad target file": (lambda: Path("mine.toml").write_text("name = 3"), ["--target", "mine.toml"], "target file mine.toml: field"),
     "no toml": (lambda: Path("mine.toml").write_text("name ="), ["--target", "mine.toml"], "not valid TOML"),

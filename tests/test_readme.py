@@ -17,6 +17,7 @@ from eptq_onnx import targets
 from eptq_onnx.cli import app
 from eptq_onnx.config import PRESET_STEPS, Config, Preset
 from eptq_onnx.config.files import SECTIONS
+from eptq_onnx.data import readers
 from eptq_onnx.pipeline import PIPELINE
 
 ROOT = MODELS.parent
@@ -108,7 +109,7 @@ def test_presets_targets_and_defaults_are_those_of_the_code():
 
 def test_the_page_of_options_holds_all_of_them(options_page, help_text):
     page = options_page.on_page_markdown(PAGES["docs/options.md"])
-    assert options_page.PLACE not in page
+    assert "<!--" not in page
     for section in SECTIONS.values():
         assert f"Table `[{section}]`" in page
     rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*) \|$", page, re.MULTILINE)
@@ -133,9 +134,23 @@ def test_options_that_pages_name_exist(help_text):
         assert named <= known, page
 
 
-def test_the_method_is_numbered_as_the_passes_are():
-    headings = re.findall(r"^### (\d+)\. (.+)$", PAGES["docs/how-it-works.md"], re.MULTILINE)
-    assert [(int(number), title.lower()) for number, title in headings] == [(k, step.name) for k, step in enumerate(PIPELINE, 1)]
+def test_the_list_of_passes_is_that_of_the_pipeline(options_page):
+    """It is made from the code; sections of their own, which some passes have, stand in the same order."""
+    page = options_page.on_page_markdown(PAGES["docs/how-it-works.md"])
+    listed = re.findall(r"^(\d+)\. \*\*(.+)\.\*\* (\w.+\.)$", page, re.MULTILINE)
+    assert [(int(number), name.lower()) for number, name, _ in listed] == [(k, step.name) for k, step in enumerate(PIPELINE, 1)]
+    assert not any(text.startswith("See ") for _, _, text in listed)
+    headings = [title.lower() for title in re.findall(r"^### (.+)$", page.split("## The passes")[1], re.MULTILINE)]
+    assert headings == [step.name for step in PIPELINE if step.name in headings]
+
+
+def test_the_forms_of_data_are_those_that_are_read(options_page, help_text):
+    page = options_page.on_page_markdown(PAGES["docs/data.md"])
+    assert "<!--" not in page
+    words = " ".join(help_text.split())
+    for reader in readers.registered():
+        assert f"- {reader.form}\n" in page
+        assert (reader.form in words) == reader.on_command_line
 
 
 def test_the_architecture_names_all_folders_and_files_that_stand_beside_them():
@@ -170,7 +185,8 @@ def test_links_and_files_that_are_named_exist(page):
     text = {**PAGES, **OTHERS}[page]
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         assert link.startswith("https://") or ((ROOT / page).parent / link).exists(), link
-    for path in re.findall(r"(?:eptq_onnx|tests|tools|docs|models)/[\w./-]*\w\.(?:py|toml|md)\b", text):
+    there = re.sub(r"^`[^`]+`, a new file:$", "", text, flags=re.MULTILINE)
+    for path in re.findall(r"(?:eptq_onnx|tests|tools|docs|models)/[\w./-]*\w\.(?:py|toml|md)\b", there):
         assert (ROOT / path).exists(), path
 
 

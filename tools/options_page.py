@@ -1,10 +1,14 @@
-"""The tables of docs/options.md, made from the fields of `Config` and the command's own parameters whenever the documentation is built.
+"""What the documentation takes from the code whenever it is built.
+
+The tables of docs/options.md come from the fields of `Config` and the command's own parameters, the forms of data in docs/data.md from
+the readers, and the list of passes in docs/how-it-works.md from `PIPELINE`.
 
 ``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself.
 """
 
 from __future__ import annotations
 
+import inspect
 from enum import Enum
 from typing import Any, get_args
 
@@ -12,16 +16,19 @@ import typer.main
 from pydantic.fields import FieldInfo
 
 from eptq_onnx.cli import app
-from eptq_onnx.cli.options import default_of, flags_of
+from eptq_onnx.cli.options import default_of, flags_of, help_of
 from eptq_onnx.config import Config, option_of
-
-PLACE = "<!-- the tables of all options -->"
-"""Stands in the page where the tables go."""
+from eptq_onnx.data import readers
+from eptq_onnx.passes.base import Pass
+from eptq_onnx.pipeline import PIPELINE
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The hook: put the tables into the page that asks for them."""
-    return markdown.replace(PLACE, tables()) if PLACE in markdown else markdown
+    """The hook: put what is made from the code into the pages that ask for it."""
+    for place, make in PLACES.items():
+        if place in markdown:
+            markdown = markdown.replace(place, make())
+    return markdown
 
 
 def tables() -> str:
@@ -34,6 +41,25 @@ def tables() -> str:
         parts += ["", f"## {section.capitalize()}", "", f"Table `[{section}]` of a configuration file.", ""]
         parts += _table([(_flag(name, field), default_of(field), _help(name, field)) for name, field in fields])
     return "\n".join(parts)
+
+
+def forms() -> str:
+    """One item for each form of data that a command can name."""
+    return "\n".join(f"- {form}" for form in readers.forms(on_command_line=True))
+
+
+def forms_of_python() -> str:
+    """One item for each form of data that only Python has."""
+    return "\n".join(f"- {form}" for form in readers.forms(on_command_line=False))
+
+
+def passes() -> str:
+    """One numbered item for each pass: its name, and the first line of its class."""
+    return "\n".join(f"{k}. **{step.name.capitalize()}.** {_first_line(step)}" for k, step in enumerate(PIPELINE, 1))
+
+
+def _first_line(step: Pass) -> str:
+    return (inspect.getdoc(type(step)) or "").partition("\n")[0]
 
 
 def _table(rows: list[tuple[str, str, str]]) -> list[str]:
@@ -56,7 +82,7 @@ def _flag(name: str, field: FieldInfo) -> str:
 
 def _help(name: str, field: FieldInfo) -> str:
     """The field's docstring, the words that it takes, and its name in Python where the flag does not tell."""
-    text = " ".join((field.description or "").split())
+    text = help_of(name, field)
     types = get_args(field.annotation) or (field.annotation,)
     words = [f"`{word.value}`" for kind in types if isinstance(kind, type) and issubclass(kind, Enum) for word in kind]
     if words:
@@ -64,3 +90,12 @@ def _help(name: str, field: FieldInfo) -> str:
     if option_of(field).flag:
         text += f" In Python and in files: `{name}`."
     return text
+
+
+PLACES = {
+    "<!-- the tables of all options -->": tables,
+    "<!-- the forms of data -->": forms,
+    "<!-- the forms of data in Python -->": forms_of_python,
+    "<!-- the list of passes -->": passes,
+}
+"""What stands in pages, and what is put there instead."""

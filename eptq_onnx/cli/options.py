@@ -11,9 +11,15 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from eptq_onnx import engines
 from eptq_onnx.config import Config, option_of
 
 F = TypeVar("F", bound=Callable[..., None])
+
+_NAMED: dict[str, Callable[[], dict[str, str]]] = {
+    "engine": lambda: {name: engine.about for name, engine in engines.registered().items()},
+}
+"""Options whose values are names of what lower layers find by themselves: each name, and what it is."""
 
 
 def with_config_options(command: F) -> F:
@@ -41,9 +47,16 @@ def default_of(field: FieldInfo) -> str:
     return option_of(field).default or _shown(field.get_default(call_default_factory=True))
 
 
+def help_of(name: str, field: FieldInfo) -> str:
+    """Its docstring as one line, and the names that it takes, each with what it is."""
+    text = " ".join((field.description or "").split())
+    names = [f"{value} ({about})" for value, about in _NAMED[name]().items()] if name in _NAMED else []
+    return f"{text} Names: {'; '.join(names)}." if names else text
+
+
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     option = option_of(field)
-    text = f"{' '.join((field.description or '').split())} [default: {default_of(field)}]"
+    text = f"{help_of(name, field)} [default: {default_of(field)}]"
     kind = _kind(field.annotation, text=option.text)
     info = typer.Option("/".join(flags_of(name, field)), help=text, metavar=option.metavar or None, show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])

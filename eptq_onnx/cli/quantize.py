@@ -13,6 +13,7 @@ from eptq_onnx.cli.app import app, one_sentence
 from eptq_onnx.cli.options import with_config_options
 from eptq_onnx.config import Config
 from eptq_onnx.config.files import read_options
+from eptq_onnx.data import readers
 from eptq_onnx.errors import OutputError
 from eptq_onnx.files import check_apart, check_writable, model_outputs, write_atomically
 from eptq_onnx.interrupts import tell_outcome
@@ -28,8 +29,7 @@ def quantize(
         str,
         typer.Option(
             "--data",
-            help="Calibration samples: a .npz with one array per model input, samples along the first axis; a folder of .npz, "
-            "each what the model takes in one run; or module:function, which gives either.",
+            help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}.",
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the QDQ model.")],

@@ -64,11 +64,3 @@ class Attention(str, Enum):
     NONE = "none"
     LAYER = "layer"
     CHANNEL = "channel"
-
-
-class EngineChoice(str, Enum):
-    """Where gradients come from."""
-
-    AUTO = "auto"
-    TRAINING = "training"
-    STANDARD = "standard"

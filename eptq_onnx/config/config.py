@@ -13,7 +13,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, fi
 from typing_extensions import Self, Unpack
 
 from eptq_onnx.config.budget import Budget
-from eptq_onnx.config.choices import ActivationRange, Attention, EngineChoice, Optimizer, Preset, RoundingVariable, Start, WeightRange
+from eptq_onnx.config.choices import ActivationRange, Attention, Optimizer, Preset, RoundingVariable, Start, WeightRange
 from eptq_onnx.config.option import Option, option_of
 from eptq_onnx.config.options import Options
 from eptq_onnx.errors import ConfigError
@@ -58,9 +58,8 @@ class Config(BaseModel):
     less than 400 million multiplications a sample get up to 5 times as many."""
     steps: Annotated[int | None, Option("optimization", default="by the preset")] = Field(None, ge=0)
     """Steps of the network-wise optimization."""
-    engine: Annotated[EngineChoice, Option("optimization")] = EngineChoice.AUTO
-    """Where gradients come from: training (onnxruntime's training build), standard (rules of our own, any onnxruntime), or auto: the
-    training build where it is installed."""
+    engine: Annotated[str, Option("optimization", metavar="NAME")] = "auto"
+    """Where gradients come from: auto (the best engine that is installed), or one by its name."""
     seed: Annotated[int, Option("optimization")] = Field(0, ge=0)
     """Seed of all randomness. The same input, options and seed give the same bytes."""
     batch_size: Annotated[int, Option("optimization")] = Field(16, ge=1)

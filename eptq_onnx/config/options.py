@@ -9,7 +9,7 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from eptq_onnx.config.budget import Budget
-from eptq_onnx.config.choices import ActivationRange, Attention, EngineChoice, Optimizer, Preset, RoundingVariable, Start, WeightRange
+from eptq_onnx.config.choices import ActivationRange, Attention, Optimizer, Preset, RoundingVariable, Start, WeightRange
 
 
 class Options(TypedDict, total=False):
@@ -24,7 +24,7 @@ class Options(TypedDict, total=False):
     target: str
     preset: Preset | Literal["fast", "balanced", "best"]
     steps: int | None
-    engine: EngineChoice | Literal["auto", "training", "standard"]
+    engine: str
     seed: int
     batch_size: int
     score_samples: int

@@ -55,6 +55,19 @@ def read(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
     raise DataError(f"data file {path} is not a readable .npz or .npy file{pickled}: {_HINT}.")
 
 
+def read_file(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
+    """The same, of a file that may be missing.
+
+    Raises
+    ------
+    DataError
+        If there is no such file, or it cannot be read.
+    """
+    if not path.is_file():
+        raise DataError(f"data file {path} does not exist.")
+    return read(path)
+
+
 def _alone(file: IO[bytes], path: Path) -> NDArray[Any]:
     label = f"data file {path}"
     size = os.fstat(file.fileno()).st_size

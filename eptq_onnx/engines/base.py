@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 from onnx import ModelProto
 
@@ -126,11 +127,30 @@ class GradientSession(Session):
             raise GradientError(str(e)) from e
 
 
-class Engine(Protocol):
-    """Builds backward passes."""
+class Engine(ABC):
+    """Builds backward passes; making one raises `InstallError` if what it needs is missing or damaged.
 
-    name: str
+    Attributes
+    ----------
+    name : str
+        What the option ``engine`` and the report call it.
+    about : str
+        In a few words, for help and the documentation: where its gradients come from, and what it needs.
+    preference : int
+        Of the engines that can run here, the one with the largest is chosen by itself. `standard`, which always can, has 0:
+        with less than that an engine is chosen by name only.
+    """
 
+    name: ClassVar[str]
+    about: ClassVar[str]
+    preference: ClassVar[int] = -1
+
+    @classmethod
+    def available(cls) -> bool:
+        """True if what it needs is installed; by default it needs nothing more than the package does."""
+        return True
+
+    @abstractmethod
     def differentiate(self, model: ModelProto, loss: str, wrt: Sequence[str]) -> GradientModel:
         """Gradient of a scalar with respect to initializers, inputs or intermediate tensors.
 
@@ -149,4 +169,3 @@ class Engine(Protocol):
         GradientError
             If the graph cannot be differentiated.
         """
-        ...

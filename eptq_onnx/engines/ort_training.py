@@ -15,7 +15,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from eptq_onnx import ops, runtime
-from eptq_onnx.engines.base import GradientModel, reachable
+from eptq_onnx.engines.base import Engine, GradientModel, reachable
 from eptq_onnx.engines.rules import leaky_relu_slope
 from eptq_onnx.engines.tape import Tape
 from eptq_onnx.engines.windows import Window, turned_convolution, weight_gradient
@@ -33,7 +33,7 @@ _ATEN = "org.pytorch.aten"
 _STOP, _ROUND_TRIP = "eptq_stop_gradient", "eptq_round_trip"
 
 
-class OrtTrainingEngine:
+class OrtTrainingEngine(Engine):
     """Engine on onnxruntime's GradientGraphBuilder.
 
     Raises
@@ -42,12 +42,19 @@ class OrtTrainingEngine:
         If the installed onnxruntime has no gradient builder.
     """
 
-    name = "onnxruntime-training"
+    name = "training"
+    about = "onnxruntime's training build, the faster one"
+    preference = 10
 
     def __init__(self) -> None:
         self._c = runtime.load_gradient_builder()
         _register()
         self._options = runtime.session_options()
+
+    @classmethod
+    def available(cls) -> bool:
+        """True if the installed onnxruntime is a training build."""
+        return runtime.is_training_build()
 
     def differentiate(self, model: ModelProto, loss: str, wrt: Sequence[str]) -> GradientModel:
         """See `Engine.differentiate`."""

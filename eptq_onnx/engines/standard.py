@@ -13,7 +13,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from eptq_onnx import ops, runtime
-from eptq_onnx.engines.base import UNREACHED, GradientModel, reachable
+from eptq_onnx.engines.base import UNREACHED, Engine, GradientModel, reachable
 from eptq_onnx.engines.rules import rule_of
 from eptq_onnx.engines.tape import FLOAT_OR_UNKNOWN, Tape, refusal
 from eptq_onnx.graph import edit
@@ -22,7 +22,7 @@ from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.view import GraphView
 
 
-class StandardEngine:
+class StandardEngine(Engine):
     """Engine on rules of our own.
 
     Raises
@@ -32,6 +32,8 @@ class StandardEngine:
     """
 
     name = "standard"
+    about = "rules of our own, any onnxruntime"
+    preference = 0
 
     def __init__(self) -> None:
         runtime.load()

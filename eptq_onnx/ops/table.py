@@ -25,6 +25,7 @@ from eptq_onnx.graph.lower import (
     reductions,
     sampling,
 )
+from eptq_onnx.graph.lower.formula import formula
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.numerics.linear import LinearForm
 from eptq_onnx.ops import details
@@ -230,12 +231,14 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Cosh"): _function(activations.cosh),
     ("", "Elu"): _function(activations.elu),
     ("", "Gelu"): _function(activations.gelu),
-    ("", "Mish"): _function(activations.mish),
+    ("", "Mish"): _function(formula("Mish (x) => (y) { p = Softplus (x)  t = Tanh (p)  y = Mul (x, t) }")),
     ("", "Selu"): _function(activations.selu),
     ("", "Shrink"): _function(activations.shrink),
     ("", "Sinh"): _function(activations.sinh),
     ("", "Softplus"): _function(activations.softplus),
-    ("", "Softsign"): _function(activations.softsign),
+    ("", "Softsign"): _function(
+        formula("Softsign (x) => (y) { one = Constant <value_float = 1.0> ()  a = Abs (x)  b = Add (a, one)  y = Div (x, b) }")
+    ),
     ("", "Swish"): _function(activations.swish),
     ("", "Tan"): _function(activations.tan),
     ("", "ThresholdedRelu"): _function(activations.thresholded_relu),

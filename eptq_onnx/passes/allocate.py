@@ -7,7 +7,10 @@ from eptq_onnx.passes.base import Context, Cost, Pass, State
 
 
 class Allocate(Pass):
-    """See `eptq_onnx.method.allocate`."""
+    """Choose the bits of every weight under a budget.
+
+    See `eptq_onnx.method.allocate`.
+    """
 
     name = "allocate"
     requires = ("calibration",)

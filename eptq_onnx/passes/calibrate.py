@@ -7,7 +7,10 @@ from eptq_onnx.passes.base import Context, Cost, Pass, State
 
 
 class Calibrate(Pass):
-    """See `eptq_onnx.method.calibrate`."""
+    """Choose the range of every activation.
+
+    See `eptq_onnx.method.calibrate`.
+    """
 
     name = "calibrate"
     provides = ("calibration",)
@@ -23,7 +26,7 @@ class Calibrate(Pass):
 
 
 class Recalibrate(Pass):
-    """The same once more, for ranges that know the scores, and channels as they are now."""
+    """Choose the ranges of activations again, now that scores and scaled channels are known."""
 
     name = "recalibrate"
     requires = ("calibration",)

@@ -15,7 +15,10 @@ from eptq_onnx.records import Rounding
 
 
 class KeepChoices(Pass):
-    """See `eptq_onnx.method.choices`."""
+    """Leave activations float where their errors would make the network choose other rows.
+
+    See `eptq_onnx.method.choices`.
+    """
 
     name = "choices"
     requires = ("calibration",)

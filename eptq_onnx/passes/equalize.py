@@ -8,7 +8,10 @@ from eptq_onnx.passes.base import Context, Pass, State
 
 
 class Equalize(Pass):
-    """See `eptq_onnx.method.equalize`."""
+    """Scale the channels of activations to fit the range that they share.
+
+    See `eptq_onnx.method.equalize`.
+    """
 
     name = "equalize"
     requires = ("calibration",)

@@ -15,7 +15,10 @@ from eptq_onnx.records import Rounding
 
 
 class FloatFallback(Pass):
-    """See `eptq_onnx.method.float_fallback`."""
+    """Leave those activations float whose quantization alone would spoil the outputs.
+
+    See `eptq_onnx.method.float_fallback`.
+    """
 
     name = "float fallback"
     requires = ("calibration",)

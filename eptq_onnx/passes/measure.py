@@ -11,7 +11,10 @@ from eptq_onnx.runtimes.speed import measure
 
 
 class Measure(Pass):
-    """See `eptq_onnx.runtimes.speed`."""
+    """Run both models in turn, to tell which is faster on this machine.
+
+    See `eptq_onnx.runtimes.speed`.
+    """
 
     name = "speed"
     requires = ("written",)

@@ -12,7 +12,10 @@ from eptq_onnx.training.loop import FLOAT_PASSES, Hooks, needed_bytes, optimize
 
 
 class Optimize(Pass):
-    """See `eptq_onnx.training`."""
+    """Learn over the whole network at once which weights round up and which round down.
+
+    See `eptq_onnx.training`.
+    """
 
     name = "optimize"
     requires = ("calibration", "nearest", "rounding")

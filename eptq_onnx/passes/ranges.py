@@ -7,7 +7,10 @@ from eptq_onnx.passes.base import Context, Pass, State
 
 
 class Ranges(Pass):
-    """See `eptq_onnx.method.ranges`."""
+    """Choose the ranges of weights, and round them to nearest.
+
+    See `eptq_onnx.method.ranges`.
+    """
 
     name = "ranges"
     requires = ("calibration",)

@@ -9,7 +9,10 @@ from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
 
 
 class Reconstruct(Pass):
-    """See `eptq_onnx.method.reconstruct` and `eptq_onnx.method.judge`."""
+    """Round layer by layer with error compensation, as far as it serves.
+
+    See `eptq_onnx.method.reconstruct` and `eptq_onnx.method.judge`.
+    """
 
     name = "reconstruct"
     requires = ("calibration", "nearest", "rounding")

@@ -8,7 +8,10 @@ from eptq_onnx.passes.base import Context, Pass, State
 
 
 class Rotate(Pass):
-    """See `eptq_onnx.method.rotate`."""
+    """Mix channels where nothing but linear operators lies between layers.
+
+    See `eptq_onnx.method.rotate`.
+    """
 
     name = "rotate"
     provides = ("model", "executed", "rotated")

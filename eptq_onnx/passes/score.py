@@ -9,7 +9,10 @@ from eptq_onnx.passes.base import Context, Cost, Pass, State
 
 
 class Score(Pass):
-    """See `eptq_onnx.method.score`."""
+    """Estimate the Hessian bound of layers, samples, channels and weight elements.
+
+    See `eptq_onnx.method.score`.
+    """
 
     name = "score"
     requires = ("calibration",)

@@ -7,7 +7,10 @@ from eptq_onnx.passes.base import Context, Pass, State
 
 
 class Verify(Pass):
-    """See `eptq_onnx.method.verify`."""
+    """Compare the written model with the float model, by running both.
+
+    See `eptq_onnx.method.verify`.
+    """
 
     name = "verify"
     requires = ("written",)

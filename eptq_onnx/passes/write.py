@@ -13,7 +13,10 @@ _PREFIX = "eptq_onnx."
 
 
 class Write(Pass):
-    """See `eptq_onnx.method.qdq`."""
+    """Put QuantizeLinear and DequantizeLinear nodes and the integers into the model.
+
+    See `eptq_onnx.method.qdq`.
+    """
 
     name = "write"
     requires = ("rounding",)

@@ -7,7 +7,6 @@ import pytest
 from graphs import normal, parse
 
 from eptq_onnx import Config, quantize
-from eptq_onnx.config import EngineChoice
 
 EMBEDDED = """
     word = Gather (words, ids)
@@ -40,7 +39,7 @@ OWN = {
 
 
 def options(engine: str) -> Config:
-    return Config(weight_bits=4, steps=3, engine=EngineChoice.TRAINING if "training" in engine else EngineChoice.STANDARD)
+    return Config(weight_bits=4, steps=3, engine=engine)
 
 
 def test_positions_that_count_what_is_not_padded(each_engine):

@@ -5,9 +5,25 @@ import pytest
 from gradcheck import check_gradients
 from graphs import normal, parse, scalar
 
+from eptq_onnx import ConfigError, engines
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.kernels import faster
 from eptq_onnx.runtime import Session
+
+
+def test_the_best_engine_that_is_available_is_chosen_by_itself(monkeypatch):
+    best, *others = engines.registered().values()
+    assert all(other.preference < best.preference for other in others)
+    monkeypatch.setattr(best, "available", lambda: True)
+    assert engines.choose("auto") is best
+    monkeypatch.setattr(best, "available", lambda: False)
+    assert engines.choose("auto") is others[0]
+    assert engines.choose(best.name) is best, "by its name it is chosen all the same, and says what is missing"
+
+
+def test_an_engine_that_nobody_knows_is_told():
+    with pytest.raises(ConfigError, match="engine 'steam' is unknown: choose one of auto, "):
+        engines.make("steam")
 
 
 def test_gradients_of_initializers_inputs_and_intermediates(each_engine):

@@ -92,16 +92,6 @@ def line(b: Builder, x: str, alpha: float, beta: float, output: str | None = Non
     return b.add("Clip", [b.add("Add", [b.add("Mul", [x, alpha]), beta]), 0.0, 1.0], output)
 
 
-def softsign(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = x / (1 + |x|)."""
-    b.add("Div", [node.input[0], b.add("Add", [b.add("Abs", [node.input[0]]), 1.0])], node.output[0])
-
-
-def mish(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = x * tanh(softplus(x))."""
-    b.add("Mul", [node.input[0], b.add("Tanh", [b.add("Softplus", [node.input[0]])])], node.output[0])
-
-
 def thresholded_relu(node: NodeProto, view: GraphView, b: Builder) -> None:
     """y = x * [x > alpha]."""
     above = b.add("Greater", [node.input[0], number(node, "alpha", 1.0)])

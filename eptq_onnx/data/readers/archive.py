@@ -1,0 +1,25 @@
+"""A file that numpy wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from eptq_onnx.data import archives
+from eptq_onnx.data.readers.base import Data, Reader, is_path
+
+
+class ArchiveReader(Reader):
+    """Reads a .npz (a mapping) or a .npy (an array); see `eptq_onnx.data.archives`."""
+
+    form = "a .npz file with one array for each model input, samples along the first axis, or a .npy file for a model with one input"
+    order = 90  # whatever is left is a file, or a name that is told to be none
+
+    def takes(self, source: Any) -> bool:
+        """True for all paths."""
+        return is_path(source)
+
+    def open(self, source: Any) -> tuple[Data, str]:
+        """All arrays of the file."""
+        path = Path(source)
+        return archives.read_file(path), str(path)
