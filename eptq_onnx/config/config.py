@@ -287,5 +287,7 @@ def describe(error: ValidationError, what: str) -> str:
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"{what} {name} is unknown."
+    if first["type"] == "missing":
+        return f"{what} {name} is missing."
     message = first["msg"].removeprefix("Value error, ")
     return f"{what} {name}={first['input']!r} is wrong: {message[0].lower()}{message[1:]}."
