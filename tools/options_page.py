@@ -12,7 +12,7 @@ import typer.main
 from pydantic.fields import FieldInfo
 
 from eptq_onnx.cli import app
-from eptq_onnx.cli.options import default_of, flags_of
+from eptq_onnx.cli.options import default_of, flags_of, help_of
 from eptq_onnx.config import Config, option_of
 
 PLACE = "<!-- the tables of all options -->"
@@ -55,8 +55,8 @@ def _flag(name: str, field: FieldInfo) -> str:
 
 
 def _help(name: str, field: FieldInfo) -> str:
-    """The field's docstring, the words that it takes, and its name in Python where the flag does not tell."""
-    text = " ".join((field.description or "").split())
+    """What help says, the words that it takes, and its name in Python where the flag does not tell."""
+    text = help_of(name, field)
     types = get_args(field.annotation) or (field.annotation,)
     words = [f"`{word.value}`" for kind in types if isinstance(kind, type) and issubclass(kind, Enum) for word in kind]
     if words:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
+from eptq_onnx import targets
 from eptq_onnx.config import Config, option_of
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -41,9 +42,15 @@ def default_of(field: FieldInfo) -> str:
     return option_of(field).default or _shown(field.get_default(call_default_factory=True))
 
 
+def help_of(name: str, field: FieldInfo) -> str:
+    """Its docstring; of the target also the names of those that are shipped."""
+    text = " ".join((field.description or "").split())
+    return f"{text} Shipped are {', '.join(targets.names())}." if name == "target" else text
+
+
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     option = option_of(field)
-    text = f"{' '.join((field.description or '').split())} [default: {default_of(field)}]"
+    text = f"{help_of(name, field)} [default: {default_of(field)}]"
     kind = _kind(field.annotation, text=option.text)
     info = typer.Option("/".join(flags_of(name, field)), help=text, metavar=option.metavar or None, show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
