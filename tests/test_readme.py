@@ -13,7 +13,6 @@ from conftest import MODELS
 from typer.testing import CliRunner
 
 import eptq_onnx
-from eptq_onnx import targets
 from eptq_onnx.cli import app
 from eptq_onnx.config import PRESET_STEPS, Config, Preset
 from eptq_onnx.config.files import SECTIONS
@@ -95,10 +94,7 @@ def test_readme_is_short():
     assert len(README.split()) <= 900
 
 
-def test_presets_targets_and_defaults_are_those_of_the_code():
-    for name in targets.names():
-        assert f"| `{name}` |" in PAGES["docs/targets.md"]
-        assert f"- `{name}`" in README
+def test_presets_and_defaults_are_those_of_the_code():
     for preset, text in ((Preset.BALANCED, "`balanced`: {} steps (small models: up to {})"), (Preset.BEST, "`best`: {} steps (up to {})")):
         assert text.format(*PRESET_STEPS[preset]) in PAGES["docs/getting-started.md"]
     config = Config()

@@ -81,7 +81,7 @@ def _flag(name: str, field: FieldInfo) -> str:
 
 
 def _help(name: str, field: FieldInfo) -> str:
-    """The field's docstring, the words that it takes, and its name in Python where the flag does not tell."""
+    """What help says, the words that it takes, and its name in Python where the flag does not tell."""
     text = help_of(name, field)
     types = get_args(field.annotation) or (field.annotation,)
     words = [f"`{word.value}`" for kind in types if isinstance(kind, type) and issubclass(kind, Enum) for word in kind]

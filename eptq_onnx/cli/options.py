@@ -11,13 +11,14 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from eptq_onnx import engines
+from eptq_onnx import engines, targets
 from eptq_onnx.config import Config, option_of
 
 F = TypeVar("F", bound=Callable[..., None])
 
 _NAMED: dict[str, Callable[[], dict[str, str]]] = {
     "engine": lambda: {name: engine.about for name, engine in engines.registered().items()},
+    "target": lambda: {name: targets.load(name).title for name in targets.names()},
 }
 """Options whose values are names of what lower layers find by themselves: each name, and what it is."""
 

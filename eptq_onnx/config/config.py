@@ -52,7 +52,7 @@ class Config(BaseModel):
     """Mixed precision: every weight gets the width, of 2 to 8 bits, with which the error of the outputs is least within weights=4 (mean
     bits), bytes=2e6 or bitops=1e10; instead of the bits of weights."""
     target: Annotated[str, Option("runtime")] = "ort-x64"
-    """Runtime: ort-x64, ort-x64-vnni, or the path of a target file (.toml)."""
+    """Runtime: the name of a shipped target, or the path of a target file (.toml)."""
     preset: Annotated[Preset, Option("optimization")] = Preset.BALANCED
     """fast: no gradients, layer-wise reconstruction alone; balanced: 200 steps of the network-wise optimization, best: 1000; models of
     less than 400 million multiplications a sample get up to 5 times as many."""
@@ -289,5 +289,7 @@ def describe(error: ValidationError, what: str) -> str:
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"{what} {name} is unknown."
+    if first["type"] == "missing":
+        return f"{what} {name} is missing."
     message = first["msg"].removeprefix("Value error, ")
     return f"{what} {name}={first['input']!r} is wrong: {message[0].lower()}{message[1:]}."

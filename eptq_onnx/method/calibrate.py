@@ -292,7 +292,7 @@ def _params(quantizer: ActivationQuantizer, observed: dict[str, Histogram], view
     if quantizer.spec.axis is not None:
         # Tables are large, and at 8 bits a finer grid gains nothing.
         scales = [quant_math.weight_scales(rows, quantizer.spec, rounds=1) for _, rows in view.constant_parts(quantizer.name)]
-        return QuantParams(np.concatenate(scales))
+        return quantizer.spec.params(np.concatenate(scales))
     if quantizer.constant:
         value = view.constant(quantizer.name)
         low, high = float(value.min()), float(value.max())

@@ -24,6 +24,7 @@ from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.patterns import matching
 from eptq_onnx.graph.view import GraphView, int_attribute, last_layers
+from eptq_onnx.numerics.quant_math import keeps_bounds
 from eptq_onnx.numerics.types import QuantSpec
 from eptq_onnx.ops import Bounds, OpSpec, Role, channel_axes_of, is_known, output_channels, pointwise, recorded, spec_of
 from eptq_onnx.proto.bodies import all_names, all_nodes, node_reads, subgraphs
@@ -339,8 +340,7 @@ def _tables(draft: _Draft, layers: tuple[Layer, ...]) -> list[ActivationQuantize
             continue
         draft.reasons[node.name] = "its table is stored in 8 bits, one scale a row; what is looked up is float"
         found[table] = None
-    spec = QuantSpec(8, -127, 127, "int8", True, 0)
-    return [ActivationQuantizer(t, (t,), spec, constant=True, through=t) for t in found]
+    return [ActivationQuantizer(t, (t,), draft.target.table_spec(), constant=True, through=t) for t in found]
 
 
 def _read_as_integer(draft: _Draft, tensors: list[str]) -> bool:
@@ -406,12 +406,16 @@ def _only_decides(node: NodeProto, tensor: str, view: GraphView) -> bool:
 
 
 def _absorbed_nodes(draft: _Draft, activations: tuple[ActivationQuantizer, ...]) -> dict[str, str]:
-    """The absorbed clipping nodes behind which stands a quantizer that cuts off the same (a symmetric one does not)."""
-    quantized = {tensor for q in activations for tensor in q.tensors if not q.spec.symmetric}
+    """The absorbed clipping nodes behind which stands a quantizer that cuts off the same (not all can)."""
+    specs = {tensor: q.spec for q in activations for tensor in q.tensors}
     return {
         n.name: n.op_type
         for n in draft.view.nodes
-        if n.input and n.input[0] in draft.absorbed and n.output[0] == draft.absorbed[n.input[0]] and draft.final(n.output[0]) in quantized
+        if n.input
+        and n.input[0] in draft.absorbed
+        and n.output[0] == draft.absorbed[n.input[0]]
+        and (spec := specs.get(draft.final(n.output[0])))
+        and keeps_bounds(spec, _bounds(draft, n.output[0]))
     }
 
 

@@ -10,7 +10,7 @@ from onnx import ModelProto
 from eptq_onnx.config import Config, WeightRange
 from eptq_onnx.graph.view import Constants, GraphView
 from eptq_onnx.numerics import quant_math
-from eptq_onnx.numerics.types import Array, QuantParams, QuantSpec
+from eptq_onnx.numerics.types import Array, QuantSpec
 from eptq_onnx.ops import output_channels
 from eptq_onnx.records import Calibration, Plan, Rounding, Scores
 
@@ -52,7 +52,8 @@ def weight_ranges(
         method = config.weight_range_method if searched is None or name in searched else WeightRange.MINMAX
         weighed = importance if method is WeightRange.HMSE else None
         scale = np.maximum(_scales(weight, spec, weighed, method, config.damping), smallest.get(name, np.float32(0)))
-        params[name] = QuantParams(scale, quant_math.zero_points(weight, scale, spec, weighed, config.damping))
+        scale = spec.scales.above(scale)
+        params[name] = spec.params(scale, quant_math.zero_points(weight, scale, spec, weighed, config.damping))
         integers[name] = quant_math.quantize(weight, params[name], spec)
     return Rounding(integers, params, dict(calibration.activations), biases(view, plan), Constants(view, integers))
 
@@ -82,11 +83,12 @@ def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> d
     quantizers = plan.quantizer_of
     result: dict[str, Array] = {}
     for layer in plan.layers:
-        if layer.bias is None or not layer.has_bias or layer.weight_spec.axis is None:
+        if layer.bias is None or not layer.has_bias or not plan.integer_bias:
             continue
-        bias = np.asarray(view.constant(layer.bias), np.float32)
-        if bias.size != view.constant_shape(layer.weight)[layer.weight_spec.axis]:
+        bias, axis = np.asarray(view.constant(layer.bias), np.float32), layer.weight_spec.axis
+        if axis is not None and bias.size != view.constant_shape(layer.weight)[axis]:
             continue
         limit = quant_math.smallest_weight_scale(bias, calibration.activations[quantizers[layer.input].name].scale)
+        limit = limit if axis is not None else limit.max(initial=0)
         result[layer.weight] = np.maximum(result.get(layer.weight, np.float32(0)), limit)
     return result

@@ -28,6 +28,7 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import compensation, quant_math
 from eptq_onnx.numerics.linear import LinearForm, OutputsApart, WeightForm, row_shape, scale_places
 from eptq_onnx.numerics.moments import Moments, OutputNonlinearity, sampled_moments
+from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array, Float64, IntArray, QuantParams, QuantSpec
 from eptq_onnx.ops import linear_form, pointwise, spec_of
 from eptq_onnx.records import Layer, Network, Plan, Rounding, Scores
@@ -39,7 +40,7 @@ _SYSTEMS = 1 + 2 * len(compensation.DAMPINGS)
 """Linear systems of each layer."""
 _SLOWNESS, _OPERATIONS_A_LAYER = 4.0, 5e8
 """How much longer an operation takes here than in a large matrix product; and what else a layer takes."""
-_RATIOS = (1.0, 0.85, 0.7, 0.55)
+_RATIOS = {ScaleRule.ANY: (1.0, 0.85, 0.7, 0.55), ScaleRule.POWER_OF_TWO: (1.0, 0.5, 2.0)}
 """Scales that are tried, in units of the one with the least squared error of the corrected weight."""
 _REFITS = 2
 """Times that the scales are fitted to the integers and these descend again."""
@@ -157,7 +158,7 @@ def operations(model: ModelProto, plan: Plan, config: Config) -> float:
     """
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    visits = len(_RATIOS) + 3 * config.descent_passes * (1 + _REFITS)
+    visits = len(_RATIOS[ScaleRule.ANY]) + 3 * config.descent_passes * (1 + _REFITS)
     total = 0.0
     for layer in plan.layers:
         form = linear_form(nodes[layer.node], view)
@@ -322,7 +323,7 @@ class _Problem:
         owners = scale_places(self.form, self.weight.shape, self.spec.axis)
         feedback = compensation.Feedback.of(moment)
         best = self._round(full, target, self._at_least(base, least), moment, feedback, owners)
-        for ratio in _RATIOS[1:]:
+        for ratio in _RATIOS[self.spec.scales][1:]:
             other = self._round(full, target, self._at_least(base * np.float32(ratio), least), moment, feedback, owners)
             better = other.cost < best.cost
             best = _Rounded(
@@ -349,7 +350,7 @@ class _Problem:
                 lambda q, s: compensation.jointly_refitted_scale(target, q, s, moment, effect, owners),
             )
         places = ... if self.spec.axis is not None else 0
-        params = QuantParams(np.asarray(scale[places] * unit, np.float32), best.zero[places])
+        params = self.spec.params(scale[places] * unit, best.zero[places])
         stored = self.form.weight_from_rows(integers + best.zero[owners][:, :, None])
         return stored.astype(self.spec.container), params, full * unit
 
@@ -387,9 +388,9 @@ class _Problem:
         return integers, scale
 
     def _at_least(self, scale: Array, least: Array) -> Array:
-        """One scale a channel (or one in all), shape (n_scales,)."""
-        scale = scale.reshape(-1)
-        return np.maximum(scale, least) if np.size(least) in (1, scale.size) else scale
+        """The allowed scales nearest to these, or at least so large: one a channel (or one in all), shape (n_scales,)."""
+        scale, least = (self.spec.scales.nearest(scale.reshape(-1)), self.spec.scales.above(least))
+        return np.maximum(scale, least if scale.size == least.size else least.max())
 
     def _round(
         self,

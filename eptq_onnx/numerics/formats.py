@@ -1,4 +1,4 @@
-"""Number formats, how many values share a scale, how a runtime stores them, and which scales it takes."""
+"""Number formats, how many values share a scale, and how a runtime stores them."""
 
 from __future__ import annotations
 
@@ -209,21 +209,3 @@ class Storage(str, Enum):
     """One bit pattern behind the other, from the low bits of each byte on, whatever the width."""
     CONTAINER = "container"
     """In an integer type of 8 or 16 bits."""
-
-
-class ScaleRule(str, Enum):
-    """Which scales a runtime takes."""
-
-    ANY = "any"
-    POWER_OF_TWO = "power of two"
-    FIXED = "fixed"
-    """One that the operator prescribes, such as 1/256 behind Softmax."""
-
-    def fitting(self, scale: Array, fixed: float = 1.0) -> Array:
-        """The least scales that the rule allows and that reach no less far; with ``FIXED``, that one."""
-        if self is ScaleRule.FIXED:
-            return np.full_like(scale, fixed)
-        if self is ScaleRule.POWER_OF_TWO:
-            mantissa, exponent = np.frexp(scale)
-            return np.asarray(np.ldexp(np.float32(1), exponent - (mantissa == 0.5)), np.float32)
-        return scale

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from eptq_onnx.numerics.formats import IntFormat, PerAxis, PerTensor
 from eptq_onnx.numerics.grid import Grid, nearest, part_of, slices
+from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
 from eptq_onnx.parallel import ordered_map
 
@@ -24,6 +25,9 @@ ZETA, GAMMA = 1.1, -0.1
 """Stretch of the rectified sigmoid (AdaRound, Nagel et al. 2020, equation 23)."""
 
 _TINY = np.float32(1e-30)
+
+_OCTAVES = 6
+"""How far below the range that clips nothing powers of two are tried."""
 
 _BIAS_LIMIT = np.float32(2.0**30)
 """Largest integer that a bias may need: half of int32, so that learned scales and biases keep room."""
@@ -187,6 +191,8 @@ def _rows_and_importance(weight: Array, spec: QuantSpec, importance: Array | Non
 def _row_scales(rows: Array, h: Array, spec: QuantSpec, points: int, rounds: int) -> Array:
     """The best scale of each row, with an importance of each element or each row."""
     largest = max_scales(rows, spec)
+    if spec.scales is ScaleRule.POWER_OF_TWO:
+        return _row_powers(rows, h, spec, spec.scales.above(largest))
     low, high = np.full(len(rows), 0.2, np.float32), np.full(len(rows), 1.1, np.float32)
     best = np.ones(len(rows), np.float32)
     best_error, _ = _best_grid(rows, h, largest, spec)
@@ -200,6 +206,17 @@ def _row_scales(rows: Array, h: Array, spec: QuantSpec, points: int, rounds: int
         width = (high - low) / np.float32(points - 1)
         low, high = np.maximum(best - width, 0.02), best + width
     return np.where(rows.any(axis=1), largest * best, np.float32(1)).astype(np.float32)
+
+
+def _row_powers(rows: Array, h: Array, spec: QuantSpec, largest: Array) -> Array:
+    """The best power of two of each row, from the one that clips nothing on."""
+    best, best_error = largest, np.full(len(rows), np.inf, np.float32)
+    for octave in range(_OCTAVES + 1):
+        scale = np.ldexp(largest, -octave)
+        error, _ = _best_grid(rows, h, scale, spec)
+        better = error < best_error
+        best, best_error = np.where(better, scale, best), np.where(better, error, best_error)
+    return np.where(rows.any(axis=1), best, np.float32(1)).astype(np.float32)
 
 
 def max_scales(rows: NDArray[np.floating], spec: QuantSpec) -> Array:
@@ -310,22 +327,39 @@ def activation_params(low: float, high: float, spec: QuantSpec, bounds: tuple[fl
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     if spec.symmetric:
         reach = max(high / spec.qmax, low / spec.qmin if spec.qmin < 0 else 0.0)
-        params = QuantParams(np.asarray(reach if reach > 1e-30 else 1.0, np.float32), 0)
+        params = spec.params(_reaching(reach, spec))
     else:
         scale = (high - low) / (spec.qmax - spec.qmin)
         scale = scale if scale > 1e-30 else 1.0
+        if spec.scales is not ScaleRule.ANY:
+            scale = float(_reaching(scale, spec))
         zero = int(np.clip(nearest(spec.qmin - low / scale), spec.qmin, spec.qmax))
-        params = QuantParams(np.asarray(scale, np.float32), zero)
+        params = spec.params(np.asarray(scale, np.float32), zero)
     return params if bounds is None else inside_bounds(params, spec, bounds)
+
+
+def _reaching(scale: float, spec: QuantSpec) -> Array:
+    """The least allowed scale that is no smaller; 1 for next to nothing."""
+    return spec.scales.above(np.asarray(scale if scale > 1e-30 else 1.0, np.float32))
+
+
+def keeps_bounds(spec: QuantSpec, bounds: tuple[float, float]) -> bool:
+    """True if a quantizer can do all that a Relu or Clip with these limits does in front of it.
+
+    One whose zero point is always 0 cannot, and powers of two do not end at other limits than 0.
+    """
+    low, high = bounds
+    ends = all(end == 0 or np.isinf(end) for end in bounds)
+    return not spec.symmetric and low <= 0 <= high and low < high and (ends or spec.scales is ScaleRule.ANY)
 
 
 def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, float]) -> QuantParams:
     """Shrink the scale until every representable value, in float32, lies within ``bounds``.
 
-    The quantizer then does all that a Relu or Clip with these limits does in front of it.
+    The quantizer then does all that a Relu or Clip with these limits does in front of it, if it can (`keeps_bounds`).
     """
     low, high = bounds
-    if spec.symmetric or low > 0 or high < 0:
+    if not keeps_bounds(spec, bounds):
         return params
     zero = spec.qmin if low == 0 else spec.qmax if high == 0 else params.zero_point
     reach_low, reach_high = spec.qmin - zero, spec.qmax - zero

@@ -9,6 +9,7 @@ import numpy as np
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.formats import along_axis
 from eptq_onnx.numerics.grid import nearest
+from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
 
 
@@ -36,6 +37,12 @@ class RoundedWeight(Protocol):
         ...
 
 
+def _gamma_slope(gradient: Array, level: Array, scale: Array, spec: QuantSpec) -> Array:
+    """Gradient of gamma; 0 where the runtime does not take any scale, so that integers are learned for the scale that is written."""
+    slope = quant_math.channel_sum(gradient * level * scale, spec.axis)
+    return slope if spec.scales is ScaleRule.ANY else np.zeros_like(slope)
+
+
 class StraightThroughWeight:
     """A weight that is rounded in every forward pass; its gradient passes the rounding unchanged.
 
@@ -57,8 +64,7 @@ class StraightThroughWeight:
 
     def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
         """Gradients of u and gamma, given dL/dW."""
-        d_gamma = quant_math.channel_sum(gradient * self._level * self._s, self.spec.axis)
-        return gradient * self._factor(), d_gamma
+        return gradient * self._factor(), _gamma_slope(gradient, self._level, self._s, self.spec)
 
     def penalty(self, exponent: float) -> float:
         """0: every weight is always decided."""
@@ -67,7 +73,7 @@ class StraightThroughWeight:
     def harden(self) -> tuple[IntArray, QuantParams]:
         """Integers, scales and zero points."""
         integers = np.clip(nearest(self.variable), self.spec.qmin, self.spec.qmax).astype(self.spec.container)
-        return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32), self._zero_point)
+        return integers, self.spec.params(self.scale * self.gamma, self._zero_point)
 
     def _factor(self) -> Array:
         return self._s * along_axis(self.gamma, self.spec.axis, self.variable.ndim)
@@ -105,7 +111,7 @@ class SoftWeight:
 
     def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
         """Gradients of alpha and gamma, given dL/dW and the strength and exponent of the rounding penalty."""
-        d_gamma = quant_math.channel_sum(gradient * self._level * self._s, self.spec.axis)
+        d_gamma = _gamma_slope(gradient, self._level, self._s, self.spec)
         raw = self.floor + self._h
         inside = (raw >= self.spec.qmin) & (raw <= self.spec.qmax)
         d_h = gradient * self._factor() * inside
@@ -121,7 +127,7 @@ class SoftWeight:
         """Integers, scales and zero points with every element decided: up where alpha >= 0."""
         up = self.variable >= 0
         integers = np.clip(self.floor + up, self.spec.qmin, self.spec.qmax).astype(self.spec.container)
-        return integers, QuantParams(np.asarray(self.scale * self.gamma, np.float32), self._zero_point)
+        return integers, self.spec.params(self.scale * self.gamma, self._zero_point)
 
     def _factor(self) -> Array:
         return self._s * along_axis(self.gamma, self.spec.axis, self.floor.ndim)

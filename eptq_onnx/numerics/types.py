@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from eptq_onnx.numerics.scales import ScaleRule
+
 Array: TypeAlias = NDArray[np.float32]
 Float64: TypeAlias = NDArray[np.float64]
 IntArray: TypeAlias = NDArray[np.integer[Any]]
@@ -33,6 +35,8 @@ class QuantSpec:
     zero_points : tuple of int
         Least and largest zero point of a weight. It is folded into the stored integers, which have the zero point 0 that
         integer kernels want: the limits keep them in the range that the target stores.
+    scales : ScaleRule
+        Which scales the runtime takes.
     """
 
     bits: int
@@ -42,6 +46,7 @@ class QuantSpec:
     symmetric: bool
     axis: int | None = None
     zero_points: tuple[int, int] = (0, 0)
+    scales: ScaleRule = ScaleRule.ANY
 
     @property
     def width(self) -> int:
@@ -53,6 +58,16 @@ class QuantSpec:
         """True if the container can hold integers outside ``[qmin, qmax]``."""
         info = np.iinfo(self.container)
         return bool(self.qmin > info.min or self.qmax < info.max)
+
+    def params(self, scale: Array, zero_point: int | IntArray = 0) -> QuantParams:
+        """The parameters with the allowed scale nearest to a given one: all parameters are made here, so that no scale is off the rule.
+
+        Parameters
+        ----------
+        scale : ndarray of float32, scalar or of shape (n_channels,)
+        zero_point : int, or ndarray of the scale's shape
+        """
+        return QuantParams(self.scales.nearest(np.asarray(scale, np.float32)), zero_point)
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class Report:
             found = v.kernels.get(op, 0)
             kernels.add_row(line(op), str(planned), Text(str(found), style="" if found >= planned else "bold red"))
         parts: list[Any] = [line(text, "bold red") for text in filter(None, [warning(self.speed)])]
-        parts += [head, kernels, self._fidelity(), self._weakest()]
+        parts += [head, *([kernels] if v.planned else []), self._fidelity(), self._weakest()]
         if self.speed is not None and self.speed.operators:
             parts.append(operator_table(self.speed))
         if self.kept_float:

@@ -1,15 +1,29 @@
-"""Runtimes that a model can be quantized for: one TOML file each, read into a frozen `Target`."""
+"""Runtimes that a model can be quantized for: one TOML file each, read into a frozen `Target`.
+
+A file may extend another and then needs only what differs; see `load`.
+"""
 
 from __future__ import annotations
 
 import sys
 from importlib import resources
 from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from eptq_onnx.config import describe
 from eptq_onnx.errors import ConfigError
+from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import QuantSpec
 
 if sys.version_info >= (3, 11):
@@ -28,23 +42,57 @@ class _Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class WeightRules(_Row):
-    """How the runtime wants weights: container type, scales per channel, and the range used at 8 bits.
+class _Quantized(_Row):
+    """``scale``: which scales the runtime takes."""
+
+    scale: ScaleRule = ScaleRule.ANY
+
+    @model_serializer(mode="wrap")
+    def _without_any(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out a rule that is none: the hash of options that a written model names stays as it was before there were rules."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "scale" or value != ScaleRule.ANY}
+
+
+class WeightRules(_Quantized):
+    """How the runtime wants weights, whose zero point is always 0: container, scales per channel, and the range used at 8 bits.
 
     ``depthwise_range_8_bits``: that of convolutions of one channel each, where it is another.
     """
 
-    container: str = Field(pattern="^u?int8$")
+    container: str
     per_channel: bool
     range_8_bits: tuple[int, int]
     depthwise_range_8_bits: tuple[int, int] | None = None
 
+    @field_validator("container")
+    @classmethod
+    def _signed(cls, value: str) -> str:
+        if value != "int8":
+            raise ValueError("weights are int8, because their zero point is 0")
+        return value
 
-class ActivationRules(_Row):
-    """How the runtime wants activations (always one scale per tensor)."""
+    @field_validator("range_8_bits", "depthwise_range_8_bits")
+    @classmethod
+    def _of_int8(cls, value: tuple[int, int] | None, info: ValidationInfo) -> tuple[int, int] | None:
+        if value is not None and not -128 <= value[0] < 0 < value[1] <= 127:
+            raise ValueError("a range goes from -128 or more, below 0, to 127 or less, above 0")
+        # What is no other range is none, however a file says it.
+        return None if info.field_name != "range_8_bits" and value == info.data.get("range_8_bits") else value
 
-    container: str = Field(pattern="^u?int8$")
+
+class ActivationRules(_Quantized):
+    """How the runtime wants activations (always one scale per tensor); ``symmetric``: with the zero point 0."""
+
+    container: Literal["int8", "uint8"]
     symmetric: bool
+
+    @field_validator("symmetric")
+    @classmethod
+    def _of_int8(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("container") == "uint8":
+            raise ValueError("uint8 with the zero point 0 would hold no negative values, so that symmetric activations are int8")
+        return value
 
 
 class BiasRules(_Row):
@@ -81,7 +129,7 @@ class Target(_Row):
     weight, activation, bias, ops
         Rules, see their classes.
     kernels : dict of str to tuple of str
-        Operator to the names of its integer kernels in the runtime's optimized graph; used to verify.
+        Operator to the names of its integer kernels in onnxruntime's optimized graph; used to verify. None for other runtimes.
     """
 
     name: str
@@ -91,17 +139,28 @@ class Target(_Row):
     activation: ActivationRules
     bias: BiasRules
     ops: OpRules
-    kernels: dict[str, tuple[str, ...]]
+    kernels: dict[str, tuple[str, ...]] = {}
 
     def weight_spec(self, bits: int, axis: int | None, depthwise: bool = False) -> QuantSpec:
         """Spec of a weight with output-channel axis ``axis`` (None for one scale in all), of a depthwise convolution or not."""
         special = self.weight.depthwise_range_8_bits if depthwise else None
         least, most = special or self.weight.range_8_bits
-        low, high = (least, most) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        zero_points = min(high - most, 0), max(low - least, 0)
+        low, high = max(-(2 ** (bits - 1)), least), min(2 ** (bits - 1) - 1, most)
+        zero_points = high - most, low - least
         return QuantSpec(
-            bits, low, high, self.weight.container, zero_points == (0, 0), axis if self.weight.per_channel else None, zero_points
+            bits=bits,
+            qmin=low,
+            qmax=high,
+            container=self.weight.container,
+            symmetric=zero_points == (0, 0),
+            axis=axis if self.weight.per_channel else None,
+            zero_points=zero_points,
+            scales=self.weight.scale,
         )
+
+    def table_spec(self) -> QuantSpec:
+        """Spec of a stored table: one scale a row, by the rule of weights, however many scales these have."""
+        return QuantSpec(8, -127, 127, "int8", symmetric=True, axis=0, scales=self.weight.scale)
 
     def opset_for(self, activation_bits: int) -> int:
         """Lowest opset that can write these activations."""
@@ -111,7 +170,7 @@ class Target(_Row):
         """Spec of an activation; more than 8 bits are stored in 16."""
         container = self.activation.container.replace("8", "16" if bits > 8 else "8")
         low, high = (0, 2**bits - 1) if container.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        return QuantSpec(bits, low, high, container, self.activation.symmetric)
+        return QuantSpec(bits, low, high, container, self.activation.symmetric, scales=self.activation.scale)
 
 
 def names() -> list[str]:
@@ -122,23 +181,65 @@ def names() -> list[str]:
 def load(name: str) -> Target:
     """Read a shipped target by name, or a target file by path.
 
+    A file with a field ``extends``, the name of a shipped target or a path from the file's own folder, takes what it does not
+    say from there: tables are merged field by field, lists replaced; an empty table stays empty. Its name and title are always its own.
+
     Raises
     ------
     ConfigError
-        If there is no such target, or its file is wrong.
+        If there is no such target, if targets extend each other in a circle, or if a file is wrong.
     """
+    path = Path(name)
     if name.endswith(".toml"):
-        path = Path(name)
         if not path.is_file():
             raise ConfigError(f"target file {name} does not exist.")
-        text = path.read_text(encoding="utf-8")
     elif name in names():
-        text = (resources.files(__name__) / f"{name}.toml").read_text(encoding="utf-8")
+        path = _shipped(name)
     else:
         raise ConfigError(f"target {name!r} is unknown: choose one of {', '.join(names())}, or give a .toml file.")
+    content = _content(path, name, ())
     try:
-        return Target.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as e:
-        raise ConfigError(f"target file {name} is not valid TOML: {e}.") from e
+        return Target.model_validate(content)
     except ValidationError as e:
         raise ConfigError(f"target file {name}: {describe(e, 'field')}") from e
+
+
+def _shipped(name: str) -> Path:
+    return Path(str(resources.files(__name__))) / f"{name}.toml"
+
+
+def _content(path: Path, shown: str, above: tuple[Path, ...]) -> dict[str, Any]:
+    """Fields and tables of a file, those of what it extends among them.
+
+    ``above`` are the files that extend it, ``shown`` what errors call it.
+    """
+    above = (*above, path.resolve())
+    try:
+        own = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ConfigError(f"target file {shown} cannot be read: {e.strerror or e}.") from e
+    except ValueError as e:
+        raise ConfigError(f"target file {shown} is not valid TOML: {e}.") from e
+    base = own.pop("extends", None)
+    if base is None:
+        return own
+    if not isinstance(base, str) or not (base.endswith(".toml") or base in names()):
+        raise ConfigError(
+            f"target file {shown} extends {base!r}, which is unknown: choose one of {', '.join(names())}, or give a .toml file."
+        )
+    file = path.parent / base if base.endswith(".toml") else _shipped(base)
+    if not file.is_file():
+        raise ConfigError(f"target file {shown} extends {base}, which does not exist.")
+    if file.resolve() in above:
+        raise ConfigError(f"target file {shown} extends {base}, which extends it in turn.")
+    inherited = _content(file, base, above)
+    return _merged({field: value for field, value in inherited.items() if field not in ("name", "title")}, own)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The fields of both, tables merged; of what both have, one's own."""
+    merged = {**base, **own}
+    for field in base.keys() & own.keys():
+        if isinstance(base[field], dict) and isinstance(own[field], dict) and own[field]:
+            merged[field] = _merged(base[field], own[field])
+    return merged

@@ -35,6 +35,7 @@ from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.shapes import empty_tensor, specialize
 from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.ops import LSQ_DOMAIN
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import node_reads
@@ -86,8 +87,8 @@ def training_graph(network: Network, start: Rounding, samples: Samples, config: 
     needed = view.upstream([*outputs, *parts])
     read = {name for node in view.nodes if any(o in needed for o in node.output) for name in node_reads(node)}
     # At 8 bits learning it brings nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a sixth of the step.
-    low = [q for q in plan.activations if q.spec.bits < 8 and not q.constant and config.activation_scale_lr]
-    learned = tuple(q.name for q in low if q.name in moving & read)
+    low = [q for q in plan.activations if q.spec.bits < 8 and q.spec.scales is ScaleRule.ANY and not q.constant]
+    learned = tuple(q.name for q in low if q.name in moving & read and config.activation_scale_lr)
     student = _Student(lowered, plan, start, learned)
     train, compared = _compose(private, student, parts, size, masked=safe is not None, gradual=config.gradual_activations)
     evaluate, _ = lower(_compose(private, student, parts, size, masked=safe is not None, gradual=False)[0], ops.QUANTIZERS)

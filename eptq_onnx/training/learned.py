@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -158,10 +157,10 @@ class Learned:
             settled.variable, settled.gamma = means["variable", name], means["gamma", name]
             integers[name], params[name] = settled.harden()
         activations = dict(self._start.activations)
-        bounds = {q.name: q for q in self._plan.activations}
+        quantizers = {q.name: q for q in self._plan.activations}
         for name, scale in zip(self._graph.quantizers, self._scales_of(means["scales", ACTIVATION_SCALES]), strict=True):
-            changed = replace(activations[name], scale=np.asarray(scale, np.float32))
-            activations[name] = quant_math.inside_bounds(changed, bounds[name].spec, bounds[name].bounds)
+            spec, bounds = quantizers[name].spec, quantizers[name].bounds
+            activations[name] = quant_math.inside_bounds(spec.params(scale, activations[name].zero_point), spec, bounds)
         biases = self._biases_of({n: means["bias", n] for n in self._bias_shift})
         return Rounding(integers, params, activations, {**self._start.biases, **biases}, self._start.targets)
 

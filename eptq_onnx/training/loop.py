@@ -28,6 +28,7 @@ from eptq_onnx.execute.blocks import tensor_bytes
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics.gains import Comparison
+from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array, Feeds
 from eptq_onnx.parallel import ordered_map, worker_count
 from eptq_onnx.records import Network, OptimizationTrace, Plan, Rounding
@@ -211,7 +212,9 @@ def _restored(plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable
         params, (exact, rough) = weights[layer.weight], seen.means
         # Where all channels, or those of several groups, have one scale, they have one gain.
         gain = seen.gains if params.scale.shape == exact.shape else seen.gains.mean()
-        weights[layer.weight] = replace(params, scale=np.asarray(params.scale * gain, np.float32))
+        weights[layer.weight] = layer.weight_spec.params(params.scale * gain, params.zero_point)
+        if layer.weight_spec.scales is not ScaleRule.ANY:
+            gain = weights[layer.weight].scale / params.scale
         if layer.bias is not None:
             biases[layer.bias] = np.asarray(gain * biases[layer.bias] + exact - gain * rough, np.float32)
     return replace(rounding, weights=weights, biases=biases)

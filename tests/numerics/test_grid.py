@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import eptq_onnx
-from eptq_onnx.numerics.formats import E4M3, E5M2, FloatFormat, IntFormat, PerAxis, PerBlock, PerTensor, ScaleRule, Storage
+from eptq_onnx.numerics.formats import E4M3, E5M2, FloatFormat, IntFormat, PerAxis, PerBlock, PerTensor, Storage
 from eptq_onnx.numerics.grid import Grid, nearest_float
 
 INTEGERS = [IntFormat.full(bits, signed=signed) for bits in range(2, 17) for signed in (True, False)]
@@ -153,15 +153,6 @@ def test_a_narrower_range_is_kept(bits, signed, data):
 def test_a_range_that_does_not_fit_the_width_is_refused(bits, low, high):
     with pytest.raises(ValueError, match="do not hold"):
         IntFormat(bits, True, low, high)
-
-
-@given(st.floats(2.0**-60, 2.0**60, width=32))
-def test_scales_of_a_power_of_two_reach_no_less_far(scale):
-    fitted = float(ScaleRule.POWER_OF_TWO.fitting(np.float32([scale]))[0])
-    assert np.log2(fitted) == round(np.log2(fitted))
-    assert scale <= fitted < 2 * scale
-    assert ScaleRule.ANY.fitting(np.float32([scale]))[0] == np.float32(scale)
-    assert ScaleRule.FIXED.fitting(np.float32([scale]), 1 / 256)[0] == np.float32(1 / 256)
 
 
 def test_nothing_rounds_but_the_grid():

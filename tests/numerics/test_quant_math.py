@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -10,11 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from eptq_onnx.numerics import quant_math as qm
+from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import QuantParams, QuantSpec
 
 INT4 = QuantSpec(4, -8, 7, "int8", True, 0)
 UINT8 = QuantSpec(8, 0, 255, "uint8", False)
 INT8 = QuantSpec(8, -128, 127, "int8", True)
+POWER = ScaleRule.POWER_OF_TWO
 SHIFTED = QuantSpec(4, -8, 7, "int8", False, 0, (-56, 56))
 
 
@@ -140,3 +144,55 @@ def test_penalty_is_zero_once_all_is_decided():
 def test_stride_avoids_image_sizes(size):
     step = qm.stride(size, 10)
     assert step == 1 or all(step % p for p in (2, 3, 5, 7))
+
+
+@given(
+    hnp.arrays(
+        np.float32, (3, 6), elements=st.one_of(st.just(0.0), st.floats(2.0**-30, 100, width=32), st.floats(-100, -(2.0**-30), width=32))
+    ),
+    st.sampled_from([INT4, SHIFTED, replace(INT8, axis=0), replace(INT4, axis=None)]),
+)
+def test_weights_get_the_power_of_two_of_least_error(weight, spec):
+    spec = replace(spec, scales=POWER)
+    scales = qm.weight_scales(weight, spec)
+    assert scales.shape == (() if spec.axis is None else (3,))
+    assert (np.frexp(scales)[0] == 0.5).all()
+
+    def errors(scale: np.ndarray) -> np.ndarray:
+        params = QuantParams(scale, qm.zero_points(weight, scale, spec))
+        squares = np.square((weight - qm.fake_quantize(weight, params, spec)).astype(np.float64))
+        return squares.sum() if spec.axis is None else squares.sum(axis=1)
+
+    chosen = errors(scales)
+    for factor in (0.25, 0.5, 2, 4):
+        assert (chosen <= errors(scales * np.float32(factor)) * (1 + 1e-4) + 1e-12).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-42, -1e-30, 3e38])
+def test_powers_of_two_survive_zeros_and_extreme_numbers(value):
+    weight = np.full((2, 3), value, np.float32)
+    for spec in (INT4, SHIFTED, INT8, UINT8):
+        powers = replace(spec, scales=POWER)
+        with np.errstate(over="ignore"):
+            scale = qm.weight_scales(weight, powers) if spec is not UINT8 else qm.activation_params(value, value, powers).scale
+        assert np.isfinite(scale).all()
+        assert (np.frexp(scale)[0] == 0.5).all()
+
+
+@given(st.floats(-50, 0), st.floats(0, 50), st.sampled_from([UINT8, INT8, QuantSpec(16, -(2**15), 2**15 - 1, "int16", True)]))
+def test_activations_get_a_power_of_two_that_covers_their_range(low, high, spec):
+    params = qm.activation_params(low, high, replace(spec, scales=POWER))
+    assert np.frexp(params.scale)[0] == 0.5
+    ends = qm.fake_quantize(np.array([low, high], np.float32), params, spec)
+    np.testing.assert_allclose(ends, [low, high], rtol=0, atol=float(params.scale) * 0.5001)
+    assert float(params.scale) < 2 * max(float(qm.activation_params(low, high, spec).scale), 1e-30) * (1 + 1e-6)
+
+
+def test_only_zero_and_infinity_are_kept_by_powers_of_two():
+    powers = replace(UINT8, scales=POWER)
+    assert qm.keeps_bounds(powers, (0.0, np.inf))
+    assert not qm.keeps_bounds(powers, (0.0, 6.0))
+    assert qm.keeps_bounds(UINT8, (0.0, 6.0))
+    assert not qm.keeps_bounds(INT8, (0.0, np.inf)), "its zero point cannot move"
+    assert qm.activation_params(0.0, 6.0, powers, (0.0, 6.0)) == qm.activation_params(0.0, 6.0, powers)
+    assert float(qm.activation_params(0.0, 6.0, powers, (0.0, 6.0)).scale) == 2.0**-5

@@ -1,0 +1,196 @@
+"""Target files of one's own: the one that the documentation shows, and drawn ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MODELS
+from graphs import images
+from obeyed import obeyed
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+import eptq_onnx
+from eptq_onnx import Config, targets
+from eptq_onnx.numerics import quant_math
+from eptq_onnx.runtime import Session
+from eptq_onnx.targets import Target
+
+PAGE = MODELS.parent / "docs" / "targets.md"
+TITLED = re.compile(r'^```toml title="(.+?)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+def sqnr(exact: np.ndarray, got: np.ndarray) -> float:
+    return quant_math.sqnr_db(float(np.square(exact).sum()), float(np.square(exact - got).sum()))
+
+
+@pytest.fixture
+def example(tmp_path: Path) -> str:
+    """The file that the page shows, as a reader saves it."""
+    [(name, text)] = TITLED.findall(PAGE.read_text(encoding="utf-8"))
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return str(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        ({"weight_bits": 8, "preset": "fast"}, 33),
+        ({"weight_bits": 4, "preset": "fast"}, 22),
+        ({"weight_bits": 8, "steps": 20}, 33),
+        ({"weight_bits": 4, "steps": 20}, 22),
+        ({"weight_bits": 4, "activation_bits": 4, "edge_bits": 4, "steps": 20}, 8),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_the_target_that_the_page_shows_works(example, options, least):
+    target = targets.load(example)
+    with np.load(MODELS / "digits_calib.npz") as file:
+        samples = {name: file[name][:128] for name in file.files}
+    with np.load(MODELS / "digits_eval.npz") as file:
+        unseen = file[file.files[0]][:128]
+    model = MODELS / "digits_resnet.onnx"
+    result = eptq_onnx.quantize(model, samples, Config(target=example, score_samples=128, **options))
+    counts = obeyed(result.model, target)
+    assert counts["weight"] == len(result.report.layers)
+    assert counts["bias"] == 0
+    assert counts["float bias"] == counts["weight"]
+    written, exact = Session(result.model), Session(model.read_bytes())
+    feeds = {exact.inputs[0]: unseen}
+    expected, got = exact.run(feeds)[exact.outputs[0]], written.run(feeds)[exact.outputs[0]]
+    assert sqnr(expected, got) > least
+    assert np.mean(expected.argmax(axis=1) == got.argmax(axis=1)) > 0.9
+
+
+def drawn_target(rng: np.random.Generator, folder: Path) -> Target:
+    """A target of any lines, by its file."""
+    signed = bool(rng.integers(2))
+    low, high = int(rng.choice([-128, -127, -64, -31, -8])), int(rng.choice([127, 63, 31, 7]))
+    said = {
+        "weight": {
+            "per_channel": bool(rng.integers(2)),
+            "range_8_bits": [low, high],
+            "depthwise_range_8_bits": [-127, 127] if rng.integers(2) else [low, high],
+            "scale": str(rng.choice(["any", "power of two"])),
+        },
+        "activation": {
+            "container": "int8" if signed else "uint8",
+            "symmetric": signed and bool(rng.integers(2)),
+            "scale": str(rng.choice(["any", "power of two"])),
+        },
+        "bias": {"integer": bool(rng.integers(2))},
+    }
+    lines = ['name = "drawn"', 'title = "Drawn"', 'extends = "ort-x64"']
+    for table, fields in said.items():
+        lines.append(f"[{table}]")
+        lines += [f"{name} = {_toml(value)}" for name, value in fields.items()]
+    (folder / "drawn.toml").write_text("\n".join(lines))
+    target = targets.load(str(folder / "drawn.toml"))
+    assert target.weight.range_8_bits == (low, high)
+    assert (target.activation.symmetric, target.bias.integer) == (said["activation"]["symmetric"], said["bias"]["integer"])
+    return target
+
+
+def _toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()
+
+
+def drawn_network(rng: np.random.Generator) -> ModelProto:
+    """Convolutions (also depthwise), activation functions, sums, products with constants, joins and pools, and a last layer."""
+    constants: list[TensorProto] = []
+    nodes = []
+
+    def constant(value: np.ndarray) -> str:
+        constants.append(numpy_helper.from_array(np.asarray(value), f"c{len(constants)}"))
+        return constants[-1].name
+
+    def node(op_type: str, *inputs: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(op_type, list(inputs), [f"t{len(nodes)}"], **attributes))
+        return nodes[-1].output[0]
+
+    def conv(x: str, read: int, groups: int = 1) -> str:
+        weight = rng.normal(0, 1 / np.sqrt(9 * read / groups), (8, read // groups, 3, 3)) * np.exp2(rng.uniform(-3, 3, (8, 1, 1, 1)))
+        # A channel of zeros, one that is tiny, and one that leans to one side.
+        weight[0], weight[1], weight[2] = 0, weight[1] * 1e-20, np.abs(weight[2])
+        bias = [constant(rng.normal(0, 10.0 ** rng.integers(-2, 2), 8).astype(np.float32))] if rng.integers(3) else []
+        return node("Conv", x, constant(weight.astype(np.float32)), *bias, pads=[1, 1, 1, 1], group=groups)
+
+    x = conv("x", 3)
+    for _ in range(3):
+        kind = rng.integers(8)
+        if kind == 0:
+            x = node("Relu", x)
+        elif kind == 1:
+            x = node("Clip", x, constant(np.float32(0)), constant(np.float32(3)))
+        elif kind == 2:
+            x = node("Clip", x, constant(np.float32(-1)), constant(np.float32(1.7)))
+        elif kind == 3:
+            x = node("Mul", x, constant(np.float32(rng.uniform(-2, 2, (1, 8, 1, 1)))))
+        elif kind == 4:
+            x = node("Add", x, constant(np.zeros((1, 8, 1, 1), np.float32)))
+        elif kind == 5:
+            x = node("MaxPool", x, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+        elif kind == 6:
+            x = node("Sigmoid", x)
+        shortcut, x = x, conv(x, 8, int(rng.choice([1, 8])))
+        if rng.integers(2):
+            x = node("Add", x, shortcut)
+    x = node("Flatten", node("GlobalAveragePool", node("Relu", x)))
+    last = constant(rng.normal(0, 0.4, (5, 8)).astype(np.float32)), constant(rng.normal(0, 0.2, 5).astype(np.float32))
+    nodes.append(helper.make_node("Gemm", [x, *last], ["y"], transB=1))
+    ends = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, shape)] for n, shape in (("x", ["n", 3, 8, 8]), ("y", ["n", 5]))]
+    graph = helper.make_graph(nodes, "drawn", *ends, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_what_is_written_obeys_every_line_of_a_drawn_target(seed, tmp_path):
+    rng = np.random.default_rng([seed, 7])
+    target, model = drawn_target(rng, tmp_path), drawn_network(rng)
+    bits = int(rng.choice([2, 3, 4, 5, 6, 7, 8])), int(rng.choice([4, 6, 8, 8, 16]))
+    options = {"preset": "fast"} if rng.integers(2) else {"steps": 6, "batch_size": 4}
+    if not rng.integers(4):
+        options["budget"] = "weights=5"
+    if not rng.integers(4):
+        options["weight_range"] = "minmax"
+    config = Config(target=str(tmp_path / "drawn.toml"), weight_bits=bits[0], activation_bits=bits[1], **options)
+    result = eptq_onnx.quantize(model, images(40), config)
+    counts = obeyed(result.model, target, activation_bits=bits[1])
+    assert counts["weight"] == len(result.report.layers)
+    assert counts["activation"]
+    assert (counts["bias"] > 0) == target.bias.integer
+    assert (counts["float bias"] > 0) != target.bias.integer
+    expected, got = (Session(m).run({"x": images(16, seed=1)})["y"] for m in (model, result.model))
+    assert np.isfinite(got).all()
+    if min(bits) >= 6 and "budget" not in options and target.weight.per_channel and target.weight.range_8_bits[1] > 60:
+        assert sqnr(expected, got) > 12
+
+
+def test_tables_obey_the_rule_for_weights(tmp_path):
+    (tmp_path / "mine.toml").write_text('name = "mine"\ntitle = "Mine"\nextends = "ort-x64"\nweight.scale = "power of two"\n')
+    rng = np.random.default_rng(0)
+    table = rng.normal(0, 1, (600, 32)).astype(np.float32)
+    table[3], table[4] = 0, table[4] * 1e-12
+    nodes = [
+        helper.make_node("Gather", ["table", "x"], ["e"]),
+        helper.make_node("ReduceMean", ["e"], ["m"], axes=[1], keepdims=0),
+        helper.make_node("MatMul", ["m", "w"], ["y"]),
+    ]
+    constants = {"table": table, "w": rng.normal(0, 0.3, (32, 4)).astype(np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "lookup",
+        [helper.make_tensor_value_info("x", TensorProto.INT64, ["n", 6])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    samples = rng.integers(0, 600, (40, 6))
+    result = eptq_onnx.quantize(model, samples, Config(preset="fast", target=str(tmp_path / "mine.toml")))
+    values = {t.name: numpy_helper.to_array(t) for t in result.model.graph.initializer}
+    assert values["table_quantized"].dtype == np.int8
+    assert (np.frexp(values["table_scale"])[0] == 0.5).all()
+    expected, got = (Session(m).run({"x": samples})["y"] for m in (model, result.model))
+    assert sqnr(expected, got) > 25
