@@ -24,7 +24,8 @@ def test_shipped_targets_name_operators_in_their_roles(name):
     assert {roles[op] for op in target.ops.equal_scale} == {Role.EQUAL_SCALE}
     assert {roles[op] for op in target.ops.absorbed} == {Role.CLIPPING}
     assert target.ops.float_output <= target.ops.layers
-    assert set(target.kernels) == target.ops.layers | target.ops.arithmetic
+    # Of another runtime than onnxruntime no kernels are counted.
+    assert not target.kernels or set(target.kernels) == target.ops.layers | target.ops.arithmetic
 
 
 def test_specs_stay_inside_the_container():
@@ -109,7 +110,7 @@ def test_a_target_has_a_name_and_a_title_of_its_own(tmp_path, field):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("toaster", "extends 'toaster', which is unknown: choose one of ort-x64"),
+        ("toaster", "extends 'toaster', which is unknown: choose one of "),
         (3, "extends 3, which is unknown"),
         ("other.toml", "extends other.toml, which does not exist"),
         ("mine.toml", "extends mine.toml, which extends it in turn"),
