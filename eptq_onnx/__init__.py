@@ -57,8 +57,8 @@ __all__ = [
 ]
 
 _PLACES = {"Progress": "passes.base", "Report": "report", "Result": "api", "quantize": "api"}
-"""Modules of what is imported when it is asked for, other than `eptq_onnx.config`: the command has to handle signals before the seconds
-that this takes."""
+"""Modules of what is imported when it is asked for, other than `eptq_onnx.config`: the command has to handle
+signals before the seconds that this takes."""
 
 
 def __getattr__(name: str) -> Any:

@@ -79,8 +79,8 @@ def quantize(
     model : path, bytes or ModelProto
         The float model; never changed.
     data : Source
-        Calibration samples without labels: one array per model input, samples along the first axis; or feeds, files, or
-        a function that gives them; see `eptq_onnx.data.readers.opened`.
+        Calibration samples without labels: one array per model input, samples along the first axis; or feeds,
+        files, or a function that gives them; see `eptq_onnx.data.readers.opened`.
     config : Config, optional
     progress : callable, optional
 
@@ -100,9 +100,13 @@ def quantize(
         return replace(_quantize(model, data, config, progress, _Places(folder, workdir)), inputs=inputs)
 
 
-def input_files(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config) -> list[tuple[str, Path]]:
+def input_files(
+    model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config
+) -> list[tuple[str, Path]]:
     """The files that `quantize` reads, each with what it is: none of them may be overwritten."""
-    target = [("the target file", Path(os.path.abspath(config.target)))] if config.target.endswith(".toml") else []
+    target = (
+        [("the target file", Path(os.path.abspath(config.target)))] if config.target.endswith(".toml") else []
+    )
     libraries = [("a custom-operator library", path) for path in config.custom_ops]
     return [*files_of_model(model), *files_of_data(data), *target, *libraries]
 
@@ -124,7 +128,11 @@ class _Places:
 
 
 def _quantize(
-    model: str | os.PathLike[str] | bytes | ModelProto, data: Source, given: Config, progress: Progress, places: _Places
+    model: str | os.PathLike[str] | bytes | ModelProto,
+    data: Source,
+    given: Config,
+    progress: Progress,
+    places: _Places,
 ) -> Result:
     """See `quantize`."""
     runner = pipeline.Runner(pipeline.PIPELINE)

@@ -44,7 +44,8 @@ def check_apart(outputs: Mapping[str, StrPath], inputs: Named) -> None:
     paths = list(outputs.items())
     for k, (name, path) in enumerate(paths):
         for other, taken in paths[:k]:
-            # Files that are not there yet cannot be compared: on some file systems names in other letters are the same.
+            # Files that are not there yet cannot be compared: on some file systems names in other letters are
+            # the same.
             if _is_same(path, taken) or _folded(path) == _folded(taken):
                 raise OutputError(f"{name} {path} would overwrite {other} {taken}: choose another name.")
 
@@ -84,8 +85,8 @@ def write_atomically(path: StrPath, data: bytes) -> None:
 class Replacement:
     """Files that take the place of others together, once all of them are written.
 
-    A context manager that gives a temporary path for each. At its end the files move to their places, the last file last.
-    After an exception, inside the block or while they move, everything is as it was before.
+    A context manager that gives a temporary path for each. At its end the files move to their places, the
+    last file last. After an exception, inside the block or while they move, everything is as it was before.
 
     Parameters
     ----------
@@ -107,7 +108,9 @@ class Replacement:
         self._temporary = [scratch.beside(t) for t in self._targets]
         return self._temporary
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         backups: list[str] = []
         try:
             if error is None:
@@ -172,5 +175,6 @@ def _folded(path: StrPath) -> tuple[str, str]:
 
 
 def _is_descriptor(path: Path) -> bool:
-    """True for /dev/stdout and the like, which are links, and lead to ordinary files where the shell redirects them."""
+    """True for /dev/stdout and the like, which are links, and lead to ordinary files where the shell
+    redirects them."""
     return path.is_symlink() and os.readlink(path).startswith("/proc/")

@@ -1,8 +1,10 @@
-"""Ctrl-C and SIGTERM: the work unwinds, temporary files go, one line says so, and the exit code tells the signal.
+"""Ctrl-C and SIGTERM: the work unwinds, temporary files go, one line says so, and the exit code tells the
+signal.
 
-The first signal raises `Interrupted` in the main thread. Work inside a long native call unwinds only when that returns, and a
-second signal does not wait for it: a thread of its own, which the operating system's signal wakes, then cleans up and ends the
-process. So it does a few seconds after the first signal. This module imports little: signals may come before the rest is there.
+The first signal raises `Interrupted` in the main thread. Work inside a long native call unwinds only when
+that returns, and a second signal does not wait for it: a thread of its own, which the operating system's
+signal wakes, then cleans up and ends the process. So it does a few seconds after the first signal. This
+module imports little: signals may come before the rest is there.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _SIGNALS = {int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP
 
 
 class Interrupted(BaseException):
-    """A signal asks for the end. Not a KeyboardInterrupt: libraries catch that, and exit with codes of their own."""
+    """A signal asks for the end. Not a KeyboardInterrupt: libraries catch that, and exit with codes of their
+    own."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -38,7 +41,9 @@ class Interrupted(BaseException):
         return 128 + self.number
 
     def __str__(self) -> str:
-        return "interrupted" if self.number == signal.SIGINT else f"ended by {signal.Signals(self.number).name}"
+        return (
+            "interrupted" if self.number == signal.SIGINT else f"ended by {signal.Signals(self.number).name}"
+        )
 
 
 class _Command:
@@ -103,7 +108,9 @@ class _Command:
             os._exit(interrupted.exit_code)
 
     def _tell(self, interrupted: Interrupted) -> None:
-        text = f"{interrupted}: {self.outcome}\n".encode(getattr(sys.stderr, "encoding", None) or "utf-8", "replace")
+        text = f"{interrupted}: {self.outcome}\n".encode(
+            getattr(sys.stderr, "encoding", None) or "utf-8", "replace"
+        )
         with contextlib.suppress(OSError):
             os.write(2, text)
 
@@ -128,10 +135,11 @@ def closing(act: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def command() -> Iterator[None]:
-    """The process is one command: a signal ends the block and the process, and nothing temporary stays behind.
+    """The process is one command: a signal ends the block and the process, and nothing temporary stays
+    behind.
 
-    For the main thread. Within another such block this one does nothing. Handlers are not put back: after the block a signal ends
-    the process at once.
+    For the main thread. Within another such block this one does nothing. Handlers are not put back: after the
+    block a signal ends the process at once.
     """
     if _command.active:
         yield

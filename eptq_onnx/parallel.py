@@ -1,7 +1,7 @@
 """Work on batch after batch on all cores, results in order.
 
-Every onnxruntime session has one thread, and batches run side by side: on small batches that keeps all cores busy where
-threads inside an operator would not, and the results do not depend on how many cores there are.
+Every onnxruntime session has one thread, and batches run side by side: on small batches that keeps all cores
+busy where threads inside an operator would not, and the results do not depend on how many cores there are.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def worker_count() -> int:
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """``function`` of every item, in order; as many at once as there are workers.
 
-    ``function`` must release the GIL to gain anything: onnxruntime's sessions and numpy's large operations do. Items are
-    drawn, and results kept, only a worker's share ahead of what the caller has taken, and one more, so that no worker waits
-    for the next to be made.
+    ``function`` must release the GIL to gain anything: onnxruntime's sessions and numpy's large operations
+    do. Items are drawn, and results kept, only a worker's share ahead of what the caller has taken, and one
+    more, so that no worker waits for the next to be made.
     """
     count = worker_count()
     with ThreadPoolExecutor(count) as pool:

@@ -1,4 +1,5 @@
-"""The method as a list of passes, and what runs them: time, memory, cost and missing gradients are seen to here alone."""
+"""The method as a list of passes, and what runs them: time, memory, cost and missing gradients are seen to
+here alone."""
 
 from __future__ import annotations
 
@@ -81,18 +82,26 @@ class Runner:
         self.seconds[name] = round(time.perf_counter() - began, 3)
 
     def affordable(self, config: Config, state: State, samples: Samples) -> tuple[Config, State]:
-        """The config with a limit for the memory of a large model and without passes that do not fit; a note tells of each."""
+        """The config with a limit for the memory of a large model and without passes that do not fit; a note
+        tells of each."""
         if config.max_memory is None and store.folder_of(state.executed) is not None:
-            config = config.model_copy(update={"max_memory": ByteSize(_SHARE_OF_MEMORY * psutil.virtual_memory().total)})
+            config = config.model_copy(
+                update={"max_memory": ByteSize(_SHARE_OF_MEMORY * psutil.virtual_memory().total)}
+            )
         if config.max_memory is None:
             return config, state
         for step in self.passes:
             if step.switch is None or getattr(config, step.switch[0]) == step.switch[1]:
                 continue
-            limit, needed = ByteSize(config.max_memory // step.memory_share), ByteSize(step.memory(state, samples))
+            limit, needed = (
+                ByteSize(config.max_memory // step.memory_share),
+                ByteSize(step.memory(state, samples)),
+            )
             if needed > limit:
                 sizes = [size.human_readable(decimal=True) for size in (needed, limit)]
-                state = state.noting(f"{step.without}: that takes about {sizes[0]} of memory, and {sizes[1]} is the limit")
+                state = state.noting(
+                    f"{step.without}: that takes about {sizes[0]} of memory, and {sizes[1]} is the limit"
+                )
                 config = config.model_copy(update=dict([step.switch]))
         return config, state
 
@@ -104,7 +113,11 @@ class Runner:
         pace = seconds_a_pass(state.executed, state.plan, ctx.samples, ctx.config)
         operation = seconds_an_operation() if any(cost.operations for cost in costs.values()) else 0.0
         shares = {name: pace * cost.passes + operation * cost.operations for name, cost in costs.items()}
-        found = Estimate(sum(shares.values()), sum(cost.steps for cost in costs.values()), {n: s for n, s in shares.items() if s})
+        found = Estimate(
+            sum(shares.values()),
+            sum(cost.steps for cost in costs.values()),
+            {n: s for n, s in shares.items() if s},
+        )
         ctx.progress("estimate", 1, 1, found)
         return found
 
@@ -126,11 +139,19 @@ class Runner:
                 _LOGGER.info("%s: taken from the workdir", step.name)
                 continue
             with self.timed(step.name):
-                state = self.resume.run(step, state, ctx, step_of(step)) if self.resume is not None else step_of(step)(state, ctx)
+                state = (
+                    self.resume.run(step, state, ctx, step_of(step))
+                    if self.resume is not None
+                    else step_of(step)(state, ctx)
+                )
             _LOGGER.info("%s: %.1f s", step.name, self.seconds[step.name])
         if self.resume is not None:
             state = self.resume.loaded(state)
-        return state.noting(f"taken from the workdir, with the times that they took before: {', '.join(taken)}") if taken else state
+        return (
+            state.noting(f"taken from the workdir, with the times that they took before: {', '.join(taken)}")
+            if taken
+            else state
+        )
 
     def _enabled(self, ctx: Context) -> list[Pass]:
         return [step for step in self.passes if step.enabled(ctx)]

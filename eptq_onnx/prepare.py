@@ -1,4 +1,5 @@
-"""Before the passes: read the model and the samples, bring the model into normal form, and see what the samples run of it."""
+"""Before the passes: read the model and the samples, bring the model into normal form, and see what the
+samples run of it."""
 
 from __future__ import annotations
 
@@ -56,7 +57,13 @@ class Prepared:
     notes: tuple[str, ...]
 
 
-def prepare(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, target: Target, config: Config, folder: str) -> Prepared:
+def prepare(
+    model: str | os.PathLike[str] | bytes | ModelProto,
+    data: Source,
+    target: Target,
+    config: Config,
+    folder: str,
+) -> Prepared:
     """Read everything.
 
     Parameters
@@ -80,13 +87,20 @@ def prepare(model: str | os.PathLike[str] | bytes | ModelProto, data: Source, ta
     whole = settle(plain, arranged.samples)
     samples, found, left = record(flattened(whole), arranged.samples, config.seed)
     name = str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name
-    notes = [*sample_notes(arranged.samples), *_type_notes(original, config), *_opset_notes(original, whole), *arranged.notes, *left]
+    notes = [
+        *sample_notes(arranged.samples),
+        *_type_notes(original, config),
+        *_opset_notes(original, whole),
+        *arranged.notes,
+        *left,
+    ]
     size = store.model_bytes(original)
     return Prepared(whole, samples, found, name, opset_of(original), original.ir_version, size, tuple(notes))
 
 
 def final(quantized: ModelProto, prepared: Prepared) -> ModelProto:
-    """The verified model in the opset and IR version of the original; onnxruntime loads it, if it reads that opset at all."""
+    """The verified model in the opset and IR version of the original; onnxruntime loads it, if it reads that
+    opset at all."""
     newest = newest_readable()
     result = restored(quantized, prepared.opset, prepared.ir_version, *newest)
     if result is not quantized and opset_of(result) <= newest[0]:
@@ -95,9 +109,14 @@ def final(quantized: ModelProto, prepared: Prepared) -> ModelProto:
 
 
 def _type_notes(model: ModelProto, config: Config) -> list[str]:
-    notes = [f"{name} tensors are computed and stored in float32; inputs and outputs keep their types" for name in other_float_types(model)]
+    notes = [
+        f"{name} tensors are computed and stored in float32; inputs and outputs keep their types"
+        for name in other_float_types(model)
+    ]
     if config.most_activation_bits > 8:
-        notes.append("no integer kernels are known for 16-bit activations: operators compute in float32 between their quantizers")
+        notes.append(
+            "no integer kernels are known for 16-bit activations: operators compute in float32 between their quantizers"
+        )
     return notes
 
 
@@ -105,4 +124,6 @@ def _opset_notes(model: ModelProto, readable: ModelProto) -> list[str]:
     own, read = opset_of(model), opset_of(readable)
     if own <= read:
         return []
-    return [f"the installed onnxruntime does not run quantized models of opset {own}: the result was made and verified in opset {read}"]
+    return [
+        f"the installed onnxruntime does not run quantized models of opset {own}: the result was made and verified in opset {read}"
+    ]

@@ -27,17 +27,17 @@ class ActivationQuantizer:
         All tensors that get a QuantizeLinear/DequantizeLinear pair with these parameters.
     spec : QuantSpec
     bounds : tuple of float
-        Limits that the activation function guarantees; the quantized range stays inside, so that the function can
-        be dropped (infinite where there is none).
+        Limits that the activation function guarantees; the quantized range stays inside, so that the function
+        can be dropped (infinite where there is none).
     constant : bool
-        True for a constant operand of an integer operator (its range is known without calibration), and for a table that
-        is stored as integers, one scale a row (``spec.axis`` 0).
+        True for a constant operand of an integer operator (its range is known without calibration), and for a
+        table that is stored as integers, one scale a row (``spec.axis`` 0).
     through : str
-        Tensor at which the error of the range counts: ``name``, or the result of the scalar function that alone reads
-        it. What SiLU flattens, say, needs no range in front of it.
+        Tensor at which the error of the range counts: ``name``, or the result of the scalar function that
+        alone reads it. What SiLU flattens, say, needs no range in front of it.
     channel_axis : int or None
-        Axis of its channels, along which its Hessian scores are told apart (its scale is per tensor all the same); see
-        `eptq_onnx.ops.channel_axes_of`. None for a tensor of unknown rank or without axes.
+        Axis of its channels, along which its Hessian scores are told apart (its scale is per tensor all the
+        same); see `eptq_onnx.ops.channel_axes_of`. None for a tensor of unknown rank or without axes.
     """
 
     name: str
@@ -59,8 +59,8 @@ class Layer:
         Node name.
     op_type : str
     weight, input, output, result : str
-        Tensor names; ``output`` is z_l, the value before the activation function, ``result`` that behind an absorbed
-        clipping function.
+        Tensor names; ``output`` is z_l, the value before the activation function, ``result`` that behind an
+        absorbed clipping function.
     bias : str or None
         Name of the bias; for a layer without one the name that a learned bias will get; None if the operator
         takes no bias.
@@ -121,7 +121,8 @@ class Plan:
     integer_bias : bool
         True if biases are rounded to the grid of the product of scales.
     exact : frozenset of str
-        Float nodes that only choose, by value: they read what is quantized for others as it was before, where it is there.
+        Float nodes that only choose, by value: they read what is quantized for others as it was before, where
+        it is there.
     """
 
     layers: tuple[Layer, ...]
@@ -157,7 +158,8 @@ class Calibration:
     activations : dict of str to QuantParams
         Per activation quantizer (by its name).
     power : dict of str to float
-        Mean square of the finite values of each layer output and of each tensor that the model's outputs are put together from.
+        Mean square of the finite values of each layer output and of each tensor that the model's outputs are
+        put together from.
     variance : dict of str to float
         Variance of the same.
     unused_samples : int
@@ -184,13 +186,13 @@ class Scores:
     weights : dict of str to ndarray
         Per weight tensor, the mean of (d<v, f>/dW)^2 over samples, in the weight's shape.
     outputs : dict of str to ndarray of shape (n_channels, n_channels)
-        Per output of a layer whose groups have several channels each, the mean of (J^T v)(J^T v)^T over samples and
-        probes, summed over positions.
+        Per output of a layer whose groups have several channels each, the mean of (J^T v)(J^T v)^T over
+        samples and probes, summed over positions.
     output_size : int
         Elements of all probed outputs of one sample.
     positions : dict of str to ndarray of shape (n_samples, n_positions)
-        Per layer output, the mean of (J^T v)^2 over probes and channels at each position, in units of the mean over all;
-        of some layers only, where all would take too much memory.
+        Per layer output, the mean of (J^T v)^2 over probes and channels at each position, in units of the
+        mean over all; of some layers only, where all would take too much memory.
     samples : ndarray of shape (n_samples,)
         Indices of the scored samples: the rows above.
     unreached : dict of str to str
@@ -239,7 +241,8 @@ class Rounding:
     biases : dict of str to ndarray
         Per layer bias, float.
     targets : dict of str to ndarray
-        Per weight tensor, the real values that the integers were rounded from; they may be read only when asked for.
+        Per weight tensor, the real values that the integers were rounded from; they may be read only when
+        asked for.
     """
 
     integers: Mapping[str, IntArray]
@@ -284,7 +287,8 @@ class Speed:
     samples : int
         Samples that one run takes.
     operators : tuple of OperatorTime
-        Where the model is not faster: the time of each kind of operator, those that cost most beside the float model first.
+        Where the model is not faster: the time of each kind of operator, those that cost most beside the
+        float model first.
     """
 
     pace: Pace

@@ -1,8 +1,9 @@
-"""Results of passes, kept in a workdir with all that the passes have read, and taken from there where all of that is the same.
+"""Results of passes, kept in a workdir with all that the passes have read, and taken from there where all of
+that is the same.
 
-What a pass reads is not declared but observed: it is given options and a state that remember what was asked of them. So a result is
-never taken where anything is different that it follows from, and another option makes anew only what reads it, and what reads
-what comes out differently.
+What a pass reads is not declared but observed: it is given options and a state that remember what was asked
+of them. So a result is never taken where anything is different that it follows from, and another option makes
+anew only what reads it, and what reads what comes out differently.
 """
 
 from __future__ import annotations
@@ -67,7 +68,11 @@ class Resume:
 
     def loaded(self, state: State) -> State:
         """The state with all values that are in the workdir alone."""
-        values = {name: decode(self._digests[name], self._workdir, self._folder) for name in FIELDS if name in self._absent}
+        values = {
+            name: decode(self._digests[name], self._workdir, self._folder)
+            for name in FIELDS
+            if name in self._absent
+        }
         self._absent = set()
         return state.changed(**values)
 
@@ -91,13 +96,22 @@ class Resume:
         made = {name: vars(after)[name] for name in FIELDS if vars(after)[name] is not vars(state)[name]}
         undeclared = made.keys() - set(step.provides)
         if undeclared:
-            raise RuntimeError(f"the pass {step.name} provides {', '.join(sorted(undeclared))} without saying so")
+            raise RuntimeError(
+                f"the pass {step.name} provides {', '.join(sorted(undeclared))} without saying so"
+            )
         told = reads.told(self._digests)
-        provides = {name: encode(value, HashOnly() if step.repeats else self._workdir) for name, value in made.items()}
+        provides = {
+            name: encode(value, HashOnly() if step.repeats else self._workdir) for name, value in made.items()
+        }
         self._digests.update(provides)
         if not step.repeats:
             notes = list(after.notes[len(state.notes) :])
-            kept = {"provides": provides, "notes": notes, "seconds": round(seconds, 3), "values": sorted(set(provides.values()))}
+            kept = {
+                "provides": provides,
+                "notes": notes,
+                "seconds": round(seconds, 3),
+                "values": sorted(set(provides.values())),
+            }
             self._workdir.add(step.name, {"base": self._base, **told, **kept})
             partial.forget()
         return state.changed(**made, notes=after.notes)
@@ -105,19 +119,38 @@ class Resume:
     def _find(self, step: Pass, ctx: Context, digests: Mapping[str, str]) -> dict[str, Any] | None:
         if step.repeats:
             return None
-        return next((entry for entry in self._workdir.entries(step.name) if _applies(entry, self._base, ctx, digests)), None)
+        return next(
+            (
+                entry
+                for entry in self._workdir.entries(step.name)
+                if _applies(entry, self._base, ctx, digests)
+            ),
+            None,
+        )
 
 
 class _KeptPartial(Partial):
     """The unfinished work of a pass, kept with what the pass has read until then."""
 
-    def __init__(self, workdir: Workdir, name: str, base: str, reads: Reads, digests: Mapping[str, str]) -> None:
-        self._workdir, self._name, self._base, self._reads, self._digests = workdir, name, base, reads, dict(digests)
+    def __init__(
+        self, workdir: Workdir, name: str, base: str, reads: Reads, digests: Mapping[str, str]
+    ) -> None:
+        self._workdir, self._name, self._base, self._reads, self._digests = (
+            workdir,
+            name,
+            base,
+            reads,
+            dict(digests),
+        )
         self._last: dict[str, Any] | None = None
         self._due = 0.0
 
     def load(self) -> Any:
-        fitting = [e for e in self._workdir.entries(self._name) if _applies(e, self._base, self._reads.ctx, self._digests)]
+        fitting = [
+            e
+            for e in self._workdir.entries(self._name)
+            if _applies(e, self._base, self._reads.ctx, self._digests)
+        ]
         self._last = max(fitting, key=lambda entry: entry["progress"], default=None)
         return None if self._last is None else decode(self._last["values"][0], self._workdir)
 
@@ -126,7 +159,12 @@ class _KeptPartial(Partial):
         if began < self._due:
             return
         former, values = self._last, [encode(value, self._workdir)]
-        self._last = {"base": self._base, **self._reads.told(self._digests), "progress": progress, "values": values}
+        self._last = {
+            "base": self._base,
+            **self._reads.told(self._digests),
+            "progress": progress,
+            "values": values,
+        }
         self._workdir.add(self._name, self._last)
         if former is not None:
             self._workdir.remove(self._name, former)
@@ -150,7 +188,8 @@ def _applies(entry: Mapping[str, Any], base: str, ctx: Context, digests: Mapping
 
 
 def _base_of(ctx: Context) -> str:
-    """Digest of all that a pass may read beside options and state: samples, target, engine, libraries, and the code itself."""
+    """Digest of all that a pass may read beside options and state: samples, target, engine, libraries, and
+    the code itself."""
     libraries = [HashOnly().put_file(str(path)) for path in ctx.given.custom_ops]
     values = (
         _code(), _versions(), libraries, ctx.target.name, ctx.target.model_dump(), ctx.engine and ctx.engine.name,
@@ -170,7 +209,12 @@ def _code() -> str:
 
 def _versions() -> dict[str, str]:
     found = {name: version for name in _DISTRIBUTIONS if (version := _version(name)) is not None}
-    return {**found, "python": platform.python_version(), "machine": platform.machine(), "eptq-onnx": __version__}
+    return {
+        **found,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "eptq-onnx": __version__,
+    }
 
 
 def _version(name: str) -> str | None:

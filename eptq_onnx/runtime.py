@@ -31,7 +31,17 @@ PROTOBUF_LIMIT = 2**31 - 2**20
 LAYOUT_DOMAIN = "com.microsoft.nchwc"
 """Operators that compute on blocks of channels."""
 
-OWN_DOMAINS = frozenset(("", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "com.microsoft", LAYOUT_DOMAIN))
+OWN_DOMAINS = frozenset(
+    (
+        "",
+        "ai.onnx",
+        "ai.onnx.ml",
+        "ai.onnx.training",
+        "ai.onnx.preview.training",
+        "com.microsoft",
+        LAYOUT_DOMAIN,
+    )
+)
 """Domains of the operators that onnxruntime has; all others are custom."""
 
 NO_KERNEL = "NOT_IMPLEMENTED"
@@ -86,10 +96,16 @@ def load() -> ModuleType:
         if len(found) > 1:
             raise _conflict(found) from e
         if found:
-            raise InstallError(f"onnxruntime is installed but cannot be imported ({e}): reinstall it, or {_INSTALL}.") from e
+            raise InstallError(
+                f"onnxruntime is installed but cannot be imported ({e}): reinstall it, or {_INSTALL}."
+            ) from e
         raise InstallError(f"onnxruntime is not installed: {_INSTALL}.") from e
     if not hasattr(onnxruntime, "InferenceSession") or not hasattr(_pybind_state, "InferenceSession"):
-        raise _conflict(found) if len(found) > 1 else InstallError(f"onnxruntime is damaged: reinstall it, or {_INSTALL}.")
+        raise (
+            _conflict(found)
+            if len(found) > 1
+            else InstallError(f"onnxruntime is damaged: reinstall it, or {_INSTALL}.")
+        )
     if len(found) > 1 and onnxruntime.__version__ not in found.values():
         raise _conflict(found)
     onnxruntime.set_default_logger_severity(4)
@@ -136,7 +152,8 @@ def load_gradient_builder() -> Any:
 
 
 def deepest_nesting() -> int:
-    """Most bodies inside each other that the installed onnxruntime loads in time; protobuf has no room for many more.
+    """Most bodies inside each other that the installed onnxruntime loads in time; protobuf has no room for
+    many more.
 
     Up to 1.28 it takes twice as long for each (1 s at 16, minutes at 24); 1.30 does not.
     """
@@ -146,19 +163,30 @@ def deepest_nesting() -> int:
 
 @cache
 def newest_readable() -> tuple[int, int]:
-    """Highest default-domain opset and IR version of quantized models that the installed onnxruntime runs and onnx can write.
+    """Highest default-domain opset and IR version of quantized models that the installed onnxruntime runs and
+    onnx can write.
 
     It does not tell: it is tried.
     """
-    opset = _highest(lambda version: _tiny(version, _OLDEST_IR), _OLDEST_OPSET, onnx.defs.onnx_opset_version())
+    opset = _highest(
+        lambda version: _tiny(version, _OLDEST_IR), _OLDEST_OPSET, onnx.defs.onnx_opset_version()
+    )
     return opset, _highest(lambda version: _tiny(_OLDEST_OPSET, version), _OLDEST_IR, onnx.IR_VERSION)
 
 
 def _tiny(opset: int, ir_version: int) -> ModelProto:
-    """A quantized matrix product: onnxruntime 1.19 reads opset 21, but has no integer kernel to put in its place."""
+    """A quantized matrix product: onnxruntime 1.19 reads opset 21, but has no integer kernel to put in its
+    place."""
     info = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 1]) for name in "xy"]
-    values: dict[str, NDArray[Any]] = {"one": np.array(1, np.float32), "zero": np.array(0, np.uint8), "weight": np.array([[1]], np.uint8)}
-    nodes = [helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value)) for name, value in values.items()]
+    values: dict[str, NDArray[Any]] = {
+        "one": np.array(1, np.float32),
+        "zero": np.array(0, np.uint8),
+        "weight": np.array([[1]], np.uint8),
+    }
+    nodes = [
+        helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
+        for name, value in values.items()
+    ]
     for op_type, x, y in (("Quantize", "x", "q"), ("Dequantize", "q", "d"), ("Dequantize", "weight", "w")):
         nodes.append(helper.make_node(f"{op_type}Linear", [x, "one", "zero"], [y]))
     nodes.append(helper.make_node("MatMul", ["d", "w"], ["product"]))
@@ -170,13 +198,16 @@ def _tiny(opset: int, ir_version: int) -> ModelProto:
 
 @cache
 def channel_block() -> int:
-    """Channels that onnxruntime keeps together in its own layout of images (NCHWc) on this machine; 0 if it has none.
+    """Channels that onnxruntime keeps together in its own layout of images (NCHWc) on this machine; 0 if it
+    has none.
 
     It does not tell: a reordered image does, whose values are their place in a row.
     """
     image = np.tile(np.arange(2, dtype=np.float32), (1, 64, 1, 1))
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, image.shape) for name in "xy")
-    graph = helper.make_graph([helper.make_node("ReorderInput", ["x"], ["y"], domain=LAYOUT_DOMAIN)], "order", [x], [y])
+    graph = helper.make_graph(
+        [helper.make_node("ReorderInput", ["x"], ["y"], domain=LAYOUT_DOMAIN)], "order", [x], [y]
+    )
     opsets = [helper.make_opsetid("", _OLDEST_OPSET), helper.make_opsetid(LAYOUT_DOMAIN, 1)]
     try:
         session = Session(helper.make_model(graph, opset_imports=opsets, ir_version=_OLDEST_IR))
@@ -207,7 +238,9 @@ def custom_operators(libraries: Sequence[str | os.PathLike[str]]) -> Iterator[No
             options.register_custom_ops_library(path)
         except Exception as e:
             # onnxruntime raises a family of pybind exceptions with no common base but Exception.
-            raise ConfigError(f"the library of custom operators {path} cannot be loaded: {one_line(e, 400)}") from e
+            raise ConfigError(
+                f"the library of custom operators {path} cannot be loaded: {one_line(e, 400)}"
+            ) from e
     token = _custom_operators.set(paths)
     try:
         yield
@@ -250,7 +283,8 @@ class Session:
     save_optimized : path, optional
         Where onnxruntime shall put the graph it made of the model.
     threads : int
-        Of one operator; 0: as many as there are cores. Batches run side by side instead: see `eptq_onnx.parallel`.
+        Of one operator; 0: as many as there are cores. Batches run side by side instead: see
+        `eptq_onnx.parallel`.
     integers : bool
         False keeps operators between quantizers in floating point, as training needs them.
     profile : path, optional
@@ -284,19 +318,28 @@ class Session:
         if save_optimized is not None:
             options.optimized_model_filepath = str(save_optimized)
         if isinstance(model, ModelProto) and store.folder_of(model) is not None:
-            # Weights stay in their files, mapped into memory; rearranged for the kernels they would be there as well.
+            # Weights stay in their files, mapped into memory; rearranged for the kernels they would be there
+            # as well.
             options.add_session_config_entry("session.disable_prepacking", "1")
-            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimized.data")
+            options.add_session_config_entry(
+                "session.optimized_model_external_initializers_file_name", "optimized.data"
+            )
         try:
             with _source(model) as source:
                 self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except EptqError:
             raise
         except OSError as e:
-            raise OutputError(f"a model cannot be put into the temporary folder ({e.strerror or e}): let TMPDIR name one with room.") from e
+            raise OutputError(
+                f"a model cannot be put into the temporary folder ({e.strerror or e}): let TMPDIR name one with room."
+            ) from e
         except Exception as e:
             # onnxruntime raises a family of pybind exceptions with no common base but Exception.
-            hint = "; give the library of its custom operators with --custom-ops" if "is not a registered function/op" in str(e) else ""
+            hint = (
+                "; give the library of its custom operators with --custom-ops"
+                if "is not a registered function/op" in str(e)
+                else ""
+            )
             raise ModelError(f"onnxruntime refuses the model: {one_line(e, 400)}{hint}") from e
         self.inputs: tuple[str, ...] = tuple(i.name for i in self._session.get_inputs())
         self.signature = [(o.name, str(o.type), list(o.shape)) for o in self._session.get_outputs()]
@@ -330,7 +373,8 @@ _LOADING = (
 
 
 def survives(model: ModelProto) -> bool:
-    """False if a process ends, or does not end, because onnxruntime loads the model in it; an error is survived."""
+    """False if a process ends, or does not end, because onnxruntime loads the model in it; an error is
+    survived."""
     with scratch.folder() as folder, _source(model) as source:
         path = Path(source) if isinstance(source, str) else Path(folder) / "model.onnx"
         if not isinstance(source, str):
@@ -346,8 +390,8 @@ def survives(model: ModelProto) -> bool:
 def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, TypeProto]:
     """Types of tensors, sequences, maps and optionals as onnxruntime infers them.
 
-    A shape of no axes means an unknown one there: such types come without a shape. Other axes of unknown size have none, or
-    a name.
+    A shape of no axes means an unknown one there: such types come without a shape. Other axes of unknown size
+    have none, or a name.
 
     Raises
     ------
@@ -388,7 +432,8 @@ def _element(name: str) -> int:
 
 
 def imported_opsets(model: ModelProto) -> dict[str, int]:
-    """Versions of the operator sets that onnxruntime reads a model with: of those that it does not import, its own newest.
+    """Versions of the operator sets that onnxruntime reads a model with: of those that it does not import,
+    its own newest.
 
     Raises
     ------

@@ -1,8 +1,10 @@
-"""Temporary files: one folder per process holds them all, and it is removed when the work ends, however it ends.
+"""Temporary files: one folder per process holds them all, and it is removed when the work ends, however it
+ends.
 
-Paths are registered before they are created, so that an exception at any moment leaves nothing that `clear` does not know.
-A process that is killed outright leaves its folder behind; the next process removes it. The folder is locked while its
-process lives, so that a folder of a live process is never taken, not even one of another container.
+Paths are registered before they are created, so that an exception at any moment leaves nothing that `clear`
+does not know. A process that is killed outright leaves its folder behind; the next process removes it. The
+folder is locked while its process lives, so that a folder of a live process is never taken, not even one of
+another container.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ def folder() -> Iterator[str]:
                 path = os.path.join(mine.root or _make_root(mine), secrets.token_hex(4))
                 os.mkdir(path, 0o700)
             except OSError as e:
-                raise OutputError(f"no temporary folder can be made ({e.strerror or e}): let TMPDIR name one with room.") from e
+                raise OutputError(
+                    f"no temporary folder can be made ({e.strerror or e}): let TMPDIR name one with room."
+                ) from e
         yield path
     finally:
         if path:
@@ -84,7 +88,8 @@ def folder() -> Iterator[str]:
 
 
 def beside(target: str | os.PathLike[str]) -> str:
-    """The name of a temporary file in the folder of ``target``; registered, not yet created. `discard` it in the end."""
+    """The name of a temporary file in the folder of ``target``; registered, not yet created. `discard` it in
+    the end."""
     mine = _mine()
     path = os.path.join(os.path.dirname(os.path.abspath(target)), f".{_new_name()}.tmp")
     mine.files.add(path)
@@ -119,7 +124,8 @@ def _make_root(mine: _Process) -> str:
         if not _HAS_LOCKS:
             return mine.root
         mine.handle = os.open(mine.root, os.O_RDONLY)
-        # Held by a process that takes this folder for a dead one's, the lock fails, or there is no folder any more.
+        # Held by a process that takes this folder for a dead one's, the lock fails, or there is no folder any
+        # more.
         if _lock(mine.handle) is not False and os.path.isdir(mine.root):
             return mine.root
         os.close(mine.handle)
@@ -135,7 +141,8 @@ def _remove_root(mine: _Process) -> None:
 
 
 def _lock(handle: int) -> bool | None:
-    """True if the lock is ours now, False if another process has it, None where the file system has no locks."""
+    """True if the lock is ours now, False if another process has it, None where the file system has no
+    locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -100,7 +100,11 @@ def _layers(state: State, count: int) -> tuple[LayerReport, ...]:
 
 
 def _unscored(scores: Scores | None) -> list[str]:
-    return [f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items()] if scores is not None else []
+    return (
+        [f"{node} has no Hessian score: {why}" for node, why in scores.unreached.items()]
+        if scores is not None
+        else []
+    )
 
 
 def _not_finite(calibration: Calibration) -> list[str]:
@@ -108,13 +112,17 @@ def _not_finite(calibration: Calibration) -> list[str]:
     if not shares:
         return []
     more = f" and {len(shares) - _MOST_NAMED} more" if len(shares) > _MOST_NAMED else ""
-    return [f"NaN or infinite values in the float model count in no statistic: {', '.join(shares[:_MOST_NAMED])}{more}"]
+    return [
+        f"NaN or infinite values in the float model count in no statistic: {', '.join(shares[:_MOST_NAMED])}{more}"
+    ]
 
 
 def _left_over(calibration: Calibration, ctx: Context) -> list[str]:
     samples = ctx.samples
     count, alike = calibration.unused_samples, len(samples.alike())
-    notes = [f"{count} samples are left over: the model takes {samples.fixed_batch} at a time"] if count else []
+    notes = (
+        [f"{count} samples are left over: the model takes {samples.fixed_batch} at a time"] if count else []
+    )
     if ctx.engine is not None and alike < samples.count:
         notes.append(
             f"gradients need fixed shapes: scored and optimized on the {alike} of {samples.count} samples of the most frequent size"

@@ -1,7 +1,8 @@
 """The small networks, described once and emitted twice.
 
-For training, BatchNormalization is made of primitive operators with batch statistics, which the gradient engine
-differentiates; for the shipped file it is the ONNX operator with running statistics, as exporters write it.
+For training, BatchNormalization is made of primitive operators with batch statistics, which the gradient
+engine differentiates; for the shipped file it is the ONNX operator with running statistics, as exporters
+write it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Net:
 
     def op(self, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """One node."""
-        self.nodes.append(helper.make_node(op_type, inputs, [output], name=f"{output}/{op_type}", **attributes))
+        self.nodes.append(
+            helper.make_node(op_type, inputs, [output], name=f"{output}/{op_type}", **attributes)
+        )
         return output
 
     def constant(self, value: NDArray[np.generic], name: str) -> str:
@@ -79,7 +82,13 @@ class Net:
         bias: bool = False,
     ) -> str:
         """Convolution, or ConvTranspose by the stride, from so many channels to so many."""
-        (c_in, c_out), k, stride, group, transpose = channels, window.k, window.stride, window.group, window.transpose
+        (c_in, c_out), k, stride, group, transpose = (
+            channels,
+            window.k,
+            window.stride,
+            window.group,
+            window.transpose,
+        )
         fan = c_in // group * k * k
         shape = (c_in, c_out // group, k, k) if transpose else (c_out, c_in // group, k, k)
         inputs = [x, self.parameter(f"{name}.weight", lambda: self._rng.normal(0, np.sqrt(2 / fan), shape))]
@@ -87,7 +96,15 @@ class Net:
             inputs.append(self.parameter(f"{name}.bias", lambda: np.zeros(c_out)))
         pad = (k - stride) // 2 if transpose else k // 2
         op_type = "ConvTranspose" if transpose else "Conv"
-        return self.op(op_type, inputs, f"{name}_out", kernel_shape=[k, k], pads=[pad] * 4, strides=[stride] * 2, group=group)
+        return self.op(
+            op_type,
+            inputs,
+            f"{name}_out",
+            kernel_shape=[k, k],
+            pads=[pad] * 4,
+            strides=[stride] * 2,
+            group=group,
+        )
 
     def norm(self, x: str, name: str, channels: int) -> str:
         """BatchNormalization."""
@@ -99,13 +116,21 @@ class Net:
             return self.op("BatchNormalization", [x, scale, bias, mean, var], f"{name}_out", epsilon=EPSILON)
         mean = self.op("ReduceMean", [x], f"{name}_mean", axes=[0, 2, 3], keepdims=1)
         centred = self.op("Sub", [x, mean], f"{name}_centred")
-        var = self.op("ReduceMean", [self.op("Mul", [centred, centred], f"{name}_square")], f"{name}_var", axes=[0, 2, 3], keepdims=1)
+        var = self.op(
+            "ReduceMean",
+            [self.op("Mul", [centred, centred], f"{name}_square")],
+            f"{name}_var",
+            axes=[0, 2, 3],
+            keepdims=1,
+        )
         self.statistics += [f"{name}_mean", f"{name}_var"]
         epsilon = self.constant(np.array(EPSILON, np.float32), "epsilon")
         deviation = self.op("Sqrt", [self.op("Add", [var, epsilon], f"{name}_shifted")], f"{name}_deviation")
         shape = self.constant(np.array([1, -1, 1, 1], np.int64), "channel_shape")
         unit = self.op("Div", [centred, deviation], f"{name}_unit")
-        scaled = self.op("Mul", [unit, self.op("Reshape", [scale, shape], f"{name}_scale4")], f"{name}_scaled")
+        scaled = self.op(
+            "Mul", [unit, self.op("Reshape", [scale, shape], f"{name}_scale4")], f"{name}_scaled"
+        )
         return self.op("Add", [scaled, self.op("Reshape", [bias, shape], f"{name}_bias4")], f"{name}_out")
 
     def block(self, x: str, name: str, c_in: int, c_out: int, act: str = "Relu", **window: Any) -> str:
@@ -118,7 +143,10 @@ class Net:
         if act == "":
             return y
         if act == "Relu6":
-            low, high = self.constant(np.array(0, np.float32), "zero"), self.constant(np.array(6, np.float32), "six")
+            low, high = (
+                self.constant(np.array(0, np.float32), "zero"),
+                self.constant(np.array(6, np.float32), "six"),
+            )
             return self.op("Clip", [y, low, high], f"{name}_act")
         if act == "Silu":
             return self.op("Mul", [y, self.op("Sigmoid", [y], f"{name}_gate")], f"{name}_act")
@@ -129,11 +157,15 @@ class Net:
 
     def linear(self, x: str, name: str, c_in: int, c_out: int, output: str) -> str:
         """Gemm."""
-        weight = self.parameter(f"{name}.weight", lambda: self._rng.normal(0, np.sqrt(1 / c_in), (c_out, c_in)))
+        weight = self.parameter(
+            f"{name}.weight", lambda: self._rng.normal(0, np.sqrt(1 / c_in), (c_out, c_in))
+        )
         bias = self.parameter(f"{name}.bias", lambda: np.zeros(c_out))
         return self.op("Gemm", [x, weight, bias], output, transB=1)
 
-    def model(self, name: str, shape: list[str | int | None], outputs: dict[str, list[str | int | None]]) -> ModelProto:
+    def model(
+        self, name: str, shape: list[str | int | None], outputs: dict[str, list[str | int | None]]
+    ) -> ModelProto:
         """The network as a model with the input ``image``."""
         used = {i for n in self.nodes for i in n.input}
         weights = [numpy_helper.from_array(v, n) for n, v in self.parameters.items() if n in used]
@@ -144,7 +176,9 @@ class Net:
             [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs.items()],
             [*weights, *self.constants.values()],
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8, producer_name="eptq-onnx")
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8, producer_name="eptq-onnx"
+        )
         return onnx.shape_inference.infer_shapes(model)
 
 
@@ -178,17 +212,25 @@ def _classifier(net: Net, y: str, channels: int, name: str) -> ModelProto:
 
 
 def shapes_detector(net: Net) -> ModelProto:
-    """Anchor-free detector on strides 8 and 4: per cell objectness, classes and distances to the box sides."""
+    """Anchor-free detector on strides 8 and 4: per cell objectness, classes and distances to the box
+    sides."""
     y = net.block("image", "stem", 3, 16, act="Silu", stride=2)
     fine = net.block(y, "down4", 16, 24, act="Silu", stride=2)
     fine = net.block(fine, "mix4", 24, 24, act="Silu")
     coarse = net.block(fine, "down8", 24, 32, act="Silu", stride=2)
     coarse = net.block(coarse, "mix8", 32, 32, act="Silu")
     pooled = net.op("MaxPool", [coarse], "context", kernel_shape=[3, 3], pads=[1, 1, 1, 1], strides=[1, 1])
-    coarse = net.block(net.op("Concat", [coarse, pooled], "coarse_all", axis=1), "fuse8", 64, 32, act="Silu", k=1)
+    coarse = net.block(
+        net.op("Concat", [coarse, pooled], "coarse_all", axis=1), "fuse8", 64, 32, act="Silu", k=1
+    )
     scales = net.constant(np.array([1, 1, 2, 2], np.float32), "twice")
     up = net.op(
-        "Resize", [coarse, "", scales], "upsampled", mode="nearest", nearest_mode="floor", coordinate_transformation_mode="asymmetric"
+        "Resize",
+        [coarse, "", scales],
+        "upsampled",
+        mode="nearest",
+        nearest_mode="floor",
+        coordinate_transformation_mode="asymmetric",
     )
     fine = net.block(net.op("Concat", [fine, up], "fine_all", axis=1), "fuse4", 56, 32, act="Silu")
     outputs: dict[str, list[str | int | None]] = {}

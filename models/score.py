@@ -2,8 +2,8 @@
 
     python models/score.py NAME FILE.onnx [FILE.onnx ...]      NAME is one of the models in this folder
 
-Prints accuracy (classifiers), mAP at IoU 0.5 (detector) or mean IoU (segmenter), file size, and time relative to
-the first file, measured in turn in one run.
+Prints accuracy (classifiers), mAP at IoU 0.5 (detector) or mean IoU (segmenter), file size, and time relative
+to the first file, measured in turn in one run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Array = NDArray[Any]
 Outputs = dict[str, Array]
 
 
-# ---- metrics: (outputs, evaluation data) -> score -----------------------------------------------------------------
+# ---- metrics: (outputs, evaluation data) -> score ----------------------------------------------------------
 def top1(outputs: Outputs, data: dict[str, Array]) -> float:
     """Share of the images whose largest logit is the label's."""
     return float((outputs["logits"].argmax(axis=1) == data["labels"]).mean())
@@ -38,14 +38,18 @@ def top1(outputs: Outputs, data: dict[str, Array]) -> float:
 def mean_iou(outputs: Outputs, data: dict[str, Array]) -> float:
     """Intersection over union, averaged over the background and the three classes."""
     guess, truth = outputs["logits"].argmax(axis=1), data["classes"]
-    hits = [((guess == c) & (truth == c)).sum() / max(1, ((guess == c) | (truth == c)).sum()) for c in range(4)]
+    hits = [
+        ((guess == c) & (truth == c)).sum() / max(1, ((guess == c) | (truth == c)).sum()) for c in range(4)
+    ]
     return float(np.mean(hits))
 
 
 def mean_ap(outputs: Outputs, data: dict[str, Array]) -> float:
     """Mean over the classes of the average precision at IoU 0.5 (all-point interpolation)."""
     found = [_detections(outputs, n) for n in range(len(data["boxes"]))]
-    return float(np.mean([_average_precision(found, data["boxes"], kind) for kind in range(len(shapes.CLASSES))]))
+    return float(
+        np.mean([_average_precision(found, data["boxes"], kind) for kind in range(len(shapes.CLASSES))])
+    )
 
 
 def _detections(outputs: Outputs, n: int) -> NDArray[np.float64]:
@@ -75,12 +79,18 @@ def _iou(a: Array, b: Array) -> float:
 
 
 def _average_precision(found: list[NDArray[np.float64]], truth: Array, kind: int) -> float:
-    rows = sorted(((-r[1], n, k) for n, table in enumerate(found) for k, r in enumerate(table) if r[0] == kind))
+    rows = sorted(
+        ((-r[1], n, k) for n, table in enumerate(found) for k, r in enumerate(table) if r[0] == kind)
+    )
     total = int((truth[:, :, 0] == kind).sum())
     used: set[tuple[int, int]] = set()
     hits = []
     for _, n, k in rows:
-        candidates = [(_iou(found[n][k, 2:], box[1:]), b) for b, box in enumerate(truth[n]) if box[0] == kind and (n, b) not in used]
+        candidates = [
+            (_iou(found[n][k, 2:], box[1:]), b)
+            for b, box in enumerate(truth[n])
+            if box[0] == kind and (n, b) not in used
+        ]
         best = max(candidates, default=(0.0, -1))
         hits.append(best[0] >= 0.5)
         if hits[-1]:
@@ -91,7 +101,7 @@ def _average_precision(found: list[NDArray[np.float64]], truth: Array, kind: int
     return float((envelope * np.array(hits)).sum() / max(total, 1))
 
 
-# ---- models ----------------------------------------------------------------------------------------------------
+# ---- models ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Entry:
     """A shipped model: its data, and how it is scored."""
@@ -154,7 +164,9 @@ def main() -> None:
     name, files = sys.argv[1], [Path(f) for f in sys.argv[2:]]
     table = Table("file", MODELS[name].label, "size (kB)", "time", title=name, title_justify="left")
     for file, ratio in zip(files, relative_times(name, files), strict=True):
-        table.add_row(file.name, f"{evaluate(name, file):.4f}", f"{file.stat().st_size / 1000:.0f}", f"{ratio:.2f}x")
+        table.add_row(
+            file.name, f"{evaluate(name, file):.4f}", f"{file.stat().st_size / 1000:.0f}", f"{ratio:.2f}x"
+        )
     Console().print(table)
 
 

@@ -70,7 +70,9 @@ def _image(rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint
     return np.clip(noisy // 4 * 4, 0, 255).astype(np.uint8), classes, boxes
 
 
-def _mask(kind: int, x: NDArray[np.float32], y: NDArray[np.float32], cx: float, cy: float, radius: float) -> NDArray[np.bool_]:
+def _mask(
+    kind: int, x: NDArray[np.float32], y: NDArray[np.float32], cx: float, cy: float, radius: float
+) -> NDArray[np.bool_]:
     if kind == 0:
         return np.asarray((x - cx) ** 2 + (y - cy) ** 2 <= radius**2)
     if kind == 1:

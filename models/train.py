@@ -1,6 +1,7 @@
 """Retrain the shipped models, without PyTorch: gradients from eptq_onnx's own engines, updates in numpy.
 
-    python models/train.py [NAME ...]      writes <name>.onnx, and the calibration and evaluation data, beside itself
+    python models/train.py [NAME ...]      writes <name>.onnx, and the calibration and evaluation data, beside
+    itself
 
 The digits are scikit-learn's; the shapes are drawn. Takes about five minutes on two cores.
 """
@@ -100,14 +101,16 @@ def _cell_targets(boxes: Array, stride: int) -> Array:
     return result
 
 
-# ---- losses, as graph nodes ------------------------------------------------------------------------------------
+# ---- losses, as graph nodes --------------------------------------------------------------------------------
 def add_loss(model: ModelProto, name: str) -> None:
     """Append the loss of a task to its training graph; the output is ``loss``."""
     b = edit.Builder(model)
     if name == "shapes_detector":
         terms = [_detection_loss(b, output) for output in ("fine", "coarse")]
         b.add("Add", terms, "loss")
-        inputs: dict[str, list[str | int | None]] = {f"{o}_target": ["N", 8, "H_" + o, "H_" + o] for o in ("fine", "coarse")}
+        inputs: dict[str, list[str | int | None]] = {
+            f"{o}_target": ["N", 8, "H_" + o, "H_" + o] for o in ("fine", "coarse")
+        }
     else:
         log = b.add("LogSoftmax", ["logits"], axis=1)
         picked = b.reduce("ReduceSum", b.add("Mul", [log, "one_hot"]), [1])
@@ -121,7 +124,8 @@ def add_loss(model: ModelProto, name: str) -> None:
 
 
 def _detection_loss(b: edit.Builder, output: str) -> str:
-    """Binary cross-entropy of object and class scores, L1 of the sides; the latter two in cells with an object."""
+    """Binary cross-entropy of object and class scores, L1 of the sides; the latter two in cells with an
+    object."""
     sizes = b.constant(np.array([1, 3, 4], np.int64), "parts")
     score, kind, sides = f"{output}/score", f"{output}/kind", f"{output}/side"
     b.add("Split", [output, sizes], outputs=[score, kind, sides], axis=1)
@@ -141,7 +145,7 @@ def _cross_entropy(b: edit.Builder, x: str, target: str) -> str:
     return b.add("Sub", [b.add("Add", [b.add("Relu", [x]), tail]), b.add("Mul", [x, target])])
 
 
-# ---- training --------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 def train(name: str) -> ModelProto:
     """Train a network and return the model to ship."""
     task = TASKS[name]()
@@ -150,7 +154,10 @@ def train(name: str) -> ModelProto:
     model = NETS[name](net)
     statistics = list(net.statistics)
     add_loss(model, name)
-    feeds_shape = {"image": (BATCH, *task.images.shape[1:]), **{n: (BATCH, *t.shape[1:]) for n, t in task.targets.items()}}
+    feeds_shape = {
+        "image": (BATCH, *task.images.shape[1:]),
+        **{n: (BATCH, *t.shape[1:]) for n, t in task.targets.items()},
+    }
     fixed, _ = lower(edit.specialize(model, feeds_shape), ops.LOWERINGS)
     edit.set_outputs(fixed, ["loss", *statistics])
     learned = [p for p in parameters if GraphView(fixed).is_constant(p)]
@@ -172,7 +179,10 @@ def train(name: str) -> ModelProto:
             value = values[key].reshape(-1).astype(np.float32)
             running[key] = value if key not in running else 0.95 * running[key] + np.float32(0.05) * value
         if step % 50 == 0 or step == steps - 1:
-            print(f"{name}: step {step + 1}/{steps}, loss {float(values['loss']):.4f}, {time.perf_counter() - began:.0f} s", flush=True)
+            print(
+                f"{name}: step {step + 1}/{steps}, loss {float(values['loss']):.4f}, {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
     parameters.update(running)
     result = NETS[name](Net(parameters, training=False))
     onnx.checker.check_model(result, full_check=True)
@@ -188,7 +198,9 @@ def write_data() -> None:
     np.savez_compressed(HERE / "digits_eval.npz", image=images[held], labels=labels[held].astype(np.uint8))
     np.savez_compressed(HERE / "shapes_calib.npz", image=shapes.as_input(shapes.draw(128, seed=1).images))
     unseen = shapes.draw(256, seed=2)
-    np.savez_compressed(HERE / "shapes_eval.npz", image=unseen.images, classes=unseen.classes, boxes=unseen.boxes)
+    np.savez_compressed(
+        HERE / "shapes_eval.npz", image=unseen.images, classes=unseen.classes, boxes=unseen.boxes
+    )
 
 
 def main() -> None:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import os
 
-# Each process of pytest-xdist keeps to one core, before anything counts cores: threads of several would wait for each other.
+# Each process of pytest-xdist keeps to one core, before anything counts cores: threads of several would wait
+# for each other.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})

@@ -15,9 +15,18 @@ from eptq_onnx.runtime import Session
 
 INPUTS = {"a": 12, "b": 7}
 """Inputs of the drawn models and their widths; the batch is 1, for rows have no batch axis in common."""
-NOT_DRAWN = {"QuantizeLinear", "DequantizeLinear", "FakeQuant", "GroupNormalization", "RMSNormalization", "Swish"}
+NOT_DRAWN = {
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "FakeQuant",
+    "GroupNormalization",
+    "RMSNormalization",
+    "Swish",
+}
 """Rows of the quantized model itself, and those that are valid from opset 21 on only."""
-NOT_FLOAT = {op for (domain, op), samples in SAMPLES.items() for s in samples if s.differentiable == () or not s.inputs}
+NOT_FLOAT = {
+    op for (domain, op), samples in SAMPLES.items() for s in samples if s.differentiable == () or not s.inputs
+}
 """Rows that draw random numbers or give places: see test_choices.py."""
 OPSETS = (20, 18, 17, 9)
 """Not 21: onnxruntime 1.19 has no QLinearMatMul of that opset."""
@@ -62,7 +71,9 @@ class Drawing:
         self.constants.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def node(self, op_type: str, inputs: Iterable[str], *, domain: str = "", outputs: int = 1, **attributes: object) -> str:
+    def node(
+        self, op_type: str, inputs: Iterable[str], *, domain: str = "", outputs: int = 1, **attributes: object
+    ) -> str:
         names = [f"t{len(self.nodes)}_{k}" for k in range(outputs)]
         self.nodes.append(helper.make_node(op_type, list(inputs), names, domain=domain, **attributes))
         return names[0]
@@ -79,24 +90,40 @@ class Drawing:
         self.used.add(name)
         low, high = float(value.min()), float(value.max())
         share = self.node("Sigmoid", [self.dense(name, width, value.size)])
-        moved = self.node("Add", [self.node("Mul", [share, self.constant(np.float32(high - low))]), self.constant(np.float32(low))])
+        moved = self.node(
+            "Add",
+            [
+                self.node("Mul", [share, self.constant(np.float32(high - low))]),
+                self.constant(np.float32(low)),
+            ],
+        )
         return self.node("Reshape", [moved, self.constant(np.array(value.shape, np.int64))])
 
     def row(self, sample: Sample) -> None:
-        """One node as the sample has it: activations come from earlier tensors, everything else is constant."""
+        """One node as the sample has it: activations come from earlier tensors, everything else is
+        constant."""
         (node,) = sample.model().graph.node
         data = spec_of(node).data
         inputs = []
         for k, value in enumerate(sample.inputs):
-            varies = value is not None and value.dtype == np.float32 and k in sample.varying and (data is None or k in data)
+            varies = (
+                value is not None
+                and value.dtype == np.float32
+                and k in sample.varying
+                and (data is None or k in data)
+            )
             inputs.append("" if value is None else self.like(value) if varies else self.constant(value))
-        y = self.node(sample.op_type, inputs, domain=sample.domain, outputs=sample.outputs, **sample.attributes)
+        y = self.node(
+            sample.op_type, inputs, domain=sample.domain, outputs=sample.outputs, **sample.attributes
+        )
         values = Session(sample.model()).run(sample.feeds)["y0"]
         if sample.op_type == "Unique":
             # How many values there are depends on the sample.
             y, values = self.node("ReduceMean", [y], keepdims=1), values.mean(keepdims=True)
         flat = self.node("Reshape", [y, self.constant(np.array([1, values.size]))])
-        scaled = self.node("Mul", [flat, self.constant(np.float32(1 / max(1.0, float(np.abs(values).max()))))])
+        scaled = self.node(
+            "Mul", [flat, self.constant(np.float32(1 / max(1.0, float(np.abs(values).max()))))]
+        )
         self.tensors.append((scaled, values.size))
 
     def attention(self) -> None:
@@ -105,10 +132,16 @@ class Drawing:
         weights = [self.constant(self.rng.normal(0, 0.5, (8, 8)).astype(np.float32)) for _ in range(5)]
         q, k, v = (self.node("MatMul", [x, w]) for w in weights[:3])
         scores = self.node("MatMul", [q, self.node("Transpose", [k], perm=[0, 2, 1])])
-        mixed = self.node("MatMul", [self.node("Softmax", [self.node("Mul", [scores, self.constant(np.float32(0.35))])], axis=-1), v])
+        mixed = self.node(
+            "MatMul",
+            [self.node("Softmax", [self.node("Mul", [scores, self.constant(np.float32(0.35))])], axis=-1), v],
+        )
         x = self.node("Add", [x, self.node("MatMul", [mixed, weights[3]])])
         if self.opset >= 17:
-            x = self.node("LayerNormalization", [x, self.constant(np.ones(8, np.float32)), self.constant(np.zeros(8, np.float32))])
+            x = self.node(
+                "LayerNormalization",
+                [x, self.constant(np.ones(8, np.float32)), self.constant(np.zeros(8, np.float32))],
+            )
         x = self.node("Add", [x, self.node("Tanh", [self.node("MatMul", [x, weights[4]])])])
         self.tensors.append((self.node("Reshape", [x, self.constant(np.array([1, 24]))]), 24))
 
@@ -119,8 +152,14 @@ class Drawing:
         graph = helper.make_graph(
             self.nodes,
             "drawn",
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, width]) for name, width in INPUTS.items()],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, width]) for name, width in outputs.items()],
+            [
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, width])
+                for name, width in INPUTS.items()
+            ],
+            [
+                helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, width])
+                for name, width in outputs.items()
+            ],
             self.constants,
         )
         opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid("com.microsoft", 1)]

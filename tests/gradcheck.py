@@ -19,12 +19,16 @@ STEP = 5e-3
 ATTEMPTS = 12
 
 
-def check_gradients(engine: Engine, model: ModelProto, feeds: Feeds, wrt: tuple[str, ...], tolerance: float = 5e-3) -> None:
+def check_gradients(
+    engine: Engine, model: ModelProto, feeds: Feeds, wrt: tuple[str, ...], tolerance: float = 5e-3
+) -> None:
     """Assert that d<v, f(x)> in a random direction agrees with a central difference of the *original* model.
 
     All float outputs are projected. What no gradient reaches has the gradient 0, which must agree, too.
     """
-    lowered, refused = lower(fold_sizes(edit.specialize(model, {n: v.shape for n, v in feeds.items()})), ops.LOWERINGS)
+    lowered, refused = lower(
+        fold_sizes(edit.specialize(model, {n: v.shape for n, v in feeds.items()})), ops.LOWERINGS
+    )
     if refused:
         raise NotLowerable(next(iter(refused.values())))
     original = Session(model)
@@ -48,7 +52,9 @@ def check_gradients(engine: Engine, model: ModelProto, feeds: Feeds, wrt: tuple[
         exact = np.zeros_like(direction)
         if session is not None and name in gradient.gradients:
             everything = {**x, **{f"v/{n}": value for n, value in v.items()}}
-            exact = session.run({k: a for k, a in everything.items() if k in session.inputs})[gradient.gradients[name]]
+            exact = session.run({k: a for k, a in everything.items() if k in session.inputs})[
+                gradient.gradients[name]
+            ]
         analytic = float((exact * direction).sum(dtype=np.float64))
         scale = float(np.linalg.norm(exact * direction)) + abs(numeric)
         message = f"{name}: finite difference {numeric}, gradient {analytic}"
@@ -56,12 +62,16 @@ def check_gradients(engine: Engine, model: ModelProto, feeds: Feeds, wrt: tuple[
 
 
 def _smooth_direction(
-    project: Callable[[Feeds], tuple[float, float]], feeds: Feeds, name: str, rng: np.random.Generator, tolerance: float
+    project: Callable[[Feeds], tuple[float, float]],
+    feeds: Feeds,
+    name: str,
+    rng: np.random.Generator,
+    tolerance: float,
 ) -> tuple[Feeds, np.ndarray, float, float]:
     """A place and a direction without a kink, and the slope there.
 
-    Behind a kink, slopes over a step and over half of it differ, or those of both sides do not come closer to each
-    other. A new direction moves fewer elements, from a place nearby.
+    Behind a kink, slopes over a step and over half of it differ, or those of both sides do not come closer to
+    each other. A new direction moves fewer elements, from a place nearby.
     """
     for attempt in range(ATTEMPTS):
         x, shape = dict(feeds), feeds[name].shape
@@ -70,12 +80,19 @@ def _smooth_direction(
         direction = rng.choice([-1.0, 1.0], size=shape) * (rng.random(shape) < 0.5**attempt)
         if not direction.any():
             direction.reshape(-1)[rng.integers(direction.size)] = 1.0
-        values = {k: project({**x, name: (x[name] + k * STEP / 2 * direction).astype(np.float32)}) for k in (-2, -1, 0, 1, 2)}
+        values = {
+            k: project({**x, name: (x[name] + k * STEP / 2 * direction).astype(np.float32)})
+            for k in (-2, -1, 0, 1, 2)
+        }
         f, noise = {k: value for k, (value, _) in values.items()}, values[0][1]
         slopes = [(f[k] - f[-k]) / (k * STEP) for k in (1, 2)]
         bends = [(f[k] - 2 * f[0] + f[-k]) / (k * STEP / 2) for k in (1, 2)]
         allowed = tolerance * abs(slopes[0]) + 8 * noise + 1e-4
-        if all(np.isfinite(list(f.values()))) and abs(slopes[1] - slopes[0]) <= allowed and abs(2 * bends[0] - bends[1]) <= 4 * allowed:
+        if (
+            all(np.isfinite(list(f.values())))
+            and abs(slopes[1] - slopes[0]) <= allowed
+            and abs(2 * bends[0] - bends[1]) <= 4 * allowed
+        ):
             return x, direction.astype(np.float32), slopes[0] + (slopes[0] - slopes[1]) / 3, noise
     raise AssertionError(f"{name}: no direction without a kink found")
 

@@ -12,7 +12,9 @@ from eptq_onnx.graph import edit
 
 def parse(text: str, constants: dict[str, np.ndarray] | None = None, *, opset: int = 17) -> ModelProto:
     """A model from the body of its graph, with initializers of the given values."""
-    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n{text}')
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n{text}'
+    )
     for name, value in (constants or {}).items():
         model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
     return model
@@ -24,14 +26,18 @@ def normal(*shape: int, seed: int = 0, scale: float = 0.5) -> np.ndarray:
 
 def scalar(body: str, inputs: str = "float[4,3] x", **constants: np.ndarray) -> ModelProto:
     """A model whose output ``loss`` is the sum of the tensor y."""
-    model = parse(f"g ({inputs}) => (float loss) {{ {body}  loss = ReduceSum <keepdims = 0> (y) }}", {"w": normal(3, 2), **constants})
+    model = parse(
+        f"g ({inputs}) => (float loss) {{ {body}  loss = ReduceSum <keepdims = 0> (y) }}",
+        {"w": normal(3, 2), **constants},
+    )
     for k, node in enumerate(model.graph.node):
         node.name = f"n{k}"
     return edit.specialize(model, {"x": (4, 3)})
 
 
 def small_convnet() -> ModelProto:
-    """Conv, BatchNormalization, Relu6, a residual Add, pooling, Gemm; weights in an initializer and a Constant node."""
+    """Conv, BatchNormalization, Relu6, a residual Add, pooling, Gemm; weights in an initializer and a
+    Constant node."""
     model = parse(
         """
         convnet (float[N,3,8,8] image) => (float[N,5] logits)

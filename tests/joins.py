@@ -45,7 +45,9 @@ class Net:
 
     def conv(self, x: str, read: int = CHANNELS, made: int = CHANNELS, kernel: int = 3) -> str:
         spatial = self.rank - 2
-        weight = self.normal(made, read, *[kernel] * spatial, gain=float(np.sqrt(2 / (read * kernel**spatial))))
+        weight = self.normal(
+            made, read, *[kernel] * spatial, gain=float(np.sqrt(2 / (read * kernel**spatial)))
+        )
         return self.node("Conv", x, weight, self.normal(made, gain=0.1), pads=[kernel // 2] * 2 * spatial)
 
     def last(self, x: str) -> str:
@@ -66,11 +68,17 @@ class Net:
         weights = [self.normal(1, gates * CHANNELS, CHANNELS, gain=0.3) for _ in range(2)]
         y = self.node("Squeeze", self.node(op_type, rows, *weights, hidden_size=CHANNELS), self.ints(1))
         y = self.node("Transpose", y, perm=[1, 2, 0])
-        return self.node("Add", x, self.node("Unsqueeze", y, self.ints(*range(3, self.rank))) if self.rank > 3 else y)
+        return self.node(
+            "Add", x, self.node("Unsqueeze", y, self.ints(*range(3, self.rank))) if self.rank > 3 else y
+        )
 
     def model(self, y: str) -> ModelProto:
         gap = self.node("Flatten", self.node("GlobalAveragePool", y))
-        self.nodes.append(helper.make_node("Gemm", [gap, self.normal(5, CHANNELS, gain=0.4), self.normal(5)], ["y"], transB=1))
+        self.nodes.append(
+            helper.make_node(
+                "Gemm", [gap, self.normal(5, CHANNELS, gain=0.4), self.normal(5)], ["y"], transB=1
+            )
+        )
         info = [
             helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 2, *WIDTHS[self.rank]]),
             helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 5]),
@@ -129,8 +137,12 @@ JOINS: dict[str, Callable[[Net, str, str], str]] = {
     "Max": lambda n, a, b: n.node("Max", a, b),
     "Where": lambda n, a, b: n.node("Where", n.node("Greater", a, n.constant(np.float32(0.1))), a, b),
     "Mul": lambda n, a, b: n.node("Mul", a, n.node("Sigmoid", b)),
-    "Mul by constants": lambda n, a, b: n.node("Mul", n.normal(CHANNELS, *[1] * (n.rank - 2)), n.node("Add", a, b)),
-    "Mul of the input": lambda n, a, b: n.node("Add", a, n.conv(n.node("Mul", "x", n.normal(2, *[1] * (n.rank - 2))), 2)),
+    "Mul by constants": lambda n, a, b: n.node(
+        "Mul", n.normal(CHANNELS, *[1] * (n.rank - 2)), n.node("Add", a, b)
+    ),
+    "Mul of the input": lambda n, a, b: n.node(
+        "Add", a, n.conv(n.node("Mul", "x", n.normal(2, *[1] * (n.rank - 2))), 2)
+    ),
     "Concat": lambda n, a, b: n.conv(n.node("Concat", a, b, axis=1), 2 * CHANNELS),
     "Concat on time": _time,
     "Split": _split,

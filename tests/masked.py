@@ -62,7 +62,12 @@ def masked(part: str, seed: int = 0) -> ModelProto:
         "ax2": np.array([2]),
     }
     return parse(
-        text, {name: v for name, v in values.items() if name in text.replace("(", " ").replace(")", " ").replace(",", " ").split()}
+        text,
+        {
+            name: v
+            for name, v in values.items()
+            if name in text.replace("(", " ").replace(")", " ").replace(",", " ").split()
+        },
     )
 
 

@@ -50,7 +50,11 @@ class Obeyed:
     def _constant(self, node: NodeProto) -> None:
         stored, scale, zero = (self.values[name] for name in node.input)
         readers = self.view.consumers[node.output[0]]
-        places = {list(reader.input).index(node.output[0]) for reader in readers if reader.op_type in self.target.ops.layers}
+        places = {
+            list(reader.input).index(node.output[0])
+            for reader in readers
+            if reader.op_type in self.target.ops.layers
+        }
         if stored.dtype == np.int32:
             assert places == {BIAS}
             assert not zero.any()

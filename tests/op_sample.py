@@ -36,14 +36,26 @@ class Sample:
     def model(self) -> ModelProto:
         names = [f"x{k}" if v is not None else "" for k, v in enumerate(self.inputs)]
         outputs = [f"y{k}" for k in range(self.outputs)]
-        node = helper.make_node(self.op_type, names, outputs, name="node", domain=self.domain, **self.attributes)
+        node = helper.make_node(
+            self.op_type, names, outputs, name="node", domain=self.domain, **self.attributes
+        )
         graph_inputs = [
-            helper.make_tensor_value_info(names[k], helper.np_dtype_to_tensor_dtype(self.inputs[k].dtype), self.inputs[k].shape)
+            helper.make_tensor_value_info(
+                names[k], helper.np_dtype_to_tensor_dtype(self.inputs[k].dtype), self.inputs[k].shape
+            )
             for k in self.varying
         ]
-        constants = [numpy_helper.from_array(v, names[k]) for k, v in enumerate(self.inputs) if v is not None and k not in self.varying]
-        graph = helper.make_graph([node], "sample", graph_inputs, [onnx.ValueInfoProto(name=o) for o in outputs], constants)
-        opsets = [helper.make_opsetid("", self.opset)] + ([helper.make_opsetid(self.domain, 1)] if self.domain else [])
+        constants = [
+            numpy_helper.from_array(v, names[k])
+            for k, v in enumerate(self.inputs)
+            if v is not None and k not in self.varying
+        ]
+        graph = helper.make_graph(
+            [node], "sample", graph_inputs, [onnx.ValueInfoProto(name=o) for o in outputs], constants
+        )
+        opsets = [helper.make_opsetid("", self.opset)] + (
+            [helper.make_opsetid(self.domain, 1)] if self.domain else []
+        )
         model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
         return model if self.domain else onnx.shape_inference.infer_shapes(model, data_prop=True)
 
@@ -94,10 +106,17 @@ def binary(op_type: str, low: float = -2.0) -> list[Sample]:
     ]
 
 
-def conv(k: int = 3, group: int = 1, rank: int = 2, c_in: int = 4, c_out: int = 6, **attributes: object) -> Sample:
+def conv(
+    k: int = 3, group: int = 1, rank: int = 2, c_in: int = 4, c_out: int = 6, **attributes: object
+) -> Sample:
     size = (7, 6, 5)[:rank]
     weight = grid(c_out, c_in // group, *([k] * rank), seed=1)
-    return Sample("Conv", (grid(2, c_in, *size), weight, grid(c_out, seed=2)), {"group": group, **attributes}, varying=(0, 1, 2))
+    return Sample(
+        "Conv",
+        (grid(2, c_in, *size), weight, grid(c_out, seed=2)),
+        {"group": group, **attributes},
+        varying=(0, 1, 2),
+    )
 
 
 def conv_transpose(group: int = 1, bias: bool = True, **attributes: object) -> Sample:
@@ -149,7 +168,11 @@ def recurrent(
     **attributes: object,
 ) -> Sample:
     """Four steps of three sequences of two features, three hidden units."""
-    inputs: list[np.ndarray | None] = [grid(4, 3, 2), grid(directions, gates * 3, 2, seed=1), grid(directions, gates * 3, 3, seed=2)]
+    inputs: list[np.ndarray | None] = [
+        grid(4, 3, 2),
+        grid(directions, gates * 3, 2, seed=1),
+        grid(directions, gates * 3, 3, seed=2),
+    ]
     inputs.append(grid(directions, 2 * gates * 3, seed=3) if bias else None)
     inputs.append(np.array(lengths, np.int32) if lengths else None)
     if states:
@@ -159,8 +182,16 @@ def recurrent(
     if directions == 2:
         attributes["direction"] = "bidirectional"
     varying = tuple(k for k, v in enumerate(inputs) if v is not None and v.dtype == np.float32)
-    return Sample(op_type, tuple(inputs), {"hidden_size": 3, **attributes}, varying=varying, outputs=3 if op_type == "LSTM" else 2)
+    return Sample(
+        op_type,
+        tuple(inputs),
+        {"hidden_size": 3, **attributes},
+        varying=varying,
+        outputs=3 if op_type == "LSTM" else 2,
+    )
 
 
-def ms(op_type: str, *inputs: np.ndarray | None, varying: tuple[int, ...] = (0,), **attributes: object) -> Sample:
+def ms(
+    op_type: str, *inputs: np.ndarray | None, varying: tuple[int, ...] = (0,), **attributes: object
+) -> Sample:
     return Sample(op_type, inputs, attributes, varying=varying, domain=MS)

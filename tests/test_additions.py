@@ -1,6 +1,8 @@
-"""What CONTRIBUTING.md says about additions holds: each is made in a copy of the package, works there, and costs the files it says.
+"""What CONTRIBUTING.md says about additions holds: each is made in a copy of the package, works there, and
+costs the files it says.
 
-The blocks of a section are applied as they stand. The copy then runs the tests among them, and what stands here as a probe.
+The blocks of a section are applied as they stand. The copy then runs the tests among them, and what stands
+here as a probe.
 """
 
 from __future__ import annotations
@@ -132,7 +134,9 @@ STAND_INS = {"a gradient engine": ("onnxslim.py", "def slim(model):\n    return 
 def blocks(section: str) -> list[tuple[str, str, str]]:
     """Path, language and text of each block that stands under the name of a file."""
     _, _, rest = TEXT.partition(f"\n## {section}\n")
-    return re.findall(r"^`([\w./-]+)`[^`\n]*:\n\n```(\w+)\n(.*?)^```$", rest.partition("\n## ")[0], re.MULTILINE | re.DOTALL)
+    return re.findall(
+        r"^`([\w./-]+)`[^`\n]*:\n\n```(\w+)\n(.*?)^```$", rest.partition("\n## ")[0], re.MULTILINE | re.DOTALL
+    )
 
 
 def applied(folder: Path, path: str, language: str, text: str) -> None:
@@ -164,8 +168,18 @@ def copy(tmp_path: Path) -> Path:
 
 def ran(folder: Path, *command: str) -> str:
     """What a Python module says when it runs in a folder; an error if it fails."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"PYTHONPATH": str(folder)}
-    found = subprocess.run([sys.executable, "-m", *command], cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {
+        "PYTHONPATH": str(folder)
+    }
+    found = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout
 
@@ -186,7 +200,17 @@ def test_an_addition_works_as_it_is_described(copy, addition):
     probe = copy / "tests" / "test_probe.py"
     probe.write_text(HEAD + PROBES[addition], encoding="utf-8")
     tests = [path for path in files if Path(path).name.startswith("test_")]
-    told = ran(copy, "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", str(probe), *tests, *FURTHER.get(addition, []))
+    told = ran(
+        copy,
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(probe),
+        *tests,
+        *FURTHER.get(addition, []),
+    )
     assert "skipped" not in told
     [row] = re.findall(rf"^\| {addition} \| (\d+) \|", TEXT, re.MULTILINE)
     assert int(row) == len(files), files

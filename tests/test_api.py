@@ -33,7 +33,10 @@ def test_path_bytes_and_proto_give_the_same(tmp_path):
     onnx.save(model, tmp_path / "m.onnx")
     before = model.SerializeToString(deterministic=True)
     config = Config(preset="fast")
-    results = [eptq_onnx.quantize(m, images(8), config).model for m in (tmp_path / "m.onnx", model.SerializeToString(), model)]
+    results = [
+        eptq_onnx.quantize(m, images(8), config).model
+        for m in (tmp_path / "m.onnx", model.SerializeToString(), model)
+    ]
     assert len({r.SerializeToString(deterministic=True) for r in results}) == 1
     assert model.SerializeToString(deterministic=True) == before
 
@@ -91,14 +94,25 @@ def test_options_that_change_nothing_written_do_not_count():
     plain = Config().digest(target)
     assert len(plain) == 16
     assert Config(measure_speed=False, custom_ops=["a.so"]).digest(target) == plain
-    others = [Config(seed=1), Config(weight_bits=4), Config(budget="weights=4"), Config(batch_axes={"x": 0}), Config(rotate=False)]
-    assert len({plain, *(c.digest(target) for c in others), Config().digest(targets.load("ort-x64-vnni"))}) == 7
+    others = [
+        Config(seed=1),
+        Config(weight_bits=4),
+        Config(budget="weights=4"),
+        Config(batch_axes={"x": 0}),
+        Config(rotate=False),
+    ]
+    assert (
+        len({plain, *(c.digest(target) for c in others), Config().digest(targets.load("ort-x64-vnni"))}) == 7
+    )
 
 
 def test_the_hash_of_options_is_the_same_in_every_process():
     code = "from eptq_onnx import Config, targets; print(Config().digest(targets.load('ort-x64')))"
     environments = [{**os.environ, "PYTHONHASHSEED": seed} for seed in ("1", "2", "3")]
-    found = {subprocess.run([sys.executable, "-c", code], env=e, capture_output=True, check=True).stdout for e in environments}
+    found = {
+        subprocess.run([sys.executable, "-c", code], env=e, capture_output=True, check=True).stdout
+        for e in environments
+    }
     assert len(found) == 1
 
 

@@ -45,7 +45,11 @@ def float_cases() -> list[Case]:
         inputs, outputs = case.data_sets[0]
         arrays = all(isinstance(v, np.ndarray) for v in (*inputs, *outputs))
         arrays &= all(i.type.HasField("tensor_type") for i in case.model.graph.input)
-        return arrays and any(_varies(v) for v in inputs) and any(v.dtype == np.float32 and v.size for v in outputs)
+        return (
+            arrays
+            and any(_varies(v) for v in inputs)
+            and any(v.dtype == np.float32 and v.size for v in outputs)
+        )
 
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # The cases' own arithmetic overflows here and there.
@@ -86,13 +90,20 @@ def outcome(case: Case, engine: Engine) -> str:
     except ModelError:
         return "onnxruntime cannot run it"
     expected = case.data_sets[0][1]
-    if not all(np.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True) for a, b in zip(outputs, expected, strict=False)):
+    if not all(
+        np.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+        for a, b in zip(outputs, expected, strict=False)
+    ):
         return "onnxruntime itself gives another result"
     if any(o.domain not in ("", "ai.onnx") for o in model.opset_import):
         return "it is of another domain"
     model = normalize(model, 13)
     view = GraphView(model)
-    missing = [n.op_type for n in view.nodes if ops.spec_of(n).gradient is Gradient.NONE and any(map(view.is_float, n.output))]
+    missing = [
+        n.op_type
+        for n in view.nodes
+        if ops.spec_of(n).gradient is Gradient.NONE and any(map(view.is_float, n.output))
+    ]
     if missing:
         return f"{missing[0]} has no gradient"
     try:
@@ -104,12 +115,16 @@ def outcome(case: Case, engine: Engine) -> str:
     return AGREES
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow, id="all"), pytest.param(12, id="one in twelve")])
+@pytest.mark.parametrize(
+    "every", [pytest.param(1, marks=pytest.mark.slow, id="all"), pytest.param(12, id="one in twelve")]
+)
 def test_float_cases_have_a_gradient_or_a_reason(engine, every, capsys):
     cases = float_cases()[::every]
     found = Counter(outcome(case, engine) for case in cases)
     with capsys.disabled():
-        print(f"\n{engine.name}: of {len(cases)} float cases of the onnx package, {found[AGREES]} have the gradient of finite differences")
+        print(
+            f"\n{engine.name}: of {len(cases)} float cases of the onnx package, {found[AGREES]} have the gradient of finite differences"
+        )
         if every == 1:
             print("\n".join(f"  {count:4} {why}" for why, count in found.most_common() if why != AGREES))
     assert not [why for why in found if why.startswith("FAILED")]

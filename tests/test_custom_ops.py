@@ -83,8 +83,16 @@ def test_a_library_that_cannot_be_loaded(tmp_path):
 def test_the_command_line_takes_libraries(tmp_path):
     (tmp_path / "model.onnx").write_bytes(two_layers().SerializeToString())
     np.savez(tmp_path / "data.npz", x=X)
-    arguments = [str(tmp_path / "model.onnx"), "--data", str(tmp_path / "data.npz"), "-o", str(tmp_path / "q.onnx")]
-    done = CliRunner().invoke(app, ["quantize", *arguments, "--preset", "fast", "--custom-ops", str(tmp_path / "none.so")])
+    arguments = [
+        str(tmp_path / "model.onnx"),
+        "--data",
+        str(tmp_path / "data.npz"),
+        "-o",
+        str(tmp_path / "q.onnx"),
+    ]
+    done = CliRunner().invoke(
+        app, ["quantize", *arguments, "--preset", "fast", "--custom-ops", str(tmp_path / "none.so")]
+    )
     assert done.exit_code == 2
     assert not (tmp_path / "q.onnx").exists()
 
@@ -96,12 +104,16 @@ def test_a_model_whose_library_is_not_given_says_what_to_do():
 
 @pytest.mark.parametrize(("preset", "steps"), [("fast", 0), ("balanced", 20)])
 def test_a_custom_operator_stays_float(preset, steps):
-    extensions = pytest.importorskip("onnxruntime_extensions", reason="no library of custom operators here", exc_type=ImportError)
+    extensions = pytest.importorskip(
+        "onnxruntime_extensions", reason="no library of custom operators here", exc_type=ImportError
+    )
     model = two_layers("NegPos", "ai.onnx.contrib")
     model.graph.node[1].output[:] = ["negative", "r"]
     model.graph.node[1].name = "own"
     library = extensions.get_library_path()
     result = quantize(model, X, Config(preset=preset, steps=steps, custom_ops=(library,)))
-    assert [(n.node, n.reason) for n in result.report.kept_float] == [("own", "NegPos is a custom operator, of the domain ai.onnx.contrib")]
+    assert [(n.node, n.reason) for n in result.report.kept_float] == [
+        ("own", "NegPos is a custom operator, of the domain ai.onnx.contrib")
+    ]
     assert len(result.report.layers) == 2
     assert result.report.verification.outputs["y"] > 25

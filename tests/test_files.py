@@ -25,7 +25,9 @@ from eptq_onnx.proto import store
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
-    onnx.save(small_convnet(), "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save(
+        small_convnet(), "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0
+    )
     np.savez("data.npz", image=images(12))
     return tmp_path
 
@@ -108,12 +110,17 @@ def test_the_data_of_a_large_output_spares_the_inputs(folder, link):
         os.symlink("out.onnx.data", "weights.bin")
     result = CliRunner().invoke(app, ["quantize", "model.onnx", "--data", "data.npz", "-o", "out.onnx"])
     assert result.exit_code == 2
-    assert "the data file of the output out.onnx.data would overwrite the external data of the float model" in result.stderr
+    assert (
+        "the data file of the output out.onnx.data would overwrite the external data of the float model"
+        in result.stderr
+    )
 
 
 @pytest.mark.parametrize("report", ["out.onnx", "./out.onnx", "sub/../out.onnx", "OUT.onnx", "out.onnx.data"])
 def test_a_report_is_no_model(folder, report):
-    result = CliRunner().invoke(app, ["quantize", "model.onnx", "--data", "data.npz", "-o", "out.onnx", "--report", report])
+    result = CliRunner().invoke(
+        app, ["quantize", "model.onnx", "--data", "data.npz", "-o", "out.onnx", "--report", report]
+    )
     assert result.exit_code == 2
     assert "the report" in result.stderr
 
@@ -127,7 +134,9 @@ def test_samples_in_a_folder_scripts_and_target_files_are_inputs(folder):
     for options in (["--data", "feeds", "-o", "feeds/2.npz"], ["--data", "loader:load", "-o", "loader.py"]):
         result = CliRunner().invoke(app, ["quantize", "model.onnx", *options])
         assert (result.exit_code, "would overwrite" in result.stderr) == (2, True), options
-    result = CliRunner().invoke(app, ["quantize", "model.onnx", "--data", "data.npz", "-o", "mine.toml", "--target", "mine.toml"])
+    result = CliRunner().invoke(
+        app, ["quantize", "model.onnx", "--data", "data.npz", "-o", "mine.toml", "--target", "mine.toml"]
+    )
     assert "would overwrite the target file" in result.stderr
 
 
@@ -152,7 +161,10 @@ def test_a_result_knows_what_it_came_from(folder, way):
 def test_paths_that_only_look_alike_are_fine(tmp_path):
     for name in ("a.onnx", "b.onnx"):
         (tmp_path / name).write_bytes(b"the same")
-    check_apart({"the output": tmp_path / "a.onnx"}, [("the model", tmp_path / "b.onnx"), ("the data", tmp_path / "gone.npz")])
+    check_apart(
+        {"the output": tmp_path / "a.onnx"},
+        [("the model", tmp_path / "b.onnx"), ("the data", tmp_path / "gone.npz")],
+    )
 
 
 @pytest.mark.parametrize("path", ["a\0b", "/dev/null", "pipe", "/dev/stdout"])
@@ -176,8 +188,12 @@ def failing(name: str, nth: int, error: BaseException, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, name, fail)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
-@pytest.mark.parametrize(("name", "nth"), [("fsync", 1), ("fsync", 2), ("replace", 1), ("replace", 2), ("link", 1)])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()]
+)
+@pytest.mark.parametrize(
+    ("name", "nth"), [("fsync", 1), ("fsync", 2), ("replace", 1), ("replace", 2), ("link", 1)]
+)
 @pytest.mark.parametrize("there", [True, False])
 def test_two_files_are_replaced_together_or_not_at_all(tmp_path, monkeypatch, error, name, nth, there):
     paths = [tmp_path / "m.data", tmp_path / "m"]
@@ -189,7 +205,9 @@ def test_two_files_are_replaced_together_or_not_at_all(tmp_path, monkeypatch, er
     before = contents(tmp_path)
     failing(name, nth, error, monkeypatch)
     expected = OutputError if isinstance(error, OSError) else type(error)
-    recovers = name == "link" and isinstance(error, OSError)  # a file system without hard links: a copy does it
+    recovers = name == "link" and isinstance(
+        error, OSError
+    )  # a file system without hard links: a copy does it
     try:
         with Replacement(*paths) as temporary:
             for path in temporary:
@@ -203,7 +221,9 @@ def test_two_files_are_replaced_together_or_not_at_all(tmp_path, monkeypatch, er
     assert not scratch._process.files
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()]
+)
 def test_what_was_there_survives_a_failure_while_writing(tmp_path, error):
     (tmp_path / "m").write_text("before")
 
@@ -257,10 +277,23 @@ def test_a_report_that_cannot_be_written_does_not_cost_the_model(folder, monkeyp
         raise OutputError(f"{path} cannot be written: No space left on device.")
 
     monkeypatch.setattr("eptq_onnx.cli.quantize.write_atomically", gone)
-    arguments = ["model.onnx", "--data", "data.npz", "-o", "out.onnx", "--report", "reports/r.json", "--preset", "fast"]
+    arguments = [
+        "model.onnx",
+        "--data",
+        "data.npz",
+        "-o",
+        "out.onnx",
+        "--report",
+        "reports/r.json",
+        "--preset",
+        "fast",
+    ]
     result = CliRunner().invoke(app, ["quantize", *arguments])
     assert result.exit_code == 2
-    assert "out.onnx was written, but not the report: reports/r.json cannot be written: No space left on device." in result.stderr
+    assert (
+        "out.onnx was written, but not the report: reports/r.json cannot be written: No space left on device."
+        in result.stderr
+    )
     onnx.checker.check_model("out.onnx", full_check=True)
 
 

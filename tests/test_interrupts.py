@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM at any moment: nothing temporary stays, nothing half-written, one line, and the exit code of the signal."""
+"""Ctrl-C and SIGTERM at any moment: nothing temporary stays, nothing half-written, one line, and the exit
+code of the signal."""
 
 from __future__ import annotations
 
@@ -31,7 +32,18 @@ class Run:
         (folder / "out.onnx").write_bytes(b"before")
         (folder / "tmp").mkdir()
         self.folder = folder
-        arguments = ["quantize", "model.onnx", "--data", "data.npz", "-o", "out.onnx", "--steps", "100000", "--report", "r.json"]
+        arguments = [
+            "quantize",
+            "model.onnx",
+            "--data",
+            "data.npz",
+            "-o",
+            "out.onnx",
+            "--steps",
+            "100000",
+            "--report",
+            "r.json",
+        ]
         # Whoever runs the tests may have had signals ignored, as nohup does.
         script = f"""
 import signal, sys
@@ -48,7 +60,13 @@ with command():
     app({arguments!r}, prog_name="eptq-onnx")
 """
         environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "PYTHONPATH": os.getcwd()}
-        options: dict[str, Any] = {"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        options: dict[str, Any] = {
+            "cwd": folder,
+            "env": environment,
+            "text": True,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
         self.process = subprocess.Popen([sys.executable, "-c", script], **options)
         self.messages: list[str] = []
         self._limit = threading.Timer(120, self.process.kill)
@@ -192,7 +210,11 @@ SAVING = """
 
 @pytest.mark.parametrize("name", ["fsync", "replace"])
 def test_a_signal_while_the_model_is_written_leaves_the_former_file(tmp_path, name):
-    run = Run(tmp_path, SAVING.format(name=name) + "    from eptq_onnx.config import Config; Config.step_count = lambda self, n: 2\n")
+    run = Run(
+        tmp_path,
+        SAVING.format(name=name)
+        + "    from eptq_onnx.config import Config; Config.step_count = lambda self, n: 2\n",
+    )
     code, _ = run.end()
     assert code == 143, run.messages
     run.assert_clean(signal.SIGTERM)
@@ -216,9 +238,14 @@ def test_a_signal_after_the_model_was_written_says_so(tmp_path):
 
 
 def test_what_the_parent_made_the_process_ignore_stays_ignored(tmp_path):
-    run = Run(tmp_path, "    import signal; print('hup', signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN, file=sys.stderr)\n")
+    run = Run(
+        tmp_path,
+        "    import signal; print('hup', signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN, file=sys.stderr)\n",
+    )
     run.wait_for("hup True")
     run.end(signal.SIGKILL)
     script = "trap '' HUP; exec " + sys.executable + " -c 'import signal; from eptq_onnx.interrupts import command\nwith command(): " \
         "print(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN)'"  # fmt: skip
-    assert subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == "True\n"
+    assert (
+        subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout == "True\n"
+    )

@@ -17,7 +17,13 @@ from eptq_onnx.runtime import Session, newest_readable
 
 _NEWEST = max(21, newest_readable()[0])
 ALL = [
-    pytest.param(s, id=str(s), marks=pytest.mark.skipif(s.opset > _NEWEST, reason="the installed onnxruntime does not read its opset"))
+    pytest.param(
+        s,
+        id=str(s),
+        marks=pytest.mark.skipif(
+            s.opset > _NEWEST, reason="the installed onnxruntime does not read its opset"
+        ),
+    )
     for rows in SAMPLES.values()
     for s in rows
 ]
@@ -37,10 +43,14 @@ def test_gradient_agrees_with_finite_differences(sample: Sample, each_engine):
     check_gradients(each_engine, sample.model(), sample.feeds, sample.checked)
 
 
-@pytest.mark.parametrize("sample", [p for p in ALL if (p.values[0].domain, p.values[0].op_type) in ops.LOWERINGS])
+@pytest.mark.parametrize(
+    "sample", [p for p in ALL if (p.values[0].domain, p.values[0].op_type) in ops.LOWERINGS]
+)
 def test_lowering_keeps_the_values(sample: Sample):
     model = sample.model()
-    lowered, refused = lower(edit.specialize(model, {n: v.shape for n, v in sample.feeds.items()}), ops.LOWERINGS)
+    lowered, refused = lower(
+        edit.specialize(model, {n: v.shape for n, v in sample.feeds.items()}), ops.LOWERINGS
+    )
     assert not refused
     if ops.TABLE[sample.domain, sample.op_type].gradient is Gradient.LOWERED:
         assert all(n.op_type != sample.op_type or n.doc_string == STOP for n in lowered.graph.node)
@@ -61,7 +71,9 @@ def test_lowering_keeps_the_values(sample: Sample):
 )
 def test_values_are_numbers_where_the_slope_is_none(op_type, inputs):
     sample = Sample(op_type, inputs)
-    lowered, refused = lower(edit.specialize(sample.model(), {n: v.shape for n, v in sample.feeds.items()}), ops.LOWERINGS)
+    lowered, refused = lower(
+        edit.specialize(sample.model(), {n: v.shape for n, v in sample.feeds.items()}), ops.LOWERINGS
+    )
     assert not refused
     expected, got = Session(sample.model()).run(sample.feeds)["y0"], Session(lowered).run(sample.feeds)["y0"]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
@@ -76,7 +88,11 @@ def test_values_are_numbers_where_the_slope_is_none(op_type, inputs):
         Sample("Trilu", (np.ones((3, 3), np.bool_),)),
         Sample("Max", (ints(5, 7), ints(6, 6)), varying=(0, 1)),
         Sample("ReduceMax", (np.arange(6, dtype=np.int32).reshape(2, 3),), {"axes": [1]}),
-        Sample("Resize", (np.arange(4, dtype=np.int32).reshape(1, 1, 2, 2), None, f(1, 1, 2, 2)), {"mode": "nearest"}),
+        Sample(
+            "Resize",
+            (np.arange(4, dtype=np.int32).reshape(1, 1, 2, 2), None, f(1, 1, 2, 2)),
+            {"mode": "nearest"},
+        ),
         Sample("OneHot", (ints(0, 2), np.array(3), ints(0, 1))),
     ],
     ids=str,
@@ -116,7 +132,10 @@ def test_functions_of_single_elements_are_found_whole():
         return [n.op_type for n in nodes], end
 
     assert found("s = Sigmoid (x)  y = Mul (x, s)") == (["Sigmoid", "Mul"], "y")
-    assert found("a = Add (x, one)  b = Relu (a)  y = Conv <kernel_shape = [1,1]> (b, w)") == (["Add", "Relu"], "b")
+    assert found("a = Add (x, one)  b = Relu (a)  y = Conv <kernel_shape = [1,1]> (b, w)") == (
+        ["Add", "Relu"],
+        "b",
+    )
     assert found("a = Relu (x)  y = Mul (a, k)") == (["Relu"], "a")
     assert found("a = Relu (x)  b = Neg (x)  y = Concat <axis = 1> (a, b)") == ([], "x")
     assert found("y = Softmax <axis = 1> (x)") == ([], "x")

@@ -14,7 +14,11 @@ from eptq_onnx.passes.base import Pass, State
 from eptq_onnx.pipeline import PIPELINE, Runner
 
 FIELDS = {f.name for f in dataclasses.fields(State)}
-GIVEN = {f.name for f in dataclasses.fields(State) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+GIVEN = {
+    f.name
+    for f in dataclasses.fields(State)
+    if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+}
 
 
 def test_every_pass_finds_what_it_requires():
@@ -56,7 +60,9 @@ def test_a_pass_without_gradients_is_left_out_with_a_note(monkeypatch, name):
 def test_a_pass_that_does_not_fit_the_memory_is_left_out_with_a_note(monkeypatch, name):
     [step] = [step for step in PIPELINE if step.name == name]
     monkeypatch.setattr(type(step), "memory", lambda self, state, samples: 10**15)
-    result = eptq_onnx.quantize(small_convnet(), images(8), Config(steps=2, max_memory="1TB"), progress=silent)
+    result = eptq_onnx.quantize(
+        small_convnet(), images(8), Config(steps=2, max_memory="1TB"), progress=silent
+    )
     assert name not in result.report.seconds
     [note] = [note for note in result.report.notes if note.startswith(step.without)]
     assert "of memory" in note
@@ -64,7 +70,9 @@ def test_a_pass_that_does_not_fit_the_memory_is_left_out_with_a_note(monkeypatch
 
 def test_passes_are_timed_and_estimated():
     told = []
-    result = eptq_onnx.quantize(small_convnet(), images(8), Config(steps=2), progress=lambda *said: told.append(said[0]))
+    result = eptq_onnx.quantize(
+        small_convnet(), images(8), Config(steps=2), progress=lambda *said: told.append(said[0])
+    )
     passes = [step.name for step in PIPELINE if step.name in result.report.seconds]
     assert [name for name in result.report.seconds if name in passes] == passes
     assert set(result.report.estimate.shares) <= set(passes)

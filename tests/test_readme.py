@@ -20,10 +20,17 @@ from eptq_onnx.data import readers
 from eptq_onnx.pipeline import PIPELINE
 
 ROOT = MODELS.parent
-PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+}
 README = PAGES["README.md"]
 OTHERS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
-BLOCKS = [(name, *block) for name, text in PAGES.items() for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)]
+BLOCKS = [
+    (name, *block)
+    for name, text in PAGES.items()
+    for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+]
 """Page, language and text of every block of code."""
 
 
@@ -32,7 +39,10 @@ def _commands(text: str) -> list[str]:
 
 
 COMMANDS = [
-    pytest.param(command, id=f"{page}-{k}") for page, lang, text in BLOCKS if lang == "bash" for k, command in enumerate(_commands(text))
+    pytest.param(command, id=f"{page}-{k}")
+    for page, lang, text in BLOCKS
+    if lang == "bash"
+    for k, command in enumerate(_commands(text))
 ]
 SNIPPETS = [pytest.param(page, text, id=page) for page, lang, text in BLOCKS if lang == "python"]
 
@@ -84,7 +94,9 @@ def test_there_is_something_to_check_and_not_too_much():
 def test_commands_stand_where_they_are_run():
     """What is only an illustration is marked as text; nothing else may show a command that no test runs."""
     for page, text in PAGES.items():
-        shown = [(lang, command) for name, lang, block in BLOCKS if name == page for command in _commands(block)]
+        shown = [
+            (lang, command) for name, lang, block in BLOCKS if name == page for command in _commands(block)
+        ]
         assert len(_commands(text)) == len(shown), page
         assert {lang for lang, _ in shown} <= {"bash", "text"}, page
     assert {lang for _, lang, _ in BLOCKS} <= {"bash", "python", "console", "text", "toml"}
@@ -95,10 +107,17 @@ def test_readme_is_short():
 
 
 def test_presets_and_defaults_are_those_of_the_code():
-    for preset, text in ((Preset.BALANCED, "`balanced`: {} steps (small models: up to {})"), (Preset.BEST, "`best`: {} steps (up to {})")):
+    for preset, text in (
+        (Preset.BALANCED, "`balanced`: {} steps (small models: up to {})"),
+        (Preset.BEST, "`best`: {} steps (up to {})"),
+    ):
         assert text.format(*PRESET_STEPS[preset]) in PAGES["docs/getting-started.md"]
     config = Config()
-    assert (config.attention.value, config.rounding.value, config.optimizer.value) == ("channel", "straight-through", "adam")
+    assert (config.attention.value, config.rounding.value, config.optimizer.value) == (
+        "channel",
+        "straight-through",
+        "adam",
+    )
     for name in ("weight_bits", "activation_bits", "edge_bits"):
         assert f"| `--{name.replace('_', '-')}` | {getattr(config, name)} |" in PAGES["docs/choosing-bits.md"]
 
@@ -109,7 +128,9 @@ def test_the_page_of_options_holds_all_of_them(options_page, help_text):
     for section in SECTIONS.values():
         assert f"Table `[{section}]`" in page
     rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*) \|$", page, re.MULTILINE)
-    assert len(rows) == len(Config.model_fields) + 5, "the options, the model, its samples, two outputs and a file of options"
+    assert len(rows) == len(Config.model_fields) + 5, (
+        "the options, the model, its samples, two outputs and a file of options"
+    )
     listed = re.findall(r"`(--[a-z-]+)", " ".join(flags for flags, _, _ in rows))
     assert set(listed) <= set(re.findall(r"--[a-z-]+", help_text))
     assert set(re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", help_text, re.MULTILINE)) - set(listed) <= {"--help"}
@@ -124,7 +145,12 @@ def test_the_page_of_options_is_left_alone_elsewhere(options_page):
 
 
 def test_options_that_pages_name_exist(help_text):
-    known = set(re.findall(r"--[a-z-]+", help_text + "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tools/*.py"))))
+    known = set(
+        re.findall(
+            r"--[a-z-]+",
+            help_text + "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tools/*.py")),
+        )
+    )
     for page, text in PAGES.items():
         named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", text))
         assert named <= known, page
@@ -134,9 +160,13 @@ def test_the_list_of_passes_is_that_of_the_pipeline(options_page):
     """It is made from the code; sections of their own, which some passes have, stand in the same order."""
     page = options_page.on_page_markdown(PAGES["docs/how-it-works.md"])
     listed = re.findall(r"^(\d+)\. \*\*(.+)\.\*\* (\w.+\.)$", page, re.MULTILINE)
-    assert [(int(number), name.lower()) for number, name, _ in listed] == [(k, step.name) for k, step in enumerate(PIPELINE, 1)]
+    assert [(int(number), name.lower()) for number, name, _ in listed] == [
+        (k, step.name) for k, step in enumerate(PIPELINE, 1)
+    ]
     assert not any(text.startswith("See ") for _, _, text in listed)
-    headings = [title.lower() for title in re.findall(r"^### (.+)$", page.split("## The passes")[1], re.MULTILINE)]
+    headings = [
+        title.lower() for title in re.findall(r"^### (.+)$", page.split("## The passes")[1], re.MULTILINE)
+    ]
     assert headings == [step.name for step in PIPELINE if step.name in headings]
 
 
@@ -170,7 +200,9 @@ def test_the_page_of_the_api_holds_all_public_names():
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    found = re.findall(r"^make (\w+)|`make (\w+)`", "\n".join([*PAGES.values(), *OTHERS.values()]), re.MULTILINE)
+    found = re.findall(
+        r"^make (\w+)|`make (\w+)`", "\n".join([*PAGES.values(), *OTHERS.values()]), re.MULTILINE
+    )
     assert {"demo", "test", "sample", "slow", "docs"} <= {a or b for a, b in found}
     for target in {a or b for a, b in found}:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
@@ -187,5 +219,9 @@ def test_links_and_files_that_are_named_exist(page):
 
 
 def test_the_site_has_all_pages():
-    listed = re.findall(r"^ +- [\w ]+: ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
-    assert sorted(f"docs/{name}" for name in listed) == sorted(name for name in PAGES if name.startswith("docs/"))
+    listed = re.findall(
+        r"^ +- [\w ]+: ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert sorted(f"docs/{name}" for name in listed) == sorted(
+        name for name in PAGES if name.startswith("docs/")
+    )

@@ -1,4 +1,5 @@
-"""Runs that keep a workdir: taken up again, they give the same bytes, and nothing is taken that has changed."""
+"""Runs that keep a workdir: taken up again, they give the same bytes, and nothing is taken that has
+changed."""
 
 from __future__ import annotations
 
@@ -24,12 +25,29 @@ from eptq_onnx.watched import Reads
 from eptq_onnx.workdir import Workdir
 
 OPTIONS = {"steps": 20, "weight_bits": 4, "measure_speed": False}
-ALL = ["rotate", "calibrate", "score", "equalize", "recalibrate", "float fallback", "ranges", "reconstruct", "optimize", "write", "verify"]
+ALL = [
+    "rotate",
+    "calibrate",
+    "score",
+    "equalize",
+    "recalibrate",
+    "float fallback",
+    "ranges",
+    "reconstruct",
+    "optimize",
+    "write",
+    "verify",
+]
 _TAKEN = "taken from the workdir, with the times that they took before: "
 
 
 def run(workdir: Path | None, seed: int = 0, **options: object) -> eptq_onnx.Result:
-    return eptq_onnx.quantize(small_convnet(), images(40, seed=seed), Config(**{**OPTIONS, "workdir": workdir, **options}), progress=silent)
+    return eptq_onnx.quantize(
+        small_convnet(),
+        images(40, seed=seed),
+        Config(**{**OPTIONS, "workdir": workdir, **options}),
+        progress=silent,
+    )
 
 
 def taken(result: eptq_onnx.Result) -> list[str]:
@@ -51,9 +69,14 @@ def test_a_run_that_ended_is_taken_whole(tmp_path, alone):
     again = run(tmp_path / "w")
     assert (taken(first), taken(again)) == ([], ALL)
     assert content(first) == content(again) == alone
-    ours, theirs = ({name: getattr(r.report, name) for name in ("layers", "optimization", "verification")} for r in (first, again))
+    ours, theirs = (
+        {name: getattr(r.report, name) for name in ("layers", "optimization", "verification")}
+        for r in (first, again)
+    )
     assert ours == theirs
-    assert {n: again.report.seconds[n] for n in ALL} == pytest.approx({n: first.report.seconds[n] for n in ALL}, abs=0.2)
+    assert {n: again.report.seconds[n] for n in ALL} == pytest.approx(
+        {n: first.report.seconds[n] for n in ALL}, abs=0.2
+    )
     assert again.report.estimate.steps == 0
 
 
@@ -73,7 +96,9 @@ def test_a_run_that_ended_is_taken_whole(tmp_path, alone):
 def test_another_option_makes_anew_what_follows_from_it(tmp_path, change, last):
     run(tmp_path / "w")
     changed = run(tmp_path / "w", **change)
-    assert taken(changed)[: len(ALL)] == ALL[: ALL.index(last) + 1 if last else 0] or set(taken(changed)) < set(ALL)
+    assert taken(changed)[: len(ALL)] == ALL[: ALL.index(last) + 1 if last else 0] or set(
+        taken(changed)
+    ) < set(ALL)
     if last is not None:
         assert last in taken(changed)
     assert content(changed) == content(run(None, **change))
@@ -117,7 +142,9 @@ def test_a_run_that_ends_inside_a_pass_goes_on_before_it(tmp_path, monkeypatch, 
     assert content(again) == alone
 
 
-@pytest.mark.parametrize("options", [{}, {"rounding": "soft"}, {"optimizer": "radam", "start": "nearest"}, {"activation_bits": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"rounding": "soft"}, {"optimizer": "radam", "start": "nearest"}, {"activation_bits": 4}]
+)
 @pytest.mark.parametrize("last", [1, 7, 13, 19])
 def test_the_optimization_goes_on_from_its_last_check(tmp_path, options, last):
     def stop(step: str, done: int, total: int, detail: object = "") -> None:
@@ -129,7 +156,10 @@ def test_the_optimization_goes_on_from_its_last_check(tmp_path, options, last):
         eptq_onnx.quantize(small_convnet(), images(40), config, progress=stop)
     steps = []
     again = eptq_onnx.quantize(
-        small_convnet(), images(40), config, progress=lambda *told: steps.append(told[1]) if told[0] == "optimize" else None
+        small_convnet(),
+        images(40),
+        config,
+        progress=lambda *told: steps.append(told[1]) if told[0] == "optimize" else None,
     )
     # Two checks a step pair; the first is always kept, later ones as time allows.
     assert 1 <= steps[0] <= last + 1
@@ -227,11 +257,24 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_to_the_same_bytes(tmp_path
     model.write_bytes(small_convnet().SerializeToString())
     np.savez(data, **{small_convnet().graph.input[0].name: images(40)})
     package = str(Path(eptq_onnx.__file__).parent.parent)
-    command = ["quantize", str(model), "--data", str(data), "-o", str(output), "--workdir", str(tmp_path / "w"), "--steps", "20"]
+    command = [
+        "quantize",
+        str(model),
+        "--data",
+        str(data),
+        "-o",
+        str(output),
+        "--workdir",
+        str(tmp_path / "w"),
+        "--steps",
+        "20",
+    ]
     command += ["--weight-bits", "4", "--no-measure-speed"]
 
     def start(*before: str) -> int:
-        return subprocess.run([sys.executable, *before, *command], capture_output=True, env={**os.environ}, check=False).returncode
+        return subprocess.run(
+            [sys.executable, *before, *command], capture_output=True, env={**os.environ}, check=False
+        ).returncode
 
     assert start("-c", _KILLED, str(operation), package) == -signal.SIGKILL
     assert not output.exists()

@@ -32,14 +32,19 @@ def without_onnxruntime(monkeypatch):
 
 def test_nothing_installed(without_onnxruntime, monkeypatch):
     monkeypatch.setattr(runtime, "installed_distributions", dict)
-    with pytest.raises(InstallError, match=r'not installed: .*pip install "eptq-onnx\[standard\]", or "eptq-onnx\[training\]"'):
+    with pytest.raises(
+        InstallError,
+        match=r'not installed: .*pip install "eptq-onnx\[standard\]", or "eptq-onnx\[training\]"',
+    ):
         eptq_onnx.quantize(small_convnet(), images(4))
 
 
 def test_two_builds_overwrote_each_other(without_onnxruntime, monkeypatch):
     found = {"onnxruntime": "1.27.0", "onnxruntime-training-cpu": "1.19.2"}
     monkeypatch.setattr(runtime, "installed_distributions", lambda: found)
-    with pytest.raises(InstallError, match=r"overwrote each other: uninstall them all .*onnxruntime onnxruntime-training-cpu"):
+    with pytest.raises(
+        InstallError, match=r"overwrote each other: uninstall them all .*onnxruntime onnxruntime-training-cpu"
+    ):
         runtime.load()
 
 
@@ -54,7 +59,10 @@ def _without_builder(monkeypatch) -> None:
 def test_no_gradient_builder(monkeypatch):
     _without_builder(monkeypatch)
     monkeypatch.setattr(runtime, "installed_distributions", lambda: {"onnxruntime": "1.27.0"})
-    with pytest.raises(InstallError, match="has no gradient builder, which the engine 'training' needs: choose the engine 'standard'"):
+    with pytest.raises(
+        InstallError,
+        match="has no gradient builder, which the engine 'training' needs: choose the engine 'standard'",
+    ):
         eptq_onnx.quantize(small_convnet(), images(4), eptq_onnx.Config(engine="training"))
 
 

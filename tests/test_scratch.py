@@ -1,4 +1,5 @@
-"""Temporary files: one folder per process, gone at the end; folders of killed processes are removed, those of live ones never."""
+"""Temporary files: one folder per process, gone at the end; folders of killed processes are removed, those of
+live ones never."""
 
 from __future__ import annotations
 

@@ -39,7 +39,10 @@ def test_specs_stay_inside_the_container():
         assert (weight.qmin - most, weight.qmax - least) == (-64, 63)
         assert (activation.qmin, activation.qmax) == (0, 2**bits - 1)
     depthwise = target.weight_spec(4, 0, depthwise=True)
-    assert (depthwise.qmin - depthwise.zero_points[1], depthwise.qmax - depthwise.zero_points[0]) == (-127, 127)
+    assert (depthwise.qmin - depthwise.zero_points[1], depthwise.qmax - depthwise.zero_points[0]) == (
+        -127,
+        127,
+    )
     assert target.activation_spec(4).narrower_than_container
     assert not target.activation_spec(8).narrower_than_container
 
@@ -56,7 +59,9 @@ def saved(folder: Path, text: str, name: str = "mine.toml") -> str:
 @pytest.mark.parametrize("high", [127, 63, 20, 7, 3])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_weights_of_any_width_stay_in_any_range(tmp_path, low, high, bits):
-    spec = targets.load(saved(tmp_path, f"{HEAD}[weight]\nrange_8_bits = [{low}, {high}]\n")).weight_spec(bits, 0)
+    spec = targets.load(saved(tmp_path, f"{HEAD}[weight]\nrange_8_bits = [{low}, {high}]\n")).weight_spec(
+        bits, 0
+    )
     least, most = spec.zero_points
     assert least <= 0 <= most
     assert low == spec.qmin - most < 0 < spec.qmax - least == high
@@ -66,12 +71,24 @@ def test_weights_of_any_width_stay_in_any_range(tmp_path, low, high, bits):
 WRONG = {
     "unknown table": ("[colour]\nred = 1", "field colour is unknown"),
     "unknown field": ("[bias]\ncolour = 1", "field bias.colour is unknown"),
-    "unknown rule": ('[weight]\nscale = "round"', "field weight.scale='round' is wrong: input should be 'any' or 'power of two'"),
+    "unknown rule": (
+        '[weight]\nscale = "round"',
+        "field weight.scale='round' is wrong: input should be 'any' or 'power of two'",
+    ),
     "unsigned weights": ('[weight]\ncontainer = "uint8"', "weights are int8, because their zero point is 0"),
     "unsigned and symmetric": ("[activation]\nsymmetric = true", "so that symmetric activations are int8"),
-    "no type": ('[activation]\ncontainer = "int4"', "field activation.container='int4' is wrong: input should be 'int8' or 'uint8'"),
-    "a range without negative integers": ("[weight]\nrange_8_bits = [0, 127]", "a range goes from -128 or more"),
-    "a range beyond int8": ("[weight]\ndepthwise_range_8_bits = [-127, 128]", "a range goes from -128 or more"),
+    "no type": (
+        '[activation]\ncontainer = "int4"',
+        "field activation.container='int4' is wrong: input should be 'int8' or 'uint8'",
+    ),
+    "a range without negative integers": (
+        "[weight]\nrange_8_bits = [0, 127]",
+        "a range goes from -128 or more",
+    ),
+    "a range beyond int8": (
+        "[weight]\ndepthwise_range_8_bits = [-127, 128]",
+        "a range goes from -128 or more",
+    ),
     "an old opset": ("min_opset = 12", "field min_opset=12 is wrong"),
 }
 
@@ -88,7 +105,9 @@ def test_what_makes_no_sense_is_told_in_a_sentence(tmp_path, lines, message):
 def test_a_target_takes_what_it_does_not_say_from_another(tmp_path):
     base = targets.load("ort-x64")
     (tmp_path / "base").mkdir()
-    saved(tmp_path / "base", HEAD + 'activation.scale = "power of two"\nops.absorbed = ["Relu"]\n', "first.toml")
+    saved(
+        tmp_path / "base", HEAD + 'activation.scale = "power of two"\nops.absorbed = ["Relu"]\n', "first.toml"
+    )
     text = 'name = "second"\ntitle = "Second"\nextends = "base/first.toml"\nbias.integer = false\n[kernels]\n'
     second = targets.load(saved(tmp_path, text))
     assert (second.name, second.title) == ("second", "Second")
@@ -134,7 +153,9 @@ def test_rules_count_in_the_hash_of_options_and_their_absence_does_not(tmp_path)
     assert "scale" not in plain.model_dump()["weight"]
     powers = targets.load(saved(tmp_path, HEAD + 'weight.scale = "power of two"\n'))
     same = targets.load(saved(tmp_path, HEAD + 'weight.scale = "any"\n'))
-    hashes = [Config().digest(t.model_copy(update={"name": "a", "title": "a"})) for t in (plain, same, powers)]
+    hashes = [
+        Config().digest(t.model_copy(update={"name": "a", "title": "a"})) for t in (plain, same, powers)
+    ]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -143,8 +164,16 @@ def test_all_fields_are_described():
     described = set(re.findall(r"`([\w.]+)`", " ".join(re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE))))
     fields = {"extends"}
     for name, field in Target.model_fields.items():
-        whole = field.annotation if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) else None
-        fields |= {name} if whole is None or whole is OpRules else {f"{name}.{inner}" for inner in whole.model_fields}
+        whole = (
+            field.annotation
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            else None
+        )
+        fields |= (
+            {name}
+            if whole is None or whole is OpRules
+            else {f"{name}.{inner}" for inner in whole.model_fields}
+        )
     assert fields == described - {"mine.toml"}
     for role in OpRules.model_fields:
         assert f"- `{role}`: " in page

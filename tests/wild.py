@@ -1,7 +1,8 @@
-"""Networks whose float and quantized versions do not match row by row, or whose batch is not what it says: drawn.
+"""Networks whose float and quantized versions do not match row by row, or whose batch is not what it says:
+drawn.
 
-A trunk of convolutions (of 1 to 3 spatial axes, with a skip or a join) or dense layers, one or two operators that draw or choose,
-and a head. Inputs have an open batch, none at all, or one that only looks open.
+A trunk of convolutions (of 1 to 3 spatial axes, with a skip or a join) or dense layers, one or two operators
+that draw or choose, and a head. Inputs have an open batch, none at all, or one that only looks open.
 """
 
 from __future__ import annotations
@@ -62,10 +63,15 @@ class _Net:
         return self.op("Conv", x, weight, self.const(self.rng.normal(0, 0.1, outs)), pads=pads, **attributes)
 
     def dense(self, x: str, ins: int, outs: int) -> str:
-        return self.op("Add", self.op("MatMul", x, self.normal(ins, outs, fan=ins)), self.const(self.rng.normal(0, 0.1, outs)))
+        return self.op(
+            "Add",
+            self.op("MatMul", x, self.normal(ins, outs, fan=ins)),
+            self.const(self.rng.normal(0, 0.1, outs)),
+        )
 
 
-# What draws or chooses, on tokens of shape (batch, PLACES, WIDTH); each returns such tokens, maybe of other places.
+# What draws or chooses, on tokens of shape (batch, PLACES, WIDTH); each returns such tokens, maybe of other
+# places.
 def _noise(net: _Net, x: str) -> str:
     return net.op("Add", x, net.op("Mul", net.op("RandomNormalLike", x), net.const(0.4)))
 
@@ -115,7 +121,10 @@ def _branch(net: _Net, x: str) -> str:
     for name, kind in (("then_branch", "Relu"), ("else_branch", "Tanh")):
         out = f"{name}{len(net.nodes)}"
         bodies[name] = helper.make_graph(
-            [helper.make_node(kind, [x], [out])], name, [], [helper.make_tensor_value_info(out, TensorProto.FLOAT, None)]
+            [helper.make_node(kind, [x], [out])],
+            name,
+            [],
+            [helper.make_tensor_value_info(out, TensorProto.FLOAT, None)],
         )
     return net.op("If", loud, **bodies)
 
@@ -123,7 +132,9 @@ def _branch(net: _Net, x: str) -> str:
 def _length(net: _Net, x: str) -> str:
     """As many places as a layer says, at least two."""
     amount = net.op("Sigmoid", net.op("ReduceMean", net.dense(x, WIDTH, 4), axes=[0, 1, 2], keepdims=0))
-    count = net.op("Cast", net.op("Ceil", net.op("Mul", amount, net.const(float(PLACES)))), to=TensorProto.INT64)
+    count = net.op(
+        "Cast", net.op("Ceil", net.op("Mul", amount, net.const(float(PLACES)))), to=TensorProto.INT64
+    )
     end = net.op("Max", net.op("Reshape", count, net.ints(1)), net.ints(2))
     return net.op("Slice", x, net.ints(0), end, net.ints(1))
 

@@ -3,35 +3,38 @@
     python tools/bench_accuracy.py --shipped digits_mobile 8,8 4,8 4,4
     python tools/bench_accuracy.py --model m.onnx --data calib.npz --score "score.py {model}" --key top1 4,8
 
-``--score`` is a command that prints one JSON object for the file put in place of ``{model}``; ``--key`` names the
-figure in it, or several, separated by commas: the first decides. A row is a pair of weight and activation bits (first
-and last layers: 8), a column a method:
+``--score`` is a command that prints one JSON object for the file put in place of ``{model}``; ``--key`` names
+the figure in it, or several, separated by commas: the first decides. A row is a pair of weight and activation
+bits (first and last layers: 8), a column a method:
 
-    static       onnxruntime's quantize_static, per channel, 7-bit weights; the better of its min-max and percentile
+    static       onnxruntime's quantize_static, per channel, 7-bit weights; the better of its min-max and
+    percentile
                  calibration (8 bits only)
-    nncf         NNCF's ONNX quantization (pip install nncf), its default and its slower, more accurate bias correction;
+    nncf         NNCF's ONNX quantization (pip install nncf), its default and its slower, more accurate bias
+    correction;
                  the better of the two (8 bits only)
-    aimet        AIMET's AdaRound (pip install torch==2.13.0 aimet-onnx), 10,000 iterations a layer; ``aimet=2000``: so many
-    minmax       nearest rounding, weight scales that clip nothing; like the next two on channels as they are
-    mse          nearest rounding, MSE weight ranges
-    hmse         nearest rounding, Hessian-weighted MSE weight ranges
-    network      hmse, then the network-wise optimization alone
-    fast         the closed-form start without gradients (``--preset fast``)
-    closed-form  the start that knows the Hessian scores (``--steps 0``)
-    default      closed-form, then the network-wise optimization
+    aimet        AIMET's AdaRound (pip install torch==2.13.0 aimet-onnx), 10,000 iterations a layer;
+    ``aimet=2000``: so many minmax       nearest rounding, weight scales that clip nothing; like the next two
+    on channels as they are mse          nearest rounding, MSE weight ranges hmse         nearest rounding,
+    Hessian-weighted MSE weight ranges network      hmse, then the network-wise optimization alone fast
+    the closed-form start without gradients (``--preset fast``) closed-form  the start that knows the Hessian
+    scores (``--steps 0``) default      closed-form, then the network-wise optimization
 
-and, as an ablation of what the paper proposes (the ``network`` ones from nearest rounding, channels as they are):
+and, as an ablation of what the paper proposes (the ``network`` ones from nearest rounding, channels as they
+are):
 
-    network-no-attention, network-layer   the loss weighs all layers and samples the same, or by the paper's sample-layer
+    network-no-attention, network-layer   the loss weighs all layers and samples the same, or by the paper's
+    sample-layer
                                           attention (the default tells channels apart, too)
     network-mse                           without Hessian-weighted ranges
     network-gradual                       with gradual activation quantization
     default-no-attention                  the default, with a loss that weighs all layers and samples the same
-    default-layers, default-outputs       the default, with a loss of the layers alone, or of the outputs alone
-    closed-form-no-rotation, closed-form-no-equalization   closed-form on channels that are not mixed, or not scaled
+    default-layers, default-outputs       the default, with a loss of the layers alone, or of the outputs
+    alone closed-form-no-rotation, closed-form-no-equalization   closed-form on channels that are not mixed,
+    or not scaled
 
-``--methods`` picks some of them. Below each row stand the seconds and the peak memory of each method, which runs in a
-process of its own.
+``--methods`` picks some of them. Below each row stand the seconds and the peak memory of each method, which
+runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -95,7 +98,9 @@ def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], folder
     method, _, iterations = method.partition("=")
     if method not in RIVALS:
         options = (OURS | ABLATION)[method]
-        result = eptq_onnx.quantize(model, data, Config(weight_bits=bits[0], activation_bits=bits[1], **options))
+        result = eptq_onnx.quantize(
+            model, data, Config(weight_bits=bits[0], activation_bits=bits[1], **options)
+        )
         result.save(folder / "ours.onnx")
         return [folder / "ours.onnx"]
     samples = read(data, io.load(model))
@@ -108,7 +113,9 @@ def quantize(method: str, model: Path, data: Path, bits: tuple[int, int], folder
     return rivals.nncf(model, samples, folder)
 
 
-def measured(method: str, model: Path, data: Path, bits: tuple[int, int], folder: Path) -> tuple[list[Path], float, int]:
+def measured(
+    method: str, model: Path, data: Path, bits: tuple[int, int], folder: Path
+) -> tuple[list[Path], float, int]:
     """The files of `quantize`, the seconds that it took, and the peak memory of the process in bytes."""
     logging.disable(logging.WARNING)
     began = time.perf_counter()
@@ -157,10 +164,16 @@ def chosen_of(methods: str, known: Collection[str]) -> list[str]:
     return chosen
 
 
-def subject(shipped: str, model: Path | None, data: Path | None, score: str, keys: str) -> tuple[Path, Path, Callable[[Path], Figures]]:
+def subject(
+    shipped: str, model: Path | None, data: Path | None, score: str, keys: str
+) -> tuple[Path, Path, Callable[[Path], Figures]]:
     """A model, its calibration data, and what scores a file."""
     if shipped:
-        return MODELS / f"{shipped}.onnx", MODELS / f"{shipped.split('_', maxsplit=1)[0]}_calib.npz", by_shipped_model(shipped)
+        return (
+            MODELS / f"{shipped}.onnx",
+            MODELS / f"{shipped.split('_', maxsplit=1)[0]}_calib.npz",
+            by_shipped_model(shipped),
+        )
     if model is None or data is None or not score:
         raise typer.BadParameter("give --shipped, or --model, --data and --score")
     return model, data, by_command(score, keys.split(","))
@@ -172,7 +185,9 @@ def main(
     model: Annotated[Path | None, typer.Option(help="Another model.")] = None,
     data: Annotated[Path | None, typer.Option(help="Its calibration data.")] = None,
     score: Annotated[str, typer.Option(help="The command that scores a file.")] = "",
-    key: Annotated[str, typer.Option(help="The figures in the JSON that it prints, separated by commas.")] = "top1",
+    key: Annotated[
+        str, typer.Option(help="The figures in the JSON that it prints, separated by commas.")
+    ] = "top1",
     methods: Annotated[str, typer.Option(help="Columns, separated by commas.")] = ",".join(METHODS),
 ) -> None:
     """Print the table."""
@@ -192,7 +207,9 @@ def main(
                 files, seconds, memory = work.result()
                 costs.append(f"{seconds:.0f} s, {memory / 1e9:.1f} GB" if files else "")
                 scores.append(_shown(max(evaluate(f) for f in files)) if files else "-")
-                Console(stderr=True).print(f"W{weight}A{activation} {method}: {scores[-1]} {costs[-1]}", highlight=False)
+                Console(stderr=True).print(
+                    f"W{weight}A{activation} {method}: {scores[-1]} {costs[-1]}", highlight=False
+                )
         table.add_row(f"W{weight}A{activation}", _shown(reference), *scores)
         table.add_row("", "", *costs)
     Console(width=max(140, 16 * (len(chosen) + 2))).print(table)

@@ -1,8 +1,9 @@
 """Small models after bug reports, quantized without options, against the figures that they must reach.
 
-``python tools/bench_cases.py FOLDER [NAME...]``: FOLDER has scripts ``NAME.py``, which write a model, calibration data and evaluation
-data, and a README.md whose table says what each case must reach. Prints the signal-to-noise ratio of the worst output (or of the named
-one) on the evaluation data, run by run; exit code 1 if one is short.
+``python tools/bench_cases.py FOLDER [NAME...]``: FOLDER has scripts ``NAME.py``, which write a model,
+calibration data and evaluation data, and a README.md whose table says what each case must reach. Prints the
+signal-to-noise ratio of the worst output (or of the named one) on the evaluation data, run by run; exit code
+1 if one is short.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def goals(readme: str) -> dict[str, Goal]:
             output = re.search(r"output `(\w+)`", cells[0])
             name = re.match(r"\w+", cells[0])
             if name is not None:
-                found[name[0]] = Goal(float(number[0]), output[1] if output else "", "about the mean" in cells[2])
+                found[name[0]] = Goal(
+                    float(number[0]), output[1] if output else "", "about the mean" in cells[2]
+                )
     return found
 
 
@@ -82,8 +85,15 @@ def ratio(original: Path, quantized: Path, folder: Path, goal: Goal) -> float:
     for feeds in runs(folder, exact.inputs):
         ours, theirs = exact.run(feeds), other.run(feeds)
         for name, value in ours.items():
-            if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.size and goal.output in ("", name):
-                pairs.setdefault(name, []).append((value.astype(np.float64), np.asarray(theirs[name], np.float64)))
+            if (
+                isinstance(value, np.ndarray)
+                and value.dtype.kind == "f"
+                and value.size
+                and goal.output in ("", name)
+            ):
+                pairs.setdefault(name, []).append(
+                    (value.astype(np.float64), np.asarray(theirs[name], np.float64))
+                )
     worst = np.inf
     for parts in pairs.values():
         mean = np.mean([x for x, _ in parts], axis=0) if goal.centred else 0.0
@@ -103,21 +113,35 @@ def main(
     for name in names or wanted:
         with tempfile.TemporaryDirectory() as work:
             here = Path(work)
-            subprocess.run([sys.executable, str(folder / f"{name}.py"), work], check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(
+                [sys.executable, str(folder / f"{name}.py"), work], check=True, stdout=subprocess.DEVNULL
+            )
             for data in (d for d in ("data.npz", "data", "feeds") if (here / d).exists()):
                 for preset in _PRESETS:
                     figure, said = -np.inf, ""
                     try:
-                        result = eptq_onnx.quantize(here / "model.onnx", here / data, Config(preset=Preset(preset), measure_speed=False))
+                        result = eptq_onnx.quantize(
+                            here / "model.onnx",
+                            here / data,
+                            Config(preset=Preset(preset), measure_speed=False),
+                        )
                         result.save(here / "q.onnx")
-                        figure, said = ratio(here / "model.onnx", here / "q.onnx", here, wanted[name]), str(result.report.verdict)
+                        figure, said = (
+                            ratio(here / "model.onnx", here / "q.onnx", here, wanted[name]),
+                            str(result.report.verdict),
+                        )
                     except EptqError as e:
                         said = str(e)
                     reached = figure >= wanted[name].least
                     short += not reached
                     mark = "" if reached else " SHORT"
-                    table.add_row(name, data, preset, f"{figure:.1f}{mark}", f"{wanted[name].least:g}", said[:100])
-                    print(f"{name} {data} {preset}: {figure:.1f} dB, at least {wanted[name].least:g}{mark}", flush=True)
+                    table.add_row(
+                        name, data, preset, f"{figure:.1f}{mark}", f"{wanted[name].least:g}", said[:100]
+                    )
+                    print(
+                        f"{name} {data} {preset}: {figure:.1f} dB, at least {wanted[name].least:g}{mark}",
+                        flush=True,
+                    )
     Console().print(table)
     raise typer.Exit(int(short > 0))
 

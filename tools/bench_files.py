@@ -1,13 +1,14 @@
-"""Any ONNX files through the command line: what becomes integer, what stays float and why, and how true the outputs are.
+"""Any ONNX files through the command line: what becomes integer, what stays float and why, and how true the
+outputs are.
 
     python tools/bench_files.py FOLDER_OR_FILE ... --data FOLDER
 
-Samples of ``name.onnx`` are read from ``FOLDER/name.npz`` (one array per model input, samples along the first axis); a
-file without them gets random ones of the shapes that its inputs tell, with ``--size`` for open dimensions. A third
-of the samples is kept from calibration, and the outputs are compared on those. Beside it stands onnxruntime's static
-quantizer at the best of its settings (min-max, percentile, entropy; uint8 or int8 activations; 7 and 8 bits), calibrated
-with the same samples and judged on the same others; on the graph that ours works on where it stops, or finds nothing to
-do, in the file as it is.
+Samples of ``name.onnx`` are read from ``FOLDER/name.npz`` (one array per model input, samples along the first
+axis); a file without them gets random ones of the shapes that its inputs tell, with ``--size`` for open
+dimensions. A third of the samples is kept from calibration, and the outputs are compared on those. Beside it
+stands onnxruntime's static quantizer at the best of its settings (min-max, percentile, entropy; uint8 or int8
+activations; 7 and 8 bits), calibrated with the same samples and judged on the same others; on the graph that
+ours works on where it stops, or finds nothing to do, in the file as it is.
 """
 
 from __future__ import annotations
@@ -56,26 +57,49 @@ class Outcome:
 
 def main(
     files: Annotated[list[Path], typer.Argument(help="ONNX files, and folders that are searched for them.")],
-    folder: Annotated[Path | None, typer.Option("--data", help="Folder with a .npz of samples for each file.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--data", help="Folder with a .npz of samples for each file.")
+    ] = None,
     preset: Annotated[str, typer.Option(help="Preset of ours.")] = "balanced",
     count: Annotated[int, typer.Option("--samples", help="Random samples, where no data is given.")] = 12,
     size: Annotated[int, typer.Option(help="Open dimensions of random samples.")] = 64,
     peer: Annotated[bool, typer.Option(help="Run onnxruntime's static quantizer too.")] = True,
 ) -> None:
     """Print the table."""
-    table = Table("file", "samples", "seconds", "layers on integers", "stays float", "SQNR (dB)", "quantize_static (dB)", show_lines=True)
+    table = Table(
+        "file",
+        "samples",
+        "seconds",
+        "layers on integers",
+        "stays float",
+        "SQNR (dB)",
+        "quantize_static (dB)",
+        show_lines=True,
+    )
     found = [f for path in files for f in (sorted(path.rglob("*.onnx")) if path.is_dir() else [path])]
     for file in found:
         given = folder / f"{file.stem}.npz" if folder else None
         with tempfile.TemporaryDirectory() as temporary:
             kind = "given" if given is not None and given.is_file() else "random"
             try:
-                arrays = dict(np.load(given)) if given is not None and kind == "given" else random_samples(file, count, size)
+                arrays = (
+                    dict(np.load(given))
+                    if given is not None and kind == "given"
+                    else random_samples(file, count, size)
+                )
                 outcome = run(file, arrays, preset, peer, Path(temporary))
             except EptqError as e:
                 table.add_row(file.name, kind, "", "told", str(e), "", "")
             else:
-                table.add_row(file.name, kind, f"{outcome.seconds:.0f}", outcome.layers, outcome.floats, outcome.sqnr, outcome.peer)
+                table.add_row(
+                    file.name,
+                    kind,
+                    f"{outcome.seconds:.0f}",
+                    outcome.layers,
+                    outcome.floats,
+                    outcome.sqnr,
+                    outcome.peer,
+                )
         Console(stderr=True).print(f"done: {file}", highlight=False)
     Console(width=180).print(table)
 
@@ -87,23 +111,43 @@ def run(file: Path, arrays: Arrays, preset: str, with_peer: bool, folder: Path) 
     batch = everything.fixed_batch or 1
     held = max(batch, everything.count // 3 // batch * batch)
     calibration = {n: a[:-held] if everything.has_samples(n) else a for n, a in arrays.items()}
-    evaluation = data.read({n: a[-held:] if everything.has_samples(n) else a for n, a in arrays.items()}, model)
+    evaluation = data.read(
+        {n: a[-held:] if everything.has_samples(n) else a for n, a in arrays.items()}, model
+    )
     np.savez(folder / "calibration.npz", **calibration)  # type: ignore[arg-type]
     ours, report = folder / "ours.onnx", folder / "report.json"
-    command = ["quantize", str(file), "--data", str(folder / "calibration.npz"), "-o", str(ours), "--report", str(report)]
+    command = [
+        "quantize",
+        str(file),
+        "--data",
+        str(folder / "calibration.npz"),
+        "-o",
+        str(ours),
+        "--report",
+        str(report),
+    ]
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "eptq_onnx", *command, "--preset", preset], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "eptq_onnx", *command, "--preset", preset],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     seconds = time.perf_counter() - began
     reference = outputs(Session(model), evaluation)
     if done.returncode:
         crashed = done.returncode != 2 or "Traceback" in done.stderr
-        reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+        reason = (
+            done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+        )
         layers, floats, sqnr = ("CRASHED" if crashed else "told"), reason, ""
     else:
         written = json.loads(report.read_text(encoding="utf-8"))
         layers, floats = counted(written["layers"]), reasons(written["kept_float"])
         sqnr = fidelity(reference, outputs(Session(ours), evaluation))
-    best = peer_fidelity(file, data.read(calibration, model), evaluation, reference, folder) if with_peer else ""
+    best = (
+        peer_fidelity(file, data.read(calibration, model), evaluation, reference, folder) if with_peer else ""
+    )
     return Outcome(seconds, layers, floats, sqnr, best)
 
 
@@ -142,7 +186,9 @@ def ratio(reference: list[Arrays], got: list[Arrays]) -> dict[str, float]:
 
 def mean_ratio(ratios: Mapping[str, float]) -> float:
     """One figure for all outputs: each counts in units of its own power."""
-    return sqnr_db(1.0, float(np.mean([10 ** (-r / 10) for r in ratios.values()]))) if ratios else float("nan")
+    return (
+        sqnr_db(1.0, float(np.mean([10 ** (-r / 10) for r in ratios.values()]))) if ratios else float("nan")
+    )
 
 
 def fidelity(reference: list[Arrays], got: list[Arrays]) -> str:
@@ -152,7 +198,9 @@ def fidelity(reference: list[Arrays], got: list[Arrays]) -> str:
     return f"{mean_ratio(ratios):.2f}{each}"
 
 
-def peer_fidelity(file: Path, calibration: data.Samples, evaluation: data.Samples, reference: list[Arrays], folder: Path) -> str:
+def peer_fidelity(
+    file: Path, calibration: data.Samples, evaluation: data.Samples, reference: list[Arrays], folder: Path
+) -> str:
     """The best of onnxruntime's settings, on the file as it is, or else on the graph that ours works on."""
     told = []
     for prepared in (False, True):
@@ -171,7 +219,9 @@ def peer_fidelity(file: Path, calibration: data.Samples, evaluation: data.Sample
     return "\n".join(told)
 
 
-def best_setting(file: Path, calibration: data.Samples, evaluation: data.Samples, reference: list[Arrays], folder: Path) -> str:
+def best_setting(
+    file: Path, calibration: data.Samples, evaluation: data.Samples, reference: list[Arrays], folder: Path
+) -> str:
     """Figure and name of the setting with the best figure."""
     found: list[tuple[float, str, peers.Setting]] = []
     for setting, path in peers.quantize_static(file, calibration, peers.ALL, folder):
@@ -188,7 +238,11 @@ def random_samples(file: Path, count: int, size: int) -> dict[str, NDArray[Any]]
     rng = np.random.default_rng(0)
     arrays = {}
     for name, (shape, dtype) in expected(io.load(file), count, size).items():
-        arrays[name] = rng.normal(size=shape).astype(dtype) if dtype.kind == "f" else rng.integers(0, 2, shape).astype(dtype)
+        arrays[name] = (
+            rng.normal(size=shape).astype(dtype)
+            if dtype.kind == "f"
+            else rng.integers(0, 2, shape).astype(dtype)
+        )
     return arrays
 
 

@@ -3,11 +3,11 @@
     python tools/bench_speed.py --shipped digits_mobile
     python tools/bench_speed.py --model m.onnx --data calib.npz --batch-size 16 --engine standard
 
-Prints the time of one float forward pass of a batch in onnxruntime, and as multiples of it: one step of the network-wise
-optimization (gradient graph, updates and all), and the Hessian scores of all layers. The closed-form start
-and the calibration are given in passes over the samples that they look at. ``--torch`` adds the same training step
-written in PyTorch (pip install torch==2.13.0; convolutional classifiers only). Single machine, single run: compare ratios,
-not seconds.
+Prints the time of one float forward pass of a batch in onnxruntime, and as multiples of it: one step of the
+network-wise optimization (gradient graph, updates and all), and the Hessian scores of all layers. The
+closed-form start and the calibration are given in passes over the samples that they look at. ``--torch`` adds
+the same training step written in PyTorch (pip install torch==2.13.0; convolutional classifiers only). Single
+machine, single run: compare ratios, not seconds.
 """
 
 from __future__ import annotations
@@ -76,8 +76,14 @@ def main(
     title = f"{model.name}, W{config.weight_bits}A{config.activation_bits}, engine {report.engine}"
     table = Table("part", "float forward passes", title=title, title_justify="left")
     table.add_row("one forward pass of a batch", f"{forward:.3f} s for {config.batch_size} samples")
-    table.add_row("calibration, all samples", f"{report.seconds['calibrate'] / (forward * report.samples / config.batch_size):.1f}")
-    table.add_row(f"Hessian scores, {config.probes} probe{'s' if config.probes > 1 else ''}", f"{report.seconds['score'] / scored:.1f}")
+    table.add_row(
+        "calibration, all samples",
+        f"{report.seconds['calibrate'] / (forward * report.samples / config.batch_size):.1f}",
+    )
+    table.add_row(
+        f"Hessian scores, {config.probes} probe{'s' if config.probes > 1 else ''}",
+        f"{report.seconds['score'] / scored:.1f}",
+    )
     table.add_row("layer-wise reconstruction", f"{report.seconds['reconstruct'] / scored:.1f}")
     # Checks on held-out samples fall between some of the ticks; the median knows nothing of them.
     table.add_row("one optimization step", f"{np.median(np.diff(ticks)) / forward:.1f}")
@@ -87,9 +93,16 @@ def main(
         float_model = io.load(model)
         batch = next(iter(data.read(source, float_model).take(np.arange(config.batch_size)).values()))
         for layout in (True, False):
-            taken = torch_step.seconds(float_model, batch, config.step_count(0), channels_last=layout) / forward
-            table.add_row(f"the same step in PyTorch, {'channels last' if layout else 'contiguous'}", f"{taken:.1f}")
-    table.add_row("time taken, over what was told before", f"{sum(report.seconds.values()) / report.estimate.seconds:.2f}")
+            taken = (
+                torch_step.seconds(float_model, batch, config.step_count(0), channels_last=layout) / forward
+            )
+            table.add_row(
+                f"the same step in PyTorch, {'channels last' if layout else 'contiguous'}", f"{taken:.1f}"
+            )
+    table.add_row(
+        "time taken, over what was told before",
+        f"{sum(report.seconds.values()) / report.estimate.seconds:.2f}",
+    )
     table.add_row("peak memory", f"{report.peak_memory_bytes / 2**30:.1f} GB")
     Console(width=140).print(table)
 

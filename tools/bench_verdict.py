@@ -1,11 +1,12 @@
 """What the report foretells of each file, beside what the file loses when it is scored.
 
     python tools/bench_verdict.py --shipped digits_mobile 8,8 4,8 4,4 2,8
-    python tools/bench_verdict.py --model m.onnx --data calib.npz --score "score.py {model}" --key top1 8,8 4,8
+    python tools/bench_verdict.py --model m.onnx --data calib.npz --score "score.py {model}" --key top1 8,8
+    4,8
 
-A row is a pair of weight and activation bits and a method of ``tools/bench_accuracy.py`` (``--methods``). A verdict is wrong that says
-safe of a file that loses more than a point of the score; the exit code then is 1. A file that loses less than a half of that
-and is not called safe is marked as overly careful.
+A row is a pair of weight and activation bits and a method of ``tools/bench_accuracy.py`` (``--methods``). A
+verdict is wrong that says safe of a file that loses more than a point of the score; the exit code then is 1.
+A file that loses less than a half of that and is not called safe is marked as overly careful.
 """
 
 from __future__ import annotations
@@ -49,13 +50,26 @@ def main(
     FOLDER.mkdir(parents=True, exist_ok=True)
     reference = evaluate(model)[0]
     table = Table(
-        "bits", "method", "score", "loss", "verdict", "", "why", title=f"{model.name}, float: {reference:.4f}", title_justify="left"
+        "bits",
+        "method",
+        "score",
+        "loss",
+        "verdict",
+        "",
+        "why",
+        title=f"{model.name}, float: {reference:.4f}",
+        title_justify="left",
     )
     wrong = 0
     for pair in bits:
         weight, activation = (int(v) for v in pair.split(","))
         for method in chosen:
-            options = {**known[method], "weight_bits": weight, "activation_bits": activation, "measure_speed": False}
+            options = {
+                **known[method],
+                "weight_bits": weight,
+                "activation_bits": activation,
+                "measure_speed": False,
+            }
             result = eptq_onnx.quantize(model, data, Config(**options))
             path = FOLDER / f"{model.stem}-w{weight}a{activation}-{method}.onnx"
             result.save(path)
@@ -63,9 +77,17 @@ def main(
             verdict, found = result.report.verdict, evaluate(path)[0]
             mark = _mark(verdict.assurance, reference - found, TOLERANCE)
             wrong += mark == "WRONG"
-            row = (f"{found:.4f}", f"{reference - found:+.4f}", verdict.assurance.value, mark, Text("; ".join(verdict.reasons)))
+            row = (
+                f"{found:.4f}",
+                f"{reference - found:+.4f}",
+                verdict.assurance.value,
+                mark,
+                Text("; ".join(verdict.reasons)),
+            )
             table.add_row(f"W{weight}A{activation}", method, *row)
-            Console(stderr=True).print(f"W{weight}A{activation} {method}: {row[0]} {verdict.assurance.value} {mark}", highlight=False)
+            Console(stderr=True).print(
+                f"W{weight}A{activation} {method}: {row[0]} {verdict.assurance.value} {mark}", highlight=False
+            )
     Console(width=180).print(table)
     raise typer.Exit(int(wrong > 0))
 

@@ -2,9 +2,10 @@
 
     python tools/fuzz.py --count 1000 --seed 0
 
-Each mutant (see mutants.py) runs in a process of its own, forked from this one, with limits of time and memory. A model that is
-refused is run by onnxruntime in another: what runs there with finite outputs should not have been refused. The exit code is 1
-if anything ended badly; ``--only K`` repeats mutant K of the seed and shows what it says.
+Each mutant (see mutants.py) runs in a process of its own, forked from this one, with limits of time and
+memory. A model that is refused is run by onnxruntime in another: what runs there with finite outputs should
+not have been refused. The exit code is 1 if anything ended badly; ``--only K`` repeats mutant K of the seed
+and shows what it says.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ from rich.text import Text
 from eptq_onnx import cli, runtime
 
 NEWER = "written in an opset that the runtime does not read"
-WRITTEN, REFUSED, REFUSED_DATA, REFUSED_UNSAFE = "written", "refused", "refused: calibration file", "refused: unsafe"
+WRITTEN, REFUSED, REFUSED_DATA, REFUSED_UNSAFE = (
+    "written",
+    "refused",
+    "refused: calibration file",
+    "refused: unsafe",
+)
 NOTHING, QUANTIZED = "refused: nothing to quantize", "refused: quantized already"
 TOO_DEEP = "refused: onnxruntime takes too long to load it"
 BAD = (
@@ -77,7 +83,8 @@ class Limits:
 
 
 def forked(act: Callable[[], int], limits: Limits, output: Path) -> int:
-    """Run ``act`` in a forked process, whose streams go to a file; returns its exit code, or minus the signal that ended it."""
+    """Run ``act`` in a forked process, whose streams go to a file; returns its exit code, or minus the signal
+    that ended it."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -123,18 +130,34 @@ def run(found: Mutant, folder: Path, limits: Limits, extra: list[str]) -> Outcom
 
     def command() -> int:
         tempfile.tempdir = str(temporary)
-        arguments = ["quantize", str(model), "--data", str(data), "-o", str(result), "--preset", "fast", "--no-measure-speed", *extra]
+        arguments = [
+            "quantize",
+            str(model),
+            "--data",
+            str(data),
+            "-o",
+            str(result),
+            "--preset",
+            "fast",
+            "--no-measure-speed",
+            *extra,
+        ]
         cli.app(arguments, prog_name="eptq-onnx")
         return 0
 
     began = time.monotonic()
     code = forked(command, limits, log)
     seconds = time.monotonic() - began
-    said = log.read_text(encoding="utf-8", errors="replace") + ("" if code in (0, 2) else f"\nexit code {code}")
+    said = log.read_text(encoding="utf-8", errors="replace") + (
+        "" if code in (0, 2) else f"\nexit code {code}"
+    )
     calibrated = any(line == "calibrate" for line in said.splitlines())
     kind = _kind(code, said, result, places[1], temporary)
     if kind == WRITTEN and forked(lambda: _loads(result), limits, folder / "loaded"):
-        newer = max(o.version for o in onnx.load(result).opset_import if not o.domain) > runtime.newest_readable()[0]
+        newer = (
+            max(o.version for o in onnx.load(result).opset_import if not o.domain)
+            > runtime.newest_readable()[0]
+        )
         kind, said = (
             NEWER if newer else "written but does not load",
             said + (folder / "loaded").read_text(encoding="utf-8", errors="replace"),
@@ -175,7 +198,9 @@ def _why(found: Mutant, said: str) -> str:
         return TOO_DEEP
     if found.in_data:
         return REFUSED_DATA
-    if "external data" in last and any(m.startswith("external data") and "valid" not in m for m in found.said):
+    if "external data" in last and any(
+        m.startswith("external data") and "valid" not in m for m in found.said
+    ):
         return REFUSED_UNSAFE
     return REFUSED
 
@@ -191,7 +216,8 @@ def _loads(path: Path) -> int:
 
 
 def _runs(path: Path, samples: dict[str, NDArray[np.generic]]) -> int:
-    """0 if onnxruntime runs the model, with the samples as one batch or one by one, and its outputs are finite."""
+    """0 if onnxruntime runs the model, with the samples as one batch or one by one, and its outputs are
+    finite."""
     session = _session(path)
     errors = []
     for feeds in (samples, {n: v[:1] for n, v in samples.items()}, {n: v[0] for n, v in samples.items()}):
@@ -210,7 +236,9 @@ def main(
     count: Annotated[int, typer.Option(help="Mutants.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the mutants.")] = 0,
     limit: Annotated[int, typer.Option(help="Seconds that one may take.")] = 120,
-    memory: Annotated[int, typer.Option(help="Bytes of memory that one may take on top of the loaded program.")] = 2 * 10**9,
+    memory: Annotated[
+        int, typer.Option(help="Bytes of memory that one may take on top of the loaded program.")
+    ] = 2 * 10**9,
     only: Annotated[int | None, typer.Option(help="Number of the one mutant to run, and to show.")] = None,
     keep: Annotated[Path | None, typer.Option(help="Folder to write the files of that mutant to.")] = None,
 ) -> None:

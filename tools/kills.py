@@ -1,10 +1,11 @@
-"""Kill runs that keep a workdir, run them again, and compare what they write with what an undisturbed run writes.
+"""Kill runs that keep a workdir, run them again, and compare what they write with what an undisturbed run
+writes.
 
     python tools/kills.py models/digits_resnet.onnx models/digits_calib.npz --runs 20
     python tools/kills.py MODEL DATA --kills 5 --option weight_bits=4
 
-Each run is killed (SIGKILL, at times drawn uniformly over the time of an undisturbed run), and the same command then goes on from the
-workdir. The exit code is 1 if anything but the same bytes comes out.
+Each run is killed (SIGKILL, at times drawn uniformly over the time of an undisturbed run), and the same
+command then goes on from the workdir. The exit code is 1 if anything but the same bytes comes out.
 """
 
 from __future__ import annotations
@@ -42,9 +43,22 @@ class Command:
     def start(self, output: Path, workdir: Path | None) -> subprocess.Popen[bytes]:
         """Start it in a process group of its own."""
         kept = [] if workdir is None else ["--workdir", str(workdir)]
-        arguments = [sys.executable, "-m", "eptq_onnx", "quantize", self.model, "--data", self.data, "-o", str(output)]
+        arguments = [
+            sys.executable,
+            "-m",
+            "eptq_onnx",
+            "quantize",
+            self.model,
+            "--data",
+            self.data,
+            "-o",
+            str(output),
+        ]
         return subprocess.Popen(
-            [*arguments, *kept, *self.options], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+            [*arguments, *kept, *self.options],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
 
     def finish(self, output: Path, workdir: Path | None) -> str:
@@ -52,7 +66,9 @@ class Command:
         process = self.start(output, workdir)
         _, errors = process.communicate()
         if process.returncode:
-            raise SystemExit(f"the command ended with exit code {process.returncode}: {errors.decode()[-500:]}")
+            raise SystemExit(
+                f"the command ended with exit code {process.returncode}: {errors.decode()[-500:]}"
+            )
         return digest(output)
 
 
@@ -87,15 +103,27 @@ def disturbed(command: Command, folder: Path, waits: Sequence[float], right: str
 
 def main() -> int:
     """Print one line a run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("--runs", type=int, default=1, help="runs, each with a workdir of its own")
     parser.add_argument("--kills", type=int, default=1, help="kills of each run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the command, without dashes")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the command, without dashes",
+    )
     given = parser.parse_args()
-    options = [part for option in given.option for part in ("--" + option.partition("=")[0], option.partition("=")[2])]
+    options = [
+        part
+        for option in given.option
+        for part in ("--" + option.partition("=")[0], option.partition("=")[2])
+    ]
     command, rng = Command(given.model, given.data, options), np.random.default_rng(given.seed)
     bad = 0
     with tempfile.TemporaryDirectory() as top:

@@ -56,7 +56,9 @@ class Mutant:
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write the files; returns the paths of model and samples."""
         model, data = folder / "model.onnx", folder / "samples.npz"
-        model.write_bytes(self.model_bytes if self.model_bytes is not None else self.model.SerializeToString())
+        model.write_bytes(
+            self.model_bytes if self.model_bytes is not None else self.model.SerializeToString()
+        )
         if self.data_bytes is None:
             np.savez(data, **self.samples)  # type: ignore[arg-type]
         else:
@@ -72,7 +74,9 @@ def base(rng: Rng) -> Mutant:
     shares = np.array([1.0] * len(_TINY) + [0.1, 0.1, 0.03, 0.03])
     name = str(rng.choice(names, p=shares / shares.sum()))
     if name in _TINY:
-        model = onnx.parser.parse_model(f'<ir_version: {rng.integers(7, 10)}, opset_import: ["" : {rng.integers(13, 20)}]>\n{_TINY[name]}')
+        model = onnx.parser.parse_model(
+            f'<ir_version: {rng.integers(7, 10)}, opset_import: ["" : {rng.integers(13, 20)}]>\n{_TINY[name]}'
+        )
         _fill(model, rng)
         samples = _samples(model, rng)
     else:

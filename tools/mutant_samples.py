@@ -9,7 +9,7 @@ import numpy as np
 from mutant_bases import EXTREME_FLOATS, Mutant, Rng, damaged, pick
 
 
-# ---- mutations of the samples ----------------------------------------------------------------------------------------
+# ---- mutations of the samples ------------------------------------------------------------------------------
 def _archive(m: Mutant) -> dict[str, bytes]:
     members = {}
     for name, value in m.samples.items():
@@ -34,7 +34,22 @@ def data_values(m: Mutant, rng: Rng) -> str:
     value = m.samples[name]
     how = int(rng.integers(8))
     if how == 0:
-        value = value.astype(pick(rng, (np.float64, np.float16, np.int8, np.int64, np.bool_, np.complex64, "S4", "U2", "datetime64[s]")))
+        value = value.astype(
+            pick(
+                rng,
+                (
+                    np.float64,
+                    np.float16,
+                    np.int8,
+                    np.int64,
+                    np.bool_,
+                    np.complex64,
+                    "S4",
+                    "U2",
+                    "datetime64[s]",
+                ),
+            )
+        )
     elif how == 1:
         value = value[: int(rng.integers(0, 2))]
     elif how == 2:

@@ -1,7 +1,8 @@
 """Mutants of small models and calibration files: what a fault in a file, a tool or a hand may make of them.
 
-A mutant is drawn by its seed and number alone: a base (a shipped model, or a tiny drawn one), and one to three mutations of the
-model's fields, types, shapes, names, attributes, wiring and bytes, of the data beside it, or of the calibration file.
+A mutant is drawn by its seed and number alone: a base (a shipped model, or a tiny drawn one), and one to
+three mutations of the model's fields, types, shapes, names, attributes, wiring and bytes, of the data beside
+it, or of the calibration file.
 """
 
 from __future__ import annotations
@@ -20,7 +21,22 @@ from onnx.external_data_helper import set_external_data
 
 _TYPES = (0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 16, 17, 21, 22, 23, 99, -1)
 _EXTREME_INTS = (0, 1, -1, 2, 3, 7, 2**31 - 1, -(2**31), 2**31, 2**32, 2**62, -(2**63), 2**63 - 1)
-_STRINGS = ("", "x", "y", "w", "/../x", "a\nb", "[/red]", "\x1b[31m", "名", "n" * 3000, "ai.onnx", "com.microsoft", "no.such.domain", " ")
+_STRINGS = (
+    "",
+    "x",
+    "y",
+    "w",
+    "/../x",
+    "a\nb",
+    "[/red]",
+    "\x1b[31m",
+    "名",
+    "n" * 3000,
+    "ai.onnx",
+    "com.microsoft",
+    "no.such.domain",
+    " ",
+)
 _OPERATORS = (
     "Add",
     "Mul",
@@ -53,7 +69,7 @@ def mutant(seed: int, number: int) -> Mutant:
     return result
 
 
-# ---- mutations of the model ------------------------------------------------------------------------------------------
+# ---- mutations of the model --------------------------------------------------------------------------------
 def _any_field(m: Mutant, rng: Rng) -> str:
     """Set, clear, double, or take from elsewhere any field of any message."""
     found = list(messages(m.model))
@@ -90,9 +106,10 @@ def _scalar(what: Any, m: Mutant, rng: Rng) -> Any:
         return int(pick(rng, what.enum_type.values).number)
     if what.type in (FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_DOUBLE):
         return pick(rng, EXTREME_FLOATS)
-    low, high = {FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1), FieldDescriptor.TYPE_UINT64: (0, 2**64 - 1)}.get(
-        what.type, (-(2**63), 2**63 - 1)
-    )
+    low, high = {
+        FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1),
+        FieldDescriptor.TYPE_UINT64: (0, 2**64 - 1),
+    }.get(what.type, (-(2**63), 2**63 - 1))
     return min(max(int(pick(rng, _EXTREME_INTS)), low), high)
 
 
@@ -170,7 +187,9 @@ def _dims(m: Mutant, rng: Rng) -> str:
 
 def _values(m: Mutant, rng: Rng) -> str:
     """Other numbers in a constant: extreme, equal, or none."""
-    tensors = [t for t in m.model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.raw_data) >= 4]
+    tensors = [
+        t for t in m.model.graph.initializer if t.data_type == TensorProto.FLOAT and len(t.raw_data) >= 4
+    ]
     if not tensors:
         return "nothing"
     tensor = pick(rng, tensors)
@@ -206,7 +225,9 @@ def _raw(m: Mutant, rng: Rng) -> str:
 
 def _rename(m: Mutant, rng: Rng) -> str:
     node = pick(rng, _nodes(m) or [onnx.NodeProto()])
-    places = [(node.input, k) for k in range(len(node.input))] + [(node.output, k) for k in range(len(node.output))]
+    places = [(node.input, k) for k in range(len(node.input))] + [
+        (node.output, k) for k in range(len(node.output))
+    ]
     new = _name(m, rng)
     if not places or rng.random() < 0.3:
         old, node.name = node.name, new
@@ -219,7 +240,22 @@ def _rename(m: Mutant, rng: Rng) -> str:
 def _everywhere(m: Mutant, rng: Rng) -> str:
     """Another name for a tensor, wherever it is named: valid."""
     old = _name(m, rng)
-    new = str(pick(rng, ("a b", "名前", "[/red]", "n" * 2000, "x_quantized", "y/DequantizeLinear", "loss", "w_bn", "\x1b[0m")))
+    new = str(
+        pick(
+            rng,
+            (
+                "a b",
+                "名前",
+                "[/red]",
+                "n" * 2000,
+                "x_quantized",
+                "y/DequantizeLinear",
+                "loss",
+                "w_bn",
+                "\x1b[0m",
+            ),
+        )
+    )
     for _, message in messages(m.model):
         for what, value in message.ListFields():
             if what.type == FieldDescriptor.TYPE_STRING and what.name in ("input", "output", "name"):
@@ -247,10 +283,27 @@ def _attribute(m: Mutant, rng: Rng) -> str:
     if not nodes or rng.random() < 0.2:
         node = pick(rng, _nodes(m) or [onnx.NodeProto()])
         name = str(
-            pick(rng, ("axis", "alpha", "group", "pads", "transA", "keepdims", "strides", "auto_pad", "to", "dilations", "kernel_shape"))
+            pick(
+                rng,
+                (
+                    "axis",
+                    "alpha",
+                    "group",
+                    "pads",
+                    "transA",
+                    "keepdims",
+                    "strides",
+                    "auto_pad",
+                    "to",
+                    "dilations",
+                    "kernel_shape",
+                ),
+            )
         )
         node.attribute.append(
-            helper.make_attribute(name, pick(rng, (0, 1, -1, 2, 0.5, [1, 1], [2, 2, 2, 2], "SAME_UPPER", "VALID", 2**40)))
+            helper.make_attribute(
+                name, pick(rng, (0, 1, -1, 2, 0.5, [1, 1], [2, 2, 2, 2], "SAME_UPPER", "VALID", 2**40))
+            )
         )
         return f"{node.op_type} has {name}"
     node = pick(rng, nodes)
@@ -270,7 +323,9 @@ def _attribute(m: Mutant, rng: Rng) -> str:
 def _wiring(m: Mutant, rng: Rng) -> str:
     """Nodes and other entries left out, doubled, moved, or nested."""
     graph = m.model.graph
-    entries = pick(rng, (graph.node, graph.node, graph.initializer, graph.input, graph.output, graph.value_info))
+    entries = pick(
+        rng, (graph.node, graph.node, graph.initializer, graph.input, graph.output, graph.value_info)
+    )
     if not len(entries):
         return "nothing"
     k, how = int(rng.integers(len(entries))), int(rng.integers(4))
@@ -295,13 +350,22 @@ def _nested(m: Mutant, rng: Rng) -> str:
     """An If in an If, many times."""
     depth = int(pick(rng, (2, 5, 20, 28)))
     source, sink = m.model.graph.input[0].name if m.model.graph.input else "x", "deep"
-    body = helper.make_graph([helper.make_node("Identity", [source], ["deepest"])], "b", [], [onnx.ValueInfoProto(name="deepest")])
+    body = helper.make_graph(
+        [helper.make_node("Identity", [source], ["deepest"])], "b", [], [onnx.ValueInfoProto(name="deepest")]
+    )
     for k in range(depth):
-        other = helper.make_graph([helper.make_node("Identity", [source], [f"other{k}"])], "o", [], [onnx.ValueInfoProto(name=f"other{k}")])
+        other = helper.make_graph(
+            [helper.make_node("Identity", [source], [f"other{k}"])],
+            "o",
+            [],
+            [onnx.ValueInfoProto(name=f"other{k}")],
+        )
         node = helper.make_node("If", ["deep_yes"], [f"deep{k}"], then_branch=body, else_branch=other)
         body = helper.make_graph([node], "b", [], [onnx.ValueInfoProto(name=f"deep{k}")])
     m.model.graph.initializer.append(numpy_helper.from_array(np.array(True), "deep_yes"))
-    m.model.graph.node.append(helper.make_node("If", ["deep_yes"], [sink], then_branch=body, else_branch=body))
+    m.model.graph.node.append(
+        helper.make_node("If", ["deep_yes"], [sink], then_branch=body, else_branch=body)
+    )
     m.model.graph.output.append(onnx.ValueInfoProto(name=sink))
     return f"{depth} deep"
 
@@ -310,11 +374,19 @@ def _versions(m: Mutant, rng: Rng) -> str:
     if rng.random() < 0.4:
         m.model.ir_version = int(pick(rng, (0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 12, 13, 14, 99, -1, 2**40)))
         return f"IR {m.model.ir_version}"
-    opset = pick(rng, m.model.opset_import) if len(m.model.opset_import) and rng.random() < 0.8 else m.model.opset_import.add()
+    opset = (
+        pick(rng, m.model.opset_import)
+        if len(m.model.opset_import) and rng.random() < 0.8
+        else m.model.opset_import.add()
+    )
     if rng.random() < 0.2:
         opset.domain = str(pick(rng, ("ai.onnx", "com.microsoft", "ai.onnx.ml", "no.such.domain", "")))
     else:
-        opset.version = int(pick(rng, (0, 1, 5, 7, 8, 9, 10, 11, 12, 13, 15, 18, 19, 20, 21, 22, 23, 24, 25, 30, 99, -1, 2**40)))
+        opset.version = int(
+            pick(
+                rng, (0, 1, 5, 7, 8, 9, 10, 11, 12, 13, 15, 18, 19, 20, 21, 22, 23, 24, 25, 30, 99, -1, 2**40)
+            )
+        )
     return f"opset {opset.domain}:{opset.version}"
 
 
@@ -335,8 +407,21 @@ def _external(m: Mutant, rng: Rng) -> str:
     if tensors and rng.random() < 0.7:
         tensor = pick(rng, tensors)
         entry = pick(rng, tensor.external_data)
-        new = {"location": ("../model.data", "/etc/passwd", "", "none.data", ".", "a/../model.data", "model.data/", "sub/../../model.data")}
-        entry.value = str(pick(rng, new.get(entry.key, ("-1", "x", "", "0", "1", "99999999999999999999", "7"))))
+        new = {
+            "location": (
+                "../model.data",
+                "/etc/passwd",
+                "",
+                "none.data",
+                ".",
+                "a/../model.data",
+                "model.data/",
+                "sub/../../model.data",
+            )
+        }
+        entry.value = str(
+            pick(rng, new.get(entry.key, ("-1", "x", "", "0", "1", "99999999999999999999", "7")))
+        )
         said = f"{entry.key} of {tensor.name} is {entry.value!r}"
     m.beside["model.data"] = bytes(data)
     return said

@@ -1,7 +1,7 @@
 """What the documentation takes from the code whenever it is built.
 
-The tables of docs/options.md come from the fields of `Config` and the command's own parameters, the forms of data in docs/data.md from
-the readers, and the list of passes in docs/how-it-works.md from `PIPELINE`.
+The tables of docs/options.md come from the fields of `Config` and the command's own parameters, the forms of
+data in docs/data.md from the readers, and the list of passes in docs/how-it-works.md from `PIPELINE`.
 
 ``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself.
 """
@@ -39,7 +39,9 @@ def tables() -> str:
     parts = ["## Files", *_table(_files())]
     for section, fields in sections.items():
         parts += ["", f"## {section.capitalize()}", "", f"Table `[{section}]` of a configuration file.", ""]
-        parts += _table([(_flag(name, field), default_of(field), _help(name, field)) for name, field in fields])
+        parts += _table(
+            [(_flag(name, field), default_of(field), _help(name, field)) for name, field in fields]
+        )
     return "\n".join(parts)
 
 
@@ -55,7 +57,9 @@ def forms_of_python() -> str:
 
 def passes() -> str:
     """One numbered item for each pass: its name, and the first line of its class."""
-    return "\n".join(f"{k}. **{step.name.capitalize()}.** {_first_line(step)}" for k, step in enumerate(PIPELINE, 1))
+    return "\n".join(
+        f"{k}. **{step.name.capitalize()}.** {_first_line(step)}" for k, step in enumerate(PIPELINE, 1)
+    )
 
 
 def _first_line(step: Pass) -> str:
@@ -70,8 +74,13 @@ def _files() -> list[tuple[str, str, str]]:
     """What the command takes beside the options."""
     command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
     own = [p for p in command.params if p.name not in Config.model_fields]
-    names = [", ".join(f"`{o}`" for o in p.opts) if p.param_type_name == "option" else f"`{p.name.upper()}`" for p in own]
-    return [(name, "required" if p.required else "none", p.help or "") for name, p in zip(names, own, strict=True)]
+    names = [
+        ", ".join(f"`{o}`" for o in p.opts) if p.param_type_name == "option" else f"`{p.name.upper()}`"
+        for p in own
+    ]
+    return [
+        (name, "required" if p.required else "none", p.help or "") for name, p in zip(names, own, strict=True)
+    ]
 
 
 def _flag(name: str, field: FieldInfo) -> str:
@@ -84,7 +93,12 @@ def _help(name: str, field: FieldInfo) -> str:
     """What help says, the words that it takes, and its name in Python where the flag does not tell."""
     text = help_of(name, field)
     types = get_args(field.annotation) or (field.annotation,)
-    words = [f"`{word.value}`" for kind in types if isinstance(kind, type) and issubclass(kind, Enum) for word in kind]
+    words = [
+        f"`{word.value}`"
+        for kind in types
+        if isinstance(kind, type) and issubclass(kind, Enum)
+        for word in kind
+    ]
     if words:
         text += f" One of {', '.join(words)}."
     if option_of(field).flag:

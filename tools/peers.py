@@ -62,7 +62,9 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
     def __init__(self, samples: Samples) -> None:
         size = samples.micro_batch()
         # The calibrators want batches of one size.
-        self._batches = [samples.take(part) for part in samples.batches(range(samples.count), size) if len(part) == size]
+        self._batches = [
+            samples.take(part) for part in samples.batches(range(samples.count), size) if len(part) == size
+        ]
         self._left: Iterator[Feeds] = iter(self._batches)
 
     def __len__(self) -> int:
@@ -77,8 +79,11 @@ class Reader(CalibrationDataReader):  # type: ignore[misc]
         return next(self._left, None)
 
 
-def quantize_static(model: Path, samples: Samples, settings: tuple[Setting, ...], folder: Path) -> Iterator[tuple[Setting, Path]]:
-    """Quantize with every setting, as ``onnxruntime.quantization.quantize_static`` does, but calibrate once a method.
+def quantize_static(
+    model: Path, samples: Samples, settings: tuple[Setting, ...], folder: Path
+) -> Iterator[tuple[Setting, Path]]:
+    """Quantize with every setting, as ``onnxruntime.quantization.quantize_static`` does, but calibrate once a
+    method.
 
     Parameters
     ----------
@@ -101,7 +106,9 @@ def quantize_static(model: Path, samples: Samples, settings: tuple[Setting, ...]
         loaded = load_model_with_shape_infer(prepared)
         operators = list(QDQRegistry)
         for method in dict.fromkeys(s.calibration for s in settings):
-            calibrator = create_calibrator(prepared, operators, str(folder / "augmented.onnx"), calibrate_method=method)
+            calibrator = create_calibrator(
+                prepared, operators, str(folder / "augmented.onnx"), calibrate_method=method
+            )
             reader = Reader(samples)
             for start in range(0, len(reader), _BATCHES_AT_ONCE):
                 reader.set_range(start, start + _BATCHES_AT_ONCE)
@@ -113,7 +120,16 @@ def quantize_static(model: Path, samples: Samples, settings: tuple[Setting, ...]
                 activation = QuantType.QInt8 if setting.symmetric else QuantType.QUInt8
                 options = {"ActivationSymmetric": setting.symmetric}
                 quantizer = QDQQuantizer(
-                    private, True, setting.reduce_range, QuantType.QInt8, activation, copy.deepcopy(ranges), [], [], operators, options
+                    private,
+                    True,
+                    setting.reduce_range,
+                    QuantType.QInt8,
+                    activation,
+                    copy.deepcopy(ranges),
+                    [],
+                    [],
+                    operators,
+                    options,
                 )
                 quantizer.quantize_model()
                 path = folder / f"{str(setting).replace(' ', '_')}.onnx"
@@ -122,7 +138,8 @@ def quantize_static(model: Path, samples: Samples, settings: tuple[Setting, ...]
 
 
 def _readable(model: Path, folder: Path) -> Path:
-    """The model at an opset that has scales per channel: 13, which onnxruntime's quantizer asks its users to convert to."""
+    """The model at an opset that has scales per channel: 13, which onnxruntime's quantizer asks its users to
+    convert to."""
     loaded = onnx.load(model)
     if opset_of(loaded) >= _OPSET:
         return model

@@ -1,4 +1,5 @@
-"""Other projects' quantizers, for the benchmarks: each is installed by hand, and runs at its better settings."""
+"""Other projects' quantizers, for the benchmarks: each is installed by hand, and runs at its better
+settings."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def nncf(model: Path, samples: Samples, folder: Path) -> list[Path]:
     files = []
     for fast in (True, False):
         try:
-            made = rival.quantize(onnx.load(model), rival.Dataset(batches), subset_size=len(batches), fast_bias_correction=fast)
+            made = rival.quantize(
+                onnx.load(model), rival.Dataset(batches), subset_size=len(batches), fast_bias_correction=fast
+            )
         except Exception as e:
             # The slower correction cannot run every model; then the other setting is its best.
             typer.echo(f"nncf, fast_bias_correction={fast}: {e}", err=True)
@@ -55,7 +58,8 @@ def nncf(model: Path, samples: Samples, folder: Path) -> list[Path]:
 
 
 def aimet(model: Path, samples: Samples, bits: tuple[int, int], iterations: int, folder: Path) -> list[Path]:
-    """The file of AIMET (pip install aimet-onnx, with PyTorch): AdaRound at its SQNR ranges, first and last layers at 8 bits.
+    """The file of AIMET (pip install aimet-onnx, with PyTorch): AdaRound at its SQNR ranges, first and last
+    layers at 8 bits.
 
     Parameters
     ----------

@@ -29,11 +29,22 @@ def table() -> str:
 
 def _row(target: Target) -> list[str]:
     weight, activation = target.weight, target.activation
-    weights = [_range(weight.range_8_bits) + _rule(weight.scale), "one scale a channel" if weight.per_channel else "one scale"]
+    weights = [
+        _range(weight.range_8_bits) + _rule(weight.scale),
+        "one scale a channel" if weight.per_channel else "one scale",
+    ]
     if weight.depthwise_range_8_bits is not None:
         weights.insert(1, f"depthwise convolutions {_range(weight.depthwise_range_8_bits)}")
-    activations = f"{activation.container}{', symmetric' if activation.symmetric else ''}{_rule(activation.scale)}"
-    return [f"`{target.name}`", target.title, "; ".join(weights), activations, "int32" if target.bias.integer else "float"]
+    activations = (
+        f"{activation.container}{', symmetric' if activation.symmetric else ''}{_rule(activation.scale)}"
+    )
+    return [
+        f"`{target.name}`",
+        target.title,
+        "; ".join(weights),
+        activations,
+        "int32" if target.bias.integer else "float",
+    ]
 
 
 def _range(ends: tuple[int, int]) -> str:

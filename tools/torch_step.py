@@ -1,8 +1,9 @@
 """The training step of `eptq_onnx` written in PyTorch, to compare its speed; for convolutional classifiers.
 
-A float teacher and a quantized student with straight-through rounding of all weights and fake-quantized activations,
-a weighted squared error behind every layer, Adam on weights, scale factors and biases: what one step of
-``tools/bench_speed.py`` does. Operators: Conv, Gemm, Clip, Relu, Add, GlobalAveragePool, Flatten, Reshape.
+A float teacher and a quantized student with straight-through rounding of all weights and fake-quantized
+activations, a weighted squared error behind every layer, Adam on weights, scale factors and biases: what one
+step of ``tools/bench_speed.py`` does. Operators: Conv, Gemm, Clip, Relu, Add, GlobalAveragePool, Flatten,
+Reshape.
 """
 
 from __future__ import annotations
@@ -64,14 +65,18 @@ class _Network:
         plan = make_plan(model, target, Config(weight_bits=4))
         self._layers = {x.node: x.output for x in plan.layers}
         self._quantized = {name for q in plan.activations for name in q.tensors}
-        self._constants = {name: torch.from_numpy(np.array(self._view.constant(name))) for name in self._view.initializers}
+        self._constants = {
+            name: torch.from_numpy(np.array(self._view.constant(name))) for name in self._view.initializers
+        }
         self._scales: dict[str, Any] = {}
         for layer in plan.layers:
             weight = self._constants[layer.weight]
             if channels_last and weight.dim() == 4:
                 weight = weight.to(memory_format=torch.channels_last)
             rest = [1] * (weight.dim() - 1)
-            self._scales[layer.weight] = (weight.flatten(1).abs().amax(1) / 7).clamp_min(1e-8).reshape(-1, *rest).requires_grad_()
+            self._scales[layer.weight] = (
+                (weight.flatten(1).abs().amax(1) / 7).clamp_min(1e-8).reshape(-1, *rest).requires_grad_()
+            )
             self._constants[layer.weight] = weight.requires_grad_()
             if layer.has_bias:
                 self._constants[layer.bias or ""].requires_grad_()
@@ -110,8 +115,13 @@ def _conv(node: NodeProto, inputs: list[Any]) -> Any:
         x = torch.nn.functional.pad(x, [v for k in reversed(range(half)) for v in (pads[k], pads[k + half])])
         pads = [0] * len(pads)
     bias = inputs[2] if len(inputs) > 2 else None
-    strides, dilations = ints_attribute(node, "strides") or [1] * half, ints_attribute(node, "dilations") or [1] * half
-    return torch.nn.functional.conv2d(x, inputs[1], bias, strides, pads[:half], dilations, int_attribute(node, "group", 1))
+    strides, dilations = (
+        ints_attribute(node, "strides") or [1] * half,
+        ints_attribute(node, "dilations") or [1] * half,
+    )
+    return torch.nn.functional.conv2d(
+        x, inputs[1], bias, strides, pads[:half], dilations, int_attribute(node, "group", 1)
+    )
 
 
 def _gemm(node: NodeProto, inputs: list[Any]) -> Any:

@@ -3,8 +3,8 @@
     python tools/written_bytes.py > before.txt     # on the code before
     python tools/written_bytes.py | diff before.txt -
 
-Each model is quantized at W8A8 and W4A8, with ``--preset fast`` and the default. The digest is that of the written model
-without ``producer_version`` and metadata, which tell the versions apart.
+Each model is quantized at W8A8 and W4A8, with ``--preset fast`` and the default. The digest is that of the
+written model without ``producer_version`` and metadata, which tell the versions apart.
 """
 
 from __future__ import annotations

@@ -24,12 +24,26 @@ _NAMED: dict[str, Callable[[], dict[str, str]]] = {
 
 
 def with_config_options(command: F) -> F:
-    """Give a command, in place of its ``**options``, one option for each field of `Config`; those that are not given are not passed on."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    added = [_parameter(name, field) for name, field in sorted(Config.model_fields.items(), key=lambda item: option_of(item[1]).advanced)]
+    """Give a command, in place of its ``**options``, one option for each field of `Config`; those that are
+    not given are not passed on."""
+    own = [
+        p
+        for p in inspect.signature(command, eval_str=True).parameters.values()
+        if p.kind is not p.VAR_KEYWORD
+    ]
+    added = [
+        _parameter(name, field)
+        for name, field in sorted(Config.model_fields.items(), key=lambda item: option_of(item[1]).advanced)
+    ]
 
     def called(**given: Any) -> None:
-        command(**{name: value for name, value in given.items() if value is not None or name not in Config.model_fields})
+        command(
+            **{
+                name: value
+                for name, value in given.items()
+                if value is not None or name not in Config.model_fields
+            }
+        )
 
     called.__doc__, called.__name__ = command.__doc__, command.__name__
     called.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
@@ -59,8 +73,12 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     option = option_of(field)
     text = f"{help_of(name, field)} [default: {default_of(field)}]"
     kind = _kind(field.annotation, text=option.text)
-    info = typer.Option("/".join(flags_of(name, field)), help=text, metavar=option.metavar or None, show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info])
+    info = typer.Option(
+        "/".join(flags_of(name, field)), help=text, metavar=option.metavar or None, show_default=False
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
+    )
 
 
 def _shown(default: object) -> str:

@@ -36,7 +36,9 @@ def quantize(
     report: Annotated[Path | None, typer.Option(help="Where to write the report as JSON.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="File with options: .toml, or the report of a former run (.json); options of the command line come first."),
+        typer.Option(
+            help="File with options: .toml, or the report of a former run (.json); options of the command line come first."
+        ),
     ] = None,
     **options: Any,
 ) -> None:

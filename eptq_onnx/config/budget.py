@@ -15,8 +15,8 @@ class Budget(BaseModel):
     Parameters
     ----------
     unit : BudgetUnit
-        ``weights``: mean bits of a weight; ``bytes`` of all weights; ``bitops``: multiplications of one sample, each
-        times the bits of both factors.
+        ``weights``: mean bits of a weight; ``bytes`` of all weights; ``bitops``: multiplications of one
+        sample, each times the bits of both factors.
     amount : float
     """
 

@@ -26,7 +26,8 @@ def read_options(path: Path) -> dict[str, Any]:
     Parameters
     ----------
     path : path
-        ``.json`` is the report of a run; anything else is TOML, options in the tables of their sections or outside any.
+        ``.json`` is the report of a run; anything else is TOML, options in the tables of their sections or
+        outside any.
 
     Raises
     ------

@@ -9,7 +9,15 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from eptq_onnx.config.budget import Budget
-from eptq_onnx.config.choices import ActivationRange, Attention, Optimizer, Preset, RoundingVariable, Start, WeightRange
+from eptq_onnx.config.choices import (
+    ActivationRange,
+    Attention,
+    Optimizer,
+    Preset,
+    RoundingVariable,
+    Start,
+    WeightRange,
+)
 
 
 class Options(TypedDict, total=False):

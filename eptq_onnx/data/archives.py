@@ -1,4 +1,5 @@
-"""Reads .npy and .npz files that may be damaged or hostile: what they declare is checked before anything is allocated."""
+"""Reads .npy and .npz files that may be damaged or hostile: what they declare is checked before anything is
+allocated."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ _HINT = "save the arrays with numpy.savez"
 
 
 def read(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
-    """Read an array from a .npy file, or all arrays of a .npz by name; the content decides which of them it is.
+    """Read an array from a .npy file, or all arrays of a .npz by name; the content decides which of them it
+    is.
 
     Raises
     ------
@@ -49,7 +51,8 @@ def read(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
     except DataError:
         raise
     except Exception as e:
-        # numpy and zipfile raise a dozen kinds for damaged files: zlib.error, struct.error, NotImplementedError, ...
+        # numpy and zipfile raise a dozen kinds for damaged files: zlib.error, struct.error,
+        # NotImplementedError, ...
         raise DataError(f"data file {path} is not a readable .npz file: {_told(e)}.") from e
     pickled = " (it may hold pickled Python objects, which are never loaded)" if magic[:1] == b"\x80" else ""
     raise DataError(f"data file {path} is not a readable .npz or .npy file{pickled}: {_HINT}.")
@@ -73,7 +76,9 @@ def _alone(file: IO[bytes], path: Path) -> NDArray[Any]:
     size = os.fstat(file.fileno()).st_size
     declared = _declared_bytes(file, label)
     if declared > size - file.tell():
-        raise DataError(f"{label} is truncated: it declares {declared} bytes of values, and holds {size - file.tell()}.")
+        raise DataError(
+            f"{label} is truncated: it declares {declared} bytes of values, and holds {size - file.tell()}."
+        )
     _check_memory(declared, label)
     file.seek(0)
     return _array(file)
@@ -85,9 +90,15 @@ def _archive(file: IO[bytes], path: Path) -> dict[str, NDArray[Any]]:
         raise DataError(f"{label} has too many members: it may hold one array for each input of the model.")
     with zipfile.ZipFile(file) as archive:
         members = _members(archive, label)
-        total = sum(_member_bytes(archive, info, f"{label}: the member {_shown(info.filename)}") for info in members.values())
+        total = sum(
+            _member_bytes(archive, info, f"{label}: the member {_shown(info.filename)}")
+            for info in members.values()
+        )
         _check_memory(total, label)
-        return {name: _member(archive, info, f"{label}: the member {_shown(info.filename)}") for name, info in members.items()}
+        return {
+            name: _member(archive, info, f"{label}: the member {_shown(info.filename)}")
+            for name, info in members.items()
+        }
 
 
 def _members(archive: zipfile.ZipFile, label: str) -> dict[str, zipfile.ZipInfo]:
@@ -97,7 +108,9 @@ def _members(archive: zipfile.ZipFile, label: str) -> dict[str, zipfile.ZipInfo]
     if not infos:
         raise DataError(f"{label} holds no arrays: {_HINT}.")
     if len(infos) > _MEMBERS:
-        raise DataError(f"{label} has {len(infos)} members: it may hold one array for each input of the model.")
+        raise DataError(
+            f"{label} has {len(infos)} members: it may hold one array for each input of the model."
+        )
     for info in infos:
         name = info.filename.removesuffix(".npy")
         if name in found:
@@ -125,7 +138,9 @@ def _member_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo, label: str) -
     except Exception as e:
         raise DataError(f"{label} is damaged: {_told(e)}.") from e
     if declared != held:
-        raise DataError(f"{label} declares {declared} bytes of values, but the archive says that it holds {held}.")
+        raise DataError(
+            f"{label} declares {declared} bytes of values, but the archive says that it holds {held}."
+        )
     return declared
 
 
@@ -151,7 +166,9 @@ def _declared_bytes(file: IO[bytes], label: str) -> int:
         version = np.lib.format.read_magic(file)
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in readers:
-            raise DataError(f"{label} is of version {version[0]}.{version[1]} of the .npy format, which no plain array needs: {_HINT}.")
+            raise DataError(
+                f"{label} is of version {version[0]}.{version[1]} of the .npy format, which no plain array needs: {_HINT}."
+            )
         shape, _, dtype = readers[version](file)
     except DataError:
         raise
@@ -159,9 +176,13 @@ def _declared_bytes(file: IO[bytes], label: str) -> int:
         # The header is a Python literal, whose parser raises errors of its own.
         raise DataError(f"{label} has a damaged .npy header: {_told(e)}.") from e
     if dtype.hasobject:
-        raise DataError(f"{label} holds pickled Python objects, which are never loaded: save an array of numbers.")
+        raise DataError(
+            f"{label} holds pickled Python objects, which are never loaded: save an array of numbers."
+        )
     if dtype.kind not in _KINDS or not dtype.itemsize:
-        raise DataError(f"{label} has values of type {_shown(str(dtype))}, which no model takes: save an array of numbers.")
+        raise DataError(
+            f"{label} has values of type {_shown(str(dtype))}, which no model takes: save an array of numbers."
+        )
     if any(size < 0 for size in shape) or len(shape) > _RANK or math.prod(filter(None, shape)) > _VALUES:
         raise DataError(f"{label} has the shape {_shown(str(shape))}, which no array has.")
     return math.prod(shape) * dtype.itemsize

@@ -1,7 +1,9 @@
-"""What the axes of calibration arrays mean: samples, what one run takes, or one value for all runs. Shapes alone, no values.
+"""What the axes of calibration arrays mean: samples, what one run takes, or one value for all runs. Shapes
+alone, no values.
 
-An input's *batch axis* is the one along which a run takes several samples. A model says it only by the names of its axes, and
-often wrongly; shapes leave a few readings, in order of likelihood, and a run decides (`eptq_onnx.method.arrange`).
+An input's *batch axis* is the one along which a run takes several samples. A model says it only by the names
+of its axes, and often wrongly; shapes leave a few readings, in order of likelihood, and a run decides
+(`eptq_onnx.method.arrange`).
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Column:
     values : ndarray or list of ndarray
         One entry a sample, along the first axis or in a list; for a shared input the value itself.
     axis : int or None
-        Batch axis that the entries lack and that samples are stacked along. None: every entry is what one run takes.
+        Batch axis that the entries lack and that samples are stacked along. None: every entry is what one run
+        takes.
     shared : bool
         True if all runs take the same value.
     """
@@ -72,8 +75,13 @@ def batch_axes(inputs: Mapping[str, Dims], given: Axes) -> list[dict[str, int | 
     symbols.update(dict.fromkeys(named))
     found: list[dict[str, int | None]] = []
     for symbol in symbols:
-        axes = {name: given[name] if name in given else _batch_axis(dims, symbol) for name, dims in inputs.items()}
-        if any(dims and axes[name] is not None and not isinstance(dims[axes[name] or 0], int) for name, dims in inputs.items()):
+        axes = {
+            name: given[name] if name in given else _batch_axis(dims, symbol) for name, dims in inputs.items()
+        }
+        if any(
+            dims and axes[name] is not None and not isinstance(dims[axes[name] or 0], int)
+            for name, dims in inputs.items()
+        ):
             # Beside an open batch a fixed size other than 1 is no batch: three numbers for all samples, say.
             for name, dims in inputs.items():
                 if dims and name not in given and all(isinstance(d, int) for d in dims):
@@ -92,7 +100,8 @@ def is_batch(dims: Dims, axis: int | None) -> bool:
 
 
 def _batch_axis(dims: Dims, symbol: Symbol) -> int | None:
-    """The axis that has the batch's name or number; else the first, if its size is open, or any that is open."""
+    """The axis that has the batch's name or number; else the first, if its size is open, or any that is
+    open."""
     if dims is None:
         return 0
     if not dims:
@@ -105,7 +114,9 @@ def _batch_axis(dims: Dims, symbol: Symbol) -> int | None:
     return next((k for k, d in enumerate(dims) if not isinstance(d, int)), 0)
 
 
-def readings(name: str, values: Values, dims: Dims, axis: int | None, label: str, *, batched: bool = False) -> list[Column]:
+def readings(
+    name: str, values: Values, dims: Dims, axis: int | None, label: str, *, batched: bool = False
+) -> list[Column]:
     """What the array of an input may be, most likely first.
 
     Parameters
@@ -152,14 +163,29 @@ def readings(name: str, values: Values, dims: Dims, axis: int | None, label: str
     if fits(shape, dims) and not batched:
         found.append(Column(array, shared=True))
     if not found:
-        wanted = ["samples", *(dims if rest is None else rest)] if rest is not None or len(shape) > len(dims) else list(dims)
-        raise _misfit(label, name, shape, wanted, "" if rest is not None else ", the same value for all samples, or with samples in front")
+        wanted = (
+            ["samples", *(dims if rest is None else rest)]
+            if rest is not None or len(shape) > len(dims)
+            else list(dims)
+        )
+        raise _misfit(
+            label,
+            name,
+            shape,
+            wanted,
+            "" if rest is not None else ", the same value for all samples, or with samples in front",
+        )
     return found
 
 
 def along(array: NDArray[np.generic], axis: int, count: int) -> Column | None:
-    """An array as one run would take it, with all samples along its batch axis; None if that does not hold as many."""
-    return Column(np.moveaxis(array, axis, 0), axis) if array.ndim > axis and array.shape[axis] == count else None
+    """An array as one run would take it, with all samples along its batch axis; None if that does not hold as
+    many."""
+    return (
+        Column(np.moveaxis(array, axis, 0), axis)
+        if array.ndim > axis and array.shape[axis] == count
+        else None
+    )
 
 
 def _runs(values: Values, axis: int | None) -> Column:
@@ -173,12 +199,20 @@ def _runs(values: Values, axis: int | None) -> Column:
 
 
 def fits(shape: Sequence[int], dims: Dims) -> bool:
-    """True if the shape is one that an input takes in one run; of an input of unknown rank nobody can tell."""
+    """True if the shape is one that an input takes in one run; of an input of unknown rank nobody can
+    tell."""
     if dims is None:
         return False
-    return len(shape) == len(dims) and all(not isinstance(d, int) or s == d for s, d in zip(shape, dims, strict=True))
+    return len(shape) == len(dims) and all(
+        not isinstance(d, int) or s == d for s, d in zip(shape, dims, strict=True)
+    )
 
 
 def _misfit(label: str, name: str, shape: Sequence[int], wanted: Sequence[Symbol], more: str) -> DataError:
-    sizes = ", ".join("samples" if d == "samples" and k == 0 else str(d) if isinstance(d, int) else "any" for k, d in enumerate(wanted))
-    return DataError(f"{label}: input {name!r} has shape {tuple(shape)}, but the model wants ({sizes}){more}.")
+    sizes = ", ".join(
+        "samples" if d == "samples" and k == 0 else str(d) if isinstance(d, int) else "any"
+        for k, d in enumerate(wanted)
+    )
+    return DataError(
+        f"{label}: input {name!r} has shape {tuple(shape)}, but the model wants ({sizes}){more}."
+    )

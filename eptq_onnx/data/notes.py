@@ -1,4 +1,5 @@
-"""What is wrong with the calibration samples, told with what to do about it: too few, constant, all zero, or given twice."""
+"""What is wrong with the calibration samples, told with what to do about it: too few, constant, all zero, or
+given twice."""
 
 from __future__ import annotations
 
@@ -36,13 +37,19 @@ def sample_notes(samples: Samples) -> list[str]:
         )
     owned = [name for name in samples.names if samples.has_samples(name)]
     first_of: dict[bytes, int] = {}
-    zero, constant, repeated, never_varies = list[int](), list[int](), list[tuple[int, int]](), dict.fromkeys(owned, True)
+    zero, constant, repeated, never_varies = (
+        list[int](),
+        list[int](),
+        list[tuple[int, int]](),
+        dict.fromkeys(owned, True),
+    )
     for k in range(samples.count):
         feeds = samples.take([k])
         own = {name: feeds[name] for name in owned}
         if (first := first_of.setdefault(_digest(feeds), k)) != k:
             repeated.append((k, first))
-        # A mask of ones beside tokens that differ is as it should be: all inputs together tell whether a sample is constant.
+        # A mask of ones beside tokens that differ is as it should be: all inputs together tell whether a
+        # sample is constant.
         varies = {name: _varies(value) for name, value in own.items()}
         for name, found in varies.items():
             never_varies[name] &= not found and _gets_range(own[name])
@@ -56,7 +63,9 @@ def sample_notes(samples: Samples) -> list[str]:
         )
     everywhere = len(zero) + len(constant) == samples.count
     for name in [] if everywhere else [n for n, never in never_varies.items() if never]:
-        notes.append(f"input {name!r} is constant in every sample: ranges are made for that; give values as they will come in use")
+        notes.append(
+            f"input {name!r} is constant in every sample: ranges are made for that; give values as they will come in use"
+        )
     if repeated:
         notes.append(
             f"{_places([k for k, _ in repeated], samples.count, 'copies of others')} (sample {repeated[0][0]} is sample {repeated[0][1]} "
@@ -80,7 +89,11 @@ def _digest(feeds: Feeds) -> bytes:
     state = blake2b(digest_size=16)
     for name, value in feeds.items():
         state.update(f"{name} {value.dtype} {value.shape} ".encode())
-        state.update(repr(value.tolist()).encode() if value.dtype.kind == "O" else np.ascontiguousarray(value).tobytes())
+        state.update(
+            repr(value.tolist()).encode()
+            if value.dtype.kind == "O"
+            else np.ascontiguousarray(value).tobytes()
+        )
     return state.digest()
 
 

@@ -25,8 +25,8 @@ class Samples:
     columns : mapping of str to Column
         The values of each model input; at least one is not shared.
     fixed_batch : int or None
-        Samples that every run takes: what the model's inputs prescribe, or 1 where samples cannot be put together. None: any
-        number.
+        Samples that every run takes: what the model's inputs prescribe, or 1 where samples cannot be put
+        together. None: any number.
     order : ndarray of int, optional
         The entries that are the samples; all of them by default.
     rows : int
@@ -34,7 +34,11 @@ class Samples:
     """
 
     def __init__(
-        self, columns: Mapping[str, Column], fixed_batch: int | None, order: NDArray[np.int64] | None = None, rows: int = 1
+        self,
+        columns: Mapping[str, Column],
+        fixed_batch: int | None,
+        order: NDArray[np.int64] | None = None,
+        rows: int = 1,
     ) -> None:
         self._columns = dict(columns)
         self.rows = rows
@@ -74,7 +78,8 @@ class Samples:
         return not self._columns[name].shared
 
     def alike(self) -> NDArray[np.int64]:
-        """Indices of the samples of the most frequent size: what needs fixed shapes looks at these. All, mostly.
+        """Indices of the samples of the most frequent size: what needs fixed shapes looks at these. All,
+        mostly.
 
         Samples with nothing in some input count only if there are no others.
         """
@@ -96,10 +101,15 @@ class Samples:
         return Samples(self._columns, size, self._order, self.rows)
 
     def grouped(self, size: int) -> Samples:
-        """Samples that are what one run takes: so many of these, one after the other; the last are left out."""
+        """Samples that are what one run takes: so many of these, one after the other; the last are left
+        out."""
         parts = list(self.in_batches_of(size).batches(range(self.count), size))
         feeds = [self.take(part) for part in parts]
-        return Samples({n: c if c.shared else Column([f[n] for f in feeds]) for n, c in self._columns.items()}, 1, rows=size)
+        return Samples(
+            {n: c if c.shared else Column([f[n] for f in feeds]) for n, c in self._columns.items()},
+            1,
+            rows=size,
+        )
 
     def with_columns(self, columns: Mapping[str, Column]) -> Samples:
         """The same samples with the values of more inputs, one entry a sample."""
@@ -108,7 +118,8 @@ class Samples:
         return Samples({**self._columns, **columns}, self.fixed_batch, self._order, self.rows)
 
     def micro_batch(self, wanted: int | None = None) -> int:
-        """Samples that one run of the model takes: what the model prescribes, else at most ``wanted``, and few.
+        """Samples that one run of the model takes: what the model prescribes, else at most ``wanted``, and
+        few.
 
         Small batches run side by side (`eptq_onnx.parallel`) and cost no more a sample than large ones.
         """
@@ -125,12 +136,17 @@ class Samples:
             elif axis is None:
                 feeds[name] = np.asarray(values[int(places[0])])
             else:
-                rows = values[places] if isinstance(values, np.ndarray) else np.stack([values[int(i)] for i in places])
+                rows = (
+                    values[places]
+                    if isinstance(values, np.ndarray)
+                    else np.stack([values[int(i)] for i in places])
+                )
                 feeds[name] = np.ascontiguousarray(np.moveaxis(rows, 0, axis))
         return feeds
 
     def two_batches(self, size: int) -> tuple[Feeds, Feeds]:
-        """Batches of the first and of the last samples of the most frequent size, repeated where there are fewer."""
+        """Batches of the first and of the last samples of the most frequent size, repeated where there are
+        fewer."""
         alike = self.alike()
         first = np.arange(size) % len(alike)
         return self.take(alike[first]), self.take(alike[len(alike) - 1 - first])
@@ -208,7 +224,9 @@ def candidates(source: Source, model: ModelProto, given: Axes | None = None) -> 
     data, label = opened(source)
     if isinstance(data, np.ndarray):
         if len(inputs) != 1:
-            raise DataError(f"the model has {len(inputs)} inputs ({_names(inputs)}): give a mapping from name to array.")
+            raise DataError(
+                f"the model has {len(inputs)} inputs ({_names(inputs)}): give a mapping from name to array."
+            )
         data = {inputs[0].name: data}
     if not isinstance(data, Mapping):
         return [_of_feeds(data, inputs, label)]
@@ -223,21 +241,34 @@ def candidates(source: Source, model: ModelProto, given: Axes | None = None) -> 
             errors.append(e)
     if not found:
         raise errors[0]
-    whole = {n: Column(v[None]) for n, v in values.items() if isinstance(v, np.ndarray) and fits(v.shape, dims[n])}
+    whole = {
+        n: Column(v[None]) for n, v in values.items() if isinstance(v, np.ndarray) and fits(v.shape, dims[n])
+    }
     if len(whole) == len(values):
         found.append(Samples(whole, 1))
     return found
 
 
-def _arranged(values: Mapping[str, Values], dims: Mapping[str, Sequence[Symbol] | None], axes: Axes, given: Axes, label: str) -> Samples:
+def _arranged(
+    values: Mapping[str, Values],
+    dims: Mapping[str, Sequence[Symbol] | None],
+    axes: Axes,
+    given: Axes,
+    label: str,
+) -> Samples:
     """The samples, if batches lie along these axes."""
     signs = {name: (dims[name] or (None,))[axis] for name, axis in axes.items() if axis is not None}
     # What has the batch's name, or an open size without one, is no value for all samples.
-    common = {name for name, sign in signs.items() if sign is None or list(signs.values()).count(sign) > 1} - {
-        name for name, sign in signs.items() if isinstance(sign, int)
+    common = {
+        name for name, sign in signs.items() if sign is None or list(signs.values()).count(sign) > 1
+    } - {name for name, sign in signs.items() if isinstance(sign, int)}
+    options = {
+        name: readings(name, v, dims[name], axes[name], label, batched=name in common)
+        for name, v in values.items()
     }
-    options = {name: readings(name, v, dims[name], axes[name], label, batched=name in common) for name, v in values.items()}
-    sole = {name: found[0].count for name, found in options.items() if len(found) == 1 and not found[0].shared}
+    sole = {
+        name: found[0].count for name, found in options.items() if len(found) == 1 and not found[0].shared
+    }
     if not sole:
         sole = {name: found[0].count for name, found in options.items() if not found[0].shared}
     if not sole:
@@ -247,15 +278,24 @@ def _arranged(values: Mapping[str, Values], dims: Mapping[str, Sequence[Symbol] 
     columns: dict[str, Column] = {}
     for name, found in options.items():
         fitting = [c for c in found if c.count == first] or [c for c in found if c.shared]
-        turned = along(np.asarray(values[name]), axes[name] or 0, first) if name in given and axes[name] and not fitting else None
+        turned = (
+            along(np.asarray(values[name]), axes[name] or 0, first)
+            if name in given and axes[name] and not fitting
+            else None
+        )
         if turned is not None:
             fitting = [turned]
         if not fitting:
-            counts = ", ".join(f"{n}: {options[n][0].count}" for n in options if options[n][0].count is not None)
+            counts = ", ".join(
+                f"{n}: {options[n][0].count}" for n in options if options[n][0].count is not None
+            )
             raise DataError(f"{label} has different numbers of samples: {counts}.")
         columns[name] = _shared_if_equal(fitting[0])
     if not any(not c.shared for c in columns.values()):
-        columns = {name: Column(c.values[None] if isinstance(c.values, np.ndarray) else [c.values[0]]) for name, c in columns.items()}
+        columns = {
+            name: Column(c.values[None] if isinstance(c.values, np.ndarray) else [c.values[0]])
+            for name, c in columns.items()
+        }
     if not first:
         raise DataError(f"{label} has no samples.")
     samples = Samples(columns, _prescribed(columns, dims, label))
@@ -278,14 +318,18 @@ def _shared_if_equal(column: Column) -> Column:
     return Column(np.asarray(first), shared=True) if same else column
 
 
-def _prescribed(columns: Mapping[str, Column], dims: Mapping[str, Sequence[Symbol] | None], label: str) -> int | None:
+def _prescribed(
+    columns: Mapping[str, Column], dims: Mapping[str, Sequence[Symbol] | None], label: str
+) -> int | None:
     """The batch size that the model's inputs prescribe; None if they leave it open."""
     sizes = {n: (dims[n] or ())[c.axis] for n, c in columns.items() if c.axis is not None and dims[n]}
     fixed = {n: d for n, d in sizes.items() if isinstance(d, int)}
     batch = next(iter(fixed.values()), None)
     alone = next((n for n, c in columns.items() if c.axis is None and not c.shared), None)
     if len(set(fixed.values())) > 1 or (alone is not None and batch not in (None, 1)):
-        listing = ", ".join(f"{n}: {d}" for n, d in fixed.items()) + (f", {alone}: one value a run" if alone else "")
+        listing = ", ".join(f"{n}: {d}" for n, d in fixed.items()) + (
+            f", {alone}: one value a run" if alone else ""
+        )
         raise DataError(
             f"{label}: the model's inputs take different numbers of samples a run ({listing}): give feeds, what the model takes in one run."
         )
@@ -304,11 +348,17 @@ def _of_feeds(feeds: Sequence[Feed], inputs: Sequence[ValueInfoProto], label: st
             _check_values(value, info, where)
             if dims is not None and not fits(value.shape, dims):
                 wanted = ", ".join(str(d) if isinstance(d, int) else "any" for d in dims)
-                raise DataError(f"{where}: input {info.name!r} has shape {value.shape}, but the model wants ({wanted}) in one run.")
+                raise DataError(
+                    f"{where}: input {info.name!r} has shape {value.shape}, but the model wants ({wanted}) in one run."
+                )
             columns[info.name].append(value)
     signs = {i.name: _symbols(i) for i in inputs}
     axes = batch_axes(signs, {})[0]
-    batches = [[v.shape[axes[n] or 0] for v in values] for n, values in columns.items() if is_batch(signs[n], axes[n])]
+    batches = [
+        [v.shape[axes[n] or 0] for v in values]
+        for n, values in columns.items()
+        if is_batch(signs[n], axes[n])
+    ]
     rows = min((int(np.median(sizes)) for sizes in batches), default=1)
     return Samples({name: Column(values) for name, values in columns.items()}, 1, rows=max(rows, 1))
 
@@ -316,26 +366,38 @@ def _of_feeds(feeds: Sequence[Feed], inputs: Sequence[ValueInfoProto], label: st
 def _checked_axes(given: Axes, dims: Mapping[str, Sequence[Symbol] | None]) -> Axes:
     for name, axis in given.items():
         if name not in dims:
-            raise DataError(f"batch axis of {name!r}: the model has no such input (it has: {', '.join(map(repr, dims))}).")
+            raise DataError(
+                f"batch axis of {name!r}: the model has no such input (it has: {', '.join(map(repr, dims))})."
+            )
         rank = dims[name]
         if axis is not None and rank is not None and not 0 <= axis < len(rank):
-            raise DataError(f"batch axis {axis} of {name!r}: the input has {len(rank)} axes; count from 0, or say none.")
+            raise DataError(
+                f"batch axis {axis} of {name!r}: the input has {len(rank)} axes; count from 0, or say none."
+            )
     return given
 
 
 def _check_names(given: Mapping[str, object], inputs: Sequence[ValueInfoProto], label: str) -> None:
     missing = [i.name for i in inputs if i.name not in given]
     if missing:
-        raise DataError(f"{label} has no array for the model input {missing[0]!r} (it has: {', '.join(map(repr, given)) or 'none'}).")
+        raise DataError(
+            f"{label} has no array for the model input {missing[0]!r} (it has: {', '.join(map(repr, given)) or 'none'})."
+        )
     unknown = [name for name in given if name not in {i.name for i in inputs}]
     if unknown:
-        raise DataError(f"{label} has an array {unknown[0]!r}, but the model has no such input (it has: {_names(inputs)}).")
+        raise DataError(
+            f"{label} has an array {unknown[0]!r}, but the model has no such input (it has: {_names(inputs)})."
+        )
 
 
-def _checked(given: NDArray[np.generic] | Sequence[NDArray[np.generic]], info: ValueInfoProto, label: str) -> Values:
+def _checked(
+    given: NDArray[np.generic] | Sequence[NDArray[np.generic]], info: ValueInfoProto, label: str
+) -> Values:
     """The array, or one array a sample, after the check of types and values."""
     array = given if isinstance(given, list) else np.asarray(given)
-    if isinstance(array, np.ndarray) and (array.dtype.kind != "O" or info.type.tensor_type.elem_type == TensorProto.STRING):
+    if isinstance(array, np.ndarray) and (
+        array.dtype.kind != "O" or info.type.tensor_type.elem_type == TensorProto.STRING
+    ):
         _check_values(array, info, label)
         return array
     values = [np.asarray(v) for v in given]
@@ -345,8 +407,11 @@ def _checked(given: NDArray[np.generic] | Sequence[NDArray[np.generic]], info: V
     return np.stack(values) if alike else values
 
 
-def expected(model: ModelProto, count: int, size: int) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
-    """Shape and type of the array of every model input, for ``count`` samples, with open dimensions of ``size``.
+def expected(
+    model: ModelProto, count: int, size: int
+) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
+    """Shape and type of the array of every model input, for ``count`` samples, with open dimensions of
+    ``size``.
 
     Dimensions of the same name get the same size because all get one; the batch axis goes to the front.
     """
@@ -358,7 +423,10 @@ def expected(model: ModelProto, count: int, size: int) -> dict[str, tuple[tuple[
         sizes = [d if isinstance(d, int) else size for d in _symbols(info) or []]
         if axis is not None:
             sizes = [count, *sizes[:axis], *sizes[axis + 1 :]]
-        result[info.name] = tuple(sizes), np.dtype(helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type))
+        result[info.name] = (
+            tuple(sizes),
+            np.dtype(helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)),
+        )
     return result
 
 
@@ -375,7 +443,10 @@ def _symbols(info: object) -> list[Symbol] | None:
     tensor = info.type.tensor_type  # type: ignore[attr-defined]
     if not tensor.HasField("shape"):
         return None
-    return [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or None for d in tensor.shape.dim]
+    return [
+        d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or None
+        for d in tensor.shape.dim
+    ]
 
 
 def _check_values(array: NDArray[np.generic], info: ValueInfoProto, label: str) -> None:
@@ -385,9 +456,13 @@ def _check_values(array: NDArray[np.generic], info: ValueInfoProto, label: str) 
         if array.dtype.kind not in "OSU":
             raise DataError(f"{label}: input {name!r} has type {array.dtype}, but the model wants strings.")
         return
-    expected = helper.tensor_dtype_to_np_dtype(elem_type) if elem_type != TensorProto.UNDEFINED else array.dtype
+    expected = (
+        helper.tensor_dtype_to_np_dtype(elem_type) if elem_type != TensorProto.UNDEFINED else array.dtype
+    )
     if array.dtype != expected:
-        raise DataError(f"{label}: input {name!r} has type {array.dtype}, but the model wants {np.dtype(expected)}.")
+        raise DataError(
+            f"{label}: input {name!r} has type {array.dtype}, but the model wants {np.dtype(expected)}."
+        )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         rows = array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
         bad = int(np.argwhere(~np.isfinite(rows).all(axis=1))[0, 0])

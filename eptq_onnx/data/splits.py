@@ -64,13 +64,21 @@ def share_out(samples: Samples, config: Config) -> Shares:
         count = int(np.clip(round(_UNSEEN * len(rest)), _LEAST_UNSEEN, _MOST_UNSEEN))
         unseen = _drawn(rest, _whole(count, batch, len(rest) - 2 * batch), rng)
         rest = np.setdiff1d(rest, unseen)
-    share = max(config.holdout, min(_LEAST_JUDGED / len(rest), _MOST_SHARE)) if held_out else max(config.holdout, _SHARE_OF_FEW)
+    share = (
+        max(config.holdout, min(_LEAST_JUDGED / len(rest), _MOST_SHARE))
+        if held_out
+        else max(config.holdout, _SHARE_OF_FEW)
+    )
     gradual = np.intersect1d(alike, rest)
     scored = gradual[spread(len(gradual), max(1, config.score_samples // samples.rows))]
     # Some of those that gradients are taken on, and as large a share of the others.
     held = _drawn(scored, _judges(len(scored), share, batch), rng)
     others = np.setdiff1d(rest, scored)
-    judged = np.union1d(held, _drawn(others, int(share * len(others)) // batch * batch, rng)) if len(held) < _LEAST_JUDGED else held
+    judged = (
+        np.union1d(held, _drawn(others, int(share * len(others)) // batch * batch, rng))
+        if len(held) < _LEAST_JUDGED
+        else held
+    )
     training = np.setdiff1d(rest, judged)
     if not len(training):
         training = judged

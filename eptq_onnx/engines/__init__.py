@@ -16,7 +16,9 @@ AUTO = "auto"
 def registered() -> dict[str, type[Engine]]:
     """All engines by name, the best first, whether they can run here or not."""
     found = classes(__name__, Engine)  # type: ignore[type-abstract]
-    return {engine.name: engine for engine in sorted(found, key=lambda engine: (-engine.preference, engine.name))}
+    return {
+        engine.name: engine for engine in sorted(found, key=lambda engine: (-engine.preference, engine.name))
+    }
 
 
 def choose(name: str) -> type[Engine]:

@@ -32,8 +32,8 @@ class GradientModel:
     Parameters
     ----------
     model : ModelProto
-        The forward graph and its backward pass; the tensors of ``wrt`` that were initializers are inputs. Outputs: the
-        loss, the outputs of the forward graph, the gradients.
+        The forward graph and its backward pass; the tensors of ``wrt`` that were initializers are inputs.
+        Outputs: the loss, the outputs of the forward graph, the gradients.
     gradients : dict of str to str
         Tensor to the name of its gradient (same shape).
     unreached : dict of str to str
@@ -53,9 +53,10 @@ class TrainingGraph:
     ----------
     train, evaluate : ModelProto
         Inputs: the model's own; every weight and bias by name; `ACTIVATION_SCALES` of shape (n_quantizers,);
-        `ATTENTION` of shape (micro_batch, ``columns``), the factor of each sum of squares; and, in ``train`` only,
-        `FLOAT_SHARE` of shape (1,), the share p of the unquantized activations. Outputs: `LOSS`, `ERRORS` of the shape of
-        `ATTENTION` (of each channel of each layer, then of each part of the model's outputs), and in ``train`` the gradients.
+        `ATTENTION` of shape (micro_batch, ``columns``), the factor of each sum of squares; and, in ``train``
+        only, `FLOAT_SHARE` of shape (1,), the share p of the unquantized activations. Outputs: `LOSS`,
+        `ERRORS` of the shape of `ATTENTION` (of each channel of each layer, then of each part of the model's
+        outputs), and in ``train`` the gradients.
     gradients : dict of str to str
         Input to the name of its gradient.
     quantizers : tuple of str
@@ -67,8 +68,8 @@ class TrainingGraph:
     outputs : dict of str to float
         The parts of the model's outputs that are compared, and elements a sample of each.
     last : tuple of bool
-        True for each layer that has none behind it: what it makes is an output of the model, or nearly so. Its outputs in
-        both networks are outputs of ``evaluate``, too.
+        True for each layer that has none behind it: what it makes is an output of the model, or nearly so.
+        Its outputs in both networks are outputs of ``evaluate``, too.
     micro_batch : int
         Samples of one run.
     input_axes : dict of str to int
@@ -98,8 +99,11 @@ class TrainingGraph:
         return sum(self.channels) + len(self.outputs)
 
 
-def reachable(view: GraphView, loss: str, wrt: Sequence[str], blocked: frozenset[str]) -> tuple[list[str], dict[str, str]]:
-    """Those of ``wrt`` that the loss depends on, not going through nodes named in ``blocked``; and why the others are none."""
+def reachable(
+    view: GraphView, loss: str, wrt: Sequence[str], blocked: frozenset[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Those of ``wrt`` that the loss depends on, not going through nodes named in ``blocked``; and why the
+    others are none."""
     relevant = view.upstream([loss], blocked)
     return [n for n in wrt if n in relevant], {n: UNREACHED for n in wrt if n not in relevant}
 
@@ -137,8 +141,8 @@ class Engine(ABC):
     about : str
         In a few words, for help and the documentation: where its gradients come from, and what it needs.
     preference : int
-        Of the engines that can run here, the one with the largest is chosen by itself. `standard`, which always can, has 0:
-        with less than that an engine is chosen by name only.
+        Of the engines that can run here, the one with the largest is chosen by itself. `standard`, which
+        always can, has 0: with less than that an engine is chosen by name only.
     """
 
     name: ClassVar[str]

@@ -39,7 +39,9 @@ def slices(t: Tape, node: NodeProto, k: int, dy: str) -> str:
         raise refusal(node, "its starts and ends are attributes")
     axes = np.arange(len(starts)) if axes is None else axes
     steps = np.ones(len(starts), np.int64) if steps is None else steps
-    for start, end, axis, step in zip(starts.tolist(), ends.tolist(), axes.tolist(), steps.tolist(), strict=True):
+    for start, end, axis, step in zip(
+        starts.tolist(), ends.tolist(), axes.tolist(), steps.tolist(), strict=True
+    ):
         size = shape[axis]
         dy = _put_back(t, dy, axis % len(shape), range(size)[start:end:step], size, len(shape))
     return dy
@@ -53,7 +55,14 @@ def gather(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     shape = t.view.static_shape(x)
     if shape is not None and t.view.is_constant(indices):
         places = (t.view.constant(indices).reshape(-1) % shape[axis]).tolist()
-        return _put_back(t, t.reshape(dy, [*shape[:axis], len(places), *shape[axis + 1 :]]), axis, places, shape[axis], rank)
+        return _put_back(
+            t,
+            t.reshape(dy, [*shape[:axis], len(places), *shape[axis + 1 :]]),
+            axis,
+            places,
+            shape[axis],
+            rank,
+        )
     if len(t.dims(indices)) != 1:
         shape = t.shape(x)
         dy = t.reshape(dy, [*shape[:axis], -1, *shape[axis + 1 :]])
@@ -69,8 +78,11 @@ def gather_elements(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     return _added_up(t, node, t.size(node.input[0]), node.input[1], dy, axis, t.dims(node.output[0])[axis])
 
 
-def _added_up(t: Tape, node: NodeProto, size: str, indices: str, dy: str, axis: int, count: int | None) -> str:
-    """ScatterElements that adds up; before opset 16 it does not, so that the ``count`` indices come one after the other."""
+def _added_up(
+    t: Tape, node: NodeProto, size: str, indices: str, dy: str, axis: int, count: int | None
+) -> str:
+    """ScatterElements that adds up; before opset 16 it does not, so that the ``count`` indices come one after
+    the other."""
     nothing = t.add("ConstantOfShape", size)
     if t.builder.opset >= 16:
         return t.add("ScatterElements", nothing, indices, dy, axis=axis, reduction="add")
@@ -78,7 +90,10 @@ def _added_up(t: Tape, node: NodeProto, size: str, indices: str, dy: str, axis: 
         raise refusal(node, "the number of its indices is not known, for which its gradient needs opset 16")
     parts = []
     for i in range(count):
-        one = (t.add("Slice", v, t.ints([i]), t.ints([i + 1]), t.ints([axis])) if count > 1 else v for v in (indices, dy))
+        one = (
+            t.add("Slice", v, t.ints([i]), t.ints([i + 1]), t.ints([axis])) if count > 1 else v
+            for v in (indices, dy)
+        )
         parts.append(t.add("ScatterElements", nothing, *one, axis=axis))
     return reduce(partial(t.add, "Add"), parts) if parts else nothing
 
@@ -122,7 +137,8 @@ def _axis(node: NodeProto) -> dict[str, int]:
 
 
 def _put_back(t: Tape, dy: str, axis: int, places: Sequence[int], size: int, rank: int) -> str:
-    """Slices that were read at ``places`` of an axis back there; zeros elsewhere; what was read twice is added.
+    """Slices that were read at ``places`` of an axis back there; zeros elsewhere; what was read twice is
+    added.
 
     An axis of length ``len(places)`` becomes one of length ``size``.
     """

@@ -1,7 +1,7 @@
 """The gradient engine of onnxruntime-training: its GradientGraphBuilder, without torch.
 
-What it lacks on CPU is replaced after the build (ConvTranspose), and so are kernels that ordinary operators outrun;
-gradients stop at operators without one.
+What it lacks on CPU is replaced after the build (ConvTranspose), and so are kernels that ordinary operators
+outrun; gradients stop at operators without one.
 """
 
 from __future__ import annotations
@@ -71,25 +71,46 @@ class OrtTrainingEngine(Engine):
         private.ir_version = min(private.ir_version, 10)
         edit.import_domain(private, "com.microsoft")
         try:
-            builder = self._c.GradientGraphBuilder(private.SerializeToString(), {loss}, set(reached), loss, self._options)
+            builder = self._c.GradientGraphBuilder(
+                private.SerializeToString(), {loss}, set(reached), loss, self._options
+            )
             builder.build()
             built = onnx.load_model_from_string(builder.get_model())
         except Exception as e:
             # The builder raises pybind exceptions that share only Exception.
-            raise GradientError(f"onnxruntime-training cannot differentiate the model: {one_line(e, 400)}") from e
+            raise GradientError(
+                f"onnxruntime-training cannot differentiate the model: {one_line(e, 400)}"
+            ) from e
         _replace_kernels(with_weights(built, [t for t in heavy if t.name not in reached]))
         return GradientModel(built, {name: f"{name}_grad" for name in reached}, unreached)
 
 
 def _attribute(c: Any, name: str, value: object, dtype: str) -> Any:
     definition = c.GradientNodeAttributeDefinition()
-    definition.name, definition.value_json, definition.dtype, definition.is_tensor = name, json.dumps(value), dtype, True
+    definition.name, definition.value_json, definition.dtype, definition.is_tensor = (
+        name,
+        json.dumps(value),
+        dtype,
+        True,
+    )
     return definition
 
 
-def _node(c: Any, op_type: str, inputs: list[str], outputs: list[str], domain: str = "", value: list[int] | None = None) -> Any:
+def _node(
+    c: Any,
+    op_type: str,
+    inputs: list[str],
+    outputs: list[str],
+    domain: str = "",
+    value: list[int] | None = None,
+) -> Any:
     definition = c.GradientNodeDefinition()
-    definition.op_type, definition.domain, definition.inputs, definition.outputs = op_type, domain, inputs, outputs
+    definition.op_type, definition.domain, definition.inputs, definition.outputs = (
+        op_type,
+        domain,
+        inputs,
+        outputs,
+    )
     definition.attributes = [] if value is None else [_attribute(c, "value", value, "int")]
     return definition
 
@@ -123,14 +144,20 @@ def _register() -> None:
         "::ReduceSumSquare",
         [_node(c, "Add", ["GO(0)", "GO(0)"], ["twice"]), _node(c, "Mul", ["twice", "I(0)"], ["GI(0)"])],
     )
-    # dx = dy where y = x; onnxruntime's own ReluGrad takes four times as long, and its five nodes for Clip twice.
+    # dx = dy where y = x; onnxruntime's own ReluGrad takes four times as long, and its five nodes for Clip
+    # twice.
     for name in ("Relu", "Clip"):
         c.register_gradient_definition(
             f"::{name}",
-            [_node(c, "Equal", ["I(0)", "O(0)"], ["kept"]), _node(c, "FakeQuantGrad", ["GO(0)", "kept"], ["GI(0)"], LSQ_DOMAIN)],
+            [
+                _node(c, "Equal", ["I(0)", "O(0)"], ["kept"]),
+                _node(c, "FakeQuantGrad", ["GO(0)", "kept"], ["GI(0)"], LSQ_DOMAIN),
+            ],
         )
     for operator in (_STOP, _ROUND_TRIP):
-        c.register_gradient_definition(f"{_ATEN}::ATen::{operator}::", [_node(c, "Identity", ["GO(0)"], ["GI(0)"])])
+        c.register_gradient_definition(
+            f"{_ATEN}::ATen::{operator}::", [_node(c, "Identity", ["GO(0)"], ["GI(0)"])]
+        )
     c.register_custom_stop_gradient_edges(f"{_ATEN}::ATen::{_STOP}::", {0})
 
 
@@ -184,7 +211,8 @@ def _prepared(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
 
 
 def _stop_gradients(node: NodeProto, stopped: Callable[[str], str]) -> None:
-    """Let a node read what no gradient passes, in place; the builder ends the process where a body reads what one does."""
+    """Let a node read what no gradient passes, in place; the builder ends the process where a body reads what
+    one does."""
     names = {name: stopped(name) for name in dict.fromkeys(node_reads(node))}
     for graph in subgraphs(node):
         rename(graph, {name: new for name, new in names.items() if name not in defined(graph)})
@@ -198,9 +226,15 @@ def _replace_kernels(model: ModelProto) -> None:
     for node in model.graph.node:
         if attribute(node, "operator") == _ROUND_TRIP:
             constants = node.input[1:]
-            builder.add("DequantizeLinear", [builder.add("QuantizeLinear", list(node.input)), *constants], node.output[0])
+            builder.add(
+                "DequantizeLinear",
+                [builder.add("QuantizeLinear", list(node.input)), *constants],
+                node.output[0],
+            )
         elif node.domain == _ATEN:
-            builder.nodes.append(helper.make_node("Identity", list(node.input), list(node.output), name=node.name))
+            builder.nodes.append(
+                helper.make_node("Identity", list(node.input), list(node.output), name=node.name)
+            )
         elif node.op_type in _GRADIENTS:
             _GRADIENTS[node.op_type](node, tape)
         else:
@@ -221,7 +255,8 @@ def _leaky_relu_gradient(node: NodeProto, t: Tape) -> None:
 
 
 def _conv_gradient(node: NodeProto, t: Tape) -> None:
-    """dx as a Conv where it is one, dW of a depthwise Conv as well: ConvGrad makes them column by column, which takes longer.
+    """dx as a Conv where it is one, dW of a depthwise Conv as well: ConvGrad makes them column by column,
+    which takes longer.
 
     It keeps what else there is.
     """
@@ -247,7 +282,8 @@ def _conv_gradient(node: NodeProto, t: Tape) -> None:
 
 
 def _conv_transpose_gradient(node: NodeProto, t: Tape) -> None:
-    """dx = conv(dy, W); dW = gradient of that Conv's weight with dy as its input and x as its output gradient.
+    """dx = conv(dy, W); dW = gradient of that Conv's weight with dy as its input and x as its output
+    gradient.
 
     ConvTranspose weights have shape (C_in, C_out / group, *kernel): exactly a Conv weight from dy to x.
     """

@@ -1,7 +1,7 @@
 """Gradient rules of the standard engine: for each operator, one rule an input.
 
-A rule gets the tape, the node, the input's position and the name of dL/dy, and returns the name of dL/dx, or None if
-nothing passes. The operators are those that others are lowered to (`eptq_onnx.graph.lower`).
+A rule gets the tape, the node, the input's position and the name of dL/dy, and returns the name of dL/dx, or
+None if nothing passes. The operators are those that others are lowered to (`eptq_onnx.graph.lower`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eptq_onnx.ops import LSQ_DOMAIN
 Rule: TypeAlias = Callable[[Tape, NodeProto, int, str], str | None]
 
 
-# ---- elementwise -----------------------------------------------------------------------------------------------
+# ---- elementwise -------------------------------------------------------------------------------------------
 def _slope(slope: Callable[[Tape, str, str], Operand]) -> Rule:
     """dx = dy * slope(x, y), for operators of one input."""
     return lambda t, node, k, dy: t.add("Mul", dy, slope(t, node.input[0], node.output[0]))
@@ -96,10 +96,14 @@ def leaky_relu_slope(t: Tape, dy: str, x: str, alpha: float) -> str:
 
 def _cast(t: Tape, node: NodeProto, k: int, dy: str) -> str | None:
     """Between numbers of the same type nothing changes; nothing passes integers."""
-    return dy if all(t.view.elem_type(name) in FLOAT_OR_UNKNOWN for name in (node.input[0], node.output[0])) else None
+    return (
+        dy
+        if all(t.view.elem_type(name) in FLOAT_OR_UNKNOWN for name in (node.input[0], node.output[0]))
+        else None
+    )
 
 
-# ---- matrix products -------------------------------------------------------------------------------------------
+# ---- matrix products ---------------------------------------------------------------------------------------
 def _matmul(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     """dA = dy Bᵀ and dB = Aᵀ dy, summed over the batch axes that were broadcast."""
     a, b = node.input
@@ -149,7 +153,7 @@ def _gemm_offset(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     return summed if beta == 1 else t.add("Mul", summed, beta)
 
 
-# ---- reductions ------------------------------------------------------------------------------------------------
+# ---- reductions --------------------------------------------------------------------------------------------
 def _axes(t: Tape, node: NodeProto) -> list[int]:
     """Axes of a reduction, counted from the front; from opset 18 (ReduceSum 13) on they are an input."""
     rank = len(t.dims(node.input[0]))
@@ -174,7 +178,9 @@ def _spread(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 def _spread_mean(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     sizes = [size for axis, size in enumerate(t.dims(node.input[0])) if axis in _axes(t, node)]
     if None in sizes:
-        after, before = (t.add("Cast", t.add("Size", x), to=TensorProto.FLOAT) for x in (node.output[0], node.input[0]))
+        after, before = (
+            t.add("Cast", t.add("Size", x), to=TensorProto.FLOAT) for x in (node.output[0], node.input[0])
+        )
         return _spread(t, node, k, t.add("Mul", dy, t.add("Div", after, before)))
     return _spread(t, node, k, t.add("Div", dy, float(np.prod([size or 1 for size in sizes]))))
 
@@ -215,14 +221,16 @@ def _log_softmax(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     return t.add("Sub", dy, t.add("Mul", t.add("Exp", node.output[0]), total))
 
 
-# ---- quantizers of the training graph --------------------------------------------------------------------------
+# ---- quantizers of the training graph ----------------------------------------------------------------------
 def _fake_quant(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     """Straight through where x is not clipped, half a step beyond the last integers."""
     x, scale = node.input[:2]
     zero = t.constant(node, 2)
     if zero is None:
         raise refusal(node, "it has no zero point")
-    first, last = (int_attribute(node, f"quant_{end}", 0) - float(zero.reshape(-1)[0]) for end in ("min", "max"))
+    first, last = (
+        int_attribute(node, f"quant_{end}", 0) - float(zero.reshape(-1)[0]) for end in ("min", "max")
+    )
     ends = [t.reshape(t.add("Mul", scale, steps), []) for steps in (first - 0.5, last + 0.5)]
     return t.kept(dy, t.add("Equal", x, t.add("Clip", x, *ends)))
 
@@ -266,7 +274,9 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("", "Reciprocal"): (_slope(lambda t, x, y: t.add("Neg", t.add("Mul", y, y))),),
     ("", "Sin"): (_slope(lambda t, x, y: t.add("Cos", x)),),
     ("", "Cos"): (_slope(lambda t, x, y: t.add("Neg", t.add("Sin", x))),),
-    ("", "Erf"): (_slope(lambda t, x, y: t.add("Mul", t.add("Exp", t.add("Neg", t.add("Mul", x, x))), 2 / _SQRT_PI)),),
+    ("", "Erf"): (
+        _slope(lambda t, x, y: t.add("Mul", t.add("Exp", t.add("Neg", t.add("Mul", x, x))), 2 / _SQRT_PI)),
+    ),
     ("", "Sigmoid"): (_slope(lambda t, x, y: t.add("Mul", y, t.add("Sub", 1.0, y))),),
     ("", "Tanh"): (_slope(lambda t, x, y: t.add("Sub", 1.0, t.add("Mul", y, y))),),
     ("", "Cast"): (_cast,),

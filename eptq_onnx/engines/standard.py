@@ -1,7 +1,7 @@
 """The gradient engine that needs nothing but onnxruntime: the backward pass in standard ONNX nodes.
 
-Reverse mode over the graph: each node's rules (`rules`) turn the gradient of its output into those of its inputs, and
-what several readers contribute is added.
+Reverse mode over the graph: each node's rules (`rules`) turn the gradient of its output into those of its
+inputs, and what several readers contribute is added.
 """
 
 from __future__ import annotations
@@ -49,21 +49,32 @@ class StandardEngine(Engine):
         tape = Tape(GraphView(result), edit.Builder(result, "gradient/"))
         found = _backward(_with_quantizers(private, tape.view), loss, reached, blocked, tape)
         builder = tape.builder
-        gradients = {name: builder.add("Identity", [found[name]], builder.unique(f"{name}_grad")) for name in found}
+        gradients = {
+            name: builder.add("Identity", [found[name]], builder.unique(f"{name}_grad")) for name in found
+        }
         result.graph.node.extend(builder.nodes)
         result.graph.initializer.extend(builder.initializers)
-        result.graph.output.extend(helper.make_tensor_value_info(g, TensorProto.FLOAT, tape.view.shape(x)) for x, g in gradients.items())
+        result.graph.output.extend(
+            helper.make_tensor_value_info(g, TensorProto.FLOAT, tape.view.shape(x))
+            for x, g in gradients.items()
+        )
         unreached |= {name: UNREACHED for name in reached if name not in found}
         return GradientModel(result, gradients, unreached)
 
 
 def _with_quantizers(model: ModelProto, runnable: GraphView) -> list[NodeProto]:
-    """The nodes to differentiate: those that run, but the quantizers as they were, for which there is a rule."""
+    """The nodes to differentiate: those that run, but the quantizers as they were, for which there is a
+    rule."""
     twins = [runnable.producer[next(filter(None, node.output))] for node in model.graph.node]
-    return [twin if twin.op_type == node.op_type else node for node, twin in zip(model.graph.node, twins, strict=True)]
+    return [
+        twin if twin.op_type == node.op_type else node
+        for node, twin in zip(model.graph.node, twins, strict=True)
+    ]
 
 
-def _backward(nodes: list[NodeProto], loss: str, wrt: Sequence[str], blocked: frozenset[str], t: Tape) -> dict[str, str]:
+def _backward(
+    nodes: list[NodeProto], loss: str, wrt: Sequence[str], blocked: frozenset[str], t: Tape
+) -> dict[str, str]:
     """Gradients of ``wrt``: tensor to the tensor that holds its gradient."""
     active = t.view.downstream(wrt, blocked)
     parts: dict[str, list[str]] = defaultdict(list)

@@ -56,7 +56,9 @@ class Tape:
         """
         shape = self.view.shape(name)
         if shape is None:
-            raise GradientError(f"the standard engine cannot differentiate the model: the rank of {name} is not known.")
+            raise GradientError(
+                f"the standard engine cannot differentiate the model: the rank of {name} is not known."
+            )
         return shape
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -69,7 +71,9 @@ class Tape:
         """
         shape = self.view.static_shape(name)
         if shape is None:
-            raise GradientError(f"the standard engine cannot differentiate the model: the shape of {name} is not known.")
+            raise GradientError(
+                f"the standard engine cannot differentiate the model: the shape of {name} is not known."
+            )
         return shape
 
     def size(self, name: str) -> str:
@@ -99,12 +103,19 @@ class Tape:
         return self.builder.reduce("ReduceSum", x, axes, keepdims=keepdims)
 
     def sum_to(self, x: str, shape: Shape, name: str, wanted: Shape) -> str:
-        """The adjoint of broadcasting tensor ``name``, of shape ``wanted``, to ``shape``: sums over what was repeated."""
+        """The adjoint of broadcasting tensor ``name``, of shape ``wanted``, to ``shape``: sums over what was
+        repeated."""
         first = len(shape) - len(wanted)
         if None in shape or None in wanted:
-            ones = self.add("Concat", self.ints([1] * first), self.size(name), axis=0) if first else self.size(name)
+            ones = (
+                self.add("Concat", self.ints([1] * first), self.size(name), axis=0)
+                if first
+                else self.size(name)
+            )
             repeated = self.add("NonZero", self.add("Not", self.add("Equal", ones, self.add("Shape", x))))
-            summed = self.add("ReduceSum", x, self.reshape(repeated, [-1]), keepdims=1, noop_with_empty_axes=1)
+            summed = self.add(
+                "ReduceSum", x, self.reshape(repeated, [-1]), keepdims=1, noop_with_empty_axes=1
+            )
             return self.add("Reshape", summed, self.size(name))
         axes = [*range(first), *(first + i for i, n in enumerate(wanted) if n != shape[first + i])]
         if not axes:
@@ -114,7 +125,11 @@ class Tape:
 
     def unsqueeze(self, x: str, axes: Sequence[int]) -> str:
         """x with axes of length 1."""
-        return self.add("Unsqueeze", x, self.ints(axes)) if self.builder.opset >= 13 else self.add("Unsqueeze", x, axes=list(axes))
+        return (
+            self.add("Unsqueeze", x, self.ints(axes))
+            if self.builder.opset >= 13
+            else self.add("Unsqueeze", x, axes=list(axes))
+        )
 
     def kept(self, x: str, condition: str) -> str:
         """x where the condition holds, else 0. Where takes three times as long."""
@@ -123,4 +138,6 @@ class Tape:
 
 def refusal(node: NodeProto, reason: str) -> GradientError:
     """The error of a node that has no gradient in the form that it has."""
-    return GradientError(f"the standard engine cannot differentiate the {node.op_type} {node.name}: {reason}.")
+    return GradientError(
+        f"the standard engine cannot differentiate the {node.op_type} {node.name}: {reason}."
+    )

@@ -39,9 +39,13 @@ class Window:
         Raises
         ------
         GradientError
-            If its padding follows from other attributes (the lowering makes that explicit where shapes are known).
+            If its padding follows from other attributes (the lowering makes that explicit where shapes are
+            known).
         """
-        if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID") or attribute(node, "output_shape") is not None:
+        if (
+            attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+            or attribute(node, "output_shape") is not None
+        ):
             raise refusal(node, "its padding is not explicit")
         rank = len(kernel)
         return cls(
@@ -59,11 +63,17 @@ class Window:
 
     def attributes(self) -> dict[str, Any]:
         """Those of a Conv node."""
-        shared = {"strides": self.strides, "dilations": self.dilations, "pads": self.pads, "kernel_shape": self.kernel}
+        shared = {
+            "strides": self.strides,
+            "dilations": self.dilations,
+            "pads": self.pads,
+            "kernel_shape": self.kernel,
+        }
         return {"group": self.group, **{name: list(value) for name, value in shared.items()}}
 
     def transposed(self, wide: Shape, narrow: Shape) -> dict[str, Any]:
-        """Attributes of the ConvTranspose from ``narrow`` to ``wide``, the sizes of what a Conv makes and reads."""
+        """Attributes of the ConvTranspose from ``narrow`` to ``wide``, the sizes of what a Conv makes and
+        reads."""
         rank = len(self.kernel)
         pads, extra = list(self.pads), [0] * rank
         for i in range(rank):
@@ -74,8 +84,10 @@ class Window:
         return {**self.attributes(), "pads": pads, "output_padding": extra}
 
 
-# ---- convolution -----------------------------------------------------------------------------------------------
-def turned_convolution(t: Tape, w: Window, dy: str, weight: str, shape: Shape, wide: Shape | None, narrow: Shape | None) -> str | None:
+# ---- convolution -------------------------------------------------------------------------------------------
+def turned_convolution(
+    t: Tape, w: Window, dy: str, weight: str, shape: Shape, wide: Shape | None, narrow: Shape | None
+) -> str | None:
     """dx of a Conv: a Conv of dy with the weight flipped and its channel axes exchanged, group by group.
 
     None where it would need negative padding, or has strides that do not pay.
@@ -99,7 +111,15 @@ def turned_convolution(t: Tape, w: Window, dy: str, weight: str, shape: Shape, w
     if max(w.kernel) > 1:
         ends = [[-1] * rank, [-(2**31)] * rank, list(range(2, rank + 2)), [-1] * rank]
         flipped = t.add("Slice", flipped, *map(t.ints, ends))
-    return t.add("Conv", dy, flipped, pads=pads, dilations=list(w.dilations), group=w.group, kernel_shape=list(w.kernel))
+    return t.add(
+        "Conv",
+        dy,
+        flipped,
+        pads=pads,
+        dilations=list(w.dilations),
+        group=w.group,
+        kernel_shape=list(w.kernel),
+    )
 
 
 def _stretched(t: Tape, w: Window, dy: str, wide: Shape, narrow: Shape) -> tuple[Window, str]:
@@ -115,13 +135,21 @@ def _stretched(t: Tape, w: Window, dy: str, wide: Shape, narrow: Shape) -> tuple
 def weight_gradient(t: Tape, w: Window, x: str, dy: str, x_shape: Shape, y_shape: Shape, shape: Shape) -> str:
     """dW of y = Conv(x, W): every element correlates a channel of x with one of dy.
 
-    Depthwise: one Conv of x with dy, each channel of each sample a group, strides and dilations exchanged. Otherwise a
-    matrix product for each place in the kernel, which is up to ten times as fast as such a Conv.
+    Depthwise: one Conv of x with dy, each channel of each sample a group, strides and dilations exchanged.
+    Otherwise a matrix product for each place in the kernel, which is up to ten times as fast as such a Conv.
     """
     n, group, rank = x_shape[0], w.group, len(w.kernel)
     if shape[1] == 1:
-        image, kernel = t.reshape(x, [1, n * group, *x_shape[2:]]), t.reshape(dy, [n * shape[0], 1, *y_shape[2:]])
-        exchanged = {"strides": list(w.dilations), "dilations": list(w.strides), "pads": list(w.pads), "group": n * group}
+        image, kernel = (
+            t.reshape(x, [1, n * group, *x_shape[2:]]),
+            t.reshape(dy, [n * shape[0], 1, *y_shape[2:]]),
+        )
+        exchanged = {
+            "strides": list(w.dilations),
+            "dilations": list(w.strides),
+            "pads": list(w.pads),
+            "group": n * group,
+        }
         found = t.add("Conv", image, kernel, kernel_shape=list(y_shape[2:]), **exchanged)
         # What the strides left out at the end makes further elements.
         cut = t.add("Slice", found, t.ints([0] * rank), t.ints(w.kernel), t.ints(range(2, rank + 2)))
@@ -186,19 +214,24 @@ def transposed_weight(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 def _mirrored(t: Tape, node: NodeProto) -> Window:
     """The window of the Conv from the output of a ConvTranspose to its input."""
     w = Window.of(node, t.shape(node.input[1])[2:])
-    if any(extra >= stride for extra, stride in zip(ints_attribute(node, "output_padding"), w.strides, strict=False)):
+    if any(
+        extra >= stride
+        for extra, stride in zip(ints_attribute(node, "output_padding"), w.strides, strict=False)
+    ):
         raise refusal(node, "its output_padding is not below its strides")
     return w
 
 
-# ---- pools -----------------------------------------------------------------------------------------------------
+# ---- pools -------------------------------------------------------------------------------------------------
 def average_pool(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     """Every element gets its share of each window: a transposed convolution with ones, channel by channel."""
     wide, narrow = t.shape(node.input[0]), t.shape(node.output[0])
     w = Window.of(node, ints_attribute(node, "kernel_shape"))
     share = np.ones((), np.float32)
     for i, (size, count) in enumerate(zip(wide[2:], narrow[2:], strict=True)):
-        counted = (w.pads[i], w.pads[len(w.kernel) + i]) if int_attribute(node, "count_include_pad", 0) else (0, 0)
+        counted = (
+            (w.pads[i], w.pads[len(w.kernel) + i]) if int_attribute(node, "count_include_pad", 0) else (0, 0)
+        )
         inside = window_counts(size, count, w.kernel[i], w.strides[i], w.dilations[i], w.pads[i], counted)
         share = np.multiply.outer(share, 1 / np.maximum(inside, 1)).astype(np.float32)
     shares = t.add("Mul", dy, t.builder.constant(share, "share"))
@@ -226,7 +259,9 @@ def max_pool(t: Tape, node: NodeProto, k: int, dy: str) -> str:
         node.output[1:] = [t.builder.unique(f"{node.output[0]}/indices")]
     nothing = t.add("ConstantOfShape", t.ints([int(np.prod(wide))]))
     if t.builder.opset >= 16:
-        flat = t.add("ScatterElements", nothing, *(t.reshape(x, [-1]) for x in (node.output[1], dy)), reduction="add")
+        flat = t.add(
+            "ScatterElements", nothing, *(t.reshape(x, [-1]) for x in (node.output[1], dy)), reduction="add"
+        )
         return t.reshape(flat, wide)
     apart = [-(-(r + 1) // s) for r, s in zip(w.reach, w.strides, strict=True)]
     rank = len(apart)

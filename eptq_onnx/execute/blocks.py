@@ -26,7 +26,8 @@ class Block:
     Parameters
     ----------
     model : ModelProto
-        Its inputs are the model's own and ``reads``, its outputs those of the model's that it makes, and ``makes``.
+        Its inputs are the model's own and ``reads``, its outputs those of the model's that it makes, and
+        ``makes``.
     reads : tuple of str
         Tensors of earlier blocks.
     makes : tuple of str
@@ -39,12 +40,14 @@ class Block:
 
 
 def blocks_of(model: ModelProto, batches: Sequence[Feeds], most: int | None) -> list[Block]:
-    """Blocks of at most ``most`` bytes for such batches (see `eptq_onnx.graph.shapes.specialize`); one where it is None."""
+    """Blocks of at most ``most`` bytes for such batches (see `eptq_onnx.graph.shapes.specialize`); one where
+    it is None."""
     return [Block(model)] if most is None else cut(model, specialize(model, batches), most)
 
 
 def cut(model: ModelProto, shaped: ModelProto, most: int) -> list[Block]:
-    """Blocks whose tensors and weights take at most ``most`` bytes (or which are one node); the model itself if it does.
+    """Blocks whose tensors and weights take at most ``most`` bytes (or which are one node); the model itself
+    if it does.
 
     Parameters
     ----------
@@ -58,8 +61,12 @@ def cut(model: ModelProto, shaped: ModelProto, most: int) -> list[Block]:
     if not ends:
         return [Block(model)]
     bounds = [0, *ends, len(view.nodes)]
-    place = {o: k for k, (a, b) in enumerate(itertools.pairwise(bounds)) for n in view.nodes[a:b] for o in n.output}
-    readers = {name: {place[o] for n in nodes for o in n.output if o} for name, nodes in view.consumers.items()}
+    place = {
+        o: k for k, (a, b) in enumerate(itertools.pairwise(bounds)) for n in view.nodes[a:b] for o in n.output
+    }
+    readers = {
+        name: {place[o] for n in nodes for o in n.output if o} for name, nodes in view.consumers.items()
+    }
     return [_block(view, place, readers, k, a, b) for k, (a, b) in enumerate(itertools.pairwise(bounds))]
 
 
@@ -71,7 +78,9 @@ def _ends(view: GraphView, most: int) -> list[int]:
     open_until: dict[str, int] = {}
     for k, node in enumerate(view.nodes):
         fresh = [i for i in node_reads(node) if i in view.initializers and i not in seen]
-        own = sum(store.value_bytes(view.initializers[i]) for i in fresh) + sum(bytes_of(view, o) for o in node.output)
+        own = sum(store.value_bytes(view.initializers[i]) for i in fresh) + sum(
+            bytes_of(view, o) for o in node.output
+        )
         open_until = {name: end for name, end in open_until.items() if end >= k}
         # What crosses into another block is fed and returned: it must be a tensor of a known type.
         if size and size + own > most and all(view.elem_type(name) for name in open_until):
@@ -84,7 +93,8 @@ def _ends(view: GraphView, most: int) -> list[int]:
 
 
 def tensor_bytes(model: ModelProto) -> int:
-    """Bytes of all tensors that a model with the shapes of one batch computes; those of unknown shape count nothing."""
+    """Bytes of all tensors that a model with the shapes of one batch computes; those of unknown shape count
+    nothing."""
     view = GraphView(model)
     return sum(bytes_of(view, name) for name in view.producer)
 
@@ -97,7 +107,9 @@ def bytes_of(view: GraphView, name: str) -> int:
     return int(helper.tensor_dtype_to_np_dtype(view.elem_type(name)).itemsize * math.prod(shape))
 
 
-def _block(view: GraphView, place: dict[str, int], readers: dict[str, set[int]], k: int, begin: int, end: int) -> Block:
+def _block(
+    view: GraphView, place: dict[str, int], readers: dict[str, set[int]], k: int, begin: int, end: int
+) -> Block:
     nodes = view.nodes[begin:end]
     read = dict.fromkeys(i for n in nodes for i in node_reads(n) if place.get(i) != k)
     made = [o for n in nodes for o in n.output if o]
@@ -109,7 +121,10 @@ def _block(view: GraphView, place: dict[str, int], readers: dict[str, set[int]],
         nodes,
         f"{view.model.graph.name}/{k}",
         [*inputs, *(_described(view, known, i) for i in reads)],
-        [_described(view, known, o) for o in dict.fromkeys([*(o for o in view.outputs if place.get(o) == k), *makes])],
+        [
+            _described(view, known, o)
+            for o in dict.fromkeys([*(o for o in view.outputs if place.get(o) == k), *makes])
+        ],
         [view.initializers[i] for i in read if i in view.initializers],
         value_info=[known[o] for o in made if o in known],
     )
@@ -121,8 +136,11 @@ def _described(view: GraphView, known: dict[str, ValueInfoProto], name: str) -> 
     return known[name] if name in known else edit.described(name, view.kind(name))
 
 
-def observe(blocks: Sequence[Block], batches: Iterable[Feeds], wanted: Sequence[str]) -> Iterator[tuple[int, Feeds]]:
-    """Run a model block by block; yields the number of a batch and those of its ``wanted`` tensors that a block makes.
+def observe(
+    blocks: Sequence[Block], batches: Iterable[Feeds], wanted: Sequence[str]
+) -> Iterator[tuple[int, Feeds]]:
+    """Run a model block by block; yields the number of a batch and those of its ``wanted`` tensors that a
+    block makes.
 
     Parameters
     ----------
@@ -138,7 +156,9 @@ def observe(blocks: Sequence[Block], batches: Iterable[Feeds], wanted: Sequence[
         made = {o for n in block.model.graph.node for o in n.output}
         given = {i.name for i in block.model.graph.input} if k == 0 else set()
         chosen = [name for name in wanted if name in made or name in given]
-        for number, (feeds, values) in enumerate(_run(block, batches, [name for name in chosen if name in made])):
+        for number, (feeds, values) in enumerate(
+            _run(block, batches, [name for name in chosen if name in made])
+        ):
             yield number, {name: values[name] if name in values else feeds[name] for name in chosen}
 
 

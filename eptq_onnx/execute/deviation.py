@@ -1,4 +1,5 @@
-"""How far the outputs of other versions of a model are from its own, measured by running them on some samples."""
+"""How far the outputs of other versions of a model are from its own, measured by running them on some
+samples."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ LOST = 1e30
 
 
 class Deviation:
-    """Noise-to-signal power ratio of a model's outputs, each part of them in units of its own spread; all parts count alike.
+    """Noise-to-signal power ratio of a model's outputs, each part of them in units of its own spread; all
+    parts count alike.
 
     Parameters
     ----------
@@ -69,7 +71,8 @@ class Deviation:
         return mean_noise(self.of_runs(other, read_as))
 
     def of_runs(self, other: ModelProto, read_as: Mapping[str, str] | None = None) -> NDArray[np.float64]:
-        """What each run adds to the ratio of each of ``parts``, of shape (n_runs, n_parts); the mean over runs is the ratio."""
+        """What each run adds to the ratio of each of ``parts``, of shape (n_runs, n_parts); the mean over
+        runs is the ratio."""
         return noise(self._exact, self._outputs(other, read_as or {}), self._variances)
 
     def _outputs(self, model: ModelProto, read_as: Mapping[str, str]) -> list[list[Array]]:
@@ -85,15 +88,21 @@ class Deviation:
         return [[values[name] for name in wanted] for values in found]
 
 
-def noise(exact: Iterable[Sequence[Array]], got: Iterable[Sequence[Array]], variances: Sequence[float]) -> NDArray[np.float64]:
-    """Squared difference of each part of the outputs, in units of the part's variance, run by run; shape (n_runs, n_parts).
+def noise(
+    exact: Iterable[Sequence[Array]], got: Iterable[Sequence[Array]], variances: Sequence[float]
+) -> NDArray[np.float64]:
+    """Squared difference of each part of the outputs, in units of the part's variance, run by run; shape
+    (n_runs, n_parts).
 
-    A run counts as much as it has elements, so that the mean over runs is that over all elements. What has another size than before,
-    for that depends on values, is lost: its error counts as its variance.
+    A run counts as much as it has elements, so that the mean over runs is that over all elements. What has
+    another size than before, for that depends on values, is lost: its error counts as its variance.
     """
     errors, sizes = list[list[float]](), list[list[int]]()
     for pair in zip(exact, got, strict=True):
-        row = [_squares(reference, value, variance) for reference, value, variance in zip(*pair, variances, strict=True)]
+        row = [
+            _squares(reference, value, variance)
+            for reference, value, variance in zip(*pair, variances, strict=True)
+        ]
         errors.append([error for error, _ in row])
         sizes.append([size for _, size in row])
     ratios = np.asarray(errors) / np.maximum(np.mean(sizes, axis=0), 1) / variances

@@ -1,9 +1,11 @@
-"""Numbers that are none, NaN and infinity, in graphs that are differentiated: 0 times them is NaN, so that one spoils all.
+"""Numbers that are none, NaN and infinity, in graphs that are differentiated: 0 times them is NaN, so that
+one spoils all.
 
-Positions may hold them that no output depends on: rows of an attention that are masked altogether, padded tokens, log(0)
-that a Where leaves out. In the copy of a model that gradients pass, infinite constants become large numbers (a row that
-is masked altogether is then uniform), and what a node makes of nothing but numbers that is none becomes 0, with no
-gradient: ``y = where(ok, f(where(ok, x, c)), 0)``, for functions of single elements, with ok where f(x) is a number.
+Positions may hold them that no output depends on: rows of an attention that are masked altogether, padded
+tokens, log(0) that a Where leaves out. In the copy of a model that gradients pass, infinite constants become
+large numbers (a row that is masked altogether is then uniform), and what a node makes of nothing but numbers
+that is none becomes 0, with no gradient: ``y = where(ok, f(where(ok, x, c)), 0)``, for functions of single
+elements, with ok where f(x) is a number.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ IsElementwise = Callable[[NodeProto], bool]
 
 
 def has_infinite_source(view: GraphView, tensor: str) -> bool:
-    """True if the model itself brings infinity into a tensor: a constant of it is upstream, such as a mask."""
+    """True if the model itself brings infinity into a tensor: a constant of it is upstream, such as a
+    mask."""
     needed = view.upstream([tensor])
     if any(view.is_float(name) and not view.is_finite(name) for name in needed if view.is_constant(name)):
         return True
@@ -53,9 +56,14 @@ def _is_infinite(attribute: AttributeProto) -> bool:
 
 
 def differentiable(
-    model: ModelProto, compared: Sequence[str], batches: Sequence[Feeds], most: int | None, is_elementwise: IsElementwise
+    model: ModelProto,
+    compared: Sequence[str],
+    batches: Sequence[Feeds],
+    most: int | None,
+    is_elementwise: IsElementwise,
 ) -> ModelProto | None:
-    """The model without numbers that are none; None if there are none on these batches that could spoil a gradient.
+    """The model without numbers that are none; None if there are none on these batches that could spoil a
+    gradient.
 
     Parameters
     ----------
@@ -101,7 +109,10 @@ def _bounded(model: ModelProto) -> ModelProto:
     """Infinite constants made large."""
     view = GraphView(model)
     infinite = [name for name in view.initializers if view.is_float(name) and not view.is_finite(name)]
-    values = {n: np.nan_to_num(view.constant(n), nan=np.nan, posinf=LARGE, neginf=-LARGE).astype(np.float32) for n in infinite}
+    values = {
+        n: np.nan_to_num(view.constant(n), nan=np.nan, posinf=LARGE, neginf=-LARGE).astype(np.float32)
+        for n in infinite
+    }
     return edit.with_constants(model, values)
 
 

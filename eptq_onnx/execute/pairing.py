@@ -1,4 +1,5 @@
-"""Outputs of two versions of a network that each choose for themselves, run by run, with matching rows beside each other."""
+"""Outputs of two versions of a network that each choose for themselves, run by run, with matching rows beside
+each other."""
 
 from __future__ import annotations
 
@@ -35,7 +36,9 @@ class Pairing:
         What the float network drew and chose.
     """
 
-    def __init__(self, whole: ModelProto, samples: Samples, parts: Sequence[NDArray[np.int64]], found: Replay) -> None:
+    def __init__(
+        self, whole: ModelProto, samples: Samples, parts: Sequence[NDArray[np.int64]], found: Replay
+    ) -> None:
         self._samples, self._parts, self._found = samples, parts, found
         self._free = _in_free_order(whole, found)
 
@@ -54,7 +57,11 @@ class Pairing:
         """Output name to the values of both, run by run; rows whose order was chosen by value are matched."""
         for part, expected, got in zip(self._parts, reference, others, strict=False):
             counts = self._chosen(part)
-            axes = {name: axis for name in self._free if name in expected and (axis := rows_axis(expected[name], counts)) is not None}
+            axes = {
+                name: axis
+                for name in self._free
+                if name in expected and (axis := rows_axis(expected[name], counts)) is not None
+            }
             yield laid_beside(expected, got, axes)
 
     def _chosen(self, part: NDArray[np.int64]) -> set[int]:
@@ -88,6 +95,8 @@ def _in_free_order(model: ModelProto, found: Replay) -> list[str]:
     """Outputs whose rows come in an order that was chosen by value."""
     view = GraphView(flattened(model))
     nodes = {n.name: n for n in view.nodes}
-    chosen = [nodes[p.node] for p in found.places if (rule := recorded(nodes[p.node])) is not None and rule.orders]
+    chosen = [
+        nodes[p.node] for p in found.places if (rule := recorded(nodes[p.node])) is not None and rule.orders
+    ]
     behind = view.downstream(o for n in chosen for o in n.output if o)
     return [o for o in view.outputs if o in behind]

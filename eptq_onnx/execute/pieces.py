@@ -15,7 +15,10 @@ from eptq_onnx.runtime import Session
 
 
 def piece(
-    view: GraphView, nodes: Sequence[NodeProto], inputs: Mapping[str, int | TypeProto], outputs: Mapping[str, int | TypeProto]
+    view: GraphView,
+    nodes: Sequence[NodeProto],
+    inputs: Mapping[str, int | TypeProto],
+    outputs: Mapping[str, int | TypeProto],
 ) -> ModelProto:
     """A model that computes some tensors from others.
 
@@ -25,9 +28,12 @@ def piece(
     nodes : sequence of NodeProto
         In order.
     inputs, outputs : mapping of str to int or TypeProto
-        Tensor to ONNX element type, of any shape; or name of any other value to its type, open for an output that nobody tells.
+        Tensor to ONNX element type, of any shape; or name of any other value to its type, open for an output
+        that nobody tells.
     """
-    constants = dict.fromkeys(i for n in nodes for i in node_reads(n) if i in view.initializers and i not in inputs)
+    constants = dict.fromkeys(
+        i for n in nodes for i in node_reads(n) if i in view.initializers and i not in inputs
+    )
     graph = helper.make_graph(
         nodes,
         "piece",
@@ -38,7 +44,9 @@ def piece(
     return helper.make_model(graph, opset_imports=view.model.opset_import, ir_version=view.model.ir_version)
 
 
-def function_of(view: GraphView, nodes: Sequence[NodeProto], tensor: str, end: str) -> Callable[[Array], Array]:
+def function_of(
+    view: GraphView, nodes: Sequence[NodeProto], tensor: str, end: str
+) -> Callable[[Array], Array]:
     """What some nodes make of a float tensor of any shape, up to the float tensor ``end``."""
     session = Session(piece(view, nodes, {tensor: TensorProto.FLOAT}, {end: TensorProto.FLOAT}))
 

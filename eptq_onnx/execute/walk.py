@@ -1,4 +1,5 @@
-"""One walk over a model: tensors in the order in which they are wanted, every node run once for all samples."""
+"""One walk over a model: tensors in the order in which they are wanted, every node run once for all
+samples."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ _MEMORY = 3 * 2**30
 class Walk:
     """Runs a model piece by piece, up to one wanted tensor after the other.
 
-    Only tensors that a later node still reads are kept. Constants may be set as long as no node that reads them has
-    run: this is how a layer's weight can depend on the layer's input.
+    Only tensors that a later node still reads are kept. Constants may be set as long as no node that reads
+    them has run: this is how a layer's weight can depend on the layer's input.
 
     Parameters
     ----------
@@ -82,7 +83,9 @@ class Walk:
         kept = [o for o in made if o == wanted or self._is_awaited(o)]
         read = dict.fromkeys(i for n in nodes for i in node_reads(n) if i not in made)
         inputs = [i for i in read if self._known(i)]
-        session = Session(piece(self._view, nodes, {i: self._type(i) for i in inputs}, {o: self._type(o) for o in kept}))
+        session = Session(
+            piece(self._view, nodes, {i: self._type(i) for i in inputs}, {o: self._type(o) for o in kept})
+        )
 
         def run(feeds: Feeds) -> Feeds:
             available = {**feeds, **self._replaced}
@@ -109,7 +112,8 @@ class Walk:
 
 
 def affordable_batches(model: ModelProto, walks: int, max_memory: int | None) -> int:
-    """Batches, 1 at least, that so many walks side by side can take at once: 3 GiB, or a quarter of the allowed memory.
+    """Batches, 1 at least, that so many walks side by side can take at once: 3 GiB, or a quarter of the
+    allowed memory.
 
     Parameters
     ----------
@@ -124,7 +128,8 @@ def affordable_batches(model: ModelProto, walks: int, max_memory: int | None) ->
 
 
 def peak_bytes(model: ModelProto) -> int:
-    """Most bytes that the live tensors take at once when the nodes run in order; tensors of unknown shape count nothing.
+    """Most bytes that the live tensors take at once when the nodes run in order; tensors of unknown shape
+    count nothing.
 
     Parameters
     ----------
@@ -133,7 +138,9 @@ def peak_bytes(model: ModelProto) -> int:
     """
     view = GraphView(model)
     last = {name: k for k, node in enumerate(view.nodes) for name in node_reads(node)}
-    sizes = {name: 4 * int(np.prod(view.static_shape(name) or (0,))) for name in (*view.inputs, *view.producer)}
+    sizes = {
+        name: 4 * int(np.prod(view.static_shape(name) or (0,))) for name in (*view.inputs, *view.producer)
+    }
     live = sum(sizes[name] for name in view.inputs)
     peak = live
     for k, node in enumerate(view.nodes):

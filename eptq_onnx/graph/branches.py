@@ -1,9 +1,11 @@
-"""Branches of If in the main graph: for good where the condition is constant, for a while where the samples decide it.
+"""Branches of If in the main graph: for good where the condition is constant, for a while where the samples
+decide it.
 
-A *settled* If is one whose condition is the same for every sample. The nodes of the branch that it takes are hoisted
-into the main graph, where they are quantized like any others, and sunk back at the end. In between, the If itself
-stays, with a branch that only hands the hoisted tensors on, so that the other branch keeps its meaning. Settled Ifs,
-and the nodes that were in the main graph before, are marked in their metadata; the marks go when the nodes sink.
+A *settled* If is one whose condition is the same for every sample. The nodes of the branch that it takes are
+hoisted into the main graph, where they are quantized like any others, and sunk back at the end. In between,
+the If itself stays, with a branch that only hands the hoisted tensors on, so that the other branch keeps its
+meaning. Settled Ifs, and the nodes that were in the main graph before, are marked in their metadata; the
+marks go when the nodes sink.
 """
 
 from __future__ import annotations
@@ -19,7 +21,18 @@ from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import node_reads, subgraphs
 
 _TAKEN, _STAYS = "eptq_onnx.taken", "eptq_onnx.stays"
-_MOVES = {"MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze", "Flatten", "Expand", "Gather", "Identity"}
+_MOVES = {
+    "MaxPool",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+    "Flatten",
+    "Expand",
+    "Gather",
+    "Identity",
+}
 """Operators that onnxruntime may take a quantizer along, and some more."""
 _BRANCHES = {True: "then_branch", False: "else_branch"}
 
@@ -41,7 +54,8 @@ def branch(node: NodeProto, name: str) -> GraphProto:
 
 
 def with_known_branches(model: ModelProto) -> ModelProto | None:
-    """A copy in which every If with a constant condition is the branch that it takes; None if there is none."""
+    """A copy in which every If with a constant condition is the branch that it takes; None if there is
+    none."""
     constants = {t.name: t for t in model.graph.initializer}
     builder, found = edit.Builder(model, "if/"), False
     for node in model.graph.node:
@@ -76,7 +90,11 @@ def hoist(model: ModelProto, decided: Mapping[str, bool]) -> ModelProto:
         taken = branch(copy, name)
         inside = edit.Builder(model)
         for output in taken.output:
-            output.name = inside.add("Identity", [made.get(output.name, output.name)], builder.unique(f"{node.name}/{output.name}/out"))
+            output.name = inside.add(
+                "Identity",
+                [made.get(output.name, output.name)],
+                builder.unique(f"{node.name}/{output.name}/out"),
+            )
         del taken.node[:], taken.initializer[:], taken.value_info[:]
         taken.node.extend(inside.nodes)
         builder.nodes.append(copy)
@@ -91,7 +109,9 @@ def _hoisted(builder: edit.Builder, node: NodeProto, taken: GraphProto) -> dict[
     for inner in taken.node:
         builder.nodes.append(edit.renamed(inner, names))
         # A name of its own: the outer node's must stay the outer node's.
-        builder.nodes[-1].name = builder.unique(f"{node.name or node.output[0]}/{inner.name or inner.op_type}")
+        builder.nodes[-1].name = builder.unique(
+            f"{node.name or node.output[0]}/{inner.name or inner.op_type}"
+        )
     return names
 
 
@@ -125,7 +145,8 @@ def flattened(model: ModelProto) -> ModelProto:
 
 
 def sink(model: ModelProto) -> ModelProto:
-    """A copy with the nodes that only serve the taken branch of a settled If inside that branch again; without marks."""
+    """A copy with the nodes that only serve the taken branch of a settled If inside that branch again;
+    without marks."""
     settled = [n.name for n in model.graph.node if settled_branch(n)]
     if not settled:
         return model
@@ -140,10 +161,12 @@ def sink(model: ModelProto) -> ModelProto:
 
 
 def shielded(model: ModelProto) -> ModelProto:
-    """A copy in which no body reads what follows from a DequantizeLinear by moves alone; the model itself if none does.
+    """A copy in which no body reads what follows from a DequantizeLinear by moves alone; the model itself if
+    none does.
 
-    ``DequantizeLinear → Reshape → x, read inside If``    becomes    ``... → x → Clip → y, read inside If``: onnxruntime (1.19 to
-    1.32) ends the process where it takes the quantizer along to the reader. Clip without limits is a copy that it does not remove.
+    ``DequantizeLinear → Reshape → x, read inside If``    becomes    ``... → x → Clip → y, read inside If``:
+    onnxruntime (1.19 to 1.32) ends the process where it takes the quantizer along to the reader. Clip without
+    limits is a copy that it does not remove.
     """
     producer = {o: n for n in model.graph.node for o in n.output}
     builder, found = edit.Builder(model), False
@@ -194,8 +217,11 @@ def _sink_into(model: ModelProto, name: str) -> None:
     model.graph.initializer.extend(others)
 
 
-def _with_own_dequantizers(builder: edit.Builder, inside: list[NodeProto], outside: Mapping[str, NodeProto]) -> list[NodeProto]:
-    """The nodes with a copy of every DequantizeLinear outside that they read: runtimes fuse within one graph only."""
+def _with_own_dequantizers(
+    builder: edit.Builder, inside: list[NodeProto], outside: Mapping[str, NodeProto]
+) -> list[NodeProto]:
+    """The nodes with a copy of every DequantizeLinear outside that they read: runtimes fuse within one graph
+    only."""
     read = dict.fromkeys(i for n in inside for i in node_reads(n))
     names = {}
     for name in read:

@@ -1,7 +1,8 @@
 """What onnxruntime reads but onnx's checker and passes do not, in the form that all of them read.
 
-Nodes in order, in the graph, in bodies and in functions; operator sets imported once, under one name each; outputs with types;
-no declared shape that contradicts the inferred one; names inside bodies that no graph around them has.
+Nodes in order, in the graph, in bodies and in functions; operator sets imported once, under one name each;
+outputs with types; no declared shape that contradicts the inferred one; names inside bodies that no graph
+around them has.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _OF_GRADIENTS = "_grad"
 
 
 def make_canonical(model: ModelProto) -> None:
-    """Bring a model into the form that onnx's checker and passes read, in place; what it computes does not change."""
+    """Bring a model into the form that onnx's checker and passes read, in place; what it computes does not
+    change."""
     model.ir_version = max(model.ir_version, FIRST_IR_WITH_CONSTANTS)
     for graph in all_graphs(model.graph):
         graph.name = graph.name or "graph"
@@ -42,7 +44,8 @@ def make_canonical(model: ModelProto) -> None:
 
 
 def separate_names(model: ModelProto) -> None:
-    """Rename, in place, tensors of bodies that have a name of a graph around them, and inner ones that have a name of a step's."""
+    """Rename, in place, tensors of bodies that have a name of a graph around them, and inner ones that have a
+    name of a step's."""
     taken = all_names(model.graph)
     interface = {i.name for i in (*model.graph.input, *model.graph.output)}
     own = [name for name in defined(model.graph) if name not in interface]
@@ -53,7 +56,9 @@ def separate_names(model: ModelProto) -> None:
 
 
 def _is_reserved(name: str, taken: set[str]) -> bool:
-    return name.startswith(_OF_STEPS) or (name.endswith(_OF_GRADIENTS) and name.removesuffix(_OF_GRADIENTS) in taken)
+    return name.startswith(_OF_STEPS) or (
+        name.endswith(_OF_GRADIENTS) and name.removesuffix(_OF_GRADIENTS) in taken
+    )
 
 
 def _separate(graph: GraphProto, around: set[str], taken: set[str]) -> None:
@@ -92,9 +97,10 @@ def rename(graph: GraphProto, names: Mapping[str, str]) -> None:
             rename(inner, {old: new for old, new in names.items() if old not in own})
 
 
-# ---- operator sets -------------------------------------------------------------------------------------------------
+# ---- operator sets -----------------------------------------------------------------------------------------
 def _import_operator_sets(model: ModelProto) -> None:
-    """Every operator set once, the default one under its usual name; those that onnxruntime would add of itself are added."""
+    """Every operator set once, the default one under its usual name; those that onnxruntime would add of
+    itself are added."""
     used: set[str] = set()
     _domains(model.graph.node, used)
     for function in model.functions:
@@ -110,7 +116,9 @@ def _import_operator_sets(model: ModelProto) -> None:
     except ModelError:
         # Who checks the model says which is missing.
         return
-    model.opset_import.extend(helper.make_opsetid(domain, versions[domain]) for domain in missing if domain in versions)
+    model.opset_import.extend(
+        helper.make_opsetid(domain, versions[domain]) for domain in missing if domain in versions
+    )
 
 
 def _import_once(imports: Any) -> None:
@@ -130,9 +138,10 @@ def _domains(nodes: Iterable[NodeProto], found: set[str]) -> None:
             _domains(inner.node, found)
 
 
-# ---- order ---------------------------------------------------------------------------------------------------------
+# ---- order -------------------------------------------------------------------------------------------------
 def _sort(graph: Any) -> None:
-    """Put nodes behind those whose results they read; the order stays where it is right. Nodes of a cycle stay as they are."""
+    """Put nodes behind those whose results they read; the order stays where it is right. Nodes of a cycle
+    stay as they are."""
     for node in graph.node:
         for inner in subgraphs(node):
             _sort(inner)
@@ -150,7 +159,8 @@ def _sort(graph: Any) -> None:
 
 
 def _order(before: Sequence[set[int]]) -> list[int]:
-    """Places sorted so that each comes after those before it, the smallest first; places of cycles are left out."""
+    """Places sorted so that each comes after those before it, the smallest first; places of cycles are left
+    out."""
     behind: dict[int, list[int]] = {}
     waiting = [len(earlier) for earlier in before]
     for k, earlier in enumerate(before):
@@ -179,9 +189,10 @@ def _keep_last_initializers(graph: GraphProto) -> None:
             del graph.initializer[k]
 
 
-# ---- declared types ------------------------------------------------------------------------------------------------
+# ---- declared types ----------------------------------------------------------------------------------------
 def _declare(model: ModelProto) -> None:
-    """Types for outputs that have none; what is declared of a tensor goes where it contradicts what is inferred."""
+    """Types for outputs that have none; what is declared of a tensor goes where it contradicts what is
+    inferred."""
     made = {o for node in model.graph.node for o in node.output if o}
     declared = [v for v in (*model.graph.value_info, *model.graph.output) if v.name in made]
     if not declared:
@@ -212,7 +223,10 @@ def _declare(model: ModelProto) -> None:
 
 
 def _declare_outputs(model: ModelProto, known: Mapping[str, ValueInfoProto]) -> None:
-    constants = {t.name: helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in model.graph.initializer}
+    constants = {
+        t.name: helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+        for t in model.graph.initializer
+    }
     told = {**constants, **{i.name: i for i in model.graph.input}, **known}
     untyped = [o for o in model.graph.output if o.type.WhichOneof("value") is None]
     for info in untyped:
@@ -238,5 +252,10 @@ def _contradicts(declared: ValueInfoProto, inferred: ValueInfoProto) -> bool:
     one, other = declared.type.tensor_type, inferred.type.tensor_type
     if not (one.HasField("shape") and other.HasField("shape")):
         return False
-    sizes = [[d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim] for tensor in (one, other)]
-    return len(sizes[0]) != len(sizes[1]) or any(a != b and None not in (a, b) for a, b in zip(*sizes, strict=True))
+    sizes = [
+        [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
+        for tensor in (one, other)
+    ]
+    return len(sizes[0]) != len(sizes[1]) or any(
+        a != b and None not in (a, b) for a, b in zip(*sizes, strict=True)
+    )

@@ -1,11 +1,14 @@
-"""Along which axis of each tensor its channels lie: decided here, for scores, equalization, rotation, attention and the loop.
+"""Along which axis of each tensor its channels lie: decided here, for scores, equalization, rotation,
+attention and the loop.
 
-The operators say it: a convolution makes and reads channels along axis 1, a matrix product along the last axis. Others carry
-the axis from what they read to what they make, or move it (Transpose, Reshape). What no producer tells, readers do: an
-image that is transposed in front of a convolution has its channels last. Where neither tells, axis 1 is taken from rank 4 on
-(images and volumes, attention heads), and the last axis below (tokens, features).
+The operators say it: a convolution makes and reads channels along axis 1, a matrix product along the last
+axis. Others carry the axis from what they read to what they make, or move it (Transpose, Reshape). What no
+producer tells, readers do: an image that is transposed in front of a convolution has its channels last. Where
+neither tells, axis 1 is taken from rank 4 on (images and volumes, attention heads), and the last axis below
+(tokens, features).
 
-A *rule* follows an axis through a node, from one of its tensors to another, in either direction; None where it ends.
+A *rule* follows an axis through a node, from one of its tensors to another, in either direction; None where
+it ends.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from onnx import NodeProto
 from eptq_onnx.graph.view import GraphView, Shape, int_attribute, ints_attribute
 
 Rule = Callable[[NodeProto, GraphView, str, str, int], int | None]
-"""Of node, view, tensor, other tensor, and the axis in the first: the axis in the other. Both tensors have a known rank."""
+"""Of node, view, tensor, other tensor, and the axis in the first: the axis in the other. Both tensors have a
+known rank."""
 
 
 class Said(NamedTuple):
@@ -87,7 +91,9 @@ def _forward(node: NodeProto, said: Said, view: GraphView, known: dict[str, int]
             known[name] = axis
 
 
-def _carried(node: NodeProto, said: Said, view: GraphView, known: Mapping[str, int], output: str) -> Iterator[int]:
+def _carried(
+    node: NodeProto, said: Said, view: GraphView, known: Mapping[str, int], output: str
+) -> Iterator[int]:
     """The axes that a rule carries to an output; first those of operands that are not broadcast along it."""
     if said.rule is None:
         return
@@ -118,7 +124,7 @@ def _rank(view: GraphView, name: str) -> int:
     return len(view.shape(name) or ())
 
 
-# ---- rules -----------------------------------------------------------------------------------------------------
+# ---- rules -------------------------------------------------------------------------------------------------
 def keeps(node: NodeProto, view: GraphView, source: str, target: str, axis: int) -> int | None:
     """The axis stays; tensors of fewer axes meet the last axes of others (broadcasting)."""
     place = axis + _rank(view, target) - _rank(view, source)
@@ -168,11 +174,16 @@ def squeezed(node: NodeProto, view: GraphView, source: str, target: str, axis: i
     rank, shape = _rank(view, longer), view.shape(longer) or ()
     axes = _axes(node, view) or [k for k, d in enumerate(shape) if d == 1 and rank > _rank(view, shorter)]
     gone = {a % rank for a in axes}
-    return _without(axis, gone, rank, forward=source == longer) if rank - len(gone) == _rank(view, shorter) else None
+    return (
+        _without(axis, gone, rank, forward=source == longer)
+        if rank - len(gone) == _rank(view, shorter)
+        else None
+    )
 
 
 def reshaped(node: NodeProto, view: GraphView, source: str, target: str, axis: int) -> int | None:
-    """Reshape and Flatten: where the axis is cut, its first part; where it is joined with others, what they become.
+    """Reshape and Flatten: where the axis is cut, its first part; where it is joined with others, what they
+    become.
 
     An axis that is joined with the batch ends there.
     """
@@ -209,9 +220,14 @@ def _met(before: Shape, after: Shape, axis: int) -> int | None:
 
 
 def _axes(node: NodeProto, view: GraphView) -> list[int]:
-    """The axes of a reduction, Squeeze or Unsqueeze: an attribute, or a constant input; none if they are not known."""
+    """The axes of a reduction, Squeeze or Unsqueeze: an attribute, or a constant input; none if they are not
+    known."""
     if len(node.input) > 1 and node.input[1]:
-        return [int(a) for a in view.constant(node.input[1]).reshape(-1)] if view.is_constant(node.input[1]) else []
+        return (
+            [int(a) for a in view.constant(node.input[1]).reshape(-1)]
+            if view.is_constant(node.input[1])
+            else []
+        )
     return ints_attribute(node, "axes")
 
 

@@ -1,12 +1,13 @@
 """Which channels of which tensors may be scaled without changing what the model computes.
 
-A factor on a channel and its inverse in whatever reads it cancel where the operators between are positively homogeneous,
-channel by channel (Relu, PRelu, pooling, sums); the constants of layers and normalizations take the factors up
-(cross-layer equalization, Nagel et al. 2019, section 4.1). Every channel of a tensor has a *slot*; operators tie the slots
-that must have the same factor. Slot 0 is that of all channels that must stay as they are.
+A factor on a channel and its inverse in whatever reads it cancel where the operators between are positively
+homogeneous, channel by channel (Relu, PRelu, pooling, sums); the constants of layers and normalizations take
+the factors up (cross-layer equalization, Nagel et al. 2019, section 4.1). Every channel of a tensor has a
+*slot*; operators tie the slots that must have the same factor. Slot 0 is that of all channels that must stay
+as they are.
 
-A *rule* enters what one node does to the slots of its tensors. It returns False where it cannot tell; then the node's
-inputs stay as they are, and so does what it makes.
+A *rule* enters what one node does to the slots of its tensors. It returns False where it cannot tell; then
+the node's inputs stay as they are, and so does what it makes.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Absorber:
     ----------
     constant : str
     times, over : ndarray or None
-        Slots of what it makes, and of what it reads: those of its rows and of their terms, if it has such; else of the
-        places along an axis.
+        Slots of what it makes, and of what it reads: those of its rows and of their terms, if it has such;
+        else of the places along an axis.
     axis : int
     form : LinearForm or None
         How a layer's weight is made of rows.
@@ -67,7 +68,9 @@ class Absorber:
         rows = self.form.weight_rows(value)
         groups, outputs, _ = rows.shape
         terms = np.repeat(over.reshape(groups, -1), self.form.taps, axis=1)
-        return self.form.weight_from_rows(rows * times.reshape(groups, outputs, 1) / terms[:, None, :]).astype(np.float32)
+        return self.form.weight_from_rows(
+            rows * times.reshape(groups, outputs, 1) / terms[:, None, :]
+        ).astype(np.float32)
 
 
 class Channels:
@@ -82,7 +85,9 @@ class Channels:
         The channel axis of each tensor (`eptq_onnx.graph.channel_axes`): along another one it has no slots.
     """
 
-    def __init__(self, view: GraphView, rule_of: Callable[[NodeProto], Rule | None], axes: Mapping[str, int]) -> None:
+    def __init__(
+        self, view: GraphView, rule_of: Callable[[NodeProto], Rule | None], axes: Mapping[str, int]
+    ) -> None:
         self.view, self.axes = view, axes
         self.absorbers: list[Absorber] = []
         self._slots: dict[str, tuple[Slots, int]] = {}
@@ -112,14 +117,15 @@ class Channels:
         count, sets = connected_components(graph, directed=False)
         return int(count), sets.astype(np.int64)
 
-    # ---- for rules -----------------------------------------------------------------------------------------------
+    # ---- for rules -----------------------------------------------------------------------------------------
     def fresh(self, count: int) -> Slots:
         """Slots that nothing is tied to yet."""
         self._count += count
         return np.arange(self._count - count, self._count)
 
     def make(self, name: str, slots: Slots, axis: int) -> bool:
-        """Give a tensor its slots; False if they do not lie along its channel axis: then they must stay as they are."""
+        """Give a tensor its slots; False if they do not lie along its channel axis: then they must stay as
+        they are."""
         if self.axes.get(name, axis) != axis:
             self.tie(slots, np.zeros_like(slots))
             return False
@@ -149,16 +155,22 @@ class Channels:
         private = self._uses[name] == 1 and name not in self.view.outputs
         return self.view.is_constant(name) and private and self.view.is_float(name)
 
-    def absorb(self, constant: str, times: Slots | None = None, over: Slots | None = None, axis: int = 0) -> None:
-        """Let a constant be multiplied by the factors of some slots, and divided by those of others, along an axis."""
+    def absorb(
+        self, constant: str, times: Slots | None = None, over: Slots | None = None, axis: int = 0
+    ) -> None:
+        """Let a constant be multiplied by the factors of some slots, and divided by those of others, along an
+        axis."""
         self.absorbers.append(Absorber(constant, times, over, axis % len(self.view.constant_shape(constant))))
 
 
 Rule = Callable[[NodeProto, Channels], bool]
 
 
-def layer(node: NodeProto, channels: Channels, form: LinearForm, weight: int, bias: int | None, axis: int) -> bool:
-    """A product with a constant: its rows take up the factors of what it makes, its terms those of what it reads.
+def layer(
+    node: NodeProto, channels: Channels, form: LinearForm, weight: int, bias: int | None, axis: int
+) -> bool:
+    """A product with a constant: its rows take up the factors of what it makes, its terms those of what it
+    reads.
 
     ``sum_t W[n, t] x[t] + b[n]`` becomes ``sum_t (f[n] W[n, t] / f[t]) (f[t] x[t]) + f[n] b[n]``.
     """
@@ -198,7 +210,12 @@ def keeps_channels(node: NodeProto, channels: Channels) -> bool:
     known, shape = channels.of(node.input[0]), channels.view.shape(node.output[0])
     if attribute(node, "extrapolation_value", 0.0):
         return False
-    return known is not None and shape is not None and shape[known[1]] == len(known[0]) and passes(node, channels)
+    return (
+        known is not None
+        and shape is not None
+        and shape[known[1]] == len(known[0])
+        and passes(node, channels)
+    )
 
 
 def pads(node: NodeProto, channels: Channels) -> bool:
@@ -214,7 +231,11 @@ def sums(node: NodeProto, channels: Channels) -> bool:
     terms = [i for i in node.input if not view.is_constant(i)]
     known = [channels.of(i) for i in terms]
     shapes = [view.shape(i) for i in terms]
-    if not terms or any(k is None for k in known) or any(s is None or len(s) != len(shapes[0] or ()) for s in shapes):
+    if (
+        not terms
+        or any(k is None for k in known)
+        or any(s is None or len(s) != len(shapes[0] or ()) for s in shapes)
+    ):
         return False
     (slots, axis), *others = (k for k in known if k is not None)
     constants = [i for i in node.input if view.is_constant(i)]
@@ -269,7 +290,8 @@ def _rescaled(node: NodeProto, channels: Channels, x: str, other: str, *, invers
 
 
 def _fixed_along(shape: Sequence[int], rank: int, axis: int) -> tuple[Slots, int] | None:
-    """Slots of channels that stay as they are, and their axis, if that is where a constant tells them apart; else None."""
+    """Slots of channels that stay as they are, and their axis, if that is where a constant tells them apart;
+    else None."""
     varies = [i + rank - len(shape) for i, extent in enumerate(shape) if extent > 1]
     return (np.zeros(math.prod(shape), np.int64), axis) if axis and varies == [axis] else None
 
@@ -288,7 +310,8 @@ def batch_normalization(node: NodeProto, channels: Channels) -> bool:
 
 
 def last_axis_normalization(node: NodeProto, channels: Channels) -> bool:
-    """LayerNormalization and its like over the last axis: scale and bias take up the factors of what comes out."""
+    """LayerNormalization and its like over the last axis: scale and bias take up the factors of what comes
+    out."""
     constants = [i for i in node.input[1:] if i]
     shape = channels.view.shape(node.input[0])
     if shape is None or int_attribute(node, "axis", -1) % len(shape) != len(shape) - 1:
@@ -335,13 +358,19 @@ def split(node: NodeProto, channels: Channels) -> bool:
     if any(c is None for c in counts) or sum(c or 0 for c in counts) != len(slots):
         return False
     begins = np.cumsum([0, *(c or 0 for c in counts)])
-    return all(channels.make(o, slots[a:b], axis) for o, a, b in zip(node.output, begins, begins[1:], strict=False))
+    return all(
+        channels.make(o, slots[a:b], axis) for o, a, b in zip(node.output, begins, begins[1:], strict=False)
+    )
 
 
 def transpose(node: NodeProto, channels: Channels) -> bool:
     """The channels lie along another axis."""
     known, order = channels.of(node.input[0]), ints_attribute(node, "perm")
-    return known is not None and known[1] in order and channels.make(node.output[0], known[0], order.index(known[1]))
+    return (
+        known is not None
+        and known[1] in order
+        and channels.make(node.output[0], known[0], order.index(known[1]))
+    )
 
 
 def reshape(node: NodeProto, channels: Channels) -> bool:
@@ -364,6 +393,7 @@ def _product(dims: Sequence[int | None]) -> int | None:
 
 
 def _along(shape: Sequence[int], axis: int, rank: int, count: int) -> int | None:
-    """The axis of a constant that meets ``axis`` of a tensor of that rank and has ``count`` places; None if it has none."""
+    """The axis of a constant that meets ``axis`` of a tensor of that rank and has ``count`` places; None if
+    it has none."""
     place = axis - (rank - len(shape))
     return place if 0 <= place < len(shape) <= rank and shape[place] == count else None

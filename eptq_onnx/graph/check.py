@@ -1,7 +1,9 @@
-"""What a model declares is checked against what is there, before anything is allocated or given to other libraries.
+"""What a model declares is checked against what is there, before anything is allocated or given to other
+libraries.
 
-They trust it: onnxruntime runs out of stack in a function that calls itself, and takes hours for bodies nested 25 deep, in many versions.
-What onnxruntime loads and runs is never refused here; what it ignores is removed by `eptq_onnx.graph.repair`.
+They trust it: onnxruntime runs out of stack in a function that calls itself, and takes hours for bodies
+nested 25 deep, in many versions. What onnxruntime loads and runs is never refused here; what it ignores is
+removed by `eptq_onnx.graph.repair`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,16 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import psutil
-from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, SparseTensorProto, TensorProto, TypeProto
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    SparseTensorProto,
+    TensorProto,
+    TypeProto,
+)
 
 from eptq_onnx.errors import ModelError
 from eptq_onnx.proto.bodies import all_nodes, node_reads, subgraphs
@@ -36,7 +47,9 @@ def _bits(kind: str) -> int:
     return int(digits.group()) if digits else _NOT_BY_NAME.get(kind, 0)
 
 
-_BITS: dict[int, int] = {number: _bits(kind) for kind, number in TensorProto.DataType.items() if kind != "UNDEFINED"}
+_BITS: dict[int, int] = {
+    number: _bits(kind) for kind, number in TensorProto.DataType.items() if kind != "UNDEFINED"
+}
 """Bits of a value of each element type; 0 of a string."""
 _FIELDS: dict[int, tuple[str, int]] = {
     TensorProto.FLOAT: ("float_data", 1), TensorProto.COMPLEX64: ("float_data", 2), TensorProto.DOUBLE: ("double_data", 1),
@@ -47,7 +60,8 @@ _FIELDS: dict[int, tuple[str, int]] = {
 
 
 def check(model: ModelProto, name: str) -> set[str]:
-    """Check nesting, functions, names, types and sizes of a model, in time linear in its size; external data is not looked at.
+    """Check nesting, functions, names, types and sizes of a model, in time linear in its size; external data
+    is not looked at.
 
     Parameters
     ----------
@@ -93,7 +107,7 @@ def read_names(graph: GraphProto) -> set[str]:
     return {i for node in graph.node for i in node_reads(node)} | {o.name for o in graph.output}
 
 
-# ---- nesting -------------------------------------------------------------------------------------------------------
+# ---- nesting -----------------------------------------------------------------------------------------------
 def _check_nesting(model: ModelProto, name: str) -> None:
     most = deepest_nesting()
     stack: list[tuple[Any, int]] = [(model.graph, 0), *((f, 0) for f in model.functions)]
@@ -114,25 +128,34 @@ def _check_functions(model: ModelProto, name: str) -> None:
     if not model.functions:
         return
     functions = {(f.domain, f.name): f for f in model.functions}
-    calls = {key: [called for n in all_nodes(f) if (called := (n.domain, n.op_type)) in functions] for key, f in functions.items()}
+    calls = {
+        key: [called for n in all_nodes(f) if (called := (n.domain, n.op_type)) in functions]
+        for key, f in functions.items()
+    }
     try:
         order = list(TopologicalSorter(calls).static_order())
     except CycleError as e:
         around = ", ".join(str(key[1]) for key in e.args[1])
-        raise ModelError(f"{name} is not valid ONNX: the functions {around} call each other without end.") from e
+        raise ModelError(
+            f"{name} is not valid ONNX: the functions {around} call each other without end."
+        ) from e
     sizes: dict[tuple[str, str], int] = {}
     depths: dict[tuple[str, str], int] = {}
     for key in order:
         sizes[key] = sum(1 for _ in all_nodes(functions[key])) + sum(sizes[called] for called in calls[key])
         depths[key] = 1 + max((depths[called] for called in calls[key]), default=0)
         if depths[key] > _CALLS:
-            raise ModelError(f"{name} has more than {_CALLS} functions that call each other in a row, from {key[1]} on.")
+            raise ModelError(
+                f"{name} has more than {_CALLS} functions that call each other in a row, from {key[1]} on."
+            )
     total = sum(sizes.get((n.domain, n.op_type), 1) for n in all_nodes(model.graph))
     if total > max(_INLINED, 2 * sum(1 for _ in all_nodes(model.graph))):
-        raise ModelError(f"{name} has {total} nodes once its functions are put in place: onnxruntime cannot load it.")
+        raise ModelError(
+            f"{name} has {total} nodes once its functions are put in place: onnxruntime cannot load it."
+        )
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------
 def _check_graph(graph: GraphProto, around: tuple[set[str], ...], name: str) -> None:
     """Every tensor is made once, and is there where it is read."""
     inputs = [i.name for i in graph.input if i.name]
@@ -143,18 +166,24 @@ def _check_graph(graph: GraphProto, around: tuple[set[str], ...], name: str) -> 
     for node in graph.node:
         for output in filter(None, node.output):
             if output in own:
-                raise ModelError(f"{name} is not valid ONNX: {_called(node)} makes the tensor {output}, which is there already.")
+                raise ModelError(
+                    f"{name} is not valid ONNX: {_called(node)} makes the tensor {output}, which is there already."
+                )
             own.add(output)
     visible = (own, *around)
     for node in graph.node:
         for read in filter(None, node.input):
             if not any(read in names for names in visible):
-                raise ModelError(f"{name} is not valid ONNX: {_called(node)} reads the tensor {read}, which nothing makes.")
+                raise ModelError(
+                    f"{name} is not valid ONNX: {_called(node)} reads the tensor {read}, which nothing makes."
+                )
         for body in subgraphs(node):
             _check_graph(body, visible, name)
     for info in graph.output:
         if info.name and not any(info.name in names for names in visible):
-            raise ModelError(f"{name} is not valid ONNX: the output {info.name} of the graph {graph.name} is made by no node.")
+            raise ModelError(
+                f"{name} is not valid ONNX: the output {info.name} of the graph {graph.name} is made by no node."
+            )
     _check_order(graph, name)
 
 
@@ -165,18 +194,24 @@ def _check_order(graph: GraphProto | FunctionProto, name: str) -> None:
         TopologicalSorter(before).prepare()
     except CycleError as e:
         around = ", ".join(_called(graph.node[k]) for k in e.args[1][:6])
-        raise ModelError(f"{name} is not valid ONNX: nodes read each other's results in a cycle ({around}).") from e
+        raise ModelError(
+            f"{name} is not valid ONNX: nodes read each other's results in a cycle ({around})."
+        ) from e
 
 
 def _called(node: NodeProto) -> str:
     return f"the node {node.name or next(iter(node.output), '')} ({node.op_type})"
 
 
-# ---- types and sizes -----------------------------------------------------------------------------------------------
+# ---- types and sizes ---------------------------------------------------------------------------------------
 def _check_opsets(model: ModelProto, name: str) -> None:
-    odd = next((o for o in model.opset_import if o.domain in ("", "ai.onnx") and o.version not in _OPSETS), None)
+    odd = next(
+        (o for o in model.opset_import if o.domain in ("", "ai.onnx") and o.version not in _OPSETS), None
+    )
     if odd is not None:
-        raise ModelError(f"{name} is not valid ONNX: it imports version {odd.version} of the operator set of ONNX, which does not exist.")
+        raise ModelError(
+            f"{name} is not valid ONNX: it imports version {odd.version} of the operator set of ONNX, which does not exist."
+        )
 
 
 def _check_type(label: str, kind: TypeProto, name: str) -> None:
@@ -186,7 +221,9 @@ def _check_type(label: str, kind: TypeProto, name: str) -> None:
         which = kind.WhichOneof("value")
         if which in ("tensor_type", "sparse_tensor_type") and getattr(kind, which).elem_type not in _BITS:
             number = getattr(kind, which).elem_type
-            raise ModelError(f"{name} is not valid ONNX: the input or output {label} has the element type {number}, which does not exist.")
+            raise ModelError(
+                f"{name} is not valid ONNX: the input or output {label} has the element type {number}, which does not exist."
+            )
         if which in ("sequence_type", "optional_type"):
             stack.append(getattr(kind, which).elem_type)
         elif which == "map_type":
@@ -200,7 +237,9 @@ def is_type(number: int) -> bool:
 
 def _check_element_type(tensor: TensorProto, label: str, name: str) -> None:
     if tensor.data_type not in _BITS:
-        raise ModelError(f"{name} is not valid ONNX: the {label} has the element type {tensor.data_type}, which does not exist.")
+        raise ModelError(
+            f"{name} is not valid ONNX: the {label} has the element type {tensor.data_type}, which does not exist."
+        )
 
 
 def value_bytes(tensor: TensorProto) -> int:
@@ -214,7 +253,8 @@ def data_field(tensor: TensorProto) -> str:
 
 
 def fault(tensor: TensorProto) -> str:
-    """What is wrong with the type, the shape or the size of a tensor; empty if nothing is. Of external data the file is not seen."""
+    """What is wrong with the type, the shape or the size of a tensor; empty if nothing is. Of external data
+    the file is not seen."""
     if tensor.data_type not in _BITS:
         return f"has the element type {tensor.data_type}, which does not exist"
     if any(size < 0 for size in tensor.dims):
@@ -229,7 +269,11 @@ def fault(tensor: TensorProto) -> str:
         field, entries = _FIELDS.get(tensor.data_type, ("int32_data", 1))
         count = entries * math.prod(tensor.dims)
         packed = 0 < _BITS[tensor.data_type] < 8
-        expected, found, unit = value_bytes(tensor) if packed else count, len(getattr(tensor, field)), "values"
+        expected, found, unit = (
+            value_bytes(tensor) if packed else count,
+            len(getattr(tensor, field)),
+            "values",
+        )
     return "" if found == expected else f"has {found} {unit} instead of {expected}"
 
 
@@ -239,22 +283,32 @@ def _check_sparse(sparse: SparseTensorProto, name: str) -> None:
         raise ModelError(f"{label} has the negative shape {list(sparse.dims)[:8]}.")
     if sparse.indices.data_type != TensorProto.INT64:
         raise ModelError(f"{label} has indices that are no 64-bit integers.")
-    needed, free = _BITS[sparse.values.data_type] * math.prod(sparse.dims) // 8, psutil.virtual_memory().available
+    needed, free = (
+        _BITS[sparse.values.data_type] * math.prod(sparse.dims) // 8,
+        psutil.virtual_memory().available,
+    )
     if needed > free:
-        raise ModelError(f"{label} takes {needed} bytes when it is made dense, and {free} bytes of memory are free.")
+        raise ModelError(
+            f"{label} takes {needed} bytes when it is made dense, and {free} bytes of memory are free."
+        )
 
 
-# ---- all tensors ---------------------------------------------------------------------------------------------------
+# ---- all tensors -------------------------------------------------------------------------------------------
 def labelled_tensors(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
-    """Every tensor of a model, in bodies, functions, attributes and sparse tensors as well, and what to call it."""
+    """Every tensor of a model, in bodies, functions, attributes and sparse tensors as well, and what to call
+    it."""
     for graph in _graphs(model):
         if isinstance(graph, GraphProto):
             yield from ((f"initializer {t.name}", t) for t in graph.initializer)
             for sparse in graph.sparse_initializer:
-                yield from ((f"sparse initializer {sparse.values.name}", t) for t in (sparse.values, sparse.indices))
+                yield from (
+                    (f"sparse initializer {sparse.values.name}", t) for t in (sparse.values, sparse.indices)
+                )
         for node in graph.node:
             for attribute in node.attribute:
-                yield from ((f"attribute {attribute.name} of {_called(node)}", t) for t in _tensors(attribute))
+                yield from (
+                    (f"attribute {attribute.name} of {_called(node)}", t) for t in _tensors(attribute)
+                )
 
 
 def sparse_tensors(model: ModelProto) -> Iterator[SparseTensorProto]:

@@ -75,26 +75,40 @@ class Builder:
         outputs: Sequence[str] = (),
         **attributes: Any,
     ) -> str:
-        """A node; returns its (first) output, named by the caller or made up. Inputs that are values become constants."""
+        """A node; returns its (first) output, named by the caller or made up. Inputs that are values become
+        constants."""
         names = list(outputs) or [output or self.unique(f"{self._prefix}{op_type}_out")]
         self._taken.update(names)
         reads = [i if isinstance(i, str) else self.constant(i) for i in inputs]
-        node = helper.make_node(op_type, reads, names, name=self.unique(f"{names[0]}/{op_type}"), domain=domain, **attributes)
+        node = helper.make_node(
+            op_type, reads, names, name=self.unique(f"{names[0]}/{op_type}"), domain=domain, **attributes
+        )
         self.nodes.append(node)
         return names[0]
 
-    def reduce(self, op_type: str, x: str, axes: Sequence[int] | None, output: str | None = None, *, keepdims: bool = False) -> str:
+    def reduce(
+        self,
+        op_type: str,
+        x: str,
+        axes: Sequence[int] | None,
+        output: str | None = None,
+        *,
+        keepdims: bool = False,
+    ) -> str:
         """A reduction; its axes are an attribute or an input, as the opset wants (None: all axes)."""
         as_input = self.opset >= (13 if op_type == "ReduceSum" else 18)
         if axes is None:
             return self.add(op_type, [x], output, keepdims=int(keepdims))
         if as_input:
-            return self.add(op_type, [x, self.constant(np.array(axes, np.int64), "axes")], output, keepdims=int(keepdims))
+            return self.add(
+                op_type, [x, self.constant(np.array(axes, np.int64), "axes")], output, keepdims=int(keepdims)
+            )
         return self.add(op_type, [x], output, axes=list(axes), keepdims=int(keepdims))
 
 
 def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
-    """A copy that reads and writes tensors under other names; so do the subgraphs of If, Loop and Scan, which see them all."""
+    """A copy that reads and writes tensors under other names; so do the subgraphs of If, Loop and Scan, which
+    see them all."""
     copy = NodeProto()
     copy.CopyFrom(node)
     copy.input[:] = [names.get(i, i) for i in copy.input]
@@ -137,7 +151,8 @@ def with_nodes(
 
 
 def with_constants(model: ModelProto, values: Mapping[str, NDArray[Any]]) -> ModelProto:
-    """A copy of the model in which some initializers have other values; stored, if the model's weights are."""
+    """A copy of the model in which some initializers have other values; stored, if the model's weights
+    are."""
     folder = store.folder_of(model)
     constants = [store.constant(value, name, folder) for name, value in values.items()]
     return with_nodes(model, model.graph.node, constants, drop=values)
@@ -152,13 +167,16 @@ def promote_to_inputs(model: ModelProto, names: Iterable[str]) -> None:
         if tensor.name not in wanted:
             kept.append(tensor)
         elif tensor.name not in present:
-            model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+            model.graph.input.append(
+                helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
 
 
 def add_output(model: ModelProto, name: str, elem_type: int = TensorProto.UNDEFINED) -> None:
-    """Expose a tensor as a graph output, in place; of unknown shape, or, where no type is given either, of the type that readers infer."""
+    """Expose a tensor as a graph output, in place; of unknown shape, or, where no type is given either, of
+    the type that readers infer."""
     if all(o.name != name for o in model.graph.output):
         known = [v for v in (*model.graph.value_info, *model.graph.input) if v.name == name]
         model.graph.output.append(known[0] if known else described(name, elem_type))
@@ -170,7 +188,8 @@ def add_output(model: ModelProto, name: str, elem_type: int = TensorProto.UNDEFI
 def set_outputs(model: ModelProto, names: Sequence[str], elem_type: int = TensorProto.FLOAT) -> None:
     """Make ``names`` the graph outputs, in place; of ``elem_type`` where the model does not tell.
 
-    What is known of the former outputs is kept: onnxruntime's pool gradients crash without their output's shape.
+    What is known of the former outputs is kept: onnxruntime's pool gradients crash without their output's
+    shape.
     """
     known = {v.name for v in (*model.graph.value_info, *model.graph.input)}
     model.graph.value_info.extend(o for o in model.graph.output if o.name not in known)
@@ -180,7 +199,8 @@ def set_outputs(model: ModelProto, names: Sequence[str], elem_type: int = Tensor
 
 
 def described(name: str, kind: int | TypeProto) -> ValueInfoProto:
-    """A tensor of this element type, or a value of this type; `TensorProto.UNDEFINED` leaves the type open, as outputs may have it."""
+    """A tensor of this element type, or a value of this type; `TensorProto.UNDEFINED` leaves the type open,
+    as outputs may have it."""
     if isinstance(kind, TypeProto):
         return ValueInfoProto(name=name, type=kind)
     return helper.make_tensor_value_info(name, kind, None) if kind else ValueInfoProto(name=name)
@@ -207,7 +227,11 @@ def specialize(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> ModelP
     del result.graph.value_info[:]
     for info in result.graph.input:
         if info.name in shapes:
-            info.CopyFrom(helper.make_tensor_value_info(info.name, info.type.tensor_type.elem_type, list(shapes[info.name])))
+            info.CopyFrom(
+                helper.make_tensor_value_info(
+                    info.name, info.type.tensor_type.elem_type, list(shapes[info.name])
+                )
+            )
     for info in result.graph.output:
         if info.type.HasField("tensor_type"):
             info.type.tensor_type.ClearField("shape")

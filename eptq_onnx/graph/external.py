@@ -53,7 +53,8 @@ def write_external(model: ModelProto, path: Path, data: Path, data_name: str) ->
 
 
 def files_of(model: str | os.PathLike[str] | bytes | ModelProto) -> list[tuple[str, Path]]:
-    """The files that a model is read from, each with what it is; as far as that can be told of a model that may be damaged.
+    """The files that a model is read from, each with what it is; as far as that can be told of a model that
+    may be damaged.
 
     Returns
     -------
@@ -65,8 +66,16 @@ def files_of(model: str | os.PathLike[str] | bytes | ModelProto) -> list[tuple[s
     path = Path(os.path.abspath(model))
     names: dict[str, None] = {}
     with suppress(OSError, ValueError, DecodeError):
-        names = dict.fromkeys(filter(None, (_location(t) for _, t in labelled_tensors(onnx.load_model_from_string(path.read_bytes())))))
-    return [("the float model", path), *(("the external data of the float model", path.parent / name) for name in names)]
+        names = dict.fromkeys(
+            filter(
+                None,
+                (_location(t) for _, t in labelled_tensors(onnx.load_model_from_string(path.read_bytes()))),
+            )
+        )
+    return [
+        ("the float model", path),
+        *(("the external data of the float model", path.parent / name) for name in names),
+    ]
 
 
 def _location(tensor: TensorProto) -> str:
@@ -106,16 +115,26 @@ def place_of(tensor: TensorProto, model: Path) -> store.Place:
     shown = location if len(location) <= _SHOWN else f"{location[:_SHOWN]}..."
     if not location:
         raise ValueError(f"{tensor.name} does not say in which file it is")
-    if PurePosixPath(location).is_absolute() or PureWindowsPath(location).drive or PureWindowsPath(location).root:
-        raise OutsideError(f"{shown}, where {tensor.name} is, is not below the model's folder: external data has a relative path")
+    if (
+        PurePosixPath(location).is_absolute()
+        or PureWindowsPath(location).drive
+        or PureWindowsPath(location).root
+    ):
+        raise OutsideError(
+            f"{shown}, where {tensor.name} is, is not below the model's folder: external data has a relative path"
+        )
     beside = Path(os.path.abspath(model)).parent
-    # By name first: what is outside is not even looked at. Caches keep links to the model and to its data in a folder elsewhere.
+    # By name first: what is outside is not even looked at. Caches keep links to the model and to its data in
+    # a folder elsewhere.
     inside = Path(os.path.normpath(beside / location)).is_relative_to(beside)
     source = Path(os.path.realpath(beside / location))
     if not inside or not any(
-        source.is_relative_to(folder) for folder in {Path(os.path.realpath(beside)), Path(os.path.realpath(model)).parent}
+        source.is_relative_to(folder)
+        for folder in {Path(os.path.realpath(beside)), Path(os.path.realpath(model)).parent}
     ):
-        raise OutsideError(f"{shown}, where {tensor.name} is, is not below the model's folder: put it beside the model")
+        raise OutsideError(
+            f"{shown}, where {tensor.name} is, is not below the model's folder: put it beside the model"
+        )
     try:
         status = source.stat()
     except OSError as e:
@@ -126,7 +145,9 @@ def place_of(tensor: TensorProto, model: Path) -> store.Place:
     if length not in (0, expected):
         raise ValueError(f"{tensor.name} has {length} bytes instead of {expected}, by its type and shape")
     if offset + expected > status.st_size:
-        raise ValueError(f"{shown} ends before the value of {tensor.name} does: it has {status.st_size} bytes of {offset + expected}")
+        raise ValueError(
+            f"{shown} ends before the value of {tensor.name} does: it has {status.st_size} bytes of {offset + expected}"
+        )
     return store.Place(source, offset, expected)
 
 
@@ -155,7 +176,9 @@ def with_values(model: ModelProto, path: Path, folder: str | None) -> ModelProto
     needed = sum(place_of(tensor, path).length for tensor in apart)
     room = psutil.virtual_memory().available if folder is None else shutil.disk_usage(folder).free
     if needed > room:
-        raise ValueError(f"it takes {needed} bytes, and {room} are free {'in memory' if folder is None else 'in the temporary folder'}")
+        raise ValueError(
+            f"it takes {needed} bytes, and {room} are free {'in memory' if folder is None else 'in the temporary folder'}"
+        )
     result = without_weights(model)
     for _, tensor in labelled_tensors(result):
         if store.is_stored(tensor):

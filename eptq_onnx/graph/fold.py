@@ -21,7 +21,8 @@ from eptq_onnx.proto.weights import light, stored, with_weights, without_weights
 
 
 def fold_constants(model: ModelProto) -> ModelProto:
-    """Fold constants and static shapes, resolve conditions that are constant, drop what no output needs, sort.
+    """Fold constants and static shapes, resolve conditions that are constant, drop what no output needs,
+    sort.
 
     Constant nodes become initializers. Tensor names and what the graph does not hold (metadata, IR version)
     survive.
@@ -35,7 +36,9 @@ def fold_constants(model: ModelProto) -> ModelProto:
     gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.CRITICAL
     folded, apart = light(model, _take_part(model))
     while True:
-        folded = _without_identities(_folded_once(_dequantized(_with_whole_shapes(_constants_to_initializers(folded)))))
+        folded = _without_identities(
+            _folded_once(_dequantized(_with_whole_shapes(_constants_to_initializers(folded))))
+        )
         needed = _take_part(folded, [t.name for t in apart])
         late = [t for t in apart if t.name in needed]
         if late:
@@ -52,7 +55,8 @@ def fold_constants(model: ModelProto) -> ModelProto:
 
 
 def _take_part(model: ModelProto, others: Iterable[str] = ()) -> set[str]:
-    """Constants, ``others`` among them, that nodes read which may be folded: the values of all others are of no use here."""
+    """Constants, ``others`` among them, that nodes read which may be folded: the values of all others are of
+    no use here."""
     known = {*others, *(t.name for t in model.graph.initializer)}
     found: set[str] = set()
     for node in model.graph.node:
@@ -64,14 +68,15 @@ def _take_part(model: ModelProto, others: Iterable[str] = ()) -> set[str]:
 
 
 def fold_sizes(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
-    """A copy of a model with fixed input shapes in which what is computed from shapes is constant; itself if nothing is.
+    """A copy of a model with fixed input shapes in which what is computed from shapes is constant; itself if
+    nothing is.
 
     Parameters
     ----------
     model : ModelProto
     kept : collection of str
-        Initializers that stay what they are, and where they are read: a table of positions, say, that is read at constant
-        places once the number of positions is known.
+        Initializers that stay what they are, and where they are read: a table of positions, say, that is read
+        at constant places once the number of positions is known.
     """
     if not any(node.op_type in ("Shape", "Size") for node in model.graph.node):
         return model
@@ -158,7 +163,8 @@ def _constants_to_initializers(model: ModelProto) -> ModelProto:
 
 
 def _dequantized(model: ModelProto) -> ModelProto:
-    """A copy in which weights that are stored as integers behind DequantizeLinear are float (onnx-graphsurgeon leaves them)."""
+    """A copy in which weights that are stored as integers behind DequantizeLinear are float
+    (onnx-graphsurgeon leaves them)."""
     view, kept, values = GraphView(model), [], []
     for node in view.nodes:
         if node.op_type != "DequantizeLinear" or not all(view.is_constant(i) for i in node.input if i):
@@ -182,7 +188,8 @@ def _without_identities(model: ModelProto) -> ModelProto:
 
 
 def _with_whole_shapes(model: ModelProto) -> ModelProto:
-    """A copy in which a Shape of some axes is a Slice of all: onnx-graphsurgeon folds it as if it were whole."""
+    """A copy in which a Shape of some axes is a Slice of all: onnx-graphsurgeon folds it as if it were
+    whole."""
     builder = edit.Builder(model)
     for node in model.graph.node:
         limits = {a.name: a.i for a in node.attribute if node.op_type == "Shape"}
@@ -201,5 +208,14 @@ def _constant_value(node: NodeProto) -> TensorProto | None:
     item = node.attribute[0]
     if item.name == "value":
         return edit.renamed_tensor(item.t, node.output[0])
-    dtype = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}.get(item.name)
-    return None if dtype is None else numpy_helper.from_array(np.array(helper.get_attribute_value(item), dtype), node.output[0])
+    dtype = {
+        "value_float": np.float32,
+        "value_floats": np.float32,
+        "value_int": np.int64,
+        "value_ints": np.int64,
+    }.get(item.name)
+    return (
+        None
+        if dtype is None
+        else numpy_helper.from_array(np.array(helper.get_attribute_value(item), dtype), node.output[0])
+    )

@@ -16,7 +16,11 @@ def infer_shapes(model: ModelProto) -> ModelProto:
     What onnx cannot tell, the tensors behind operators of other domains, onnxruntime is asked for.
     """
     inferred = _inferred(model)
-    known = {v.name for v in (*inferred.graph.value_info, *inferred.graph.output) if v.type.WhichOneof("value") is not None}
+    known = {
+        v.name
+        for v in (*inferred.graph.value_info, *inferred.graph.output)
+        if v.type.WhichOneof("value") is not None
+    }
     unknown = [o for n in inferred.graph.node for o in n.output if o and o not in known]
     if not unknown:
         return inferred
@@ -25,7 +29,9 @@ def infer_shapes(model: ModelProto) -> ModelProto:
     except ModelError:
         # Tensors that are not told stay float; who runs the model says what is wrong with it.
         return inferred
-    inferred.graph.value_info.extend(ValueInfoProto(name=name, type=types[name]) for name in unknown if name in types)
+    inferred.graph.value_info.extend(
+        ValueInfoProto(name=name, type=types[name]) for name in unknown if name in types
+    )
     return _inferred(inferred)
 
 

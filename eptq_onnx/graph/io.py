@@ -51,7 +51,9 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None 
         unread = check_declared(proto, name)
         apart = next((t.name for _, t in labelled_tensors(proto) if store.is_stored(t)), None)
         if apart is not None:
-            raise ModelError(f"the weight {apart} is in a file beside the model, which is not told: give the model's path.")
+            raise ModelError(
+                f"the weight {apart} is in a file beside the model, which is not told: give the model's path."
+            )
         if proto is not model:
             _leave_out(proto, unread)
     else:
@@ -80,7 +82,8 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None 
 
 
 def _unread_elsewhere(proto: ModelProto, path: Path) -> set[str]:
-    """Initializers that nobody reads, and whose external data is missing or damaged: onnxruntime does not look at it."""
+    """Initializers that nobody reads, and whose external data is missing or damaged: onnxruntime does not
+    look at it."""
     read, found = read_names(proto.graph), set()
     for tensor in proto.graph.initializer:
         if tensor.name not in read and store.is_stored(tensor) and not fault(tensor):
@@ -135,7 +138,8 @@ def _parse(data: bytes, name: str) -> ModelProto:
 
 
 def check(model: ModelProto, *, full: bool = False) -> None:
-    """onnx's checker, which does not know onnxruntime's own operators of the default domain: they go under another meanwhile.
+    """onnx's checker, which does not know onnxruntime's own operators of the default domain: they go under
+    another meanwhile.
 
     Raises
     ------
@@ -149,7 +153,11 @@ def check(model: ModelProto, *, full: bool = False) -> None:
     for node in own:
         node.domain = "com.microsoft"
     # It wants shapes of inputs and outputs, and onnxruntime does not.
-    tensors = [i.type.tensor_type for i in (*model.graph.input, *model.graph.output) if i.type.HasField("tensor_type")]
+    tensors = [
+        i.type.tensor_type
+        for i in (*model.graph.input, *model.graph.output)
+        if i.type.HasField("tensor_type")
+    ]
     shapeless = [t for t in tensors if not t.HasField("shape")]
     for tensor in shapeless:
         tensor.shape.SetInParent()
@@ -173,11 +181,15 @@ def _check(proto: ModelProto, name: str) -> None:
         check(light)
     except checker.ValidationError as e:
         raise ModelError(f"{name} is not valid ONNX: {one_line(e)}") from e
-    constants = {t.name for t in proto.graph.initializer} | {o for n in proto.graph.node if n.op_type == "Constant" for o in n.output}
+    constants = {t.name for t in proto.graph.initializer} | {
+        o for n in proto.graph.node if n.op_type == "Constant" for o in n.output
+    }
     for node in proto.graph.node:
         weight_only = node.op_type == "DequantizeLinear" and constants.issuperset(i for i in node.input if i)
         if node.op_type in _QUANTIZED and not weight_only:
-            raise ModelError(f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): give the float model.")
+            raise ModelError(
+                f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): give the float model."
+            )
 
 
 def save(model: ModelProto, path: str | os.PathLike[str]) -> None:

@@ -1,10 +1,11 @@
 """Nodes of a training graph in forms that onnxruntime computes faster.
 
-onnxruntime keeps the channels of images in blocks (NCHWc) where weights are constant, and takes ten times as long for a
-depthwise Conv whose weight is not: in a training graph these are the layers, their gradients, and the gradients of their
-weights (a depthwise Conv of x with dy). Its blocked operators take computed weights, too; the memory of a blocked depthwise
-weight is that of a blocked image of one sample. What lies between convolutions can be computed in either layout: the one
-is chosen, node by node, with which the least has to be reordered.
+onnxruntime keeps the channels of images in blocks (NCHWc) where weights are constant, and takes ten times as
+long for a depthwise Conv whose weight is not: in a training graph these are the layers, their gradients, and
+the gradients of their weights (a depthwise Conv of x with dy). Its blocked operators take computed weights,
+too; the memory of a blocked depthwise weight is that of a blocked image of one sample. What lies between
+convolutions can be computed in either layout: the one is chosen, node by node, with which the least has to be
+reordered.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ _ELEMENTWISE = frozenset((
     "Add", "And", "Cast", "Clip", "DequantizeLinear", "Equal", "FakeQuant", "FakeQuantGrad", "Greater", "HardSigmoid", "HardSwish",
     "Identity", "LeakyRelu", "Less", "Max", "Min", "Mul", "Neg", "Not", "QuantizeLinear", "Relu", "Sigmoid", "Sub", "Sum", "Tanh", "Where",
 ))  # fmt: skip
-"""Operators, of any domain, of tensors of one shape and of single numbers; of the zeros that fill up blocks they make finite values."""
+"""Operators, of any domain, of tensors of one shape and of single numbers; of the zeros that fill up blocks
+they make finite values."""
 _REORDERED_TOGETHER = 4
 """onnxruntime reorders so many channels at a time."""
 _POOLS = frozenset(("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"))
-_POOL_ATTRIBUTES = frozenset(("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides"))
+_POOL_ATTRIBUTES = frozenset(
+    ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")
+)
 
 
 def faster(model: ModelProto) -> ModelProto:
@@ -88,7 +92,8 @@ class _Form:
 
 
 def _least_reordered(view: GraphView, forms: Sequence[_Form | None]) -> list[bool]:
-    """Which nodes to compute on blocks, so that the tensors between them and the others are smallest: a minimum cut."""
+    """Which nodes to compute on blocks, so that the tensors between them and the others are smallest: a
+    minimum cut."""
     if not any(form is not None and form.always for form in forms):
         return [False] * len(forms)
     blocked, plain = 0, 1
@@ -97,7 +102,9 @@ def _least_reordered(view: GraphView, forms: Sequence[_Form | None]) -> list[boo
     readers: dict[str, set[int]] = {}
     for k, (node, form) in enumerate(zip(view.nodes, forms, strict=True)):
         for name in node_reads(node):
-            readers.setdefault(name, set()).add(place[k] if form is not None and name in form.reads else plain)
+            readers.setdefault(name, set()).add(
+                place[k] if form is not None and name in form.reads else plain
+            )
     for name in view.outputs:
         readers.setdefault(name, set()).add(plain)
     crossing = [name for name, sides in readers.items() if sides != {makers.get(name, plain)}]
@@ -111,7 +118,9 @@ def _least_reordered(view: GraphView, forms: Sequence[_Form | None]) -> list[boo
     for name, size in sizes.items():
         maker = makers.get(name, plain)
         # onnxruntime reorders float tensors only.
-        cost = 1 + size // unit if view.elem_type(name) in (TensorProto.FLOAT, TensorProto.UNDEFINED) else most
+        cost = (
+            1 + size // unit if view.elem_type(name) in (TensorProto.FLOAT, TensorProto.UNDEFINED) else most
+        )
         # Once for all readers of the other layout, whichever the maker's is.
         for side in readers[name]:
             edges[fresh, side] = edges[side, fresh + 1] = most
@@ -141,7 +150,15 @@ class _Forms:
         """The blocked form of a node, if it has one."""
         if not channel_block() or subgraphs(node):
             return None
-        for form in (self._convolution, self._elementwise, self._scaled, self._summed, self._pooled, self._joined, self._side_by_side):
+        for form in (
+            self._convolution,
+            self._elementwise,
+            self._scaled,
+            self._summed,
+            self._pooled,
+            self._joined,
+            self._side_by_side,
+        ):
             found = form(node)
             if found is not None:
                 return found
@@ -165,13 +182,20 @@ class _Forms:
         """Have a tensor in its usual layout; returns its name."""
         if name in self._waiting:
             self._waiting.remove(name)
-            self.builder.add("ReorderOutput", [self._images[name]], name, domain=LAYOUT_DOMAIN, channels=self._shape(name)[1])
+            self.builder.add(
+                "ReorderOutput",
+                [self._images[name]],
+                name,
+                domain=LAYOUT_DOMAIN,
+                channels=self._shape(name)[1],
+            )
         if name in self._postponed:
             self.keep(self._postponed.pop(name))
         return name
 
     def _convolution(self, node: NodeProto) -> _Form | None:
-        """A depthwise Conv of images, or any without groups whose weight is constant: onnxruntime would compute that on blocks anyway."""
+        """A depthwise Conv of images, or any without groups whose weight is constant: onnxruntime would
+        compute that on blocks anyway."""
         if node.op_type != "Conv" or node.domain:
             return None
         image, weight = (self._view.static_shape(name) for name in node.input[:2])
@@ -184,19 +208,34 @@ class _Forms:
         def write(image: str, weight: str, bias: Sequence[str]) -> None:
             for name in bias:
                 self.plain(name)
-            self._made(node, self.builder.add("Conv", [image, weight, *bias], domain=LAYOUT_DOMAIN, **attributes))
+            self._made(
+                node, self.builder.add("Conv", [image, weight, *bias], domain=LAYOUT_DOMAIN, **attributes)
+            )
 
         if fits_blocks(weight, group):
-            return _Form(lambda: write(self._image(x), self._weight(w), bias), (x,) if constant else (x, w), (node.output[0],), True)
-        if group > 1 or not all(map(self._view.is_constant, (w, *bias))) or not self._is_image(node.output[0]):
+            return _Form(
+                lambda: write(self._image(x), self._weight(w), bias),
+                (x,) if constant else (x, w),
+                (node.output[0],),
+                True,
+            )
+        if (
+            group > 1
+            or not all(map(self._view.is_constant, (w, *bias)))
+            or not self._is_image(node.output[0])
+        ):
             return None
         filled = [self._filled_bias(name) for name in bias]
         if weight[1] < channel_block():
             # So few channels are read as they are.
-            return _Form(lambda: write(self.plain(x), self._dense_weight(w), filled), (), (node.output[0],), True)
+            return _Form(
+                lambda: write(self.plain(x), self._dense_weight(w), filled), (), (node.output[0],), True
+            )
         if not self._is_image(x):
             return None
-        return _Form(lambda: write(self._image(x), self._dense_weight(w), filled), (x,), (node.output[0],), True)
+        return _Form(
+            lambda: write(self._image(x), self._dense_weight(w), filled), (x,), (node.output[0],), True
+        )
 
     def _elementwise(self, node: NodeProto) -> _Form | None:
         if node.op_type not in _ELEMENTWISE or not self._is_image(node.output[0]):
@@ -255,40 +294,60 @@ class _Forms:
         samples, channels, *image = self._shape(node.input[0])
         count, x = samples * channels, self._image(node.input[0])
         sides = [self._reshaped(x, [1, count, *image]), self._reshaped(x, [count, 1, *image])]
-        self._reshape_sum(node, self.builder.add("Conv", sides, domain=LAYOUT_DOMAIN, group=count, kernel_shape=image))
+        self._reshape_sum(
+            node, self.builder.add("Conv", sides, domain=LAYOUT_DOMAIN, group=count, kernel_shape=image)
+        )
 
     def _sum(self, node: NodeProto) -> None:
         """By way of the means of each sample."""
         samples, channels, *image = self._shape(node.input[0])
         means = self.builder.add("GlobalAveragePool", [self._image(node.input[0])], domain=LAYOUT_DOMAIN)
         rows = self._reshaped(means, [samples, channels, 1, 1])
-        total = self.builder.reduce("ReduceSum", rows, [0, 2, 3], keepdims=bool(int_attribute(node, "keepdims", 1)))
+        total = self.builder.reduce(
+            "ReduceSum", rows, [0, 2, 3], keepdims=bool(int_attribute(node, "keepdims", 1))
+        )
         self.builder.add("Mul", [total, float(math.prod(image))], node.output[0])
 
     def _pooled(self, node: NodeProto) -> _Form | None:
         if node.op_type not in _POOLS or node.domain or len(node.output) > 1:
             return None
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        if not _POOL_ATTRIBUTES.issuperset(attributes) or not self._is_image(node.input[0]) or not self._is_image(node.output[0]):
+        if (
+            not _POOL_ATTRIBUTES.issuperset(attributes)
+            or not self._is_image(node.input[0])
+            or not self._is_image(node.output[0])
+        ):
             return None
 
         def write() -> None:
-            self._made(node, self.builder.add(node.op_type, [self._image(node.input[0])], domain=LAYOUT_DOMAIN, **attributes))
+            self._made(
+                node,
+                self.builder.add(
+                    node.op_type, [self._image(node.input[0])], domain=LAYOUT_DOMAIN, **attributes
+                ),
+            )
 
         return _Form(write, (node.input[0],), (node.output[0],))
 
     def _joined(self, node: NodeProto) -> _Form | None:
         """Images joined channel by channel."""
-        if node.op_type != "Concat" or int_attribute(node, "axis", 0) not in (1, -3) or not all(map(self._is_whole, node.input)):
+        if (
+            node.op_type != "Concat"
+            or int_attribute(node, "axis", 0) not in (1, -3)
+            or not all(map(self._is_whole, node.input))
+        ):
             return None
         return _Form(
-            lambda: self._made(node, self.builder.add("Concat", [self._image(i) for i in node.input], axis=1)),
+            lambda: self._made(
+                node, self.builder.add("Concat", [self._image(i) for i in node.input], axis=1)
+            ),
             tuple(node.input),
             (node.output[0],),
         )
 
     def _side_by_side(self, node: NodeProto) -> _Form | None:
-        """A Reshape that puts the channels of all samples side by side, for a depthwise Conv: as an image, or as its weight."""
+        """A Reshape that puts the channels of all samples side by side, for a depthwise Conv: as an image, or
+        as its weight."""
         name = node.output[0] if node.output else ""
         if node.op_type != "Reshape" or self._merged(name) is None:
             return None
@@ -298,20 +357,28 @@ class _Forms:
         """The tensor in blocks."""
         if name not in self._images:
             source = self._merged(name)
-            self._images[name] = self._reshaped(self._image(source), self._shape(name)) if source else self._reordered(name)
+            self._images[name] = (
+                self._reshaped(self._image(source), self._shape(name)) if source else self._reordered(name)
+            )
         return self._images[name]
 
     def _weight(self, name: str) -> str:
-        """A depthwise weight in blocks: as an image of one sample, or of as many as have been put side by side in it."""
+        """A depthwise weight in blocks: as an image of one sample, or of as many as have been put side by
+        side in it."""
         if name not in self._weights:
             shape = self._shape(name)
             source = self._merged(name)
-            image = self._image(source) if source else self._reordered(self._reshaped(name, [1, shape[0], *shape[2:]]))
+            image = (
+                self._image(source)
+                if source
+                else self._reordered(self._reshaped(name, [1, shape[0], *shape[2:]]))
+            )
             self._weights[name] = self._reshaped(image, shape)
         return self._weights[name]
 
     def _dense_weight(self, name: str) -> str:
-        """A constant weight without groups in blocks of output channels, and of input channels if these are not fewer."""
+        """A constant weight without groups in blocks of output channels, and of input channels if these are
+        not fewer."""
         weight, block = self._view.constant(name), channel_block()
         outputs, inputs, *kernel = weight.shape
         whole = inputs if inputs < block else inputs + -inputs % block
@@ -339,15 +406,26 @@ class _Forms:
     def _reshape_sum(self, node: NodeProto, found: str) -> None:
         """Give the sums of each channel of each sample the shape that the node gives them."""
         kept = int_attribute(node, "keepdims", 1)
-        self.builder.add("Reshape", [found, np.array([*self._shape(node.input[0])[:2], *[1, 1] * kept], np.int64)], node.output[0])
+        self.builder.add(
+            "Reshape",
+            [found, np.array([*self._shape(node.input[0])[:2], *[1, 1] * kept], np.int64)],
+            node.output[0],
+        )
 
     def _merged(self, name: str) -> str | None:
-        """The images whose channels were put side by side to make this tensor: in blocks, that changes their shape only."""
+        """The images whose channels were put side by side to make this tensor: in blocks, that changes their
+        shape only."""
         node = self._view.producer.get(name)
         if node is None or node.op_type != "Reshape":
             return None
         shape, before = self._view.static_shape(name), self._view.static_shape(node.input[0])
-        if shape is None or before is None or len(before) != 4 or before[2:] != shape[2:] or before[1] % channel_block():
+        if (
+            shape is None
+            or before is None
+            or len(before) != 4
+            or before[2:] != shape[2:]
+            or before[1] % channel_block()
+        ):
             return None
         return node.input[0] if before[0] * before[1] in (shape[0], shape[1]) and 1 in shape[:2] else None
 

@@ -49,7 +49,8 @@ def within(model: ModelProto, least: int, newest: int, newest_ir: int) -> ModelP
 def restored(model: ModelProto, opset: int, ir_version: int, newest: int, newest_ir: int) -> ModelProto:
     """The model in at least this opset and IR version; itself if it is.
 
-    A newer IR version alone stays away where the runtime does not read it: the model needs nothing that came with it.
+    A newer IR version alone stays away where the runtime does not read it: the model needs nothing that came
+    with it.
 
     Parameters
     ----------
@@ -84,7 +85,9 @@ def converted(model: ModelProto, opset: int) -> ModelProto:
     light, heavy = weights.light(model)
     try:
         # Some adapters ask for the ranks of tensors.
-        light = onnx.version_converter.convert_version(onnx.shape_inference.infer_shapes(light, data_prop=True), opset)
+        light = onnx.version_converter.convert_version(
+            onnx.shape_inference.infer_shapes(light, data_prop=True), opset
+        )
     except Exception as e:
         # The converter raises bare C++ exceptions of several kinds.
         raise ModelError(
@@ -101,7 +104,7 @@ def converted(model: ModelProto, opset: int) -> ModelProto:
     return result
 
 
-# ---- up: what the converter refuses, or changes the meaning of -----------------------------------------------------
+# ---- up: what the converter refuses, or changes the meaning of ---------------------------------------------
 def _upgraded(model: ModelProto, opset: int) -> ModelProto:
     """A copy in a higher opset that computes the same."""
     view, builder = GraphView(model), edit.Builder(model)
@@ -123,7 +126,9 @@ def _upgraded(model: ModelProto, opset: int) -> ModelProto:
 def _refuse_old_forms_inside(node: NodeProto, opset: int) -> None:
     """The converter changes the meaning of some operators in the bodies of If, Loop and Scan, too."""
     for inner in (n for graph in subgraphs(node) for n in all_nodes(graph)):
-        changed = inner.op_type in ("Upsample", *_OLD_FORMS) or (inner.op_type == "Resize" and opset < _RESIZE_WITH_MODES)
+        changed = inner.op_type in ("Upsample", *_OLD_FORMS) or (
+            inner.op_type == "Resize" and opset < _RESIZE_WITH_MODES
+        )
         if changed and not (inner.op_type == "BatchNormalization" and int_attribute(inner, "spatial", 1)):
             raise ModelError(
                 f"{inner.name or inner.output[0]}, a {inner.op_type} of opset {opset} inside {node.name or node.output[0]}, has no "
@@ -132,10 +137,11 @@ def _refuse_old_forms_inside(node: NodeProto, opset: int) -> None:
 
 
 def _resize_modes(node: NodeProto, view: GraphView, opset: int) -> dict[str, str]:
-    """How Upsample and the first Resize place their samples, in words of later Resizes, whose defaults are others.
+    """How Upsample and the first Resize place their samples, in words of later Resizes, whose defaults are
+    others.
 
-    Source: onnxruntime 1.19, upsamplebase.h: asymmetric coordinates; the nearest is below where an axis grows, and
-    above where it shrinks.
+    Source: onnxruntime 1.19, upsamplebase.h: asymmetric coordinates; the nearest is below where an axis
+    grows, and above where it shrinks.
     """
     if node.op_type != "Upsample" and (node.op_type != "Resize" or opset >= _RESIZE_WITH_MODES):
         return {}
@@ -157,7 +163,11 @@ def _resize_modes(node: NodeProto, view: GraphView, opset: int) -> dict[str, str
 
 def _places_as_arithmetic(node: NodeProto, view: GraphView, b: edit.Builder) -> bool:
     """The first BatchNormalizations could have statistics of every place."""
-    if int_attribute(node, "spatial", 1) or len(node.output) > 1 or not all(view.is_constant(i) for i in node.input[1:]):
+    if (
+        int_attribute(node, "spatial", 1)
+        or len(node.output) > 1
+        or not all(view.is_constant(i) for i in node.input[1:])
+    ):
         return False
     scale, offset, mean, var = (view.constant(i).astype(np.float64) for i in node.input[1:5])
     a = scale / np.sqrt(var + float(attribute(node, "epsilon", 1e-5)))  # type: ignore[arg-type]
@@ -181,9 +191,10 @@ _OLD_FORMS: dict[str, Callable[[NodeProto, GraphView, edit.Builder], bool]] = {
 }
 
 
-# ---- down: operators that older opsets do not have -----------------------------------------------------------------
+# ---- down: operators that older opsets do not have ---------------------------------------------------------
 def _expanded(model: ModelProto, newest: int) -> ModelProto:
-    """A copy in which operators younger than ``newest`` are the simpler ones that their definition is made of."""
+    """A copy in which operators younger than ``newest`` are the simpler ones that their definition is made
+    of."""
     opset = opset_of(model)
     view = GraphView(infer_shapes(model))
     young = [n for n in view.nodes if n.domain in ("", "ai.onnx") and _is_younger(n, opset, newest)]
@@ -191,7 +202,9 @@ def _expanded(model: ModelProto, newest: int) -> ModelProto:
         return model
     result = edit.with_nodes(model, view.nodes)
     types = {v.name: v.type for v in (*view.model.graph.value_info, *view.model.graph.input)}
-    types |= {t.name: helper.make_tensor_type_proto(t.data_type, list(t.dims)) for t in model.graph.initializer}
+    types |= {
+        t.name: helper.make_tensor_type_proto(t.data_type, list(t.dims)) for t in model.graph.initializer
+    }
     wanted = {n.output[0]: k for k, n in enumerate(young)}
     for node in result.graph.node:
         if node.output[0] not in wanted:
@@ -229,7 +242,11 @@ def _definition(node: NodeProto, opset: int, types: list[onnx.TypeProto]) -> onn
     if schema.has_function:
         body.CopyFrom(schema.function_body)
     elif schema.has_context_dependent_function:
-        body.ParseFromString(schema.get_context_dependent_function(node.SerializeToString(), [t.SerializeToString() for t in types]))
+        body.ParseFromString(
+            schema.get_context_dependent_function(
+                node.SerializeToString(), [t.SerializeToString() for t in types]
+            )
+        )
     else:
         raise ModelError(
             f"{node.name or node.output[0]} is a {node.op_type} of opset {opset}, which the installed onnxruntime does not read "

@@ -1,4 +1,5 @@
-"""Outputs of models as numbers that can be compared: tensors of any float type, and sequences and maps of such."""
+"""Outputs of models as numbers that can be compared: tensors of any float type, and sequences and maps of
+such."""
 
 from __future__ import annotations
 
@@ -33,9 +34,11 @@ def _is_float(kind: int | TypeProto) -> bool:
 
 
 def readable(model: ModelProto) -> tuple[ModelProto, dict[str, str]]:
-    """The model with outputs that onnxruntime hands over to numpy, and the name under which each output's numbers are found.
+    """The model with outputs that onnxruntime hands over to numpy, and the name under which each output's
+    numbers are found.
 
-    It does not hand over bfloat16: such an output gets a float32 copy, of the same values. Without any, the model is itself.
+    It does not hand over bfloat16: such an output gets a float32 copy, of the same values. Without any, the
+    model is itself.
 
     Parameters
     ----------
@@ -63,7 +66,8 @@ def readable(model: ModelProto) -> tuple[ModelProto, dict[str, str]]:
 
 
 def numbers(value: Any) -> NDArray[np.float64]:
-    """What an output holds as float64: a tensor in its shape; numbers of sequences, maps and optionals in a row.
+    """What an output holds as float64: a tensor in its shape; numbers of sequences, maps and optionals in a
+    row.
 
     Raises
     ------

@@ -18,8 +18,8 @@ def matching(view: GraphView, pattern: str) -> frozenset[str]:
     ----------
     view : GraphView
     pattern : str
-        ``NAME``, a node's name; ``re:REGEX``, which matches whole names; ``op:TYPE``, an operator; ``from:A..to:B``, the nodes
-        on all paths from node A to node B, both included.
+        ``NAME``, a node's name; ``re:REGEX``, which matches whole names; ``op:TYPE``, an operator;
+        ``from:A..to:B``, the nodes on all paths from node A to node B, both included.
 
     Raises
     ------
@@ -40,7 +40,11 @@ def matching(view: GraphView, pattern: str) -> frozenset[str]:
     else:
         found = {_named(view, pattern)}
     if not found:
-        there = f"; operators are {', '.join(sorted({n.op_type for n in view.nodes}))}" if pattern.startswith("op:") else ""
+        there = (
+            f"; operators are {', '.join(sorted({n.op_type for n in view.nodes}))}"
+            if pattern.startswith("op:")
+            else ""
+        )
         raise ConfigError(f"the pattern {pattern!r} matches no node{there}.")
     return frozenset(found)
 
@@ -51,7 +55,9 @@ def _named(view: GraphView, name: str) -> str:
         return name
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"; similar names: {', '.join(near)}" if near else ""
-    raise ConfigError(f"there is no node {name!r} (what is folded into a layer, such as a batch normalization, is no node any more){hint}.")
+    raise ConfigError(
+        f"there is no node {name!r} (what is folded into a layer, such as a batch normalization, is no node any more){hint}."
+    )
 
 
 def _between(view: GraphView, first: str, last: str) -> set[str]:
@@ -62,5 +68,7 @@ def _between(view: GraphView, first: str, last: str) -> set[str]:
     behind, before = view.downstream(o for o in begin.output if o), view.upstream(i for i in end.input if i)
     inside = {n.name for n in view.nodes if any(o in behind and o in before for o in n.output)}
     if first not in inside:
-        raise ConfigError(f"the pattern 'from:{first}..to:{last}' matches no node: no path leads from the one to the other.")
+        raise ConfigError(
+            f"the pattern 'from:{first}..to:{last}' matches no node: no path leads from the one to the other."
+        )
     return {*inside, last}

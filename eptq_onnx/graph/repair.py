@@ -20,7 +20,8 @@ _VERSIONS = range(1, 2**31)
 def repair(model: ModelProto, name: str) -> None:
     """Remove, in place, what onnxruntime ignores.
 
-    That is: second values of tensors, functions that no node calls, sizes below zero, types that do not exist, bytes of names.
+    That is: second values of tensors, functions that no node calls, sizes below zero, types that do not
+    exist, bytes of names.
 
     Raises
     ------
@@ -29,7 +30,9 @@ def repair(model: ModelProto, name: str) -> None:
     """
     for info in (*model.graph.input, *model.graph.output):
         if not isinstance(info.name, str):
-            raise ModelError(f"{name} has an input or output whose name {info.name!r} is no UTF-8: rename it.")
+            raise ModelError(
+                f"{name} has an input or output whose name {info.name!r} is no UTF-8: rename it."
+            )
     _decode(model)
     _drop_functions(model)
     for _, tensor in labelled_tensors(model):
@@ -46,7 +49,8 @@ def repair(model: ModelProto, name: str) -> None:
 
 
 def _drop_functions(model: ModelProto) -> None:
-    """Functions that no node calls, by way of others or not, are left out: onnxruntime does not look at them."""
+    """Functions that no node calls, by way of others or not, are left out: onnxruntime does not look at
+    them."""
     functions = {(f.domain, f.name): f for f in model.functions}
     called: set[tuple[str, str]] = set()
     calling: list[GraphProto | FunctionProto] = [model.graph]
@@ -62,7 +66,9 @@ def _drop_functions(model: ModelProto) -> None:
 def _keep_one_value(tensor: TensorProto) -> None:
     if tensor.HasField("segment"):
         tensor.ClearField("segment")
-    raw = tensor.data_location == TensorProto.EXTERNAL or (tensor.HasField("raw_data") and tensor.data_type != TensorProto.STRING)
+    raw = tensor.data_location == TensorProto.EXTERNAL or (
+        tensor.HasField("raw_data") and tensor.data_type != TensorProto.STRING
+    )
     kept = "raw_data" if raw else data_field(tensor)
     for field in _DATA:
         if field != kept and (tensor.HasField(field) if field == "raw_data" else len(getattr(tensor, field))):
@@ -95,7 +101,7 @@ def _open_negative(kind: TypeProto) -> None:
         _open_negative(kind.optional_type.elem_type)
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------
 def _decode(model: ModelProto) -> None:
     """Text that is no UTF-8, which protobuf gives as bytes, becomes text with the odd bytes written out."""
     stack: list[Any] = [model]
@@ -127,7 +133,9 @@ def _fields(full_name: str) -> tuple[list[str], list[str], list[str], list[str]]
     found: tuple[list[str], ...] = ([], [], [], [])
     descriptor = DESCRIPTOR.pool.FindMessageTypeByName(full_name)
     for field in _ordered(descriptor.fields):
-        many = bool(field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED)
+        many = bool(
+            field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED
+        )
         if field.type == field.TYPE_STRING:
             found[many].append(field.name)
         elif field.message_type is not None:

@@ -1,12 +1,14 @@
 """Random draws and choices by value, recorded from the float network and replayed in every version of it.
 
-Two networks can be compared row by row only if both draw the same numbers, and choose the same rows in the same order. A
-node that draws (RandomNormalLike) or chooses (TopK, NonZero) becomes inputs with what it made of each sample:
+Two networks can be compared row by row only if both draw the same numbers, and choose the same rows in the
+same order. A node that draws (RandomNormalLike) or chooses (TopK, NonZero) becomes inputs with what it made
+of each sample:
 
-    TopK(x, k) → values, places    becomes    GatherElements(x, recorded places) → values, Identity(recorded places) → places
+    TopK(x, k) → values, places    becomes    GatherElements(x, recorded places) → values, Identity(recorded
+    places) → places
 
-so that the node's tensors keep their names, and gradients pass where the node has them. What a choice is made from becomes an
-output: an error there may change the choice when the network chooses for itself.
+so that the node's tensors keep their names, and gradients pass where the node has them. What a choice is made
+from becomes an output: an error there may change the choice when the network chooses for itself.
 """
 
 from __future__ import annotations
@@ -21,10 +23,24 @@ from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 from eptq_onnx.proto.bodies import all_names, all_nodes, subgraphs
 
-RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
+RANDOM = (
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+)
 """Operators that draw whatever they are given; Dropout does in training mode only."""
 _PREFIX = "recorded/"
-_INTEGERS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32, TensorProto.INT64}
+_INTEGERS = {
+    TensorProto.INT8,
+    TensorProto.UINT8,
+    TensorProto.INT16,
+    TensorProto.UINT16,
+    TensorProto.INT32,
+    TensorProto.INT64,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,8 @@ class Recorded:
     outputs : tuple of int
         Positions of the outputs that are recorded, whether the model names them or not.
     inputs : tuple of int
-        Positions of inputs that decide, and are recorded in their place: the condition of an If, say. The node stays.
+        Positions of inputs that decide, and are recorded in their place: the condition of an If, say. The
+        node stays.
     rest : callable, optional
         (node, recorded tensors by position, builder) adds what makes the other outputs.
     orders : bool
@@ -58,11 +75,16 @@ class Recorded:
 RuleOf = Callable[[NodeProto], Recorded | None]
 
 
-# ---- rules of single operators ---------------------------------------------------------------------------------------
+# ---- rules of single operators -----------------------------------------------------------------------------
 def top_k_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder) -> None:
     """TopK: the values stand at the recorded places."""
     if node.output[0]:
-        b.add("GatherElements", [node.input[0], recorded[1]], node.output[0], axis=int_attribute(node, "axis", -1))
+        b.add(
+            "GatherElements",
+            [node.input[0], recorded[1]],
+            node.output[0],
+            axis=int_attribute(node, "axis", -1),
+        )
 
 
 def unique_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder) -> None:
@@ -72,7 +94,12 @@ def unique_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder)
     axis, source = attribute(node, "axis"), node.input[0]
     if axis is None:
         source = b.add("Reshape", [source, b.constant(np.array([-1], np.int64), "flat")])
-    b.add("Gather", [source, recorded[1]], node.output[0], axis=0 if axis is None else int_attribute(node, "axis", 0))
+    b.add(
+        "Gather",
+        [source, recorded[1]],
+        node.output[0],
+        axis=0 if axis is None else int_attribute(node, "axis", 0),
+    )
 
 
 def dropout_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder) -> None:
@@ -85,7 +112,8 @@ def dropout_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder
 
 
 def rounds(node: NodeProto, view: GraphView) -> bool:
-    """True for a Cast from float to an integer that follows from the inputs' values, not from their shapes alone."""
+    """True for a Cast from float to an integer that follows from the inputs' values, not from their shapes
+    alone."""
     makes = view.elem_type(node.output[0])
     return view.is_float(node.input[0]) and makes in _INTEGERS and node.input[0] in view.varying
 
@@ -95,7 +123,10 @@ def rounds_sizes(node: NodeProto, view: GraphView) -> bool:
     if node.output[0] not in view.varying:
         return False
     behind = view.downstream([node.output[0]])
-    return any(n.op_type == "Cast" and n.output[0] in behind and view.elem_type(n.output[0]) in _INTEGERS for n in view.nodes)
+    return any(
+        n.op_type == "Cast" and n.output[0] in behind and view.elem_type(n.output[0]) in _INTEGERS
+        for n in view.nodes
+    )
 
 
 def decides(node: NodeProto, view: GraphView) -> bool:
@@ -113,7 +144,7 @@ def trains(node: NodeProto, view: GraphView) -> bool:
     return not view.is_constant(node.input[2]) or bool(view.constant(node.input[2]).reshape(-1)[0])
 
 
-# ---- replay ----------------------------------------------------------------------------------------------------------
+# ---- replay ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Place:
     """One recorded tensor of a node, and the input of the model that stands for it.
@@ -163,7 +194,9 @@ class Replay:
         """The random draws alone."""
         return Replay(tuple(p for p in self.places if p.draws), self.types)
 
-    def __call__(self, model: ModelProto, rule_of: RuleOf, read_as: Mapping[str, str] | None = None) -> ModelProto:
+    def __call__(
+        self, model: ModelProto, rule_of: RuleOf, read_as: Mapping[str, str] | None = None
+    ) -> ModelProto:
         """A copy that takes what was recorded as inputs; the model itself if nothing was.
 
         Parameters
@@ -205,7 +238,8 @@ class Replay:
 
 
 def places_of(model: ModelProto, rule_of: RuleOf) -> tuple[Place, ...]:
-    """The tensors of the main graph that are to be recorded: all draws, and the choices that float values depend on.
+    """The tensors of the main graph that are to be recorded: all draws, and the choices that float values
+    depend on.
 
     Parameters
     ----------
@@ -226,12 +260,16 @@ def places_of(model: ModelProto, rule_of: RuleOf) -> tuple[Place, ...]:
         if not rule.draws and not any(view.is_float(t) for t in view.downstream(o for o in node.output if o)):
             continue
         reads = bool(rule.inputs)
-        found += [Place(node.name, k, f"{prefix}{node.name}/{k}", rule.draws, reads) for k in rule.inputs or rule.outputs]
+        found += [
+            Place(node.name, k, f"{prefix}{node.name}/{k}", rule.draws, reads)
+            for k in rule.inputs or rule.outputs
+        ]
     return tuple(found)
 
 
 def recording(model: ModelProto, places: tuple[Place, ...], seed: int) -> tuple[ModelProto, list[str]]:
-    """A model that gives the tensors to be recorded, one output a place, and their names; draws follow from the seed.
+    """A model that gives the tensors to be recorded, one output a place, and their names; draws follow from
+    the seed.
 
     Parameters
     ----------
@@ -288,7 +326,9 @@ def _seed(node: NodeProto, seed: int) -> None:
     kept = [a for a in node.attribute if a.name != "seed"]
     del node.attribute[:]
     node.attribute.extend(kept)
-    node.attribute.append(helper.make_attribute("seed", int(seed) if node.op_type == "Dropout" else float(seed)))
+    node.attribute.append(
+        helper.make_attribute("seed", int(seed) if node.op_type == "Dropout" else float(seed))
+    )
 
 
 def decisive(model: ModelProto, places: tuple[Place, ...]) -> dict[str, int]:
@@ -322,7 +362,12 @@ def draws_inside_bodies(model: ModelProto, rule_of: RuleOf) -> list[str]:
     """Names of the nodes of the main graph in whose bodies something is drawn."""
     found = []
     for node in model.graph.node:
-        rules = (rule_of(inner) for graph in subgraphs(node) for inner in all_nodes(graph) if inner.op_type != "Dropout")
+        rules = (
+            rule_of(inner)
+            for graph in subgraphs(node)
+            for inner in all_nodes(graph)
+            if inner.op_type != "Dropout"
+        )
         if any(rule is not None and rule.draws for rule in rules):
             found.append(node.name)
     return found

@@ -1,4 +1,5 @@
-"""Shapes of everything, for inputs of fixed shapes: inferred where inference gets, observed where it does not."""
+"""Shapes of everything, for inputs of fixed shapes: inferred where inference gets, observed where it does
+not."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ Known = tuple[int, tuple[int | None, ...]]
 def specialize(model: ModelProto, batches: Sequence[Feeds]) -> ModelProto:
     """A copy whose inputs and tensors have fixed shapes.
 
-    Inference ends at shapes that are computed in ways that it does not follow; these are observed by running the
-    batches. A shape in which two of them differ depends on values, and stays unknown.
+    Inference ends at shapes that are computed in ways that it does not follow; these are observed by running
+    the batches. A shape in which two of them differ depends on values, and stays unknown.
 
     Parameters
     ----------
@@ -52,7 +53,15 @@ def empty_tensor(model: ModelProto) -> str | None:
     Such are rows that were chosen by value, where none was: onnxruntime's gradient kernels crash on them.
     """
     view = GraphView(model)
-    return next((o for n in view.nodes for o in n.output if o and view.is_float(o) and 0 in (view.static_shape(o) or ())), None)
+    return next(
+        (
+            o
+            for n in view.nodes
+            for o in n.output
+            if o and view.is_float(o) and 0 in (view.static_shape(o) or ())
+        ),
+        None,
+    )
 
 
 def with_ranks(model: ModelProto, feeds: Feeds) -> ModelProto:
@@ -61,7 +70,10 @@ def with_ranks(model: ModelProto, feeds: Feeds) -> ModelProto:
     unknown = [o for n in view.nodes for o in n.output if o and view.shape(o) is None]
     if not unknown:
         return model
-    known = {name: (elem_type, (None,) * len(shape)) for name, (elem_type, shape) in _observed(model, unknown, feeds).items()}
+    known = {
+        name: (elem_type, (None,) * len(shape))
+        for name, (elem_type, shape) in _observed(model, unknown, feeds).items()
+    }
     return _with_shapes(edit.with_nodes(model, model.graph.node), known)
 
 
@@ -80,7 +92,9 @@ def _with_shapes(model: ModelProto, known: Mapping[str, Known]) -> ModelProto:
     del model.graph.value_info[:]
     model.graph.value_info.extend(kept)
     model.graph.value_info.extend(
-        helper.make_tensor_value_info(name, elem_type, list(shape)) for name, (elem_type, shape) in known.items() if name not in outputs
+        helper.make_tensor_value_info(name, elem_type, list(shape))
+        for name, (elem_type, shape) in known.items()
+        if name not in outputs
     )
     for info in model.graph.output:
         if info.name in known:

@@ -1,7 +1,9 @@
-"""Damaged models: told apart from sound ones before anything else reads them, and mended where onnxruntime does not mind the damage.
+"""Damaged models: told apart from sound ones before anything else reads them, and mended where onnxruntime
+does not mind the damage.
 
-Libraries do not survive everything: onnxruntime 1.19 ends the process on a Conv whose weight has an axis too few or whose strides
-are 0. What onnx's strict inference objects to is therefore loaded by a process of its own first.
+Libraries do not survive everything: onnxruntime 1.19 ends the process on a Conv whose weight has an axis too
+few or whose strides are 0. What onnx's strict inference objects to is therefore loaded by a process of its
+own first.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from eptq_onnx.proto.weights import light
 
 
 def make_sound(model: ModelProto, name: str) -> None:
-    """Refuse what onnxruntime does not load, and remove, in place, what it does not look at and others stumble over.
+    """Refuse what onnxruntime does not load, and remove, in place, what it does not look at and others
+    stumble over.
 
     Parameters
     ----------
@@ -43,7 +46,9 @@ def make_sound(model: ModelProto, name: str) -> None:
             _without_shapes(model)
         if not runtime.survives(model):
             why = _objection(model) or _objection(bare)
-            raise ModelError(f"{name} is not valid ONNX, and onnxruntime crashes on it, or has not loaded it after a minute: {why}")
+            raise ModelError(
+                f"{name} is not valid ONNX, and onnxruntime crashes on it, or has not loaded it after a minute: {why}"
+            )
     opset, ir_version = runtime.newest_readable()
     if opset_of(model) > opset or model.ir_version > ir_version:
         return
@@ -66,10 +71,15 @@ def _objection(model: ModelProto) -> str | None:
 
 
 def _without_shapes(model: ModelProto) -> ModelProto:
-    """The model, changed, without the shapes that are declared of what nodes make; the scalars that Loop is given keep theirs."""
+    """The model, changed, without the shapes that are declared of what nodes make; the scalars that Loop is
+    given keep theirs."""
     for graph in all_graphs(model.graph):
         inputs = () if graph is model.graph else graph.input
-        for tensor in (i.type.tensor_type for i in (*graph.output, *graph.value_info, *inputs) if i.type.HasField("tensor_type")):
+        for tensor in (
+            i.type.tensor_type
+            for i in (*graph.output, *graph.value_info, *inputs)
+            if i.type.HasField("tensor_type")
+        ):
             if len(tensor.shape.dim):
                 tensor.ClearField("shape")
     return model

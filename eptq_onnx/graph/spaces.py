@@ -1,10 +1,11 @@
 """Which channels may be mixed by a matrix without changing what the model computes.
 
-Where nothing but linear operators lies between layers, and they do the same to all channels (the ends of inverted
-residuals, sums of them, pooling, resizing, joins), the rows of the layers in front take up any invertible matrix, and the
-terms of the layers behind its inverse. For transformers this is known as rotation (QuaRot, Ashkboos et al. 2024; SpinQuant,
-Liu et al. 2024). The slots of `eptq_onnx.graph.channels` tell which channels are the same ones, if only operators that are
-linear have rules; a *space* is a set of channels that always come together.
+Where nothing but linear operators lies between layers, and they do the same to all channels (the ends of
+inverted residuals, sums of them, pooling, resizing, joins), the rows of the layers in front take up any
+invertible matrix, and the terms of the layers behind its inverse. For transformers this is known as rotation
+(QuaRot, Ashkboos et al. 2024; SpinQuant, Liu et al. 2024). The slots of `eptq_onnx.graph.channels` tell which
+channels are the same ones, if only operators that are linear have rules; a *space* is a set of channels that
+always come together.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Spaces:
         _, self._sets = channels.classes()
         vectors = [v for a in self.absorbers for v in (a.times, a.over) if v is not None]
         vectors += channels.tensors().values()
-        fixed = np.concatenate([self._sets[:1], *(self._sets[a.slots] for a in self.absorbers if _grouped(channels, a))])
+        fixed = np.concatenate(
+            [self._sets[:1], *(self._sets[a.slots] for a in self.absorbers if _grouped(channels, a))]
+        )
         labels = _refined([self._sets[v] for v in vectors], int(self._sets.max(initial=0)) + 1)
         labels[fixed] = -1
         order = np.argsort(labels, kind="stable")
@@ -78,7 +81,10 @@ class Spaces:
 
 def _grouped(channels: Channels, absorber: Absorber) -> bool:
     """True for the weight of a layer whose outputs do not read all channels."""
-    return absorber.form is not None and row_shape(absorber.form, channels.view.constant_shape(absorber.constant))[0] > 1
+    return (
+        absorber.form is not None
+        and row_shape(absorber.form, channels.view.constant_shape(absorber.constant))[0] > 1
+    )
 
 
 def _refined(vectors: Sequence[Slots], count: int) -> NDArray[np.int64]:

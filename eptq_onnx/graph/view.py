@@ -63,7 +63,9 @@ class GraphView:
                 self.consumers[name].append(node)
         self.initializers: dict[str, TensorProto] = {t.name: t for t in model.graph.initializer}
         self.outputs: tuple[str, ...] = tuple(o.name for o in model.graph.output)
-        self.inputs: tuple[str, ...] = tuple(i.name for i in model.graph.input if i.name not in self.initializers)
+        self.inputs: tuple[str, ...] = tuple(
+            i.name for i in model.graph.input if i.name not in self.initializers
+        )
         self._arrays: dict[str, NDArray[Any]] = {}
         self._finite: dict[str, bool] = {}
 
@@ -138,7 +140,9 @@ class GraphView:
     @cached_property
     def varying(self) -> set[str]:
         """Tensors that follow from the values of the inputs, not from their shapes alone."""
-        return self.downstream(self.inputs, frozenset(n.name for n in self.nodes if n.op_type in ("Shape", "Size")))
+        return self.downstream(
+            self.inputs, frozenset(n.name for n in self.nodes if n.op_type in ("Shape", "Size"))
+        )
 
     def downstream(self, sources: Iterable[str], blocked: frozenset[str] = frozenset()) -> set[str]:
         """All tensors computed from ``sources`` (included), not going through nodes named in ``blocked``."""

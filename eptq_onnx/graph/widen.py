@@ -7,14 +7,27 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    TypeProto,
+    ValueInfoProto,
+    helper,
+)
 
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import all_graphs, subgraphs
 
-_WIDENED: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.DOUBLE: "double"}
+_WIDENED: dict[int, str] = {
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.DOUBLE: "double",
+}
 _WIDENED_DOMAINS = ("", "com.microsoft")
 """All operators of which that compute in another float type compute in float32, too."""
 _TYPE_ATTRIBUTES = ("to", "dtype", "stash_type", "output_dtype")
@@ -29,10 +42,12 @@ def other_float_types(model: ModelProto) -> tuple[str, ...]:
 
 
 def widen(model: ModelProto) -> ModelProto:
-    """A copy that computes in float32 where the model computes in float16, bfloat16 or double; the model itself if nowhere.
+    """A copy that computes in float32 where the model computes in float16, bfloat16 or double; the model
+    itself if nowhere.
 
-    Inputs and outputs keep their types: a Cast stands behind the one and in front of the other. So do nodes whose operators
-    may have no float32 form: those of other domains, and those that read or make sequences, maps and optionals.
+    Inputs and outputs keep their types: a Cast stands behind the one and in front of the other. So do nodes
+    whose operators may have no float32 form: those of other domains, and those that read or make sequences,
+    maps and optionals.
     """
     if not other_float_types(model):
         return model
@@ -40,11 +55,23 @@ def widen(model: ModelProto) -> ModelProto:
     graph = result.graph
     builder = edit.Builder(result, "float32/")
     constants = {t.name for t in graph.initializer}
-    inputs = {i.name: builder.unique(f"{i.name}/float32") for i in graph.input if _is_other(i) and i.name not in constants}
-    outputs = {o.name: builder.unique(f"{o.name}/float32") for o in graph.output if _is_other(o) and o.name not in inputs}
+    inputs = {
+        i.name: builder.unique(f"{i.name}/float32")
+        for i in graph.input
+        if _is_other(i) and i.name not in constants
+    }
+    outputs = {
+        o.name: builder.unique(f"{o.name}/float32")
+        for o in graph.output
+        if _is_other(o) and o.name not in inputs
+    }
     for name, inside in inputs.items():
         builder.add("Cast", [name], inside, to=TensorProto.FLOAT)
-    interface = [(i, i.type.tensor_type.elem_type) for i in (*graph.input, *graph.output) if _is_other(i) and i.name not in constants]
+    interface = [
+        (i, i.type.tensor_type.elem_type)
+        for i in (*graph.input, *graph.output)
+        if _is_other(i) and i.name not in constants
+    ]
     _widen_graph(graph, store.folder_of(model), {}, builder)
     for info, elem_type in interface:
         info.type.tensor_type.elem_type = elem_type
@@ -63,7 +90,10 @@ def _is_other(info: ValueInfoProto) -> bool:
 
 
 def _tensors(graph: GraphProto) -> list[TensorProto]:
-    return [*graph.initializer, *(a.t for n in graph.node for a in n.attribute if a.type == AttributeProto.TENSOR)]
+    return [
+        *graph.initializer,
+        *(a.t for n in graph.node for a in n.attribute if a.type == AttributeProto.TENSOR),
+    ]
 
 
 def _visit(graph: GraphProto, found: set[int]) -> None:
@@ -81,11 +111,19 @@ def _as_float32(value: NDArray[Any]) -> NDArray[np.float32]:
     return np.where(np.isfinite(value), np.clip(value, limits.min, limits.max), value).astype(np.float32)
 
 
-def _widen_graph(graph: GraphProto, folder: str | None, outer: Mapping[str, int | TypeProto], builder: edit.Builder) -> None:
+def _widen_graph(
+    graph: GraphProto, folder: str | None, outer: Mapping[str, int | TypeProto], builder: edit.Builder
+) -> None:
     """Widen a graph and its bodies, in place; ``outer`` has the types of what the graphs around it hold."""
     kinds = {**outer, **_kinds(graph)}
     stays = [not subgraphs(node) and _stays(node, kinds) for node in graph.node]
-    own = [a.t for node, kept in zip(graph.node, stays, strict=True) if not kept for a in node.attribute if a.type == AttributeProto.TENSOR]
+    own = [
+        a.t
+        for node, kept in zip(graph.node, stays, strict=True)
+        if not kept
+        for a in node.attribute
+        if a.type == AttributeProto.TENSOR
+    ]
     for tensor in (*graph.initializer, *own):
         if tensor.data_type in _WIDENED:
             tensor.CopyFrom(store.constant(_as_float32(store.array(tensor)), tensor.name, folder))
@@ -113,17 +151,24 @@ def _kinds(graph: GraphProto) -> dict[str, int | TypeProto]:
     """Element types of tensors, and types of all else, as far as a graph tells them."""
     infos = (*graph.value_info, *graph.input, *graph.output)
     kinds: dict[str, int | TypeProto] = {
-        v.name: v.type.tensor_type.elem_type if v.type.HasField("tensor_type") else v.type for v in infos if v.type.WhichOneof("value")
+        v.name: v.type.tensor_type.elem_type if v.type.HasField("tensor_type") else v.type
+        for v in infos
+        if v.type.WhichOneof("value")
     }
     return kinds | {t.name: t.data_type for t in graph.initializer}
 
 
 def _stays(node: NodeProto, kinds: Mapping[str, int | TypeProto]) -> bool:
-    return node.domain not in _WIDENED_DOMAINS or any(isinstance(kinds.get(name), TypeProto) for name in (*node.input, *node.output))
+    return node.domain not in _WIDENED_DOMAINS or any(
+        isinstance(kinds.get(name), TypeProto) for name in (*node.input, *node.output)
+    )
 
 
-def _between_casts(node: NodeProto, kinds: Mapping[str, int | TypeProto], builder: edit.Builder) -> list[NodeProto]:
-    """The node as it was, with a Cast in front of what it reads in another type than float32, and behind what it makes so."""
+def _between_casts(
+    node: NodeProto, kinds: Mapping[str, int | TypeProto], builder: edit.Builder
+) -> list[NodeProto]:
+    """The node as it was, with a Cast in front of what it reads in another type than float32, and behind what
+    it makes so."""
     before, after = [], []
     for k, name in enumerate(node.input):
         kind = kinds.get(name)

@@ -1,10 +1,11 @@
 """Mixed precision: choose the bits of every weight under a budget, as an integer program.
 
-Each candidate width of each layer is tried on the inputs of the float network: rounding with error compensation, and
-the error of every output channel, on samples that the rounding has not seen, weighed by its Hessian score. What that does to
-the network's outputs is measured for one width, by running the float network with this one weight rounded, and follows
-for the others from those errors: scores take the errors at all positions for independent, though those of a weight add up in a
-mean over positions, say. The effects of layers add up, so that the best choice is an integer linear program, solved by SciPy's MILP.
+Each candidate width of each layer is tried on the inputs of the float network: rounding with error
+compensation, and the error of every output channel, on samples that the rounding has not seen, weighed by its
+Hessian score. What that does to the network's outputs is measured for one width, by running the float network
+with this one weight rounded, and follows for the others from those errors: scores take the errors at all
+positions for independent, though those of a weight add up in a mean over positions, say. The effects of
+layers add up, so that the best choice is an integer linear program, solved by SciPy's MILP.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ SAMPLES = 32
 _MOST_NOISE = 10.0
 """Noise to signal that is as bad as any."""
 _LEAST = 1e-6
-"""A weight that has less than this share of its largest error at the width that is measured fits the grid; its errors at other
-widths then count relative to the variance of the layer's output."""
+"""A weight that has less than this share of its largest error at the width that is measured fits the grid;
+its errors at other widths then count relative to the variance of the layer's output."""
 
 
 @dataclass
@@ -99,7 +100,10 @@ def allocate(
     """
     plan = network.plan
     widths = solve(candidates(network, selection, target, config, progress), budget)
-    layers = (replace(x, weight_spec=target.weight_spec(widths[x.weight], x.weight_spec.axis, x.depthwise)) for x in plan.layers)
+    layers = (
+        replace(x, weight_spec=target.weight_spec(widths[x.weight], x.weight_spec.axis, x.depthwise))
+        for x in plan.layers
+    )
     return replace(plan, layers=tuple(layers))
 
 
@@ -122,7 +126,9 @@ def candidates(
     walk = Walk(model, [samples.take(part) for part in parts])
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    deviation = Deviation(model, samples, np.concatenate(parts[1::2] or parts), SAMPLES, calibration.variance, config)
+    deviation = Deviation(
+        model, samples, np.concatenate(parts[1::2] or parts), SAMPLES, calibration.variance, config
+    )
     quantizers = plan.quantizer_of
     weights: dict[str, Candidates] = {}
     for k, layer in enumerate(plan.layers):
@@ -134,7 +140,9 @@ def candidates(
         if form is not None:
             inputs = inputs if own == 1 else [x / own for x in inputs]
             rng = np.random.default_rng((config.seed, k))
-            rows = sampled_moments(form, Moments(form.weight_rows(value / of_weight)), (inputs, inputs), _ROWS, rng)
+            rows = sampled_moments(
+                form, Moments(form.weight_rows(value / of_weight)), (inputs, inputs), _ROWS, rng
+            )
         if form is None:
             weights.setdefault(layer.weight, Candidates(value.size, {8: 0.0}))
         elif rows is None or rows.is_empty:
@@ -144,14 +152,19 @@ def candidates(
             known = weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
             positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
             known.operations += value.size * positions * quantizers[layer.input].spec.bits
-            specs = {bits: target.weight_spec(bits, layer.weight_spec.axis, layer.depthwise) for bits in known.effects}
+            specs = {
+                bits: target.weight_spec(bits, layer.weight_spec.axis, layer.depthwise)
+                for bits in known.effects
+            }
             errors, rounded = _tried(form, value / of_weight, rows, specs, config)
             importance = _importance(layer, network.scores, errors[_MEASURED].size)
             square = (float(own) * float(of_weight)) ** 2
             foreseen = {bits: float((error * importance).sum()) * square for bits, error in errors.items()}
             if deviation.parts and foreseen[_MEASURED] > _LEAST * max(foreseen.values()):
                 shift = rows.mean_error(form.weight_rows(rounded)) * (own * of_weight)
-                measured = deviation(_with_one_rounded(model, view, nodes[layer.node], layer, rounded * of_weight, shift))
+                measured = deviation(
+                    _with_one_rounded(model, view, nodes[layer.node], layer, rounded * of_weight, shift)
+                )
                 unit = min(measured, _MOST_NOISE) / foreseen[_MEASURED]
             else:
                 unit = 1 / max(float(importance.sum()) * calibration.variance[layer.output], 1e-30)
@@ -188,7 +201,10 @@ def solve(weights: Mapping[str, Candidates], budget: Budget) -> dict[str, int]:
         np.array(effects) / scale,
         integrality=np.ones(len(names)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(np.array(costs)[None] / budget.amount, -np.inf, 1)],
+        constraints=[
+            LinearConstraint(once, 1, 1),
+            LinearConstraint(np.array(costs)[None] / budget.amount, -np.inf, 1),
+        ],
         options={"mip_rel_gap": 0},
     )
     if found.x is None:
@@ -221,14 +237,18 @@ def _tried(
     ndarray
         The rounded weight at the width that is measured.
     """
-    # A weight with more terms than there are rows can be rounded to fit all of these: what it is worth, others tell.
+    # A weight with more terms than there are rows can be rounded to fit all of these: what it is worth,
+    # others tell.
     seen, unseen = (moment for moment, _, _ in moments.halves or 2 * (moments.covariances,))
     feedback = compensation.Feedback.of(compensation.damped(seen, config.rounding_damping))
     rows = form.weight_rows(weight)
     errors, rounded = {}, weight
     for bits, spec in specs.items():
         scale, owners = quant_math.weight_scales(weight, spec), scale_places(form, weight.shape, spec.axis)
-        per_row, zero = scale.reshape(-1)[owners], quant_math.zero_points(weight, scale, spec).reshape(-1)[owners]
+        per_row, zero = (
+            scale.reshape(-1)[owners],
+            quant_math.zero_points(weight, scale, spec).reshape(-1)[owners],
+        )
         integers = compensation.compensated_rounding(rows, per_row, feedback, quant_math.limits(zero, spec))
         values = integers * per_row[:, :, None]
         errors[bits] = np.asarray(compensation.cost(values - rows, unseen).reshape(-1), np.float32)
@@ -237,21 +257,33 @@ def _tried(
     return errors, rounded
 
 
-def _with_one_rounded(model: ModelProto, view: GraphView, node: NodeProto, layer: Layer, rounded: Array, shift: Array) -> ModelProto:
-    """The float network with the weight of one layer rounded, and what that does to the means of its outputs taken up."""
-    # A layer's output has the rank of its weight, where that of the output is unknown; those of products may have more axes in front.
+def _with_one_rounded(
+    model: ModelProto, view: GraphView, node: NodeProto, layer: Layer, rounded: Array, shift: Array
+) -> ModelProto:
+    """The float network with the weight of one layer rounded, and what that does to the means of its outputs
+    taken up."""
+    # A layer's output has the rank of its weight, where that of the output is unknown; those of products may
+    # have more axes in front.
     rank = len(view.shape(layer.output) or view.constant_shape(layer.weight))
     build = edit.Builder(model)
     raw = build.unique(f"{layer.output}_raw")
-    copy = edit.renamed(node, {layer.output: raw, layer.weight: build.constant(rounded, f"{layer.weight}_rounded")})
+    copy = edit.renamed(
+        node, {layer.output: raw, layer.weight: build.constant(rounded, f"{layer.weight}_rounded")}
+    )
     build.add("Add", [raw, along_axis(shift, layer.output_axis % rank, rank)], layer.output)
-    nodes = [n for other in view.nodes for n in ([copy, *build.nodes] if other.name == node.name else [other])]
+    nodes = [
+        n for other in view.nodes for n in ([copy, *build.nodes] if other.name == node.name else [other])
+    ]
     return edit.with_nodes(model, nodes, build.initializers)
 
 
 def _importance(layer: Layer, scores: Scores | None, channels: int) -> Array:
     """How much a squared error of 1 in each channel counts among those of the others."""
-    if scores is not None and layer.output in scores.channels and scores.channels[layer.output].shape[1] == channels:
+    if (
+        scores is not None
+        and layer.output in scores.channels
+        and scores.channels[layer.output].shape[1] == channels
+    ):
         table = scores.channels[layer.output]
         return np.asarray((table / quant_math.unit(table)).mean(axis=0), np.float32)
     return np.ones(channels, np.float32)

@@ -1,7 +1,7 @@
 """Find how samples are run by running some, and record what the network draws and chooses for each.
 
-Samples are put into one batch only if a batch of two gives what two runs give. Where it does not (a batch size written into a
-Reshape, statistics or attention across the batch), each runs by itself.
+Samples are put into one batch only if a batch of two gives what two runs give. Where it does not (a batch
+size written into a Reshape, statistics or attention across the batch), each runs by itself.
 """
 
 from __future__ import annotations
@@ -81,7 +81,11 @@ def arrange(model: ModelProto, candidates: Sequence[Samples], seed: int) -> Arra
     if alone is not None:
         size = alone.fixed_batch or 1
         samples = alone.grouped(size) if size > 1 else alone.in_batches_of(1)
-        what = f"{size} samples, as many as the model prescribes, are run" if size > 1 else "samples run one at a time"
+        what = (
+            f"{size} samples, as many as the model prescribes, are run"
+            if size > 1
+            else "samples run one at a time"
+        )
         return Arranged(samples, (f"{what}: {probe.why}", *_notes(probe.random())))
     for samples, _ in errors:
         for size in _SIZES if samples.fixed_batch is None and samples.count > 1 else ():
@@ -99,7 +103,10 @@ def arrange(model: ModelProto, candidates: Sequence[Samples], seed: int) -> Arra
 
 
 def _notes(random: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f"two runs of the float model on the same sample differ in {name}: figures for it include that" for name in random)
+    return tuple(
+        f"two runs of the float model on the same sample differ in {name}: figures for it include that"
+        for name in random
+    )
 
 
 class _Probe:
@@ -193,7 +200,10 @@ class _Probe:
     def _run(self, samples: Samples, places: NDArray[np.int64]) -> Feeds:
         feeds = {**samples.take(places), **self._drawn(samples, places)}
         if self._session is None:
-            types = {n: (helper.np_dtype_to_tensor_dtype(feeds[n].dtype), feeds[n].ndim) for n in (p.name for p in self._draws)}
+            types = {
+                n: (helper.np_dtype_to_tensor_dtype(feeds[n].dtype), feeds[n].ndim)
+                for n in (p.name for p in self._draws)
+            }
             self._session = Session(Replay(self._draws, types)(self._model, recorded))
         return self._session.run(self._session.taken(feeds))
 
@@ -217,8 +227,13 @@ class _Probe:
         if len(parts) == 1:
             return parts[0]
         together = draw(places)
-        axes = {n: stacked_axis(parts[0][n], parts[1][n], value, values=False) for n, value in together.items()}
-        return {n: together[n] if axis is None else np.concatenate([p[n] for p in parts], axis) for n, axis in axes.items()}
+        axes = {
+            n: stacked_axis(parts[0][n], parts[1][n], value, values=False) for n, value in together.items()
+        }
+        return {
+            n: together[n] if axis is None else np.concatenate([p[n] for p in parts], axis)
+            for n, axis in axes.items()
+        }
 
 
 def record(model: ModelProto, samples: Samples, seed: int) -> tuple[Samples, Replay, tuple[str, ...]]:
@@ -266,14 +281,19 @@ def record(model: ModelProto, samples: Samples, seed: int) -> tuple[Samples, Rep
         rows = [v[name] for v in values]
         axis = _batch_axis(session, samples, rows, name, place.draws) if samples.fixed_batch is None else None
         columns[place.name] = Column(rows, axis)
-    kinds = {n: (helper.np_dtype_to_tensor_dtype(c.values[0].dtype), c.values[0].ndim) for n, c in columns.items()}
+    kinds = {
+        n: (helper.np_dtype_to_tensor_dtype(c.values[0].dtype), c.values[0].ndim) for n, c in columns.items()
+    }
     found = Replay(places, kinds, replay.decisive(model, places))
     if size > 1:
         return samples.grouped(size).with_columns(columns), found, notes
     if any(c.axis is None for c in columns.values()):
         one = {n: Column(c.values) for n, c in columns.items()}
         if samples.fixed_batch is None:
-            notes = (*notes, f"samples run one at a time: what {_listing(places, columns)} chooses depends on the others in a batch")
+            notes = (
+                *notes,
+                f"samples run one at a time: what {_listing(places, columns)} chooses depends on the others in a batch",
+            )
         return samples.in_batches_of(1).with_columns(one), found, notes
     squeezed = {n: Column([np.squeeze(v, c.axis) for v in c.values], c.axis) for n, c in columns.items()}
     return samples.with_columns(squeezed), found, notes
@@ -283,8 +303,11 @@ def _listing(places: Sequence[Place], columns: dict[str, Column]) -> str:
     return ", ".join(dict.fromkeys(p.node for p in places if columns[p.name].axis is None))
 
 
-def _batch_axis(session: Session, samples: Samples, rows: Sequence[NDArray[Any]], name: str, draws: bool) -> int | None:
-    """The axis of size 1 along which a recorded tensor has its samples; None where they cannot be put together."""
+def _batch_axis(
+    session: Session, samples: Samples, rows: Sequence[NDArray[Any]], name: str, draws: bool
+) -> int | None:
+    """The axis of size 1 along which a recorded tensor has its samples; None where they cannot be put
+    together."""
     alike = samples.alike()
     if len(alike) < 2:
         return None
@@ -292,14 +315,18 @@ def _batch_axis(session: Session, samples: Samples, rows: Sequence[NDArray[Any]]
     first, second = (rows[int(k)] for k in pair)
     both = session.run(session.taken(samples.take(pair)), [name])[name]
     axis = stacked_axis(first, second, both, values=not draws)
-    return axis if axis is not None and all(r.ndim == first.ndim and r.shape[axis] == 1 for r in rows) else None
+    return (
+        axis if axis is not None and all(r.ndim == first.ndim and r.shape[axis] == 1 for r in rows) else None
+    )
 
 
 def _is_array(value: object) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind not in "OSU"
 
 
-def stacked_axis(first: NDArray[Any], second: NDArray[Any], both: NDArray[Any], *, values: bool = True) -> int | None:
+def stacked_axis(
+    first: NDArray[Any], second: NDArray[Any], both: NDArray[Any], *, values: bool = True
+) -> int | None:
     """The axis along which a batch of two holds what two runs gave; None if it does not.
 
     Parameters
@@ -320,7 +347,8 @@ def stacked_axis(first: NDArray[Any], second: NDArray[Any], both: NDArray[Any], 
 
 
 def agree(expected: NDArray[Any], found: NDArray[Any]) -> bool:
-    """True if two arrays are equal up to float rounding (60 dB), or, if they are no floats, but for one element in a hundred."""
+    """True if two arrays are equal up to float rounding (60 dB), or, if they are no floats, but for one
+    element in a hundred."""
     if expected.shape != found.shape or expected.dtype.kind != found.dtype.kind:
         return False
     if not expected.size:

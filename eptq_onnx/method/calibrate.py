@@ -1,7 +1,7 @@
 """Choose activation ranges from one streaming pass (paper section 3.3; AdaRound-style MSE search).
 
-Every tensor keeps a histogram of fixed size whose range doubles when a value falls outside, so that memory does
-not depend on the number of samples; minima and maxima are exact.
+Every tensor keeps a histogram of fixed size whose range doubles when a value falls outside, so that memory
+does not depend on the number of samples; minima and maxima are exact.
 """
 
 from __future__ import annotations
@@ -44,7 +44,13 @@ class Histogram:
         self.counts: NDArray[np.float64] = np.zeros(_BINS)
         self.low, self.high = np.inf, -np.inf
 
-    def add(self, values: Array, per_sample: int = _VALUES_PER_SAMPLE, importance: Array | None = None, axis: int = 0) -> None:
+    def add(
+        self,
+        values: Array,
+        per_sample: int = _VALUES_PER_SAMPLE,
+        importance: Array | None = None,
+        axis: int = 0,
+    ) -> None:
         """Count values of a batch, at most about ``per_sample`` a row (evenly spread).
 
         With ``importance``, of shape (n_channels,), a value counts as much as its channel along ``axis``.
@@ -119,8 +125,11 @@ def percentile_range(
     return (histogram.low, histogram.high) if config.percentile == 100 else (float(low), float(high))
 
 
-def mse_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity) -> tuple[float, float]:
-    """The range whose quantizer has the smallest squared error behind ``function``, searched on both ends in turn."""
+def mse_range(
+    histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity
+) -> tuple[float, float]:
+    """The range whose quantizer has the smallest squared error behind ``function``, searched on both ends in
+    turn."""
     centres, counts = histogram.centres()
     exact = function(centres)
 
@@ -132,7 +141,8 @@ def mse_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Conf
         return float((counts * (function(rounded * float(params.scale)) - exact) ** 2).sum())
 
     extremes = (min(histogram.low, 0.0), max(histogram.high, 0.0))
-    # Both ends together first, over decades: with one end at an outlier, where the other lies makes no difference.
+    # Both ends together first, over decades: with one end at an outlier, where the other lies makes no
+    # difference.
     ratios = np.geomspace(1, 1e-3, 2 * _GRID)
     joint = min(ratios, key=lambda r: error(extremes[0] * r, extremes[1] * r))
     ends = [extremes[0] * float(joint), extremes[1] * float(joint)]
@@ -151,7 +161,9 @@ def mse_range(histogram: Histogram, quantizer: ActivationQuantizer, config: Conf
     return ends[0], ends[1]
 
 
-_METHODS: dict[ActivationRange, Callable[[Histogram, ActivationQuantizer, Config, Function], tuple[float, float]]] = {
+_METHODS: dict[
+    ActivationRange, Callable[[Histogram, ActivationQuantizer, Config, Function], tuple[float, float]]
+] = {
     ActivationRange.MINMAX: minmax_range,
     ActivationRange.PERCENTILE: percentile_range,
     ActivationRange.MSE: mse_range,
@@ -179,7 +191,8 @@ def calibrate(
     progress : callable
         Called with samples done and samples in all, those of every block.
     scores : mapping of str to ndarray of shape (n_samples, n_channels), optional
-        Hessian scores: with them, the squared error of a value counts as much as its channel (damped, as in HMSE).
+        Hessian scores: with them, the squared error of a value counts as much as its channel (damped, as in
+        HMSE).
     known : mapping of str to QuantParams, optional
         What was chosen before; constants keep it.
 
@@ -223,7 +236,10 @@ def calibrate(
         done += len(parts[k])
         progress(done, len(blocks) * samples.count)
     known = known or {}
-    params = {q.name: known[q.name] if q.constant and q.name in known else _params(q, observed, view, config) for q in plan.activations}
+    params = {
+        q.name: known[q.name] if q.constant and q.name in known else _params(q, observed, view, config)
+        for q in plan.activations
+    }
     power = {n: float(t[2] / max(t[0], 1)) for n, t in sums.items()}
     variance = {n: max(power[n] - float(t[1] / max(t[0], 1)) ** 2, 0.0) for n, t in sums.items()}
     shares = {name: count / sizes[name] for name, count in none.items() if count}
@@ -260,7 +276,9 @@ def check_outputs(model: ModelProto, samples: Samples, config: Config) -> None:
 
 def _masked(view: GraphView) -> set[str]:
     """Outputs that the model itself masks with infinite values."""
-    return {o for o in view.outputs if o in view.producer and view.is_float(o) and has_infinite_source(view, o)}
+    return {
+        o for o in view.outputs if o in view.producer and view.is_float(o) and has_infinite_source(view, o)
+    }
 
 
 def _refuse(output: str, value: NDArray[np.floating], chosen: NDArray[np.int64], *, infinite: bool) -> None:
@@ -288,10 +306,15 @@ def _damped(channels: Array, damping: float) -> Array:
     return (channels / mean + damping).astype(np.float32) if mean > 0 else np.ones_like(channels)
 
 
-def _params(quantizer: ActivationQuantizer, observed: dict[str, Histogram], view: GraphView, config: Config) -> QuantParams:
+def _params(
+    quantizer: ActivationQuantizer, observed: dict[str, Histogram], view: GraphView, config: Config
+) -> QuantParams:
     if quantizer.spec.axis is not None:
         # Tables are large, and at 8 bits a finer grid gains nothing.
-        scales = [quant_math.weight_scales(rows, quantizer.spec, rounds=1) for _, rows in view.constant_parts(quantizer.name)]
+        scales = [
+            quant_math.weight_scales(rows, quantizer.spec, rounds=1)
+            for _, rows in view.constant_parts(quantizer.name)
+        ]
         return quantizer.spec.params(np.concatenate(scales))
     if quantizer.constant:
         value = view.constant(quantizer.name)
@@ -300,5 +323,7 @@ def _params(quantizer: ActivationQuantizer, observed: dict[str, Histogram], view
         histogram = observed[quantizer.name]
         if not np.isfinite(histogram.low):
             return quant_math.activation_params(0.0, 0.0, quantizer.spec, quantizer.bounds)
-        low, high = _METHODS[config.activation_range](histogram, quantizer, config, scalar_function(view.model, quantizer))
+        low, high = _METHODS[config.activation_range](
+            histogram, quantizer, config, scalar_function(view.model, quantizer)
+        )
     return quant_math.activation_params(low, high, quantizer.spec, quantizer.bounds)

@@ -1,9 +1,10 @@
 """Find the activations that must stay float because a choice by value would fall on other rows.
 
-Where TopK takes rows that further layers work on, or ArgMax the row of a table, a small error of the scores makes the network
-take another row, and what follows has nothing to do with what it was. How much that costs is measured: the network with its
-activations quantized and its weights rounded to nearest runs with choices of its own, and with those of the float network. If its own
-make more noise than all the rest, what they are made from stays float, as far back as it takes: near ties leave no room for error.
+Where TopK takes rows that further layers work on, or ArgMax the row of a table, a small error of the scores
+makes the network take another row, and what follows has nothing to do with what it was. How much that costs
+is measured: the network with its activations quantized and its weights rounded to nearest runs with choices
+of its own, and with those of the float network. If its own make more noise than all the rest, what they are
+made from stays float, as far back as it takes: near ties leave no room for error.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from eptq_onnx.ops import executed
 from eptq_onnx.records import Plan
 
 SAMPLES, _LEAST_SAMPLES, _MULTIPLICATIONS = 128, 16, 20e9
-"""Near ties are rare: it takes many samples to meet some; fewer where all of them would take more multiplications than that."""
+"""Near ties are rare: it takes many samples to meet some; fewer where all of them would take more
+multiplications than that."""
 FLOAT_PASSES = 3.0
-"""What the float network and a quantized one, with own choices and without, cost a sample; seldom more is needed."""
+"""What the float network and a quantized one, with own choices and without, cost a sample; seldom more is
+needed."""
 _MOST_BYTES = 2**28
 """Of the float outputs, which are kept."""
 _HARM, _CURED = 3.0, 2.0
-"""Times the noise that is left with the float network's choices: where own choices make more, something is done; and how much may stay."""
+"""Times the noise that is left with the float network's choices: where own choices make more, something is
+done; and how much may stay."""
 _UNNOTICED = 0.002
 """Noise-to-signal ratio of outputs that no cure is worth: 27 dB."""
 _SHARE = 0.25
@@ -39,7 +43,8 @@ _FEW_MULTIPLICATIONS, _FEW_WEIGHTS = 4_000_000, 100_000
 """Where fewer stay float it costs nothing that is noticed: a millisecond of one core, and half a megabyte."""
 
 Quantized = Callable[[Mapping[str, str]], tuple[ModelProto, Mapping[str, str]]]
-"""Makes the quantized model in which further tensors stay float, each with the reason; and what stands for a tensor in it."""
+"""Makes the quantized model in which further tensors stay float, each with the reason; and what stands for a
+tensor in it."""
 
 
 def deciding_activations(
@@ -51,7 +56,8 @@ def deciding_activations(
     found: Replay,
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, str], str | None]:
-    """Tensors that must stay float for choices by value to fall as in the float network, each with the reason.
+    """Tensors that must stay float for choices by value to fall as in the float network, each with the
+    reason.
 
     Parameters
     ----------
@@ -111,7 +117,11 @@ def deciding_activations(
         pass
     finally:
         progress(most, most)
-    why = "what they are made from is most of the network, too much to stay float" if afforded < len(path) else "floats do not help"
+    why = (
+        "what they are made from is most of the network, too much to stay float"
+        if afforded < len(path)
+        else "floats do not help"
+    )
     return {}, f"{reason}: {why}"
 
 
@@ -123,17 +133,25 @@ def _choices(model: ModelProto, plan: Plan, found: Replay) -> dict[str, list[str
     result: dict[str, list[str]] = {}
     for place in found.places:
         node = nodes.get(place.node)
-        if node is not None and not place.draws and not read.isdisjoint(view.downstream(o for o in node.output if o)):
+        if (
+            node is not None
+            and not place.draws
+            and not read.isdisjoint(view.downstream(o for o in node.output if o))
+        ):
             result.setdefault(node.name, []).append(place.source(node))
     return result
 
 
-def _afforded(model: ModelProto, plan: Plan, operations: Mapping[str, float], tensors: list[list[str]]) -> int:
-    """How far back the path to the choices may be float: an index of ``tensors``, of which each holds those before it."""
+def _afforded(
+    model: ModelProto, plan: Plan, operations: Mapping[str, float], tensors: list[list[str]]
+) -> int:
+    """How far back the path to the choices may be float: an index of ``tensors``, of which each holds those
+    before it."""
     view = GraphView(model)
     weights = {layer.node: float(np.prod(view.constant_shape(layer.weight))) for layer in plan.layers}
     limits = [
-        (counts, max(few, _SHARE * sum(counts.values()))) for counts, few in ((operations, _FEW_MULTIPLICATIONS), (weights, _FEW_WEIGHTS))
+        (counts, max(few, _SHARE * sum(counts.values())))
+        for counts, few in ((operations, _FEW_MULTIPLICATIONS), (weights, _FEW_WEIGHTS))
     ]
 
     def too_many(count: int) -> bool:
@@ -145,9 +163,12 @@ def _afforded(model: ModelProto, plan: Plan, operations: Mapping[str, float], te
 
 
 class _Harm:
-    """Noise-to-signal power ratio at the outputs, about the mean of their channels, with own choices and with the float network's."""
+    """Noise-to-signal power ratio at the outputs, about the mean of their channels, with own choices and with
+    the float network's."""
 
-    def __init__(self, model: ModelProto, samples: Samples, parts: list[NDArray[np.int64]], found: Replay) -> None:
+    def __init__(
+        self, model: ModelProto, samples: Samples, parts: list[NDArray[np.int64]], found: Replay
+    ) -> None:
         self._found = found
         self._pairing = Pairing(model, samples, parts, found)
         self._reference = within_bytes(self._pairing.outputs(executed(model, found.draws)), _MOST_BYTES)
@@ -161,5 +182,7 @@ class _Harm:
             return followed, followed
 
     def _noise(self, model: ModelProto) -> float:
-        compared = comparisons(self._pairing.pairs(self._reference, self._pairing.outputs(model, len(self._reference))))
+        compared = comparisons(
+            self._pairing.pairs(self._reference, self._pairing.outputs(model, len(self._reference)))
+        )
         return float(np.mean([10 ** (-c.result().centred_sqnr_db / 10) for c in compared.values()] or [0.0]))

@@ -1,16 +1,18 @@
 """Scale the channels of quantized tensors so that the range that they share fits all that matter.
 
-Integer kernels know one scale for all channels of an activation, so that the rounding error of every channel is that of
-the widest. Where the layers around a tensor can take up factors (`eptq_onnx.graph.channels`), the channels are scaled: the
-float model computes the same, but channel c is rounded as finely as the range of all ``f x`` allows, over ``f[c]``
-(cross-layer equalization, Nagel et al. 2019). The price is paid by the weights that read it, whose rows have one grid each
-(the trade of SmoothQuant, Xiao et al. 2023). To first order the errors of the network's outputs are
+Integer kernels know one scale for all channels of an activation, so that the rounding error of every channel
+is that of the widest. Where the layers around a tensor can take up factors (`eptq_onnx.graph.channels`), the
+channels are scaled: the float model computes the same, but channel c is rounded as finely as the range of all
+``f x`` allows, over ``f[c]`` (cross-layer equalization, Nagel et al. 2019). The price is paid by the weights
+that read it, whose rows have one grid each (the trade of SmoothQuant, Xiao et al. 2023). To first order the
+errors of the network's outputs are
 
     sum_t sum_c G[t, c] (step_t² / (12 f[c]²) + D[t, c](R_t / f[c]))  +  sum_l S_l² sum_c E[l, c] f[c]² / 12,
 
-with the Hessian scores G of quantized tensors t, the step of a tensor's integers, which its range R gives, the squares D of
-what is cut off beyond that, the mean squares E of what layers l read, and the mean step S of a layer's rows, which follows their
-largest elements ``W / f``. L-BFGS finds all factors and ranges of the network at once; calibration then chooses the ranges anew.
+with the Hessian scores G of quantized tensors t, the step of a tensor's integers, which its range R gives,
+the squares D of what is cut off beyond that, the mean squares E of what layers l read, and the mean step S of
+a layer's rows, which follows their largest elements ``W / f``. L-BFGS finds all factors and ranges of the
+network at once; calibration then chooses the ranges anew.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from eptq_onnx.records import Plan, Scores
 _SAMPLES, _VALUES = 64, 16_384
 """At most so many samples are looked at, and about so many values of each tensor of a sample."""
 _OCTAVES, _BINS = 20, 3
-"""Magnitudes are told apart from 2 to the power of minus so many on to that of so many, in so many bins an octave."""
+"""Magnitudes are told apart from 2 to the power of minus so many on to that of so many, in so many bins an
+octave."""
 _ROWS = 4.0
 """The largest elements of rows follow this norm of all: rows have them in different channels."""
 _BYTES_A_CHANNEL = 16_000
@@ -81,11 +84,15 @@ class _Tensor:
         size = np.abs(rows)
         places = (np.log2(np.maximum(size, 2.0**-_OCTAVES)) + _OCTAVES) * _BINS
         bins = np.minimum(places.astype(np.int64), 2 * _OCTAVES * _BINS - 1)
-        keys = (((rows > 0) * len(self.sets) + np.arange(len(self.sets))) * (2 * _OCTAVES * _BINS) + bins).reshape(-1)
+        keys = (
+            ((rows > 0) * len(self.sets) + np.arange(len(self.sets))) * (2 * _OCTAVES * _BINS) + bins
+        ).reshape(-1)
         # Sums beyond float32 are told by `is_bounded`.
         with np.errstate(over="ignore"):
             for k, weights in enumerate((None, size.reshape(-1))):
-                self._held[k] += np.bincount(keys, weights, minlength=self._held[k].size).reshape(self._held[k].shape)
+                self._held[k] += np.bincount(keys, weights, minlength=self._held[k].size).reshape(
+                    self._held[k].shape
+                )
         unit = quant_math.unit(size)
         self._squares += np.square(size / unit).sum(axis=0, dtype=np.float64) * float(unit) ** 2
 
@@ -106,7 +113,9 @@ class _Tensor:
 
     def side(self, side: int) -> _Side:
         """What lies below (0) or above (1) 0."""
-        return _Side.of(self._held[0][side].astype(np.float64), self._held[1][side].astype(np.float64), self._total)
+        return _Side.of(
+            self._held[0][side].astype(np.float64), self._held[1][side].astype(np.float64), self._total
+        )
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,8 @@ class _Side:
         return np.asarray(self.means.max(axis=1))
 
     def beyond(self, limit: Float64) -> tuple[Float64, Float64]:
-        """Mean square of what every channel has beyond its limit, and the slope for the logarithm of the limit."""
+        """Mean square of what every channel has beyond its limit, and the slope for the logarithm of the
+        limit."""
         place = np.clip((np.log2(limit) + _OCTAVES) * _BINS, 0, self.means.shape[1] - 1).astype(np.int64)
         channel = np.arange(len(limit))
         place += self.means[channel, place] <= limit
@@ -183,7 +193,8 @@ class _Activations:
         return [float(np.log(side.largest.max())) for side in self._sides]
 
     def error(self, logs: Float64, ends: Float64) -> tuple[float, Float64, Float64]:
-        """Value and slopes for the logarithms of the factors of its channels, and of the ends of the range."""
+        """Value and slopes for the logarithms of the factors of its channels, and of the ends of the
+        range."""
         reach = np.exp(ends)
         rounding = self._importance * (reach.sum() / self._levels) ** 2 / 12 * np.exp(-2 * logs)
         total, slope = float(rounding.sum()), -2 * rounding
@@ -211,14 +222,20 @@ class _Weights:
     levels : int
     """
 
-    def __init__(self, sets: Slots, rows: NDArray[np.floating], energy: Float64, importance: Float64, levels: int) -> None:
+    def __init__(
+        self, sets: Slots, rows: NDArray[np.floating], energy: Float64, importance: Float64, levels: int
+    ) -> None:
         self.sets = sets
         most, least = np.maximum(rows.max(axis=2), 0), np.minimum(rows.min(axis=2), 0)
         unit = quant_math.unit(rows)
         columns = np.sqrt(importance @ np.square(np.maximum(most, -least) / unit)) * float(unit)
         self._columns = np.log(columns + 1e-30)
         steps = (most.max(axis=1) - least.min(axis=1)) / levels
-        share = float(importance @ np.square(steps / unit)) * float(unit) ** 2 / max(_norm(self._columns, _ROWS)[0], 1e-30) ** 2
+        share = (
+            float(importance @ np.square(steps / unit))
+            * float(unit) ** 2
+            / max(_norm(self._columns, _ROWS)[0], 1e-30) ** 2
+        )
         self._energy = share * rows.shape[2] * energy / 12
 
     def error(self, logs: Float64) -> tuple[float, Float64]:
@@ -299,7 +316,12 @@ def equalize(
     _look(running, groups, samples, config, progress)
     boundless = [name for g in groups for name, tensor in g.tensors.items() if not tensor.is_bounded]
     if boundless:
-        return model, scores, {}, [f"no channels are scaled: values of {boundless[0]} are near the largest that float32 holds"]
+        return (
+            model,
+            scores,
+            {},
+            [f"no channels are scaled: values of {boundless[0]} are near the largest that float32 holds"],
+        )
     terms = list(_activations(groups, scores)), list(_weights(view, plan, groups, scores))
     factors = _factors(*terms, count, int(sets[0]))[sets]
     changed = [a for a in channels.absorbers if (factors[a.slots] != 1).any()]
@@ -309,9 +331,15 @@ def equalize(
         a.constant: a.scaled(np.ones(view.constant_shape(a.constant), np.float32), factors)
         for a in changed if scores is not None and a.constant in scores.weights
     }  # fmt: skip
-    result = edit.with_constants(model, {a.constant: a.scaled(view.constant(a.constant), factors) for a in changed})
-    of_tensor = {name: factors[known[0]] for name in view.producer if (known := channels.of(name)) is not None}
-    scaled = {name: float(np.exp(np.abs(np.log(of_tensor[name])).max())) for g in groups for name in g.tensors}
+    result = edit.with_constants(
+        model, {a.constant: a.scaled(view.constant(a.constant), factors) for a in changed}
+    )
+    of_tensor = {
+        name: factors[known[0]] for name in view.producer if (known := channels.of(name)) is not None
+    }
+    scaled = {
+        name: float(np.exp(np.abs(np.log(of_tensor[name])).max())) for g in groups for name in g.tensors
+    }
     return result, _rescaled(scores, of_tensor, ratios), {name: f for name, f in scaled.items() if f > 1}, []
 
 
@@ -319,14 +347,22 @@ def _rescaled(scores: Scores | None, factors: dict[str, Factors], ratios: dict[s
     """The scores of the scaled model: gradients of scaled values are smaller by the factor."""
     if scores is None:
         return None
-    channels = {n: (t / factors[n] ** 2).astype(np.float32) if n in factors else t for n, t in scores.channels.items()}
-    outputs = {n: t / np.outer(factors[n], factors[n]) if n in factors else t for n, t in scores.outputs.items()}
-    weights = {n: (h / np.square(ratios[n])).astype(np.float32) if n in ratios else h for n, h in scores.weights.items()}
+    channels = {
+        n: (t / factors[n] ** 2).astype(np.float32) if n in factors else t for n, t in scores.channels.items()
+    }
+    outputs = {
+        n: t / np.outer(factors[n], factors[n]) if n in factors else t for n, t in scores.outputs.items()
+    }
+    weights = {
+        n: (h / np.square(ratios[n])).astype(np.float32) if n in ratios else h
+        for n, h in scores.weights.items()
+    }
     return replace(scores, channels=channels, outputs=outputs, weights=weights)
 
 
 def _groups(plan: Plan, channels: Channels, sets: Slots) -> list[_Group]:
-    """The quantizers that have tensors whose channels may be scaled, with all their tensors that have channels."""
+    """The quantizers that have tensors whose channels may be scaled, with all their tensors that have
+    channels."""
     found = []
     for quantizer in plan.activations:
         if quantizer.constant:
@@ -339,7 +375,13 @@ def _groups(plan: Plan, channels: Channels, sets: Slots) -> list[_Group]:
     return found
 
 
-def _look(model: ModelProto, groups: Sequence[_Group], samples: Samples, config: Config, progress: Callable[[int, int], None]) -> None:
+def _look(
+    model: ModelProto,
+    groups: Sequence[_Group],
+    samples: Samples,
+    config: Config,
+    progress: Callable[[int, int], None],
+) -> None:
     """Gather what the channels of all tensors reach."""
     tensors = {name: t for g in groups for name, t in g.tensors.items()}
     size = samples.micro_batch()
@@ -360,8 +402,13 @@ def _activations(groups: Iterable[_Group], scores: Scores | None) -> Iterable[_A
         sides = [_Side.joined([t.side(k) for t in tensors]) for k in (0, 1)]
         levels = group.spec.qmax - group.spec.qmin
         if group.spec.symmetric:
-            sides, levels = [_Side(np.maximum(sides[0].means, sides[1].means), sides[0].tails + sides[1].tails)], levels // 2
-        weights = [_importance(name, len(t.sets), t.positions, t.power, scores) for name, t in group.tensors.items()]
+            sides, levels = (
+                [_Side(np.maximum(sides[0].means, sides[1].means), sides[0].tails + sides[1].tails)],
+                levels // 2,
+            )
+        weights = [
+            _importance(name, len(t.sets), t.positions, t.power, scores) for name, t in group.tensors.items()
+        ]
         yield _Activations(np.concatenate([t.sets for t in tensors]), sides, np.concatenate(weights), levels)
 
 
@@ -376,7 +423,9 @@ def _importance(name: str, count: int, positions: float, power: Float64, scores:
     return np.asarray((table / unit).mean(axis=0) * positions / scores.output_size, np.float64) * float(unit)
 
 
-def _weights(view: GraphView, plan: Plan, groups: Iterable[_Group], scores: Scores | None) -> Iterable[_Weights]:
+def _weights(
+    view: GraphView, plan: Plan, groups: Iterable[_Group], scores: Scores | None
+) -> Iterable[_Weights]:
     """What layers pay whose rows read several channels each."""
     nodes = {n.name: n for n in view.nodes}
     inputs = {name: t for group in groups for name, t in group.tensors.items()}
@@ -387,24 +436,36 @@ def _weights(view: GraphView, plan: Plan, groups: Iterable[_Group], scores: Scor
         rows = form.weight_rows(view.constant(layer.weight))
         if rows.shape[2] == form.taps:
             continue
-        yield from _weights_of(rows, form, tensor, layer.output, layer.weight_spec.qmax - layer.weight_spec.qmin, scores)
+        yield from _weights_of(
+            rows, form, tensor, layer.output, layer.weight_spec.qmax - layer.weight_spec.qmin, scores
+        )
 
 
 def _weights_of(
-    rows: NDArray[np.floating], form: LinearForm, tensor: _Tensor, output: str, levels: int, scores: Scores | None
+    rows: NDArray[np.floating],
+    form: LinearForm,
+    tensor: _Tensor,
+    output: str,
+    levels: int,
+    scores: Scores | None,
 ) -> Iterable[_Weights]:
     groups, outputs, terms = rows.shape
     sets, energy = tensor.sets.reshape(groups, -1), tensor.power.reshape(groups, -1)
     parted = rows.reshape(groups, outputs, terms // form.taps, form.taps)
     unit = quant_math.unit(parted)
     made = np.einsum("gnct,gc->gn", np.square(parted / unit), energy).reshape(-1) * float(unit) ** 2
-    # A layer has about as many places as its input; where it has fewer, its weights' errors count as much less.
-    importance = _importance(output, groups * outputs, tensor.positions, made, scores).reshape(groups, outputs)
+    # A layer has about as many places as its input; where it has fewer, its weights' errors count as much
+    # less.
+    importance = _importance(output, groups * outputs, tensor.positions, made, scores).reshape(
+        groups, outputs
+    )
     for k in range(groups):
         yield _Weights(sets[k], parted[k], energy[k], importance[k], levels)
 
 
-def _factors(activations: Sequence[_Activations], weights: Sequence[_Weights], count: int, fixed: int) -> Factors:
+def _factors(
+    activations: Sequence[_Activations], weights: Sequence[_Weights], count: int, fixed: int
+) -> Factors:
     """The factors of all sets with the least sum of errors; 1 where that is hardly less."""
     free = np.zeros(count, np.bool_)
     free[np.concatenate([*(t.sets for t in activations), *(w.sets for w in weights)])] = True
@@ -442,9 +503,13 @@ def _factors(activations: Sequence[_Activations], weights: Sequence[_Weights], c
     if start <= 0 or not len(places):
         return np.ones(count)
     # First the best ranges as it is, which the rest must beat.
-    values = minimize(objective, values, jac=True, method="L-BFGS-B", bounds=[*pinned, *anywhere], options={"maxiter": 100}).x
+    values = minimize(
+        objective, values, jac=True, method="L-BFGS-B", bounds=[*pinned, *anywhere], options={"maxiter": 100}
+    ).x
     start = total(values)[0]
-    found = minimize(objective, values, jac=True, method="L-BFGS-B", bounds=[*limits, *anywhere], options={"maxiter": 300})
+    found = minimize(
+        objective, values, jac=True, method="L-BFGS-B", bounds=[*limits, *anywhere], options={"maxiter": 300}
+    )
     logs = np.zeros(count)
     logs[places] = found.x[: len(places)]
     return np.exp(logs) if total(found.x)[0] < _WORTH * start else np.ones(count)

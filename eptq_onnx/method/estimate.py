@@ -37,7 +37,12 @@ def multiplications(model: ModelProto, plan: Plan, samples: Samples) -> dict[str
     for layer in plan.layers:
         shape = view.static_shape(layer.output)
         if shape and all(shape):
-            found[layer.node] = math.prod(view.constant_shape(layer.weight)) * math.prod(shape) / shape[layer.output_axis] / size
+            found[layer.node] = (
+                math.prod(view.constant_shape(layer.weight))
+                * math.prod(shape)
+                / shape[layer.output_axis]
+                / size
+            )
     return found
 
 

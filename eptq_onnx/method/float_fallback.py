@@ -1,10 +1,10 @@
 """Find the activations that must stay float because their quantization would spoil the outputs.
 
-What a quantizer does to the outputs is measured, not predicted: the float network runs with the quantizers of some
-activations, and its outputs are compared with its own. (Hessian scores are of first order: in networks that blow noise up
-they miss some quantizers by a factor of a hundred, and take others for a hundred times worse than they are.) All at once
-come first, and in most networks are found quiet: one run. Otherwise the noisiest group of neighbours is halved until the
-quantizers that make the noise are alone.
+What a quantizer does to the outputs is measured, not predicted: the float network runs with the quantizers of
+some activations, and its outputs are compared with its own. (Hessian scores are of first order: in networks
+that blow noise up they miss some quantizers by a factor of a hundred, and take others for a hundred times
+worse than they are.) All at once come first, and in most networks are found quiet: one run. Otherwise the
+noisiest group of neighbours is halved until the quantizers that make the noise are alone.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from eptq_onnx.records import Network
 
 SAMPLES = 16
 FLOAT_PASSES = 4.0
-"""What the float network and all quantizers at once cost, in float passes over the samples; seldom more is needed."""
+"""What the float network and all quantizers at once cost, in float passes over the samples; seldom more is
+needed."""
 _OUTLIER = 10.0
-"""A quantizer is not singled out unless it is so many times noisier than the others: low bit widths are noisy all over."""
+"""A quantizer is not singled out unless it is so many times noisier than the others: low bit widths are noisy
+all over."""
 _MOST_RUNS = 128
 
 Quantized = Callable[[Sequence[str]], tuple[ModelProto, Mapping[str, str]]]
@@ -38,14 +40,16 @@ def sensitive_activations(
     config: Config,
     progress: Callable[[int, int], None],
 ) -> dict[str, float]:
-    """Tensors that must stay float for the others to keep within ``config.max_noise``, with the noise that each causes alone.
+    """Tensors that must stay float for the others to keep within ``config.max_noise``, with the noise that
+    each causes alone.
 
     Parameters
     ----------
     network : Network
         Its calibration gives the spread that each part of the outputs is measured by.
     quantized : callable
-        Of names of activation quantizers: the float model with these, and tensor to what holds its quantized values.
+        Of names of activation quantizers: the float model with these, and tensor to what holds its quantized
+        values.
     selection : Selection
         16 of these samples are run.
     config : Config
@@ -61,7 +65,9 @@ def sensitive_activations(
     names = [q.name for q in plan.activations if not q.constant]
     if not names or config.max_noise == 0:
         return {}
-    deviation = Deviation(network.model, selection.samples, selection.indices, SAMPLES, network.calibration.variance, config)
+    deviation = Deviation(
+        network.model, selection.samples, selection.indices, SAMPLES, network.calibration.variance, config
+    )
     if not deviation.parts:
         return {}
     runs = itertools.count(1)
@@ -79,7 +85,8 @@ def sensitive_activations(
 
 
 def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], most: float) -> dict[str, float]:
-    """The noisiest quantizers, with the noise of each, until the rest stay within ``most`` together or nothing stands out any more.
+    """The noisiest quantizers, with the noise of each, until the rest stay within ``most`` together or
+    nothing stands out any more.
 
     The noise of a group is about the sum of that of its members.
     """

@@ -1,8 +1,10 @@
-"""Keep nearest rounding wherever nothing beats it: no result is worse than nearest rounding with the same ranges.
+"""Keep nearest rounding wherever nothing beats it: no result is worse than nearest rounding with the same
+ranges.
 
-Rounding layer by layer, and the network-wise loop, are judged by running the network that they make, on samples that they have
-not seen, with the choices of the float network. Where the outputs of all layers rounded so are no nearer to the float network's
-than nearest rounding leaves them, or may be so by chance alone, nearest rounding stays, from the layer on that does best.
+Rounding layer by layer, and the network-wise loop, are judged by running the network that they make, on
+samples that they have not seen, with the choices of the float network. Where the outputs of all layers
+rounded so are no nearer to the float network's than nearest rounding leaves them, or may be so by chance
+alone, nearest rounding stays, from the layer on that does best.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ V = TypeVar("V")
 SAMPLES = 32
 """At most so many are judged on."""
 _SHARES = (0.75, 0.5, 0.25, 0.125)
-"""Of the layers that keep what was done to them, where all do harm: errors add up on the way to the outputs."""
+"""Of the layers that keep what was done to them, where all do harm: errors add up on the way to the
+outputs."""
 _SLACK = 1.02
 """Noise that makes no difference: where activations make nearly all of it, chance decides."""
 _WORST = 1.06
 """A quarter of a decibel: what a part of the outputs may lose at worst."""
 _CLEAR = 0.7
-"""Share of the noise of all outputs together, one and a half decibels less: where no more is left, it need not be sure of each part."""
+"""Share of the noise of all outputs together, one and a half decibels less: where no more is left, it need
+not be sure of each part."""
 _CHANCE, _CHANCE_OF_MIXTURES = 0.01, 0.001
 """Of more than that on other samples; the best of several mixtures is so by chance, too."""
 _NOTHING = 1e-12
@@ -58,7 +62,8 @@ class Limit:
 
 
 NoiseOf = Callable[[Rounding], Noise]
-"""Of the network with a rounding, on samples that it has not seen; without elements where no output can be compared."""
+"""Of the network with a rounding, on samples that it has not seen; without elements where no output can be
+compared."""
 
 
 def better_than_nearest(
@@ -96,14 +101,21 @@ def better_than_nearest(
         if _serves(other, limit, _CHANCE_OF_MIXTURES) and other.mean() < min(_GAIN * most, least):
             best, kept, least = mixed, count, other.mean()
     lost = 10 * np.log10(max(found.mean(), 1e-30) / max(most, 1e-30))
-    where = f"from layer {plan.layers[kept].node} on, {layers - kept} of {layers} layers" if kept else f"all {layers} layers"
+    where = (
+        f"from layer {plan.layers[kept].node} on, {layers - kept} of {layers} layers"
+        if kept
+        else f"all {layers} layers"
+    )
     if lost > 0:
         worse = f"the outputs are noisier by {lost:.1f} dB"
     elif _noisier(found, limit):
         worse = "some output is noisier"
     else:
         worse = "some output may be noisier, for all that can be told,"
-    return best, f"nearest rounding stays ({where}): with all layers rounded one after the other {worse} on samples that neither saw"
+    return (
+        best,
+        f"nearest rounding stays ({where}): with all layers rounded one after the other {worse} on samples that neither saw",
+    )
 
 
 def still_better(noise_of: NoiseOf, limit: Limit, start: Rounding, candidate: Rounding) -> bool:
@@ -122,7 +134,8 @@ def still_better(noise_of: NoiseOf, limit: Limit, start: Rounding, candidate: Ro
 
 
 def _serves(noise: Noise, limit: Limit, chance: float = _CHANCE) -> bool:
-    """True if nothing is noisier, nor, but for chance, a part of the outputs by more than a quarter of a decibel on other samples.
+    """True if nothing is noisier, nor, but for chance, a part of the outputs by more than a quarter of a
+    decibel on other samples.
 
     Of many parts some are uncertain: where all together are clearly quieter, their means count.
     """
@@ -142,11 +155,14 @@ def _noisier(noise: Noise, limit: Limit) -> bool:
 
 
 def _at_most(noise: Noise, limit: Noise, chance: float) -> Noise:
-    """The mean of each column on other samples is no higher, but for chance: judged by how it differs from the limit run by run."""
+    """The mean of each column on other samples is no higher, but for chance: judged by how it differs from
+    the limit run by run."""
     mean: Noise = noise.mean(axis=0)
     if len(noise) < 2:
         return mean
-    return np.asarray(mean + stats.t.isf(chance, len(noise) - 1) * (noise - limit).std(axis=0, ddof=1) / np.sqrt(len(noise)))
+    return np.asarray(
+        mean + stats.t.isf(chance, len(noise) - 1) * (noise - limit).std(axis=0, ddof=1) / np.sqrt(len(noise))
+    )
 
 
 def _mixed(plan: Plan, rounded: Rounding, nearest: Rounding, count: int, *, targets: bool) -> Rounding:

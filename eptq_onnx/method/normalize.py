@@ -1,9 +1,9 @@
 """Bring a model into the one form that everything else expects.
 
-Functions inlined, opset raised if the target needs it, all floats made float32, constants folded into initializers, nodes named,
-BatchNormalization and padding folded into the layers they belong to, every layer with a bias of its own; the branches
-that all samples take hoisted into the main graph.
-Inputs and outputs keep their names, and so does every tensor that is still computed.
+Functions inlined, opset raised if the target needs it, all floats made float32, constants folded into
+initializers, nodes named, BatchNormalization and padding folded into the layers they belong to, every layer
+with a bias of its own; the branches that all samples take hoisted into the main graph. Inputs and outputs
+keep their names, and so does every tensor that is still computed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
     ----------
     model : ModelProto
     min_opset : int
-        The opset is raised to this if it is lower, and lowered to what the installed onnxruntime reads if it is higher.
+        The opset is raised to this if it is lower, and lowered to what the installed onnxruntime reads if it
+        is higher.
     samples : Samples, optional
         An If whose condition is the same for all of them is settled: see `eptq_onnx.graph.branches`.
 
@@ -52,7 +53,8 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
 
 
 def settle(model: ModelProto, samples: Samples) -> ModelProto:
-    """The model with the branches that all samples take in its main graph, and with the ranks that running it shows.
+    """The model with the branches that all samples take in its main graph, and with the ranks that running it
+    shows.
 
     Parameters
     ----------
@@ -148,8 +150,11 @@ def _name_nodes(model: ModelProto) -> None:
         seen.add(node.name)
 
 
-def _rewrite(model: ModelProto, visit: Callable[[NodeProto, GraphView, edit.Builder], NodeProto | None]) -> ModelProto:
-    """Offer every node to ``visit``; a node that it returns stands for the node and the only producer of its data."""
+def _rewrite(
+    model: ModelProto, visit: Callable[[NodeProto, GraphView, edit.Builder], NodeProto | None]
+) -> ModelProto:
+    """Offer every node to ``visit``; a node that it returns stands for the node and the only producer of its
+    data."""
     changed = True
     while changed:
         changed = False
@@ -181,8 +186,8 @@ def _sole_reader(view: GraphView, tensor: str) -> bool:
 def _fold_batch_normalization(model: ModelProto) -> ModelProto:
     """y = a (W x + b) + c is a layer with weight a W and bias a b + c, a and c per output channel.
 
-    With a = scale / sqrt(var + eps) and c = B - mean a. W has its output channels on axis 0 (Conv; Gemm with transB),
-    axis 1 (Gemm), or on (group, axis 1) of shape (C_in, C_out / group, ...) (ConvTranspose).
+    With a = scale / sqrt(var + eps) and c = B - mean a. W has its output channels on axis 0 (Conv; Gemm with
+    transB), axis 1 (Gemm), or on (group, axis 1) of shape (C_in, C_out / group, ...) (ConvTranspose).
     """
     return _rewrite(model, _visit_batch_normalization)
 
@@ -230,7 +235,9 @@ def _output_channels(layer: NodeProto, weight: tuple[int, ...]) -> int | None:
     return weight[1] if matrix and not int_attribute(layer, "transB", 0) else weight[0]
 
 
-def _scale_outputs(layer: NodeProto, weight: NDArray[np.float64], a: NDArray[np.float64]) -> NDArray[np.float64]:
+def _scale_outputs(
+    layer: NodeProto, weight: NDArray[np.float64], a: NDArray[np.float64]
+) -> NDArray[np.float64]:
     if layer.op_type == "ConvTranspose":
         group = int_attribute(layer, "group", 1)
         split = weight.reshape(group, weight.shape[0] // group, weight.shape[1], -1)
@@ -245,7 +252,8 @@ def _constant(b: edit.Builder, value: NDArray[np.float64], stem: str) -> str:
 
 
 def _fold_bias(model: ModelProto) -> ModelProto:
-    """x W + b with matrices x and W is one Gemm, whose bias runtimes add to the products before they are rounded."""
+    """x W + b with matrices x and W is one Gemm, whose bias runtimes add to the products before they are
+    rounded."""
     products = {n.output[0] for n in model.graph.node if n.op_type == "MatMul"}
     if not any(n.op_type == "Add" and products.intersection(n.input) for n in model.graph.node):
         return model
@@ -257,18 +265,34 @@ def _visit_bias(node: NodeProto, view: GraphView, b: edit.Builder) -> NodeProto 
         return None
     for product, bias in (node.input, reversed(node.input)):
         layer = view.producer.get(product)
-        if layer is None or layer.op_type != "MatMul" or not _sole_reader(view, product) or not view.is_constant(bias):
+        if (
+            layer is None
+            or layer.op_type != "MatMul"
+            or not _sole_reader(view, product)
+            or not view.is_constant(bias)
+        ):
             continue
-        if not view.is_constant(layer.input[1]) or view.is_constant(layer.input[0]) or not view.is_float(bias):
+        if (
+            not view.is_constant(layer.input[1])
+            or view.is_constant(layer.input[0])
+            or not view.is_float(bias)
+        ):
             continue
         shapes = [view.shape(layer.input[0]), view.shape(layer.input[1]), view.shape(bias)]
         if any(s is None for s in shapes) or [len(s or ()) for s in shapes[:2]] != [2, 2]:
             continue
         columns = view.constant_shape(layer.input[1])[1]
         value = view.constant(bias)
-        if value.size not in (1, columns) or value.ndim > 2 or (value.ndim == 2 and value.shape[0] != 1) or not np.isfinite(value).all():
+        if (
+            value.size not in (1, columns)
+            or value.ndim > 2
+            or (value.ndim == 2 and value.shape[0] != 1)
+            or not np.isfinite(value).all()
+        ):
             continue
-        name = b.constant(np.ascontiguousarray(np.broadcast_to(value.reshape(-1), columns)), f"{node.name}_bias")
+        name = b.constant(
+            np.ascontiguousarray(np.broadcast_to(value.reshape(-1), columns)), f"{node.name}_bias"
+        )
         return helper.make_node("Gemm", [*layer.input, name], list(node.output), name=layer.name)
     return None
 
@@ -276,7 +300,9 @@ def _visit_bias(node: NodeProto, view: GraphView, b: edit.Builder) -> NodeProto 
 def _as_matrix_products(model: ModelProto) -> ModelProto:
     """Products with a constant in another place or notation become a MatMul with a constant right operand."""
     constants = {t.name for t in model.graph.initializer}
-    if not any(n.op_type == "Einsum" or (n.op_type == "MatMul" and n.input[0] in constants) for n in model.graph.node):
+    if not any(
+        n.op_type == "Einsum" or (n.op_type == "MatMul" and n.input[0] in constants) for n in model.graph.node
+    ):
         return model
     view, builder = GraphView(infer_shapes(model)), edit.Builder(model)
     for node in view.nodes:
@@ -304,8 +330,13 @@ def _turn_left_constant(node: NodeProto, view: GraphView, b: edit.Builder) -> bo
 
 
 def _einsum_as_matrix_product(node: NodeProto, view: GraphView, b: edit.Builder) -> bool:
-    """Σ over the last axes of x with the axes of a constant: "bsd,dhk->bshk" is x (W as a matrix), reshaped."""
-    if node.op_type != "Einsum" or len(node.input) != 2 or [view.is_constant(i) for i in node.input] != [False, True]:
+    """Σ over the last axes of x with the axes of a constant: "bsd,dhk->bshk" is x (W as a matrix),
+    reshaped."""
+    if (
+        node.op_type != "Einsum"
+        or len(node.input) != 2
+        or [view.is_constant(i) for i in node.input] != [False, True]
+    ):
         return False
     left, _, result = str(attribute(node, "equation")).replace(" ", "").partition("->")
     x, _, w = left.partition(",")
@@ -313,7 +344,15 @@ def _einsum_as_matrix_product(node: NodeProto, view: GraphView, b: edit.Builder)
     kept, new = x[: len(x) - len(summed)], [c for c in w if c not in x]
     weight = view.constant(node.input[1])
     plain = "." not in left and result == kept + "".join(new) and x == kept + "".join(summed)
-    if not plain or not kept or not new or not summed or len(set(w)) != len(w) or len(set(x)) != len(x) or not view.is_float(node.input[1]):
+    if (
+        not plain
+        or not kept
+        or not new
+        or not summed
+        or len(set(w)) != len(w)
+        or len(set(x)) != len(x)
+        or not view.is_float(node.input[1])
+    ):
         return False
     order = weight.transpose([w.index(c) for c in (*summed, *new)])
     sizes = [weight.shape[w.index(c)] for c in new]
@@ -322,7 +361,11 @@ def _einsum_as_matrix_product(node: NodeProto, view: GraphView, b: edit.Builder)
     if len(summed) > 1:
         source = b.add("Reshape", [source, b.constant(np.array([0] * len(kept) + [len(matrix)]), "shape")])
     flat = b.unique(f"{node.output[0]}_flat") if len(new) > 1 else node.output[0]
-    b.nodes.append(helper.make_node("MatMul", [source, b.constant(matrix, f"{node.input[1]}_matrix")], [flat], name=node.name))
+    b.nodes.append(
+        helper.make_node(
+            "MatMul", [source, b.constant(matrix, f"{node.input[1]}_matrix")], [flat], name=node.name
+        )
+    )
     if len(new) > 1:
         b.add("Reshape", [flat, b.constant(np.array([0] * len(kept) + sizes), "shape")], node.output[0])
     return True
@@ -337,7 +380,10 @@ def _visit_padding(node: NodeProto, view: GraphView, b: edit.Builder) -> NodePro
     pad = view.producer.get(node.input[0]) if node.input else None
     if node.op_type != "Conv" or pad is None or pad.op_type != "Pad" or not _sole_reader(view, node.input[0]):
         return None
-    if attribute(pad, "mode", "constant") != "constant" or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+    if attribute(pad, "mode", "constant") != "constant" or attribute(node, "auto_pad", "NOTSET") not in (
+        "NOTSET",
+        "VALID",
+    ):
         return None
     extra = [i for i in pad.input[1:] if i]
     if not extra or not all(view.is_constant(i) for i in extra) or (len(pad.input) > 3 and pad.input[3]):

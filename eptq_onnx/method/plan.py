@@ -2,10 +2,10 @@
 
 The rules, in the words of the operator table (`ops.TABLE`) and the target:
 
-- a layer (constant weight) that the target runs on integers is quantized: its input, its weight, and its output
-  behind the clipping function that the target absorbs;
-- arithmetic and equal-scale operators are quantized if a quantized node reads their result. What lies behind the
-  last layers thus stays float: nothing there would use the integers, and the outputs keep full precision;
+- a layer (constant weight) that the target runs on integers is quantized: its input, its weight, and its
+  output behind the clipping function that the target absorbs;
+- arithmetic and equal-scale operators are quantized if a quantized node reads their result. What lies behind
+  the last layers thus stays float: nothing there would use the integers, and the outputs keep full precision;
 - tensors joined by equal-scale operators share one scale.
 """
 
@@ -26,7 +26,17 @@ from eptq_onnx.graph.patterns import matching
 from eptq_onnx.graph.view import GraphView, int_attribute, last_layers
 from eptq_onnx.numerics.quant_math import keeps_bounds
 from eptq_onnx.numerics.types import QuantSpec
-from eptq_onnx.ops import Bounds, OpSpec, Role, channel_axes_of, is_known, output_channels, pointwise, recorded, spec_of
+from eptq_onnx.ops import (
+    Bounds,
+    OpSpec,
+    Role,
+    channel_axes_of,
+    is_known,
+    output_channels,
+    pointwise,
+    recorded,
+    spec_of,
+)
 from eptq_onnx.proto.bodies import all_names, all_nodes, node_reads, subgraphs
 from eptq_onnx.records import ActivationQuantizer, KeptFloat, Layer, Plan
 from eptq_onnx.runtime import OWN_DOMAINS
@@ -64,7 +74,9 @@ class _Draft:
         return self.view.consumers[self.final(tensor)]
 
 
-def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[str, str] | None = None) -> Plan:
+def plan(
+    model: ModelProto, target: Target, config: Config, sensitive: Mapping[str, str] | None = None
+) -> Plan:
     """Make the plan for a normalized model.
 
     Parameters
@@ -83,7 +95,11 @@ def plan(model: ModelProto, target: Target, config: Config, sensitive: Mapping[s
         If a pattern matches no node.
     """
     view = GraphView(model)
-    excluded = {name: f"excluded by the pattern {pattern}" for pattern in config.exclude for name in matching(view, pattern)}
+    excluded = {
+        name: f"excluded by the pattern {pattern}"
+        for pattern in config.exclude
+        for name in matching(view, pattern)
+    }
     bits = {name: (w, a) for pattern, w, a in config.node_bits for name in matching(view, pattern)}
     draft = _Draft(view, target, sensitive=sensitive or {}, excluded=excluded, bits=bits)
     _absorb(draft)
@@ -105,7 +121,11 @@ def _absorb(draft: _Draft) -> None:
     view = draft.view
     for node in view.nodes:
         spec = spec_of(node)
-        if spec.role is not Role.CLIPPING or node.op_type not in draft.target.ops.absorbed or node.name in draft.excluded:
+        if (
+            spec.role is not Role.CLIPPING
+            or node.op_type not in draft.target.ops.absorbed
+            or node.name in draft.excluded
+        ):
             continue
         source = view.producer.get(node.input[0])
         if source is None or spec_of(source).role not in (Role.LAYER, Role.ARITHMETIC, Role.CLIPPING):
@@ -127,7 +147,11 @@ def _choose(draft: _Draft) -> None:
             draft.reasons[node.name] = reason
     for node in draft.view.nodes:
         # An absorbed function belongs to the node in front of it, and is float only if that is.
-        if node.input and node.input[0] in draft.absorbed and draft.view.producer[node.input[0]].name not in draft.reasons:
+        if (
+            node.input
+            and node.input[0] in draft.absorbed
+            and draft.view.producer[node.input[0]].name not in draft.reasons
+        ):
             del draft.reasons[node.name]
 
 
@@ -144,14 +168,20 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
         return f"{node.op_type} is not in the operator table"
     if spec.role is Role.FLOAT or spec.role is Role.CLIPPING:
         return f"{draft.target.name} has no integer kernel for {node.op_type}"
-    allowed = {Role.LAYER: rules.layers, Role.ARITHMETIC: rules.arithmetic, Role.EQUAL_SCALE: rules.equal_scale}[spec.role]
+    allowed = {
+        Role.LAYER: rules.layers,
+        Role.ARITHMETIC: rules.arithmetic,
+        Role.EQUAL_SCALE: rules.equal_scale,
+    }[spec.role]
     if node.op_type not in allowed:
         return f"{draft.target.name} has no integer kernel for {node.op_type}"
     special = spec.objection(node, view)
     if special:
         return special
     data = spec.data_inputs(node)
-    weighted = spec.role is Role.LAYER and spec.weight is not None and view.is_constant(node.input[spec.weight])
+    weighted = (
+        spec.role is Role.LAYER and spec.weight is not None and view.is_constant(node.input[spec.weight])
+    )
     if weighted:
         weight = _weight(node)
         data = [d for d in data if d != weight]
@@ -180,7 +210,11 @@ def _objection(node: NodeProto, spec: OpSpec, draft: _Draft) -> str | None:
         return f"its operand {infinite[0]} has infinite values"
     if all(view.is_constant(d) for d in data):
         return "all its inputs are constant"
-    if not any(reader.name in draft.quantized and _reads(reader, draft.final(o)) for o in node.output for reader in draft.readers(o)):
+    if not any(
+        reader.name in draft.quantized and _reads(reader, draft.final(o))
+        for o in node.output
+        for reader in draft.readers(o)
+    ):
         return "no integer operator reads its result"
     return None
 
@@ -220,13 +254,17 @@ def _weight(node: NodeProto) -> str:
 
 def _is_depthwise(node: NodeProto, view: GraphView) -> bool:
     """True for a convolution of one input and one output channel a group."""
-    return node.op_type == "Conv" and view.constant_shape(_weight(node))[:2] == (int_attribute(node, "group", 1), 1)
+    return node.op_type == "Conv" and view.constant_shape(_weight(node))[:2] == (
+        int_attribute(node, "group", 1),
+        1,
+    )
 
 
 def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ...]:
     view, taken = draft.view, all_names(model.graph)
     nodes = _layer_nodes(draft)
-    # That a path past all others leads there does not make a layer the first: residual streams lead past every layer.
+    # That a path past all others leads there does not make a layer the first: residual streams lead past
+    # every layer.
     behind = view.downstream(o for n in nodes for o in n.output)
     before = view.upstream(n.input[0] for n in nodes)
     layers: list[Layer] = []
@@ -243,7 +281,9 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
         rank = len(view.constant_shape(weight))
         axis = spec.weight_axis(node) % rank
         if axes.setdefault(weight, axis) != axis:
-            draft.reasons[node.name] = f"its weight {weight} is shared with a layer that has other output channels"
+            draft.reasons[node.name] = (
+                f"its weight {weight} is shared with a layer that has other output channels"
+            )
             del draft.quantized[node.name]
             continue
         bias: str | None = None
@@ -266,7 +306,9 @@ def _layers(draft: _Draft, config: Config, model: ModelProto) -> tuple[Layer, ..
                 bias=bias,
                 has_bias=has_bias,
                 # Integer kernels of stacked matrices take one scale in all.
-                weight_spec=draft.target.weight_spec(bits, None if spec.weight in (spec.data or ()) and rank > 2 else axis, depthwise),
+                weight_spec=draft.target.weight_spec(
+                    bits, None if spec.weight in (spec.data or ()) and rank > 2 else axis, depthwise
+                ),
                 output_axis=-1 if spec.output_axis is None else spec.output_axis,
                 edge=edge,
                 depthwise=depthwise,
@@ -308,14 +350,20 @@ def _activations(draft: _Draft, layers: tuple[Layer, ...], config: Config) -> tu
     for members in groups.values():
         edge = any(m in wide for m in members)
         bits = max(config.edge_bits, config.activation_bits) if edge else config.activation_bits
-        readers = {n.name for m in members for n in view.consumers[m] if n.name in draft.quantized and _reads(n, m)}
+        readers = {
+            n.name for m in members for n in view.consumers[m] if n.name in draft.quantized and _reads(n, m)
+        }
         if readers & draft.bits.keys():
             bits = max(draft.bits[name][1] if name in draft.bits else bits for name in readers)
         spec_q: QuantSpec = draft.target.activation_spec(bits)
         first = members[0]
         constant = view.is_constant(first)
         through = first if constant else pointwise(view, first, lambda shape: math.prod(shape) == 1)[1]
-        result.append(ActivationQuantizer(first, tuple(members), spec_q, _bounds(draft, first), constant, through, axes.get(first)))
+        result.append(
+            ActivationQuantizer(
+                first, tuple(members), spec_q, _bounds(draft, first), constant, through, axes.get(first)
+            )
+        )
     return tuple(result)
 
 
@@ -333,12 +381,16 @@ def _tables(draft: _Draft, layers: tuple[Layer, ...]) -> list[ActivationQuantize
         if not view.is_float(table) or len(shape) < 2 or not view.is_finite(table):
             continue
         if math.prod(shape) < _LEAST_TABLE:
-            draft.reasons[node.name] = f"its table has fewer than {_LEAST_TABLE} values: storing it as integers would not pay"
+            draft.reasons[node.name] = (
+                f"its table has fewer than {_LEAST_TABLE} values: storing it as integers would not pay"
+            )
             continue
         if table in weights:
             draft.reasons[node.name] = "its table is the weight of a layer too"
             continue
-        draft.reasons[node.name] = "its table is stored in 8 bits, one scale a row; what is looked up is float"
+        draft.reasons[node.name] = (
+            "its table is stored in 8 bits, one scale a row; what is looked up is float"
+        )
         found[table] = None
     return [ActivationQuantizer(t, (t,), draft.target.table_spec(), constant=True, through=t) for t in found]
 
@@ -360,7 +412,8 @@ def _topological(view: GraphView, wanted: dict[str, str]) -> list[str]:
 
 
 def _edge_tensors(draft: _Draft, layers: tuple[Layer, ...]) -> set[str]:
-    """The model's inputs, and what the last layers read and make: they have the bit width of the first and last layers."""
+    """The model's inputs, and what the last layers read and make: they have the bit width of the first and
+    last layers."""
     wide = set(draft.view.inputs)
     for layer in last_layers(draft.view, layers):
         wide.update((layer.input, draft.final(layer.output)))
@@ -380,7 +433,8 @@ def _integer_nodes(draft: _Draft) -> dict[str, str]:
 
 
 def _choosing(draft: _Draft, integer: Mapping[str, str]) -> frozenset[str]:
-    """Float nodes whose results only serve to choose by value (the mean of an image that a threshold is compared with, say)."""
+    """Float nodes whose results only serve to choose by value (the mean of an image that a threshold is
+    compared with, say)."""
     view = draft.view
     found: set[str] = set()
     for node in reversed(view.nodes):

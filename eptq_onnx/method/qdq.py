@@ -1,8 +1,8 @@
 """Write the standard QDQ model.
 
-Every quantized activation gets a QuantizeLinear/DequantizeLinear pair that all its readers share; weights and biases
-become integer initializers behind a DequantizeLinear that carries the tensor's old name. A bit width below the
-container's keeps its range by a Clip on the integers, between the two nodes.
+Every quantized activation gets a QuantizeLinear/DequantizeLinear pair that all its readers share; weights and
+biases become integer initializers behind a DequantizeLinear that carries the tensor's old name. A bit width
+below the container's keeps its range by a Clip on the integers, between the two nodes.
 """
 
 from __future__ import annotations
@@ -100,7 +100,11 @@ class _Writer:
 
     def _rewired(self, node: NodeProto) -> NodeProto:
         layer = self._layers.get(node.name)
-        own = {name: self._layer_reads[node.name, name] for name in node.input if (node.name, name) in self._layer_reads}
+        own = {
+            name: self._layer_reads[node.name, name]
+            for name in node.input
+            if (node.name, name) in self._layer_reads
+        }
         reads: Mapping[str, str] = ChainMap(own, self.read_as)
         if branches.settled_branch(node):
             # The other branch gets inputs that the scales do not know: it reads them as they come.
@@ -108,15 +112,23 @@ class _Writer:
         if node.name in self._plan.exact:
             reads = {name: new for name, new in reads.items() if not self._is_there(name)}
         copy = edit.renamed(node, reads)
-        if layer is not None and layer.bias is not None and not layer.has_bias and self._rounding.biases[layer.bias].any():
+        if (
+            layer is not None
+            and layer.bias is not None
+            and not layer.has_bias
+            and self._rounding.biases[layer.bias].any()
+        ):
             del copy.input[2:]
             copy.input.append(self._layer_reads[node.name, layer.bias])
         return copy
 
     def _is_there(self, tensor: str) -> bool:
-        """True if the runtime makes the float values of a quantized tensor anyway: no integer operator makes them."""
+        """True if the runtime makes the float values of a quantized tensor anyway: no integer operator makes
+        them."""
         producer = self._view.producer.get(tensor)
-        made = producer is None or (producer.name not in self._plan.integer_nodes and producer.name not in self._plan.absorbed)
+        made = producer is None or (
+            producer.name not in self._plan.integer_nodes and producer.name not in self._plan.absorbed
+        )
         return made and tensor not in self._view.outputs
 
     def _pair(self, tensor: str, source: str) -> None:
@@ -126,7 +138,10 @@ class _Writer:
         scale, zero = self._scale_names(quantizer.name, params, quantizer.spec)
         q = b.add("QuantizeLinear", [source, scale, zero], b.unique(f"{tensor}_quantized"))
         if quantizer.spec.narrower_than_container and tensor == quantizer.name:
-            limits = [b.constant(np.array(v, quantizer.spec.container), "limit") for v in (quantizer.spec.qmin, quantizer.spec.qmax)]
+            limits = [
+                b.constant(np.array(v, quantizer.spec.container), "limit")
+                for v in (quantizer.spec.qmin, quantizer.spec.qmax)
+            ]
             q = b.add("Clip", [q, *limits], b.unique(f"{tensor}_clipped"))
         made = tensor in self._view.outputs and tensor in self._view.producer
         target_name = tensor if made else b.unique(f"{tensor}_dequantized")
@@ -136,13 +151,17 @@ class _Writer:
     def _scale_names(self, stem: str, params: QuantParams, spec: QuantSpec) -> tuple[str, str]:
         b = self._b
         zero = np.full(np.shape(params.scale), params.zero_point, spec.container)
-        return b.constant(np.asarray(params.scale, np.float32), f"{stem}_scale"), b.constant(zero, f"{stem}_zero_point")
+        return b.constant(np.asarray(params.scale, np.float32), f"{stem}_scale"), b.constant(
+            zero, f"{stem}_zero_point"
+        )
 
-    # ---- constants ------------------------------------------------------------------------------------------
+    # ---- constants -----------------------------------------------------------------------------------------
     def _constants(self) -> None:
         for weight, spec in self._plan.weight_specs.items():
             readers = [layer.node for layer in self._plan.layers if layer.weight == weight]
-            integers, params = quant_math.folded(self._rounding.integers[weight], self._rounding.weights[weight], spec)
+            integers, params = quant_math.folded(
+                self._rounding.integers[weight], self._rounding.weights[weight], spec
+            )
             name = self._dequantized(weight, integers, params, spec, readers)
             for node in readers:
                 self._layer_reads[node, weight] = name
@@ -158,7 +177,9 @@ class _Writer:
         else:
             self._float_biases()
 
-    def _dequantized(self, tensor: str, integers: IntArray, params: QuantParams, spec: QuantSpec, readers: list[str]) -> str:
+    def _dequantized(
+        self, tensor: str, integers: IntArray, params: QuantParams, spec: QuantSpec, readers: list[str]
+    ) -> str:
         """Initializers and DequantizeLinear of a constant; returns the name to read."""
         b = self._b
         stored = b.unique(f"{tensor}_quantized")
@@ -183,14 +204,17 @@ class _Writer:
         names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
         integers = np.empty(shape, quantizer.spec.container)
         for part, rows in self._view.constant_parts(tensor):
-            integers[part] = quant_math.quantize(rows, replace(params, scale=params.scale[part]), quantizer.spec)
+            integers[part] = quant_math.quantize(
+                rows, replace(params, scale=params.scale[part]), quantizer.spec
+            )
         scale = params.scale.reshape(-1, *(1,) * (len(shape) - 1))
         for value, name in zip((integers, scale), names, strict=True):
             b.keep(value, name)
         self._tables[tensor] = names
 
     def _written(self, node: NodeProto) -> list[NodeProto]:
-        """What stands for a node, its results made by the last; rows of a stored table are integers times scales.
+        """What stands for a node, its results made by the last; rows of a stored table are integers times
+        scales.
 
         (No DequantizeLinear has scales that depend on an index.)
         """
@@ -202,12 +226,20 @@ class _Writer:
             return [copy]
         parts = []
         for name in self._tables[node.input[place]]:
-            part = edit.renamed(copy, {node.input[place]: name, node.output[0]: b.unique(f"{node.output[0]}_{name}")})
+            part = edit.renamed(
+                copy, {node.input[place]: name, node.output[0]: b.unique(f"{node.output[0]}_{name}")}
+            )
             part.name = b.unique(f"{node.name}/{name}")
             parts.append(part)
         as_float = b.unique(f"{node.output[0]}_float")
-        cast = helper.make_node("Cast", [parts[0].output[0]], [as_float], name=b.unique(f"{as_float}/Cast"), to=TensorProto.FLOAT)
-        return [*parts, cast, helper.make_node("Mul", [as_float, parts[1].output[0]], list(node.output), name=node.name)]
+        cast = helper.make_node(
+            "Cast", [parts[0].output[0]], [as_float], name=b.unique(f"{as_float}/Cast"), to=TensorProto.FLOAT
+        )
+        return [
+            *parts,
+            cast,
+            helper.make_node("Mul", [as_float, parts[1].output[0]], list(node.output), name=node.name),
+        ]
 
     def _constant_operand(self, quantizer: ActivationQuantizer) -> None:
         view, tensor = self._view, quantizer.name
@@ -221,11 +253,18 @@ class _Writer:
     def _bias(self, layer: Layer) -> None:
         """int32 with scale s_x * s_w and zero point 0 (what QLinearConv and QGemm assume)."""
         b, name = self._b, layer.bias or ""
-        scales = self._rounding.activations[self._quantizers[layer.input].name].scale, self._rounding.weights[layer.weight].scale
+        scales = (
+            self._rounding.activations[self._quantizers[layer.input].name].scale,
+            self._rounding.weights[layer.weight].scale,
+        )
         scale = quant_math.bias_scale(*scales)
         stored = b.unique(f"{name}_quantized")
         b.keep(quant_math.bias_integers(self._rounding.biases[name], *scales), stored)
-        inputs = [stored, b.constant(scale, f"{name}_scale"), b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point")]
+        inputs = [
+            stored,
+            b.constant(scale, f"{name}_scale"),
+            b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point"),
+        ]
         output = self._take_over(name, [layer.node])
         b.add("DequantizeLinear", inputs, output, **_axis(0 if scale.ndim else None))
         self._layer_reads[layer.node, name] = output

@@ -36,7 +36,8 @@ def weight_ranges(
         Hessian scores; weights without one are ranged by plain MSE.
     config : Config
     searched : collection of str, optional
-        The weights whose ranges matter; the others, which a later step ranges anew, get their extremes. By default all.
+        The weights whose ranges matter; the others, which a later step ranges anew, get their extremes. By
+        default all.
 
     Returns
     -------
@@ -51,11 +52,17 @@ def weight_ranges(
         importance = scores.weights.get(name) if scores else None
         method = config.weight_range_method if searched is None or name in searched else WeightRange.MINMAX
         weighed = importance if method is WeightRange.HMSE else None
-        scale = np.maximum(_scales(weight, spec, weighed, method, config.damping), smallest.get(name, np.float32(0)))
+        scale = np.maximum(
+            _scales(weight, spec, weighed, method, config.damping), smallest.get(name, np.float32(0))
+        )
         scale = spec.scales.above(scale)
-        params[name] = spec.params(scale, quant_math.zero_points(weight, scale, spec, weighed, config.damping))
+        params[name] = spec.params(
+            scale, quant_math.zero_points(weight, scale, spec, weighed, config.damping)
+        )
         integers[name] = quant_math.quantize(weight, params[name], spec)
-    return Rounding(integers, params, dict(calibration.activations), biases(view, plan), Constants(view, integers))
+    return Rounding(
+        integers, params, dict(calibration.activations), biases(view, plan), Constants(view, integers)
+    )
 
 
 def biases(view: GraphView, plan: Plan) -> dict[str, Array]:
@@ -70,10 +77,14 @@ def biases(view: GraphView, plan: Plan) -> dict[str, Array]:
     return result
 
 
-def _scales(weight: Array, spec: QuantSpec, importance: Array | None, method: WeightRange, damping: float) -> Array:
+def _scales(
+    weight: Array, spec: QuantSpec, importance: Array | None, method: WeightRange, damping: float
+) -> Array:
     if method is WeightRange.MINMAX:
         rows = quant_math.channel_rows(weight, spec.axis)
-        scales = np.where(rows.any(axis=1), quant_math.max_scales(rows, spec), np.float32(1)).astype(np.float32)
+        scales = np.where(rows.any(axis=1), quant_math.max_scales(rows, spec), np.float32(1)).astype(
+            np.float32
+        )
         return np.asarray(scales[0]) if spec.axis is None else scales
     return quant_math.weight_scales(weight, spec, importance, damping)
 
@@ -88,7 +99,9 @@ def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> d
         bias, axis = np.asarray(view.constant(layer.bias), np.float32), layer.weight_spec.axis
         if axis is not None and bias.size != view.constant_shape(layer.weight)[axis]:
             continue
-        limit = quant_math.smallest_weight_scale(bias, calibration.activations[quantizers[layer.input].name].scale)
+        limit = quant_math.smallest_weight_scale(
+            bias, calibration.activations[quantizers[layer.input].name].scale
+        )
         limit = limit if axis is not None else limit.max(initial=0)
         result[layer.weight] = np.maximum(result.get(layer.weight, np.float32(0)), limit)
     return result

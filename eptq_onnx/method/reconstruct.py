@@ -1,10 +1,11 @@
 """Layer-wise reconstruction: round layer by layer in closed form.
 
 In topological order, each weight is first bent to make up for the errors upstream, then rounded with error
-compensation, and the bias takes up the mean of what is left; see `eptq_onnx.numerics.compensation`. Float and quantized network
-are walked once, side by side: the inputs of a layer follow from those of the layers before it. Positions (pixels, tokens,
-samples) count by their Hessian scores: where the network's outputs do not look, errors cost nothing. And they count, for each
-output of a layer, by the slope of the activation function behind it: where a Relu is flat, errors are not seen.
+compensation, and the bias takes up the mean of what is left; see `eptq_onnx.numerics.compensation`. Float and
+quantized network are walked once, side by side: the inputs of a layer follow from those of the layers before
+it. Positions (pixels, tokens, samples) count by their Hessian scores: where the network's outputs do not
+look, errors cost nothing. And they count, for each output of a layer, by the slope of the activation function
+behind it: where a Relu is flat, errors are not seen.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ _LEAST_UNIT = 1e-30
 _HESSIAN_SHARE = 0.5
 """How much the positions' scores decide what a position counts; the rest all have in common."""
 _MOST_APART, _BYTES_APART = 2e7, 64
-"""Elements of the second moments of a layer's outputs apart from each other; and what each takes, with its copies."""
+"""Elements of the second moments of a layer's outputs apart from each other; and what each takes, with its
+copies."""
 _BITS_APART = 6
 """Of weights, at most: what rounding to more does is too small to be worth the time."""
 _OUTPUT_DAMPING = 0.1
@@ -69,8 +71,8 @@ def reconstruct(
     Parameters
     ----------
     network : Network
-        The ``positions`` of its scores tell which inputs count most, their ``outputs`` which errors of a layer add up in the
-        network's outputs.
+        The ``positions`` of its scores tell which inputs count most, their ``outputs`` which errors of a
+        layer add up in the network's outputs.
     quantized : ModelProto
         The QDQ model of ``start``; it gives the quantizers of the activations.
     start : Rounding
@@ -89,7 +91,8 @@ def reconstruct(
 
     Notes
     -----
-    Input-error correction and sequential rounding follow OBQ (Frantar and Alistarh 2022) and GPTQ (Frantar et al. 2023).
+    Input-error correction and sequential rounding follow OBQ (Frantar and Alistarh 2022) and GPTQ (Frantar et
+    al. 2023).
     """
     model, plan, scores = network.model, network.plan, network.scores
     samples, indices = selection.samples, selection.indices
@@ -119,8 +122,18 @@ def reconstruct(
             reader = _reader(view, layer, form, start, config, units[0] * units[1])
             # Without a bias, the weights alone must get the mean right.
             moments = Moments(form.weight_rows(weight / units[1]), layer.bias is not None, reader)
-            wanted, rng = _wanted_rows(form.weight_rows(weight).shape[2]), np.random.default_rng((config.seed, k))
-            sampled_moments(form, moments, (_over(reached[0], units[0]), _over(reached[1], units[0])), wanted, rng, importance)
+            wanted, rng = (
+                _wanted_rows(form.weight_rows(weight).shape[2]),
+                np.random.default_rng((config.seed, k)),
+            )
+            sampled_moments(
+                form,
+                moments,
+                (_over(reached[0], units[0]), _over(reached[1], units[0])),
+                wanted,
+                rng,
+                importance,
+            )
             if moments.is_empty:
                 skipped.setdefault(layer.node, "no sample gives it a row of finite values")
             else:
@@ -140,14 +153,17 @@ def reconstruct(
             shift = 0 if problem is None else problem.mean_error(rounded)
             bias = biases[layer.bias] = biases[layer.bias] + shift
             grid = input_scale, params[layer.weight].scale
-            rough.set_constant(names[layer.node][1], quant_math.round_bias(bias, *grid) if plan.integer_bias else bias)
+            rough.set_constant(
+                names[layer.node][1], quant_math.round_bias(bias, *grid) if plan.integer_bias else bias
+            )
         progress(k + 1, len(plan.layers))
     bent: Mapping[str, Array] = ChainMap(targets, start.targets)  # type: ignore[arg-type]  # it is only read
     return replace(start, integers=integers, weights=params, biases=biases, targets=bent), skipped
 
 
 def operations(model: ModelProto, plan: Plan, config: Config) -> float:
-    """Multiplications that `reconstruct` takes beside the walk, about, as fast as those of large matrix products.
+    """Multiplications that `reconstruct` takes beside the walk, about, as fast as those of large matrix
+    products.
 
     Parameters
     ----------
@@ -210,12 +226,17 @@ class _Activation:
 
 
 def _activation(view: GraphView, layer: Layer, form: LinearForm, config: Config) -> _Activation | None:
-    """None where there is no such function, or where the moments of all outputs apart would take too much, or bring too little."""
+    """None where there is no such function, or where the moments of all outputs apart would take too much, or
+    bring too little."""
     groups, outputs, terms = row_shape(form, view.constant_shape(layer.weight))
     rank = len(view.shape(layer.output) or ())
     axis = layer.output_axis % max(rank, 1)
     # The walks take a quarter of the memory, too.
-    most = _MOST_APART if config.max_memory is None else min(_MOST_APART, config.max_memory // (4 * _BYTES_APART))
+    most = (
+        _MOST_APART
+        if config.max_memory is None
+        else min(_MOST_APART, config.max_memory // (4 * _BYTES_APART))
+    )
     if not axis or layer.weight_spec.bits > _BITS_APART or groups * outputs * terms**2 > most:
         return None
     row = tuple(groups * outputs if k == axis else 1 for k in range(rank))
@@ -324,7 +345,9 @@ class _Problem:
         feedback = compensation.Feedback.of(moment)
         best = self._round(full, target, self._at_least(base, least), moment, feedback, owners)
         for ratio in _RATIOS[self.spec.scales][1:]:
-            other = self._round(full, target, self._at_least(base * np.float32(ratio), least), moment, feedback, owners)
+            other = self._round(
+                full, target, self._at_least(base * np.float32(ratio), least), moment, feedback, owners
+            )
             better = other.cost < best.cost
             best = _Rounded(
                 np.where(better[owners][:, :, None], other.integers, best.integers),
@@ -355,17 +378,24 @@ class _Problem:
         return stored.astype(self.spec.container), params, full * unit
 
     def mean_error(self, rounded: Array) -> Array:
-        """What the bias must take up: mean float output less mean quantized output, of shape (n_channels,)."""
+        """What the bias must take up: mean float output less mean quantized output, of shape
+        (n_channels,)."""
         own, of_weight = self.units
         return self.moments.mean_error(self.form.weight_rows(rounded / of_weight)) * (own * of_weight)
 
     def _damping(self, rows: Array) -> Float64:
         """That of the correction; outputs of a group have the same, also where they stand apart."""
         apart = self.moments.apart
-        return np.repeat(compensation.best_damping(rows.reshape(-1, apart * rows.shape[1], rows.shape[2]), self.moments.halves), apart)
+        return np.repeat(
+            compensation.best_damping(
+                rows.reshape(-1, apart * rows.shape[1], rows.shape[2]), self.moments.halves
+            ),
+            apart,
+        )
 
     def _output_moment(self, groups: int) -> Float64 | None:
-        """G of every group, of shape (n_groups, n_outputs, n_outputs); None if it is unknown or 0, or a group has one output."""
+        """G of every group, of shape (n_groups, n_outputs, n_outputs); None if it is unknown or 0, or a group
+        has one output."""
         if self.outputs is None or len(self.outputs) == groups or np.trace(self.outputs) <= 0:
             return None
         own = np.arange(groups)
@@ -388,7 +418,8 @@ class _Problem:
         return integers, scale
 
     def _at_least(self, scale: Array, least: Array) -> Array:
-        """The allowed scales nearest to these, or at least so large: one a channel (or one in all), shape (n_scales,)."""
+        """The allowed scales nearest to these, or at least so large: one a channel (or one in all), shape
+        (n_scales,)."""
         scale, least = (self.spec.scales.nearest(scale.reshape(-1)), self.spec.scales.above(least))
         return np.maximum(scale, least if scale.size == least.size else least.max())
 
@@ -402,7 +433,9 @@ class _Problem:
         owners: NDArray[np.int64],
     ) -> _Rounded:
         per_row, zero = scale[owners], quant_math.zero_points(full, scale, self.spec)
-        integers = compensation.compensated_rounding(target, per_row, feedback, quant_math.limits(zero[owners], self.spec))
+        integers = compensation.compensated_rounding(
+            target, per_row, feedback, quant_math.limits(zero[owners], self.spec)
+        )
         value = compensation.cost(integers * per_row[:, :, None] - target, moment)
         costs = np.zeros(scale.size)
         np.add.at(costs, owners, value)

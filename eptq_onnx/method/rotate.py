@@ -1,18 +1,19 @@
 """Mix channels so that the rows of all weights around them are rounded finely.
 
-Where nothing but linear operators lies between layers (`eptq_onnx.graph.spaces`), any invertible matrix T may go into the
-rows of the layers in front, ``T W``, and its inverse into the terms of those behind, ``W T⁻¹``; the float model computes the
-same. With a grid a row, whose step follows the largest element, the squared errors are, to first order and in units of what
-each layer makes,
+Where nothing but linear operators lies between layers (`eptq_onnx.graph.spaces`), any invertible matrix T may
+go into the rows of the layers in front, ``T W``, and its inverse into the terms of those behind, ``W T⁻¹``;
+the float model computes the same. With a grid a row, whose step follows the largest element, the squared
+errors are, to first order and in units of what each layer makes,
 
-    sum_front  n b sum_i |T W|_i² / (levels² tr W Wᵀ G)  +  sum_behind  e sum_o |W T⁻¹|_o² / (levels² tr W S Wᵀ),
+    sum_front  n b sum_i |T W|_i² / (levels² tr W Wᵀ G)  +  sum_behind  e sum_o |W T⁻¹|_o² / (levels² tr W S
+    Wᵀ),
 
-with ``|.|_i`` the largest magnitude of a row, n its terms, b the mean importance of the mixed channels and e their power: S, the
-squared rows of all layers in front, stands for the power of each channel as it is, G, the squared columns of all layers
-behind, for its importance. T is a diagonal that balances the two (as cross-layer equalization does, Nagel et al. 2019), then
-a rotation (SpinQuant, Liu et al. 2024, learns such by gradients of the network): L-BFGS over its Cayley parameters finds the
-one with the least errors, of a smooth norm instead of the largest magnitudes. Weights become spread evenly over their range.
-No data are needed.
+with ``|.|_i`` the largest magnitude of a row, n its terms, b the mean importance of the mixed channels and e
+their power: S, the squared rows of all layers in front, stands for the power of each channel as it is, G, the
+squared columns of all layers behind, for its importance. T is a diagonal that balances the two (as
+cross-layer equalization does, Nagel et al. 2019), then a rotation (SpinQuant, Liu et al. 2024, learns such by
+gradients of the network): L-BFGS over its Cayley parameters finds the one with the least errors, of a smooth
+norm instead of the largest magnitudes. Weights become spread evenly over their range. No data are needed.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ _MOST = 2048
 _LEAST_SHARE = 1e-3
 """Channels count at least as this share of the mean: dead ones have no power or no importance."""
 _WORTH = 0.8
-"""The predicted errors must fall below this share of themselves, or a space stays as it is: what mixing does to the ranges
-of activations is not counted."""
+"""The predicted errors must fall below this share of themselves, or a space stays as it is: what mixing does
+to the ranges of activations is not counted."""
 _FLOATS_A_TERM = 6
 """What is held of each element of a weight in work."""
 
@@ -56,8 +57,8 @@ class _Side:
     levels : int
         Steps of its range; 0 for a weight that stays float.
     rows : ndarray
-        Of a producer, of shape (n_members, n_copies * n_terms), copies one after the other; of a consumer, of shape
-        (n_outputs * n, n_members), with the n places that each member has in a row one after the other.
+        Of a producer, of shape (n_members, n_copies * n_terms), copies one after the other; of a consumer, of
+        shape (n_outputs * n, n_members), with the n places that each member has in a row one after the other.
     count : int
         Copies, or places.
     beyond : ndarray of shape (n_outputs, 1) or None
@@ -72,7 +73,9 @@ class _Side:
     @property
     def squares(self) -> NDArray[np.float64]:
         """Sum of the squares that each member has."""
-        return np.asarray(np.square(self.rows, dtype=np.float64).sum(axis=0 if self.beyond is not None else 1))
+        return np.asarray(
+            np.square(self.rows, dtype=np.float64).sum(axis=0 if self.beyond is not None else 1)
+        )
 
     @property
     def terms(self) -> int:
@@ -99,7 +102,10 @@ def needed_bytes(model: ModelProto) -> int:
     """
     view = GraphView(model)
     spaces = Spaces(channels_of(view, linear=True))
-    sizes = [sum(int(np.prod(view.constant_shape(a.constant))) for a in _touched(spaces, k)) for k in range(len(spaces.members))]
+    sizes = [
+        sum(int(np.prod(view.constant_shape(a.constant))) for a in _touched(spaces, k))
+        for k in range(len(spaces.members))
+    ]
     return 4 * (_FLOATS_A_TERM * max(sizes, default=0) + sum(sizes))
 
 
@@ -176,7 +182,9 @@ def _sides(
         steps = levels.get(a.constant, 0)
         made, read = spaces.places(a.times, space), spaces.places(a.over, space)
         if made.size:
-            producers.append(_Side(steps, np.swapaxes(rows[made], 0, 1).reshape(made.shape[1], -1), len(made)))
+            producers.append(
+                _Side(steps, np.swapaxes(rows[made], 0, 1).reshape(made.shape[1], -1), len(made))
+            )
         if read.size:
             terms = rows.reshape(len(rows), -1, a.form.taps)
             others = np.delete(terms, read.reshape(-1), axis=1).reshape(len(rows), -1)
@@ -185,7 +193,9 @@ def _sides(
     return producers, consumers
 
 
-def _matrix(producers: Sequence[_Side], consumers: Sequence[_Side], rng: np.random.Generator) -> Matrix | None:
+def _matrix(
+    producers: Sequence[_Side], consumers: Sequence[_Side], rng: np.random.Generator
+) -> Matrix | None:
     """The matrix with the least errors that is found; None if it is hardly better than none."""
     if not producers or not consumers:
         return None
@@ -204,7 +214,12 @@ def _shares(squares: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     return np.asarray(np.maximum(shares, _LEAST_SHARE / len(shares)))
 
 
-def _plain(producers: Sequence[_Side], consumers: Sequence[_Side], power: NDArray[np.float64], importance: NDArray[np.float64]) -> float:
+def _plain(
+    producers: Sequence[_Side],
+    consumers: Sequence[_Side],
+    power: NDArray[np.float64],
+    importance: NDArray[np.float64],
+) -> float:
     """The errors where nothing is mixed: every channel has a grid and an importance of its own."""
     total = 0.0
     for side in filter(lambda s: s.levels, producers):
@@ -237,8 +252,14 @@ class _Cost:
     ) -> None:
         scale = diagonal.astype(np.float32)
         mean, energy = float((importance / diagonal**2).mean()), float((power * diagonal**2).sum())
-        self._producers = [(replace(s, rows=s.rows * scale[:, None]), mean * s.terms * s.unit(importance)) for s in producers if s.levels]
-        self._consumers = [(replace(s, rows=s.rows / scale), energy * s.unit(power)) for s in consumers if s.levels]
+        self._producers = [
+            (replace(s, rows=s.rows * scale[:, None]), mean * s.terms * s.unit(importance))
+            for s in producers
+            if s.levels
+        ]
+        self._consumers = [
+            (replace(s, rows=s.rows / scale), energy * s.unit(power)) for s in consumers if s.levels
+        ]
 
     def __call__(self, rotation: Array) -> tuple[float, Matrix]:
         """The errors and their slopes for the elements of a rotation."""
@@ -257,7 +278,9 @@ class _Cost:
 def _norms(rows: Array) -> Array:
     """The 8-norm of every row, of shape (n_rows, 1): a smooth largest magnitude."""
     most = np.abs(rows).max(axis=1, keepdims=True, initial=1e-30)
-    return np.asarray(most * np.square(np.square(np.square(rows / most))).sum(axis=1, keepdims=True) ** 0.125, np.float32)
+    return np.asarray(
+        most * np.square(np.square(np.square(rows / most))).sum(axis=1, keepdims=True) ** 0.125, np.float32
+    )
 
 
 def _squares(rows: Array, beyond: Array | None = None) -> tuple[float, Array]:
@@ -275,7 +298,8 @@ def _squares(rows: Array, beyond: Array | None = None) -> tuple[float, Array]:
 
 
 def _descended(cost: Callable[[Array], tuple[float, Matrix]], start: Matrix) -> tuple[Matrix, float]:
-    """A rotation with the least cost, and that cost: ``(I + A / 2)⁻¹ (I - A / 2) start`` with A skew-symmetric."""
+    """A rotation with the least cost, and that cost: ``(I + A / 2)⁻¹ (I - A / 2) start`` with A
+    skew-symmetric."""
     one, upper = np.eye(len(start)), np.triu_indices(len(start), 1)
 
     def cayley(values: NDArray[np.float64]) -> tuple[Matrix, Matrix]:
@@ -291,5 +315,7 @@ def _descended(cost: Callable[[Array], tuple[float, Matrix]], start: Matrix) -> 
         pull = -0.5 * inverse.T @ slope @ (rotation + start).T
         return float(np.log(max(value, 1e-300))), (pull - pull.T)[upper] / max(value, 1e-300)
 
-    found = minimize(function, np.zeros(len(upper[0])), jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS})
+    found = minimize(
+        function, np.zeros(len(upper[0])), jac=True, method="L-BFGS-B", options={"maxiter": _ITERATIONS}
+    )
     return cayley(found.x)[1], float(np.exp(found.fun))

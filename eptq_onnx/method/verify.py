@@ -71,8 +71,9 @@ def verify(
 ) -> Verification:
     """Compare outputs and layers, and count integer kernels.
 
-    Outputs are those of the written model as a user would run it, sample by sample, with choices of its own; only random
-    numbers are those of the float model. Layers are compared on the choices of the float model, so that their rows match.
+    Outputs are those of the written model as a user would run it, sample by sample, with choices of its own;
+    only random numbers are those of the float model. Layers are compared on the choices of the float model,
+    so that their rows match.
 
     Parameters
     ----------
@@ -150,7 +151,9 @@ def _compare_outputs(
             raise
         # Other lengths want other numbers of draws.
         results = list(pairing.outputs(executed(versions.marked, found, versions.stands_for), len(reference)))
-        notes = (f"in the comparison of outputs, lengths and places follow the float model: with its own the draws do not fit ({e})",)
+        notes = (
+            f"in the comparison of outputs, lengths and places follow the float model: with its own the draws do not fit ({e})",
+        )
     compared = comparisons(pairing.pairs(reference, results))
     return sum(map(len, parts[: len(reference)])), {name: c.result() for name, c in compared.items()}, notes
 
@@ -169,7 +172,8 @@ class _Sums:
         self._power[key] += float(np.square(reference[finite]).sum())
         difference = np.where(finite, reference, 0)
         if got.shape == reference.shape:
-            # Where the float network has no number there is nothing to compare; where the other has none, all is lost.
+            # Where the float network has no number there is nothing to compare; where the other has none, all
+            # is lost.
             np.subtract(reference, got, out=difference, where=finite & np.isfinite(got))
         self._noise[key] += float(np.square(difference).sum())
 

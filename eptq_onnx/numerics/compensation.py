@@ -1,17 +1,18 @@
 """Rounding a matrix so that its products keep, in closed form. Pure numpy, no ONNX.
 
 With second moments ``A = E[x_q x_qᵀ]`` of the inputs that a layer gets in the quantized network, and
-``C = E[x_q yᵀ]`` with the outputs ``y = W x_f`` of the float network, the weights that come closest to these outputs are
-``W* = Cᵀ A⁻¹`` (input-error correction), and integers Q cost ``tr((sQ - W*) A (sQ - W*)ᵀ)``. That is minimised element by
-element, each rounding error being made up for by the elements that follow (OBQ, Frantar & Alistarh 2022; GPTQ,
-Frantar et al. 2023), and then by coordinate descent.
+``C = E[x_q yᵀ]`` with the outputs ``y = W x_f`` of the float network, the weights that come closest to these
+outputs are ``W* = Cᵀ A⁻¹`` (input-error correction), and integers Q cost ``tr((sQ - W*) A (sQ - W*)ᵀ)``. That
+is minimised element by element, each rounding error being made up for by the elements that follow (OBQ,
+Frantar & Alistarh 2022; GPTQ, Frantar et al. 2023), and then by coordinate descent.
 
-That treats every output alike. With ``G = E[g gᵀ]`` of the network outputs' Hessian factor ``g = Jᵀ v`` (paper section
-3.1) the error's effect on the network outputs is ``tr(G (sQ - W*) A (sQ - W*)ᵀ)``, to Kronecker's approximation (K-FAC,
-Martens and Grosse 2015): outputs make up for each other's errors where the rest of the network adds them up.
+That treats every output alike. With ``G = E[g gᵀ]`` of the network outputs' Hessian factor ``g = Jᵀ v``
+(paper section 3.1) the error's effect on the network outputs is ``tr(G (sQ - W*) A (sQ - W*)ᵀ)``, to
+Kronecker's approximation (K-FAC, Martens and Grosse 2015): outputs make up for each other's errors where the
+rest of the network adds them up.
 
-Everywhere the first axis is the group: weights (n_groups, n_outputs, n_terms), moments (n_groups, n_terms, n_terms),
-scales (n_groups, n_outputs).
+Everywhere the first axis is the group: weights (n_groups, n_outputs, n_terms), moments (n_groups, n_terms,
+n_terms), scales (n_groups, n_outputs).
 """
 
 from __future__ import annotations
@@ -54,12 +55,15 @@ def damped(moment: Float64, damping: float) -> Float64:
     return moment + _ridge(moment, damping)
 
 
-def corrected_target(weight: Array, moment: Float64, cross: Float64, power: Float64, damping: float | Float64) -> Array:
+def corrected_target(
+    weight: Array, moment: Float64, cross: Float64, power: Float64, damping: float | Float64
+) -> Array:
     """The weights that, on the quantized inputs, come closest to the float outputs without shrinking them.
 
-    ``W* = g (C + mu Wᵀ)ᵀ (A + mu I)⁻¹`` with mu a share of A's mean diagonal: the larger, the closer to W. Least squares
-    shrinks what it predicts from noisy inputs, layer after layer, and rare strong responses (objects, rare classes)
-    suffer first. The gain g of each output makes up for that: the slope of the corrected output over the float one is 1.
+    ``W* = g (C + mu Wᵀ)ᵀ (A + mu I)⁻¹`` with mu a share of A's mean diagonal: the larger, the closer to W.
+    Least squares shrinks what it predicts from noisy inputs, layer after layer, and rare strong responses
+    (objects, rare classes) suffer first. The gain g of each output makes up for that: the slope of the
+    corrected output over the float one is 1.
 
     Parameters
     ----------
@@ -77,7 +81,8 @@ def corrected_target(weight: Array, moment: Float64, cross: Float64, power: Floa
 
 
 def best_damping(weight: Array, halves: Sequence[Covariances]) -> Float64:
-    """The damping of `corrected_target` that serves each group best on the half of the inputs that it was not fitted to.
+    """The damping of `corrected_target` that serves each group best on the half of the inputs that it was not
+    fitted to.
 
     Parameters
     ----------
@@ -108,7 +113,8 @@ def cost(error: Array, moment: Float64) -> Float64:
 
 @dataclass(frozen=True)
 class Feedback:
-    """How the error of a term is spread over the terms that are rounded after it; the same for all scales and widths.
+    """How the error of a term is spread over the terms that are rounded after it; the same for all scales and
+    widths.
 
     Parameters
     ----------
@@ -123,7 +129,8 @@ class Feedback:
 
     @classmethod
     def of(cls, moment: Float64) -> Feedback:
-        """From a positive definite moment: the rows of the upper Cholesky factor of A⁻¹, over its diagonal."""
+        """From a positive definite moment: the rows of the upper Cholesky factor of A⁻¹, over its
+        diagonal."""
         order = np.argsort(-np.einsum("gii->gi", moment), axis=1, kind="stable")
         ordered = np.take_along_axis(np.take_along_axis(moment, order[:, :, None], 1), order[:, None, :], 2)
         factor = np.linalg.cholesky(np.linalg.inv(ordered)).swapaxes(1, 2)
@@ -165,7 +172,9 @@ def compensated_rounding(target: Array, scale: Array, feedback: Feedback, limits
     return np.take_along_axis(result, back[:, None, :], 2)
 
 
-def coordinate_descent(target: Array, integers: Array, scale: Array, moment: Float64, limits: Limits, passes: int) -> Array:
+def coordinate_descent(
+    target: Array, integers: Array, scale: Array, moment: Float64, limits: Limits, passes: int
+) -> Array:
     """Move integers one at a time to where the cost is least, all others fixed.
 
     Returns
@@ -202,7 +211,9 @@ def coordinate_descent(target: Array, integers: Array, scale: Array, moment: Flo
     return q
 
 
-def refitted_scale(target: Array, integers: Array, scale: Array, moment: Float64, owners: NDArray[np.int64]) -> Array:
+def refitted_scale(
+    target: Array, integers: Array, scale: Array, moment: Float64, owners: NDArray[np.int64]
+) -> Array:
     """Scales of the least cost for given integers.
 
     Parameters
@@ -224,7 +235,12 @@ def refitted_scale(target: Array, integers: Array, scale: Array, moment: Float64
 
 
 def jointly_refitted_scale(
-    target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, owners: NDArray[np.int64]
+    target: Array,
+    integers: Array,
+    scale: Array,
+    moment: Float64,
+    output_moment: Float64,
+    owners: NDArray[np.int64],
 ) -> Array:
     """Scales of the least effect on the network outputs for given integers.
 
@@ -237,7 +253,9 @@ def jointly_refitted_scale(
         The place of each row's scale.
     """
     system, right = np.zeros((scale.size, scale.size)), np.zeros(scale.size)
-    for wanted, q, inputs, outputs, owner in zip(target, integers.astype(np.float64), moment, output_moment, owners, strict=True):
+    for wanted, q, inputs, outputs, owner in zip(
+        target, integers.astype(np.float64), moment, output_moment, owners, strict=True
+    ):
         product = q @ inputs
         np.add.at(system, (owner[:, None], owner[None, :]), outputs * (product @ q.T))
         np.add.at(right, owner, ((outputs @ wanted) * product).sum(axis=1))
@@ -249,7 +267,13 @@ def jointly_refitted_scale(
 
 
 def joint_descent(
-    target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, limits: Limits, passes: int
+    target: Array,
+    integers: Array,
+    scale: Array,
+    moment: Float64,
+    output_moment: Float64,
+    limits: Limits,
+    passes: int,
 ) -> Array:
     """Coordinate descent on the effect of each group's errors on the network outputs, ``tr(G E A Eᵀ)``.
 
@@ -272,11 +296,19 @@ def joint_descent(
     """
     least, most = limits
     groups = zip(target, integers, scale, moment, output_moment, least, most, strict=True)
-    return np.stack([_joint_descent(w, q, s, a, g, (low, high), passes) for w, q, s, a, g, low, high in groups])
+    return np.stack(
+        [_joint_descent(w, q, s, a, g, (low, high), passes) for w, q, s, a, g, low, high in groups]
+    )
 
 
 def _joint_descent(
-    target: Array, integers: Array, scale: Array, moment: Float64, output_moment: Float64, limits: Limits, passes: int
+    target: Array,
+    integers: Array,
+    scale: Array,
+    moment: Float64,
+    output_moment: Float64,
+    limits: Limits,
+    passes: int,
 ) -> Array:
     """`joint_descent` of one group."""
     q, s = integers.astype(np.float64), scale.astype(np.float64)
@@ -305,7 +337,8 @@ def _joint_descent(
 def _descend_column(
     column: Float64, scale: Float64, pull: Float64, variance: float, output_moment: Float64, limits: Limits
 ) -> Float64 | None:
-    """Move integers of one column, the most useful move first, in place; returns G times the moves, None if there are none."""
+    """Move integers of one column, the most useful move first, in place; returns G times the moves, None if
+    there are none."""
     curvature = scale * np.diag(output_moment) * variance
     effect: Float64 | None = None
     for _ in range(2 * len(column)):

@@ -34,14 +34,20 @@ class IntFormat:
     qmax: int
 
     def __post_init__(self) -> None:
-        low, high = (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.signed else (0, 2**self.bits - 1)
+        low, high = (
+            (-(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1) if self.signed else (0, 2**self.bits - 1)
+        )
         if not 2 <= self.bits <= 16 or not low <= self.qmin < self.qmax <= high:
             raise ValueError(f"{self.bits} bits do not hold {self.qmin} to {self.qmax}")
 
     @classmethod
     def full(cls, bits: int, *, signed: bool) -> IntFormat:
         """The whole range of a width."""
-        return cls(bits, signed, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else cls(bits, signed, 0, 2**bits - 1)
+        return (
+            cls(bits, signed, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            if signed
+            else cls(bits, signed, 0, 2**bits - 1)
+        )
 
     @property
     def largest(self) -> float:
@@ -55,19 +61,23 @@ class IntFormat:
     def values(self, codes: NDArray[np.uint16]) -> Array:
         """Values of bit patterns."""
         whole = codes.astype(np.int64)
-        return (whole - (whole >= 2 ** (self.bits - 1)) * 2**self.bits if self.signed else whole).astype(np.float32)
+        return (whole - (whole >= 2 ** (self.bits - 1)) * 2**self.bits if self.signed else whole).astype(
+            np.float32
+        )
 
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """Binary floating-point numbers with a sign, as ONNX knows them: float8e4m3fn is (4, 3, finite), float8e5m2 is (5, 2).
+    """Binary floating-point numbers with a sign, as ONNX knows them: float8e4m3fn is (4, 3, finite),
+    float8e5m2 is (5, 2).
 
     Parameters
     ----------
     exponent, mantissa : int
         Bits of each; the bias is ``2 ** (exponent - 1) - 1``.
     finite : bool
-        True if there are no infinities: the largest exponent holds numbers, too, but for the one pattern of all ones, NaN.
+        True if there are no infinities: the largest exponent holds numbers, too, but for the one pattern of
+        all ones, NaN.
 
     Notes
     -----
@@ -176,7 +186,8 @@ class PerAxis:
 
 @dataclass(frozen=True)
 class PerBlock:
-    """One scale for so many values in a row along an axis: of shape (4, 3, 3) for a tensor of shape (4, 6, 3), axis 1 and size 2.
+    """One scale for so many values in a row along an axis: of shape (4, 3, 3) for a tensor of shape (4, 6,
+    3), axis 1 and size 2.
 
     The last block is shorter where the size does not divide the axis (ONNX QuantizeLinear, opset 21).
     """
@@ -204,7 +215,8 @@ class Storage(str, Enum):
     """How stored values lie in memory."""
 
     NATIVE = "native"
-    """As the ONNX type of that width: 2 and 4 bits packed, the first value in the low bits; others in whole bytes."""
+    """As the ONNX type of that width: 2 and 4 bits packed, the first value in the low bits; others in whole
+    bytes."""
     PACKED = "packed"
     """One bit pattern behind the other, from the low bits of each byte on, whatever the width."""
     CONTAINER = "container"

@@ -1,4 +1,5 @@
-"""How the outputs of a layer compare with those of the float network: the gains that would make them alike."""
+"""How the outputs of a layer compare with those of the float network: the gains that would make them
+alike."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import numpy as np
 from eptq_onnx.numerics.types import Array, Float64
 
 MOST_GAIN = 1.1
-"""Largest correction of an output's slope: where almost nothing of the float output is left, a gain would amplify noise."""
+"""Largest correction of an output's slope: where almost nothing of the float output is left, a gain would
+amplify noise."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,13 @@ class Comparison:
     def of(cls, exact: Array, rough: Array) -> Comparison:
         """From the outputs of a batch, channels along the last axis."""
         x, y = (v.reshape(len(v), -1, v.shape[-1]).astype(np.float64) for v in (exact, rough))
-        return cls(np.full((len(x), 1), float(x.shape[1])), x.sum(axis=1), y.sum(axis=1), np.square(x).sum(axis=1), (x * y).sum(axis=1))
+        return cls(
+            np.full((len(x), 1), float(x.shape[1])),
+            x.sum(axis=1),
+            y.sum(axis=1),
+            np.square(x).sum(axis=1),
+            (x * y).sum(axis=1),
+        )
 
     @classmethod
     def joined(cls, parts: Sequence[Comparison], share: float) -> Comparison:
@@ -56,7 +64,8 @@ class Comparison:
     def gains(self) -> Float64:
         """What each channel's quantized values lack to have the slope 1 over the float values, near 1.
 
-        Slopes of channels that differ by no more than the samples disagree are taken to be the same (James and Stein 1961).
+        Slopes of channels that differ by no more than the samples disagree are taken to be the same (James
+        and Stein 1961).
         """
         mean, other = self.means
         power = self.power - mean * (2 * self.exact - self.positions * mean)

@@ -1,6 +1,7 @@
 """The grid of a tensor: the one place where values are rounded.
 
-``q(x) = (clip(round(x / s) + z) - z) s`` with half-to-even rounding, as ONNX QuantizeLinear and DequantizeLinear compute it.
+``q(x) = (clip(round(x / s) + z) - z) s`` with half-to-even rounding, as ONNX QuantizeLinear and
+DequantizeLinear compute it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from eptq_onnx.numerics.formats import FloatFormat, Format, Granularity, IntForm
 from eptq_onnx.numerics.types import Array, Float64, IntArray
 
 _PART = 2**20
-"""Values of a large array that are worked on at a time: what is made of them in between stays small, and in the cache."""
+"""Values of a large array that are worked on at a time: what is made of them in between stays small, and in
+the cache."""
 
 
 def nearest(steps: NDArray[Any] | float) -> NDArray[Any]:
@@ -96,10 +98,14 @@ class Grid:
         """Values of the format from their bytes."""
         width, count = _width(self.format, storage), int(np.prod(shape))
         if width == self.format.bits and width not in (8, 16):
-            bits = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")[: count * width].reshape(count, width)
+            bits = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")[
+                : count * width
+            ].reshape(count, width)
             codes = (bits.astype(np.uint16) << np.arange(width, dtype=np.uint16)).sum(axis=1, dtype=np.uint16)
         else:
-            codes = np.frombuffer(content, "<u1" if width == 8 else "<u2").astype(np.uint16) & np.uint16(2**self.format.bits - 1)
+            codes = np.frombuffer(content, "<u1" if width == 8 else "<u2").astype(np.uint16) & np.uint16(
+                2**self.format.bits - 1
+            )
         return self.format.values(codes).reshape(shape)
 
     def spread(self, shape: tuple[int, ...]) -> tuple[Array, Array]:

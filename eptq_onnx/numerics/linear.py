@@ -1,7 +1,7 @@
 """Layers as matrix products: which rows of inputs meet which rows of weights. Pure numpy, no ONNX.
 
-A layer computes, for each of its groups, ``y = x Wᵀ + b`` with x a row of inputs (a patch, for convolutions). The forms
-here cut such rows out of an input tensor, and turn a weight tensor into rows and back.
+A layer computes, for each of its groups, ``y = x Wᵀ + b`` with x a row of inputs (a patch, for convolutions).
+The forms here cut such rows out of an input tensor, and turn a weight tensor into rows and back.
 """
 
 from __future__ import annotations
@@ -192,9 +192,21 @@ class ConvForm:
             x = self._spread(x)
         begins, ends = self._pads(x.shape)
         x = np.pad(x, [(0, 0), (0, 0), *((max(a, 0), max(e, 0)) for a, e in zip(begins, ends, strict=True))])
-        x = x[(slice(None), slice(None), *(slice(max(-a, 0), n + min(e, 0)) for a, e, n in zip(begins, ends, x.shape[2:], strict=True)))]
+        x = x[
+            (
+                slice(None),
+                slice(None),
+                *(
+                    slice(max(-a, 0), n + min(e, 0))
+                    for a, e, n in zip(begins, ends, x.shape[2:], strict=True)
+                ),
+            )
+        ]
         strides = (1,) * len(self.kernel) if self.transposed else self.strides
-        extents = [(n - (k - 1) * d - 1) // s + 1 for n, k, d, s in zip(x.shape[2:], self.kernel, self.dilations, strides, strict=True)]
+        extents = [
+            (n - (k - 1) * d - 1) // s + 1
+            for n, k, d, s in zip(x.shape[2:], self.kernel, self.dilations, strides, strict=True)
+        ]
         pitches = np.cumprod([1, *x.shape[:2:-1]])[::-1]
         # Where each patch begins in a flat channel, and where its elements lie behind that.
         sample, *places = np.unravel_index(chosen, (len(x), *extents))
@@ -229,7 +241,8 @@ class ConvForm:
         return [(n + a + e - (k - 1) * d - 1) // s + 1 for n, a, e, k, d, s in terms]
 
     def _pads(self, shape: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Zeros before and behind each spatial axis of the (spread) input; negative for ConvTranspose that crops more."""
+        """Zeros before and behind each spatial axis of the (spread) input; negative for ConvTranspose that
+        crops more."""
         rank = len(self.kernel)
         reach = [(k - 1) * d for k, d in zip(self.kernel, self.dilations, strict=True)]
         if self.transposed:
@@ -239,7 +252,10 @@ class ConvForm:
                 r - p + o for r, p, o in zip(reach, pads[rank:], extra, strict=True)
             ]
         if self.auto_pad in ("SAME_UPPER", "SAME_LOWER"):
-            totals = [max(0, (-(-n // s) - 1) * s + r + 1 - n) for n, s, r in zip(shape[2:], self.strides, reach, strict=True)]
+            totals = [
+                max(0, (-(-n // s) - 1) * s + r + 1 - n)
+                for n, s, r in zip(shape[2:], self.strides, reach, strict=True)
+            ]
             small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
             return (small, large) if self.auto_pad == "SAME_UPPER" else (large, small)
         pads = self.pads or (0,) * (2 * rank)

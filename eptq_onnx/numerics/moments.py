@@ -14,14 +14,16 @@ from eptq_onnx.numerics.types import Array, Float64
 from eptq_onnx.parallel import ordered_map
 
 _VALUES_AT_ONCE = 2**20
-"""Of rows that are gathered before they are added to the second moments: large products are fast while they stay in the cache."""
+"""Of rows that are gathered before they are added to the second moments: large products are fast while they
+stay in the cache."""
 
 _SEEN_SHARE = 0.95
-"""How much the slope of the function that reads an output decides what a row counts for it; the rest all have in common."""
+"""How much the slope of the function that reads an output decides what a row counts for it; the rest all have
+in common."""
 
 _STEP, _LEAST_STEP = 0.25, 1e-3
-"""What errors these slopes are taken over, in units of each output's deviation: about those of 4 bits. Not less than a
-thousandth of the largest."""
+"""What errors these slopes are taken over, in units of each output's deviation: about those of 4 bits. Not
+less than a thousandth of the largest."""
 
 Covariances = tuple[Float64, Float64, Float64]
 """A = E[x_q x_qᵀ], C = E[x_q yᵀ] and V = E[y²], of shapes (n_groups, n_terms, n_terms), (n_groups, n_terms,
@@ -46,7 +48,8 @@ class OutputNonlinearity:
     bias: Array
 
     def slopes(self, outputs: Array, steps: Array) -> Array:
-        """Of the function at each output (without bias), over steps of shape (n_groups, 1, n_outputs); 0 where it has none."""
+        """Of the function at each output (without bias), over steps of shape (n_groups, 1, n_outputs); 0
+        where it has none."""
         z = outputs + self.bias[:, None, :]
         with np.errstate(invalid="ignore", over="ignore"):
             slope = (self.function(z + steps) - self.function(z - steps)) / (2 * steps)
@@ -54,7 +57,8 @@ class OutputNonlinearity:
 
 
 class Moments:
-    """Streaming second moments of a layer's quantized inputs and float outputs, of two halves of the batches apart.
+    """Streaming second moments of a layer's quantized inputs and float outputs, of two halves of the batches
+    apart.
 
     Parameters
     ----------
@@ -63,8 +67,8 @@ class Moments:
     centred : bool
         True if a bias takes up the means: errors in them then count nothing.
     reader : OutputNonlinearity, optional
-        Rows then count, for each output, by how steep its function is there: errors where it is flat are not seen. As no
-        two outputs have the same moments, each is a group of its own.
+        Rows then count, for each output, by how steep its function is there: errors where it is flat are not
+        seen. As no two outputs have the same moments, each is a group of its own.
     """
 
     def __init__(self, weight: Array, centred: bool = True, reader: OutputNonlinearity | None = None) -> None:
@@ -81,7 +85,8 @@ class Moments:
         self._halves: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 
     def add(self, exact: Array, quantized: Array, weights: Array | None = None) -> None:
-        """Take rows of inputs of both networks, of shape (n_groups, n_rows, n_terms); each counts ``weights`` times."""
+        """Take rows of inputs of both networks, of shape (n_groups, n_rows, n_terms); each counts ``weights``
+        times."""
         outputs = np.matmul(exact, self._turned)
         if self._shifts is None:
             # Sums of values whose mean is far from 0 would lose the variance to float32.
@@ -90,7 +95,9 @@ class Moments:
         y, q = (x - shift[:, None, :] for x, shift in zip((outputs, quantized), self._shifts, strict=True))
         half = self._batches % 2
         shares = np.ones((1, q.shape[1], 1), np.float32) if weights is None else weights[None, :, None]
-        self._waiting[half].append((y, q, shares if self._reader is None else shares * self._seen(self._reader, outputs)))
+        self._waiting[half].append(
+            (y, q, shares if self._reader is None else shares * self._seen(self._reader, outputs))
+        )
         self._batches += 1
         if sum(q.size for _, q, _ in self._waiting[half]) >= _VALUES_AT_ONCE:
             self._settle(half)
@@ -99,7 +106,9 @@ class Moments:
         """How much errors of each output count; shape (n_groups, n_rows, n_outputs)."""
         if self._steps is None:
             # One row alone has no deviation.
-            steps = np.float32(_STEP) * (outputs.std(axis=1, keepdims=True) if outputs.shape[1] > 1 else np.abs(outputs))
+            steps = np.float32(_STEP) * (
+                outputs.std(axis=1, keepdims=True) if outputs.shape[1] > 1 else np.abs(outputs)
+            )
             largest = float(steps.max())
             self._steps = np.maximum(steps, _LEAST_STEP * largest) if largest > 0 else np.ones_like(steps)
             self._steepest = float(np.abs(reader.slopes(outputs, self._steps)).max()) or 1.0
@@ -116,7 +125,10 @@ class Moments:
             sums = _sums(y, q, shares)
         else:
             each = [_sums(y[:, :, k : k + 1], q, shares[:, :, k : k + 1]) for k in range(self.apart)]
-            sums = {name: np.stack([s[name] for s in each], axis=1).reshape(-1, *value.shape[1:]) for name, value in each[0].items()}
+            sums = {
+                name: np.stack([s[name] for s in each], axis=1).reshape(-1, *value.shape[1:])
+                for name, value in each[0].items()
+            }
         known = self._halves[half]
         for name, value in sums.items():
             if name in known:
@@ -134,10 +146,13 @@ class Moments:
         """Mean float outputs (n_groups, n_outputs) and mean quantized inputs (n_groups, n_terms)."""
         rows, y, q = (self._total(name) for name in ("rows", "y", "q"))
         shift_y, shift_q = self._shifts or (np.zeros_like(y), np.zeros_like(q))
-        return y / rows + shift_y.reshape(y.shape), q / rows + np.repeat(shift_q, len(q) // len(shift_q), axis=0)
+        return y / rows + shift_y.reshape(y.shape), q / rows + np.repeat(
+            shift_q, len(q) // len(shift_q), axis=0
+        )
 
     def mean_error(self, rows: Array) -> Array:
-        """Mean float outputs less those of a rounded weight of such rows: what the bias must take up; of shape (n_channels,)."""
+        """Mean float outputs less those of a rounded weight of such rows: what the bias must take up; of
+        shape (n_channels,)."""
         outputs, inputs = self.means
         return np.asarray((outputs - np.einsum("gnt,gt->gn", rows, inputs)).reshape(-1), np.float32)
 
@@ -152,7 +167,11 @@ class Moments:
 
         Where outputs stand apart, those of a group have the mean of their A.
         """
-        return tuple(self._pooled(*self._covariances(sums)) for sums in self._settled()) if self._batches > 1 else ()
+        return (
+            tuple(self._pooled(*self._covariances(sums)) for sums in self._settled())
+            if self._batches > 1
+            else ()
+        )
 
     def _pooled(self, moment: Float64, cross: Float64, power: Float64) -> Covariances:
         if self.apart == 1:
@@ -181,7 +200,8 @@ class Moments:
 
 
 def _sums(y: Array, q: Array, shares: Array) -> dict[str, Any]:
-    """Sums over rows of products of outputs (n_groups, n_rows, n_outputs) and inputs (n_groups, n_rows, n_terms).
+    """Sums over rows of products of outputs (n_groups, n_rows, n_outputs) and inputs (n_groups, n_rows,
+    n_terms).
 
     Each row counts by ``shares`` of shape (n_groups or 1, n_rows, 1).
     """
@@ -217,8 +237,8 @@ def sampled_moments(
     wanted : int
     rng : Generator
     importance : sequence of (ndarray of shape (n_positions,) or None), optional
-        How much each position counts, batch by batch, about 1 on average; by default all count the same. Positions that
-        count more are drawn more often.
+        How much each position counts, batch by batch, about 1 on average; by default all count the same.
+        Positions that count more are drawn more often.
     """
     exact, quantized = inputs
     # Of rows that are chosen by value there may be none.
@@ -238,9 +258,15 @@ def sampled_moments(
                 chosen = np.array([chance.argmax()])
             yield chosen, (goal[chosen] / chance[chosen]).astype(np.float32)
 
-    def rows(batch: tuple[NDArray[Any], NDArray[Any], tuple[NDArray[np.int64], Array]]) -> tuple[Array, Array, Array]:
+    def rows(
+        batch: tuple[NDArray[Any], NDArray[Any], tuple[NDArray[np.int64], Array]],
+    ) -> tuple[Array, Array, Array]:
         x_f, x_q, (chosen, weights) = batch
-        return form.input_rows(np.asarray(x_f, np.float32), chosen), form.input_rows(np.asarray(x_q, np.float32), chosen), weights
+        return (
+            form.input_rows(np.asarray(x_f, np.float32), chosen),
+            form.input_rows(np.asarray(x_q, np.float32), chosen),
+            weights,
+        )
 
     for parts in ordered_map(rows, zip(exact, quantized, places(), strict=True)):
         known = _numbers(*parts)

@@ -28,7 +28,9 @@ class Adam:
     beta1, beta2, epsilon : float
     """
 
-    def __init__(self, parameters: Mapping[str, Array], beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Array], beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8
+    ) -> None:
         self.parameters = parameters
         self._beta1, self._beta2, self._epsilon = beta1, beta2, epsilon
         self._first = {n: np.zeros_like(p) for n, p in parameters.items()}
@@ -97,7 +99,8 @@ class MovingAverage(Generic[Key]):
 
 
 class RAdam(Adam):
-    """Rectified Adam (Liu et al. 2020): no update until the variance of the step size is tractable (five steps).
+    """Rectified Adam (Liu et al. 2020): no update until the variance of the step size is tractable (five
+    steps).
 
     The original falls back to plain momentum there, whose step depends on the scale of the loss.
     """

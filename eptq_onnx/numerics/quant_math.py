@@ -49,16 +49,19 @@ def channel_sum(values: Array, axis: int | None) -> Array:
     return np.asarray(values.sum(axis=others, dtype=np.float64), np.float32)
 
 
-# ---- quantizers ---------------------------------------------------------------------------------------------
+# ---- quantizers --------------------------------------------------------------------------------------------
 def grid(params: QuantParams, spec: QuantSpec) -> Grid:
     """The grid of a tensor."""
     granularity = PerTensor() if spec.axis is None else PerAxis(spec.axis)
     signed = not spec.container.startswith("u")
-    return Grid(IntFormat(spec.width, signed, spec.qmin, spec.qmax), granularity, params.scale, params.zero_point)
+    return Grid(
+        IntFormat(spec.width, signed, spec.qmin, spec.qmax), granularity, params.scale, params.zero_point
+    )
 
 
 def quantize(x: Array, params: QuantParams, spec: QuantSpec) -> IntArray:
-    """Round to the integer grid, in the container's type (ONNX QuantizeLinear, clipped to the spec's range)."""
+    """Round to the integer grid, in the container's type (ONNX QuantizeLinear, clipped to the spec's
+    range)."""
     integers: IntArray = np.asarray(grid(params, spec).quantize(x, spec.container))
     return integers
 
@@ -69,7 +72,8 @@ def dequantize(integers: IntArray, params: QuantParams, spec: QuantSpec) -> Arra
 
 
 def folded(integers: IntArray, params: QuantParams, spec: QuantSpec) -> tuple[IntArray, QuantParams]:
-    """The same weights with zero point 0: the integers less their zero point, inside what the container holds."""
+    """The same weights with zero point 0: the integers less their zero point, inside what the container
+    holds."""
     if not np.any(params.zero_point):
         return integers, params
     _, zero = grid(params, spec).spread(integers.shape)
@@ -114,7 +118,7 @@ def smallest_weight_scale(bias: Array, activation_scale: Array) -> Array:
         return np.asarray(np.abs(bias) / (activation_scale * _BIAS_LIMIT), np.float32)
 
 
-# ---- weight ranges ------------------------------------------------------------------------------------------
+# ---- weight ranges -----------------------------------------------------------------------------------------
 def weight_scales(
     weight: Array,
     spec: QuantSpec,
@@ -129,12 +133,13 @@ def weight_scales(
     ----------
     weight : ndarray
     spec : QuantSpec
-        ``axis`` is the channel axis. Where it allows zero points, each scale is tried with those of `zero_points`.
+        ``axis`` is the channel axis. Where it allows zero points, each scale is tried with those of
+        `zero_points`.
     importance : ndarray of the weight's shape, optional
         H; without it every element counts the same (MSE).
     damping : float
-        H is replaced by ``H + damping * mean(H)`` per tensor: with few probes an undamped H clips weights that
-        only look insensitive.
+        H is replaced by ``H + damping * mean(H)`` per tensor: with few probes an undamped H clips weights
+        that only look insensitive.
     points, rounds : int
         Clipping ratios tried in a round, and how often the grid is refined around the best.
 
@@ -145,13 +150,18 @@ def weight_scales(
     """
     rows, h = _rows_and_importance(weight, spec, importance, damping)
     parts = slices(rows)
-    found = ordered_map(lambda part: _row_scales(rows[part].astype(np.float32), h[part], spec, points, rounds), parts)
+    found = ordered_map(
+        lambda part: _row_scales(rows[part].astype(np.float32), h[part], spec, points, rounds), parts
+    )
     scales = np.concatenate(list(found))
     return np.asarray(scales[0]) if spec.axis is None else scales
 
 
-def zero_points(weight: Array, scale: Array, spec: QuantSpec, importance: Array | None = None, damping: float = 0.1) -> IntArray:
-    """The zero point of each scale that centres the grid on the channel's extremes, of the two nearest the better.
+def zero_points(
+    weight: Array, scale: Array, spec: QuantSpec, importance: Array | None = None, damping: float = 0.1
+) -> IntArray:
+    """The zero point of each scale that centres the grid on the channel's extremes, of the two nearest the
+    better.
 
     Parameters
     ----------
@@ -178,7 +188,9 @@ def zero_points(weight: Array, scale: Array, spec: QuantSpec, importance: Array 
     return np.concatenate(found).reshape(np.shape(scale)).astype(np.int32)
 
 
-def _rows_and_importance(weight: Array, spec: QuantSpec, importance: Array | None, damping: float) -> tuple[NDArray[np.floating], Array]:
+def _rows_and_importance(
+    weight: Array, spec: QuantSpec, importance: Array | None, damping: float
+) -> tuple[NDArray[np.floating], Array]:
     """One row a channel, and what its elements count, or one column where all count the same."""
     rows = channel_rows(weight, spec.axis)
     h: Array = np.ones((len(rows), 1), np.float32)
@@ -256,7 +268,7 @@ def _grids(rows: Array, scales: Array, spec: QuantSpec) -> list[Array]:
     return [np.clip(side(middle), *spec.zero_points).astype(np.float32) for side in (np.floor, np.ceil)]
 
 
-# ---- numbers beyond float32's squares, and none -----------------------------------------------------------------
+# ---- numbers beyond float32's squares, and none ------------------------------------------------------------
 _LEAST_SQUARED, _MOST_SQUARED = 1e-15, 1e15
 """Magnitudes whose squares float32 holds, and many of them in sum."""
 
@@ -273,22 +285,29 @@ def finite_extremes(values: NDArray[np.floating]) -> tuple[float, float]:
 
 
 def unit(*arrays: NDArray[np.floating]) -> np.float32:
-    """The power of two that brings extreme values near 1, so that float32 holds their squares; 1 where it does as they are."""
+    """The power of two that brings extreme values near 1, so that float32 holds their squares; 1 where it
+    does as they are."""
     largest = max((max(-low, high) for low, high in map(finite_extremes, arrays) if low <= high), default=0.0)
     if largest == 0 or _LEAST_SQUARED < largest < _MOST_SQUARED:
         return np.float32(1)
     return np.float32(2.0 ** np.clip(np.floor(np.log2(largest)), -126, 126))
 
 
-def layer_units(inputs: Iterable[NDArray[np.floating]], weight: NDArray[np.floating]) -> tuple[np.float32, np.float32]:
-    """Units of a layer's input and weight in which float32 holds the squares of both and of what they make; 1 where it does anyway."""
+def layer_units(
+    inputs: Iterable[NDArray[np.floating]], weight: NDArray[np.floating]
+) -> tuple[np.float32, np.float32]:
+    """Units of a layer's input and weight in which float32 holds the squares of both and of what they make; 1
+    where it does anyway."""
     reaches = [
-        max((max(-low, high) for low, high in map(finite_extremes, part) if low <= high), default=0.0) for part in (inputs, [weight])
+        max((max(-low, high) for low, high in map(finite_extremes, part) if low <= high), default=0.0)
+        for part in (inputs, [weight])
     ]
     sizes = [r for r in (*reaches, reaches[0] * reaches[1]) if r]
     if all(_LEAST_SQUARED < size < _MOST_SQUARED for size in sizes):
         return np.float32(1), np.float32(1)
-    first, second = (np.float32(2.0 ** np.clip(np.floor(np.log2(r)), -126, 126)) if r else np.float32(1) for r in reaches)
+    first, second = (
+        np.float32(2.0 ** np.clip(np.floor(np.log2(r)), -126, 126)) if r else np.float32(1) for r in reaches
+    )
     return first, second
 
 
@@ -298,7 +317,7 @@ def square_sum(values: NDArray[np.floating]) -> float:
     return found if np.isfinite(found) else float(np.square(values, dtype=np.float64).sum())
 
 
-# ---- activation ranges ----------------------------------------------------------------------------------------
+# ---- activation ranges -------------------------------------------------------------------------------------
 def stride(size: int, limit: int) -> int:
     """A step that picks about ``limit`` of ``size`` values and is coprime to the usual image sizes."""
     step = max(1, size // limit)
@@ -307,7 +326,9 @@ def stride(size: int, limit: int) -> int:
     return step
 
 
-def activation_params(low: float, high: float, spec: QuantSpec, bounds: tuple[float, float] | None = None) -> QuantParams:
+def activation_params(
+    low: float, high: float, spec: QuantSpec, bounds: tuple[float, float] | None = None
+) -> QuantParams:
     """Scale and zero point that cover ``[low, high]`` and 0.
 
     Parameters
@@ -356,7 +377,8 @@ def keeps_bounds(spec: QuantSpec, bounds: tuple[float, float]) -> bool:
 def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, float]) -> QuantParams:
     """Shrink the scale until every representable value, in float32, lies within ``bounds``.
 
-    The quantizer then does all that a Relu or Clip with these limits does in front of it, if it can (`keeps_bounds`).
+    The quantizer then does all that a Relu or Clip with these limits does in front of it, if it can
+    (`keeps_bounds`).
     """
     low, high = bounds
     if not keeps_bounds(spec, bounds):
@@ -376,14 +398,15 @@ def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, flo
 
 
 def continuous(target: Array, integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
-    """A continuous copy of rounded weights, in integer steps: on the side of ``target``, but safely rounding to ``integers``."""
+    """A continuous copy of rounded weights, in integer steps: on the side of ``target``, but safely rounding
+    to ``integers``."""
     scale, zero = grid(params, spec).spread(target.shape)
     steps = target / scale + zero
     near = integers.astype(np.int32)
     return np.asarray(near + np.clip(steps - near, -0.45, 0.45), np.float32)
 
 
-# ---- soft rounding --------------------------------------------------------------------------------------------
+# ---- soft rounding -----------------------------------------------------------------------------------------
 def rectified_sigmoid(alpha: Array) -> Array:
     """``h(a) = clip((zeta - gamma) * sigmoid(a) + gamma, 0, 1)`` (paper equation 9)."""
     result: Array = np.clip((ZETA - GAMMA) * _sigmoid(alpha) + GAMMA, 0, 1).astype(np.float32)
@@ -417,11 +440,13 @@ def rounding_penalty(h: Array, exponent: float) -> float:
 def rounding_penalty_slope(h: Array, exponent: float) -> Array:
     """Derivative of `rounding_penalty` with respect to h."""
     centred = 2 * h - 1
-    result: Array = (-2 * exponent * np.sign(centred) * np.abs(centred) ** np.float32(exponent - 1)).astype(np.float32)
+    result: Array = (-2 * exponent * np.sign(centred) * np.abs(centred) ** np.float32(exponent - 1)).astype(
+        np.float32
+    )
     return result
 
 
-# ---- measures -------------------------------------------------------------------------------------------------
+# ---- measures ----------------------------------------------------------------------------------------------
 def sqnr_db(signal_power: float, noise_power: float) -> float:
     """Signal-to-quantization-noise ratio in dB; infinite without noise."""
     if noise_power <= 0:

@@ -1,4 +1,5 @@
-"""Weights that are being rounded: what an optimizer changes, and the weight that it stands for. Pure numpy, no ONNX."""
+"""Weights that are being rounded: what an optimizer changes, and the weight that it stands for. Pure numpy,
+no ONNX."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class RoundedWeight(Protocol):
         ...
 
     def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
-        """Gradients of ``variable`` and ``gamma``, given dL/dW and the strength and exponent of the penalty."""
+        """Gradients of ``variable`` and ``gamma``, given dL/dW and the strength and exponent of the
+        penalty."""
         ...
 
     def penalty(self, exponent: float) -> float:
@@ -38,7 +40,8 @@ class RoundedWeight(Protocol):
 
 
 def _gamma_slope(gradient: Array, level: Array, scale: Array, spec: QuantSpec) -> Array:
-    """Gradient of gamma; 0 where the runtime does not take any scale, so that integers are learned for the scale that is written."""
+    """Gradient of gamma; 0 where the runtime does not take any scale, so that integers are learned for the
+    scale that is written."""
     slope = quant_math.channel_sum(gradient * level * scale, spec.axis)
     return slope if spec.scales is ScaleRule.ANY else np.zeros_like(slope)
 
@@ -46,7 +49,8 @@ def _gamma_slope(gradient: Array, level: Array, scale: Array, spec: QuantSpec) -
 class StraightThroughWeight:
     """A weight that is rounded in every forward pass; its gradient passes the rounding unchanged.
 
-    ``W = (clip(round(u), qmin, qmax) - z) * s * gamma`` with a continuous copy u of the weight in integer steps.
+    ``W = (clip(round(u), qmin, qmax) - z) * s * gamma`` with a continuous copy u of the weight in integer
+    steps.
     """
 
     def __init__(self, position: Array, params: QuantParams, spec: QuantSpec) -> None:
@@ -82,7 +86,8 @@ class StraightThroughWeight:
 class SoftWeight:
     """A weight whose elements are between rounding down and rounding up.
 
-    ``W = (clip(floor(u) + h(alpha), qmin, qmax) - z) * s * gamma`` per channel (AdaRound; gamma is the learned factor).
+    ``W = (clip(floor(u) + h(alpha), qmin, qmax) - z) * s * gamma`` per channel (AdaRound; gamma is the
+    learned factor).
 
     Parameters
     ----------

@@ -1,7 +1,8 @@
-"""Rows in free order: outputs of networks that choose by value are compared after the rows of one are laid beside those of the other.
+"""Rows in free order: outputs of networks that choose by value are compared after the rows of one are laid
+beside those of the other.
 
-What TopK or NonMaxSuppression chooses comes in an order, and often in a number, that a small error changes, and that nobody who
-reads the outputs relies on.
+What TopK or NonMaxSuppression chooses comes in an order, and often in a number, that a small error changes,
+and that nobody who reads the outputs relies on.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ Pair = tuple[NDArray[Any], NDArray[Any]]
 
 
 def laid_beside(expected: Feeds, got: Feeds, axes: Mapping[str, int]) -> dict[str, Pair]:
-    """Both networks' outputs with matching rows beside each other; a row without a counterpart stands beside zeros.
+    """Both networks' outputs with matching rows beside each other; a row without a counterpart stands beside
+    zeros.
 
-    Outputs that have as many rows as each other, in each network, are matched together: boxes with their scores.
+    Outputs that have as many rows as each other, in each network, are matched together: boxes with their
+    scores.
 
     Parameters
     ----------
@@ -47,7 +50,8 @@ def laid_beside(expected: Feeds, got: Feeds, axes: Mapping[str, int]) -> dict[st
         for name in names:
             axis = axes[name]
             result[name] = tuple(  # type: ignore[assignment]  # two
-                _arranged(value, axis, places, max(count, others)) for value, places in zip(result[name], (first, second), strict=True)
+                _arranged(value, axis, places, max(count, others))
+                for value, places in zip(result[name], (first, second), strict=True)
             )
     return result
 

@@ -1,7 +1,9 @@
-"""How far outputs of the quantized model are from the float model's, in figures that tell what it does to a task.
+"""How far outputs of the quantized model are from the float model's, in figures that tell what it does to a
+task.
 
-The signal-to-noise ratio of an output alone tells little: what decides between classes is the distance of the two largest
-scores, and of outputs with a large mean (box coordinates, say) the spread about it. Both are measured here.
+The signal-to-noise ratio of an output alone tells little: what decides between classes is the distance of the
+two largest scores, and of outputs with a large mean (box coordinates, say) the spread about it. Both are
+measured here.
 """
 
 from __future__ import annotations
@@ -33,16 +35,17 @@ class OutputStatistics:
     sample_sqnr_db : float
         `sqnr_db` of the worst sample.
     decisions : int
-        Places at which the largest channel of the float output was compared with that of the quantized output; 0 for an output
-        that is no set of scores: too few channels, or always the same one is largest.
+        Places at which the largest channel of the float output was compared with that of the quantized
+        output; 0 for an output that is no set of scores: too few channels, or always the same one is largest.
     disagreement : float
         Share of these places at which another channel is the largest.
     expected_disagreement : float
-        Share at which another channel would be the largest on ordinary samples, given the noise and the mean distance between
-        the two largest channels. It tells something where few decisions were compared, or where the calibration samples are
-        those that the network was trained on.
+        Share at which another channel would be the largest on ordinary samples, given the noise and the mean
+        distance between the two largest channels. It tells something where few decisions were compared, or
+        where the calibration samples are those that the network was trained on.
     mismatched, not_finite : int
-        Samples whose quantized output has another shape, or NaN or Inf where the float output has none: all of it counts as noise.
+        Samples whose quantized output has another shape, or NaN or Inf where the float output has none: all
+        of it counts as noise.
     """
 
     samples: int
@@ -60,7 +63,8 @@ class OutputStatistics:
 _MOST_VALUES = 2**18
 """Values of a sample that are kept to look at channels; positions of larger outputs are taken evenly."""
 _CLEARLY = 0.05
-"""Share of the variance that the last axis must explain beyond axis 1, where most models have their channels."""
+"""Share of the variance that the last axis must explain beyond axis 1, where most models have their
+channels."""
 _NEGLIGIBLE = 1e-12
 """Share of the power below which the spread of values is rounding."""
 
@@ -68,7 +72,8 @@ Rows = NDArray[np.float64]
 
 
 class Comparison:
-    """Collects what one output is on each sample, in both models; keeps no more than it needs of large outputs."""
+    """Collects what one output is on each sample, in both models; keeps no more than it needs of large
+    outputs."""
 
     def __init__(self) -> None:
         self._power: list[float] = []
@@ -82,8 +87,8 @@ class Comparison:
         Parameters
         ----------
         reference, other : ndarray
-            Output of the float and of the quantized model, batch axis and all. Where they differ in shape, or where the quantized
-            one is not finite, all of the reference counts as noise.
+            Output of the float and of the quantized model, batch axis and all. Where they differ in shape, or
+            where the quantized one is not finite, all of the reference counts as noise.
         """
         exact = np.asarray(reference).astype(np.float64)
         finite = np.isfinite(exact)
@@ -91,7 +96,9 @@ class Comparison:
         got = np.asarray(other).astype(np.float64)
         mismatched = got.shape != exact.shape
         # What is infinite in both, as masked logits are, does not differ.
-        if mismatched or not (np.isfinite(got[finite]).all() and np.array_equal(got[~finite], exact[~finite], equal_nan=True)):
+        if mismatched or not (
+            np.isfinite(got[finite]).all() and np.array_equal(got[~finite], exact[~finite], equal_nan=True)
+        ):
             self._mismatched += mismatched
             self._not_finite += not mismatched
             self._noise.append(self._power[-1])
@@ -104,7 +111,9 @@ class Comparison:
     def result(self) -> OutputStatistics:
         """The figures of all samples."""
         pooled = sqnr_db(sum(self._power), sum(self._noise))
-        worst = min((sqnr_db(p, n) for p, n in zip(self._power, self._noise, strict=True)), default=float("inf"))
+        worst = min(
+            (sqnr_db(p, n) for p, n in zip(self._power, self._noise, strict=True)), default=float("inf")
+        )
         pair = self._by_channel()
         centred, quartile = _spread_ratios(*pair, pooled) if pair is not None else (pooled, pooled)
         decisions, differing, expected = _decisions(*pair) if pair is not None else (0, 0.0, 0.0)
@@ -122,7 +131,8 @@ class Comparison:
         )
 
     def _by_channel(self) -> tuple[Rows, Rows] | None:
-        """Values as (positions, channels), along the axis whose indices differ most; the last one must do so clearly."""
+        """Values as (positions, channels), along the axis whose indices differ most; the last one must do so
+        clearly."""
         found = []
         for pairs in self._rows.values():
             if len({exact.shape[1] for exact, _ in pairs}) == 1:
@@ -164,8 +174,12 @@ def _rows(value: Rows, axis: int) -> Rows:
 
 
 def _explained(rows: Rows) -> float:
-    """Share of the variance that lies between the means of channels, less what chance makes of it (adjusted R squared)."""
-    total, within = float(np.square(rows - rows.mean()).sum()), float(np.square(rows - rows.mean(axis=0)).sum())
+    """Share of the variance that lies between the means of channels, less what chance makes of it (adjusted R
+    squared)."""
+    total, within = (
+        float(np.square(rows - rows.mean()).sum()),
+        float(np.square(rows - rows.mean(axis=0)).sum()),
+    )
     free = rows.size - rows.shape[1]
     if free <= 0 or total <= 0:
         return -np.inf
@@ -173,7 +187,8 @@ def _explained(rows: Rows) -> float:
 
 
 def _spread_ratios(exact: Rows, got: Rows, pooled: float) -> tuple[float, float]:
-    """The ratio of the channels' spread to the noise in dB, of all together and the lower quartile of each; else the pooled one."""
+    """The ratio of the channels' spread to the noise in dB, of all together and the lower quartile of each;
+    else the pooled one."""
     spread = np.square(exact - exact.mean(axis=0)).sum(axis=0)
     noise = np.square(exact - got).sum(axis=0)
     alive = spread > _NEGLIGIBLE * np.square(exact).sum()
@@ -184,7 +199,8 @@ def _spread_ratios(exact: Rows, got: Rows, pooled: float) -> tuple[float, float]
 
 
 def _decisions(exact: Rows, got: Rows) -> tuple[int, float, float]:
-    """Decisions compared, the share that differs, and the share expected to differ; see `OutputStatistics`."""
+    """Decisions compared, the share that differs, and the share expected to differ; see
+    `OutputStatistics`."""
     count, channels = exact.shape
     winners = exact.argmax(axis=1) if channels else np.zeros(0, np.int64)
     if channels < 2 or len(np.unique(winners)) < 2:
@@ -193,13 +209,15 @@ def _decisions(exact: Rows, got: Rows) -> tuple[int, float, float]:
     first, second = np.argpartition(exact, channels - 2, axis=1)[:, -2:].T
     place = np.arange(count)
     margin = np.abs(exact[place, first] - exact[place, second])
-    kept = np.where(exact[place, first] >= exact[place, second], 1, -1) * (got[place, first] - got[place, second])
+    kept = np.where(exact[place, first] >= exact[place, second], 1, -1) * (
+        got[place, first] - got[place, second]
+    )
     if not margin.any():
         return count, disagreement, disagreement
     gain = float(margin @ kept / (margin @ margin))
     if gain <= 0:
         return count, disagreement, max(disagreement, 1 - 1 / channels)
-    # Scores that all grow or shrink alike decide as before. Distances near zero, which few samples show, are as frequent as an
-    # exponential distribution of the same mean has them.
+    # Scores that all grow or shrink alike decide as before. Distances near zero, which few samples show, are
+    # as frequent as an exponential distribution of the same mean has them.
     fall = np.maximum(margin - kept / gain, 0)
     return count, disagreement, float((1 - np.exp(-fall / margin.mean())).mean())

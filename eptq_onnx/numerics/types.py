@@ -33,8 +33,8 @@ class QuantSpec:
     axis : int or None
         Axis with one scale per index (per-channel), or None for one scale per tensor.
     zero_points : tuple of int
-        Least and largest zero point of a weight. It is folded into the stored integers, which have the zero point 0 that
-        integer kernels want: the limits keep them in the range that the target stores.
+        Least and largest zero point of a weight. It is folded into the stored integers, which have the zero
+        point 0 that integer kernels want: the limits keep them in the range that the target stores.
     scales : ScaleRule
         Which scales the runtime takes.
     """
@@ -60,7 +60,8 @@ class QuantSpec:
         return bool(self.qmin > info.min or self.qmax < info.max)
 
     def params(self, scale: Array, zero_point: int | IntArray = 0) -> QuantParams:
-        """The parameters with the allowed scale nearest to a given one: all parameters are made here, so that no scale is off the rule.
+        """The parameters with the allowed scale nearest to a given one: all parameters are made here, so that
+        no scale is off the rule.
 
         Parameters
         ----------

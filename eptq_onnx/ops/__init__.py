@@ -12,7 +12,16 @@ from eptq_onnx.ops.queries import (
     without_gradient,
 )
 from eptq_onnx.ops.spec import Bounds, Gradient, OpSpec, Role
-from eptq_onnx.ops.table import LOWERINGS, LSQ_DOMAIN, QUANTIZERS, TABLE, UNKNOWN, is_known, linear_form, spec_of
+from eptq_onnx.ops.table import (
+    LOWERINGS,
+    LSQ_DOMAIN,
+    QUANTIZERS,
+    TABLE,
+    UNKNOWN,
+    is_known,
+    linear_form,
+    spec_of,
+)
 
 __all__ = [
     "LOWERINGS",

@@ -46,7 +46,11 @@ def conv_objection(node: NodeProto, view: GraphView) -> str | None:
     """Reason for a Conv to stay float, or None."""
     # onnxruntime runs it on floats.
     weight = node.input[1]
-    return "it has no spatial axes" if view.is_constant(weight) and len(view.constant_shape(weight)) == 2 else None
+    return (
+        "it has no spatial axes"
+        if view.is_constant(weight) and len(view.constant_shape(weight)) == 2
+        else None
+    )
 
 
 def gemm_objection(node: NodeProto, view: GraphView) -> str | None:
@@ -105,9 +109,14 @@ def conv_form(node: NodeProto, view: GraphView) -> ConvForm:
 
 def conv_transpose_form(node: NodeProto, view: GraphView) -> ConvForm | None:
     """A ConvTranspose as a matrix product; None where padding is implicit."""
-    if attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID") or attribute(node, "output_shape") is not None:
+    if (
+        attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+        or attribute(node, "output_shape") is not None
+    ):
         return None
-    return replace(conv_form(node, view), transposed=True, output_padding=tuple(ints_attribute(node, "output_padding")))
+    return replace(
+        conv_form(node, view), transposed=True, output_padding=tuple(ints_attribute(node, "output_padding"))
+    )
 
 
 def gemm_form(node: NodeProto, view: GraphView) -> MatrixForm:

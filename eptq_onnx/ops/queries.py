@@ -42,21 +42,31 @@ def is_elementwise(node: NodeProto) -> bool:
 
 
 def channels_of(view: GraphView, *, linear: bool = False) -> channels.Channels:
-    """The channels of a graph that may be scaled; or, by the rules of linear operators alone, those that may be mixed."""
+    """The channels of a graph that may be scaled; or, by the rules of linear operators alone, those that may
+    be mixed."""
     axes = channel_axes_of(view)
-    return channels.Channels(view, lambda node: spec.channels if (spec := spec_of(node)).mixes or not linear else None, axes)
+    return channels.Channels(
+        view, lambda node: spec.channels if (spec := spec_of(node)).mixes or not linear else None, axes
+    )
 
 
 def channel_axes_of(view: GraphView) -> dict[str, int]:
-    """The channel axis of every computed tensor and input that has axes: the one place where it is decided."""
+    """The channel axis of every computed tensor and input that has axes: the one place where it is
+    decided."""
 
     def said_of(node: NodeProto) -> channel_axes.Said:
         spec = spec_of(node)
         # Which operand of a product of two computed matrices has channels nobody can tell.
-        both = spec.weight is not None and spec.weight in (spec.data or ()) and not view.is_constant(node.input[spec.weight])
+        both = (
+            spec.weight is not None
+            and spec.weight in (spec.data or ())
+            and not view.is_constant(node.input[spec.weight])
+        )
         reads = None if both else spec.output_axis
         data = [i for k, i in enumerate(node.input) if i and (spec.data is None or k in spec.data)]
-        return channel_axes.Said(data, spec.output_axis, reads, spec.axis or (channel_axes.keeps if spec.elementwise else None))
+        return channel_axes.Said(
+            data, spec.output_axis, reads, spec.axis or (channel_axes.keeps if spec.elementwise else None)
+        )
 
     return channel_axes.channel_axes(view, said_of)
 
@@ -73,10 +83,16 @@ def output_channels(node: NodeProto, view: GraphView) -> int:
 
 def without_gradient(view: GraphView) -> frozenset[str]:
     """Names of the nodes that gradients cannot pass."""
-    return frozenset(n.name for n in view.nodes if spec_of(n).gradient in (Gradient.NONE, Gradient.ZERO) or n.doc_string == STOP)
+    return frozenset(
+        n.name
+        for n in view.nodes
+        if spec_of(n).gradient in (Gradient.NONE, Gradient.ZERO) or n.doc_string == STOP
+    )
 
 
-def pointwise(view: GraphView, tensor: str, fits: Callable[[tuple[int, ...]], bool]) -> tuple[list[NodeProto], str]:
+def pointwise(
+    view: GraphView, tensor: str, fits: Callable[[tuple[int, ...]], bool]
+) -> tuple[list[NodeProto], str]:
     """What computes a function of each element of a tensor alone.
 
     Parameters
@@ -91,7 +107,8 @@ def pointwise(view: GraphView, tensor: str, fits: Callable[[tuple[int, ...]], bo
     list of NodeProto
         In order.
     str
-        The one tensor through which ``tensor`` acts. Where there are several it is ``tensor`` itself, without nodes.
+        The one tensor through which ``tensor`` acts. Where there are several it is ``tensor`` itself, without
+        nodes.
     """
     inside, nodes = {tensor}, list[NodeProto]()
     for node in view.nodes:
@@ -101,15 +118,18 @@ def pointwise(view: GraphView, tensor: str, fits: Callable[[tuple[int, ...]], bo
         if known and constants_fit and inside.intersection(reads) and spec_of(node).elementwise:
             inside.add(node.output[0])
             nodes.append(node)
-    exits = [t for t in inside if t in view.outputs or any(n.output[0] not in inside for n in view.consumers[t])]
+    exits = [
+        t for t in inside if t in view.outputs or any(n.output[0] not in inside for n in view.consumers[t])
+    ]
     return (nodes, exits[0]) if len(exits) == 1 else ([], tensor)
 
 
 def output_parts(view: GraphView) -> list[str]:
     """The float tensors that the outputs are put together from.
 
-    An output is looked into through operators that only rearrange its elements (a detector that joins boxes and scores
-    has a part of each kind, and each has a spread of its own), and through operators that no gradient passes.
+    An output is looked into through operators that only rearrange its elements (a detector that joins boxes
+    and scores has a part of each kind, and each has a spread of its own), and through operators that no
+    gradient passes.
     """
     blocked = without_gradient(view)
     parts: dict[str, None] = {}

@@ -58,10 +58,11 @@ class OpSpec:
     grouped_axis : bool
         True if ``weight_axis`` holds the output channels of one group only (ConvTranspose).
     output_axis : int or None
-        Channel axis of what the operator makes, and of the activations that it reads; None where it says nothing.
+        Channel axis of what the operator makes, and of the activations that it reads; None where it says
+        nothing.
     axis : callable or None
-        How a channel axis goes through the node (`eptq_onnx.graph.channel_axes`); None where it ends there. Through
-        functions of single elements it always goes.
+        How a channel axis goes through the node (`eptq_onnx.graph.channel_axes`); None where it ends there.
+        Through functions of single elements it always goes.
     linear : callable or None
         (node, view) to the layer as a matrix product; None where it is none.
     table : callable or None
@@ -75,11 +76,14 @@ class OpSpec:
     bounds : callable or None
         (node, view) to the limits of the output; None where there is none.
     channels : callable or None
-        What factors on the channels of its tensors do to the node (`eptq_onnx.graph.channels`); None where nobody can tell.
+        What factors on the channels of its tensors do to the node (`eptq_onnx.graph.channels`); None where
+        nobody can tell.
     mixes : bool
-        True if that holds for any invertible matrix over the channels, too: it does the same to all, and is linear.
+        True if that holds for any invertible matrix over the channels, too: it does the same to all, and is
+        linear.
     recorded : replay.Recorded or None
-        What of it is recorded from the float network and replayed, if it draws random numbers or chooses by value.
+        What of it is recorded from the float network and replayed, if it draws random numbers or chooses by
+        value.
     objection : callable
         (node, view) to a reason why this node, unlike its siblings, must stay float; or None.
     """

@@ -1,7 +1,7 @@
 """One row an operator: what is quantizable about it, and how it gets a gradient.
 
-A new operator is one new row here (and its samples in ``tests/op_samples.py``). An operator without a row is no
-error: it stays float, and the report says so.
+A new operator is one new row here (and its samples in ``tests/op_samples.py``). An operator without a row is
+no error: it stays float, and the report says so.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from eptq_onnx.ops import details
 from eptq_onnx.ops.spec import Gradient, OpSpec, Role
 
 LSQ_DOMAIN = "com.microsoft"
-"""`FakeQuant` of this domain (x, scale, zero_point → y, mask) is the quantizer that engines differentiate: straight
-through for x inside the range, the LSQ rule (Esser et al. 2020) for the scale."""
+"""`FakeQuant` of this domain (x, scale, zero_point → y, mask) is the quantizer that engines differentiate:
+straight through for x inside the range, the LSQ rule (Esser et al. 2020) for the scale."""
 
 
 def _layer_channels(node: NodeProto, slots: channels.Channels) -> bool:
@@ -145,11 +145,19 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         lowering=products.matmul,
     ),
     # arithmetic that some runtimes do on integers
-    **{("", name): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.sums, mixes=True) for name in ("Add", "Sub")},
+    **{
+        ("", name): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.sums, mixes=True)
+        for name in ("Add", "Sub")
+    },
     ("", "Mul"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.multiplied),
     ("", "Div"): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.divided),
     ("", "Concat"): OpSpec(
-        Role.ARITHMETIC, data=None, rearranges=True, channels=channels.concatenation, mixes=True, axis=channel_axes.keeps
+        Role.ARITHMETIC,
+        data=None,
+        rearranges=True,
+        channels=channels.concatenation,
+        mixes=True,
+        axis=channel_axes.keeps,
     ),
     ("", "Where"): OpSpec(Role.ARITHMETIC, data=(1, 2), axis=channel_axes.keeps),
     ("", "AveragePool"): OpSpec(
@@ -170,22 +178,43 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "PRelu"): _function(activations.prelu, Role.ARITHMETIC, data=(0, 1), channels=channels.passes),
     # values move, the scale stays
     ("", "MaxPool"): OpSpec(
-        Role.EQUAL_SCALE, lowering=pools.max_pool, objection=details.maxpool_objection, channels=channels.pools, output_axis=1
+        Role.EQUAL_SCALE,
+        lowering=pools.max_pool,
+        objection=details.maxpool_objection,
+        channels=channels.pools,
+        output_axis=1,
     ),
     **{("", name): _reshapes(channel_axes.reshaped) for name in ("Reshape", "Flatten")},
     **{("", name): _reshapes(channel_axes.squeezed) for name in ("Squeeze", "Unsqueeze")},
-    ("", "Transpose"): OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.transpose, mixes=True, axis=channel_axes.transposed),
-    ("", "Identity"): OpSpec(Role.EQUAL_SCALE, rearranges=True, channels=channels.passes, mixes=True, axis=channel_axes.keeps),
+    ("", "Transpose"): OpSpec(
+        Role.EQUAL_SCALE,
+        rearranges=True,
+        channels=channels.transpose,
+        mixes=True,
+        axis=channel_axes.transposed,
+    ),
+    ("", "Identity"): OpSpec(
+        Role.EQUAL_SCALE, rearranges=True, channels=channels.passes, mixes=True, axis=channel_axes.keeps
+    ),
     ("", "Gather"): OpSpec(Role.EQUAL_SCALE, table=details.rows_looked_up, axis=channel_axes.gathered),
     **{("", name): _MOVES for name in ("GatherElements", "GatherND", "Expand", "Tile")},
     ("", "Slice"): OpSpec(Role.EQUAL_SCALE, lowering=moves.slices, axis=channel_axes.keeps),
     ("", "Split"): _kept(moves.split, Role.EQUAL_SCALE, channels=channels.split, mixes=True),
     ("", "Pad"): OpSpec(
-        Role.EQUAL_SCALE, objection=details.pad_objection, lowering=moves.pad, channels=channels.pads, mixes=True, axis=channel_axes.keeps
+        Role.EQUAL_SCALE,
+        objection=details.pad_objection,
+        lowering=moves.pad,
+        channels=channels.pads,
+        mixes=True,
+        axis=channel_axes.keeps,
     ),
     **{
         ("", name): _kept(
-            sampling.resize, Role.EQUAL_SCALE, objection=details.resize_objection, channels=channels.keeps_channels, mixes=True
+            sampling.resize,
+            Role.EQUAL_SCALE,
+            objection=details.resize_objection,
+            channels=channels.keeps_channels,
+            mixes=True,
         )
         for name in ("Resize", "Upsample")
     },
@@ -193,7 +222,9 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "SpaceToDepth"): _image(moves.space_to_depth, Role.EQUAL_SCALE, rearranges=True),
     ("", "CenterCropPad"): _kept(moves.centre_crop_pad, Role.EQUAL_SCALE),
     ("", "Compress"): _kept(
-        moves.compress, Role.EQUAL_SCALE, recorded=replay.Recorded(False, inputs=(1,), orders=True, applies=replay.decides)
+        moves.compress,
+        Role.EQUAL_SCALE,
+        recorded=replay.Recorded(False, inputs=(1,), orders=True, applies=replay.decides),
     ),
     ("", "Dropout"): _kept(
         activations.dropout,
@@ -206,21 +237,34 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "ReverseSequence"): _kept(moves.reverse_sequence, Role.EQUAL_SCALE, rearranges=True),
     ("", "Trilu"): _kept(moves.trilu, Role.EQUAL_SCALE),
     # choices by value, and random numbers
-    ("", "TopK"): _kept(reductions.top_k, recorded=replay.Recorded(draws=False, outputs=(1,), rest=replay.top_k_values, orders=True)),
+    ("", "TopK"): _kept(
+        reductions.top_k,
+        recorded=replay.Recorded(draws=False, outputs=(1,), rest=replay.top_k_values, orders=True),
+    ),
     ("", "Unique"): _lowered(
-        moves.unique, recorded=replay.Recorded(draws=False, outputs=(1, 2, 3), rest=replay.unique_values, orders=True)
+        moves.unique,
+        recorded=replay.Recorded(draws=False, outputs=(1, 2, 3), rest=replay.unique_values, orders=True),
     ),
     **{("", name): _CHOICE for name in ("ArgMax", "ArgMin")},
     **{("", name): _ROWS for name in ("NonMaxSuppression", "NonZero")},
-    ("", "Hardmax"): OpSpec(gradient=Gradient.ZERO, axis=channel_axes.keeps, recorded=replay.Recorded(draws=False)),
+    ("", "Hardmax"): OpSpec(
+        gradient=Gradient.ZERO, axis=channel_axes.keeps, recorded=replay.Recorded(draws=False)
+    ),
     **{("", name): _DRAW for name in replay.RANDOM},
     # clipping
     ("", "Relu"): OpSpec(Role.CLIPPING, elementwise=True, bounds=details.positive, channels=channels.passes),
     ("", "Clip"): OpSpec(
-        Role.CLIPPING, elementwise=True, bounds=details.clip_bounds, objection=details.clip_objection, channels=_clip_channels
+        Role.CLIPPING,
+        elementwise=True,
+        bounds=details.clip_bounds,
+        objection=details.clip_objection,
+        channels=_clip_channels,
     ),
     # float functions of single elements
-    **{("", name): OpSpec(elementwise=True) for name in ("Abs", "Cos", "Erf", "Exp", "Log", "Neg", "Reciprocal", "Sin", "Sqrt")},
+    **{
+        ("", name): OpSpec(elementwise=True)
+        for name in ("Abs", "Cos", "Erf", "Exp", "Log", "Neg", "Reciprocal", "Sin", "Sqrt")
+    },
     ("", "Acos"): _function(activations.acos),
     ("", "Acosh"): _function(activations.acosh),
     ("", "Asin"): _function(activations.asin),
@@ -237,7 +281,9 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Sinh"): _function(activations.sinh),
     ("", "Softplus"): _function(activations.softplus),
     ("", "Softsign"): _function(
-        formula("Softsign (x) => (y) { one = Constant <value_float = 1.0> ()  a = Abs (x)  b = Add (a, one)  y = Div (x, b) }")
+        formula(
+            "Softsign (x) => (y) { one = Constant <value_float = 1.0> ()  a = Abs (x)  b = Add (a, one)  y = Div (x, b) }"
+        )
     ),
     ("", "Swish"): _function(activations.swish),
     ("", "Tan"): _function(activations.tan),
@@ -246,7 +292,10 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "CastLike"): _kept(activations.cast),
     ("", "Mod"): _kept(activations.modulo, data=(0, 1)),
     ("", "Pow"): OpSpec(data=(0, 1), lowering=products.power, axis=channel_axes.keeps),
-    **{("", name): OpSpec(gradient=Gradient.ZERO, axis=channel_axes.keeps, recorded=_SIZES) for name in ("Ceil", "Floor", "Round")},
+    **{
+        ("", name): OpSpec(gradient=Gradient.ZERO, axis=channel_axes.keeps, recorded=_SIZES)
+        for name in ("Ceil", "Floor", "Round")
+    },
     ("", "Sign"): _ZERO,
     # normalizations
     ("", "BatchNormalization"): _image(norms.batch_normalization, channels=channels.batch_normalization),
@@ -319,7 +368,8 @@ UNKNOWN = OpSpec(gradient=Gradient.NONE)
 LOWERINGS = {key: row.lowering for key, row in TABLE.items() if row.lowering is not None}
 
 QUANTIZERS: dict[tuple[str, str], Lowering] = {(LSQ_DOMAIN, "FakeQuant"): quantizers.fake_quant}
-"""Quantizers without a kernel in every onnxruntime, as nodes that have one; the nodes' own gradients are lost."""
+"""Quantizers without a kernel in every onnxruntime, as nodes that have one; the nodes' own gradients are
+lost."""
 
 
 def spec_of(node: NodeProto) -> OpSpec:

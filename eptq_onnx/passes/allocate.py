@@ -29,5 +29,7 @@ class Allocate(Pass):
         budget = ctx.config.budget
         if budget is None:
             return state
-        plan = allocate(state.network, ctx.chosen(ctx.walked), ctx.target, budget, ctx.config, ctx.tell(self.name))
+        plan = allocate(
+            state.network, ctx.chosen(ctx.walked), ctx.target, budget, ctx.config, ctx.tell(self.name)
+        )
         return state.changed(plan=plan)

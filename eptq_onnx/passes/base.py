@@ -25,7 +25,16 @@ from eptq_onnx.method.judge import SAMPLES, Limit
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.ops import executed
-from eptq_onnx.records import Calibration, Network, OptimizationTrace, Plan, Rounding, Scores, Speed, Verification
+from eptq_onnx.records import (
+    Calibration,
+    Network,
+    OptimizationTrace,
+    Plan,
+    Rounding,
+    Scores,
+    Speed,
+    Verification,
+)
 from eptq_onnx.targets import Target
 from eptq_onnx.workdir import Partial
 
@@ -100,13 +109,18 @@ class Context:
     @cached_property
     def others(self) -> Samples:
         """The samples on which results are judged and compared."""
-        return self.samples.only(np.setdiff1d(np.union1d(self.shares.judged, self.shares.unseen), self.shares.training))
+        return self.samples.only(
+            np.setdiff1d(np.union1d(self.shares.judged, self.shares.unseen), self.shares.training)
+        )
 
     @cached_property
     def walked(self) -> NDArray[np.int64]:
-        """The samples for layer-wise work: more than gradients are taken on, which cost more, and of all sizes."""
+        """The samples for layer-wise work: more than gradients are taken on, which cost more, and of all
+        sizes."""
         training = self.shares.training
-        return training[spread(len(training), max(1, max(_WALKED, self.config.score_samples) // self.samples.rows))]
+        return training[
+            spread(len(training), max(1, max(_WALKED, self.config.score_samples) // self.samples.rows))
+        ]
 
     @property
     def gradients(self) -> Engine:
@@ -151,7 +165,8 @@ class Written:
 
 
 class Judge:
-    """Compares roundings with nearest rounding by running the networks that they make, on samples that no rounding has seen.
+    """Compares roundings with nearest rounding by running the networks that they make, on samples that no
+    rounding has seen.
 
     What it needs for that is computed when it is first asked, and once.
 
@@ -170,7 +185,15 @@ class Judge:
         """From the float model, sample by sample: how much samples differ tells what chance does."""
         ctx, network = self._ctx, self._network
         size = ctx.samples.fixed_batch or 1
-        return Deviation(network.model, ctx.samples, ctx.shares.judged, SAMPLES, network.calibration.variance, ctx.config, size)
+        return Deviation(
+            network.model,
+            ctx.samples,
+            ctx.shares.judged,
+            SAMPLES,
+            network.calibration.variance,
+            ctx.config,
+            size,
+        )
 
     @cached_property
     def limit(self) -> Limit:
@@ -329,5 +352,13 @@ def leave_float(state: State, ctx: Context, tensors: Mapping[str, str]) -> State
         # What is left of a group may want another range.
         channels = state.scores.channels if state.scores is not None else None
         tell = ctx.tell("recalibrate")
-        calibration = calibrate(state.executed, plan, ctx.training, ctx.config, tell, scores=channels, known=calibration.activations)
+        calibration = calibrate(
+            state.executed,
+            plan,
+            ctx.training,
+            ctx.config,
+            tell,
+            scores=channels,
+            known=calibration.activations,
+        )
     return state.changed(plan=plan, calibration=calibration, left_float=left)

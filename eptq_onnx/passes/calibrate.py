@@ -22,7 +22,9 @@ class Calibrate(Pass):
     def run(self, state: State, ctx: Context) -> State:
         """Observe all tensors of the plan."""
         check_outputs(state.executed, ctx.others, ctx.config)
-        return state.changed(calibration=calibrate(state.executed, state.plan, ctx.training, ctx.config, ctx.tell(self.name)))
+        return state.changed(
+            calibration=calibrate(state.executed, state.plan, ctx.training, ctx.config, ctx.tell(self.name))
+        )
 
 
 class Recalibrate(Pass):
@@ -51,5 +53,7 @@ class Recalibrate(Pass):
         channels = state.scores.channels if state.scores is not None else None
         tell = ctx.tell(self.name)
         return state.changed(
-            calibration=calibrate(state.executed, state.plan, ctx.training, ctx.config, tell, scores=channels, known=known)
+            calibration=calibrate(
+                state.executed, state.plan, ctx.training, ctx.config, tell, scores=channels, known=known
+            )
         )

@@ -1,4 +1,5 @@
-"""Leave those activations float that choices by value are made from, where errors make them fall on other rows."""
+"""Leave those activations float that choices by value are made from, where errors make them fall on other
+rows."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ class KeepChoices(Pass):
         tried = _Tried(state, ctx)
         walked = ctx.samples.only(ctx.walked)
         tell = ctx.tell(self.name)
-        deciding, note = deciding_activations(state.model, state.plan, tried.rounded, walked, ctx.multiplications, ctx.found, tell)
+        deciding, note = deciding_activations(
+            state.model, state.plan, tried.rounded, walked, ctx.multiplications, ctx.found, tell
+        )
         return tried.without(deciding).noting(*[note] if note else [])
 
 
@@ -57,8 +60,13 @@ class _Tried:
         return self._made[key]
 
     def rounded(self, tensors: Mapping[str, str]) -> tuple[ModelProto, dict[str, str]]:
-        """The quantized model of that state, with all weights rounded to nearest, and what stands for a tensor in it."""
+        """The quantized model of that state, with all weights rounded to nearest, and what stands for a
+        tensor in it."""
         state = self.without(tensors)
         if self._nearest is None:
-            self._nearest = weight_ranges(state.executed, state.plan, state.calibration, state.scores, self._ctx.config)
-        return write(state.model, state.plan, replace(self._nearest, activations=state.calibration.activations))
+            self._nearest = weight_ranges(
+                state.executed, state.plan, state.calibration, state.scores, self._ctx.config
+            )
+        return write(
+            state.model, state.plan, replace(self._nearest, activations=state.calibration.activations)
+        )

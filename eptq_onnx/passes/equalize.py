@@ -31,5 +31,9 @@ class Equalize(Pass):
     def run(self, state: State, ctx: Context) -> State:
         """Scale what can be scaled."""
         tell = ctx.tell(self.name)
-        model, scores, equalized, notes = equalize(state.model, state.executed, state.plan, ctx.training, state.scores, ctx.config, tell)
-        return state.changed(model=model, executed=ctx.executed(model), scores=scores, equalized=equalized).noting(*notes)
+        model, scores, equalized, notes = equalize(
+            state.model, state.executed, state.plan, ctx.training, state.scores, ctx.config, tell
+        )
+        return state.changed(
+            model=model, executed=ctx.executed(model), scores=scores, equalized=equalized
+        ).noting(*notes)

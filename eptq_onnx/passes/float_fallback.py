@@ -35,13 +35,19 @@ class FloatFallback(Pass):
     def run(self, state: State, ctx: Context) -> State:
         """Measure, and plan anew without what is too noisy."""
         quantized = partial(with_activations, state, ctx)
-        ratios = sensitive_activations(state.network, quantized, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name))
-        reasons = {t: f"quantizing {t} alone would cause noise of {ratio:.1%} of the outputs' power" for t, ratio in ratios.items()}
+        ratios = sensitive_activations(
+            state.network, quantized, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name)
+        )
+        reasons = {
+            t: f"quantizing {t} alone would cause noise of {ratio:.1%} of the outputs' power"
+            for t, ratio in ratios.items()
+        }
         return leave_float(state, ctx, reasons)
 
 
 def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:
-    """The float network with the quantizers of some activations, and what stands for a quantized tensor in it."""
+    """The float network with the quantizers of some activations, and what stands for a quantized tensor in
+    it."""
     wanted = set(names)
     chosen = tuple(q for q in state.plan.activations if q.name in wanted)
     plan = replace(state.plan, layers=(), activations=chosen, integer_nodes={}, absorbed={})

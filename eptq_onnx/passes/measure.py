@@ -32,6 +32,8 @@ class Measure(Pass):
             return state.noting("speed is not measured: both models together would take too much memory")
         part = next(ctx.samples.parts(range(ctx.samples.count), ctx.samples.fixed_batch or 1))
         try:
-            return state.changed(speed=measure(io.load(ctx.source, ctx.folder), quantized, ctx.samples.take(part), len(part)))
+            return state.changed(
+                speed=measure(io.load(ctx.source, ctx.folder), quantized, ctx.samples.take(part), len(part))
+            )
         except ModelError as e:
             return state.noting(f"speed is not measured: {e}")

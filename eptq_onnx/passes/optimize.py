@@ -38,7 +38,8 @@ class Optimize(Pass):
         return needed_bytes(state.executed, state.plan, samples)
 
     def run(self, state: State, ctx: Context) -> State:
-        """Run the loop from the rounding so far; its result is kept if it is better, on samples that it has not seen."""
+        """Run the loop from the rounding so far; its result is kept if it is better, on samples that it has
+        not seen."""
         judge, start = Judge(state, ctx), state.rounding
         graph = training_graph(state.network, start, ctx.samples, ctx.config, ctx.gradients)
         notes = [f"no gradient passes {note}" for note in graph.notes]
@@ -48,7 +49,9 @@ class Optimize(Pass):
             ctx.progress(self.name, done, total, f"loss {loss:.4g}")
 
         scored = ctx.chosen(ctx.shares.scored)
-        rounding, trace = optimize(state.network, start, graph, scored, ctx.shares.held, ctx.config, Hooks(tell, ctx.partial))
+        rounding, trace = optimize(
+            state.network, start, graph, scored, ctx.shares.held, ctx.config, Hooks(tell, ctx.partial)
+        )
         if not still_better(judge.noise, judge.limit, start, rounding):
             notes.append(
                 "the start of the optimization is kept: outputs of its result are noisier than those of the start or of nearest rounding"

@@ -24,14 +24,21 @@ class Reconstruct(Pass):
 
     def cost(self, state: State, ctx: Context) -> Cost:
         """A walk through both networks, and the linear algebra of every layer."""
-        return Cost(passes=FLOAT_PASSES * len(ctx.walked), operations=operations(state.executed, state.plan, ctx.config))
+        return Cost(
+            passes=FLOAT_PASSES * len(ctx.walked),
+            operations=operations(state.executed, state.plan, ctx.config),
+        )
 
     def run(self, state: State, ctx: Context) -> State:
         """Round all layers, and keep what beats nearest rounding; note what was left as it was."""
         judge = Judge(state, ctx)
         quantized, _ = judge.written(state.nearest)
-        rounded, skipped = reconstruct(state.network, quantized, state.nearest, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name))
+        rounded, skipped = reconstruct(
+            state.network, quantized, state.nearest, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name)
+        )
         notes = [f"{node} keeps nearest rounding: {why}" for node, why in skipped.items()]
         targets = ctx.config.optimizes
-        rounding, note = better_than_nearest(judge.noise, judge.limit, state.plan, state.nearest, rounded, targets=targets)
+        rounding, note = better_than_nearest(
+            judge.noise, judge.limit, state.plan, state.nearest, rounded, targets=targets
+        )
         return state.changed(rounding=rounding).noting(*notes, *[note] if note else [])

@@ -30,13 +30,23 @@ class Score(Pass):
     def run(self, state: State, ctx: Context) -> State:
         """Probe the float network."""
         wanted = _scored_weights(state, ctx)
-        scores = score(state.network, ctx.chosen(ctx.shares.scored), wanted, ctx.gradients, ctx.config, ctx.tell(self.name))
+        scores = score(
+            state.network,
+            ctx.chosen(ctx.shares.scored),
+            wanted,
+            ctx.gradients,
+            ctx.config,
+            ctx.tell(self.name),
+        )
         return state.changed(scores=scores)
 
 
 def _scored_weights(state: State, ctx: Context) -> set[str]:
-    """The weights whose scores decide what is written: layer-wise reconstruction chooses ranges of its own."""
+    """The weights whose scores decide what is written: layer-wise reconstruction chooses ranges of its
+    own."""
     if ctx.config.weight_range_method is not WeightRange.HMSE:
         return set()
     skipped = unsolved(state.executed, state.plan)
-    return {x.weight for x in state.plan.layers if ctx.config.start is not Start.CLOSED_FORM or x.node in skipped}
+    return {
+        x.weight for x in state.plan.layers if ctx.config.start is not Start.CLOSED_FORM or x.node in skipped
+    }

@@ -19,5 +19,7 @@ class Verify(Pass):
     def run(self, state: State, ctx: Context) -> State:
         """Compare outputs and layers, and count integer kernels."""
         versions = Versions(state.model, state.written.marked, state.written.stands_for, ctx.float_bytes)
-        found = verify(versions, state.plan, ctx.target, ctx.samples, ctx.shares, ctx.found, ctx.tell(self.name))
+        found = verify(
+            versions, state.plan, ctx.target, ctx.samples, ctx.shares, ctx.found, ctx.tell(self.name)
+        )
         return state.changed(verification=found)

@@ -11,7 +11,11 @@ def node_reads(node: NodeProto) -> list[str]:
     """Tensors that a node reads, those of its subgraphs' outer scope included."""
     names = [i for i in node.input if i]
     for graph in subgraphs(node):
-        local = {i.name for i in graph.input} | {t.name for t in graph.initializer} | {s.values.name for s in graph.sparse_initializer}
+        local = (
+            {i.name for i in graph.input}
+            | {t.name for t in graph.initializer}
+            | {s.values.name for s in graph.sparse_initializer}
+        )
         for inner in graph.node:
             names.extend(i for i in node_reads(inner) if i not in local)
             local.update(inner.output)
@@ -21,7 +25,11 @@ def node_reads(node: NodeProto) -> list[str]:
 
 def defined(graph: GraphProto) -> list[str]:
     """Tensors that a graph itself makes, holds or is given, not those of the bodies inside it."""
-    given = [*(i.name for i in graph.input), *(t.name for t in graph.initializer), *(s.values.name for s in graph.sparse_initializer)]
+    given = [
+        *(i.name for i in graph.input),
+        *(t.name for t in graph.initializer),
+        *(s.values.name for s in graph.sparse_initializer),
+    ]
     return [*given, *(o for node in graph.node for o in node.output if o)]
 
 

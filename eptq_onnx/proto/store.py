@@ -1,8 +1,9 @@
 """Weights of large models in files, each of its own, instead of in the messages.
 
-Every copy of a message copies what it holds, and a run makes many. A *stored* initializer holds the place of its value
-only, as ONNX's external data does, but with an absolute path: the file is ours, in a folder that one run has to itself
-and that onnxruntime maps into memory. Weights that steps make of a stored model go to the same folder.
+Every copy of a message copies what it holds, and a run makes many. A *stored* initializer holds the place of
+its value only, as ONNX's external data does, but with an absolute path: the file is ours, in a folder that
+one run has to itself and that onnxruntime maps into memory. Weights that steps make of a stored model go to
+the same folder.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def array(tensor: TensorProto) -> NDArray[Any]:
     if not is_stored(tensor):
         return numpy_helper.to_array(tensor)
     if tensor.data_type in _WHOLE_BYTES:
-        return np.fromfile(path_of(tensor), helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(tuple(tensor.dims))
+        return np.fromfile(path_of(tensor), helper.tensor_dtype_to_np_dtype(tensor.data_type)).reshape(
+            tuple(tensor.dims)
+        )
     return numpy_helper.to_array(loaded(tensor))
 
 
@@ -121,7 +124,8 @@ class Place:
 
 
 def copied(tensor: TensorProto, place: Place, folder: str) -> TensorProto:
-    """A stored copy of an initializer that is in a file beside the model, without reading it into memory at once.
+    """A stored copy of an initializer that is in a file beside the model, without reading it into memory at
+    once.
 
     Raises
     ------
@@ -153,7 +157,9 @@ def loaded(tensor: TensorProto) -> TensorProto:
     if not is_stored(tensor):
         return tensor
     with open(path_of(tensor), "rb") as file:
-        return TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=file.read())
+        return TensorProto(
+            name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, raw_data=file.read()
+        )
 
 
 def folder_of(model: ModelProto) -> str | None:
@@ -172,7 +178,11 @@ def stored(tensor: TensorProto, folder: str | None) -> TensorProto:
     """A stored copy of an initializer; itself if it is light or stored, or there is no folder."""
     if folder is None or is_stored(tensor) or value_bytes(tensor) <= _HEAVY:
         return tensor
-    data = np.frombuffer(tensor.raw_data, np.uint8) if tensor.HasField("raw_data") else numpy_helper.to_array(tensor)
+    data = (
+        np.frombuffer(tensor.raw_data, np.uint8)
+        if tensor.HasField("raw_data")
+        else numpy_helper.to_array(tensor)
+    )
     return _written(folder, tensor.name, tensor.data_type, tensor.dims, data)
 
 
@@ -183,7 +193,8 @@ def _written(folder: str, name: str, data_type: int, dims: Iterable[int], data: 
 
 
 def reference(name: str, data_type: int, dims: Iterable[int], place: Mapping[str, object]) -> TensorProto:
-    """An initializer whose value is elsewhere: location, offset and length, as `TensorProto.external_data` has them."""
+    """An initializer whose value is elsewhere: location, offset and length, as `TensorProto.external_data`
+    has them."""
     tensor = TensorProto(name=name, data_type=data_type, dims=dims, data_location=TensorProto.EXTERNAL)
     for key, value in place.items():
         tensor.external_data.add(key=key, value=str(value))

@@ -40,22 +40,32 @@ _HEAVY = 4096
 
 
 def light(model: ModelProto, needed: Container[str] = ()) -> tuple[ModelProto, list[TensorProto]]:
-    """A copy in which heavy initializers, but those ``needed``, are inputs; and these initializers, for `with_weights`.
+    """A copy in which heavy initializers, but those ``needed``, are inputs; and these initializers, for
+    `with_weights`.
 
     What goes through onnx's and onnx-graphsurgeon's passes is copied there, some of it several times.
     """
-    heavy = [t for t in model.graph.initializer if (store.is_stored(t) or len(t.raw_data) > _HEAVY) and t.name not in needed]
+    heavy = [
+        t
+        for t in model.graph.initializer
+        if (store.is_stored(t) or len(t.raw_data) > _HEAVY) and t.name not in needed
+    ]
     names = {t.name for t in heavy}
     result = without_weights(model)
     result.graph.initializer.extend(store.loaded(t) for t in model.graph.initializer if t.name not in names)
     present = {i.name for i in model.graph.input}
-    stand_ins = [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in heavy if t.name not in present]
+    stand_ins = [
+        helper.make_tensor_value_info(t.name, t.data_type, list(t.dims))
+        for t in heavy
+        if t.name not in present
+    ]
     result.graph.input.extend(stand_ins)
     return result, heavy
 
 
 def with_weights(model: ModelProto, weights: Sequence[TensorProto]) -> ModelProto:
-    """The model, changed, with initializers in place of the inputs that stood for them, as far as anybody reads them."""
+    """The model, changed, with initializers in place of the inputs that stood for them, as far as anybody
+    reads them."""
     names = {t.name for t in weights}
     inputs = [i for i in model.graph.input if i.name not in names]
     read = {i for n in model.graph.node for i in node_reads(n)} | {o.name for o in model.graph.output}

@@ -66,7 +66,8 @@ class Report:
     rotated : dict of str to int
         Tensors whose channels were mixed, and how many at a time.
     equalized : dict of str to float
-        Quantized tensors whose channels were scaled to fit a common range, and by how much at the most, up or down.
+        Quantized tensors whose channels were scaled to fit a common range, and by how much at the most, up or
+        down.
     optimization : OptimizationTrace or None
     verification : Verification
     speed : Speed or None
@@ -106,7 +107,12 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report as JSON, the verdict first; infinite ratios are null."""
-        return json.dumps(_plain({"verdict": dataclasses.asdict(self.verdict), **dataclasses.asdict(self)}), indent=2) + "\n"
+        return (
+            json.dumps(
+                _plain({"verdict": dataclasses.asdict(self.verdict), **dataclasses.asdict(self)}), indent=2
+            )
+            + "\n"
+        )
 
     def render(self) -> Group:
         """The summary for a console."""
@@ -124,10 +130,18 @@ class Report:
             ("time, memory", self._cost()),
         ):
             head.add_row(Text(label, style="bold"), line(text))
-        kernels = Table("operator", "planned", "integer kernels", title=line(f"Integer kernels in {self.target}"), title_justify="left")
+        kernels = Table(
+            "operator",
+            "planned",
+            "integer kernels",
+            title=line(f"Integer kernels in {self.target}"),
+            title_justify="left",
+        )
         for op, planned in v.planned.items():
             found = v.kernels.get(op, 0)
-            kernels.add_row(line(op), str(planned), Text(str(found), style="" if found >= planned else "bold red"))
+            kernels.add_row(
+                line(op), str(planned), Text(str(found), style="" if found >= planned else "bold red")
+            )
         parts: list[Any] = [line(text, "bold red") for text in filter(None, [warning(self.speed)])]
         parts += [head, *([kernels] if v.planned else []), self._fidelity(), self._weakest()]
         if self.speed is not None and self.speed.operators:
@@ -143,8 +157,18 @@ class Report:
 
     def _fidelity(self) -> Table:
         v = self.verification
-        count = f"{v.samples} held-out samples" if v.held_out else f"{v.samples} samples that calibration has seen"
-        columns = ("output", "SQNR (dB)", "about the mean (dB)", "worst sample (dB)", "largest channel changes")
+        count = (
+            f"{v.samples} held-out samples"
+            if v.held_out
+            else f"{v.samples} samples that calibration has seen"
+        )
+        columns = (
+            "output",
+            "SQNR (dB)",
+            "about the mean (dB)",
+            "worst sample (dB)",
+            "largest channel changes",
+        )
         table = Table(*columns, title=f"Float against quantized, {count}", title_justify="left")
         for name, value in v.outputs.items():
             s = v.statistics.get(name)
@@ -155,7 +179,10 @@ class Report:
         return table
 
     def _bits(self) -> str:
-        counts = Counter((f"W{x.weight_bits}A{x.activation_bits}", x.weight_range, x.weight_zero_points) for x in self.layers)
+        counts = Counter(
+            (f"W{x.weight_bits}A{x.activation_bits}", x.weight_range, x.weight_zero_points)
+            for x in self.layers
+        )
         return ", ".join(
             f"{n} layers {name} (weights in [{low}, {high}]{' less zero points' if zero else ''})"
             for (name, (low, high), zero), n in counts.items()
@@ -169,7 +196,9 @@ class Report:
     def _equalization(self) -> str:
         if not self.equalized:
             return "none"
-        return f"the channels of {len(self.equalized)} activations, by up to {max(self.equalized.values()):.3g}×"
+        return (
+            f"the channels of {len(self.equalized)} activations, by up to {max(self.equalized.values()):.3g}×"
+        )
 
     def _cost(self) -> str:
         spent, expected = sum(self.seconds.values()), self.estimate.seconds
@@ -182,9 +211,21 @@ class Report:
         return trace.reason + (f"; {trace.flipped:.1%} of the weights flipped" if trace.best_step else "")
 
     def _weakest(self) -> Table:
-        table = Table("layer", "operator", "bits", "SQNR (dB)", title="Layers with the lowest SQNR", title_justify="left")
+        table = Table(
+            "layer",
+            "operator",
+            "bits",
+            "SQNR (dB)",
+            title="Layers with the lowest SQNR",
+            title_justify="left",
+        )
         for x in sorted(self.layers, key=lambda x: x.sqnr_db)[:5]:
-            table.add_row(line(x.node, most=_NAME), line(x.op_type), f"W{x.weight_bits}A{x.activation_bits}", f"{x.sqnr_db:.2f}")
+            table.add_row(
+                line(x.node, most=_NAME),
+                line(x.op_type),
+                f"W{x.weight_bits}A{x.activation_bits}",
+                f"{x.sqnr_db:.2f}",
+            )
         return table
 
     def _float_table(self) -> Table:
@@ -200,7 +241,11 @@ _STYLES = {Assurance.SAFE: "green", Assurance.CHECK: "yellow", Assurance.LOSS: "
 
 def _smaller(before: int, after: int) -> str:
     ratio = before / max(after, 1)
-    return f"{_size(before)} → {_size(after)} ({ratio:.2f}× smaller)" if ratio >= 1 else f"{_size(before)} → {_size(after)}: not smaller"
+    return (
+        f"{_size(before)} → {_size(after)} ({ratio:.2f}× smaller)"
+        if ratio >= 1
+        else f"{_size(before)} → {_size(after)}: not smaller"
+    )
 
 
 def _size(count: float) -> str:

@@ -31,8 +31,12 @@ _MOST = 2000
 
 
 def shown(text: object, most: int = _MOST) -> str:
-    """A text for one line of a console: control, format and surrogate characters escaped, shortened in the middle if very long."""
-    result = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in str(text)[: 2 * most])
+    """A text for one line of a console: control, format and surrogate characters escaped, shortened in the
+    middle if very long."""
+    result = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in str(text)[: 2 * most]
+    )
     if len(result) <= most:
         return result
     return f"{result[: most // 2]} … {result[-most // 4 :]}"
@@ -92,7 +96,8 @@ codecs.register_error(_REPLACE, _replaced)
 
 
 def tolerant_streams() -> None:
-    """Make stdout and stderr replace what they cannot encode, for all that is written to them, and open them where they are closed."""
+    """Make stdout and stderr replace what they cannot encode, for all that is written to them, and open them
+    where they are closed."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -242,7 +247,8 @@ def display(console: Console, preset: str) -> Iterator[Display]:
 
 
 def _has_cursor(console: Console) -> bool:
-    """True for a terminal; colours may be forced into a pipe, a cursor is not there. A log of a CI service is none either."""
+    """True for a terminal; colours may be forced into a pipe, a cursor is not there. A log of a CI service is
+    none either."""
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         return False
     return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal

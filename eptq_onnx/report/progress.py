@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 _HALF = 0.07
-"""Share of a step after which its own pace counts half: the first units take longer than the others, or are too few to tell."""
+"""Share of a step after which its own pace counts half: the first units take longer than the others, or are
+too few to tell."""
 
 _MOST = 20.0
 """Largest correction: a step that should have taken no time tells nothing."""
@@ -31,10 +32,10 @@ class _Current:
 class Remaining:
     """The time that is left of a run.
 
-    A step has an expected time, or none where the estimate does not know it. A step that runs is extrapolated from its own pace,
-    the more the further it is; before that, and for the steps to come, the expected time counts, times how much longer the
-    finished steps took than expected, the more of the run they were. A step that is skipped counts no more as soon as a later
-    one begins.
+    A step has an expected time, or none where the estimate does not know it. A step that runs is extrapolated
+    from its own pace, the more the further it is; before that, and for the steps to come, the expected time
+    counts, times how much longer the finished steps took than expected, the more of the run they were. A step
+    that is skipped counts no more as soon as a later one begins.
 
     Parameters
     ----------
@@ -93,7 +94,8 @@ class Remaining:
         return left + weight * own + (1 - weight) * planned
 
     def _factor(self) -> float:
-        """How much longer steps take than expected: the load of the machine is common to all, other errors are not."""
+        """How much longer steps take than expected: the load of the machine is common to all, other errors
+        are not."""
         if not self._foreseen or not self._spent:
             return 1.0
         current = self._expected.get(self._current.name, 0.0) if self._current is not None else 0.0

@@ -8,7 +8,8 @@ from rich.text import Text
 from eptq_onnx.records import OperatorTime, Pace, Speed
 
 _NAMED, _SMALL = 3, 0.05
-"""At most so many operators are named, those with at least this share of the run time or of what it grew by."""
+"""At most so many operators are named, those with at least this share of the run time or of what it grew
+by."""
 
 
 def in_words(speed: Speed | None) -> str:
@@ -43,8 +44,16 @@ def costly(speed: Speed) -> list[OperatorTime]:
 
 def operator_table(speed: Speed) -> Table:
     """Where the time of both models goes; what takes next to nothing in both is left out."""
-    table = Table("operator", "float", "quantized", title="Time of one run, by onnxruntime's profiler", title_justify="left")
-    most = max(sum(o.float_seconds for o in speed.operators), sum(o.quantized_seconds for o in speed.operators))
+    table = Table(
+        "operator",
+        "float",
+        "quantized",
+        title="Time of one run, by onnxruntime's profiler",
+        title_justify="left",
+    )
+    most = max(
+        sum(o.float_seconds for o in speed.operators), sum(o.quantized_seconds for o in speed.operators)
+    )
     for o in speed.operators:
         if max(o.float_seconds, o.quantized_seconds) >= 0.02 * most:
             table.add_row(Text(o.operator), _time(o.float_seconds), _time(o.quantized_seconds))

@@ -1,8 +1,10 @@
-"""What the comparison of both models lets a user expect: safe, check, or expect loss, with the reasons in words.
+"""What the comparison of both models lets a user expect: safe, check, or expect loss, with the reasons in
+words.
 
-The limits were set on files of nine networks (classifiers, detectors, segmenters, a sentence encoder), at 8 to 2 bits, each scored on
-labelled data; ``tools/bench_verdict.py`` prints such a table for others. Where a score fell by more than a point, no file met the
-conditions of `Assurance.SAFE`. How the limits do on networks that they were not set on is not known.
+The limits were set on files of nine networks (classifiers, detectors, segmenters, a sentence encoder), at 8
+to 2 bits, each scored on labelled data; ``tools/bench_verdict.py`` prints such a table for others. Where a
+score fell by more than a point, no file met the conditions of `Assurance.SAFE`. How the limits do on networks
+that they were not set on is not known.
 """
 
 from __future__ import annotations
@@ -15,14 +17,17 @@ from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.records import Verification
 
 SAFE_DB, VERY_HIGH_DB = 30.0, 40.0
-"""SQNR of an output that is safe, whatever it is for; and one that few samples, or samples seen before, are enough to tell."""
+"""SQNR of an output that is safe, whatever it is for; and one that few samples, or samples seen before, are
+enough to tell."""
 SAFE_CHANGES, LOSSY_CHANGES = 0.035, 0.06
-"""Share of decisions that change: below the first a score loses less than a point, above the second it did lose more."""
+"""Share of decisions that change: below the first a score loses less than a point, above the second it did
+lose more."""
 SAFE_PLACES = 0.005
-"""The same as `SAFE_CHANGES` where a sample has many decisions, as a map of classes: scores of classes that cover little lose several
-times the share of places that change."""
+"""The same as `SAFE_CHANGES` where a sample has many decisions, as a map of classes: scores of classes that
+cover little lose several times the share of places that change."""
 SAFE_CENTRED_DB = 15.0
-"""Outputs whose noise is larger beside their spread are more than the choice of a class: that alone does not make them safe."""
+"""Outputs whose noise is larger beside their spread are more than the choice of a class: that alone does not
+make them safe."""
 LOSSY_CENTRED_DB = 8.0
 """Below, noise is a sixth of the spread of the outputs and more: every task loses."""
 WORST_SAMPLE_DB = 10.0
@@ -91,7 +96,10 @@ def judge_outputs(statistics: Mapping[str, OutputStatistics], samples: int, held
         True if no step of the quantization has seen them.
     """
     if not statistics or samples == 0:
-        return _verdict(Assurance.CHECK, ["no output was compared" if statistics or samples == 0 else "no output is floating point"])
+        return _verdict(
+            Assurance.CHECK,
+            ["no output was compared" if statistics or samples == 0 else "no output is floating point"],
+        )
     judged = {name: _judge_output(s) for name, s in statistics.items()}
     worst = max((a for a, _ in judged.values()), key=_ORDER.index)
     reasons = [f"{name} {why}" for name, (assurance, why) in judged.items() if assurance is worst]
@@ -100,7 +108,9 @@ def judge_outputs(statistics: Mapping[str, OutputStatistics], samples: int, held
     least = min(s.sqnr_db for s in statistics.values())
     doubts = []
     if samples < FEW_SAMPLES:
-        doubts.append(f"{samples} sample{'s' if samples > 1 else ''} {'are' if samples > 1 else 'is'} too few to tell more")
+        doubts.append(
+            f"{samples} sample{'s' if samples > 1 else ''} {'are' if samples > 1 else 'is'} too few to tell more"
+        )
     if not held_out:
         doubts.append("calibration has seen the samples, so other samples may fare worse")
     if worst is Assurance.SAFE and doubts and least < VERY_HIGH_DB:

@@ -1,7 +1,9 @@
-"""Whether the written model runs faster than the float model on this machine, and if not, which operators cost the time.
+"""Whether the written model runs faster than the float model on this machine, and if not, which operators
+cost the time.
 
-Both models run in onnxruntime with the options that a user gets by default, in turn, so that whatever else the machine does
-falls on both. The ratio is the median over pairs of measurements; what it is told from is noise, by the interval of that median.
+Both models run in onnxruntime with the options that a user gets by default, in turn, so that whatever else
+the machine does falls on both. The ratio is the median over pairs of measurements; what it is told from is
+noise, by the interval of that median.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ _BUDGET = 1.5
 _PAIRS = (10, 41)
 """Fewest and most pairs. Ten are the fewest whose range encloses the median at the confidence wanted."""
 _TAIL = 0.001
-"""Probability that the median lies beyond one end of its interval. Small, for the interval is looked at after every pair."""
+"""Probability that the median lies beyond one end of its interval. Small, for the interval is looked at after
+every pair."""
 _TURN, _REPEATS = 0.02, 20
-"""Seconds that a turn of one model lasts about, and the most runs in it. The fastest counts: others were interrupted."""
+"""Seconds that a turn of one model lasts about, and the most runs in it. The fastest counts: others were
+interrupted."""
 _MARGIN = 1.05
 """A ratio within this factor of 1 is no difference to a user."""
 _PROFILED = 0.1
@@ -86,7 +90,9 @@ def measure(model: ModelProto, quantized: ModelProto, feeds: Feeds, samples: int
     return replace(speed, operators=operator_times(profile(model, feeds), profile(quantized, feeds)))
 
 
-def compare(run_float: Run, run_quantized: Run, samples: int, clock: Callable[[], float] = time.perf_counter) -> Speed:
+def compare(
+    run_float: Run, run_quantized: Run, samples: int, clock: Callable[[], float] = time.perf_counter
+) -> Speed:
     """Time two functions in turn.
 
     Parameters
@@ -114,7 +120,9 @@ def compare(run_float: Run, run_quantized: Run, samples: int, clock: Callable[[]
     repeats = min(_REPEATS, math.ceil(_TURN / longest))
     times: list[tuple[float, float]] = []
     began = clock()
-    while len(times) < _PAIRS[0] or (len(times) < _PAIRS[1] and clock() - began < _BUDGET and _pace(*_interval(times)) is None):
+    while len(times) < _PAIRS[0] or (
+        len(times) < _PAIRS[1] and clock() - began < _BUDGET and _pace(*_interval(times)) is None
+    ):
         turns = [(0, run_float), (1, run_quantized)]
         pair = [0.0, 0.0]
         # Who goes first changes: a clock that slows down, say, favours neither.
@@ -152,7 +160,8 @@ def _seconds(run: Run, repeats: int, clock: Callable[[], float]) -> float:
 
 
 def _interval(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Interval of the median ratio: the order statistics that enclose it at a confidence of at least 99.8 %."""
+    """Interval of the median ratio: the order statistics that enclose it at a confidence of at least 99.8
+    %."""
     ratios = sorted(q / f for f, q in times)
     n, left, tail = len(ratios), 0, 0.5 ** len(ratios)
     while left + 1 < n / 2 and tail + math.comb(n, left + 1) * 0.5**n <= _TAIL:
@@ -180,12 +189,16 @@ def profile(model: ModelProto, feeds: Feeds) -> dict[str, float]:
             run()
             count += 1
         # onnxruntime writes the names of nodes as they are, control characters and all.
-        events = json.loads(session.end_profiling().read_text(encoding="utf-8", errors="replace"), strict=False)
+        events = json.loads(
+            session.end_profiling().read_text(encoding="utf-8", errors="replace"), strict=False
+        )
         graph = onnx.load(optimized, load_external_data=False).graph
         return operator_seconds(events, quantizer_labels(graph), count)
 
 
-def operator_seconds(events: Iterable[Mapping[str, Any]], labels: Mapping[str, str], runs: int) -> dict[str, float]:
+def operator_seconds(
+    events: Iterable[Mapping[str, Any]], labels: Mapping[str, str], runs: int
+) -> dict[str, float]:
     """Seconds of one run by operator.
 
     Parameters
@@ -197,20 +210,24 @@ def operator_seconds(events: Iterable[Mapping[str, Any]], labels: Mapping[str, s
     runs : int
         Runs of the model in this profile.
     """
-    kernels = [e for e in events if e.get("cat") == "Node" and str(e.get("name", "")).endswith("_kernel_time")]
+    kernels = [
+        e for e in events if e.get("cat") == "Node" and str(e.get("name", "")).endswith("_kernel_time")
+    ]
     spent: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event, seconds in _own_seconds(kernels):
         node, kind = event["name"].removesuffix("_kernel_time"), str(event.get("args", {}).get("op_name", ""))
         spent[node, labels.get(node, stands_for(kind))].append(seconds)
     found: dict[str, float] = defaultdict(float)
     for (_, label), times in spent.items():
-        # A median a node: one that another process interrupted does not count. In a loop a node runs several times a run.
+        # A median a node: one that another process interrupted does not count. In a loop a node runs several
+        # times a run.
         found[label] += float(np.median(times)) * len(times) / runs
     return dict(found)
 
 
 def _own_seconds(events: Sequence[Mapping[str, Any]]) -> Iterable[tuple[Mapping[str, Any], float]]:
-    """Each event with its time less that of the events inside it: an If, Loop or Scan contains the nodes of its body."""
+    """Each event with its time less that of the events inside it: an If, Loop or Scan contains the nodes of
+    its body."""
     threads: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
         threads[event.get("tid")].append(event)
@@ -219,7 +236,9 @@ def _own_seconds(events: Sequence[Mapping[str, Any]]) -> Iterable[tuple[Mapping[
         inside = [0.0] * len(ordered)
         open_events: list[int] = []
         for k, event in enumerate(ordered):
-            while open_events and float(event["ts"]) >= float(ordered[open_events[-1]]["ts"]) + float(ordered[open_events[-1]]["dur"]):
+            while open_events and float(event["ts"]) >= float(ordered[open_events[-1]]["ts"]) + float(
+                ordered[open_events[-1]]["dur"]
+            ):
                 open_events.pop()
             if open_events:
                 inside[open_events[-1]] += float(event["dur"])
@@ -234,7 +253,8 @@ def stands_for(kind: str) -> str:
 
 
 def quantizer_labels(graph: onnx.GraphProto) -> dict[str, str]:
-    """What to call each quantizer, by node name: after the operators that it quantizes the results of, or dequantizes for."""
+    """What to call each quantizer, by node name: after the operators that it quantizes the results of, or
+    dequantizes for."""
     nodes = list(all_nodes(graph))
     makers = {o: n for n in nodes for o in n.output}
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
@@ -244,14 +264,22 @@ def quantizer_labels(graph: onnx.GraphProto) -> dict[str, str]:
     labels = {}
     for node in nodes:
         if node.op_type in QUANTIZERS and node.name:
-            inner = readers[node.output[0]] if node.op_type == "DequantizeLinear" else [makers[i] for i in node.input[:1] if i in makers]
+            inner = (
+                readers[node.output[0]]
+                if node.op_type == "DequantizeLinear"
+                else [makers[i] for i in node.input[:1] if i in makers]
+            )
             kinds = sorted({stands_for(n.op_type) for n in inner if n.op_type not in QUANTIZERS})
             place = "an output" if node.op_type == "DequantizeLinear" else "an input"
-            labels[node.name] = f"{_QUANTIZERS} around {' and '.join(kinds)}" if kinds else f"{_QUANTIZERS} at {place}"
+            labels[node.name] = (
+                f"{_QUANTIZERS} around {' and '.join(kinds)}" if kinds else f"{_QUANTIZERS} at {place}"
+            )
     return labels
 
 
 def operator_times(exact: Mapping[str, float], quantized: Mapping[str, float]) -> tuple[OperatorTime, ...]:
     """Both profiles side by side, what the quantized model spends more on first."""
-    rows = [OperatorTime(name, exact.get(name, 0.0), quantized.get(name, 0.0)) for name in {**exact, **quantized}]
+    rows = [
+        OperatorTime(name, exact.get(name, 0.0), quantized.get(name, 0.0)) for name in {**exact, **quantized}
+    ]
     return tuple(sorted(rows, key=lambda r: (r.float_seconds - r.quantized_seconds, r.operator)))

@@ -49,13 +49,15 @@ class _Quantized(_Row):
 
     @model_serializer(mode="wrap")
     def _without_any(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a rule that is none: the hash of options that a written model names stays as it was before there were rules."""
+        """Leave out a rule that is none: the hash of options that a written model names stays as it was
+        before there were rules."""
         values: dict[str, Any] = handler(self)
         return {name: value for name, value in values.items() if name != "scale" or value != ScaleRule.ANY}
 
 
 class WeightRules(_Quantized):
-    """How the runtime wants weights, whose zero point is always 0: container, scales per channel, and the range used at 8 bits.
+    """How the runtime wants weights, whose zero point is always 0: container, scales per channel, and the
+    range used at 8 bits.
 
     ``depthwise_range_8_bits``: that of convolutions of one channel each, where it is another.
     """
@@ -82,7 +84,8 @@ class WeightRules(_Quantized):
 
 
 class ActivationRules(_Quantized):
-    """How the runtime wants activations (always one scale per tensor); ``symmetric``: with the zero point 0."""
+    """How the runtime wants activations (always one scale per tensor); ``symmetric``: with the zero point
+    0."""
 
     container: Literal["int8", "uint8"]
     symmetric: bool
@@ -91,7 +94,9 @@ class ActivationRules(_Quantized):
     @classmethod
     def _of_int8(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("container") == "uint8":
-            raise ValueError("uint8 with the zero point 0 would hold no negative values, so that symmetric activations are int8")
+            raise ValueError(
+                "uint8 with the zero point 0 would hold no negative values, so that symmetric activations are int8"
+            )
         return value
 
 
@@ -106,8 +111,8 @@ class OpRules(_Row):
 
     ``float_output``: layers that run on integers even if their output is not quantized.
     ``absorbed``: clipping operators that vanish into the quantizer behind them.
-    ``stored``: operators that look rows up in a constant table: it is stored as int8, one scale a row, and what is
-    looked up is made float again.
+    ``stored``: operators that look rows up in a constant table: it is stored as int8, one scale a row, and
+    what is looked up is made float again.
     """
 
     layers: frozenset[str]
@@ -129,7 +134,8 @@ class Target(_Row):
     weight, activation, bias, ops
         Rules, see their classes.
     kernels : dict of str to tuple of str
-        Operator to the names of its integer kernels in onnxruntime's optimized graph; used to verify. None for other runtimes.
+        Operator to the names of its integer kernels in onnxruntime's optimized graph; used to verify. None
+        for other runtimes.
     """
 
     name: str
@@ -142,7 +148,8 @@ class Target(_Row):
     kernels: dict[str, tuple[str, ...]] = {}
 
     def weight_spec(self, bits: int, axis: int | None, depthwise: bool = False) -> QuantSpec:
-        """Spec of a weight with output-channel axis ``axis`` (None for one scale in all), of a depthwise convolution or not."""
+        """Spec of a weight with output-channel axis ``axis`` (None for one scale in all), of a depthwise
+        convolution or not."""
         special = self.weight.depthwise_range_8_bits if depthwise else None
         least, most = special or self.weight.range_8_bits
         low, high = max(-(2 ** (bits - 1)), least), min(2 ** (bits - 1) - 1, most)
@@ -169,20 +176,25 @@ class Target(_Row):
     def activation_spec(self, bits: int) -> QuantSpec:
         """Spec of an activation; more than 8 bits are stored in 16."""
         container = self.activation.container.replace("8", "16" if bits > 8 else "8")
-        low, high = (0, 2**bits - 1) if container.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        low, high = (
+            (0, 2**bits - 1) if container.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        )
         return QuantSpec(bits, low, high, container, self.activation.symmetric, scales=self.activation.scale)
 
 
 def names() -> list[str]:
     """Names of the shipped targets."""
-    return sorted(p.name.removesuffix(".toml") for p in resources.files(__name__).iterdir() if p.name.endswith(".toml"))
+    return sorted(
+        p.name.removesuffix(".toml") for p in resources.files(__name__).iterdir() if p.name.endswith(".toml")
+    )
 
 
 def load(name: str) -> Target:
     """Read a shipped target by name, or a target file by path.
 
-    A file with a field ``extends``, the name of a shipped target or a path from the file's own folder, takes what it does not
-    say from there: tables are merged field by field, lists replaced; an empty table stays empty. Its name and title are always its own.
+    A file with a field ``extends``, the name of a shipped target or a path from the file's own folder, takes
+    what it does not say from there: tables are merged field by field, lists replaced; an empty table stays
+    empty. Its name and title are always its own.
 
     Raises
     ------
@@ -196,7 +208,9 @@ def load(name: str) -> Target:
     elif name in names():
         path = _shipped(name)
     else:
-        raise ConfigError(f"target {name!r} is unknown: choose one of {', '.join(names())}, or give a .toml file.")
+        raise ConfigError(
+            f"target {name!r} is unknown: choose one of {', '.join(names())}, or give a .toml file."
+        )
     content = _content(path, name, ())
     try:
         return Target.model_validate(content)
@@ -233,7 +247,9 @@ def _content(path: Path, shown: str, above: tuple[Path, ...]) -> dict[str, Any]:
     if file.resolve() in above:
         raise ConfigError(f"target file {shown} extends {base}, which extends it in turn.")
     inherited = _content(file, base, above)
-    return _merged({field: value for field, value in inherited.items() if field not in ("name", "title")}, own)
+    return _merged(
+        {field: value for field, value in inherited.items() if field not in ("name", "title")}, own
+    )
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

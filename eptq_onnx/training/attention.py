@@ -1,4 +1,5 @@
-"""Weights of the loss: sample-layer attention (paper section 3.2), and what the parts of the outputs count."""
+"""Weights of the loss: sample-layer attention (paper section 3.2), and what the parts of the outputs
+count."""
 
 from __future__ import annotations
 
@@ -14,13 +15,16 @@ from eptq_onnx.records import Calibration, Plan, Scores
 
 
 def layer_attention(plan: Plan, scores: Scores | None, count: int) -> Array:
-    """Sample-layer attention w[l, n] (paper section 3.2) divided by its largest layer mean; shape (n_layers, n_samples).
+    """Sample-layer attention w[l, n] (paper section 3.2) divided by its largest layer mean; shape (n_layers,
+    n_samples).
 
     Layers that no gradient reaches count like the average layer; without scores all count the same.
     """
     if scores is None or not any(layer.output in scores.channels for layer in plan.layers):
         return np.ones((len(plan.layers), count), np.float32)
-    rows: dict[str, Array] = {x.output: scores.channels[x.output].max(axis=1) for x in plan.layers if x.output in scores.channels}
+    rows: dict[str, Array] = {
+        x.output: scores.channels[x.output].max(axis=1) for x in plan.layers if x.output in scores.channels
+    }
     mean: Array = np.mean(list(rows.values()), axis=0)
     table = np.stack([rows.get(layer.output, mean) for layer in plan.layers])
     table = table / quant_math.unit(table)
@@ -28,7 +32,9 @@ def layer_attention(plan: Plan, scores: Scores | None, count: int) -> Array:
     return (table / np.float32(largest)).astype(np.float32) if largest > 0 else np.ones_like(table)
 
 
-def channel_attention(plan: Plan, scores: Scores | None, channels: Sequence[int], count: int, config: Config) -> Array:
+def channel_attention(
+    plan: Plan, scores: Scores | None, channels: Sequence[int], count: int, config: Config
+) -> Array:
     """The weight of every sample and channel in the loss; shape (n_samples, sum of channels)."""
     layers = layer_attention(plan, None if config.attention is Attention.NONE else scores, count)
     columns = []
@@ -43,5 +49,6 @@ def channel_attention(plan: Plan, scores: Scores | None, channels: Sequence[int]
 
 
 def part_weights(graph: TrainingGraph, calibration: Calibration) -> Array:
-    """What the squared errors of each part of the outputs count: it is seen in units of its spread; shape (n_parts,)."""
+    """What the squared errors of each part of the outputs count: it is seen in units of its spread; shape
+    (n_parts,)."""
     return np.array([1 / calibration.variance[name] for name in graph.outputs], np.float32)

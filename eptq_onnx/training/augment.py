@@ -1,7 +1,8 @@
-"""More samples than there are: distillation needs no labels, so that any input will do on which the networks can differ.
+"""More samples than there are: distillation needs no labels, so that any input will do on which the networks
+can differ.
 
-A few hundred samples are soon learned by heart by a network-wise optimization (ResNet-20, W2A8, 230 samples: the training
-loss falls to a tenth while the held-out error stays). Pure numpy, no ONNX.
+A few hundred samples are soon learned by heart by a network-wise optimization (ResNet-20, W2A8, 230 samples:
+the training loss falls to a tenth while the held-out error stays). Pure numpy, no ONNX.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def moved(feeds: Feeds, axes: Mapping[str, int], rng: np.random.Generator) -> Fe
 
 
 def can_mix(feeds: Feeds, size: int) -> bool:
-    """True if every input is float and has ``size`` samples along its first axis: a mixture of token numbers means nothing."""
+    """True if every input is float and has ``size`` samples along its first axis: a mixture of token numbers
+    means nothing."""
     return all(value.dtype.kind == "f" and value.ndim > 1 and len(value) == size for value in feeds.values())
 
 
@@ -71,6 +73,8 @@ def _moved(value: Array, spatial: Sequence[int], rng: np.random.Generator) -> Ar
             most = image.shape[axis] // _REACH
             widths = [(most, most) if a == axis else (0, 0) for a in range(3)]
             begin = int(rng.integers(0, 2 * most + 1))
-            image = np.take(np.pad(image, widths, mode="reflect"), range(begin, begin + image.shape[axis]), axis)
+            image = np.take(
+                np.pad(image, widths, mode="reflect"), range(begin, begin + image.shape[axis]), axis
+            )
         result[n] = image
     return result

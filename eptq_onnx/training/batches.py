@@ -31,14 +31,23 @@ class Batches:
         What the mean squares of each column count.
     """
 
-    def __init__(self, graph: TrainingGraph, samples: Samples, indices: NDArray[np.int64], attention: Array) -> None:
+    def __init__(
+        self, graph: TrainingGraph, samples: Samples, indices: NDArray[np.int64], attention: Array
+    ) -> None:
         self._graph, self._samples, self._indices, self._attention = graph, samples, indices, attention
-        self._positions = np.array([*np.repeat(graph.positions, graph.channels), *graph.outputs.values()], np.float32)
+        self._positions = np.array(
+            [*np.repeat(graph.positions, graph.channels), *graph.outputs.values()], np.float32
+        )
 
     def runs(
-        self, places: NDArray[np.int64], parameters: Feeds, session: Session, rng: np.random.Generator | None = None
+        self,
+        places: NDArray[np.int64],
+        parameters: Feeds,
+        session: Session,
+        rng: np.random.Generator | None = None,
     ) -> Iterator[Feeds]:
-        """What to feed the session with, run by run, for the samples at ``places``; fillers of the last run weigh nothing.
+        """What to feed the session with, run by run, for the samples at ``places``; fillers of the last run
+        weigh nothing.
 
         With ``rng`` the samples are varied at random, and mixed with each other.
         """
@@ -52,26 +61,37 @@ class Batches:
             feeds = {**parameters, **inputs, ATTENTION: weight.astype(np.float32)}
             yield session.taken(feeds)
 
-    def _varied(self, inputs: Feeds, attention: Array, places: NDArray[np.int64], rng: np.random.Generator) -> tuple[Feeds, Array]:
+    def _varied(
+        self, inputs: Feeds, attention: Array, places: NDArray[np.int64], rng: np.random.Generator
+    ) -> tuple[Feeds, Array]:
         axes = self._graph.input_axes
         inputs = augment.moved(inputs, axes, rng)
         if not augment.can_mix(inputs, len(attention)):
             return inputs, attention
         others = rng.choice(places, len(attention))
         share = rng.uniform(size=len(attention)).astype(np.float32)
-        inputs = augment.mixed(inputs, augment.moved(self._samples.take(self._indices[others]), axes, rng), share)
+        inputs = augment.mixed(
+            inputs, augment.moved(self._samples.take(self._indices[others]), axes, rng), share
+        )
         return inputs, share[:, None] * attention + (1 - share[:, None]) * self._attention[others]
 
 
 class HeldOut:
     """The weighted errors of hard-rounded candidates, one a held-out sample; shape (3, n_samples).
 
-    First those of all layers, then those of the outputs: where the optimization sees varied samples, so does the judge,
-    always the same, for a few held-out samples alone tell little apart. Last those of the outputs on the samples as they
-    are: what is gained must reach them, and not on varied samples only.
+    First those of all layers, then those of the outputs: where the optimization sees varied samples, so does
+    the judge, always the same, for a few held-out samples alone tell little apart. Last those of the outputs
+    on the samples as they are: what is gained must reach them, and not on varied samples only.
     """
 
-    def __init__(self, graph: TrainingGraph, session: Session, batches: Batches, held: NDArray[np.int64], config: Config) -> None:
+    def __init__(
+        self,
+        graph: TrainingGraph,
+        session: Session,
+        batches: Batches,
+        held: NDArray[np.int64],
+        config: Config,
+    ) -> None:
         self._session, self._batches, self._held = session, batches, held
         self._variations, self._seed = _VARIATIONS if config.augment else 0, config.seed
         self._layers = sum(graph.channels)
@@ -80,8 +100,12 @@ class HeldOut:
         """The errors of a candidate, given what it feeds the graph with; see `Learned.hard_parameters`."""
         rng = np.random.default_rng(self._seed)
         views = [None] + [rng] * self._variations
-        runs = (run for view in views for run in self._batches.runs(self._held, parameters, self._session, view))
-        rows = np.concatenate(list(ordered_map(self._errors, runs)), axis=1).reshape(2, len(views), -1)[:, :, : len(self._held)]
+        runs = (
+            run for view in views for run in self._batches.runs(self._held, parameters, self._session, view)
+        )
+        rows = np.concatenate(list(ordered_map(self._errors, runs)), axis=1).reshape(2, len(views), -1)[
+            :, :, : len(self._held)
+        ]
         return np.stack([*rows.mean(axis=1), rows[1, 0]])
 
     def _errors(self, feeds: Feeds) -> Array:

@@ -1,8 +1,9 @@
 """Build the training graph (paper sections 3.4 and 4).
 
-One graph holds the float model (teacher, constant weights) and the quantized model (student, weights, biases and
-activation scales as inputs), and compares the outputs of every layer, and those of the networks. Soft rounding itself is
-elementwise in the weights and independent of the batch; it stays in numpy, outside the graph.
+One graph holds the float model (teacher, constant weights) and the quantized model (student, weights, biases
+and activation scales as inputs), and compares the outputs of every layer, and those of the networks. Soft
+rounding itself is elementwise in the weights and independent of the batch; it stays in numpy, outside the
+graph.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ _LEAST_SPREAD = 1e-30
 """Variance of a part of the outputs that float32 can be divided by, and times."""
 
 
-def training_graph(network: Network, start: Rounding, samples: Samples, config: Config, engine: Engine) -> TrainingGraph:
+def training_graph(
+    network: Network, start: Rounding, samples: Samples, config: Config, engine: Engine
+) -> TrainingGraph:
     """Build the training graph.
 
     Parameters
@@ -56,8 +59,8 @@ def training_graph(network: Network, start: Rounding, samples: Samples, config: 
         Gives zero points and the constants' ranges.
     samples : Samples
     config : Config
-        ``batch_size``: the graph takes fewer samples at a time if the model prescribes it; what is not learned or not
-        gradual costs nothing.
+        ``batch_size``: the graph takes fewer samples at a time if the model prescribes it; what is not
+        learned or not gradual costs nothing.
     engine : Engine
 
     Raises
@@ -75,26 +78,43 @@ def training_graph(network: Network, start: Rounding, samples: Samples, config: 
     outputs = [layer.output for layer in plan.layers]
     points = ops.output_parts(GraphView(model))
     alike = samples.alike()
-    fed = [samples.take(alike[np.arange(begin, begin + size) % len(alike)]) for begin in range(0, len(alike), size)]
+    fed = [
+        samples.take(alike[np.arange(begin, begin + size) % len(alike)])
+        for begin in range(0, len(alike), size)
+    ]
     safe = finite.differentiable(private, [*points, *outputs], fed, config.block_bytes, ops.is_elementwise)
     lowered, refused = lower(private if safe is None else safe, ops.LOWERINGS)
     view = GraphView(lowered)
     spreads = network.calibration.variance
-    parts = [p for p in points if _LEAST_SPREAD < spreads.get(p, 0.0) < 1 / _LEAST_SPREAD and view.static_shape(p) is not None]
+    parts = [
+        p
+        for p in points
+        if _LEAST_SPREAD < spreads.get(p, 0.0) < 1 / _LEAST_SPREAD and view.static_shape(p) is not None
+    ]
     last = last_layers(view, plan.layers)
-    # A scale is learned where x has a gradient too (onnxruntime-training's builder needs both) and a layer reads it.
+    # A scale is learned where x has a gradient too (onnxruntime-training's builder needs both) and a layer
+    # reads it.
     moving = view.downstream(outputs, ops.without_gradient(view))
     needed = view.upstream([*outputs, *parts])
     read = {name for node in view.nodes if any(o in needed for o in node.output) for name in node_reads(node)}
-    # At 8 bits learning it brings nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a sixth of the step.
-    low = [q for q in plan.activations if q.spec.bits < 8 and q.spec.scales is ScaleRule.ANY and not q.constant]
+    # At 8 bits learning it brings nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a sixth
+    # of the step.
+    low = [
+        q for q in plan.activations if q.spec.bits < 8 and q.spec.scales is ScaleRule.ANY and not q.constant
+    ]
     learned = tuple(q.name for q in low if q.name in moving & read and config.activation_scale_lr)
     student = _Student(lowered, plan, start, learned)
-    train, compared = _compose(private, student, parts, size, masked=safe is not None, gradual=config.gradual_activations)
-    evaluate, _ = lower(_compose(private, student, parts, size, masked=safe is not None, gradual=False)[0], ops.QUANTIZERS)
+    train, compared = _compose(
+        private, student, parts, size, masked=safe is not None, gradual=config.gradual_activations
+    )
+    evaluate, _ = lower(
+        _compose(private, student, parts, size, masked=safe is not None, gradual=False)[0], ops.QUANTIZERS
+    )
     parameters = [*plan.weight_specs, *(x.bias for x in plan.layers if x.bias is not None)]
     edit.promote_to_inputs(evaluate, parameters)
-    edit.set_outputs(evaluate, [LOSS, ERRORS, *(side + layer.output for layer in last for side in (TEACHER, ""))])
+    edit.set_outputs(
+        evaluate, [LOSS, ERRORS, *(side + layer.output for layer in last for side in (TEACHER, ""))]
+    )
     gradient = engine.differentiate(train, LOSS, [*parameters, *([ACTIVATION_SCALES] if learned else [])])
     # Weights that no gradient reaches are fed too: the student is quantized everywhere.
     edit.promote_to_inputs(gradient.model, parameters)
@@ -111,7 +131,11 @@ def training_graph(network: Network, start: Rounding, samples: Samples, config: 
         outputs={name: x.positions for name, x in zip(parts, compared[len(outputs) :], strict=True)},
         last=tuple(layer in last for layer in plan.layers),
         micro_batch=size,
-        input_axes={name: axis for name, axis in ops.channel_axes_of(GraphView(private)).items() if name in view.inputs},
+        input_axes={
+            name: axis
+            for name, axis in ops.channel_axes_of(GraphView(private)).items()
+            if name in view.inputs
+        },
         unreached={n: why for n, why in gradient.unreached.items() if n in plan.weight_specs},
         notes=tuple(f"{node}: {why}" for node, why in refused.items()),
     )
@@ -153,15 +177,24 @@ def _compose(
     view, b = GraphView(lowered), edit.Builder(lowered, "eptq/")
     student, infos, stands_for = _student(view, b, made_of, gradual)
     # The teacher needs no gradient: it keeps the operators that were lowered, which run faster.
-    teacher, teacher_constants = _teacher(GraphView(model), [*(layer.output for layer in plan.layers), *parts])
+    teacher, teacher_constants = _teacher(
+        GraphView(model), [*(layer.output for layer in plan.layers), *parts]
+    )
     layers = [(x.output, x.output, x.output_axis) for x in plan.layers]
     compared = _losses(view, b, [*layers, *((p, stands_for.get(p, p), None) for p in parts)], size, masked)
     losses = b.nodes[len(student) :]
-    constants = [*b.initializers, *teacher_constants, *_zero_biases(plan, start), *_constant_operands(view, plan, start)]
+    constants = [
+        *b.initializers,
+        *teacher_constants,
+        *_zero_biases(plan, start),
+        *_constant_operands(view, plan, start),
+    ]
     replaced = {q.name for q in plan.activations if q.constant}
     result = edit.with_nodes(lowered, [*teacher, *student, *losses], constants, drop=replaced)
     if learned:
-        result.graph.input.append(helper.make_tensor_value_info(ACTIVATION_SCALES, TensorProto.FLOAT, [len(learned)]))
+        result.graph.input.append(
+            helper.make_tensor_value_info(ACTIVATION_SCALES, TensorProto.FLOAT, [len(learned)])
+        )
     columns = sum(x.channels for x in compared)
     if gradual:
         result.graph.input.append(helper.make_tensor_value_info(FLOAT_SHARE, TensorProto.FLOAT, [1]))
@@ -187,7 +220,11 @@ def _student(
     infos: list[ValueInfoProto] = []
     scales = {name: f"eptq/scale_{k}" for k, name in enumerate(learned)}
     for k, name in enumerate(scales.values()):
-        b.add("Slice", [ACTIVATION_SCALES, *(b.constant(np.array([v], np.int64), "place") for v in (k, k + 1))], name)
+        b.add(
+            "Slice",
+            [ACTIVATION_SCALES, *(b.constant(np.array([v], np.int64), "place") for v in (k, k + 1))],
+            name,
+        )
     if gradual:
         b.add("Sub", [b.constant(np.ones(1, np.float32), "one"), FLOAT_SHARE], "eptq/integer_share")
 
@@ -197,7 +234,8 @@ def _student(
         if tensor in scales or quantizer.spec.narrower_than_container:
             scale = scales.get(tensor)
             if scale is None:
-                # Not b.constant: engines may give each scale a gradient, so that no two quantizers can share one.
+                # Not b.constant: engines may give each scale a gradient, so that no two quantizers can share
+                # one.
                 scale = b.unique("eptq/fixed_scale")
                 b.keep(params.scale.reshape(1), scale)
             zero = b.constant(np.array([params.zero_point], np.float32), "zero_point")
@@ -218,7 +256,9 @@ def _student(
             b.add("DequantizeLinear", [b.add("QuantizeLinear", [tensor, *fixed]), *fixed], exact)
         if gradual:
             # p x + (1 - p) q(x): gradual activation quantization.
-            exact = b.add("Add", [b.add("Mul", [tensor, FLOAT_SHARE]), b.add("Mul", [exact, "eptq/integer_share"])])
+            exact = b.add(
+                "Add", [b.add("Mul", [tensor, FLOAT_SHARE]), b.add("Mul", [exact, "eptq/integer_share"])]
+            )
         renamed[tensor] = exact
         # The engine must know the shape: nobody infers it behind a quantizer.
         infos.append(helper.make_tensor_value_info(exact, TensorProto.FLOAT, view.shape(tensor)))
@@ -257,11 +297,14 @@ def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list
     return nodes, constants
 
 
-def _losses(view: GraphView, b: edit.Builder, tensors: Iterable[tuple[str, str, int | None]], size: int, masked: bool) -> list[_Compared]:
-    """Sums of squared errors of every sample, and channel if tensors have an axis of channels, and their weighted sum.
+def _losses(
+    view: GraphView, b: edit.Builder, tensors: Iterable[tuple[str, str, int | None]], size: int, masked: bool
+) -> list[_Compared]:
+    """Sums of squared errors of every sample, and channel if tensors have an axis of channels, and their
+    weighted sum.
 
-    Each tensor comes with what stands for it in the student, and with that axis. Masked, positions that are no numbers in
-    the teacher are left out.
+    Each tensor comes with what stands for it in the student, and with that axis. Masked, positions that are
+    no numbers in the teacher are left out.
     """
     columns, compared = [], []
     for name, ours, axis in tensors:
@@ -274,15 +317,25 @@ def _losses(view: GraphView, b: edit.Builder, tensors: Iterable[tuple[str, str, 
         difference = b.add("Sub", [ours, TEACHER + name])
         if masked:
             difference = finite.kept(b, difference, TEACHER + name)
-        error = b.reduce("ReduceSumSquare", difference, axes, keepdims=True) if axes else b.add("Mul", [difference, difference])
+        error = (
+            b.reduce("ReduceSumSquare", difference, axes, keepdims=True)
+            if axes
+            else b.add("Mul", [difference, difference])
+        )
         channels = 1 if channel is None else shape[channel]
-        error = b.add("Reshape", [error, b.constant(np.array([size if per_sample else 1, channels], np.int64), "rows")])
+        error = b.add(
+            "Reshape", [error, b.constant(np.array([size if per_sample else 1, channels], np.int64), "rows")]
+        )
         if not per_sample:
             # Samples are mixed: each gets its share of the whole error.
             all_rows = b.constant(np.array([size, channels], np.int64), "rows")
             error = b.add("Expand", [b.add("Mul", [error, b.constant(1.0 / size, "share")]), all_rows])
         columns.append(error)
-        compared.append(_Compared(channels, max(float(np.prod([shape[i] for i in axes])), 1.0) / (1 if per_sample else size)))
+        compared.append(
+            _Compared(
+                channels, max(float(np.prod([shape[i] for i in axes])), 1.0) / (1 if per_sample else size)
+            )
+        )
     b.add("Concat", columns, ERRORS, axis=1)
     b.reduce("ReduceSum", b.add("Mul", [ERRORS, ATTENTION]), None, LOSS)
     return compared
@@ -299,7 +352,9 @@ def _constant_operands(view: GraphView, plan: Plan, start: Rounding) -> list[Ten
     """Constant operands of integer operators, as the written model will hold them."""
     folder = store.folder_of(view.model)
     return [
-        store.constant(quant_math.fake_quantize(view.constant(q.name), start.activations[q.name], q.spec), q.name, folder)
+        store.constant(
+            quant_math.fake_quantize(view.constant(q.name), start.activations[q.name], q.spec), q.name, folder
+        )
         for q in plan.activations
         if q.constant
     ]

@@ -38,7 +38,8 @@ class Kept:
         self._start = errors
 
     def offer(self, step: int, candidate: Rounding, errors: Array) -> int:
-        """Take the candidate if it may replace the start and is the best of these; returns how many checks ago the lowest loss was."""
+        """Take the candidate if it may replace the start and is the best of these; returns how many checks
+        ago the lowest loss was."""
         self.checkpoints[step] = float(errors[0].sum())
         self._outputs.append(float(errors[1].mean()))
         if self.checkpoints[step] < self.checkpoints[self.step] and is_accepted(errors, self._start):
@@ -48,7 +49,8 @@ class Kept:
 
     @property
     def is_settled(self) -> bool:
-        """True if the start will be kept: one of the errors that a candidate must lower was lower in no check, and does not fall."""
+        """True if the start will be kept: one of the errors that a candidate must lower was lower in no
+        check, and does not fall."""
         (loss, *losses), (output, *outputs) = self.checkpoints.values(), self._outputs
         if self.step or len(losses) < 2:
             return False
@@ -61,9 +63,7 @@ class Kept:
         (loss, *losses), (output, *outputs) = self.checkpoints.values(), self._outputs
         ran = f"{steps} of {total} steps" + ("; stopped early" if steps < total else "")
         if self.step:
-            return (
-                f"step {self.step} was kept: it lowered the error on held-out samples ({_change(self.checkpoints[self.step], loss)}; {ran})"
-            )
+            return f"step {self.step} was kept: it lowered the error on held-out samples ({_change(self.checkpoints[self.step], loss)}; {ran})"
         if not losses:
             return "the start was kept: there was no check"
         if min(losses) >= loss:
@@ -112,8 +112,8 @@ def is_accepted(errors: Array, others: Array) -> bool:
 def is_better(errors: Array, others: Array) -> bool:
     """True if the errors of the same samples are lower on average, and not by chance.
 
-    Chance is what Wilcoxon's signed-rank test gives less than one in twenty: a few loud samples do not decide. Too few
-    samples cannot tell, and their average does.
+    Chance is what Wilcoxon's signed-rank test gives less than one in twenty: a few loud samples do not
+    decide. Too few samples cannot tell, and their average does.
     """
     gain = np.asarray(others - errors, np.float64)
     if gain.mean() <= 0:
@@ -156,7 +156,8 @@ class Balance:
         return bool((self._factors < _MOST_FACTOR).all())
 
     def __call__(self, errors: Array) -> Array:
-        """Of what `HeldOut` gives, each sample's loss, and its outputs' errors as they are; shape (2, n_samples)."""
+        """Of what `HeldOut` gives, each sample's loss, and its outputs' errors as they are; shape (2,
+        n_samples)."""
         return np.stack([self._factors @ errors[:2], errors[2]])
 
     def columns(self, graph: TrainingGraph) -> Array:

@@ -36,13 +36,23 @@ _KINDS: dict[RoundingVariable, type[SoftWeight] | type[StraightThroughWeight]] =
 class Learned:
     """Everything that is learned, and how it is updated."""
 
-    def __init__(self, plan: Plan, start: Rounding, graph: TrainingGraph, calibration: Calibration, config: Config, total: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        start: Rounding,
+        graph: TrainingGraph,
+        calibration: Calibration,
+        config: Config,
+        total: int,
+    ) -> None:
         self._plan, self._start, self._graph, self._config, self._total = plan, start, graph, config, total
         learnable = [n for n in plan.weight_specs if n in graph.gradients]
         kind = _KINDS[config.rounding]
         self.weights: dict[str, RoundedWeight] = {
             n: kind(
-                quant_math.continuous(start.targets[n], start.integers[n], start.weights[n], plan.weight_specs[n]),
+                quant_math.continuous(
+                    start.targets[n], start.integers[n], start.weights[n], plan.weight_specs[n]
+                ),
                 start.weights[n],
                 plan.weight_specs[n],
             )
@@ -62,7 +72,9 @@ class Learned:
         self._bias_shift: dict[str, Array] = {n: np.zeros_like(start.biases[n]) for n in self._bias_unit}
         self._log_scales: Array = np.zeros(len(graph.quantizers), np.float32)
         self._pace = 1.0
-        self._first_scales = np.array([float(start.activations[q].scale) for q in graph.quantizers], np.float32)
+        self._first_scales = np.array(
+            [float(start.activations[q].scale) for q in graph.quantizers], np.float32
+        )
         self._layers_of = {n: [k for k, x in enumerate(plan.layers) if x.weight == n] for n in self.weights}
         rounding = RAdam if config.optimizer is Optimizer.RADAM else Adam
         self._rounding = rounding({n: w.variable for n, w in self.weights.items()})
@@ -87,15 +99,20 @@ class Learned:
         rng: np.random.Generator,
     ) -> float:
         """One update from the samples at places ``chosen``; returns the loss."""
-        steps = {n: p.scale for n, p in self._start.weights.items()} | {n: w.scale * w.gamma for n, w in self.weights.items()}
+        steps = {n: p.scale for n, p in self._start.weights.items()} | {
+            n: w.scale * w.gamma for n, w in self.weights.items()
+        }
         weights = {n: w.forward() for n, w in self.weights.items()}
-        feeds = self._parameters(weights, steps, self._biases_of(self._bias_shift), self._scales_of(self._log_scales))
+        feeds = self._parameters(
+            weights, steps, self._biases_of(self._bias_shift), self._scales_of(self._log_scales)
+        )
         feeds[FLOAT_SHARE] = np.array([max(0.0, 1 - (step + 1) / self._total)], np.float32)
         gradients: dict[str, Array] = {}
         loss = 0.0
         wanted = [LOSS, *self._graph.gradients.values()]
         for values in ordered_map(
-            lambda run: session.run(run, wanted), batches.runs(chosen, feeds, session, rng if self._config.augment else None)
+            lambda run: session.run(run, wanted),
+            batches.runs(chosen, feeds, session, rng if self._config.augment else None),
         ):
             loss += float(values[LOSS])
             for name, output in self._graph.gradients.items():
@@ -121,17 +138,24 @@ class Learned:
         cosine = 0.5 * (1 + np.cos(np.pi * step / total)) * min(1.0, (step + 1) / (_RISE * total))
         self._rounding.step(alphas, config.rounding_rate * self._pace * cosine)
         self._factors.step(gammas, config.scale_lr * cosine)
-        self._biases.step({n: gradients[n] * unit for n, unit in self._bias_unit.items()}, config.bias_lr * cosine)
+        self._biases.step(
+            {n: gradients[n] * unit for n, unit in self._bias_unit.items()}, config.bias_lr * cosine
+        )
         if ACTIVATION_SCALES in gradients:
             self._scales.step(
-                {ACTIVATION_SCALES: gradients[ACTIVATION_SCALES] * self._scales_of(self._log_scales)}, config.activation_scale_lr * cosine
+                {ACTIVATION_SCALES: gradients[ACTIVATION_SCALES] * self._scales_of(self._log_scales)},
+                config.activation_scale_lr * cosine,
             )
         self._means.update()
         return penalty
 
     def saved(self) -> dict[str, Any]:
         """All that the steps so far have changed."""
-        return {"variables": self._variables, "pace": self._pace, "optimizers": [o.saved() for o in self._followers]}
+        return {
+            "variables": self._variables,
+            "pace": self._pace,
+            "optimizers": [o.saved() for o in self._followers],
+        }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `saved` gave."""
@@ -145,7 +169,8 @@ class Learned:
         return self._rounding, self._factors, self._biases, self._scales, self._means
 
     def slow_down(self) -> None:
-        """Halve the steps of the rounding variables: weights that flip to and fro are noise to all the others."""
+        """Halve the steps of the rounding variables: weights that flip to and fro are noise to all the
+        others."""
         self._pace /= 2
 
     def harden(self) -> Rounding:
@@ -158,20 +183,32 @@ class Learned:
             integers[name], params[name] = settled.harden()
         activations = dict(self._start.activations)
         quantizers = {q.name: q for q in self._plan.activations}
-        for name, scale in zip(self._graph.quantizers, self._scales_of(means["scales", ACTIVATION_SCALES]), strict=True):
+        for name, scale in zip(
+            self._graph.quantizers, self._scales_of(means["scales", ACTIVATION_SCALES]), strict=True
+        ):
             spec, bounds = quantizers[name].spec, quantizers[name].bounds
-            activations[name] = quant_math.inside_bounds(spec.params(scale, activations[name].zero_point), spec, bounds)
+            activations[name] = quant_math.inside_bounds(
+                spec.params(scale, activations[name].zero_point), spec, bounds
+            )
         biases = self._biases_of({n: means["bias", n] for n in self._bias_shift})
         return Rounding(integers, params, activations, {**self._start.biases, **biases}, self._start.targets)
 
     def hard_parameters(self, rounding: Rounding) -> Feeds:
         """Feeds of the evaluation graph for a hard-rounded candidate."""
-        weights = {n: quant_math.dequantize(rounding.integers[n], rounding.weights[n], s) for n, s in self._plan.weight_specs.items()}
+        weights = {
+            n: quant_math.dequantize(rounding.integers[n], rounding.weights[n], s)
+            for n, s in self._plan.weight_specs.items()
+        }
         scales = np.array([float(rounding.activations[q].scale) for q in self._graph.quantizers], np.float32)
-        return self._parameters(weights, {n: p.scale for n, p in rounding.weights.items()}, dict(rounding.biases), scales)
+        return self._parameters(
+            weights, {n: p.scale for n, p in rounding.weights.items()}, dict(rounding.biases), scales
+        )
 
-    def _parameters(self, weights: dict[str, Array], steps: dict[str, Array], biases: dict[str, Array], scales: Array) -> Feeds:
-        """Feeds for weights with integer steps of the given sizes; biases are rounded as they will be written."""
+    def _parameters(
+        self, weights: dict[str, Array], steps: dict[str, Array], biases: dict[str, Array], scales: Array
+    ) -> Feeds:
+        """Feeds for weights with integer steps of the given sizes; biases are rounded as they will be
+        written."""
         feeds: Feeds = {**self._frozen, **weights, **self._start.biases, **biases}
         if self._plan.integer_bias:
             activations = {n: p.scale for n, p in self._start.activations.items()}

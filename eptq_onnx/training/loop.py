@@ -1,12 +1,14 @@
-"""Optimize the rounding over the whole network (paper section 4): weights, biases, weight and activation scales at once.
+"""Optimize the rounding over the whole network (paper section 4): weights, biases, weight and activation
+scales at once.
 
-The loss is that of the layers, weighed by sample-layer attention, and that of the network's outputs, half of it at the start.
-Attention is of first order: where errors add up it misleads. The outputs alone want to be smaller than they should be.
-The result is the best of the hard-rounded candidates on samples that the optimization has not seen, the start among
-them. A candidate is the moving average of the parameters: single steps wander about where they go. It must beat the start
-sample by sample, by more than chance would, and not buy that with larger errors of the outputs.
-What has least squared errors is smaller than it should be, rare strong responses most of all: in the end the last layers get
-back the slope that they have in the float network, if the result then still beats the start.
+The loss is that of the layers, weighed by sample-layer attention, and that of the network's outputs, half of
+it at the start. Attention is of first order: where errors add up it misleads. The outputs alone want to be
+smaller than they should be. The result is the best of the hard-rounded candidates on samples that the
+optimization has not seen, the start among them. A candidate is the moving average of the parameters: single
+steps wander about where they go. It must beat the start sample by sample, by more than chance would, and not
+buy that with larger errors of the outputs. What has least squared errors is smaller than it should be, rare
+strong responses most of all: in the end the last layers get back the slope that they have in the float
+network, if the result then still beats the start.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ FLOAT_PASSES = 9.0
 """What a step costs, in float passes over its samples; checks included."""
 _CHECKPOINTS = 10
 _BYTES_A_WEIGHT = 40
-"""Of a weight element: its value, target and float twin, what the optimizer keeps, its average, its rounded form and its gradients."""
+"""Of a weight element: its value, target and float twin, what the optimizer keeps, its average, its rounded
+form and its gradients."""
 _BYTES_A_CONSTANT = 9
 """Of an element of a table: its value, its integer, and what that stands for."""
 _COPIES_OF_TENSORS = 3
@@ -80,7 +83,11 @@ def needed_bytes(model: ModelProto, plan: Plan, samples: Samples) -> int:
     weights = sum(math.prod(view.constant_shape(name)) for name in plan.weight_specs)
     constants = sum(math.prod(view.constant_shape(q.name)) for q in plan.activations if q.constant)
     tensors = tensor_bytes(specialize(model, samples.two_batches(samples.micro_batch())))
-    return _BYTES_A_WEIGHT * weights + _BYTES_A_CONSTANT * constants + _COPIES_OF_TENSORS * tensors * worker_count()
+    return (
+        _BYTES_A_WEIGHT * weights
+        + _BYTES_A_CONSTANT * constants
+        + _COPIES_OF_TENSORS * tensors * worker_count()
+    )
 
 
 def optimize(
@@ -103,7 +110,8 @@ def optimize(
     selection : Selection
         The scored samples: rows of the tables of ``scores.channels``.
     held : ndarray of shape (n_held,)
-        Places in the selection of the samples to choose by; the others are optimized on, or these too, if there are none.
+        Places in the selection of the samples to choose by; the others are optimized on, or these too, if
+        there are none.
     config : Config
     hooks : Hooks
 
@@ -117,9 +125,16 @@ def optimize(
         If the loss is not a number.
     """
     began = time.perf_counter()
-    plan, calibration, samples, indices = network.plan, network.calibration, selection.samples, selection.indices
+    plan, calibration, samples, indices = (
+        network.plan,
+        network.calibration,
+        selection.samples,
+        selection.indices,
+    )
     # What the layers multiply is what a step takes its time for.
-    total = config.step_count(sum(start.integers[x.weight].size * n for x, n in zip(plan.layers, graph.positions, strict=True)))
+    total = config.step_count(
+        sum(start.integers[x.weight].size * n for x, n in zip(plan.layers, graph.positions, strict=True))
+    )
     state = Learned(plan, start, graph, calibration, config, total)
     attention = channel_attention(plan, network.scores, graph.channels, len(indices), config)
     layer_weights = np.maximum.reduceat(attention, np.cumsum([0, *graph.channels[:-1]]), axis=1).mean(axis=0)
@@ -177,8 +192,11 @@ def optimize(
     return kept.rounding, trace
 
 
-def _resumed(partial: Partial, state: Learned, kept: Kept, rng: np.random.Generator) -> tuple[list[int], list[float], float]:
-    """Go on from the work that was kept: the samples to come, the losses and the seconds so far; at first there are none."""
+def _resumed(
+    partial: Partial, state: Learned, kept: Kept, rng: np.random.Generator
+) -> tuple[list[int], list[float], float]:
+    """Go on from the work that was kept: the samples to come, the losses and the seconds so far; at first
+    there are none."""
     work = partial.load()
     if work is None:
         return [], [], 0.0
@@ -188,8 +206,11 @@ def _resumed(partial: Partial, state: Learned, kept: Kept, rng: np.random.Genera
     return work["queue"], work["losses"], work["seconds"]
 
 
-def _restored(plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable[Feeds], count: int, rounding: Rounding) -> Rounding:
-    """The rounding with the slopes and means of the float network in the last layers, by their weights' scales and biases.
+def _restored(
+    plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable[Feeds], count: int, rounding: Rounding
+) -> Rounding:
+    """The rounding with the slopes and means of the float network in the last layers, by their weights'
+    scales and biases.
 
     The runs are those of ``rounding`` for ``count`` samples.
     """
@@ -201,7 +222,11 @@ def _restored(plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable
     def compared(feeds: Feeds) -> list[Comparison]:
         values = session.run(feeds, [side + x.output for x in layers for side in (TEACHER, "")])
         pairs = (
-            (np.moveaxis(v, x.output_axis, -1) for v in _both_finite(*(values[side + x.output] for side in (TEACHER, "")))) for x in layers
+            (
+                np.moveaxis(v, x.output_axis, -1)
+                for v in _both_finite(*(values[side + x.output] for side in (TEACHER, "")))
+            )
+            for x in layers
         )
         return [Comparison.of(*pair) for pair in pairs]
 

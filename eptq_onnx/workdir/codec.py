@@ -1,7 +1,8 @@
-"""Values of a run as text and bytes, and back: numbers, containers, arrays, models, and the package's own records.
+"""Values of a run as text and bytes, and back: numbers, containers, arrays, models, and the package's own
+records.
 
-Nothing is executed to read them: of classes only the package's own dataclasses and enums are known, by name. Arrays keep their type,
-shape and memory layout, as sums over them come in the order of the memory.
+Nothing is executed to read them: of classes only the package's own dataclasses and enums are known, by name.
+Arrays keep their type, shape and memory layout, as sums over them come in the order of the memory.
 """
 
 from __future__ import annotations
@@ -126,7 +127,9 @@ def decode(digest: str, source: Source, folder: str | None = None) -> Any:
     try:
         return _value(tree, source, folder)
     except (LookupError, AttributeError, TypeError, ImportError) as e:
-        raise OutputError(f"the value {digest} of the workdir is damaged: remove the folder, and run again.") from e
+        raise OutputError(
+            f"the value {digest} of the workdir is damaged: remove the folder, and run again."
+        ) from e
 
 
 def objects_of(digest: str, source: Source) -> set[str]:
@@ -190,7 +193,9 @@ def _value(tree: Any, source: Source, folder: str | None) -> Any:
     if kind == "enum":
         return _class(tree["class"])(_value(tree["value"], source, folder))
     if kind == "record":
-        return _class(tree["class"])(**{name: _value(v, source, folder) for name, v in tree["fields"].items()})
+        return _class(tree["class"])(
+            **{name: _value(v, source, folder) for name, v in tree["fields"].items()}
+        )
     values = _value(tree["of"], source, folder)
     return {"tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict}[kind](values)
 
@@ -221,7 +226,11 @@ def _array(tree: dict[str, Any], source: Source) -> Any:
         values[:] = [_value(v, source, None) for v in tree["values"]]
         return values.reshape(shape)
     is_apart = "object" in tree
-    flat = source.mapped(tree["object"], dtype) if is_apart else np.frombuffer(bytearray(base64.b64decode(tree["data"])), dtype)
+    flat = (
+        source.mapped(tree["object"], dtype)
+        if is_apart
+        else np.frombuffer(bytearray(base64.b64decode(tree["data"])), dtype)
+    )
     axes = tree.get("axes", list(range(len(shape))))
     array = flat.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
     return array[()] if tree.get("scalar") else array
@@ -240,7 +249,11 @@ def _model_tree(model: ModelProto, sink: Sink) -> dict[str, Any]:
         elif len(tensor.raw_data) >= _HEAVY:
             weights.append([index, sink.put(tensor.raw_data), False])
             tensor.ClearField("raw_data")
-    return {_KIND: "model", "object": sink.put(copy.SerializeToString(deterministic=True)), "weights": weights}
+    return {
+        _KIND: "model",
+        "object": sink.put(copy.SerializeToString(deterministic=True)),
+        "weights": weights,
+    }
 
 
 def _model(tree: dict[str, Any], source: Source, folder: str | None) -> ModelProto:

@@ -1,7 +1,7 @@
 """The files of a workdir: contents by their digests, and entries that say which contents belong together.
 
-Files are written whole or not at all, contents before the entries that name them, and each is read only if it still is what its name
-says.
+Files are written whole or not at all, contents before the entries that name them, and each is read only if it
+still is what its name says.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Workdir:
     Raises
     ------
     OutputError
-        If it cannot be used: no folder, one of other files, of another run, without room, or with damaged files.
+        If it cannot be used: no folder, one of other files, of another run, without room, or with damaged
+        files.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -74,7 +75,9 @@ class Workdir:
         self._lock = lock
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if error is None:
                 # What is damaged, and was not needed, does no harm.
@@ -90,7 +93,9 @@ class Workdir:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise OutputError(f"workdir {self.path} is in use by another run: wait for it, or give another name.") from e
+            raise OutputError(
+                f"workdir {self.path} is in use by another run: wait for it, or give another name."
+            ) from e
         except OSError as e:
             if e.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
                 raise
@@ -105,7 +110,7 @@ class Workdir:
                 "what was kept until now stays."
             ) from e
 
-    # ---- contents --------------------------------------------------------------------------------------------------
+    # ---- contents ------------------------------------------------------------------------------------------
     def put(self, content: bytes | memoryview) -> str:
         """Keep a content; returns its digest."""
         digest = digest_of(content)
@@ -134,7 +139,8 @@ class Workdir:
             return np.asarray(np.memmap(self._whole(digest), dtype, mode="c"))
 
     def file(self, digest: str, folder: str) -> str:
-        """A file in a folder with a content: another name of the same file, if the file system knows such, else a copy."""
+        """A file in a folder with a content: another name of the same file, if the file system knows such,
+        else a copy."""
         with self._errors():
             source, target = self._whole(digest), os.path.join(folder, f"{digest}.weight")
             if not os.path.exists(target):
@@ -155,15 +161,19 @@ class Workdir:
     def _found(self, digest: str) -> Path:
         path = self._objects / digest
         if not path.exists():
-            raise OutputError(f"workdir {self.path} lacks the file {path.name}: remove the folder, and run again.")
+            raise OutputError(
+                f"workdir {self.path} lacks the file {path.name}: remove the folder, and run again."
+            )
         return path
 
     def _check(self, digest: str, found: str) -> None:
         if found != digest:
-            raise OutputError(f"the file {self._objects / digest} of the workdir is damaged: remove the folder, and run again.")
+            raise OutputError(
+                f"the file {self._objects / digest} of the workdir is damaged: remove the folder, and run again."
+            )
         self._sound.add(digest)
 
-    # ---- entries ---------------------------------------------------------------------------------------------------
+    # ---- entries -------------------------------------------------------------------------------------------
     def entries(self, name: str) -> list[dict[str, Any]]:
         """All entries of that name, in a fixed order."""
         return [self._entry(path) for path in sorted((self._entries / name).glob("*.json"))]
@@ -199,7 +209,12 @@ class Workdir:
 
     def _sweep(self) -> None:
         """Remove contents that no entry names."""
-        named = {digest for folder in self._entries.iterdir() for entry in self.entries(folder.name) for digest in entry["values"]}
+        named = {
+            digest
+            for folder in self._entries.iterdir()
+            for entry in self.entries(folder.name)
+            for digest in entry["values"]
+        }
         kept = set().union(*(objects_of(digest, self) for digest in named))
         with self._errors():
             for file in self._objects.iterdir():

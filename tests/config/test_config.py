@@ -100,7 +100,9 @@ def test_a_missing_file_is_refused(tmp_path):
     ],
 )
 def test_the_options_of_a_report_give_the_same_bytes(tmp_path, options):
-    first = eptq_onnx.quantize(small_convnet(), images(12), Config(**options, measure_speed=False), progress=silent)
+    first = eptq_onnx.quantize(
+        small_convnet(), images(12), Config(**options, measure_speed=False), progress=silent
+    )
     (tmp_path / "report.json").write_text(first.report.to_json())
     assert set(json.loads(first.report.to_json())["config"]) == set(Config.model_fields)
     again = Config(**read_options(tmp_path / "report.json"))
@@ -120,7 +122,15 @@ def test_the_command_line_comes_before_the_file(tmp_path, monkeypatch):
     (tmp_path / "m.onnx").write_bytes(small_convnet().SerializeToString())
     (tmp_path / "run.toml").write_text("seed = 3\nweight_bits = 4\nrotate = false\n")
     common = [str(tmp_path / "m.onnx"), "--data", str(tmp_path / "x.npz"), "-o", str(tmp_path / "o.onnx")]
-    given = ["--config", str(tmp_path / "run.toml"), "--weight-bits", "5", "--no-equalize", "--batch-axis", "image=none"]
+    given = [
+        "--config",
+        str(tmp_path / "run.toml"),
+        "--weight-bits",
+        "5",
+        "--no-equalize",
+        "--batch-axis",
+        "image=none",
+    ]
     assert CliRunner().invoke(app, ["quantize", *common, *given]).exit_code == 2
     assert seen == [Config(seed=3, weight_bits=5, rotate=False, equalize=False, batch_axes={"image": None})]
 
@@ -144,11 +154,26 @@ quantize("m.onnx", "x.npz", config).save("q.onnx")
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(("wrong", "right"), [("", ""), ('preset="fast"', 'preset="slow"'), ("weight_bits=4", 'weight_bits="many"')])
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("", ""), ('preset="fast"', 'preset="slow"'), ("weight_bits=4", 'weight_bits="many"')],
+)
 def test_options_have_types_under_strict_mypy_without_a_plugin(tmp_path, wrong, right):
     (tmp_path / "user.py").write_text(USER.replace(wrong, right) if wrong else USER)
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", "", "--cache-dir", str(tmp_path / "cache"), "user.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--config-file",
+        "",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "user.py",
+    ]
     environment = {"MYPYPATH": str(Path(eptq_onnx.__file__).parents[1]), "PATH": ""}
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    found = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300, env=environment
+    )
     mine = [text for text in found.stdout.splitlines() if text.startswith("user.py")]
     assert bool(mine) == bool(wrong), found.stdout + found.stderr

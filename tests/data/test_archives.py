@@ -22,7 +22,13 @@ def saved(value: np.ndarray) -> bytes:
 
 def with_header(descr: str, shape: str, data: bytes = b"", version: int = 1) -> bytes:
     text = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117).encode() + b"\n"
-    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(text)) + text + data
+    return (
+        b"\x93NUMPY"
+        + bytes([version, 0])
+        + struct.pack("<H" if version == 1 else "<I", len(text))
+        + text
+        + data
+    )
 
 
 def zipped(path, members, method=zipfile.ZIP_DEFLATED):
@@ -45,7 +51,11 @@ def patched(path, edits):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("dtype", ["f4", "f8", "f2", "i8", "u1", "?", "S3", "U5", ">f4"])
 def test_what_numpy_writes_is_read(tmp_path, save, dtype):
-    values = {"a": (images(2) * 3).astype(dtype), "b/c": np.asfortranarray(images(1)[0].astype(dtype)), "n": np.zeros((0, 3), dtype)}
+    values = {
+        "a": (images(2) * 3).astype(dtype),
+        "b/c": np.asfortranarray(images(1)[0].astype(dtype)),
+        "n": np.zeros((0, 3), dtype),
+    }
     save(tmp_path / "d.npz", **values)
     got = archives.read(tmp_path / "d.npz")
     assert list(got) == list(values)
@@ -122,7 +132,9 @@ def test_what_unpacks_to_more_than_the_free_memory_is_refused(tmp_path, monkeypa
     assert path.stat().st_size < 50_000
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**7}))
     monkeypatch.setattr(archives, "_array", lambda _: pytest.fail("values were read"))
-    with pytest.raises(DataError, match=r"d\.npz unpacks to 12000000 bytes, and 10000000 bytes of memory are free"):
+    with pytest.raises(
+        DataError, match=r"d\.npz unpacks to 12000000 bytes, and 10000000 bytes of memory are free"
+    ):
         readers.opened(path)
 
 
@@ -132,7 +144,10 @@ CENTRAL = b"PK\1\2"
 def damaged(tmp_path, kind):
     data = saved(images(40))
     if kind == "bad checksum":
-        return patched(zipped(tmp_path / "d.npz", [("x.npy", data)], zipfile.ZIP_STORED), [(data[:200], 5000, b"\1\2\3\4")])
+        return patched(
+            zipped(tmp_path / "d.npz", [("x.npy", data)], zipfile.ZIP_STORED),
+            [(data[:200], 5000, b"\1\2\3\4")],
+        )
     if kind == "bad data":
         return patched(zipped(tmp_path / "d.npz", [("x.npy", data)]), [(CENTRAL, -4000, bytes(100))])
     path = zipped(tmp_path / "d.npz", [("x.npy", data)])
@@ -192,7 +207,8 @@ def test_a_damaged_archive_is_told_in_one_sentence(tmp_path, kind):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_drawn_damage_is_an_error_or_changes_nothing(tmp_path, seed):
-    """Bytes flipped, left out or put in anywhere: never another exception, never other values without a word."""
+    """Bytes flipped, left out or put in anywhere: never another exception, never other values without a
+    word."""
     rng = np.random.default_rng(seed)
     values = {"x": images(2), "y": np.arange(5)}
     (np.savez if seed % 2 else np.savez_compressed)(tmp_path / "d.npz", **values)

@@ -14,7 +14,11 @@ COUNT = 40
 
 def inputs(kind: str, count: int = COUNT, seed: int = 0) -> np.ndarray:
     random = np.random.default_rng(seed)
-    return random.standard_normal((count, 3, 4)).astype(np.float32) if kind == "float" else random.integers(1, 99, (count, 12))
+    return (
+        random.standard_normal((count, 3, 4)).astype(np.float32)
+        if kind == "float"
+        else random.integers(1, 99, (count, 12))
+    )
 
 
 def notes_of(*arrays: np.ndarray, **named: np.ndarray) -> list[str]:
@@ -56,7 +60,9 @@ def test_what_is_wrong_with_some_is_counted_and_the_first_named(kind, places, fa
     for n, k in enumerate(order):
         array[k] = 0 if fault == "zero" else n + 1  # none is a copy of another
     note = notes_of(array)[0]
-    assert note.startswith(f"{len(order)} of {COUNT} samples (the first: sample {order[0]}) {'is' if len(order) == 1 else 'are'} ")
+    assert note.startswith(
+        f"{len(order)} of {COUNT} samples (the first: sample {order[0]}) {'is' if len(order) == 1 else 'are'} "
+    )
     assert ("all zero" if fault == "zero" else "constant (one value") in note
     assert "leave them out" in note
     assert len(notes_of(array)) == 1 + (fault == "zero" and len(order) > 1)
@@ -81,7 +87,9 @@ def test_a_float_input_that_never_varies_is_named(value):
 
 
 def test_inputs_without_a_batch_axis_and_samples_of_other_sizes():
-    ragged = [np.random.default_rng(k).standard_normal((2 + k % 5, 3)).astype(np.float32) for k in range(COUNT)]
+    ragged = [
+        np.random.default_rng(k).standard_normal((2 + k % 5, 3)).astype(np.float32) for k in range(COUNT)
+    ]
     ragged[7] = ragged[2].copy()
     samples = Samples({"x": Column(ragged, 0), "rate": Column(np.array(16000), shared=True)}, None)
     (note,) = sample_notes(samples)

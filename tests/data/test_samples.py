@@ -86,7 +86,9 @@ def test_files_that_are_no_npz(tmp_path):
         data.read(tmp_path / "empty", MODEL)
 
 
-VAD = parse("g (float[batch,4] x, float[2,batch,3] state, int64 rate) => (float[batch,4] y) { y = Identity (x) }")
+VAD = parse(
+    "g (float[batch,4] x, float[2,batch,3] state, int64 rate) => (float[batch,4] y) { y = Identity (x) }"
+)
 
 
 def test_a_batch_on_another_axis_and_an_input_without_one():
@@ -121,9 +123,14 @@ def test_where_the_batch_is(inputs, axes):
 
 def test_inputs_without_a_batch_are_checked_too():
     good = {"x": normal(5, 4), "state": normal(5, 2, 3), "rate": np.int64(16000)}
-    with pytest.raises(DataError, match=r"'rate' has shape \(5, 1\), but the model wants \(samples\), the same value for all samples, or"):
+    with pytest.raises(
+        DataError,
+        match=r"'rate' has shape \(5, 1\), but the model wants \(samples\), the same value for all samples, or",
+    ):
         data.read({**good, "rate": np.full((5, 1), 16000)}, VAD)
-    with pytest.raises(DataError, match=r"'state' has shape \(2, 5, 3\), but the model wants \(samples, 2, 3\)"):
+    with pytest.raises(
+        DataError, match=r"'state' has shape \(2, 5, 3\), but the model wants \(samples, 2, 3\)"
+    ):
         data.read({**good, "state": normal(2, 5, 3)}, VAD)
 
 
@@ -137,7 +144,11 @@ def test_an_array_with_one_axis_more_holds_what_each_run_takes():
     same = data.read({"x": normal(5, 4), "state": state, "rate": np.full(5, 8000)}, VAD)
     assert same.fixed_batch is None
     np.testing.assert_array_equal(same.take([3, 1])["state"], state[[3, 1], :, 0].swapaxes(0, 1))
-    assert same.layout == {"x": "batch axis 0", "state": "batch axis 1", "rate": "no batch axis: one value for all samples"}
+    assert same.layout == {
+        "x": "batch axis 0",
+        "state": "batch axis 1",
+        "rate": "no batch axis: one value for all samples",
+    }
 
 
 PICTURE = parse("g (float[3,H,W] x) => (float[3,H,W] y) { y = Identity (x) }")
@@ -206,7 +217,14 @@ def test_lists_and_arrays_of_objects_are_samples_of_any_size():
 
 
 def test_a_feed_is_never_cut_up(tmp_path, monkeypatch):
-    feeds = [{"x": normal(2 + k % 2, 4, seed=k), "state": normal(2, 2 + k % 2, 3, seed=k), "rate": np.int64(8000 + k)} for k in range(5)]
+    feeds = [
+        {
+            "x": normal(2 + k % 2, 4, seed=k),
+            "state": normal(2, 2 + k % 2, 3, seed=k),
+            "rate": np.int64(8000 + k),
+        }
+        for k in range(5)
+    ]
     for k, feed in enumerate(feeds):
         np.savez(tmp_path / f"{k}.npz", **feed)
     (tmp_path / "my_reader.py").write_text(

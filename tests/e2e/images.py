@@ -69,7 +69,12 @@ class Draw:
             return self.node("MaxPool", [wide], kernel_shape=[3, 3])
         if kind == "Resize":
             scales = self.constant(np.array([1, 1, 2, 2], np.float32))
-            return self.node("MaxPool", [self.node("Resize", [x, "", scales], mode="nearest")], kernel_shape=[2, 2], strides=[2, 2])
+            return self.node(
+                "MaxPool",
+                [self.node("Resize", [x, "", scales], mode="nearest")],
+                kernel_shape=[2, 2],
+                strides=[2, 2],
+            )
         if kind == "Slice":
             arguments = [self.constant(np.array([v])) for v in (0, 2, 1)]
             half = self.node("Slice", [x, *arguments])
@@ -88,7 +93,10 @@ class Draw:
             self.nodes,
             "drawn",
             [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
-            [helper.make_tensor_value_info(o, TensorProto.FLOAT, ["N", CHANNELS, SIZE, SIZE]) for o in outputs],
+            [
+                helper.make_tensor_value_info(o, TensorProto.FLOAT, ["N", CHANNELS, SIZE, SIZE])
+                for o in outputs
+            ],
             self.constants,
         )
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

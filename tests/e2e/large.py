@@ -1,4 +1,5 @@
-"""A language model in outline, of any size: a table that is looked up and layers behind it, written without being in memory."""
+"""A language model in outline, of any size: a table that is looked up and layers behind it, written without
+being in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ _PART = 2**22
 
 
 def write_large_model(path: Path, *, words: int, width: int, blocks: int) -> None:
-    """Write a model of about ``4 * width * (words + 2 * blocks * width)`` bytes, its weights in ``<path>.data``.
+    """Write a model of about ``4 * width * (words + 2 * blocks * width)`` bytes, its weights in
+    ``<path>.data``.
 
     int64 ids of shape (batch, 16) to float32 of shape (batch, 16, 32).
     """
@@ -20,21 +22,42 @@ def write_large_model(path: Path, *, words: int, width: int, blocks: int) -> Non
     with open(f"{path}.data", "wb") as data:
 
         def weight(name: str, *shape: int, scale: float) -> str:
-            tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL)
+            tensor = TensorProto(
+                name=name, data_type=TensorProto.FLOAT, dims=shape, data_location=TensorProto.EXTERNAL
+            )
             size = int(np.prod(shape))
-            for key, value in (("location", f"{path.name}.data"), ("offset", data.tell()), ("length", 4 * size)):
+            for key, value in (
+                ("location", f"{path.name}.data"),
+                ("offset", data.tell()),
+                ("length", 4 * size),
+            ):
                 tensor.external_data.add(key=key, value=str(value))
             for begin in range(0, size, _PART):
-                data.write((rng.standard_normal(min(_PART, size - begin), np.float32) * np.float32(scale)).tobytes())
+                data.write(
+                    (rng.standard_normal(min(_PART, size - begin), np.float32) * np.float32(scale)).tobytes()
+                )
             weights.append(tensor)
             return name
 
-        nodes = [helper.make_node("Gather", [weight("table", words, width, scale=1), "ids"], ["x0"], name="look_up")]
+        nodes = [
+            helper.make_node(
+                "Gather", [weight("table", words, width, scale=1), "ids"], ["x0"], name="look_up"
+            )
+        ]
         for k in range(blocks):
             nodes += _block(
-                k, weight(f"up{k}", width, width, scale=1.4 / width**0.5), weight(f"down{k}", width, width, scale=0.3 / width**0.5)
+                k,
+                weight(f"up{k}", width, width, scale=1.4 / width**0.5),
+                weight(f"down{k}", width, width, scale=0.3 / width**0.5),
             )
-        nodes.append(helper.make_node("MatMul", [f"x{blocks}", weight("head", width, 32, scale=width**-0.5)], ["y"], name="head_product"))
+        nodes.append(
+            helper.make_node(
+                "MatMul",
+                [f"x{blocks}", weight("head", width, 32, scale=width**-0.5)],
+                ["y"],
+                name="head_product",
+            )
+        )
     inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", 16])]
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 16, 32])]
     graph = helper.make_graph(nodes, "large", inputs, outputs, weights)

@@ -48,7 +48,9 @@ def test_samples_of_different_sizes(options):
     model = detector()
     result = eptq_onnx.quantize(model, {"x": SAMPLES}, Config(**options))
     assert len(result.report.layers) == 3
-    told = "gradients need fixed shapes: scored and optimized on the 24 of 40 samples of the most frequent size"
+    told = (
+        "gradients need fixed shapes: scored and optimized on the 24 of 40 samples of the most frequent size"
+    )
     notes = [n for n in result.report.notes if not n.startswith("nearest rounding stays")]
     assert notes == ([told] if "steps" in options else [])
     dims = [d.dim_param for d in result.model.graph.input[0].type.tensor_type.shape.dim]
@@ -73,10 +75,18 @@ def test_sequences_of_different_lengths():
     model = parse(
         "g (int64[N,L] ids, float[N,L] mask) => (float[N,5] y) { e = Gather (table, ids)  h = MatMul (e, w)  r = Relu (h)"
         " m = Unsqueeze (mask, last)  k = Mul (r, m)  s = ReduceMean <axes = [1], keepdims = 0> (k)  y = Gemm (s, v, b) }",
-        {"table": normal(20, 6), "w": normal(6, 8, seed=1), "v": normal(8, 5, seed=2), "b": normal(5, seed=3), "last": np.array([2])},
+        {
+            "table": normal(20, 6),
+            "w": normal(6, 8, seed=1),
+            "v": normal(8, 5, seed=2),
+            "b": normal(5, seed=3),
+            "last": np.array([2]),
+        },
     )
     rng = np.random.default_rng(0)
-    feeds = [{"ids": rng.integers(0, 20, (2, n)), "mask": np.ones((2, n), np.float32)} for n in (5, 9, 5, 7, 5)]
+    feeds = [
+        {"ids": rng.integers(0, 20, (2, n)), "mask": np.ones((2, n), np.float32)} for n in (5, 9, 5, 7, 5)
+    ]
     result = eptq_onnx.quantize(model, feeds, Config(steps=2))
     assert len(result.report.layers) == 2
     for feed in feeds:

@@ -1,7 +1,7 @@
 """Both engines, and both installations, give the same scores, losses and gradients on every shipped model.
 
-The installation that has the training build leaves what it found in ``build/``; others compare with it. `make test` runs
-them in this order.
+The installation that has the training build leaves what it found in ``build/``; others compare with it. `make
+test` runs them in this order.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ Found = dict[str, np.ndarray]
 
 
 def gradients(name: str, choice: str) -> Found:
-    """Hessian scores of the float model, and loss and gradients of one training step at 8-bit and 4-bit activations."""
+    """Hessian scores of the float model, and loss and gradients of one training step at 8-bit and 4-bit
+    activations."""
     original = io.load(MODELS / f"{name}.onnx")
     samples = data.read(MODELS / f"{SHIPPED[name].data}_calib.npz", original)
     engine, indices, found = engines.make(choice), np.arange(COUNT), Found()
@@ -51,7 +52,12 @@ def gradients(name: str, choice: str) -> Found:
         calibration = calibrate(model, the_plan, samples, config, silent)
         if bits == 8:
             scores = score(
-                Network(model, the_plan, calibration), Selection(samples, indices), list(the_plan.weight_specs), engine, config, silent
+                Network(model, the_plan, calibration),
+                Selection(samples, indices),
+                list(the_plan.weight_specs),
+                engine,
+                config,
+                silent,
             )
             assert not scores.unreached
             for kind in ("channels", "weights", "outputs"):
@@ -62,7 +68,10 @@ def gradients(name: str, choice: str) -> Found:
         session = Session(graph.train, integers=False)
         feeds = {
             **samples.take(indices[: graph.micro_batch]),
-            **{n: quant_math.dequantize(start.integers[n], start.weights[n], s) for n, s in the_plan.weight_specs.items()},
+            **{
+                n: quant_math.dequantize(start.integers[n], start.weights[n], s)
+                for n, s in the_plan.weight_specs.items()
+            },
             **start.biases,
             ATTENTION: np.ones((graph.micro_batch, graph.columns), np.float32),
             ACTIVATION_SCALES: np.array([start.activations[q].scale for q in graph.quantizers], np.float32),
@@ -75,23 +84,30 @@ def gradients(name: str, choice: str) -> Found:
 
 
 def summary(found: Found) -> Found:
-    """The norm of every array, and its products with a few random ones: small enough to keep, and no error hides in it."""
+    """The norm of every array, and its products with a few random ones: small enough to keep, and no error
+    hides in it."""
     rng = np.random.default_rng(0)
 
     def rows() -> Iterator[tuple[str, np.ndarray]]:
         for name, value in sorted(found.items()):
             flat = value.reshape(-1).astype(np.float64)
-            yield name, np.array([np.linalg.norm(flat), *(rng.choice([-1.0, 1.0], (PROJECTIONS, flat.size)) @ flat)])
+            yield (
+                name,
+                np.array([np.linalg.norm(flat), *(rng.choice([-1.0, 1.0], (PROJECTIONS, flat.size)) @ flat)]),
+            )
 
     return dict(rows())
 
 
 def assert_close(found: Found, expected: Found) -> None:
-    """Relative to the norms: where the graph rounds, an activation may fall on the other side of a boundary."""
+    """Relative to the norms: where the graph rounds, an activation may fall on the other side of a
+    boundary."""
     assert set(found) == set(expected)
     for name, value in found.items():
         tolerance = 1e-3 if "bits" in name else 1e-4
-        assert np.linalg.norm(value - expected[name]) <= tolerance * (np.linalg.norm(expected[name]) + 1e-6), name
+        assert np.linalg.norm(value - expected[name]) <= tolerance * (
+            np.linalg.norm(expected[name]) + 1e-6
+        ), name
 
 
 @pytest.mark.parametrize("name", sorted(SHIPPED))

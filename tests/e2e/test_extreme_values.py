@@ -1,4 +1,5 @@
-"""Values near the ends of float32, dead and constant channels, and tensors without elements: no errors, and no ruined files."""
+"""Values near the ends of float32, dead and constant channels, and tensors without elements: no errors, and
+no ruined files."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ X = np.random.default_rng(0).standard_normal((24, 3, 16)).astype(np.float32)
 def network(first: float = 1, second: float = 1, bias: float = 1, *, dead: bool = False) -> ModelProto:
     """Two convolutions with a sum of both, and a product; the first two have weights of these sizes."""
     w, b = first / 3 * normal(8, 3, 3, seed=1).astype(np.float64), bias * normal(8, seed=2).astype(np.float64)
-    v, c = second / 5 * normal(8, 8, 3, seed=3).astype(np.float64), max(first * second, 1e-30) * normal(8, seed=4).astype(np.float64)
+    v, c = (
+        second / 5 * normal(8, 8, 3, seed=3).astype(np.float64),
+        max(first * second, 1e-30) * normal(8, seed=4).astype(np.float64),
+    )
     if dead:
         for gone in (w[2:4], b[2:4], v[5:6], c[5:6], w[4:5]):
             gone[:] = 0

@@ -45,5 +45,7 @@ def test_every_join_keeps_its_signal_and_gains_over_nearest_rounding(rank):
     for join in JOINS:
         found = quantized(rank, [join, join], seed=7)
         assert found > 15, join
-        gains.append(found - quantized(rank, [join, join], seed=7, start="nearest", rotate=False, equalize=False))
+        gains.append(
+            found - quantized(rank, [join, join], seed=7, start="nearest", rotate=False, equalize=False)
+        )
     assert np.mean(gains) > 0

@@ -17,9 +17,18 @@ KILLS = int(os.environ.get("EPTQ_KILLS", "20"))
 @pytest.mark.once
 def test_default_runs_that_are_killed_at_random_times_go_on_to_the_same_bytes():
     models = ROOT / "models"
-    command = [sys.executable, str(ROOT / "tools" / "kills.py"), str(models / "digits_resnet.onnx"), str(models / "digits_calib.npz")]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "kills.py"),
+        str(models / "digits_resnet.onnx"),
+        str(models / "digits_calib.npz"),
+    ]
     done = subprocess.run(
-        [*command, "--runs", str(KILLS)], capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        [*command, "--runs", str(KILLS)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -20,7 +20,9 @@ def test_too_little_memory_for_the_loop_is_told_and_the_rest_done_block_by_block
     whole = quantize(small_convnet(), data, Config(weight_bits=4, steps=0, equalize=False))
     tight = quantize(small_convnet(), data, Config(weight_bits=4, steps=5, max_memory=100_000))
     assert tight.report.optimization is None
-    assert any("not optimized over the whole network: that takes about" in note for note in tight.report.notes)
+    assert any(
+        "not optimized over the whole network: that takes about" in note for note in tight.report.notes
+    )
     assert any("no channels are scaled: that takes about" in note for note in tight.report.notes)
     ((name, sqnr),) = tight.report.verification.outputs.items()
     assert sqnr == pytest.approx(whole.report.verification.outputs[name], abs=3)  # rounded on fewer samples
@@ -35,7 +37,11 @@ def test_a_model_of_2_5_gb_takes_less_than_1_6_times_its_size(tmp_path):
     assert size > 2.5e9
     np.savez(data, ids=np.random.default_rng(1).integers(0, 1_180_000, (32, 16)))
     options = ["--data", str(data), "-o", str(out), "--report", str(report), "--max-memory", "2GB"]
-    subprocess.run([sys.executable, "-m", "eptq_onnx", "quantize", str(path), *options], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "eptq_onnx", "quantize", str(path), *options],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     told = json.loads(report.read_text())
     assert told["peak_memory_bytes"] < 1.6 * size
     assert told["verification"]["kernels"]["MatMul"] == 2 * 48 + 1

@@ -10,13 +10,22 @@ import eptq_onnx
 from eptq_onnx import Config
 from eptq_onnx.runtime import Session
 
-WEIGHTS = {"w0": normal(4, 4, seed=1), "w1": normal(4, 4, seed=2), "w2": normal(4, 3, seed=3), "one": np.array([1])}
+WEIGHTS = {
+    "w0": normal(4, 4, seed=1),
+    "w1": normal(4, 4, seed=2),
+    "w2": normal(4, 3, seed=3),
+    "one": np.array([1]),
+}
 
 
 @pytest.mark.parametrize(
     ("body", "constants", "passed"),
     [
-        ("d = Det (a)  u = Unsqueeze (d, last)  h = Expand (u, shape)", {"last": np.array([1, 2]), "shape": np.array([1, 4, 4])}, None),
+        (
+            "d = Det (a)  u = Unsqueeze (d, last)  h = Expand (u, shape)",
+            {"last": np.array([1, 2]), "shape": np.array([1, 4, 4])},
+            None,
+        ),
         ("h = Round (a)", {}, None),
         (
             'h = ScatterElements <axis = 1, reduction = "mul"> (a, places, factors)',

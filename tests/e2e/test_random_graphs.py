@@ -1,4 +1,5 @@
-"""Graphs drawn from the operator table: none may crash the pipeline, and 8 bits must stay within what rounding does."""
+"""Graphs drawn from the operator table: none may crash the pipeline, and 8 bits must stay within what
+rounding does."""
 
 from __future__ import annotations
 
@@ -26,10 +27,11 @@ PRESETS = {
 
 
 def randomly_rounded(quantized: ModelProto, original: ModelProto, seed: int) -> ModelProto:
-    """The quantized model with every rounding at random: up or down by chance, at the written scales and limits.
+    """The quantized model with every rounding at random: up or down by chance, at the written scales and
+    limits.
 
-    What rounding at these steps may do, propagated through the network as it is. Weights are rounded from those of the
-    float model, activations get uniform noise of one step in front of their quantizer.
+    What rounding at these steps may do, propagated through the network as it is. Weights are rounded from
+    those of the float model, activations get uniform noise of one step in front of their quantizer.
     """
     rng = np.random.default_rng(seed)
     source = {t.name: numpy_helper.to_array(t) for t in normalize(original, 13).graph.initializer}
@@ -42,16 +44,31 @@ def randomly_rounded(quantized: ModelProto, original: ModelProto, seed: int) -> 
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
             stored, scale, zero = (values[i] for i in node.input)
             shape = [-1 if a == _axis(node) else 1 for a in range(stored.ndim)] if scale.ndim else []
-            exact = source.get(node.input[0].removesuffix("_quantized"), np.zeros_like(stored, np.float32)).reshape(stored.shape)
+            exact = source.get(
+                node.input[0].removesuffix("_quantized"), np.zeros_like(stored, np.float32)
+            ).reshape(stored.shape)
             steps = exact / scale.reshape(shape) + zero.reshape(shape)
             noise = rng.uniform(0, 1, stored.shape) if stored.dtype != np.int32 else 0.5
-            low, high = (-64, 63) if stored.dtype == np.int8 else (np.iinfo(stored.dtype).min, np.iinfo(stored.dtype).max)
+            low, high = (
+                (-64, 63)
+                if stored.dtype == np.int8
+                else (np.iinfo(stored.dtype).min, np.iinfo(stored.dtype).max)
+            )
             rounded = np.clip(np.floor(steps + noise), low, high).astype(stored.dtype)
             constants[node.input[0]].CopyFrom(numpy_helper.from_array(rounded, node.input[0]))
         elif node.op_type == "QuantizeLinear":
             reach = float(values[node.input[1]]) / 2
             noise_name, noisy = f"noise_{k}", f"noisy_{k}"
-            nodes.append(helper.make_node("RandomUniformLike", [node.input[0]], [noise_name], low=-reach, high=reach, seed=float(seed + k)))
+            nodes.append(
+                helper.make_node(
+                    "RandomUniformLike",
+                    [node.input[0]],
+                    [noise_name],
+                    low=-reach,
+                    high=reach,
+                    seed=float(seed + k),
+                )
+            )
             nodes.append(helper.make_node("Add", [node.input[0], noise_name], [noisy]))
             node.input[0] = noisy
         nodes.append(node)
@@ -66,7 +83,8 @@ def _axis(node: onnx.NodeProto) -> int:
 
 
 def check_within_rounding(model: ModelProto, quantized: ModelProto, batches: list[Feeds]) -> None:
-    """The error of each output, in root mean square, is at most 1.5 times the largest of three randomly rounded networks."""
+    """The error of each output, in root mean square, is at most 1.5 times the largest of three randomly
+    rounded networks."""
 
     def outputs(network: ModelProto) -> dict[str, np.ndarray]:
         session = Session(network)
@@ -77,7 +95,9 @@ def check_within_rounding(model: ModelProto, quantized: ModelProto, batches: lis
     noisy = [outputs(randomly_rounded(quantized, model, seed)) for seed in (1, 2, 3)]
     for name, value in exact.items():
         allowed = 1.5 * max(_rms(other[name] - value) for other in noisy) + 1e-5 * _rms(value)
-        assert _rms(got[name] - value) <= allowed, f"{name}: {_rms(got[name] - value)} of {_rms(value)}, allowed {allowed}"
+        assert _rms(got[name] - value) <= allowed, (
+            f"{name}: {_rms(got[name] - value)} of {_rms(value)}, allowed {allowed}"
+        )
 
 
 def _rms(x: np.ndarray) -> float:
@@ -98,7 +118,9 @@ def check_deck(seed: int, every: int, config: Config) -> None:
     for opset, samples in deck(seed, 8)[::every]:
         model = drawn(seed, opset, samples)
         try:
-            check_within_rounding(model, eptq_onnx.quantize(model, data, config, progress=silent).model, batches)
+            check_within_rounding(
+                model, eptq_onnx.quantize(model, data, config, progress=silent).model, batches
+            )
         except Exception as e:
             raise AssertionError(f"opset {opset}, {[str(s) for s in samples]}: {e}") from e
 

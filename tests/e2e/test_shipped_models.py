@@ -32,7 +32,10 @@ def test_every_shipped_model_is_scored():
 def test_eight_bits_lose_almost_nothing(name, tmp_path):
     result = quantize(name, steps=30, score_samples=96, batch_size=8)
     result.save(tmp_path / "q.onnx")
-    floating, integer = score.evaluate(name, MODELS / f"{name}.onnx"), score.evaluate(name, tmp_path / "q.onnx")
+    floating, integer = (
+        score.evaluate(name, MODELS / f"{name}.onnx"),
+        score.evaluate(name, tmp_path / "q.onnx"),
+    )
     assert floating > 0.9
     assert integer > floating - 0.01
     verification = result.report.verification
@@ -45,7 +48,11 @@ def test_eight_bits_lose_almost_nothing(name, tmp_path):
 def test_optimized_rounding_beats_nearest_at_low_bits(name, tmp_path):
     """Same ranges, first and last layers 8 bits; only the rounding differs."""
     low = {"weight_bits": 2, "activation_bits": 4}
-    methods = {"nearest": {"start": "nearest", "steps": 0}, "network-wise": {"start": "nearest", "steps": 150}, "default": {"steps": 150}}
+    methods = {
+        "nearest": {"start": "nearest", "steps": 0},
+        "network-wise": {"start": "nearest", "steps": 150},
+        "default": {"steps": 150},
+    }
     scores = {}
     for method, options in methods.items():
         result = quantize(name, **options, **low)
@@ -60,9 +67,13 @@ def test_optimized_rounding_beats_nearest_at_low_bits(name, tmp_path):
 def test_the_same_command_twice_gives_the_same_bytes():
     options = {"steps": 6, "weight_bits": 4, "activation_bits": 4, "score_samples": 64}
     first, second = quantize("digits_mobile", **options), quantize("digits_mobile", **options)
-    assert first.model.SerializeToString(deterministic=True) == second.model.SerializeToString(deterministic=True)
+    assert first.model.SerializeToString(deterministic=True) == second.model.SerializeToString(
+        deterministic=True
+    )
     other = quantize("digits_mobile", seed=1, **options)
-    assert other.model.SerializeToString(deterministic=True) != first.model.SerializeToString(deterministic=True)
+    assert other.model.SerializeToString(deterministic=True) != first.model.SerializeToString(
+        deterministic=True
+    )
 
 
 def test_files_above_the_protobuf_limit_get_external_data(tmp_path, monkeypatch):

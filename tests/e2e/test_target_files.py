@@ -89,7 +89,10 @@ def drawn_target(rng: np.random.Generator, folder: Path) -> Target:
     (folder / "drawn.toml").write_text("\n".join(lines))
     target = targets.load(str(folder / "drawn.toml"))
     assert target.weight.range_8_bits == (low, high)
-    assert (target.activation.symmetric, target.bias.integer) == (said["activation"]["symmetric"], said["bias"]["integer"])
+    assert (target.activation.symmetric, target.bias.integer) == (
+        said["activation"]["symmetric"],
+        said["bias"]["integer"],
+    )
     return target
 
 
@@ -98,7 +101,8 @@ def _toml(value: object) -> str:
 
 
 def drawn_network(rng: np.random.Generator) -> ModelProto:
-    """Convolutions (also depthwise), activation functions, sums, products with constants, joins and pools, and a last layer."""
+    """Convolutions (also depthwise), activation functions, sums, products with constants, joins and pools,
+    and a last layer."""
     constants: list[TensorProto] = []
     nodes = []
 
@@ -111,10 +115,16 @@ def drawn_network(rng: np.random.Generator) -> ModelProto:
         return nodes[-1].output[0]
 
     def conv(x: str, read: int, groups: int = 1) -> str:
-        weight = rng.normal(0, 1 / np.sqrt(9 * read / groups), (8, read // groups, 3, 3)) * np.exp2(rng.uniform(-3, 3, (8, 1, 1, 1)))
+        weight = rng.normal(0, 1 / np.sqrt(9 * read / groups), (8, read // groups, 3, 3)) * np.exp2(
+            rng.uniform(-3, 3, (8, 1, 1, 1))
+        )
         # A channel of zeros, one that is tiny, and one that leans to one side.
         weight[0], weight[1], weight[2] = 0, weight[1] * 1e-20, np.abs(weight[2])
-        bias = [constant(rng.normal(0, 10.0 ** rng.integers(-2, 2), 8).astype(np.float32))] if rng.integers(3) else []
+        bias = (
+            [constant(rng.normal(0, 10.0 ** rng.integers(-2, 2), 8).astype(np.float32))]
+            if rng.integers(3)
+            else []
+        )
         return node("Conv", x, constant(weight.astype(np.float32)), *bias, pads=[1, 1, 1, 1], group=groups)
 
     x = conv("x", 3)
@@ -138,9 +148,15 @@ def drawn_network(rng: np.random.Generator) -> ModelProto:
         if rng.integers(2):
             x = node("Add", x, shortcut)
     x = node("Flatten", node("GlobalAveragePool", node("Relu", x)))
-    last = constant(rng.normal(0, 0.4, (5, 8)).astype(np.float32)), constant(rng.normal(0, 0.2, 5).astype(np.float32))
+    last = (
+        constant(rng.normal(0, 0.4, (5, 8)).astype(np.float32)),
+        constant(rng.normal(0, 0.2, 5).astype(np.float32)),
+    )
     nodes.append(helper.make_node("Gemm", [x, *last], ["y"], transB=1))
-    ends = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, shape)] for n, shape in (("x", ["n", 3, 8, 8]), ("y", ["n", 5]))]
+    ends = [
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape)]
+        for n, shape in (("x", ["n", 3, 8, 8]), ("y", ["n", 5]))
+    ]
     graph = helper.make_graph(nodes, "drawn", *ends, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
@@ -155,7 +171,9 @@ def test_what_is_written_obeys_every_line_of_a_drawn_target(seed, tmp_path):
         options["budget"] = "weights=5"
     if not rng.integers(4):
         options["weight_range"] = "minmax"
-    config = Config(target=str(tmp_path / "drawn.toml"), weight_bits=bits[0], activation_bits=bits[1], **options)
+    config = Config(
+        target=str(tmp_path / "drawn.toml"), weight_bits=bits[0], activation_bits=bits[1], **options
+    )
     result = eptq_onnx.quantize(model, images(40), config)
     counts = obeyed(result.model, target, activation_bits=bits[1])
     assert counts["weight"] == len(result.report.layers)
@@ -164,12 +182,19 @@ def test_what_is_written_obeys_every_line_of_a_drawn_target(seed, tmp_path):
     assert (counts["float bias"] > 0) != target.bias.integer
     expected, got = (Session(m).run({"x": images(16, seed=1)})["y"] for m in (model, result.model))
     assert np.isfinite(got).all()
-    if min(bits) >= 6 and "budget" not in options and target.weight.per_channel and target.weight.range_8_bits[1] > 60:
+    if (
+        min(bits) >= 6
+        and "budget" not in options
+        and target.weight.per_channel
+        and target.weight.range_8_bits[1] > 60
+    ):
         assert sqnr(expected, got) > 12
 
 
 def test_tables_obey_the_rule_for_weights(tmp_path):
-    (tmp_path / "mine.toml").write_text('name = "mine"\ntitle = "Mine"\nextends = "ort-x64"\nweight.scale = "power of two"\n')
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\ntitle = "Mine"\nextends = "ort-x64"\nweight.scale = "power of two"\n'
+    )
     rng = np.random.default_rng(0)
     table = rng.normal(0, 1, (600, 32)).astype(np.float32)
     table[3], table[4] = 0, table[4] * 1e-12

@@ -1,4 +1,5 @@
-"""What exporters and onnxruntime's optimizer write for transformers, through the whole road, with each engine."""
+"""What exporters and onnxruntime's optimizer write for transformers, through the whole road, with each
+engine."""
 
 from __future__ import annotations
 
@@ -43,7 +44,12 @@ def options(engine: str) -> Config:
 
 
 def test_positions_that_count_what_is_not_padded(each_engine):
-    constants = {"one": np.array(1), "axis": np.array(1), "words": normal(20, 8), "table": normal(9, 8, seed=1)}
+    constants = {
+        "one": np.array(1),
+        "axis": np.array(1),
+        "words": normal(20, 8),
+        "table": normal(9, 8, seed=1),
+    }
     model = parse(POSITIONS, {**constants, "w1": normal(8, 16, seed=2), "w2": normal(16, 4, seed=3)})
     ids = np.random.default_rng(0).integers(0, 20, (32, 6))
     result = quantize(model, {"ids": ids}, options(each_engine.name))
@@ -72,9 +78,19 @@ g (int64[N,T] ids) => (float[N,T,4] y) {
 
 
 def test_a_table_that_is_read_at_constant_places_once_sizes_are_known(each_engine):
-    constants = {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2]), "counted": np.arange(512)[None]}
+    constants = {
+        "zero": np.array([0]),
+        "one": np.array([1]),
+        "two": np.array([2]),
+        "counted": np.arange(512)[None],
+    }
     # As many values as it takes to store a table as integers.
-    tables = {"words": normal(20, 32), "table": normal(512, 32, seed=1), "w1": normal(32, 8, seed=2), "w2": normal(8, 4, seed=3)}
+    tables = {
+        "words": normal(20, 32),
+        "table": normal(512, 32, seed=1),
+        "w1": normal(32, 8, seed=2),
+        "w2": normal(8, 4, seed=3),
+    }
     model = parse(LEARNED_PLACES, constants | tables)
     ids = np.random.default_rng(0).integers(0, 20, (24, 6))
     report = quantize(model, {"ids": ids}, options(each_engine.name)).report

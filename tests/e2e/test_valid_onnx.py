@@ -76,26 +76,41 @@ def check(model, *, preset="fast", steps=None, least=22.0):
 
 def with_sequence(elem_type=TensorProto.FLOAT):
     node = helper.make_node("SequenceConstruct", ["r", "y"], ["s"])
-    return perceptron(elem_type=elem_type, nodes=[node], outputs=[helper.make_tensor_sequence_value_info("s", elem_type, None)])
+    return perceptron(
+        elem_type=elem_type,
+        nodes=[node],
+        outputs=[helper.make_tensor_sequence_value_info("s", elem_type, None)],
+    )
 
 
 def with_optional():
     kind = helper.make_optional_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, None))
-    return perceptron(nodes=[helper.make_node("Optional", ["y"], ["o"])], outputs=[helper.make_value_info("o", kind)])
+    return perceptron(
+        nodes=[helper.make_node("Optional", ["y"], ["o"])], outputs=[helper.make_value_info("o", kind)]
+    )
 
 
 def with_maps():
-    kind = helper.make_map_type_proto(TensorProto.STRING, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    kind = helper.make_map_type_proto(
+        TensorProto.STRING, helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+    )
     node = helper.make_node("ZipMap", ["y"], ["maps"], domain="ai.onnx.ml", classlabels_strings=list("abcde"))
-    return perceptron(nodes=[node], outputs=[helper.make_value_info("maps", helper.make_sequence_type_proto(kind))])
+    return perceptron(
+        nodes=[node], outputs=[helper.make_value_info("maps", helper.make_sequence_type_proto(kind))]
+    )
 
 
 def with_labels():
     model = perceptron(
-        nodes=[helper.make_node("ArgMax", ["y"], ["best"], axis=1, keepdims=0), helper.make_node("Gather", ["names", "best"], ["label"])],
+        nodes=[
+            helper.make_node("ArgMax", ["y"], ["best"], axis=1, keepdims=0),
+            helper.make_node("Gather", ["names", "best"], ["label"]),
+        ],
         outputs=[helper.make_tensor_value_info("label", TensorProto.STRING, None)],
     )
-    model.graph.initializer.append(helper.make_tensor("names", TensorProto.STRING, [5], [s.encode() for s in "abcde"]))
+    model.graph.initializer.append(
+        helper.make_tensor("names", TensorProto.STRING, [5], [s.encode() for s in "abcde"])
+    )
     return model
 
 
@@ -139,7 +154,9 @@ def without_shapes():
 
 
 def with_operator_of_unknown_rank():
-    return perceptron(middle=helper.make_node("Normalizer", ["m"], ["r"], "middle", domain="ai.onnx.ml", norm="L2"))
+    return perceptron(
+        middle=helper.make_node("Normalizer", ["m"], ["r"], "middle", domain="ai.onnx.ml", norm="L2")
+    )
 
 
 def in_a_function():
@@ -182,17 +199,33 @@ def test_models_with_such_inputs_and_outputs_are_quantized(variant):
     check(VARIANTS[variant]())
 
 
-@pytest.mark.parametrize("variant", ["a sequence of halves", "maps", "an input as output", "an operator of unknown rank"])
+@pytest.mark.parametrize(
+    "variant", ["a sequence of halves", "maps", "an input as output", "an operator of unknown rank"]
+)
 def test_they_are_optimized_as_a_whole(variant):
     result = check(VARIANTS[variant](), preset="balanced", steps=20)
     assert result.report.optimization is not None
 
 
 def taken_names(model):
-    """The names of the tensors of a quantized model, but its inputs and outputs, and those that steps make."""
+    """The names of the tensors of a quantized model, but its inputs and outputs, and those that steps
+    make."""
     kept = {i.name for i in (*model.graph.input, *model.graph.output)}
-    names = {o for n in model.graph.node for o in n.output} | {n.name for n in model.graph.node} | {t.name for t in model.graph.initializer}
-    steps = ["eptq/loss", "eptq/errors", "eptq/scale_0", "teacher/m", "closed_form/constant", "float32/constant", "constant", "m_grad"]
+    names = (
+        {o for n in model.graph.node for o in n.output}
+        | {n.name for n in model.graph.node}
+        | {t.name for t in model.graph.initializer}
+    )
+    steps = [
+        "eptq/loss",
+        "eptq/errors",
+        "eptq/scale_0",
+        "teacher/m",
+        "closed_form/constant",
+        "float32/constant",
+        "constant",
+        "m_grad",
+    ]
     return sorted(names - kept) + steps
 
 
@@ -204,11 +237,16 @@ def branched():
         for k, op in enumerate(ops):
             nodes.append(helper.make_node(op, [last], [f"{name}_{k}"], f"{name}_node_{k}"))
             last = f"{name}_{k}"
-        return helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(last, TensorProto.FLOAT, None)])
+        return helper.make_graph(
+            nodes, name, [], [helper.make_tensor_value_info(last, TensorProto.FLOAT, None)]
+        )
 
     sides = {"then_branch": branch("a", "Abs", "Relu"), "else_branch": branch("z", "Relu", "Tanh", "Neg")}
     model = perceptron(middle=helper.make_node("If", ["flag"], ["r"], "middle", **sides))
-    start = [helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0), helper.make_node("Greater", ["most", "limit"], ["flag"])]
+    start = [
+        helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
+        helper.make_node("Greater", ["most", "limit"], ["flag"]),
+    ]
     model.graph.initializer.append(numpy_helper.from_array(np.float32(1.5), "limit"))
     nodes = [NodeProto.FromString(n.SerializeToString()) for n in (*start, *model.graph.node)]
     del model.graph.node[:]
@@ -227,7 +265,11 @@ def graphs_of(graph):
 def renamed_with(model, draw, names):
     """The model with other names for its inner tensors and its nodes, no two alike."""
     own = {o for graph in graphs_of(model.graph) for n in graph.node for o in (*n.output, n.name)}
-    names = [name for name in draw.permutation(names) if name not in own | {t.name for t in model.graph.initializer}]
+    names = [
+        name
+        for name in draw.permutation(names)
+        if name not in own | {t.name for t in model.graph.initializer}
+    ]
     kept = {i.name for i in (*model.graph.input, *model.graph.output)}
     new = dict.fromkeys(kept)
     for graph in graphs_of(model.graph):

@@ -31,7 +31,9 @@ def sparse(flat: bool) -> ModelProto:
     values = np.where(np.abs(W) > 0.3, W, 0)
     places = np.flatnonzero(values) if flat else np.argwhere(values)
     held = numpy_helper.from_array(values[values != 0], "w")
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(held, numpy_helper.from_array(places.astype(np.int64)), W.shape))
+    model.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(held, numpy_helper.from_array(places.astype(np.int64)), W.shape)
+    )
     return model
 
 
@@ -184,6 +186,8 @@ def test_a_table_that_is_a_layers_weight_too_stays_float():
     )
     ids = np.random.default_rng(0).integers(0, 400, 40)
     result = eptq_onnx.quantize(model, {"x": ids}, Config(steps=2))
-    assert [k.reason for k in result.report.kept_float if k.op_type == "Gather"] == ["its table is the weight of a layer too"]
+    assert [k.reason for k in result.report.kept_float if k.op_type == "Gather"] == [
+        "its table is the weight of a layer too"
+    ]
     expected, got = Session(model).run({"x": ids})["y"], Session(result.model).run({"x": ids})["y"]
     assert np.square(got - expected).mean() < 0.01 * np.square(expected).mean()

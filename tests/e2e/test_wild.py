@@ -49,7 +49,9 @@ def quality(case: Wild, quantized: eptq_onnx.Result) -> dict[str, float]:
         exact, got = (s.run({n: v for n, v in feeds.items() if n in s.inputs}) for s in sessions)
         for o in case.model.graph.output:
             power[o.name] = power.get(o.name, 0.0) + float(np.square(exact[o.name], dtype=np.float64).sum())
-            noise[o.name] = noise.get(o.name, 0.0) + float(np.square(exact[o.name] - got[o.name], dtype=np.float64).sum())
+            noise[o.name] = noise.get(o.name, 0.0) + float(
+                np.square(exact[o.name] - got[o.name], dtype=np.float64).sum()
+            )
     return {n: 10 * np.log10(p / max(noise[n], 1e-30)) for n, p in power.items()}
 
 
@@ -58,9 +60,12 @@ def changed(config: Config, **options: object) -> Config:
 
 
 def nearest_rounding(case: Wild, form: str, config: Config) -> eptq_onnx.Result:
-    """All weights rounded to nearest, with the ranges of the config: options that leave steps out would change these."""
+    """All weights rounded to nearest, with the ranges of the config: options that leave steps out would
+    change these."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "PIPELINE", [p for p in pipeline.PIPELINE if not isinstance(p, (Reconstruct, Optimize))])
+        patch.setattr(
+            pipeline, "PIPELINE", [p for p in pipeline.PIPELINE if not isinstance(p, (Reconstruct, Optimize))]
+        )
         return eptq_onnx.quantize(case.model, given(case, form), config, progress=silent)
 
 
@@ -70,9 +75,14 @@ def check(seed: int, operators: object, config: Config, *, form: str = "arrays")
     nearest = nearest_rounding(case, form, config)
     ours, theirs = quality(case, result), quality(case, nearest)
     for name, db in ours.items():
-        assert db > theirs[name] - WORSE, f"seed {seed} ({case.label}), {name}: {db:.1f} dB, nearest rounding has {theirs[name]:.1f}"
+        assert db > theirs[name] - WORSE, (
+            f"seed {seed} ({case.label}), {name}: {db:.1f} dB, nearest rounding has {theirs[name]:.1f}"
+        )
     assert {o.name for o in result.model.graph.output} == {o.name for o in case.model.graph.output}
-    kinds = [[n.op_type for n in m.graph.node if n.op_type.startswith("Random")] for m in (case.model, result.model)]
+    kinds = [
+        [n.op_type for n in m.graph.node if n.op_type.startswith("Random")]
+        for m in (case.model, result.model)
+    ]
     assert kinds[0] == kinds[1], "the written model draws as before"
 
 
@@ -101,5 +111,8 @@ def test_no_drawn_network_ends_worse_than_its_nearest_rounding(seed):
 @pytest.mark.parametrize("operator", DRAWS, ids=lambda f: f.__name__.strip("_"))
 def test_the_same_seed_gives_the_same_bytes_though_the_model_draws(operator):
     case = wild(5, (operator,))
-    first, again = (eptq_onnx.quantize(case.model, given(case, "arrays"), FAST).model.SerializeToString() for _ in range(2))
+    first, again = (
+        eptq_onnx.quantize(case.model, given(case, "arrays"), FAST).model.SerializeToString()
+        for _ in range(2)
+    )
     assert first == again

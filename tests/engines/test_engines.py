@@ -18,7 +18,9 @@ def test_the_best_engine_that_is_available_is_chosen_by_itself(monkeypatch):
     assert engines.choose("auto") is best
     monkeypatch.setattr(best, "available", lambda: False)
     assert engines.choose("auto") is others[0]
-    assert engines.choose(best.name) is best, "by its name it is chosen all the same, and says what is missing"
+    assert engines.choose(best.name) is best, (
+        "by its name it is chosen all the same, and says what is missing"
+    )
 
 
 def test_an_engine_that_nobody_knows_is_told():
@@ -38,17 +40,23 @@ def test_gradients_of_initializers_inputs_and_intermediates(each_engine):
 
 
 def test_what_no_gradient_reaches_is_said(each_engine):
-    result = each_engine.differentiate(scalar("h = MatMul (x, w)  r = Round (h)  y = Add (r, r)"), "loss", ["w"])
+    result = each_engine.differentiate(
+        scalar("h = MatMul (x, w)  r = Round (h)  y = Add (r, r)"), "loss", ["w"]
+    )
     assert result.gradients == {}
     assert "operators that have a gradient" in result.unreached["w"]
 
 
 def test_a_blocked_branch_does_not_stop_the_other(each_engine):
-    result = each_engine.differentiate(scalar("h = MatMul (x, w)  r = Ceil (h)  y = Add (r, h)"), "loss", ["w"])
+    result = each_engine.differentiate(
+        scalar("h = MatMul (x, w)  r = Ceil (h)  y = Add (r, h)"), "loss", ["w"]
+    )
     edit.set_outputs(result.model, list(result.gradients.values()))
     x = normal(4, 3, seed=1)
     values = Session(result.model).run({"x": x, "w": normal(3, 2)})
-    np.testing.assert_allclose(values[result.gradients["w"]], x.sum(axis=0)[:, None].repeat(2, axis=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        values[result.gradients["w"]], x.sum(axis=0)[:, None].repeat(2, axis=1), rtol=1e-5
+    )
 
 
 def test_an_input_that_a_node_reads_twice(each_engine):
@@ -72,7 +80,9 @@ def test_quantize_and_dequantize_pass_the_gradient_and_round_all_the_same(each_e
     edit.add_output(result.model, result.gradients["w"])
     values = Session(result.model).run({"x": x, "w": w})
     np.testing.assert_allclose(values[result.gradients["x"]], np.tile(w.sum(axis=1), (4, 1)), rtol=1e-5)
-    np.testing.assert_allclose(values[result.gradients["w"]], np.tile(rounded.sum(axis=0)[:, None], (1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(
+        values[result.gradients["w"]], np.tile(rounded.sum(axis=0)[:, None], (1, 2)), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +97,11 @@ def test_quantize_and_dequantize_pass_the_gradient_and_round_all_the_same(each_e
         ((2, 3, 9), (4, 3, 3), "pads = [1, 1]"),
         ((2, 32, 7, 6), (32, 1, 3, 3), "group = 32, pads = [1, 1, 1, 1]"),
         ((2, 32, 7, 6), (32, 1, 3, 3), "group = 32, pads = [1, 1, 1, 1], strides = [2, 2]"),
-        ((1, 32, 8, 9), (32, 1, 3, 2), "group = 32, pads = [0, 1, 2, 0], strides = [3, 2], dilations = [1, 2]"),
+        (
+            (1, 32, 8, 9),
+            (32, 1, 3, 2),
+            "group = 32, pads = [0, 1, 2, 0], strides = [3, 2], dilations = [1, 2]",
+        ),
         ((2, 32, 9, 9), (32, 1, 2, 2), "group = 32, strides = [3, 3]"),
         ((2, 32, 6, 6), (64, 1, 3, 3), "group = 32, strides = [2, 2]"),
     ],
@@ -95,9 +109,7 @@ def test_quantize_and_dequantize_pass_the_gradient_and_round_all_the_same(each_e
 def test_convolutions_of_every_kind_have_exact_gradients(each_engine, shape, weight, attributes):
     def build(x: np.ndarray, w: np.ndarray):
         size = ",".join(map(str, shape))
-        text = (
-            f"g (float[{size}] x) => (float loss) {{ h = Conv <{attributes}> (x, w)  y = Mul (h, h)  loss = ReduceSum <keepdims = 0> (y) }}"
-        )
+        text = f"g (float[{size}] x) => (float loss) {{ h = Conv <{attributes}> (x, w)  y = Mul (h, h)  loss = ReduceSum <keepdims = 0> (y) }}"
         return edit.specialize(parse(text, {"w": w}), {"x": shape})
 
     x, w = normal(*shape), normal(*weight, seed=1)
@@ -107,7 +119,9 @@ def test_convolutions_of_every_kind_have_exact_gradients(each_engine, shape, wei
     session = Session(result.model)
     step, rng = 1e-2, np.random.default_rng(0)
     direction = rng.normal(size=w.shape).astype(np.float32)
-    ahead, behind = (float(session.run({"x": x, "w": w + sign * step * direction})["loss"]) for sign in (1, -1))
+    ahead, behind = (
+        float(session.run({"x": x, "w": w + sign * step * direction})["loss"]) for sign in (1, -1)
+    )
     found = session.run({"x": x, "w": w})[result.gradients["w"]]
     assert (ahead - behind) / (2 * step) == pytest.approx(float((found * direction).sum()), rel=1e-3)
     again = Session(faster(result.model)).run({"x": x, "w": w})[result.gradients["w"]]

@@ -1,4 +1,5 @@
-"""What only the standard engine does: rules for every row, standard nodes out, refusals that name the node."""
+"""What only the standard engine does: rules for every row, standard nodes out, refusals that name the
+node."""
 
 from __future__ import annotations
 
@@ -40,7 +41,12 @@ def test_every_node_of_a_backward_pass_is_standard(sample: Sample):
 
 
 def _x(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).permutation(np.linspace(-2, 2, int(np.prod(shape)))).reshape(shape).astype(np.float32)
+    return (
+        np.random.default_rng(0)
+        .permutation(np.linspace(-2, 2, int(np.prod(shape))))
+        .reshape(shape)
+        .astype(np.float32)
+    )
 
 
 def _ints(*values: int) -> np.ndarray:
@@ -50,14 +56,39 @@ def _ints(*values: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "sample",
     [
-        Sample("Conv", (_x(2, 4, 9, 8), _x(8, 1, 3, 2)), {"group": 4, "strides": [2, 3], "dilations": [1, 2]}, varying=(0, 1)),
-        Sample("Conv", (_x(2, 6, 9, 8), _x(9, 2, 3, 3)), {"group": 3, "strides": [3, 2], "pads": [1, 0, 2, 1]}, varying=(0, 1)),
+        Sample(
+            "Conv",
+            (_x(2, 4, 9, 8), _x(8, 1, 3, 2)),
+            {"group": 4, "strides": [2, 3], "dilations": [1, 2]},
+            varying=(0, 1),
+        ),
+        Sample(
+            "Conv",
+            (_x(2, 6, 9, 8), _x(9, 2, 3, 3)),
+            {"group": 3, "strides": [3, 2], "pads": [1, 0, 2, 1]},
+            varying=(0, 1),
+        ),
         Sample("Conv", (_x(2, 3, 5, 5), _x(4, 3, 1, 1)), {"strides": [2, 2]}, varying=(0, 1)),
         Sample("Conv", (_x(2, 3, 5, 5), _x(4, 3, 1, 1)), {"pads": [1, 1, 1, 1]}, varying=(0, 1)),
-        Sample("ConvTranspose", (_x(2, 4, 5), _x(4, 1, 3)), {"group": 4, "strides": [3], "output_padding": [2]}, varying=(0, 1)),
+        Sample(
+            "ConvTranspose",
+            (_x(2, 4, 5), _x(4, 1, 3)),
+            {"group": 4, "strides": [3], "output_padding": [2]},
+            varying=(0, 1),
+        ),
         Sample("MaxPool", (_x(2, 3, 7, 8),), {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}),
-        Sample("MaxPool", (_x(2, 3, 7, 8),), {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1}, opset=13),
-        Sample("MaxPool", (_x(2, 3, 9, 8),), {"kernel_shape": [2, 3], "dilations": [3, 2], "strides": [1, 2]}, opset=13),
+        Sample(
+            "MaxPool",
+            (_x(2, 3, 7, 8),),
+            {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1},
+            opset=13,
+        ),
+        Sample(
+            "MaxPool",
+            (_x(2, 3, 9, 8),),
+            {"kernel_shape": [2, 3], "dilations": [3, 2], "strides": [1, 2]},
+            opset=13,
+        ),
         Sample("MaxPool", (_x(2, 3, 9),), {"kernel_shape": [5], "pads": [2, 2]}, opset=13),
         Sample("AveragePool", (_x(2, 3, 9, 8),), {"kernel_shape": [3, 2], "strides": [4, 3]}),
         Sample("AveragePool", (_x(2, 3, 8),), {"kernel_shape": [3], "strides": [2], "ceil_mode": 1}),
@@ -71,7 +102,12 @@ def _ints(*values: int) -> np.ndarray:
         Sample("MatMul", (_x(3), _x(3, 2)), varying=(0, 1)),
         Sample("MatMul", (_x(4, 2, 3), _x(3)), varying=(0, 1)),
         Sample("MatMul", (_x(1, 5, 2, 3), _x(4, 1, 3, 2)), varying=(0, 1)),
-        Sample("Gemm", (_x(3, 4), _x(5, 3), _x(4, 1)), {"transA": 1, "transB": 1, "alpha": 2.0, "beta": 3.0}, varying=(0, 1, 2)),
+        Sample(
+            "Gemm",
+            (_x(3, 4), _x(5, 3), _x(4, 1)),
+            {"transA": 1, "transB": 1, "alpha": 2.0, "beta": 3.0},
+            varying=(0, 1, 2),
+        ),
         Sample("Pow", (np.abs(_x(2, 3)) + 1, _x(3)), varying=(0, 1)),
         Sample("Softmax", (_x(2, 3, 4),), {"axis": 1}, opset=12),
         Sample("ReduceSum", (_x(2, 3, 4),), {"axes": [-1], "keepdims": 0}, opset=12),
@@ -109,7 +145,10 @@ def test_gathered_and_scattered(sample: Sample, monkeypatch):
     ("body", "reason"),
     [
         ('p = Pad <mode = "reflect"> (x, pads)  y = Neg (p)', "Pad n0: its mode is reflect"),
-        ("l = ReduceMean <keepdims = 0> (x)  y = Clip (x, l)", "Clip n1: there is no rule for its input 1, l"),
+        (
+            "l = ReduceMean <keepdims = 0> (x)  y = Clip (x, l)",
+            "Clip n1: there is no rule for its input 1, l",
+        ),
         ("a, y = Split <axis = 1> (x, sizes)", "Split n0: an output but the first is used"),
     ],
 )
@@ -151,13 +190,19 @@ def test_sizes_that_are_known_at_run_time_only(body):
 
 
 def test_nothing_passes_integers_and_that_is_said():
-    gradient = ENGINE.differentiate(scalar("i = Cast <to = 7> (x)  f = Cast <to = 1> (i)  y = Mul (f, f)"), "loss", ["x"])
+    gradient = ENGINE.differentiate(
+        scalar("i = Cast <to = 7> (x)  f = Cast <to = 1> (i)  y = Mul (f, f)"), "loss", ["x"]
+    )
     assert gradient.gradients == {}
     assert "operators that have a gradient" in gradient.unreached["x"]
 
 
 def test_equal_nodes_are_made_once():
     built = ENGINE.differentiate(scalar("h = MatMul (x, w)  y = Add (h, h)"), "loss", ["x", "w"]).model
-    keys = [(n.op_type, *n.input, *(a.SerializeToString() for a in n.attribute)) for n in built.graph.node if n.op_type != "Identity"]
+    keys = [
+        (n.op_type, *n.input, *(a.SerializeToString() for a in n.attribute))
+        for n in built.graph.node
+        if n.op_type != "Identity"
+    ]
     assert len(keys) == len(set(keys))
     assert set(Session(built).outputs) == {"loss", "x_grad", "w_grad"}

@@ -49,7 +49,9 @@ def test_one_block_draws_batches_as_it_goes():
 
 
 def test_bytes_of_tensors():
-    model = edit.specialize(parse("g (float[N,4] x) => (float[N,4] y) { a = Relu (x) \n y = Exp (a) }"), {"x": (2, 4)})
+    model = edit.specialize(
+        parse("g (float[N,4] x) => (float[N,4] y) { a = Relu (x) \n y = Exp (a) }"), {"x": (2, 4)}
+    )
     assert tensor_bytes(model) == 2 * 2 * 4 * 4
 
 

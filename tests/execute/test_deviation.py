@@ -16,8 +16,12 @@ def test_parts_of_the_outputs_count_alike_and_a_part_of_another_size_is_lost():
     got = [[np.ones((2, 3), np.float32), np.ones((2, 100), np.float32)]]
     np.testing.assert_allclose(noise(exact, got, [4.0, 1.0]), [[0.25, 0]])
     assert mean_noise(noise(exact, got, [4.0, 1.0])) == pytest.approx(0.125)
-    np.testing.assert_allclose(noise(exact, [[got[0][0], np.ones((2, 7), np.float32)]], [4.0, 1.0]), [[0.25, 1]])
-    np.testing.assert_array_equal(noise(exact, [[np.full((2, 3), np.nan, np.float32), got[0][1]]], [4.0, 1.0]), [[LOST, 0]])
+    np.testing.assert_allclose(
+        noise(exact, [[got[0][0], np.ones((2, 7), np.float32)]], [4.0, 1.0]), [[0.25, 1]]
+    )
+    np.testing.assert_array_equal(
+        noise(exact, [[np.full((2, 3), np.nan, np.float32), got[0][1]]], [4.0, 1.0]), [[LOST, 0]]
+    )
 
 
 def test_a_run_counts_as_much_as_it_has_elements():

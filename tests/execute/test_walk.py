@@ -32,7 +32,9 @@ def test_a_constant_set_on_the_way_is_used_downstream():
 
 
 def test_peak_counts_what_lives_at_once():
-    model = parse("g (float[1,4] x) => (float[1,4] y) { a = Relu (x) \n b = Exp (a) \n c = Exp (b) \n y = Add (c, a) }")
+    model = parse(
+        "g (float[1,4] x) => (float[1,4] y) { a = Relu (x) \n b = Exp (a) \n c = Exp (b) \n y = Add (c, a) }"
+    )
     shaped = edit.specialize(model, {"x": (1, 4)})
     # While Exp makes c: a, b and c.
     assert peak_bytes(shaped) == 3 * 16

@@ -94,7 +94,9 @@ def test_the_branch_that_samples_take_is_quantized_and_the_other_is_not(options)
     result = eptq_onnx.quantize(model, {"x": images(16), "rate": np.array(16000)}, Config(**options))
     assert counts(result.model.graph)["If"] == 1
     assert len(result.report.layers) == 3
-    assert result.report.verification.kernels["Conv"] >= 2, "one layer's output leaves the graph, and stays float"
+    assert result.report.verification.kernels["Conv"] >= 2, (
+        "one layer's output leaves the graph, and stays float"
+    )
     assert result.report.verification.outputs["y"] > 20
     assert [k.reason for k in result.report.kept_float if k.op_type == "If"][-1] == (
         "no sample takes its else_branch: what is in there stays float (2 Conv)"
@@ -132,7 +134,10 @@ def test_what_a_loop_repeats_is_told():
     )
     result = eptq_onnx.quantize(model, {"x": normal(16, 4)}, Config(preset="fast"))
     assert [k.reason for k in result.report.kept_float] == ["what it repeats stays float (1 MatMul)"]
-    expected, got = Session(model).run({"x": normal(4, 4, seed=3)})["y"], Session(result.model).run({"x": normal(4, 4, seed=3)})["y"]
+    expected, got = (
+        Session(model).run({"x": normal(4, 4, seed=3)})["y"],
+        Session(result.model).run({"x": normal(4, 4, seed=3)})["y"],
+    )
     np.testing.assert_allclose(got, expected, atol=0.15)
 
 
@@ -152,7 +157,12 @@ def test_an_if_inside_a_settled_one_keeps_its_own_fate():
             else_branch = e () => (float[N,M] y4) { y4 = Abs (h) }
         >
     }"""
-    constants = {"w": normal(4, 4), "w1": normal(4, 4, seed=1), "w2": normal(4, 4, seed=2), "zero": np.array(0, np.float32)}
+    constants = {
+        "w": normal(4, 4),
+        "w1": normal(4, 4, seed=1),
+        "w2": normal(4, 4, seed=2),
+        "zero": np.array(0, np.float32),
+    }
     x = normal(16, 4, seed=3)
     x = x[np.argsort((x @ constants["w"]).sum(axis=1))]
     seen = Samples({"x": Column(x, 0), "c": Column(np.array(True), shared=True)}, None)
@@ -180,7 +190,13 @@ def test_bodies_may_read_what_is_moved_behind_a_quantizer(moves):
         f"g (float[N,4,6] x, bool c) => (float[N,4,5] y, float z) {{ h = MatMul (x, w)  k = MatMul (h, v)  {moves}"
         "  z = If (c) <then_branch = t () => (float p) { q = Relu (m)  p = ReduceMean <keepdims = 0> (q) },"
         " else_branch = e () => (float r) { s = Neg (m)  r = ReduceMean <keepdims = 0> (s) }>  y = Relu (k) }",
-        {"w": normal(6, 6), "v": normal(6, 5), "shape": np.array([0, 6, 4]), "one": np.array([1]), "two": np.array([2])},
+        {
+            "w": normal(6, 6),
+            "v": normal(6, 5),
+            "shape": np.array([0, 6, 4]),
+            "one": np.array([1]),
+            "two": np.array([2]),
+        },
     )
     feeds = [{"x": normal(2, 4, 6, seed=k), "c": np.array(bool(k % 2))} for k in range(36)]
     result = eptq_onnx.quantize(model, feeds, Config(preset="fast"))

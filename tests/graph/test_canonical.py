@@ -22,7 +22,9 @@ def chain(count=6):
         nodes.append(helper.make_node("Add", [f"p{k}", before], [f"s{k}"]))
         last, before = f"s{k}", last
     info = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 4]) for name in ("x", last)]
-    graph = helper.make_graph(nodes, "chain", info[:1], info[1:], [numpy_helper.from_array(normal(4, 4, scale=0.3), "w")])
+    graph = helper.make_graph(
+        nodes, "chain", info[:1], info[1:], [numpy_helper.from_array(normal(4, 4, scale=0.3), "w")]
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
@@ -63,11 +65,15 @@ def no_input_shape(model):
 
 
 def wrong_output_rank(model):
-    model.graph.output[0].CopyFrom(helper.make_tensor_value_info(model.graph.output[0].name, TensorProto.FLOAT, ["n"]))
+    model.graph.output[0].CopyFrom(
+        helper.make_tensor_value_info(model.graph.output[0].name, TensorProto.FLOAT, ["n"])
+    )
 
 
 def wrong_output_size(model):
-    model.graph.output[0].CopyFrom(helper.make_tensor_value_info(model.graph.output[0].name, TensorProto.FLOAT, ["n", 77]))
+    model.graph.output[0].CopyFrom(
+        helper.make_tensor_value_info(model.graph.output[0].name, TensorProto.FLOAT, ["n", 77])
+    )
 
 
 def wrong_inner_rank(model):
@@ -165,9 +171,13 @@ NAMES = ["y", "a", "b", "r", "eptq/loss", "teacher/h", "h_grad"]
 def test_names_of_bodies_are_apart_from_names_around_them(names):
     names = names[:3]
     body = BODY.format("o1", "o2", "o3")
-    model = parse(f"g (float[N,4] x) => (float[N,4] y) {{ {body} }}", {"w": normal(4, 4), "zero": np.float32(0)})
+    model = parse(
+        f"g (float[N,4] x) => (float[N,4] y) {{ {body} }}", {"w": normal(4, 4), "zero": np.float32(0)}
+    )
     expected = run(model)
-    for graph, renames in zip(subgraphs(model.graph.node[3]), ({"o1": names[0], "o2": names[1]}, {"o3": names[2]}), strict=True):
+    for graph, renames in zip(
+        subgraphs(model.graph.node[3]), ({"o1": names[0], "o2": names[1]}, {"o3": names[2]}), strict=True
+    ):
         for node in graph.node:
             node.input[:] = [renames.get(i, i) for i in node.input]
             node.output[:] = [renames.get(o, o) for o in node.output]

@@ -1,4 +1,5 @@
-"""Values that depend on the channel alone, sent through drawn nodes: they vary along the axis that is told, and no other."""
+"""Values that depend on the channel alone, sent through drawn nodes: they vary along the axis that is told,
+and no other."""
 
 from __future__ import annotations
 
@@ -34,7 +35,20 @@ class Chain(Net):
         rng, shape = self.rng, self.shape
         rank = len(shape)
         kind = rng.choice(
-            ["Transpose", "Unsqueeze", "Squeeze", "join", "Reduce", "Gather", "Concat", "Pad", "Slice", "Add", "Softmax", "Tile"]
+            [
+                "Transpose",
+                "Unsqueeze",
+                "Squeeze",
+                "join",
+                "Reduce",
+                "Gather",
+                "Concat",
+                "Pad",
+                "Slice",
+                "Add",
+                "Softmax",
+                "Tile",
+            ]
         )
         other = int(rng.choice(self.others(channel)))
         if kind == "Transpose":
@@ -90,22 +104,32 @@ def varying(value: np.ndarray) -> list[int]:
 def test_the_axis_follows_what_is_made_of_a_layer(seed, rank, length):
     chain = Chain(seed, rank)
     zero = chain.constant(np.zeros((CHANNELS, 2, *[1] * (rank - 2)), np.float32))
-    tensors = [(chain.node("Conv", "x", zero, chain.constant(np.linspace(0.3, 1.7, CHANNELS, dtype=np.float32))), 1)]
+    tensors = [
+        (chain.node("Conv", "x", zero, chain.constant(np.linspace(0.3, 1.7, CHANNELS, dtype=np.float32))), 1)
+    ]
     for _ in range(length):
         tensors.append(chain.grow(*tensors[-1]))
     info = helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 2, *WIDTHS[rank]])
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name, _ in tensors]
     graph = helper.make_graph(chain.nodes, "chain", [info], ends[-1:], chain.constants)
-    model = shape_inference.infer_shapes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    model = shape_inference.infer_shapes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    )
     axes = ops.channel_axes_of(GraphView(model))
-    values = Session(edit.exposing(model, [name for name, _ in tensors])).run({"x": np.ones((2, 2, *WIDTHS[rank]), np.float32)})
+    values = Session(edit.exposing(model, [name for name, _ in tensors])).run(
+        {"x": np.ones((2, 2, *WIDTHS[rank]), np.float32)}
+    )
     for name, channel in tensors:
         assert varying(values[name]) == [channel], name
         assert axes[name] == channel, name
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(seed=st.integers(0, 10**6), rank=st.sampled_from([3, 4, 5]), reader=st.sampled_from(["Conv", "MatMul", "LayerNormalization"]))
+@given(
+    seed=st.integers(0, 10**6),
+    rank=st.sampled_from([3, 4, 5]),
+    reader=st.sampled_from(["Conv", "MatMul", "LayerNormalization"]),
+)
 def test_the_axis_of_an_input_is_that_of_what_reads_it(seed, rank, reader):
     net = Net(seed, rank)
     order = [0, *(1 + net.rng.permutation(rank - 1)).tolist()]
@@ -119,7 +143,9 @@ def test_the_axis_of_an_input_is_that_of_what_reads_it(seed, rank, reader):
     info = helper.make_tensor_value_info("x", TensorProto.FLOAT, sizes)
     end = helper.make_tensor_value_info(net.nodes[-1].output[0], TensorProto.FLOAT, None)
     graph = helper.make_graph(net.nodes, "reader", [info], [end], net.constants)
-    axes = ops.channel_axes_of(GraphView(infer_shapes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]))))
+    axes = ops.channel_axes_of(
+        GraphView(infer_shapes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])))
+    )
     assert axes["x"] == order[place]
     assert axes[moved] == place
 
@@ -127,7 +153,8 @@ def test_the_axis_of_an_input_is_that_of_what_reads_it(seed, rank, reader):
 @pytest.mark.parametrize("rank", WIDTHS)
 @pytest.mark.parametrize("join", JOINS)
 def test_every_join_leaves_the_channels_of_images_where_they_were(join, rank):
-    """All have `CHANNELS` of them, or a multiple or share; no other extent is such, save the features of a Gemm."""
+    """All have `CHANNELS` of them, or a multiple or share; no other extent is such, save the features of a
+    Gemm."""
     view = GraphView(infer_shapes(joined(3, rank, [join, join])))
     axes = ops.channel_axes_of(view)
     for name in view.producer:

@@ -104,35 +104,45 @@ def case(body: str) -> ModelProto:
 
 
 def scaled_at_random(model: ModelProto, seed: int = 0) -> tuple[ModelProto, Channels, np.ndarray]:
-    """The model with a factor on every channel that may have one; its channels, and the sets that stay as they are."""
+    """The model with a factor on every channel that may have one; its channels, and the sets that stay as
+    they are."""
     view = GraphView(model)
     channels = ops.channels_of(view)
     count, sets = channels.classes()
     factors = np.exp(np.random.default_rng(seed).uniform(-1, 1, count))
     factors[sets[0]] = 1
     factors = factors[sets]
-    result = edit.with_constants(model, {a.constant: a.scaled(view.constant(a.constant), factors) for a in channels.absorbers})
+    result = edit.with_constants(
+        model, {a.constant: a.scaled(view.constant(a.constant), factors) for a in channels.absorbers}
+    )
     return result, channels, factors != 1
 
 
 def outputs_agree(model: ModelProto, other: ModelProto, feeds: dict[str, np.ndarray]) -> None:
     got = Session(other).run(feeds)
     for name, value in Session(model).run(feeds).items():
-        np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(value).max(initial=0))))
+        np.testing.assert_allclose(
+            got[name], value, rtol=1e-4, atol=1e-5 * max(1.0, float(np.abs(value).max(initial=0)))
+        )
 
 
 def drawn_case(seed: int) -> tuple[ModelProto, dict[str, np.ndarray]]:
     """A drawn model in normal form, and what it is fed."""
     opset, samples = deck(seed, 8)[seed % 5]
     rng = np.random.default_rng(seed)
-    feeds = {"a": rng.normal(size=(1, 12)).astype(np.float32), "b": rng.normal(size=(1, 7)).astype(np.float32)}
+    feeds = {
+        "a": rng.normal(size=(1, 12)).astype(np.float32),
+        "b": rng.normal(size=(1, 7)).astype(np.float32),
+    }
     return normalize(drawn(seed, opset, samples), 13), feeds
 
 
 def test_every_rule_has_a_case():
     ruled = {op for (_, op), row in ops.TABLE.items() if row.channels is not None}
     shown = {name.split(",")[0] for name in PASSING} | {"Gemm", "MatMul", "Unsqueeze"}
-    assert ruled - shown == {"Upsample", "RMSNormalization", "SimplifiedLayerNormalization"}, "they have the rules of their twins"
+    assert ruled - shown == {"Upsample", "RMSNormalization", "SimplifiedLayerNormalization"}, (
+        "they have the rules of their twins"
+    )
 
 
 @pytest.mark.parametrize("name", PASSING)

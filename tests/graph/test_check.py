@@ -51,7 +51,9 @@ def sparse() -> ModelProto:
     model = plain()
     del model.graph.initializer[:]
     values = numpy_helper.from_array(np.arange(1, 13, dtype=np.float32), "w")
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, numpy_helper.from_array(np.arange(12), "i"), [3, 4]))
+    model.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(values, numpy_helper.from_array(np.arange(12), "i"), [3, 4])
+    )
     return model
 
 
@@ -69,7 +71,9 @@ def moved_out(model, folder, location="m.data", place=None):
     for tensor in weights(model):
         value = numpy_helper.to_array(tensor)
         (place or folder / location).write_bytes(bytes(64) + value.tobytes())
-        reference = store.reference(tensor.name, 1, value.shape, {"location": location, "offset": 64, "length": value.nbytes})
+        reference = store.reference(
+            tensor.name, 1, value.shape, {"location": location, "offset": 64, "length": value.nbytes}
+        )
         tensor.CopyFrom(reference)
     path = folder / "m.onnx"
     path.write_bytes(model.SerializeToString())
@@ -80,7 +84,7 @@ def run(model):
     return Session(model).run({"x": X})["y"]
 
 
-# ---- external data -------------------------------------------------------------------------------------------------
+# ---- external data -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("make", PLACES)
 @pytest.mark.parametrize("location", ["m.data", "./m.data", "sub/m.data", "sub/../m.data"])
 def test_external_data_below_the_folder_is_read_wherever_it_is_referred_to(tmp_path, make, location):
@@ -90,13 +94,29 @@ def test_external_data_below_the_folder_is_read_wherever_it_is_referred_to(tmp_p
 
 @pytest.mark.parametrize("make", PLACES)
 @pytest.mark.parametrize(
-    "kind", ["up", "up and down", "absolute", "absolute inside", "link", "link of a folder", "pipe", "folder", "backslash drive"]
+    "kind",
+    [
+        "up",
+        "up and down",
+        "absolute",
+        "absolute inside",
+        "link",
+        "link of a folder",
+        "pipe",
+        "folder",
+        "backslash drive",
+    ],
 )
 def test_external_data_outside_the_folder_is_refused(tmp_path, make, kind):
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)
     outside = tmp_path / "secret"
-    locations = {"up": "../secret", "up and down": "sub/../../secret", "absolute": str(outside), "absolute inside": str(folder / "m.data")}
+    locations = {
+        "up": "../secret",
+        "up and down": "sub/../../secret",
+        "absolute": str(outside),
+        "absolute inside": str(folder / "m.data"),
+    }
     location = locations.get(kind, "m.data")
     if kind == "link":
         (folder / "m.data").symlink_to(outside)
@@ -110,7 +130,10 @@ def test_external_data_outside_the_folder_is_refused(tmp_path, make, kind):
     elif kind == "backslash drive":
         location = "C:\\secret"
     path = moved_out(make(), folder, location, outside)
-    with pytest.raises(ModelError, match=r"external data of .*m\.onnx cannot be read: .*(not below the model's folder|is no file)"):
+    with pytest.raises(
+        ModelError,
+        match=r"external data of .*m\.onnx cannot be read: .*(not below the model's folder|is no file)",
+    ):
         io.load(path)
 
 
@@ -177,7 +200,7 @@ def test_external_data_that_nobody_reads_may_be_missing_but_not_outside(tmp_path
                 io.load(path)
 
 
-# ---- tensors -------------------------------------------------------------------------------------------------------
+# ---- tensors -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("make", PLACES)
 @pytest.mark.parametrize(
     ("dims", "data_type"),
@@ -192,7 +215,10 @@ def test_shapes_and_types_that_do_not_fit_the_data_are_refused(make, dims, data_
         tensor.dims[:] = dims
         tensor.data_type = data_type
     before = model.SerializeToString()
-    with pytest.raises(ModelError, match=r"^the model is not valid ONNX: the .*(instead of|which no|which does not|negative shape).*\.$"):
+    with pytest.raises(
+        ModelError,
+        match=r"^the model is not valid ONNX: the .*(instead of|which no|which does not|negative shape).*\.$",
+    ):
         io.load(model)
     assert model.SerializeToString() == before
 
@@ -247,7 +273,7 @@ def test_versions_that_do_not_exist_are_refused(version):
         io.load(model)
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -309,9 +335,10 @@ def test_inputs_and_outputs_whose_name_is_no_utf8_are_refused(which):
         io.load(data)
 
 
-# ---- nesting -------------------------------------------------------------------------------------------------------
+# ---- nesting -----------------------------------------------------------------------------------------------
 def nested(depth):
-    """So many bodies inside each other, put there from the outermost on: protobuf copies no message that is too deep."""
+    """So many bodies inside each other, put there from the outermost on: protobuf copies no message that is
+    too deep."""
     model = plain()
     model.graph.initializer.append(numpy_helper.from_array(np.array(True), "c"))
     graph = model.graph
@@ -346,8 +373,14 @@ def calling(calls):
     functions = []
     for k, called in enumerate(calls):
         names = ["a", *(f"t{i}" for i in range(len(called)))]
-        nodes = [helper.make_node(f"f{c}", [names[i]], [names[i + 1]], domain="d") for i, c in enumerate(called)]
-        functions.append(helper.make_function("d", f"f{k}", ["a"], ["b"], [*nodes, helper.make_node("Relu", [names[-1]], ["b"])], imports))
+        nodes = [
+            helper.make_node(f"f{c}", [names[i]], [names[i + 1]], domain="d") for i, c in enumerate(called)
+        ]
+        functions.append(
+            helper.make_function(
+                "d", f"f{k}", ["a"], ["b"], [*nodes, helper.make_node("Relu", [names[-1]], ["b"])], imports
+            )
+        )
     model = plain()
     model.graph.node[0].input[0] = "z"
     model.graph.node.add(op_type="f0", domain="d", input=["x"], output=["z"])
@@ -393,9 +426,11 @@ def test_functions_that_nobody_calls_are_left_out(fault):
     np.testing.assert_array_equal(run(loaded), run(calling([[1], []])))
 
 
-# ---- cost ----------------------------------------------------------------------------------------------------------
+# ---- cost --------------------------------------------------------------------------------------------------
 def test_external_data_is_read_once(tmp_path, monkeypatch):
-    onnx.save(small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    onnx.save(
+        small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
+    )
     read = []
     parts = store.Place.parts
 
@@ -408,5 +443,6 @@ def test_external_data_is_read_once(tmp_path, monkeypatch):
     loaded = io.load(tmp_path / "m.onnx")
     assert sum(read) == sum(numpy_helper.to_array(t).nbytes for t in small_convnet().graph.initializer)
     np.testing.assert_array_equal(
-        Session(loaded).run({"image": images(2)})["logits"], Session(small_convnet()).run({"image": images(2)})["logits"]
+        Session(loaded).run({"image": images(2)})["logits"],
+        Session(small_convnet()).run({"image": images(2)})["logits"],
     )

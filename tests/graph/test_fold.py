@@ -9,7 +9,9 @@ from eptq_onnx.graph.fold import fold_constants
 from eptq_onnx.runtime import Session
 
 
-@pytest.mark.parametrize("limits", ["start = 1", "end = 2", "start = -3, end = -1", "start = 3, end = 1", "start = 0"])
+@pytest.mark.parametrize(
+    "limits", ["start = 1", "end = 2", "start = -3, end = -1", "start = 3, end = 1", "start = 0"]
+)
 @pytest.mark.parametrize("batch", ["2", "N"])
 def test_the_shape_of_some_axes(limits, batch):
     model = parse(f"g (float[{batch},3,4] x) => (int64[K] y) {{ y = Shape <{limits}> (x) }}")
@@ -25,7 +27,12 @@ def test_a_weight_is_folded_behind_a_folded_shape_whatever_its_size(columns):
         f"g (float[1,4,{columns}] x) => (float[1,4,3] y) {{ all = Shape (x)  last = Slice (all, two, three)"
         " sizes = Concat <axis = 0> (last, count)  w = Reshape (stored, sizes)  y = MatMul (x, w) }"
     )
-    constants = {"two": np.array([2]), "three": np.array([3]), "count": np.array([3]), "stored": normal(3, columns * 1)}
+    constants = {
+        "two": np.array([2]),
+        "three": np.array([3]),
+        "count": np.array([3]),
+        "stored": normal(3, columns * 1),
+    }
     folded = fold_constants(parse(graph, constants))
     assert [n.op_type for n in folded.graph.node] == ["MatMul"]
     assert "w" in {t.name for t in folded.graph.initializer}
@@ -41,4 +48,6 @@ def test_constants_in_bodies_stay_single_precision():
     }"""
     model = parse(graph)
     feeds = {"x": normal(2, 3), "c": np.array(True)}
-    np.testing.assert_array_equal(Session(fold_constants(model)).run(feeds)["y"], Session(model).run(feeds)["y"])
+    np.testing.assert_array_equal(
+        Session(fold_constants(model)).run(feeds)["y"], Session(model).run(feeds)["y"]
+    )

@@ -11,7 +11,9 @@ from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.lower.formula import formula
 from eptq_onnx.runtime import Session
 
-LEAKY = formula("Leaky <alpha: float = 0.5> (x) => (y) { a = Constant <value_float: float = @alpha> ()  s = Mul (x, a)  y = Max (x, s) }")
+LEAKY = formula(
+    "Leaky <alpha: float = 0.5> (x) => (y) { a = Constant <value_float: float = @alpha> ()  s = Mul (x, a)  y = Max (x, s) }"
+)
 
 
 def lowered(node: str, rule=LEAKY) -> tuple[onnx.ModelProto, dict[str, str]]:

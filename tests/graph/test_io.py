@@ -15,13 +15,17 @@ from eptq_onnx.runtime import Session
 def test_external_data_is_read(tmp_path):
     model = small_convnet()
     expected = Session(model).run({"image": images(2)})["logits"]
-    onnx.save(small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    onnx.save(
+        small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
+    )
     loaded = io.load(tmp_path / "m.onnx")
     np.testing.assert_array_equal(Session(loaded).run({"image": images(2)})["logits"], expected)
 
 
 def test_missing_external_data_is_told(tmp_path):
-    onnx.save(small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    onnx.save(
+        small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
+    )
     (tmp_path / "m.data").unlink()
     with pytest.raises(ModelError, match=r"external data of .*m\.onnx cannot be read"):
         io.load(tmp_path / "m.onnx")

@@ -9,7 +9,9 @@ from graphs import normal, parse
 from eptq_onnx.graph.kernels import faster, fits_blocks
 from eptq_onnx.runtime import LAYOUT_DOMAIN, Session, channel_block
 
-needs_blocks = pytest.mark.skipif(not channel_block(), reason="onnxruntime has no blocked layout on this machine")
+needs_blocks = pytest.mark.skipif(
+    not channel_block(), reason="onnxruntime has no blocked layout on this machine"
+)
 
 
 def _agrees(model, feeds):
@@ -25,13 +27,17 @@ def _blocked(model) -> int:
 
 
 @needs_blocks
-@pytest.mark.parametrize("attributes", ["", ", strides = [2, 1], pads = [1, 1, 0, 2]", ", dilations = [2, 2]"])
+@pytest.mark.parametrize(
+    "attributes", ["", ", strides = [2, 1], pads = [1, 1, 0, 2]", ", dilations = [2, 2]"]
+)
 def test_a_depthwise_conv_with_a_computed_weight(attributes):
     model = parse(
         f"g (float[3,32,9,8] x, float[32,1,3,3] w, float[32] b) => (float[N,C,H,W] y, float[N,C,H,W] r) {{ h = Relu (x)"
         f"  y = Conv <group = 32{attributes}> (h, w, b)  z = Conv <group = 32{attributes}> (h, w)  r = Relu (z) }}"
     )
-    result = _agrees(model, {"x": normal(3, 32, 9, 8), "w": normal(32, 1, 3, 3, seed=1), "b": normal(32, seed=2)})
+    result = _agrees(
+        model, {"x": normal(3, 32, 9, 8), "w": normal(32, 1, 3, 3, seed=1), "b": normal(32, seed=2)}
+    )
     assert _blocked(result) == 2
     # The image and the weight are put in blocks once.
     assert sum(node.op_type == "ReorderInput" for node in result.graph.node) == 2
@@ -45,7 +51,9 @@ def test_images_side_by_side_are_put_in_blocks_as_they_were():
         "{ y = Conv <group = 32> (x, w)  a = Reshape (x, side)  b = Reshape (dy, behind)  dw = Conv <group = 96> (a, b) }",
         {"side": np.array([1, 96, 6, 6]), "behind": np.array([96, 1, 4, 4])},
     )
-    result = _agrees(model, {"x": normal(3, 32, 6, 6), "dy": normal(3, 32, 4, 4, seed=1), "w": normal(32, 1, 3, 3, seed=2)})
+    result = _agrees(
+        model, {"x": normal(3, 32, 6, 6), "dy": normal(3, 32, 4, 4, seed=1), "w": normal(32, 1, 3, 3, seed=2)}
+    )
     assert _blocked(result) == 2
     assert sum(node.op_type == "ReorderInput" for node in result.graph.node) == 3
 
@@ -57,7 +65,9 @@ def test_images_side_by_side_are_put_in_blocks_as_they_were():
 )
 def test_other_convolutions_stay(channels, weight, group):
     size = ",".join(map(str, weight))
-    model = parse(f"g (float[2,{channels},5,5] x, float[{size}] w) => (float[N,C,H,W] y) {{ y = Conv <group = {group}> (x, w) }}")
+    model = parse(
+        f"g (float[2,{channels},5,5] x, float[{size}] w) => (float[N,C,H,W] y) {{ y = Conv <group = {group}> (x, w) }}"
+    )
     assert _blocked(_agrees(model, {"x": normal(2, channels, 5, 5), "w": normal(*weight)})) == 0
     assert not fits_blocks(weight, group)
 
@@ -69,12 +79,19 @@ def test_constant_convolutions_stay_in_blocks(first, second):
     model = parse(
         f"g (float[2,{first},9,8] x) => (float[N,C,H,W] y) {{ a = Conv <pads = [1, 1, 1, 1]> (x, w, b)  c = Clip (a, low, high)"
         f"  d = Conv <strides = [2, 2]> (c, v)  e = Sigmoid (d)  f = Mul (d, e)  y = Conv (f, u) }}",
-        {"w": normal(32, first, 3, 3), "b": normal(32), "v": normal(second, 32, 1, 1), "u": normal(8, second, 2, 1)}
+        {
+            "w": normal(32, first, 3, 3),
+            "b": normal(32),
+            "v": normal(second, 32, 1, 1),
+            "u": normal(8, second, 2, 1),
+        }
         | {"low": np.float32(0), "high": np.float32(0.5)},
     )
     result = _agrees(model, {"x": normal(2, first, 9, 8)})
     assert _blocked(result) == 3
-    assert [node.op_type for node in result.graph.node].count("ReorderInput") == (1 if first >= channel_block() else 0)
+    assert [node.op_type for node in result.graph.node].count("ReorderInput") == (
+        1 if first >= channel_block() else 0
+    )
     assert [node.op_type for node in result.graph.node].count("ReorderOutput") == 1
 
 
@@ -93,7 +110,12 @@ def test_a_loss_is_computed_in_blocks():
     )
     for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")
-    feeds = {"x": normal(2, 32, 8, 8), "w": normal(32, 1, 3, 3), "v": normal(64, 1, 3, 3), "f": normal(2, 64, 1, 1)}
+    feeds = {
+        "x": normal(2, 32, 8, 8),
+        "w": normal(32, 1, 3, 3),
+        "v": normal(64, 1, 3, 3),
+        "f": normal(2, 64, 1, 1),
+    }
     result = _agrees(model, feeds)
     kinds = [node.op_type for node in result.graph.node]
     # The image and two weights; the result and the means.
@@ -113,8 +135,14 @@ def test_what_is_read_in_both_layouts_is_reordered_once():
 
 
 def test_nothing_moves_without_a_convolution():
-    model = parse("g (float[2,32,5,5] x) => (float[N,C,H,W] y) { r = Relu (x)  p = MaxPool <kernel_shape = [2, 2]> (r)  y = Add (p, p) }")
-    assert [n.op_type for n in _agrees(model, {"x": normal(2, 32, 5, 5)}).graph.node] == ["Relu", "MaxPool", "Add"]
+    model = parse(
+        "g (float[2,32,5,5] x) => (float[N,C,H,W] y) { r = Relu (x)  p = MaxPool <kernel_shape = [2, 2]> (r)  y = Add (p, p) }"
+    )
+    assert [n.op_type for n in _agrees(model, {"x": normal(2, 32, 5, 5)}).graph.node] == [
+        "Relu",
+        "MaxPool",
+        "Add",
+    ]
 
 
 @pytest.mark.parametrize("opset", [17, 18])
@@ -132,5 +160,9 @@ def test_sums_of_squares_over_images(opset, keepdims):
 
 
 def test_sums_of_squares_over_other_axes_stay():
-    model = parse("g (float[2,5,6,7] x) => (float[C] y) { y = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (x) }")
-    assert "ReduceSumSquare" in {node.op_type for node in _agrees(model, {"x": normal(2, 5, 6, 7)}).graph.node}
+    model = parse(
+        "g (float[2,5,6,7] x) => (float[C] y) { y = ReduceSumSquare <axes = [0, 2, 3], keepdims = 0> (x) }"
+    )
+    assert "ReduceSumSquare" in {
+        node.op_type for node in _agrees(model, {"x": normal(2, 5, 6, 7)}).graph.node
+    }

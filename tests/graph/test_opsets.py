@@ -68,16 +68,26 @@ class Net:
             inputs += [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in initializers]
         self.nodes[-1].output[0] = output
         graph = helper.make_graph(
-            self.nodes, "g", inputs, [helper.make_tensor_value_info(output, TensorProto.FLOAT, [None] * (rank or len(shape)))], initializers
+            self.nodes,
+            "g",
+            inputs,
+            [helper.make_tensor_value_info(output, TensorProto.FLOAT, [None] * (rank or len(shape)))],
+            initializers,
         )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=IR_VERSIONS[self.opset])
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=IR_VERSIONS[self.opset]
+        )
 
 
 def network(opset: int) -> ModelProto:
-    """Conv, BatchNormalization, Clip, Pad, Upsample, Slice, pools, Dropout, reductions, Split, Softmax, each in its form of the time."""
+    """Conv, BatchNormalization, Clip, Pad, Upsample, Slice, pools, Dropout, reductions, Split, Softmax, each
+    in its form of the time."""
     net = Net(opset)
     c = net.add("Conv", "x", net.constant(normal(8, 3, 3, 3)), pads=[1] * 4)
-    statistics = [net.constant(v) for v in (normal(8, seed=1), normal(8, seed=2), normal(8, seed=3), np.abs(normal(8, seed=4)) + 0.5)]
+    statistics = [
+        net.constant(v)
+        for v in (normal(8, seed=1), normal(8, seed=2), normal(8, seed=3), np.abs(normal(8, seed=4)) + 0.5)
+    ]
     c = net.add("BatchNormalization", c, *statistics, **({"spatial": 1} if opset < 9 else {}))
     c = net.either(11, "Clip", c, min=np.float32(0), max=np.float32(6))
     c = net.either(11, "Pad", c, pads=np.array([0, 0, 1, 1, 0, 0, 1, 1]))
@@ -91,11 +101,18 @@ def network(opset: int) -> ModelProto:
         modes = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
         c = net.add("Resize", c, net.constant(np.zeros(0, np.float32)), net.constant(scales), **modes)
     c = net.either(10, "Slice", c, starts=np.array([0, 0]), ends=np.array([8, 8]), axes=np.array([2, 3]))
-    c = net.add("AveragePool", net.add("MaxPool", c, kernel_shape=[2, 2], strides=[2, 2]), kernel_shape=[2, 2], strides=[2, 2])
+    c = net.add(
+        "AveragePool",
+        net.add("MaxPool", c, kernel_shape=[2, 2], strides=[2, 2]),
+        kernel_shape=[2, 2],
+        strides=[2, 2],
+    )
     c = net.add("Dropout", c) if opset >= 12 else net.add("Dropout", c, ratio=0.5)
     axes = np.array([1])
     mean = net.either(18, "ReduceMean", c, axes=axes)
-    mean = net.either(13, "Squeeze", net.either(13, "Unsqueeze", mean, axes=np.array([0])), axes=np.array([0]))
+    mean = net.either(
+        13, "Squeeze", net.either(13, "Unsqueeze", mean, axes=np.array([0])), axes=np.array([0])
+    )
     c = net.add("Add", c, net.either(13, "ReduceSum", mean, axes=axes))
     if opset < 13:
         net.add("Split", c, out=2, axis=1, split=[4, 4])
@@ -132,13 +149,24 @@ def test_every_opset_is_quantized_and_kept(opset):
     np.testing.assert_allclose(Session(runnable(result.model)).run({"x": X})["y"], expected, atol=0.1)
 
 
-def old(opset: int, op_type: str, *inputs: object, shape: tuple[int, ...] = (2, 3, 6, 6), out: int = 1, **attributes: object) -> ModelProto:
+def old(
+    opset: int,
+    op_type: str,
+    *inputs: object,
+    shape: tuple[int, ...] = (2, 3, 6, 6),
+    out: int = 1,
+    **attributes: object,
+) -> ModelProto:
     net = Net(opset)
     net.add(op_type, "x", *(net.constant(v) for v in inputs), out=out, **attributes)
     return net.model(list(shape), "y")
 
 
-GROW, SHRINK, PLACES = np.float32([1, 1, 2.5, 1.5]), np.float32([1, 1, 0.5, 0.7]), np.abs(normal(3, 6, 6)) + 0.5
+GROW, SHRINK, PLACES = (
+    np.float32([1, 1, 2.5, 1.5]),
+    np.float32([1, 1, 0.5, 0.7]),
+    np.abs(normal(3, 6, 6)) + 0.5,
+)
 
 
 @pytest.mark.parametrize(
@@ -167,11 +195,15 @@ def test_old_forms_mean_what_they_meant(model):
     x = normal(2, 3, 6, 6, scale=1)
     converted = normalize(model, 13)
     assert opset_of(converted) == 13
-    np.testing.assert_allclose(Session(converted).run({"x": x})["y"], Session(model).run({"x": x})["y"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        Session(converted).run({"x": x})["y"], Session(model).run({"x": x})["y"], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_what_no_later_operator_does_is_told():
-    with pytest.raises(ModelError, match=r"a Resize of opset 10, may grow and shrink.*export the model with opset 11"):
+    with pytest.raises(
+        ModelError, match=r"a Resize of opset 10, may grow and shrink.*export the model with opset 11"
+    ):
         normalize(old(10, "Resize", np.float32([1, 1, 0.5, 2]), mode="nearest"), 13)
     with pytest.raises(ModelError, match="opset 7 cannot be converted to 13"):
         opsets.converted(old(7, "BatchNormalization", *[PLACES] * 4, spatial=0), 13)
@@ -195,7 +227,9 @@ def test_operators_that_are_too_young_are_written_in_older_ones():
     x = normal(16, 4, 6, scale=1)
     hidden = x @ normal(6, 6)
     hidden = hidden / np.sqrt(np.square(hidden).mean(axis=-1, keepdims=True) + 1e-5) * np.linspace(0.5, 2, 6)
-    np.testing.assert_allclose(Session(older).run({"x": x})["y"], hidden @ normal(6, 5, seed=1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        Session(older).run({"x": x})["y"], hidden @ normal(6, 5, seed=1), rtol=1e-4, atol=1e-5
+    )
     result = eptq_onnx.quantize(model, {"x": x}, Config(preset="fast"))
     assert opset_of(result.model) == 23
     assert len(result.report.layers) == 2
@@ -204,11 +238,16 @@ def test_operators_that_are_too_young_are_written_in_older_ones():
 def test_what_has_no_definition_in_older_operators_is_told():
     net = Net(24)
     net.add("TensorScatter", "x", net.constant(normal(2, 3, 1, 6)))
-    with pytest.raises(ModelError, match="TensorScatter of opset 24, which the installed onnxruntime does not read"):
+    with pytest.raises(
+        ModelError, match="TensorScatter of opset 24, which the installed onnxruntime does not read"
+    ):
         opsets.within(net.model([2, 3, 6, 6], "y"), 13, 21, 10)
 
 
-@pytest.mark.parametrize(("opset", "inner"), [(10, 'Resize <mode = "nearest"> (h, s)'), (9, "Upsample (h, s)"), (11, "Hardmax (h)")])
+@pytest.mark.parametrize(
+    ("opset", "inner"),
+    [(10, 'Resize <mode = "nearest"> (h, s)'), (9, "Upsample (h, s)"), (11, "Hardmax (h)")],
+)
 def test_what_a_body_would_do_otherwise_in_a_later_opset_is_told(opset, inner):
     graph = f"""g (float[1,1,2,2] x, bool c) => (float[N,M,H,W] y) {{
         h = Relu (x)
@@ -231,7 +270,9 @@ def test_matrix_products_of_opset_21_are_quantized(activation_bits):
         opset=21,
     )
     model.ir_version = 10
-    result = eptq_onnx.quantize(model, {"x": normal(32, 4, 8, seed=2)}, Config(preset="fast", activation_bits=activation_bits))
+    result = eptq_onnx.quantize(
+        model, {"x": normal(32, 4, 8, seed=2)}, Config(preset="fast", activation_bits=activation_bits)
+    )
     assert opset_of(result.model) == 21
     assert result.report.verification.outputs["y"] > 25
     assert len(result.report.layers) == 2
@@ -246,4 +287,6 @@ def test_group_normalization_of_opset_21_is_written_in_older_operators():
     x = normal(8, 4, 3, seed=3)
     older = opsets.within(model, 13, 20, 9)
     assert opset_of(older) == 20
-    np.testing.assert_allclose(Session(older).run({"x": x})["y"], Session(model).run({"x": x})["y"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        Session(older).run({"x": x})["y"], Session(model).run({"x": x})["y"], rtol=1e-4, atol=1e-5
+    )

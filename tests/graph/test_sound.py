@@ -1,4 +1,5 @@
-"""What onnxruntime runs in spite of damage goes through; what it refuses or does not survive is refused in a sentence."""
+"""What onnxruntime runs in spite of damage goes through; what it refuses or does not survive is refused in a
+sentence."""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ def test_the_written_ir_version_is_one_that_loads(ir_version):
 @pytest.mark.parametrize("typed", [True, False])
 def test_an_input_that_is_an_output_is_quantized_for_its_readers_only(typed):
     model = parse(
-        "g (float[N,6] x) => (float[N,4] y) { h = Gemm (x, w) r = Relu (h) y = Gemm (r, v) }", {"w": normal(6, 8), "v": normal(8, 4)}
+        "g (float[N,6] x) => (float[N,4] y) { h = Gemm (x, w) r = Relu (h) y = Gemm (r, v) }",
+        {"w": normal(6, 8), "v": normal(8, 4)},
     )
     output = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 6])
     model.graph.output.append(output if typed else onnx.ValueInfoProto(name="x"))

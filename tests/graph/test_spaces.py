@@ -52,14 +52,18 @@ def mixed_at_random(model: ModelProto, seed: int = 0) -> tuple[ModelProto, Chann
     for k, members in enumerate(spaces.members):
         matrix = np.linalg.qr(rng.normal(size=(len(members),) * 2))[0] * rng.uniform(0.5, 2, len(members))
         inverse = np.linalg.inv(matrix)
-        values |= {a.constant: spaces.mixed(a, values[a.constant], k, matrix, inverse) for a in spaces.absorbers}
+        values |= {
+            a.constant: spaces.mixed(a, values[a.constant], k, matrix, inverse) for a in spaces.absorbers
+        }
     return edit.with_constants(model, values), channels, spaces
 
 
 def members(channels: Channels, spaces: Spaces, tensor: str) -> int:
     """How many channels of a tensor are in a space."""
     known = channels.of(tensor)
-    return sum(spaces.places(known[0], k).size for k in range(len(spaces.members))) if known is not None else 0
+    return (
+        sum(spaces.places(known[0], k).size for k in range(len(spaces.members))) if known is not None else 0
+    )
 
 
 def test_every_linear_operator_has_a_case():

@@ -33,7 +33,13 @@ def test_producers_readers_constants_and_shapes():
 
 
 def test_reachability_stops_at_blocked_nodes():
-    view = GraphView(named(parse("g (float[N] x) => (float[N] d) { a = Relu (x)  b = Tanh (a)  c = Relu (b)  d = Add (c, x) }")))
+    view = GraphView(
+        named(
+            parse(
+                "g (float[N] x) => (float[N] d) { a = Relu (x)  b = Tanh (a)  c = Relu (b)  d = Add (c, x) }"
+            )
+        )
+    )
     assert view.downstream(["a"]) == {"a", "b", "c", "d"}
     assert view.downstream(["a"], frozenset({"n1"})) == {"a"}
     assert view.upstream(["c"]) == {"c", "b", "a", "x"}
@@ -83,7 +89,13 @@ def test_specialize_fixes_all_shapes_and_prune_drops_the_rest():
     assert GraphView(fixed).static_shape("s") == (2, 8, 8, 8)
     edit.set_outputs(fixed, ["a1"])
     edit.prune(fixed)
-    assert [n.op_type for n in fixed.graph.node] == ["Conv", "BatchNormalization", "Constant", "Constant", "Clip"]
+    assert [n.op_type for n in fixed.graph.node] == [
+        "Conv",
+        "BatchNormalization",
+        "Constant",
+        "Constant",
+        "Clip",
+    ]
     assert "w4" not in GraphView(fixed).initializers
 
 

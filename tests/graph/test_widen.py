@@ -79,7 +79,8 @@ def test_a_float32_model_is_left_alone():
 
 def test_the_lowest_double_stays_finite():
     model = parse(
-        "g (double[N,3] x) => (double[N,3] y) { y = Add (x, fill) }", {"fill": np.array([np.finfo(np.float64).min, -np.inf, 1.0])}
+        "g (double[N,3] x) => (double[N,3] y) { y = Add (x, fill) }",
+        {"fill": np.array([np.finfo(np.float64).min, -np.inf, 1.0])},
     )
     fill = GraphView(widen(model)).constant("fill")
     np.testing.assert_array_equal(fill, np.float32([np.finfo(np.float32).min, -np.inf, 1]))

@@ -30,7 +30,9 @@ def test_the_program_is_solved_exactly(text):
     for k in range(5):
         errors = np.sort(rng.uniform(0, 1, 3))[::-1] * 10.0 ** rng.integers(-2, 3)
         weights[f"w{k}"] = Candidates(
-            int(rng.integers(10, 50)), dict(zip((2, 3, 4), errors.tolist(), strict=True)), float(rng.integers(100, 400))
+            int(rng.integers(10, 50)),
+            dict(zip((2, 3, 4), errors.tolist(), strict=True)),
+            float(rng.integers(100, 400)),
         )
     budget = Budget.model_validate(text)
     total = sum(w.size for w in weights.values())
@@ -65,7 +67,9 @@ def test_widths_meet_the_budget_and_leave_the_rest_of_the_plan_alone():
     p = plan(model, TARGET, config)
     samples = data.read({"image": images(32)}, model)
     calibration = calibrate(model, p, samples, config, silent)
-    mixed = allocate(Network(model, p, calibration), Selection(samples, np.arange(32)), TARGET, budget, config, silent)
+    mixed = allocate(
+        Network(model, p, calibration), Selection(samples, np.arange(32)), TARGET, budget, config, silent
+    )
     view = GraphView(model)
     sizes = {n: view.constant(n).size for n in p.weight_specs}
     mean = sum(sizes[n] * s.bits for n, s in mixed.weight_specs.items()) / sum(sizes.values())
@@ -76,16 +80,21 @@ def test_widths_meet_the_budget_and_leave_the_rest_of_the_plan_alone():
 
 def test_effects_are_those_on_samples_that_the_rounding_has_not_seen():
     config = Config()
-    model = normalize(parse("g (float[N,96] x) => (float[N,10] y) { y = MatMul (x, w) }", {"w": normal(96, 10)}), 13)
+    model = normalize(
+        parse("g (float[N,96] x) => (float[N,10] y) { y = MatMul (x, w) }", {"w": normal(96, 10)}), 13
+    )
     p = plan(model, TARGET, config)
     effects = {}
     for count in (64, 2048):
         samples = data.read({"x": normal(count, 96, seed=1)}, model)
         calibration = calibrate(model, p, samples, config, silent)
-        [found] = candidates(Network(model, p, calibration), Selection(samples, np.arange(count)), TARGET, config, silent).values()
+        [found] = candidates(
+            Network(model, p, calibration), Selection(samples, np.arange(count)), TARGET, config, silent
+        ).values()
         effects[count] = found.effects
     for bits in (2, 3, 4):
-        # 96 terms can be made to fit 64 rows: measured on these, the error would be less than half of what it is.
+        # 96 terms can be made to fit 64 rows: measured on these, the error would be less than half of what it
+        # is.
         assert 0.9 < effects[64][bits] / effects[2048][bits] < 2
 
 
@@ -98,7 +107,9 @@ def test_errors_that_add_up_over_positions_are_counted_as_such():
         p = plan(model, TARGET, config)
         samples = data.read({"x": flat}, model)
         calibration = calibrate(model, p, samples, config, silent)
-        [found] = candidates(Network(model, p, calibration), Selection(samples, np.arange(64)), TARGET, config, silent).values()
+        [found] = candidates(
+            Network(model, p, calibration), Selection(samples, np.arange(64)), TARGET, config, silent
+        ).values()
         effects.append(found.effects)
     # The error is the same at all positions of a flat image: their mean has all of it.
     for bits in (2, 4, 8):
@@ -113,7 +124,9 @@ def test_a_weight_that_fits_the_grid_at_the_measured_width_needs_no_more():
     p = plan(model, TARGET, config)
     samples = data.read({"x": normal(64, 24, seed=1)}, model)
     calibration = calibrate(model, p, samples, config, silent)
-    [found] = candidates(Network(model, p, calibration), Selection(samples, np.arange(64)), TARGET, config, silent).values()
+    [found] = candidates(
+        Network(model, p, calibration), Selection(samples, np.arange(64)), TARGET, config, silent
+    ).values()
     assert found.effects[4] < 1e-6
     # In units of the variance of the output: 4 levels of 16 do some harm.
     assert 1e-3 < found.effects[2] < 1
@@ -121,8 +134,13 @@ def test_a_weight_that_fits_the_grid_at_the_measured_width_needs_no_more():
 
 def test_mixed_widths_beat_uniform_ones_of_the_same_size(models_folder):
     results = {}
-    for name, options in {"mixed": {"budget": "weights=3"}, "uniform": {"weight_bits": 3, "edge_bits": 3}}.items():
+    for name, options in {
+        "mixed": {"budget": "weights=3"},
+        "uniform": {"weight_bits": 3, "edge_bits": 3},
+    }.items():
         config = Config(steps=0, activation_bits=8, **options)
-        results[name] = eptq_onnx.quantize(models_folder / "digits_mobile.onnx", models_folder / "digits_calib.npz", config)
+        results[name] = eptq_onnx.quantize(
+            models_folder / "digits_mobile.onnx", models_folder / "digits_calib.npz", config
+        )
     sqnr = {name: next(iter(r.report.verification.outputs.values())) for name, r in results.items()}
     assert sqnr["mixed"] > sqnr["uniform"] + 1

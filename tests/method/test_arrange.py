@@ -31,8 +31,14 @@ def test_samples_that_do_not_disturb_each_other_go_into_one_batch():
 @pytest.mark.parametrize(
     ("body", "why"),
     [
-        ("m = ReduceMean <axes = [0]> (x)  d = Sub (x, m)  y = MatMul (d, w)", "two in one batch give another y than two runs"),
-        ("m = ReduceMax <axes = [0, 1, 2]> (x)  d = Div (x, m)  y = MatMul (d, w)", "two in one batch give another y than two runs"),
+        (
+            "m = ReduceMean <axes = [0]> (x)  d = Sub (x, m)  y = MatMul (d, w)",
+            "two in one batch give another y than two runs",
+        ),
+        (
+            "m = ReduceMax <axes = [0, 1, 2]> (x)  d = Div (x, m)  y = MatMul (d, w)",
+            "two in one batch give another y than two runs",
+        ),
         ("r = Reshape (x, one)  y = MatMul (r, w)", "two in one batch"),
     ],
     ids=["mean of the batch", "largest of the batch", "batch written in"],
@@ -72,8 +78,14 @@ def test_one_array_may_be_one_run():
 
 
 def test_what_runs_nowhere_is_told_in_a_sentence_about_batches():
-    with pytest.raises(DataError, match=r"does not run on one sample of the calibration data \(x: \(1, 4, 6\)\).*--batch-axis NAME=AXIS"):
-        arranged("g (float[N,4,6] x) => (float[M,5] y) { r = Reshape (x, odd)  y = MatMul (r, w) }", odd=np.array([7, 6]))
+    with pytest.raises(
+        DataError,
+        match=r"does not run on one sample of the calibration data \(x: \(1, 4, 6\)\).*--batch-axis NAME=AXIS",
+    ):
+        arranged(
+            "g (float[N,4,6] x) => (float[M,5] y) { r = Reshape (x, odd)  y = MatMul (r, w) }",
+            odd=np.array([7, 6]),
+        )
 
 
 DRAWS = {
@@ -120,13 +132,18 @@ def test_what_is_replayed_is_what_was_recorded(body):
 
 
 def test_random_numbers_are_no_constants():
-    model = normalize(parse("g (float[N,4] x) => (float[N,4] y) { e = RandomNormal <shape = [1, 4]> ()  y = Add (x, e) }"), 13)
+    model = normalize(
+        parse("g (float[N,4] x) => (float[N,4] y) { e = RandomNormal <shape = [1, 4]> ()  y = Add (x, e) }"),
+        13,
+    )
     assert [n.op_type for n in model.graph.node] == ["RandomNormal", "Add"]
     assert [p.name for p in replay.places_of(model, recorded)] == [f"recorded/{model.graph.node[0].name}/0"]
 
 
 def test_a_choice_that_no_float_follows_from_is_not_recorded():
-    model = normalize(parse("g (float[N,4,6] x) => (int64[N,4] y) { y = ArgMax <axis = 2, keepdims = 0> (x) }"), 13)
+    model = normalize(
+        parse("g (float[N,4,6] x) => (int64[N,4] y) { y = ArgMax <axis = 2, keepdims = 0> (x) }"), 13
+    )
     assert replay.places_of(model, recorded) == ()
 
 

@@ -48,7 +48,11 @@ def test_mse_range_is_near_the_best_by_brute_force():
         params = quant_math.activation_params(low, high, UINT4.spec)
         return float(np.square(values - quant_math.fake_quantize(values, params, UINT4.spec)).mean())
 
-    best = min(error(values.min() * a, values.max() * b) for a in np.linspace(0.1, 1, 40) for b in np.linspace(0.1, 1, 40))
+    best = min(
+        error(values.min() * a, values.max() * b)
+        for a in np.linspace(0.1, 1, 40)
+        for b in np.linspace(0.1, 1, 40)
+    )
     assert error(*mse_range(histogram, UINT4, Config())) < best * 1.05
     assert best < error(values.min(), values.max()) * 0.7
 
@@ -63,7 +67,8 @@ def test_percentile_cuts_the_tails():
 
 def test_values_of_one_sign_start_at_zero():
     params = quant_math.activation_params(
-        *mse_range(filled(np.abs(np.random.default_rng(0).normal(size=(1, 5000)))), UINT8, Config()), UINT8.spec
+        *mse_range(filled(np.abs(np.random.default_rng(0).normal(size=(1, 5000)))), UINT8, Config()),
+        UINT8.spec,
     )
     assert params.zero_point == 0
 
@@ -105,7 +110,9 @@ def test_the_range_of_a_tensor_looks_through_the_function_that_reads_it():
     assert p.quantizer_of["m"].through == "m"
     result = calibrate(model, p, data.read(images(20), model), Config(), silent)
     a = result.activations["a"]
-    plain = calibrate(model, p, data.read(images(20), model), Config(activation_range="minmax"), silent).activations["a"]
+    plain = calibrate(
+        model, p, data.read(images(20), model), Config(activation_range="minmax"), silent
+    ).activations["a"]
     assert float((0 - a.zero_point) * a.scale) > 0.5 * float((0 - plain.zero_point) * plain.scale)
     assert float(a.scale) < 0.75 * float(plain.scale)
 
@@ -115,13 +122,19 @@ def test_a_tensor_with_two_ways_out_counts_by_itself():
         "g (float[N,3,8,8] x) => (float[N,4,6,6] y, float[N,4,6,6] z)"
         " { a = Conv (x, w)  s = Sigmoid (a)  y = Conv (s, v)  z = Conv (a, v) }"
     )
-    p = plan(normalize(parse(text, {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 1, 1)}), 13), targets.load("ort-x64"), Config())
+    p = plan(
+        normalize(parse(text, {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 1, 1)}), 13),
+        targets.load("ort-x64"),
+        Config(),
+    )
     assert p.quantizer_of["a"].through == "a"
 
 
 def test_important_channels_get_the_range_that_suits_them():
     """A loud channel that does not matter is clipped for the sake of a quiet one that does."""
-    values = np.random.default_rng(0).normal(size=(16, 2, 20, 20)).astype(np.float32) * np.array([10, 0.1], np.float32).reshape(1, 2, 1, 1)
+    values = np.random.default_rng(0).normal(size=(16, 2, 20, 20)).astype(np.float32) * np.array(
+        [10, 0.1], np.float32
+    ).reshape(1, 2, 1, 1)
     equal, weighted = Histogram(), Histogram()
     equal.add(values)
     weighted.add(values, importance=np.array([1e-6, 1], np.float32), axis=1)

@@ -1,4 +1,5 @@
-"""What choices by value are made from stays float where other choices would spoil the outputs, and that costs little."""
+"""What choices by value are made from stays float where other choices would spoil the outputs, and that costs
+little."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def chooser(kind: str, seed: int, *, behind: bool = True):
     text = f"""g (float[N,{PLACES},{WIDTH}] x) => (float[] y) {{
         a = MatMul (x, w0)  b = Relu (a)  h = MatMul (b, w1)  s = MatMul (h, w2)  {CHOICES[kind]}  {head} }}"""
     sizes = [(WIDTH, 24), (24, WIDTH), (WIDTH, 6), (WIDTH, 24), (24, 4)]
-    constants = {f"w{k}": normal(*size, seed=5 * seed + k, scale=size[0] ** -0.5) for k, size in enumerate(sizes)}
+    constants = {
+        f"w{k}": normal(*size, seed=5 * seed + k, scale=size[0] ** -0.5) for k, size in enumerate(sizes)
+    }
     constants |= {
         "four": np.array([4]),
         "two": np.array([2]),
@@ -80,7 +83,10 @@ def test_where_the_path_is_most_of_a_large_network_a_note_says_what_choices_cost
     monkeypatch.setattr(settle, "_SHARE", 0.05)
     result = eptq_onnx.quantize(chooser(kind, 0), samples_of(128, 100), FAST, progress=silent)
     assert len(result.report.layers) >= 5
-    assert any("dB noisier than with those of the float model: what they are made from is most" in n for n in result.report.notes)
+    assert any(
+        "dB noisier than with those of the float model: what they are made from is most" in n
+        for n in result.report.notes
+    )
 
 
 @pytest.mark.parametrize("kind", ["TopK", "ArgMax"])

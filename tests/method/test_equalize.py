@@ -23,7 +23,8 @@ SPREAD = np.geomspace(0.02, 2, 8).astype(np.float32)
 
 
 def uneven(depthwise: bool = True):
-    """Loud and faint channels, to which the last layer listens all the same if that in the middle takes each on its own."""
+    """Loud and faint channels, to which the last layer listens all the same if that in the middle takes each
+    on its own."""
     middle = normal(8, 1, 3, 3, seed=2) if depthwise else normal(8, 8, 3, 3, seed=2, scale=0.2)
     return parse(
         "g (float[N,3,8,8] x) => (float[N,4,6,6] y) {"
@@ -35,7 +36,10 @@ def uneven(depthwise: bool = True):
             "b1": normal(8, seed=4, scale=0.2) * SPREAD,
             "w2": middle.astype(np.float32),
             "slope": normal(8, 1, 1, seed=5, scale=0.2),
-            "w3": (normal(4, 8, 1, 1, seed=3, scale=0.3) / (SPREAD if depthwise else np.ones_like(SPREAD)).reshape(1, 8, 1, 1)),
+            "w3": (
+                normal(4, 8, 1, 1, seed=3, scale=0.3)
+                / (SPREAD if depthwise else np.ones_like(SPREAD)).reshape(1, 8, 1, 1)
+            ),
         },
     )
 
@@ -52,7 +56,12 @@ class Case:
         calibration = calibrate(model, self.plan, self.samples, self.config, silent)
         weights = self.plan.weight_specs
         return score(
-            Network(model, self.plan, calibration), Selection(self.samples, np.arange(24)), weights, self.engine, self.config, silent
+            Network(model, self.plan, calibration),
+            Selection(self.samples, np.arange(24)),
+            weights,
+            self.engine,
+            self.config,
+            silent,
         )
 
     def equalized(self, scores="own"):
@@ -87,22 +96,35 @@ def test_faint_channels_are_widened(case):
 
 
 def test_scores_are_those_of_the_scaled_model(case):
-    """The signs are drawn alike, so that the scores of the new model are the rescaled ones up to float rounding."""
+    """The signs are drawn alike, so that the scores of the new model are the rescaled ones up to float
+    rounding."""
     model, rescaled, _, _ = case.equalized()
     anew = case.scored(model)
     for name in case.scores.channels:
-        np.testing.assert_allclose(rescaled.channels[name], anew.channels[name], rtol=1e-3, atol=1e-6 * anew.channels[name].max())
+        np.testing.assert_allclose(
+            rescaled.channels[name], anew.channels[name], rtol=1e-3, atol=1e-6 * anew.channels[name].max()
+        )
     for name in case.scores.outputs:
-        np.testing.assert_allclose(rescaled.outputs[name], anew.outputs[name], rtol=1e-3, atol=1e-5 * np.abs(anew.outputs[name]).max())
+        np.testing.assert_allclose(
+            rescaled.outputs[name],
+            anew.outputs[name],
+            rtol=1e-3,
+            atol=1e-5 * np.abs(anew.outputs[name]).max(),
+        )
     for name in case.scores.weights:
-        np.testing.assert_allclose(rescaled.weights[name], anew.weights[name], rtol=2e-3, atol=1e-5 * anew.weights[name].max())
+        np.testing.assert_allclose(
+            rescaled.weights[name], anew.weights[name], rtol=2e-3, atol=1e-5 * anew.weights[name].max()
+        )
 
 
 def test_weights_with_few_bits_pay_and_are_spared(engine):
-    """A dense layer reads the channels: at 2 bits their steps cost more than the rounding of 8-bit activations."""
+    """A dense layer reads the channels: at 2 bits their steps cost more than the rounding of 8-bit
+    activations."""
     factors = {}
     for bits in (8, 2):
-        case = Case(engine, Config(batch_size=8, probes=8, weight_bits=bits, edge_bits=bits), uneven(depthwise=False))
+        case = Case(
+            engine, Config(batch_size=8, probes=8, weight_bits=bits, edge_bits=bits), uneven(depthwise=False)
+        )
         factors[bits] = case.equalized()[2].get("r", 1.0)
     assert factors[2] < 0.75 * factors[8]
 
@@ -110,7 +132,10 @@ def test_weights_with_few_bits_pay_and_are_spared(engine):
 def test_nothing_to_gain_changes_nothing(engine):
     even = parse(
         "g (float[N,3,8,8] x) => (float[N,4,6,6] y) { a = Conv (x, w1)  r = Relu (a)  y = Conv (r, w2) }",
-        {"w1": np.tile(normal(1, 3, 3, 3, seed=1), (8, 1, 1, 1)), "w2": np.tile(normal(4, 1, 1, 1, seed=2), (1, 8, 1, 1))},
+        {
+            "w1": np.tile(normal(1, 3, 3, 3, seed=1), (8, 1, 1, 1)),
+            "w2": np.tile(normal(4, 1, 1, 1, seed=2), (1, 8, 1, 1)),
+        },
     )
     case = Case(engine, Config(batch_size=8, probes=8), even)
     model, scores, scaled, _ = case.equalized()
@@ -149,7 +174,10 @@ def test_what_is_cut_off_is_measured():
 @pytest.mark.parametrize("preset", ["fast", "balanced"])
 def test_integers_serve_the_outputs_better(preset):
     config = Config(preset=preset, steps=0, probes=4)
-    results = [eptq_onnx.quantize(uneven(), {"x": images(48)}, config.model_copy(update={"equalize": e})) for e in (False, True)]
+    results = [
+        eptq_onnx.quantize(uneven(), {"x": images(48)}, config.model_copy(update={"equalize": e}))
+        for e in (False, True)
+    ]
     without, with_ = (r.report.verification.outputs["y"] for r in results)
     assert with_ > without + 6
     assert [set(r.report.equalized) >= {"r", "p"} for r in results] == [False, True]
@@ -157,8 +185,16 @@ def test_integers_serve_the_outputs_better(preset):
 
 
 def test_a_tensor_of_unknown_channels_that_shares_a_range_keeps_the_others_as_they_are(case):
-    quantizers = tuple(replace(q, tensors=(*q.tensors, "elsewhere")) if q.name == "r" else q for q in case.plan.activations)
+    quantizers = tuple(
+        replace(q, tensors=(*q.tensors, "elsewhere")) if q.name == "r" else q for q in case.plan.activations
+    )
     _, _, scaled, _ = equalize(
-        case.model, case.model, replace(case.plan, activations=quantizers), case.samples, case.scores, case.config, silent
+        case.model,
+        case.model,
+        replace(case.plan, activations=quantizers),
+        case.samples,
+        case.scores,
+        case.config,
+        silent,
     )
     assert "r" not in scaled

@@ -28,7 +28,10 @@ def test_multiplications_are_those_of_one_sample(case):
     sizes = {i.name: tuple(i.dims) for i in model.graph.initializer}
     # Every position of an output takes the whole weight.
     outputs = Session(edit.exposing(model, [x.output for x in p.layers])).run(samples.take(np.arange(4)))
-    wanted = {x.node: np.prod(sizes[x.weight]) * outputs[x.output][0].size / outputs[x.output].shape[x.output_axis] for x in p.layers}
+    wanted = {
+        x.node: np.prod(sizes[x.weight]) * outputs[x.output][0].size / outputs[x.output].shape[x.output_axis]
+        for x in p.layers
+    }
     assert multiplications(model, p, samples) == pytest.approx(wanted)
 
 
@@ -47,7 +50,9 @@ def test_better_presets_cost_more():
     for preset in ("fast", "balanced", "best"):
         found = []
         with pytest.raises(Stop):
-            eptq_onnx.quantize(small_convnet(), images(24), Config(preset=preset), progress=stopping_at_estimate(found))
+            eptq_onnx.quantize(
+                small_convnet(), images(24), Config(preset=preset), progress=stopping_at_estimate(found)
+            )
         told[preset] = str(found[0])
         assert found[0].seconds == pytest.approx(sum(found[0].shares.values()))
     assert "no optimization steps" in told["fast"]
@@ -79,7 +84,13 @@ def test_the_report_tells_what_was_expected():
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(3, "less than 10 seconds"), (42, "about 42 seconds"), (125, "about 2 minutes"), (5400, "about 90 minutes"), (9000, "about 2 hours")],
+    [
+        (3, "less than 10 seconds"),
+        (42, "about 42 seconds"),
+        (125, "about 2 minutes"),
+        (5400, "about 90 minutes"),
+        (9000, "about 2 hours"),
+    ],
 )
 def test_durations_are_round(seconds, text):
     assert str(Estimate(seconds, 7)) == f"{text}, at most 7 optimization steps"

@@ -27,7 +27,8 @@ AS_IT_IS = SimpleNamespace(executed=lambda written, read_as: written)
 
 
 def unbalanced():
-    """A chain in which one tensor has a channel a thousand times louder than the others, that nobody listens to."""
+    """A chain in which one tensor has a channel a thousand times louder than the others, that nobody listens
+    to."""
     body, x = [], "x"
     constants = {}
     for k in range(DEPTH):
@@ -52,7 +53,13 @@ def found(case, **options):
 
     quantized = partial(with_activations, State(model, model, p, calibration), AS_IT_IS)
 
-    return sensitive_activations(Network(model, p, calibration), quantized, Selection(samples, np.arange(16)), Config(**options), silent)
+    return sensitive_activations(
+        Network(model, p, calibration),
+        quantized,
+        Selection(samples, np.arange(16)),
+        Config(**options),
+        silent,
+    )
 
 
 def test_the_unbalanced_tensor_is_found(case):
@@ -67,8 +74,12 @@ def test_the_ratio_is_the_error_of_the_outputs_in_units_of_their_spread(case):
     model, p, samples, calibration = case
     alone, read_as = with_activations(State(model, model, p, calibration), AS_IT_IS, ["a5"])
     feeds, output = samples.take(range(16)), f"r{DEPTH - 1}"
-    exact, got = (Session(m).run(feeds)[name] for m, name in ((model, output), (alone, read_as.get(output, output))))
-    assert found(case, max_noise=0.1)["a5"] == pytest.approx(np.square(exact - got).mean() / exact.var(), rel=1e-3)
+    exact, got = (
+        Session(m).run(feeds)[name] for m, name in ((model, output), (alone, read_as.get(output, output)))
+    )
+    assert found(case, max_noise=0.1)["a5"] == pytest.approx(
+        np.square(exact - got).mean() / exact.var(), rel=1e-3
+    )
 
 
 def test_some_layer_is_quantized_whatever_the_noise():
@@ -102,7 +113,8 @@ def test_quiet_quantizers_take_one_run():
 
 
 @pytest.mark.parametrize(
-    ("most", "names"), [(0.3, ["q40"]), (0.1, ["q40", "q41"]), (0.02, ["q40", "q41", "q90"]), (1e-6, ["q40", "q41", "q90"])]
+    ("most", "names"),
+    [(0.3, ["q40"]), (0.1, ["q40", "q41"]), (0.02, ["q40", "q41", "q90"]), (1e-6, ["q40", "q41", "q90"])],
 )
 def test_the_noisiest_go_until_the_rest_keep_within_the_limit_or_none_stands_out(most, names):
     noise = Noise(RATIO)
@@ -116,9 +128,12 @@ def test_noise_all_over_names_nobody():
 
 
 def test_no_more_are_named_than_it_takes_where_noise_does_not_add_up():
-    # Together only the loudest is heard: alone all three stand out, and without the first the others are quiet enough.
+    # Together only the loudest is heard: alone all three stand out, and without the first the others are
+    # quiet enough.
     def noise(names):
-        return max([*({"q3": 0.6, "q17": 0.09, "q25": 0.08}.get(n, 0.0001) for n in names), 0.0]) + 0.0001 * len(names)
+        return max(
+            [*({"q3": 0.6, "q17": 0.09, "q25": 0.08}.get(n, 0.0001) for n in names), 0.0]
+        ) + 0.0001 * len(names)
 
     names = [f"q{k}" for k in range(32)]
     assert list(_spoilers(names, noise, 0.1)) == ["q3"]
@@ -135,7 +150,9 @@ def test_it_stays_float_with_the_reason_and_the_outputs_are_saved(case):
     model = case[0]
     # Equalization would quiet the loud channel.
     options = {"preset": "fast", "start": "nearest", "equalize": False}
-    results = {m: eptq_onnx.quantize(unbalanced(), images(16), Config(max_noise=m, **options)) for m in (0.0, 0.1)}
+    results = {
+        m: eptq_onnx.quantize(unbalanced(), images(16), Config(max_noise=m, **options)) for m in (0.0, 0.1)
+    }
     reasons = {k.node: k.reason for k in results[0.1].report.kept_float}
     assert any("alone would cause noise" in r for r in reasons.values())
     assert len(results[0.1].report.layers) >= DEPTH - 3
@@ -145,7 +162,13 @@ def test_it_stays_float_with_the_reason_and_the_outputs_are_saved(case):
     for m, result in results.items():
         got = Session(result.model).run(fresh)
         ratio[m] = quant_math.sqnr_db(
-            *(float(np.square(v).sum()) for v in (next(iter(expected.values())), next(iter(expected.values())) - next(iter(got.values()))))
+            *(
+                float(np.square(v).sum())
+                for v in (
+                    next(iter(expected.values())),
+                    next(iter(expected.values())) - next(iter(got.values())),
+                )
+            )
         )
     assert ratio[0.1] > ratio[0.0] + 6
 
@@ -154,5 +177,7 @@ def test_a_prescribed_batch_larger_than_what_is_run_is_run_once():
     model = unbalanced()
     for value in (model.graph.input[0], model.graph.output[0]):
         value.type.tensor_type.shape.dim[0].dim_value = 24
-    result = eptq_onnx.quantize(model, images(24), Config(preset="fast", start="nearest", equalize=False, max_noise=0.1))
+    result = eptq_onnx.quantize(
+        model, images(24), Config(preset="fast", start="nearest", equalize=False, max_noise=0.1)
+    )
     assert any("alone would cause noise" in k.reason for k in result.report.kept_float)

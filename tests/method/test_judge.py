@@ -54,7 +54,12 @@ def kept_layers(chain, rounding: Rounding) -> int:
 def test_what_was_rounded_is_kept_as_far_as_it_serves(chain, noise, kept):
     made, nearest, rounded = chain
     rounding, note = better_than_nearest(
-        lambda r: np.array([noise[kept_layers(chain, r)]] * 3, float), limit(3, 2), made, nearest, rounded, targets=False
+        lambda r: np.array([noise[kept_layers(chain, r)]] * 3, float),
+        limit(3, 2),
+        made,
+        nearest,
+        rounded,
+        targets=False,
     )
     assert kept_layers(chain, rounding) == kept
     assert (note is None) == (kept == COUNT)
@@ -73,14 +78,21 @@ def test_where_no_output_can_be_compared_nothing_is_run(chain):
     assert still_better(never, limit(0, 0), nearest, rounded)
 
 
-@pytest.mark.parametrize(("start", "candidate", "better"), [(0.9, 0.8, True), (0.8, 0.9, False), (1.5, 1.2, False), (0.9, 0.91, True)])
-def test_the_optimization_may_lose_neither_to_its_start_nor_to_nearest_rounding(chain, start, candidate, better):
+@pytest.mark.parametrize(
+    ("start", "candidate", "better"),
+    [(0.9, 0.8, True), (0.8, 0.9, False), (1.5, 1.2, False), (0.9, 0.91, True)],
+)
+def test_the_optimization_may_lose_neither_to_its_start_nor_to_nearest_rounding(
+    chain, start, candidate, better
+):
     _, nearest, rounded = chain
     noise = {id(nearest): np.array([[start]]), id(rounded): np.array([[candidate]])}
     assert still_better(lambda r: noise[id(r)], limit(1, 1), nearest, rounded) == better
 
 
-@pytest.mark.parametrize(("spread", "runs", "kept"), [(0.0, 16, COUNT), (0.5, 400, COUNT), (0.5, 16, 0), (2.0, 40, 0)])
+@pytest.mark.parametrize(
+    ("spread", "runs", "kept"), [(0.0, 16, COUNT), (0.5, 400, COUNT), (0.5, 16, 0), (2.0, 40, 0)]
+)
 def test_what_may_be_better_by_chance_alone_does_not_replace_nearest_rounding(chain, spread, runs, kept):
     made, nearest, rounded = chain
     # Some runs are better, some worse; a little better on average.
@@ -93,7 +105,9 @@ def test_what_choices_are_made_from_counts_by_its_mean(chain):
     made, nearest, rounded = chain
     ours = np.stack([np.full(8, 0.5), 0.9 + np.resize([-0.8, 0.8], 8)], axis=1)
     for outputs, kept in ([True, True], 0), ([True, False], COUNT):
-        rounding, _ = better_than_nearest(lambda r: ours, Limit(np.ones((8, 2)), np.array(outputs)), made, nearest, rounded, targets=False)
+        rounding, _ = better_than_nearest(
+            lambda r: ours, Limit(np.ones((8, 2)), np.array(outputs)), made, nearest, rounded, targets=False
+        )
         assert kept_layers(chain, rounding) == kept
 
 
@@ -102,5 +116,7 @@ def test_a_part_that_is_uncertain_counts_by_its_mean_where_all_together_are_clea
     uncertain = 0.9 + np.resize([-0.8, 0.8], 16)
     for others, kept in (0.2, COUNT), (0.9, 0):
         ours = np.stack([*[np.full(16, others)] * 8, uncertain], axis=1)
-        rounding, _ = better_than_nearest(lambda r, ours=ours: ours, limit(16, 9), made, nearest, rounded, targets=False)
+        rounding, _ = better_than_nearest(
+            lambda r, ours=ours: ours, limit(16, 9), made, nearest, rounded, targets=False
+        )
         assert kept_layers(chain, rounding) == kept

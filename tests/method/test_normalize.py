@@ -99,7 +99,9 @@ def test_padding_in_front_of_a_convolution_is_folded():
     _same(model, normalized, {"x": images(2)})
 
 
-@pytest.mark.parametrize(("pads", "value"), [([0, 1, 0, 0, 0, 0, 0, 0], 0.0), ([0, 0, 1, 1, 0, 0, 1, 1], 0.5)])
+@pytest.mark.parametrize(
+    ("pads", "value"), [([0, 1, 0, 0, 0, 0, 0, 0], 0.0), ([0, 0, 1, 1, 0, 0, 1, 1], 0.5)]
+)
 def test_padding_that_a_convolution_cannot_do_stays(pads, value):
     channels = 3 + pads[1]
     model = parse(
@@ -120,7 +122,9 @@ def test_shared_and_scalar_biases_become_one_per_layer():
     biases = [n.input[2] for n in normalized.graph.node]
     assert len(set(biases)) == 2
     _same(model, normalized, {"x": images(2)})
-    gemm = parse("g (float[N,4] x) => (float[N,3] y) { y = Gemm (x, w, b) }", {"w": normal(4, 3), "b": normal(1, 3)})
+    gemm = parse(
+        "g (float[N,4] x) => (float[N,3] y) { y = Gemm (x, w, b) }", {"w": normal(4, 3), "b": normal(1, 3)}
+    )
     flat = normalize(gemm, 13)
     assert GraphView(flat).constant(flat.graph.node[0].input[2]).shape == (3,)
     _same(gemm, flat, {"x": normal(2, 4)})
@@ -141,7 +145,9 @@ def test_old_opset_is_really_converted():
 def test_initializers_listed_as_inputs_are_constants():
     model = small_convnet()
     for tensor in model.graph.initializer:
-        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        model.graph.input.append(
+            onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        )
     normalized = normalize(model, 13)
     assert [i.name for i in normalized.graph.input] == ["image"]
 
@@ -190,24 +196,51 @@ def test_a_constant_condition_takes_its_branch_and_another_is_left_alone(flag):
 FOLDED = {
     "conv and norm": (
         "g (float[N,4,6,6] x) => (float[N,6,h,w] y) { c = Conv (x, w, b)  y = BatchNormalization (c, s, o, m, v) }",
-        {"w": normal(6, 4, 3, 3), "b": normal(6), "s": normal(6), "o": normal(6), "m": normal(6), "v": np.abs(normal(6)) + 0.1},
+        {
+            "w": normal(6, 4, 3, 3),
+            "b": normal(6),
+            "s": normal(6),
+            "o": normal(6),
+            "m": normal(6),
+            "v": np.abs(normal(6)) + 0.1,
+        },
     ),
     "transposed": (
         "g (float[N,4,6,6] x) => (float[N,6,h,w] y) { c = ConvTranspose (x, w)  y = BatchNormalization (c, s, o, m, v) }",
-        {"w": normal(4, 6, 3, 3), "s": normal(6), "o": normal(6), "m": normal(6), "v": np.abs(normal(6)) + 0.1},
+        {
+            "w": normal(4, 6, 3, 3),
+            "s": normal(6),
+            "o": normal(6),
+            "m": normal(6),
+            "v": np.abs(normal(6)) + 0.1,
+        },
     ),
     "gemm and norm": (
         "g (float[N,4] x) => (float[N,6] y) { c = Gemm (x, w, b)  y = BatchNormalization (c, s, o, m, v) }",
-        {"w": normal(4, 6), "b": normal(6), "s": normal(6), "o": normal(6), "m": normal(6), "v": np.abs(normal(6)) + 0.1},
+        {
+            "w": normal(4, 6),
+            "b": normal(6),
+            "s": normal(6),
+            "o": normal(6),
+            "m": normal(6),
+            "v": np.abs(normal(6)) + 0.1,
+        },
     ),
-    "bias": ("g (float[N,4] x) => (float[N,6] y) { p = MatMul (x, w)  y = Add (p, b) }", {"w": normal(4, 6), "b": normal(6)}),
+    "bias": (
+        "g (float[N,4] x) => (float[N,6] y) { p = MatMul (x, w)  y = Add (p, b) }",
+        {"w": normal(4, 6), "b": normal(6)},
+    ),
     "convolution's bias": (
         "g (float[N,4,6,6] x) => (float[N,6,h,w] y) { c = Conv (x, w)  y = Add (c, b) }",
         {"w": normal(6, 4, 3, 3), "b": normal(1, 6, 1, 1)},
     ),
     "padding": (
         "g (float[N,4,6,6] x) => (float[N,6,h,w] y) { p = Pad (x, n, z)  y = Conv (p, w) }",
-        {"w": normal(6, 4, 3, 3), "n": np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64), "z": np.zeros((), np.float32)},
+        {
+            "w": normal(6, 4, 3, 3),
+            "n": np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64),
+            "z": np.zeros((), np.float32),
+        },
     ),
 }
 

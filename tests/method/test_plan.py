@@ -26,7 +26,15 @@ def reasons(p: Plan) -> dict[str, str]:
 def test_convnet():
     p = make(small_convnet(), weight_bits=4, activation_bits=4)
     assert [x.op_type for x in p.layers] == ["Conv", "Conv", "Conv", "Gemm"]
-    assert sorted(p.integer_nodes.values()) == ["Add", "Conv", "Conv", "Conv", "Flatten", "Gemm", "GlobalAveragePool"]
+    assert sorted(p.integer_nodes.values()) == [
+        "Add",
+        "Conv",
+        "Conv",
+        "Conv",
+        "Flatten",
+        "Gemm",
+        "GlobalAveragePool",
+    ]
     assert sorted(p.absorbed.values()) == ["Clip", "Relu"]
     assert not p.kept_float
     by_name = p.quantizer_of
@@ -151,7 +159,11 @@ def test_layers_of_a_residual_stream_are_not_all_first_and_last():
         weight_bits=4,
         activation_bits=4,
     )
-    assert {x.weight: (x.edge, x.weight_spec.bits) for x in p.layers} == {"u": (True, 8), "v": (False, 4), "w": (True, 8)}
+    assert {x.weight: (x.edge, x.weight_spec.bits) for x in p.layers} == {
+        "u": (True, 8),
+        "v": (False, 4),
+        "w": (True, 8),
+    }
     assert {n: p.quantizer_of[n].spec.bits for n in "xrs"} == {"x": 8, "r": 4, "s": 8}
 
 
@@ -200,7 +212,13 @@ def test_an_infinite_operand_keeps_its_operator_float():
     """Attention masks hold minus infinity; that is no reason to refuse the model."""
     mask = np.array([0, 0, -np.inf, 0], np.float32)
     body = "a = MatMul (x, w1)  b = Add (a, mask)  y = MatMul (b, w2)"
-    model = normalize(parse(f"g (float[N,4] x) => (float[N,4] y) {{ {body} }}", {"w1": normal(4, 4), "w2": normal(4, 4), "mask": mask}), 13)
+    model = normalize(
+        parse(
+            f"g (float[N,4] x) => (float[N,4] y) {{ {body} }}",
+            {"w1": normal(4, 4), "w2": normal(4, 4), "mask": mask},
+        ),
+        13,
+    )
     p = plan(model, targets.load("ort-x64"), Config())
     assert any(k.op_type == "Add" and "mask has infinite values" in k.reason for k in p.kept_float)
     assert len(p.layers) == 2
@@ -216,7 +234,8 @@ def test_what_an_if_computes_with_does_more_than_choose(data):
     text = f"""g (float[N,3,8,8] x) => (float[N,4,8,8] y) {{ a = Conv (x, w)  b = Sigmoid (a)  s = Softplus (a)
         {CONDITION}  {body}  y = Conv (z, k) }}"""
     model = parse(
-        text.replace("IN", "s" if data == "other" else "b"), {"w": normal(4, 3, 1, 1), "k": normal(4, 4, 1, 1), "limit": np.float32(0.5)}
+        text.replace("IN", "s" if data == "other" else "b"),
+        {"w": normal(4, 3, 1, 1), "k": normal(4, 4, 1, 1), "limit": np.float32(0.5)},
     )
     model = normalize(model, 13)
     kinds = {n.name: n.op_type for n in model.graph.node}
@@ -237,11 +256,22 @@ def test_a_convolution_without_spatial_axes_stays_float():
 @pytest.mark.parametrize("bias", ["w", "m", "c"])
 def test_a_gemm_whose_bias_is_a_matrix_stays_float(bias):
     """onnxruntime adds what broadcasts: one row a sample, or one value a sample."""
-    text = f"g (float[6,6] x) => (float[6,8] y) {{ a = Gemm (x, w, {bias})  r = Relu (a)  y = MatMul (r, v) }}"
-    constants = {"w": normal(6, 8), "m": normal(6, 8, seed=1), "c": normal(6, 1, seed=2), "v": normal(8, 8, seed=3)}
-    result = eptq_onnx.quantize(parse(text, constants), normal(24, 6), Config(preset="fast", measure_speed=False))
+    text = (
+        f"g (float[6,6] x) => (float[6,8] y) {{ a = Gemm (x, w, {bias})  r = Relu (a)  y = MatMul (r, v) }}"
+    )
+    constants = {
+        "w": normal(6, 8),
+        "m": normal(6, 8, seed=1),
+        "c": normal(6, 1, seed=2),
+        "v": normal(8, 8, seed=3),
+    }
+    result = eptq_onnx.quantize(
+        parse(text, constants), normal(24, 6), Config(preset="fast", measure_speed=False)
+    )
     assert [x.op_type for x in result.report.layers] == ["MatMul"]
-    assert "its bias has not one value for each output channel" in [k.reason for k in result.report.kept_float]
+    assert "its bias has not one value for each output channel" in [
+        k.reason for k in result.report.kept_float
+    ]
 
 
 TWO_PATHS = (
@@ -257,7 +287,10 @@ def two_paths():
     return normalize(model, 21)
 
 
-@pytest.mark.parametrize(("pattern", "gone"), [("b", {"b"}), ("op:MatMul", None), ("re:[bc]", {"b", "c"}), ("from:r..to:s", {"b", "c"})])
+@pytest.mark.parametrize(
+    ("pattern", "gone"),
+    [("b", {"b"}), ("op:MatMul", None), ("re:[bc]", {"b", "c"}), ("from:r..to:s", {"b", "c"})],
+)
 def test_excluded_nodes_stay_float_and_say_so(pattern, gone):
     if gone is None:
         with pytest.raises(ModelError, match="excluded by the pattern op:MatMul"):

@@ -60,10 +60,14 @@ def test_what_is_stored_dequantizes_to_what_was_decided_bit_for_bit():
     values = Session(probe, optimize=False).run({"image": images(1)})
     view = GraphView(quantized)
     for name, spec in p.weight_specs.items():
-        np.testing.assert_array_equal(values[name], quant_math.dequantize(rounding.integers[name], rounding.weights[name], spec))
+        np.testing.assert_array_equal(
+            values[name], quant_math.dequantize(rounding.integers[name], rounding.weights[name], spec)
+        )
         stored = view.constant(f"{name}_quantized")
         assert stored.dtype == np.int8
-        np.testing.assert_array_equal(stored, quant_math.folded(rounding.integers[name], rounding.weights[name], spec)[0])
+        np.testing.assert_array_equal(
+            stored, quant_math.folded(rounding.integers[name], rounding.weights[name], spec)[0]
+        )
         assert not view.constant(view.producer[name].input[2]).any()
     assert any(np.any(rounding.weights[name].zero_point) for name in p.weight_specs)
 
@@ -77,7 +81,9 @@ def test_bias_is_int32_with_the_product_of_the_scales():
         np.testing.assert_array_equal(scale, activation * rounding.weights[layer.weight].scale)
         stored = view.constant(f"{layer.bias}_quantized")
         assert stored.dtype == np.int32
-        np.testing.assert_allclose(stored * scale, rounding.biases[layer.bias], atol=float(scale.max()) * 0.51)
+        np.testing.assert_allclose(
+            stored * scale, rounding.biases[layer.bias], atol=float(scale.max()) * 0.51
+        )
 
 
 def test_four_bit_activations_stay_in_their_range_and_kernels_stay_integer(tmp_path):
@@ -101,7 +107,11 @@ def test_four_bit_activations_stay_in_their_range_and_kernels_stay_integer(tmp_p
 
 def test_a_quantized_graph_output_keeps_its_name():
     model, p, _, quantized, _ = written(
-        parse("g (float[N,3,8,8] x) => (float[N,4,6,6] y) { c = Conv (x, w)  y = Relu (c) }", {"w": normal(4, 3, 3, 3)}), {"x": images()}
+        parse(
+            "g (float[N,3,8,8] x) => (float[N,4,6,6] y) { c = Conv (x, w)  y = Relu (c) }",
+            {"w": normal(4, 3, 3, 3)},
+        ),
+        {"x": images()},
     )
     assert "y" in p.quantizer_of
     assert GraphView(quantized).producer["y"].op_type == "DequantizeLinear"
@@ -136,27 +146,42 @@ def test_a_weight_read_in_float_elsewhere_is_kept_in_float_for_that_reader():
 
 def test_shared_weights_are_stored_once():
     _, _, _, quantized, _ = written(
-        parse("g (float[N,3,8,8] x) => (float[N,3,h,w] y) { a = Conv (x, w)  b = Relu (a)  y = Conv (b, w) }", {"w": normal(3, 3, 3, 3)}),
+        parse(
+            "g (float[N,3,8,8] x) => (float[N,3,h,w] y) { a = Conv (x, w)  b = Relu (a)  y = Conv (b, w) }",
+            {"w": normal(3, 3, 3, 3)},
+        ),
         {"x": images()},
     )
-    assert sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4 for t in quantized.graph.initializer) == 1
+    assert (
+        sum(t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 4 for t in quantized.graph.initializer)
+        == 1
+    )
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_target_is_data(tmp_path, symmetric):
     """Another target file gives other types and a float bias."""
     text = (targets.resources.files("eptq_onnx.targets") / "ort-x64.toml").read_text()
-    text = text.replace("integer = true", "integer = false").replace('container = "uint8"', 'container = "int8"')
+    text = text.replace("integer = true", "integer = false").replace(
+        'container = "uint8"', 'container = "int8"'
+    )
     text = text.replace("symmetric = false", f"symmetric = {str(symmetric).lower()}")
     (tmp_path / "mine.toml").write_text(text)
     target = targets.load(str(tmp_path / "mine.toml"))
     model, _p, _, quantized, _ = written(small_convnet(), {"image": images()}, target)
     assert all(t.data_type != onnx.TensorProto.INT32 for t in quantized.graph.initializer)
-    zero_points = [t for t in quantized.graph.initializer if t.name.endswith("zero_point") and t.data_type == onnx.TensorProto.INT8]
+    zero_points = [
+        t
+        for t in quantized.graph.initializer
+        if t.name.endswith("zero_point") and t.data_type == onnx.TensorProto.INT8
+    ]
     assert zero_points
     if symmetric:
         assert all(not onnx.numpy_helper.to_array(t).any() for t in zero_points)
-    expected, got = Session(model).run({"image": images(4)})["logits"], Session(quantized).run({"image": images(4)})["logits"]
+    expected, got = (
+        Session(model).run({"image": images(4)})["logits"],
+        Session(quantized).run({"image": images(4)})["logits"],
+    )
     assert quant_math.sqnr_db(float(np.square(expected).sum()), float(np.square(expected - got).sum())) > 20
 
 
@@ -172,7 +197,12 @@ def test_a_subgraph_reads_what_the_quantizer_makes_of_an_absorbed_activation(siz
             >
         }
     """
-    constants = {"w": normal(4, 3, 1, 1), "v": normal(4, 4, 1, 1), "two": np.array([2]), "size": np.array([size])}
+    constants = {
+        "w": normal(4, 3, 1, 1),
+        "v": normal(4, 4, 1, 1),
+        "two": np.array([2]),
+        "size": np.array([size]),
+    }
     model = parse(text, constants)
     quantized = written(model, images(8))[3]
     x = {"x": images(8)}

@@ -32,7 +32,9 @@ def test_nearest_rounding_with_positive_scales():
         assert (rounding.weights[name].scale > 0).all()
         assert rounding.integers[name].min() >= spec.qmin
         assert rounding.integers[name].max() <= spec.qmax
-        np.testing.assert_array_equal(rounding.integers[name], quant_math.quantize(view.constant(name), rounding.weights[name], spec))
+        np.testing.assert_array_equal(
+            rounding.integers[name], quant_math.quantize(view.constant(name), rounding.weights[name], spec)
+        )
 
 
 def test_minmax_clips_nothing():
@@ -50,7 +52,9 @@ def test_importance_is_used_by_hmse_only():
     h = {n: np.abs(normal(*GraphView(model).constant(n).shape, seed=9)) ** 4 for n in p.weight_specs}
     scores = Scores({}, h, {}, 5)
     weighted = weight_ranges(model, p, calibration, scores, base)
-    ignored = weight_ranges(model, p, calibration, scores, Config(weight_bits=3, weight_range=WeightRange.MSE))
+    ignored = weight_ranges(
+        model, p, calibration, scores, Config(weight_bits=3, weight_range=WeightRange.MSE)
+    )
     assert any((weighted.weights[n].scale != plain.weights[n].scale).any() for n in h)
     assert all((ignored.weights[n].scale == plain.weights[n].scale).all() for n in h)
 
@@ -58,7 +62,10 @@ def test_importance_is_used_by_hmse_only():
 def test_a_large_bias_on_tiny_weights_does_not_overflow_int32():
     model = parse(
         "g (float[N,3,8,8] x) => (float[N,4,6,6] y) { y = Conv (x, w, b) }",
-        {"w": normal(4, 3, 3, 3) * np.array([1, 1e-9, 0, 1], np.float32).reshape(-1, 1, 1, 1), "b": np.array([1, 1000, 50, 0], np.float32)},
+        {
+            "w": normal(4, 3, 3, 3) * np.array([1, 1e-9, 0, 1], np.float32).reshape(-1, 1, 1, 1),
+            "b": np.array([1, 1000, 50, 0], np.float32),
+        },
     )
     _, _p, calibration, rounding = start(model, {"x": images() * 1e-3}, Config(weight_range=WeightRange.MSE))
     scale = calibration.activations["x"].scale * rounding.weights["w"].scale

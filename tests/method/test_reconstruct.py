@@ -33,7 +33,12 @@ def run(model, scores=None, make=images, **options):
     nearest = weight_ranges(model, p, calibration, None, config)
     quantized, _ = write(model, p, nearest)
     rounding, skipped = reconstruct(
-        Network(model, p, calibration, scores), quantized, nearest, Selection(samples, np.arange(64)), config, silent
+        Network(model, p, calibration, scores),
+        quantized,
+        nearest,
+        Selection(samples, np.arange(64)),
+        config,
+        silent,
     )
     return model, p, nearest, rounding, skipped
 
@@ -66,7 +71,9 @@ def test_integers_stay_in_range_and_scales_positive():
 
 def test_grouped_transposed_convolutions_share_the_scales_of_their_channels():
     rules = TARGET.ops.model_copy(update={"layers": TARGET.ops.layers | {"ConvTranspose"}})
-    target = TARGET.model_copy(update={"ops": rules, "bias": TARGET.bias.model_copy(update={"integer": False})})
+    target = TARGET.model_copy(
+        update={"ops": rules, "bias": TARGET.bias.model_copy(update={"integer": False})}
+    )
     model = normalize(
         parse(
             "g (float[N,3,8,8] x) => (float[N,6,17,17] y) { c = Conv <pads = [1,1,1,1]> (x, w1) \n"
@@ -81,7 +88,12 @@ def test_grouped_transposed_convolutions_share_the_scales_of_their_channels():
     calibration = calibrate(model, p, samples, config, silent)
     nearest = weight_ranges(model, p, calibration, None, config)
     rounding, skipped = reconstruct(
-        Network(model, p, calibration), write(model, p, nearest)[0], nearest, Selection(samples, np.arange(32)), config, silent
+        Network(model, p, calibration),
+        write(model, p, nearest)[0],
+        nearest,
+        Selection(samples, np.arange(32)),
+        config,
+        silent,
     )
     assert not skipped
     assert rounding.weights["w2"].scale.shape == (3,)
@@ -98,14 +110,19 @@ def test_outputs_of_a_group_make_up_for_each_others_errors_where_they_are_added(
     errors = {}
     for name, scores in (("apart", None), ("together", added)):
         _, p, _, rounding, _ = run(model, scores, partial(images, channels=4))
-        off = quant_math.dequantize(rounding.integers["w"], rounding.weights["w"], p.weight_specs["w"]) - weight
+        off = (
+            quant_math.dequantize(rounding.integers["w"], rounding.weights["w"], p.weight_specs["w"]) - weight
+        )
         errors[name] = np.square(off.reshape(2, 8, -1).sum(axis=1)).sum()
     assert errors["together"] < 0.3 * errors["apart"]
 
 
 def halves(count: int, seed: int = 0) -> np.ndarray:
-    """Images that are smooth on the left and rough on the right: roundings that serve one do not serve the other."""
-    return np.concatenate([smooth(count, seed)[..., :4], images(count, size=8, seed=seed + 1)[..., 4:]], axis=3)
+    """Images that are smooth on the left and rough on the right: roundings that serve one do not serve the
+    other."""
+    return np.concatenate(
+        [smooth(count, seed)[..., :4], images(count, size=8, seed=seed + 1)[..., 4:]], axis=3
+    )
 
 
 def test_errors_are_least_where_the_outputs_look():
@@ -114,10 +131,15 @@ def test_errors_are_least_where_the_outputs_look():
     for name, columns in {"all": slice(None), "left": slice(0, 2)}.items():
         seen = np.zeros((64, 6, 6), np.float32)
         seen[..., columns] = 1
-        scores = Scores({}, {}, {}, 288, positions={"y": seen.reshape(64, -1) / seen.mean()}, samples=np.arange(64))
+        scores = Scores(
+            {}, {}, {}, 288, positions={"y": seen.reshape(64, -1) / seen.mean()}, samples=np.arange(64)
+        )
         float_model, p, _, rounding, _ = run(model, scores, halves)
         x = {"x": halves(64, seed=5)}
-        exact, rough = Session(float_model).run(x)["y"], Session(write(float_model, p, rounding)[0]).run(x)["y"]
+        exact, rough = (
+            Session(float_model).run(x)["y"],
+            Session(write(float_model, p, rounding)[0]).run(x)["y"],
+        )
         errors[name] = np.square(exact - rough)[..., :2].sum()
     assert errors["left"] < 0.9 * errors["all"]
 
@@ -126,7 +148,11 @@ def test_errors_are_least_where_the_outputs_look():
 def test_errors_are_least_where_the_function_behind_a_layer_is_steep(function, monkeypatch):
     model = parse(
         f"g (float[N,3,8,8] x) => (float[N,8,6,6] y) {{ c = Conv (x, w, b)  s = Sigmoid (c)  y = {function} }}",
-        {"w": normal(8, 3, 3, 3), "b": np.linspace(-6, 0, 8, dtype=np.float32), "slopes": np.full((8, 1, 1), 0.05, np.float32)},
+        {
+            "w": normal(8, 3, 3, 3),
+            "b": np.linspace(-6, 0, 8, dtype=np.float32),
+            "slopes": np.full((8, 1, 1), 0.05, np.float32),
+        },
     )
     errors = {}
     for name, most in {"apart": 1e9, "together": 0.0}.items():
@@ -148,7 +174,10 @@ def test_a_shared_weight_keeps_its_rounding_and_says_so():
 def test_large_biases_keep_the_scales_that_int32_needs():
     model = parse(
         "g (float[N,3,8,8] x) => (float[N,4,6,6] y) { y = Conv (x, w, b) }",
-        {"w": normal(4, 3, 3, 3) * np.array([1, 1e-9, 1, 1], np.float32).reshape(-1, 1, 1, 1), "b": np.array([1, 1000, 50, 0], np.float32)},
+        {
+            "w": normal(4, 3, 3, 3) * np.array([1, 1e-9, 1, 1], np.float32).reshape(-1, 1, 1, 1),
+            "b": np.array([1, 1000, 50, 0], np.float32),
+        },
     )
     _, _, _, rounding, _ = run(model)
     scale = rounding.activations["x"].scale

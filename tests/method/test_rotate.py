@@ -57,14 +57,17 @@ def test_rows_are_spread_over_their_ranges():
         peaks = []
         for view in (before, after):
             rows = view.constant(name).reshape(len(view.constant(name)), -1)
-            peaks.append(float(np.square(np.abs(rows).max(axis=1)).sum() / np.square(rows).mean(axis=1).sum()))
+            peaks.append(
+                float(np.square(np.abs(rows).max(axis=1)).sum() / np.square(rows).mean(axis=1).sum())
+            )
         assert peaks[1] < 0.75 * peaks[0]
     for name in ("w1", "w6"):
         np.testing.assert_array_equal(before.constant(name), after.constant(name))
 
 
 def residual(seed: int):
-    """Three inverted residuals on a stream of 32 channels, with weights as those of trained networks are distributed."""
+    """Three inverted residuals on a stream of 32 channels, with weights as those of trained networks are
+    distributed."""
     rng, constants = np.random.default_rng(seed), {}
 
     def weight(name: str, *shape: int) -> str:
@@ -135,12 +138,21 @@ def test_slopes_of_the_errors_are_right():
         moved = np.zeros((5, 5))
         moved[place] = 1e-2
         ends = [cost((at + sign * moved).astype(np.float32))[0] for sign in (1, -1)]
-        assert slope[place] == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=0.05, abs=0.02 * np.abs(slope).max())
+        assert slope[place] == pytest.approx(
+            (ends[0] - ends[1]) / 2e-2, rel=0.05, abs=0.02 * np.abs(slope).max()
+        )
 
 
 def test_the_descent_stays_among_rotations_and_gains():
     producers = [step._Side(15, np.random.default_rng(1).standard_t(2, (8, 40)).astype(np.float32), 1)]
-    consumers = [step._Side(15, np.random.default_rng(2).standard_t(2, (40, 8)).astype(np.float32), 1, np.zeros((40, 1), np.float32))]
+    consumers = [
+        step._Side(
+            15,
+            np.random.default_rng(2).standard_t(2, (40, 8)).astype(np.float32),
+            1,
+            np.zeros((40, 1), np.float32),
+        )
+    ]
     cost = step._Cost(producers, consumers, np.ones(8), np.ones(8), np.ones(8))
     start = np.linalg.qr(np.random.default_rng(3).normal(size=(8, 8)))[0]
     rotation, least = step._descended(cost, start)

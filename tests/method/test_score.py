@@ -37,7 +37,9 @@ def tiny() -> onnx.ModelProto:
     rng = np.random.default_rng(0)
     shapes = {"w1": (3, 2, 3, 3), "b1": (3,), "w2": (4, 3, 3, 3), "w3": (3, 4), "b3": (3,)}
     for name, shape in shapes.items():
-        model.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(0, 0.5, shape).astype(np.float32), name))
+        model.graph.initializer.append(
+            onnx.numpy_helper.from_array(rng.normal(0, 0.5, shape).astype(np.float32), name)
+        )
     return model
 
 
@@ -50,10 +52,19 @@ def case(engine):
     the_plan = plan(model, target, config)
     samples = data.read({"image": images}, model)
     calibration = calibrate(model, the_plan, samples, config, silent)
-    scores = score(Network(model, the_plan, calibration), Selection(samples, np.arange(6)), the_plan.weight_specs, engine, config, silent)
+    scores = score(
+        Network(model, the_plan, calibration),
+        Selection(samples, np.arange(6)),
+        the_plan.weight_specs,
+        engine,
+        config,
+        silent,
+    )
     # Both outputs count alike, whatever their sizes.
     mean = (3 + 16) / 2
-    spread = {o: np.sqrt(calibration.variance[o] * size / mean) for o, size in (("logits", 3), ("features", 16))}
+    spread = {
+        o: np.sqrt(calibration.variance[o] * size / mean) for o, size in (("logits", 3), ("features", 16))
+    }
     return model, images, the_plan, scores, spread
 
 
@@ -78,8 +89,12 @@ def test_weight_scores_agree_with_the_exact_jacobian(case):
                 changed.reshape(-1)[position] += sign * 1e-2
                 twin = onnx.ModelProto()
                 twin.CopyFrom(model)
-                next(t for t in twin.graph.initializer if t.name == name).CopyFrom(onnx.numpy_helper.from_array(changed, name))
-                ends.append([_outputs(twin, {"image": images[n : n + 1]}, spread) for n in range(len(images))])
+                next(t for t in twin.graph.initializer if t.name == name).CopyFrom(
+                    onnx.numpy_helper.from_array(changed, name)
+                )
+                ends.append(
+                    [_outputs(twin, {"image": images[n : n + 1]}, spread) for n in range(len(images))]
+                )
             exact = float(np.mean([np.square((a - b) / 2e-2).sum() for a, b in zip(*ends, strict=True)]))
             estimate = float(scores.weights[name].reshape(-1)[position])
             assert estimate == pytest.approx(exact, rel=0.12), name
@@ -92,7 +107,9 @@ def test_attention_agrees_with_the_exact_jacobian(case):
     behind.CopyFrom(model)
     del behind.graph.node[0]
     del behind.graph.input[:]
-    behind.graph.input.append(onnx.helper.make_tensor_value_info("c1", onnx.TensorProto.FLOAT, ["N", 3, 4, 4]))
+    behind.graph.input.append(
+        onnx.helper.make_tensor_value_info("c1", onnx.TensorProto.FLOAT, ["N", 3, 4, 4])
+    )
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     probe.graph.output.append(onnx.helper.make_tensor_value_info("c1", onnx.TensorProto.FLOAT, None))
@@ -112,16 +129,25 @@ def test_attention_agrees_with_the_exact_jacobian(case):
         products += np.einsum("knchw,kndhw->cd", jacobian, jacobian) / len(images)
     np.testing.assert_allclose(scores.positions["c1"], np.array(positions) / np.mean(positions), rtol=0.15)
     np.testing.assert_allclose(scores.outputs["c1"], products, atol=0.05 * products.max())
-    assert {"c1", "a1", "features", "pooled", "logits"} >= set(scores.channels) >= {layer.output for layer in the_plan.layers}
+    assert (
+        {"c1", "a1", "features", "pooled", "logits"}
+        >= set(scores.channels)
+        >= {layer.output for layer in the_plan.layers}
+    )
     assert scores.channels["c1"].shape == (len(images), 3)
     assert scores.output_size == 3 + 16
 
 
 def test_positions_are_scored_for_the_small_layers_where_memory_is_short(case, engine):
     model, images, the_plan, scores, _ = case
-    assert {n: p.shape for n, p in scores.positions.items()} == {"c1": (6, 16), "features": (6, 4), "logits": (6, 1)}
+    assert {n: p.shape for n, p in scores.positions.items()} == {
+        "c1": (6, 16),
+        "features": (6, 4),
+        "logits": (6, 1),
+    }
     samples = data.read({"image": images}, model)
-    # A sixteenth is for tensors of a batch: 180 bytes, enough for 6 x 1 and 6 x 4 positions, but not for 6 x 16 more.
+    # A sixteenth is for tensors of a batch: 180 bytes, enough for 6 x 1 and 6 x 4 positions, but not for 6 x
+    # 16 more.
     config = Config(probes=1, max_memory=16 * 180)
     less = score(
         Network(model, the_plan, calibrate(model, the_plan, samples, config, silent)),
@@ -140,7 +166,14 @@ def test_a_short_last_batch_counts_no_sample_twice(case, engine):
     samples = data.read({"image": images}, model)
     config = Config(probes=1500, batch_size=3, seed=5)
     calibration = calibrate(model, the_plan, samples, config, silent)
-    other = score(Network(model, the_plan, calibration), Selection(samples, np.arange(6)), the_plan.weight_specs, engine, config, silent)
+    other = score(
+        Network(model, the_plan, calibration),
+        Selection(samples, np.arange(6)),
+        the_plan.weight_specs,
+        engine,
+        config,
+        silent,
+    )
     for name in scores.weights:
         assert float(other.weights[name].mean()) == pytest.approx(float(scores.weights[name].mean()), rel=0.1)
 
@@ -168,12 +201,16 @@ def test_block_by_block_gives_the_same_scores(case, engine, limit):
         expected, got = getattr(whole, name), getattr(parts, name)
         assert expected.keys() == got.keys()
         for tensor in expected:
-            np.testing.assert_allclose(got[tensor], expected[tensor], rtol=1e-4, atol=1e-5 * float(np.abs(expected[tensor]).max()))
+            np.testing.assert_allclose(
+                got[tensor], expected[tensor], rtol=1e-4, atol=1e-5 * float(np.abs(expected[tensor]).max())
+            )
     assert whole.output_size == parts.output_size
 
 
 def test_products_of_a_single_vector_are_scored():
     body = "h = MatMul (x, w)  r = Relu (h)  y = MatMul (r, v)"
-    model = parse(f"g (float[4] x) => (float[4] y) {{ {body} }}", {"w": normal(4, 4), "v": normal(4, 4, seed=1)})
+    model = parse(
+        f"g (float[4] x) => (float[4] y) {{ {body} }}", {"w": normal(4, 4), "v": normal(4, 4, seed=1)}
+    )
     result = eptq_onnx.quantize(model, {"x": normal(40, 4, seed=2)}, Config(steps=2, measure_speed=False))
     assert all(layer.attention is not None for layer in result.report.layers)

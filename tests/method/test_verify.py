@@ -59,5 +59,7 @@ def test_outputs_whose_size_depends_on_values_are_compared():
         " last = Constant <value_ints = [-1]> ()  d = Reshape (c, last)  y = Compress (h, d) }",
         {"w": normal(4, 6)},
     )
-    result = eptq_onnx.quantize(model, {"x": normal(64, 4)}, Config(preset="fast", activation_bits=3, edge_bits=3))
+    result = eptq_onnx.quantize(
+        model, {"x": normal(64, 4)}, Config(preset="fast", activation_bits=3, edge_bits=3)
+    )
     assert 0 <= result.report.verification.outputs["y"] < 20

@@ -18,14 +18,20 @@ LIMITS = np.float32([[-4]]), np.float32([[3]])
 def _inputs(rows: int, terms: int, groups: int = 1, seed: int = 0) -> np.ndarray:
     """Correlated inputs, of shape (groups, rows, terms)."""
     rng = np.random.default_rng(seed)
-    return (rng.normal(size=(groups, rows, terms)) @ rng.normal(size=(groups, terms, terms)) + 1).astype(np.float32)
+    return (rng.normal(size=(groups, rows, terms)) @ rng.normal(size=(groups, terms, terms)) + 1).astype(
+        np.float32
+    )
 
 
-def _moments(exact: np.ndarray, quantized: np.ndarray, parts: int = 3, weight: np.ndarray | None = None) -> Moments:
+def _moments(
+    exact: np.ndarray, quantized: np.ndarray, parts: int = 3, weight: np.ndarray | None = None
+) -> Moments:
     """By default of outputs that are the inputs."""
     terms = exact.shape[2]
     moments = Moments(np.stack([np.eye(terms, dtype=np.float32)] * len(exact)) if weight is None else weight)
-    for f, q in zip(np.array_split(exact, parts, axis=1), np.array_split(quantized, parts, axis=1), strict=True):
+    for f, q in zip(
+        np.array_split(exact, parts, axis=1), np.array_split(quantized, parts, axis=1), strict=True
+    ):
         moments.add(f, q)
     return moments
 
@@ -51,7 +57,9 @@ def test_rows_count_as_often_as_their_weights_say():
     weighed, repeated = (Moments(np.ones((2, 3, 4), np.float32)) for _ in range(2))
     weighed.add(exact, quantized, times.astype(np.float32))
     repeated.add(exact.repeat(times, axis=1), quantized.repeat(times, axis=1))
-    for got, expected in zip((*weighed.covariances, *weighed.means), (*repeated.covariances, *repeated.means), strict=True):
+    for got, expected in zip(
+        (*weighed.covariances, *weighed.means), (*repeated.covariances, *repeated.means), strict=True
+    ):
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -75,13 +83,18 @@ def test_rows_count_for_each_output_by_the_slope_of_what_reads_it(groups):
         seen = 0.05 + 0.95 * slope**2
         alone = Moments(weight[g : g + 1, k : k + 1])
         alone.add(exact[g : g + 1], quantized[g : g + 1], seen.astype(np.float32))
-        for got, expected in zip((*apart.covariances, *apart.means), (*alone.covariances, *alone.means), strict=True):
+        for got, expected in zip(
+            (*apart.covariances, *apart.means), (*alone.covariances, *alone.means), strict=True
+        ):
             np.testing.assert_allclose(got[3 * g + k], expected[0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_function_of_slope_one_sees_all_rows_alike():
     exact, weight = _inputs(60, 4), np.random.default_rng(2).normal(size=(1, 3, 4)).astype(np.float32)
-    plain, read = Moments(weight), Moments(weight, reader=OutputNonlinearity(lambda z: z + 1, np.zeros((1, 3))))
+    plain, read = (
+        Moments(weight),
+        Moments(weight, reader=OutputNonlinearity(lambda z: z + 1, np.zeros((1, 3)))),
+    )
     for moments in (plain, read):
         for part in np.array_split(exact, 3, axis=1):
             moments.add(part, part)
@@ -101,17 +114,26 @@ def test_important_positions_are_drawn_more_often_and_count_what_they_should():
     batches = [_inputs(4000, 3, seed=k)[0] for k in range(4)]
     importance = [np.linspace(0, 2, 4000).astype(np.float32) ** 4 for _ in batches]
     drawn = sampled_moments(
-        form, Moments(np.eye(3, dtype=np.float32)[None]), (batches, batches), 3000, np.random.default_rng(0), importance
+        form,
+        Moments(np.eye(3, dtype=np.float32)[None]),
+        (batches, batches),
+        3000,
+        np.random.default_rng(0),
+        importance,
     )
     whole = Moments(np.eye(3, dtype=np.float32)[None])
     for rows, counts in zip(batches, importance, strict=True):
         whole.add(rows[None], rows[None], counts)
-    np.testing.assert_allclose(drawn.covariances[0], whole.covariances[0], atol=0.05 * whole.covariances[0].max())
+    np.testing.assert_allclose(
+        drawn.covariances[0], whole.covariances[0], atol=0.05 * whole.covariances[0].max()
+    )
 
 
 def test_the_target_undoes_a_linear_error_upstream():
     exact = _inputs(500, 4)
-    mixing = np.eye(4, dtype=np.float32) + 0.2 * np.random.default_rng(3).normal(size=(4, 4)).astype(np.float32)
+    mixing = np.eye(4, dtype=np.float32) + 0.2 * np.random.default_rng(3).normal(size=(4, 4)).astype(
+        np.float32
+    )
     weight = np.random.default_rng(4).normal(size=(1, 3, 4)).astype(np.float32)
     moments = _moments(exact, exact @ mixing, weight=weight)
     target = compensation.corrected_target(weight, *moments.covariances, damping=1e-9)
@@ -123,7 +145,9 @@ def test_noise_in_the_inputs_does_not_shrink_the_outputs():
     exact = rng.normal(size=(1, 4000, 4)).astype(np.float32)
     noisy = exact + rng.normal(0, 0.25, size=exact.shape).astype(np.float32)
     weight = np.array([[[1, -2, 0.5, 1], [0, 1, 3, -1]]], np.float32)
-    target = compensation.corrected_target(weight, *_moments(exact, noisy, weight=weight).covariances, damping=1e-9)
+    target = compensation.corrected_target(
+        weight, *_moments(exact, noisy, weight=weight).covariances, damping=1e-9
+    )
     for channel in range(2):
         wanted = exact[0] @ weight[0, channel]
         least_squares = np.linalg.lstsq(noisy[0], wanted)[0]
@@ -136,8 +160,12 @@ def test_without_correlations_it_is_rounding_to_nearest():
     scale = np.full((2, 5), 0.3, np.float32)
     moment = np.stack([np.diag(np.arange(1.0, 7.0))] * 2)
     expected = np.clip(np.rint(target / 0.3), -4, 3)
-    np.testing.assert_array_equal(compensation.compensated_rounding(target, scale, compensation.Feedback.of(moment), LIMITS), expected)
-    np.testing.assert_array_equal(compensation.coordinate_descent(target, expected, scale, moment, LIMITS, 3), expected)
+    np.testing.assert_array_equal(
+        compensation.compensated_rounding(target, scale, compensation.Feedback.of(moment), LIMITS), expected
+    )
+    np.testing.assert_array_equal(
+        compensation.coordinate_descent(target, expected, scale, moment, LIMITS, 3), expected
+    )
 
 
 @pytest.mark.parametrize("terms", [4, 150])
@@ -166,7 +194,9 @@ def test_descent_finds_the_best_of_all_integers_when_started_everywhere():
     scale = np.full((1, 1), 0.5, np.float32)
     every = np.array(list(product(range(-4, 4), repeat=3)), np.float32)
     costs = [float(compensation.cost(q[None, None] * 0.5 - target, a)[0, 0]) for q in every]
-    ends = [compensation.coordinate_descent(target, q[None, None].copy(), scale, a, LIMITS, 20) for q in every]
+    ends = [
+        compensation.coordinate_descent(target, q[None, None].copy(), scale, a, LIMITS, 20) for q in every
+    ]
     assert min(float(compensation.cost(q * 0.5 - target, a)[0, 0]) for q in ends) == pytest.approx(min(costs))
 
 
@@ -177,13 +207,17 @@ def test_inputs_that_never_vary_do_no_harm():
     target = compensation.corrected_target(weight, a, c, v, 0.5)
     np.testing.assert_allclose(target, weight, rtol=1e-5)
     q = compensation.compensated_rounding(
-        target, np.full((1, 2), 0.5, np.float32), compensation.Feedback.of(compensation.damped(a, 0.03)), LIMITS
+        target,
+        np.full((1, 2), 0.5, np.float32),
+        compensation.Feedback.of(compensation.damped(a, 0.03)),
+        LIMITS,
     )
     assert np.isfinite(q).all()
 
 
 def _output_moments(groups: int, channels: int, rng: np.random.Generator) -> np.ndarray:
-    """Of outputs that the rest of the network adds up in three ways, of shape (groups, channels, channels)."""
+    """Of outputs that the rest of the network adds up in three ways, of shape (groups, channels,
+    channels)."""
     mixing = rng.normal(size=(groups, channels, 3))
     return mixing @ mixing.swapaxes(1, 2) + 0.1 * np.eye(channels)
 
@@ -249,7 +283,9 @@ def test_jointly_refitted_scales_lower_the_effect_on_the_outputs(owners):
 
     fitted = compensation.jointly_refitted_scale(target, integers, scale, a, g, owners)
     assert effect(fitted) < effect(scale)
-    assert effect(fitted) == pytest.approx(min(effect(fitted * np.float32(f)) for f in (0.98, 0.99, 1, 1.01, 1.02)), rel=1e-3)
+    assert effect(fitted) == pytest.approx(
+        min(effect(fitted * np.float32(f)) for f in (0.98, 0.99, 1, 1.01, 1.02)), rel=1e-3
+    )
 
 
 def test_the_damping_is_what_serves_inputs_that_were_not_fitted():
@@ -277,7 +313,9 @@ def _compared(slopes: np.ndarray, noise: float, count: int = 60, seed: int = 0) 
 def test_slopes_that_differ_by_chance_are_one_slope():
     noisy = _compared(np.full(50, 0.95), 0.5)
     np.testing.assert_allclose(noisy.gains, 1 / 0.95, atol=0.015)
-    single = noisy.product.sum(axis=0) - noisy.exact.sum(axis=0) * noisy.rough.sum(axis=0) / noisy.positions.sum()
+    single = (
+        noisy.product.sum(axis=0) - noisy.exact.sum(axis=0) * noisy.rough.sum(axis=0) / noisy.positions.sum()
+    )
     power = noisy.power.sum(axis=0) - noisy.exact.sum(axis=0) ** 2 / noisy.positions.sum()
     assert (single / power).std() > 3 * (1 / noisy.gains).std(), "one by one, they are mostly noise"
 

@@ -1,4 +1,5 @@
-"""Formats, granularities and storage against onnx's reference evaluator, and against exact rational arithmetic."""
+"""Formats, granularities and storage against onnx's reference evaluator, and against exact rational
+arithmetic."""
 
 from __future__ import annotations
 
@@ -14,7 +15,16 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import eptq_onnx
-from eptq_onnx.numerics.formats import E4M3, E5M2, FloatFormat, IntFormat, PerAxis, PerBlock, PerTensor, Storage
+from eptq_onnx.numerics.formats import (
+    E4M3,
+    E5M2,
+    FloatFormat,
+    IntFormat,
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    Storage,
+)
 from eptq_onnx.numerics.grid import Grid, nearest_float
 
 INTEGERS = [IntFormat.full(bits, signed=signed) for bits in range(2, 17) for signed in (True, False)]
@@ -94,12 +104,22 @@ def reference(kind: int, g: Grid, x: np.ndarray) -> np.ndarray:
         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], **attributes),
     ]
     ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n in ("x", "y")]
-    model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], constants), opset_imports=[helper.make_opsetid("", 21)])
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", ends[:1], ends[1:], constants),
+        opset_imports=[helper.make_opsetid("", 21)],
+    )
     return ReferenceEvaluator(model).run(None, {"x": x})[0]
 
 
-@pytest.mark.skipif(int(onnx.__version__.split(".")[1]) < 17, reason="onnx before 1.17 has no blocks in its reference evaluator")
-@pytest.mark.parametrize("granularity", [g for g in GRANULARITIES if not isinstance(g, PerBlock) or SHAPE[g.axis] % g.size == 0], ids=name)
+@pytest.mark.skipif(
+    int(onnx.__version__.split(".")[1]) < 17,
+    reason="onnx before 1.17 has no blocks in its reference evaluator",
+)
+@pytest.mark.parametrize(
+    "granularity",
+    [g for g in GRANULARITIES if not isinstance(g, PerBlock) or SHAPE[g.axis] % g.size == 0],
+    ids=name,
+)
 @pytest.mark.parametrize("label", TYPES)
 def test_onnx_computes_the_same(label, granularity):
     kind, form = TYPES[label]
@@ -126,7 +146,9 @@ def test_native_storage_is_that_of_onnx(label):
     stored = g.quantize(values(form))
     tensor = helper.make_tensor("t", kind, SHAPE, stored.reshape(-1).tolist())
     ours = onnx.TensorProto(data_type=kind, dims=SHAPE, raw_data=g.encode(stored, Storage.NATIVE))
-    np.testing.assert_array_equal(numpy_helper.to_array(ours).astype(np.float32), numpy_helper.to_array(tensor).astype(np.float32))
+    np.testing.assert_array_equal(
+        numpy_helper.to_array(ours).astype(np.float32), numpy_helper.to_array(tensor).astype(np.float32)
+    )
 
 
 @pytest.mark.parametrize("form", SMALL_FLOATS, ids=name)
@@ -158,5 +180,7 @@ def test_a_range_that_does_not_fit_the_width_is_refused(bits, low, high):
 def test_nothing_rounds_but_the_grid():
     """`np.rint` stands in numerics/grid.py alone, apart from a weight sum that is whole by construction."""
     folder = Path(eptq_onnx.__file__).parent
-    rounding = {str(p.relative_to(folder)) for p in folder.rglob("*.py") if "np.rint" in p.read_text(encoding="utf-8")}
+    rounding = {
+        str(p.relative_to(folder)) for p in folder.rglob("*.py") if "np.rint" in p.read_text(encoding="utf-8")
+    }
     assert rounding == {"numerics/grid.py", "graph/lower/sampling.py"}

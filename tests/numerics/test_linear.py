@@ -20,8 +20,16 @@ CASES = {
     "valid": ('Conv <auto_pad = "VALID">', (2, 3, 5, 5), (5, 3, 3, 3)),
     "conv 1-D": ("Conv <pads = [2,2], dilations = [2]>", (3, 4, 11), (5, 4, 3)),
     "conv 3-D": ("Conv <pads = [1,1,1,1,1,1]>", (1, 2, 4, 4, 3), (3, 2, 3, 3, 3)),
-    "transposed": ("ConvTranspose <strides = [2,3], pads = [1,0,0,1], output_padding = [1,0]>", (2, 4, 5, 4), (4, 3, 3, 4)),
-    "transposed, grouped": ("ConvTranspose <strides = [2,2], group = 2, dilations = [1,2]>", (2, 4, 3, 4), (4, 3, 2, 2)),
+    "transposed": (
+        "ConvTranspose <strides = [2,3], pads = [1,0,0,1], output_padding = [1,0]>",
+        (2, 4, 5, 4),
+        (4, 3, 3, 4),
+    ),
+    "transposed, grouped": (
+        "ConvTranspose <strides = [2,2], group = 2, dilations = [1,2]>",
+        (2, 4, 3, 4),
+        (4, 3, 2, 2),
+    ),
     "transposed, cropped": ("ConvTranspose <strides = [2,2], pads = [3,3,3,3]>", (1, 2, 6, 6), (2, 3, 3, 3)),
     "gemm": ("Gemm <alpha = 0.5>", (7, 4), (4, 3)),
     "gemm, transposed": ("Gemm <transB = 1>", (7, 4), (3, 4)),
@@ -34,7 +42,10 @@ def test_rows_times_weights_is_the_operator(case):
     call, x_shape, w_shape = CASES[case]
     op, _, attributes = call.partition(" ")
     dims = ",".join(map(str, x_shape))
-    model = parse(f"g (float[{dims}] x) => (float y) {{ y = {op} {attributes} (x, w) }}", {"w": normal(*w_shape, seed=1)})
+    model = parse(
+        f"g (float[{dims}] x) => (float y) {{ y = {op} {attributes} (x, w) }}",
+        {"w": normal(*w_shape, seed=1)},
+    )
     model.graph.output[0].type.tensor_type.ClearField("shape")
     x, view = normal(*x_shape), GraphView(model)
     node = model.graph.node[0]
@@ -42,12 +53,17 @@ def test_rows_times_weights_is_the_operator(case):
     y = Session(model).run({"x": x})["y"]
     rows = form.input_rows(x, np.arange(form.positions(x.shape)))
     weight = form.weight_rows(view.constant("w"))
-    groups = [np.moveaxis(part, spec_of(node).output_axis, -1).reshape(-1, weight.shape[1]) for part in _groups(y, node, len(weight))]
+    groups = [
+        np.moveaxis(part, spec_of(node).output_axis, -1).reshape(-1, weight.shape[1])
+        for part in _groups(y, node, len(weight))
+    ]
     np.testing.assert_allclose(np.matmul(rows, weight.swapaxes(1, 2)), np.stack(groups), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(form.weight_from_rows(weight), view.constant("w"))
     apart = OutputsApart(form, weight.shape[1])
     assert apart.weight_rows(view.constant("w")).shape == (len(weight) * weight.shape[1], 1, weight.shape[2])
-    np.testing.assert_array_equal(apart.weight_from_rows(apart.weight_rows(view.constant("w"))), view.constant("w"))
+    np.testing.assert_array_equal(
+        apart.weight_from_rows(apart.weight_rows(view.constant("w"))), view.constant("w")
+    )
 
 
 def _groups(y: np.ndarray, node, count: int) -> list[np.ndarray]:

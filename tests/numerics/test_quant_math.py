@@ -47,7 +47,10 @@ def test_mse_scales_are_never_worse_than_the_maximum(weight, bits):
     largest = np.where(weight.any(axis=1), qm.max_scales(weight, spec), 1).astype(np.float32)
     for row, chosen, plain in zip(weight, scales, largest, strict=True):
         spec_row = QuantSpec(bits, spec.qmin, spec.qmax, "int8", True)
-        errors = [np.square(row - qm.fake_quantize(row, QuantParams(np.float32(s).reshape(())), spec_row)).sum() for s in (chosen, plain)]
+        errors = [
+            np.square(row - qm.fake_quantize(row, QuantParams(np.float32(s).reshape(())), spec_row)).sum()
+            for s in (chosen, plain)
+        ]
         assert errors[0] <= errors[1] * (1 + 1e-4) + 1e-12
 
 
@@ -93,12 +96,16 @@ def test_folded_weights_are_the_same_and_fit_the_target(weight, bits):
     stored, symmetric = qm.folded(integers, params, spec)
     assert -64 <= stored.min() <= stored.max() <= 63
     assert not np.any(symmetric.zero_point)
-    np.testing.assert_array_equal(qm.dequantize(stored, symmetric, spec), qm.dequantize(integers, params, spec))
+    np.testing.assert_array_equal(
+        qm.dequantize(stored, symmetric, spec), qm.dequantize(integers, params, spec)
+    )
     largest = np.abs(weight).max(axis=1, keepdims=True)
     assert (np.abs(_on_best_grid(weight, spec) - weight) <= largest + 1e-6).all()
 
 
-@given(st.floats(-50, 0), st.floats(0, 50), st.sampled_from([UINT8, INT8, QuantSpec(4, 0, 15, "uint8", False)]))
+@given(
+    st.floats(-50, 0), st.floats(0, 50), st.sampled_from([UINT8, INT8, QuantSpec(4, 0, 15, "uint8", False)])
+)
 def test_zero_is_always_representable(low, high, spec):
     params = qm.activation_params(low, high, spec)
     assert float(params.scale) > 0
@@ -131,7 +138,9 @@ def test_slopes_agree_with_finite_differences(exponent):
         up, down = h.copy(), h.copy()
         up[k] += 1e-3
         down[k] -= 1e-3
-        slope = (qm.rounding_penalty(up, exponent) - qm.rounding_penalty(down, exponent)) / float(up[k] - down[k])
+        slope = (qm.rounding_penalty(up, exponent) - qm.rounding_penalty(down, exponent)) / float(
+            up[k] - down[k]
+        )
         assert qm.rounding_penalty_slope(h, exponent)[k] == pytest.approx(slope, abs=2e-2)
 
 
@@ -148,7 +157,11 @@ def test_stride_avoids_image_sizes(size):
 
 @given(
     hnp.arrays(
-        np.float32, (3, 6), elements=st.one_of(st.just(0.0), st.floats(2.0**-30, 100, width=32), st.floats(-100, -(2.0**-30), width=32))
+        np.float32,
+        (3, 6),
+        elements=st.one_of(
+            st.just(0.0), st.floats(2.0**-30, 100, width=32), st.floats(-100, -(2.0**-30), width=32)
+        ),
     ),
     st.sampled_from([INT4, SHIFTED, replace(INT8, axis=0), replace(INT4, axis=None)]),
 )
@@ -174,18 +187,28 @@ def test_powers_of_two_survive_zeros_and_extreme_numbers(value):
     for spec in (INT4, SHIFTED, INT8, UINT8):
         powers = replace(spec, scales=POWER)
         with np.errstate(over="ignore"):
-            scale = qm.weight_scales(weight, powers) if spec is not UINT8 else qm.activation_params(value, value, powers).scale
+            scale = (
+                qm.weight_scales(weight, powers)
+                if spec is not UINT8
+                else qm.activation_params(value, value, powers).scale
+            )
         assert np.isfinite(scale).all()
         assert (np.frexp(scale)[0] == 0.5).all()
 
 
-@given(st.floats(-50, 0), st.floats(0, 50), st.sampled_from([UINT8, INT8, QuantSpec(16, -(2**15), 2**15 - 1, "int16", True)]))
+@given(
+    st.floats(-50, 0),
+    st.floats(0, 50),
+    st.sampled_from([UINT8, INT8, QuantSpec(16, -(2**15), 2**15 - 1, "int16", True)]),
+)
 def test_activations_get_a_power_of_two_that_covers_their_range(low, high, spec):
     params = qm.activation_params(low, high, replace(spec, scales=POWER))
     assert np.frexp(params.scale)[0] == 0.5
     ends = qm.fake_quantize(np.array([low, high], np.float32), params, spec)
     np.testing.assert_allclose(ends, [low, high], rtol=0, atol=float(params.scale) * 0.5001)
-    assert float(params.scale) < 2 * max(float(qm.activation_params(low, high, spec).scale), 1e-30) * (1 + 1e-6)
+    assert float(params.scale) < 2 * max(float(qm.activation_params(low, high, spec).scale), 1e-30) * (
+        1 + 1e-6
+    )
 
 
 def test_only_zero_and_infinity_are_kept_by_powers_of_two():

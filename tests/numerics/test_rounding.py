@@ -38,11 +38,16 @@ def test_a_soft_weight_starts_at_the_float_weight_and_its_gradients_are_right():
     loss()
     d_alpha, d_gamma = soft.backward(v, 0.3, 4.0)
     direction = np.random.default_rng(2).choice([-1.0, 1.0], size=weight.shape).astype(np.float32)
-    for value, gradient, along in ((soft.variable, d_alpha, direction), (soft.gamma, d_gamma, np.array([1, -1, 1], np.float32))):
+    for value, gradient, along in (
+        (soft.variable, d_alpha, direction),
+        (soft.gamma, d_gamma, np.array([1, -1, 1], np.float32)),
+    ):
         kept = value.copy()
         ends = []
         for sign in (1, -1):
             value[...] = kept + sign * 1e-3 * along
             ends.append(loss())
         value[...] = kept
-        assert float((gradient * along).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=3e-2, abs=1e-2)
+        assert float((gradient * along).sum()) == pytest.approx(
+            (ends[0] - ends[1]) / 2e-3, rel=3e-2, abs=1e-2
+        )

@@ -9,7 +9,9 @@ from eptq_onnx.numerics.rows import laid_beside, rows_axis
 
 
 @settings(deadline=None, max_examples=60)
-@given(count=st.integers(1, 12), gone=st.integers(0, 3), seed=st.integers(0, 99), axis=st.sampled_from([0, 1]))
+@given(
+    count=st.integers(1, 12), gone=st.integers(0, 3), seed=st.integers(0, 99), axis=st.sampled_from([0, 1])
+)
 def test_rows_in_another_order_and_number_are_matched_jointly(count, gone, seed, axis):
     rng = np.random.default_rng(seed)
     boxes, scores = rng.normal(size=(count, 4)).astype(np.float32), rng.normal(size=count).astype(np.float32)
@@ -20,7 +22,11 @@ def test_rows_in_another_order_and_number_are_matched_jointly(count, gone, seed,
         return value[None] if axis else value
 
     expected = {"boxes": shaped(boxes), "scores": shaped(scores), "other": np.ones(3, np.float32)}
-    got = {"boxes": shaped((boxes + noise)[order]), "scores": shaped(scores[order]), "other": np.zeros(3, np.float32)}
+    got = {
+        "boxes": shaped((boxes + noise)[order]),
+        "scores": shaped(scores[order]),
+        "other": np.zeros(3, np.float32),
+    }
     pairs = laid_beside(expected, got, {"boxes": axis, "scores": axis})
     lost = sorted(set(range(count)) - set(order.tolist()))
     for name, whole in (("boxes", boxes), ("scores", scores)):
@@ -39,6 +45,8 @@ def test_outputs_that_are_equal_stay_in_order():
     np.testing.assert_array_equal(theirs, value["y"])
 
 
-@pytest.mark.parametrize(("shape", "counts", "axis"), [((1, 7, 4), {7}, 1), ((7, 4), {7}, 0), ((1, 4), {9}, None), ((), {1}, None)])
+@pytest.mark.parametrize(
+    ("shape", "counts", "axis"), [((1, 7, 4), {7}, 1), ((7, 4), {7}, 0), ((1, 4), {9}, None), ((), {1}, None)]
+)
 def test_the_axis_of_rows_is_the_one_with_as_many_as_were_chosen(shape, counts, axis):
     assert rows_axis(np.zeros(shape), counts) == axis

@@ -11,18 +11,29 @@ from eptq_onnx.numerics.statistics import compare
 SHAPES = [(7,), (1, 10), (1, 5, 6, 7), (1, 9, 4), (1, 3, 4, 5, 6), (2, 8)]
 
 
-def _draw(shape: tuple[int, ...], count: int, noise: float, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _draw(
+    shape: tuple[int, ...], count: int, noise: float, seed: int = 0
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     random = np.random.default_rng(seed)
     exact = [random.standard_normal(shape).astype(np.float32) for _ in range(count)]
     return exact, [(a + noise * random.standard_normal(shape)).astype(np.float32) for a in exact]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(SHAPES), st.integers(1, 12), st.floats(0.001, 3), st.integers(0, 99), st.floats(1e-20, 1e20))
+@given(
+    st.sampled_from(SHAPES),
+    st.integers(1, 12),
+    st.floats(0.001, 3),
+    st.integers(0, 99),
+    st.floats(1e-20, 1e20),
+)
 def test_ratios_are_those_of_the_values(shape, count, noise, seed, unit):
     exact, got = _draw(shape, count, noise, seed)
     exact, got = [a.astype(np.float64) * unit for a in exact], [a.astype(np.float64) * unit for a in got]
-    power, error = [np.square(a).sum() for a in exact], [np.square(a - b).sum() for a, b in zip(exact, got, strict=True)]
+    power, error = (
+        [np.square(a).sum() for a in exact],
+        [np.square(a - b).sum() for a, b in zip(exact, got, strict=True)],
+    )
     s = compare(exact, got)
     assert s.samples == count
     assert s.sqnr_db == pytest.approx(10 * np.log10(sum(power) / sum(error)), abs=1e-6)
@@ -51,7 +62,8 @@ def test_a_large_mean_hides_no_noise(shape, mean):
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis"), [((1, 30, 20, 20), 1), ((1, 20, 20, 30), 3), ((1, 400, 12), 2), ((1, 12, 400), 1), ((1, 4, 5, 6, 7), 1)]
+    ("shape", "axis"),
+    [((1, 30, 20, 20), 1), ((1, 20, 20, 30), 3), ((1, 400, 12), 2), ((1, 12, 400), 1), ((1, 4, 5, 6, 7), 1)],
 )
 def test_channels_are_where_means_differ(shape, axis):
     exact, got = _draw(shape, 4, 0.1)
@@ -113,7 +125,10 @@ def test_another_shape_or_no_number_is_lost():
 @pytest.mark.parametrize("masked", [-np.inf, np.inf])
 def test_what_is_infinite_in_both_does_not_count(masked):
     exact, got = _draw((1, 6), 8, 0.1)
-    hidden = [np.where(np.arange(6) < 2, masked, a) for a in exact], [np.where(np.arange(6) < 2, masked, a) for a in got]
+    hidden = (
+        [np.where(np.arange(6) < 2, masked, a) for a in exact],
+        [np.where(np.arange(6) < 2, masked, a) for a in got],
+    )
     s = compare(*hidden)
     assert s.not_finite == 0
     assert s.sqnr_db == pytest.approx(compare([a[:, 2:] for a in exact], [b[:, 2:] for b in got]).sqnr_db)

@@ -41,7 +41,9 @@ def test_a_stored_model_runs_and_comes_back_whole(tmp_path, everything_is_large)
     apart = stored(model, str(tmp_path))
     assert store.folder_of(apart) == str(tmp_path)
     assert len(apart.SerializeToString()) < len(model.SerializeToString())
-    np.testing.assert_array_equal(Session(apart).run({"image": images(2)})["logits"], Session(model).run({"image": images(2)})["logits"])
+    np.testing.assert_array_equal(
+        Session(apart).run({"image": images(2)})["logits"], Session(model).run({"image": images(2)})["logits"]
+    )
     assert {p.suffix for p in tmp_path.iterdir()} == {".weight"}
     back = store.load_all(apart)
     assert [onnx.numpy_helper.to_array(t).tobytes() for t in back.graph.initializer] == [
@@ -51,7 +53,11 @@ def test_a_stored_model_runs_and_comes_back_whole(tmp_path, everything_is_large)
 
 @pytest.mark.parametrize(
     "options",
-    [{"preset": "fast"}, {"weight_bits": 4, "steps": 3}, {"weight_bits": 4, "start": "nearest", "steps": 2, "engine": "standard"}],
+    [
+        {"preset": "fast"},
+        {"weight_bits": 4, "steps": 3},
+        {"weight_bits": 4, "start": "nearest", "steps": 2, "engine": "standard"},
+    ],
     ids=["fast", "loop", "standard"],
 )
 def test_a_large_model_becomes_what_it_would_be_in_memory(tmp_path, monkeypatch, options):
@@ -59,13 +65,17 @@ def test_a_large_model_becomes_what_it_would_be_in_memory(tmp_path, monkeypatch,
     expected = quantize(small_convnet(), data, config)
     monkeypatch.setattr(store, "LARGE", 0)
     monkeypatch.setattr(store, "_HEAVY", 256)
-    onnx.save(small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    onnx.save(
+        small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
+    )
     for source in (tmp_path / "m.onnx", small_convnet()):
         got = quantize(source, data, config)
         assert store.folder_of(got.model) is None
         assert got.report.verification.quantized_bytes > 0
         assert opset_of(got.model) == opset_of(expected.model)
-        here, there = ({t.name: store.array(t) for t in m.graph.initializer} for m in (got.model, expected.model))
+        here, there = (
+            {t.name: store.array(t) for t in m.graph.initializer} for m in (got.model, expected.model)
+        )
         assert here.keys() == there.keys()
         for name, value in there.items():
             np.testing.assert_allclose(here[name], value, rtol=1e-4, atol=1e-6)
@@ -77,7 +87,11 @@ def test_half_precision_weights_are_widened_in_their_folder(tmp_path, everything
     model = small_convnet()
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+            tensor.CopyFrom(
+                onnx.numpy_helper.from_array(
+                    onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name
+                )
+            )
     for info in (*model.graph.input, *model.graph.output):
         info.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
     wide = widen(stored(model, str(tmp_path)))
@@ -87,13 +101,20 @@ def test_half_precision_weights_are_widened_in_their_folder(tmp_path, everything
 
 
 def test_weights_that_are_elsewhere_are_asked_for(tmp_path):
-    onnx.save(small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
-    with pytest.raises(ModelError, match=r"in a file beside the model, which is not told: give the model's path"):
+    onnx.save(
+        small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
+    )
+    with pytest.raises(
+        ModelError, match=r"in a file beside the model, which is not told: give the model's path"
+    ):
         io.load((tmp_path / "m.onnx").read_bytes())
 
 
 def test_a_full_disk_is_told(tmp_path):
-    with pytest.raises(OutputError, match=r"temporary folder .*nowhere: No such file or directory; let TMPDIR name one with room"):
+    with pytest.raises(
+        OutputError,
+        match=r"temporary folder .*nowhere: No such file or directory; let TMPDIR name one with room",
+    ):
         store.constant(normal(200, 200), "w", str(tmp_path / "nowhere"))
 
 
@@ -113,7 +134,9 @@ def test_external_data_that_is_not_there_is_told(tmp_path, monkeypatch, location
     model = small_convnet()
     model.graph.node.append(onnx.helper.make_node("Identity", ["w"], ["copy"]))
     model.graph.initializer.append(
-        store.reference("w", onnx.TensorProto.FLOAT, [20_000], {"location": location, "offset": 0, "length": length})
+        store.reference(
+            "w", onnx.TensorProto.FLOAT, [20_000], {"location": location, "offset": 0, "length": length}
+        )
     )
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     (tmp_path / "folder").mkdir()

@@ -37,7 +37,9 @@ NASTY = [
     "🙂👩\u200d👧", "x" * 100_000, "", " ", "→×ü", "%s {0} {x}",
 ]  # fmt: skip
 names = st.one_of(
-    st.sampled_from(NASTY), st.text(max_size=40), st.text(st.characters(categories=("Cs", "Cc", "Cf", "Zl", "So")), max_size=10)
+    st.sampled_from(NASTY),
+    st.text(max_size=40),
+    st.text(st.characters(categories=("Cs", "Cc", "Cf", "Zl", "So")), max_size=10),
 )
 
 
@@ -72,7 +74,11 @@ def assert_harmless(text: str) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(name=names, encoding=st.sampled_from(["utf-8", "cp1252", "ascii", "latin-1", "utf-16"]), width=st.integers(20, 200))
+@given(
+    name=names,
+    encoding=st.sampled_from(["utf-8", "cp1252", "ascii", "latin-1", "utf-16"]),
+    width=st.integers(20, 200),
+)
 def test_a_report_of_any_names_is_shown_as_it_is(report, name, encoding, width):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
@@ -103,7 +109,9 @@ def test_shown_is_one_line_that_keeps_what_is_printable(text):
     assert str(line(text)) == result
 
 
-@pytest.mark.parametrize(("encoding", "arrow"), [("utf-8", "→ ×"), ("cp1252", "-> ×"), ("latin-1", "-> ×"), ("ascii", "-> x")])
+@pytest.mark.parametrize(
+    ("encoding", "arrow"), [("utf-8", "→ ×"), ("cp1252", "-> ×"), ("latin-1", "-> ×"), ("ascii", "-> x")]
+)
 def test_what_does_not_encode_is_replaced(encoding, arrow):
     raw = io.BytesIO()
     stream = _Stream(io.TextIOWrapper(raw, encoding=encoding, write_through=True))
@@ -181,19 +189,50 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-COMMAND = [sys.executable, "-m", "eptq_onnx", "quantize", "model.onnx", "--data", "data.npz", "-o", "out.onnx"]
+COMMAND = [
+    sys.executable,
+    "-m",
+    "eptq_onnx",
+    "quantize",
+    "model.onnx",
+    "--data",
+    "data.npz",
+    "-o",
+    "out.onnx",
+]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    skipped = ("CI", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "PYTHONIOENCODING")
-    return {**{k: v for k, v in os.environ.items() if k not in skipped}, "PYTHONPATH": os.getcwd(), "TERM": "xterm-256color", **variables}
+    skipped = (
+        "CI",
+        "NO_COLOR",
+        "FORCE_COLOR",
+        "COLUMNS",
+        "LINES",
+        "TTY_COMPATIBLE",
+        "TTY_INTERACTIVE",
+        "PYTHONIOENCODING",
+    )
+    return {
+        **{k: v for k, v in os.environ.items() if k not in skipped},
+        "PYTHONPATH": os.getcwd(),
+        "TERM": "xterm-256color",
+        **variables,
+    }
 
 
 def on_terminal(folder: Path, *extra: str, columns: int = 80, **variables: str) -> tuple[int, str]:
     """Exit code and what a terminal of so many columns was sent."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen([*COMMAND, *extra], cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(**variables))
+    process = subprocess.Popen(
+        [*COMMAND, *extra],
+        cwd=folder,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment(**variables),
+    )
     os.close(theirs)
     parts = []
     while True:
@@ -257,7 +296,9 @@ def encoded(*names: str) -> list[dict[str, str]]:
     ids=str,
 )  # fmt: skip
 def test_a_pipe_gets_plain_lines_in_any_encoding(folder, variables):
-    done = subprocess.run([*COMMAND, "--steps", "5"], cwd=folder, env=environment(**variables), capture_output=True, check=False)
+    done = subprocess.run(
+        [*COMMAND, "--steps", "5"], cwd=folder, env=environment(**variables), capture_output=True, check=False
+    )
     encoding = variables.get("PYTHONIOENCODING", "utf-8")
     messages, summary = done.stderr.decode(encoding), done.stdout.decode(encoding)
     assert done.returncode == 0, messages
@@ -267,7 +308,9 @@ def test_a_pipe_gets_plain_lines_in_any_encoding(folder, variables):
     assert ("\x1b[" in summary) == ("FORCE_COLOR" in variables)
 
 
-@pytest.mark.parametrize("name", ["[/red]\x1b[2J→", *slow("[/red]", "[bold]x", "a\nb", "\x1b[2J", "ü→漢", "\u202e", "x" * 3000)])
+@pytest.mark.parametrize(
+    "name", ["[/red]\x1b[2J→", *slow("[/red]", "[bold]x", "a\nb", "\x1b[2J", "ü→漢", "\u202e", "x" * 3000)]
+)
 @pytest.mark.parametrize("encoding", ["ascii", *slow("utf-8")])
 def test_names_in_a_model_and_in_errors_are_shown_as_they_are(folder, name, encoding):
     model = small_convnet()
@@ -276,7 +319,11 @@ def test_names_in_a_model_and_in_errors_are_shown_as_they_are(folder, name, enco
     onnx.save(model, folder / "model.onnx")
     model.graph.node.add(op_type="QLinearConv", name=name, input=["image"] * 8, output=["quantized"])
     onnx.save(model, folder / "broken.onnx")
-    options: dict[str, Any] = {"cwd": folder, "env": environment(PYTHONIOENCODING=encoding), "capture_output": True}
+    options: dict[str, Any] = {
+        "cwd": folder,
+        "env": environment(PYTHONIOENCODING=encoding),
+        "capture_output": True,
+    }
     good = subprocess.run([*COMMAND, "--preset", "fast"], check=False, **options)
     assert good.returncode == 0, good.stderr
     bad = subprocess.run([x.replace("model.onnx", "broken.onnx") for x in COMMAND], check=False, **options)
@@ -291,7 +338,9 @@ def test_names_in_a_model_and_in_errors_are_shown_as_they_are(folder, name, enco
 @pytest.mark.parametrize("both", [False, True])
 def test_a_reader_that_leaves_early_costs_nothing(folder, both):
     command = f"{' '.join(COMMAND)} --preset fast {'2>&1' if both else '2>errors'} | head -n 1; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.stdout.endswith("\n0\n"), done.stdout
     onnx.checker.check_model(folder / "out.onnx", full_check=True)
     if not both:
@@ -300,12 +349,19 @@ def test_a_reader_that_leaves_early_costs_nothing(folder, both):
 
 
 def test_closed_streams_and_a_full_device(folder):
-    closed = subprocess.run(["bash", "-c", f"{' '.join(COMMAND)} --preset fast >&- 2>&-"], cwd=folder, env=environment(), check=False)
+    closed = subprocess.run(
+        ["bash", "-c", f"{' '.join(COMMAND)} --preset fast >&- 2>&-"],
+        cwd=folder,
+        env=environment(),
+        check=False,
+    )
     assert closed.returncode == 0
     before = (folder / "out.onnx").read_bytes()
     onnx.checker.check_model(folder / "out.onnx", full_check=True)
     command = ["bash", "-c", f"{' '.join(COMMAND)} --preset fast >/dev/full"]
     full = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     assert full.returncode == 2
-    assert full.stderr.splitlines()[-1] == "error: standard output cannot be written: No space left on device."
+    assert (
+        full.stderr.splitlines()[-1] == "error: standard output cannot be written: No space left on device."
+    )
     assert (folder / "out.onnx").read_bytes() == before

@@ -38,7 +38,10 @@ def test_what_runs_slower_is_said_first(report):
     assert lines[0].startswith(
         "runs 1.70× slower than the float model on this machine; the time goes to QuantizeLinear/DequantizeLinear around Resize"
     )
-    assert "(35%, 4.2 ms where the float model takes none), Softmax (18%, 2.2 ms where the float model takes 1 ms)" in lines[0]
+    assert (
+        "(35%, 4.2 ms where the float model takes none), Softmax (18%, 2.2 ms where the float model takes 1 ms)"
+        in lines[0]
+    )
     assert "Conv" not in lines[0]
     assert any("Time of one run" in line for line in lines)
 
@@ -55,7 +58,9 @@ def test_then_verdict_then_size_then_speed(report, speed):
 
 
 def test_speed_in_words():
-    assert in_words(FAST).startswith("2.00× faster than the float model: 1.2 ms → 600 µs a run of 4 samples (between 1.60× and 2.50×")
+    assert in_words(FAST).startswith(
+        "2.00× faster than the float model: 1.2 ms → 600 µs a run of 4 samples (between 1.60× and 2.50×"
+    )
     assert in_words(SAME).startswith(
         "about as fast as the float model: 500 ms → 500 ms a run of 1 sample (its time between 0.97× and 1.10×"
     )
@@ -76,7 +81,9 @@ def test_what_calibration_has_seen_is_not_called_held_out(report):
 @pytest.mark.parametrize("name", ["[/red]", "[bold]x", "a\\[b", "]["])
 def test_any_name_of_an_output_is_shown(report, name):
     v = report.verification
-    other = replace(v, outputs=dict.fromkeys([name], 30.0), statistics=dict.fromkeys([name], v.statistics["logits"]))
+    other = replace(
+        v, outputs=dict.fromkeys([name], 30.0), statistics=dict.fromkeys([name], v.statistics["logits"])
+    )
     odd = replace(SLOW, operators=(OperatorTime(f"Op {name}", 0.0, 1.0),))
     text = "\n".join(shown(replace(report, verification=other, model=f"{name}.onnx", speed=odd)))
     assert text.count(name) >= 4
@@ -91,7 +98,9 @@ def test_json_has_verdict_statistics_and_speed(report):
     assert found["speed"]["operators"][0]["quantized_seconds"] == 0.0042
 
 
-@pytest.mark.parametrize(("before", "after", "text"), [(4000, 1000, "4.00× smaller"), (1000, 1500, "not smaller")])
+@pytest.mark.parametrize(
+    ("before", "after", "text"), [(4000, 1000, "4.00× smaller"), (1000, 1500, "not smaller")]
+)
 def test_size_in_words(report, before, after, text):
     v = replace(report.verification, float_bytes=before, quantized_bytes=after)
     assert any(text in line for line in shown(replace(report, verification=v)) if line.startswith("size"))

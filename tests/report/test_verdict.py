@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.report.verdict import FEW_SAMPLES, VERY_HIGH_DB, Assurance, judge_outputs
 
-SCORES = OutputStatistics(32, 31.0, 30.5, 29.0, 25.0, decisions=32, disagreement=0.0, expected_disagreement=0.012)
+SCORES = OutputStatistics(
+    32, 31.0, 30.5, 29.0, 25.0, decisions=32, disagreement=0.0, expected_disagreement=0.012
+)
 """Of a classifier at 8 bits."""
 VALUES = OutputStatistics(32, 31.0, 25.0, 22.0, 25.0)
 ORDER = [Assurance.SAFE, Assurance.CHECK, Assurance.LOSS]
@@ -19,7 +21,9 @@ def verdict(*outputs: OutputStatistics, samples: int = 32, held_out: bool = True
     return judge_outputs({f"y{k}": s for k, s in enumerate(outputs)}, samples, held_out)
 
 
-@pytest.mark.parametrize("good", [SCORES, VALUES, replace(SCORES, sqnr_db=23.0, centred_sqnr_db=22.8, expected_disagreement=0.031)])
+@pytest.mark.parametrize(
+    "good", [SCORES, VALUES, replace(SCORES, sqnr_db=23.0, centred_sqnr_db=22.8, expected_disagreement=0.031)]
+)
 def test_little_noise_is_safe(good):
     v = verdict(good)
     assert v.assurance is Assurance.SAFE
@@ -31,13 +35,27 @@ def test_little_noise_is_safe(good):
     ("statistics", "assurance", "words"),
     [
         (
-            replace(SCORES, sqnr_db=14.2, centred_sqnr_db=14.0, sample_sqnr_db=5.4, expected_disagreement=0.09),
+            replace(
+                SCORES, sqnr_db=14.2, centred_sqnr_db=14.0, sample_sqnr_db=5.4, expected_disagreement=0.09
+            ),
             Assurance.LOSS,
             "9.0% of samples",
         ),
-        (replace(SCORES, sqnr_db=17.4, centred_sqnr_db=17.0, expected_disagreement=0.045), Assurance.CHECK, "4.5% of samples"),
-        (replace(SCORES, sqnr_db=17.4, centred_sqnr_db=17.0, disagreement=0.094), Assurance.CHECK, "9.4% of samples"),
-        (replace(SCORES, decisions=9000, sqnr_db=16.0, centred_sqnr_db=16.0, disagreement=0.05), Assurance.CHECK, "5.0% of positions"),
+        (
+            replace(SCORES, sqnr_db=17.4, centred_sqnr_db=17.0, expected_disagreement=0.045),
+            Assurance.CHECK,
+            "4.5% of samples",
+        ),
+        (
+            replace(SCORES, sqnr_db=17.4, centred_sqnr_db=17.0, disagreement=0.094),
+            Assurance.CHECK,
+            "9.4% of samples",
+        ),
+        (
+            replace(SCORES, decisions=9000, sqnr_db=16.0, centred_sqnr_db=16.0, disagreement=0.05),
+            Assurance.CHECK,
+            "5.0% of positions",
+        ),
         (replace(VALUES, sqnr_db=33.0, centred_sqnr_db=7.0), Assurance.LOSS, "noise is 45% of its spread"),
         (replace(VALUES, sqnr_db=33.0, centred_sqnr_db=13.0), Assurance.CHECK, "noise is 22% of its spread"),
         (replace(VALUES, sqnr_db=20.0, centred_sqnr_db=19.0), Assurance.CHECK, "noise is 11% of its spread"),
@@ -61,7 +79,10 @@ def test_a_map_of_classes_must_change_less():
     places = replace(SCORES, decisions=400_000, sqnr_db=18.0, centred_sqnr_db=17.0, expected_disagreement=0.2)
     found = [verdict(replace(places, disagreement=share)).assurance for share in (0.001, 0.02)]
     assert found == [Assurance.SAFE, Assurance.CHECK]
-    assert verdict(replace(SCORES, sqnr_db=23.0, centred_sqnr_db=22.0, disagreement=0.02)).assurance is Assurance.SAFE
+    assert (
+        verdict(replace(SCORES, sqnr_db=23.0, centred_sqnr_db=22.0, disagreement=0.02)).assurance
+        is Assurance.SAFE
+    )
 
 
 @pytest.mark.parametrize("good", [SCORES, VALUES])
@@ -72,7 +93,9 @@ def test_little_evidence_is_not_safe(good):
     seen = verdict(good, held_out=False)
     assert seen.assurance is Assurance.CHECK
     assert "calibration has seen the samples" in str(seen)
-    excellent = replace(good, sqnr_db=VERY_HIGH_DB + 1, centred_sqnr_db=VERY_HIGH_DB, expected_disagreement=0.001)
+    excellent = replace(
+        good, sqnr_db=VERY_HIGH_DB + 1, centred_sqnr_db=VERY_HIGH_DB, expected_disagreement=0.001
+    )
     assert verdict(excellent, samples=4, held_out=False).assurance is Assurance.SAFE
 
 
@@ -106,6 +129,10 @@ def test_more_noise_never_makes_it_better(figures, more, samples, held_out):
         disagreement=min(1.0, figures.disagreement * (1 + more)),
         expected_disagreement=min(1.0, figures.expected_disagreement * (1 + more)),
     )
-    before, after = (ORDER.index(verdict(f, samples=samples, held_out=held_out).assurance) for f in (figures, worse))
+    before, after = (
+        ORDER.index(verdict(f, samples=samples, held_out=held_out).assurance) for f in (figures, worse)
+    )
     assert after >= before
-    assert ORDER.index(verdict(figures, SCORES, samples=samples).assurance) >= ORDER.index(verdict(figures, samples=samples).assurance)
+    assert ORDER.index(verdict(figures, SCORES, samples=samples).assurance) >= ORDER.index(
+        verdict(figures, samples=samples).assurance
+    )

@@ -33,7 +33,15 @@ class Machine:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "pace"), [(0.3, Pace.FASTER), (0.8, Pace.FASTER), (1.0, Pace.SAME), (1.02, Pace.SAME), (1.2, Pace.SLOWER), (3.0, Pace.SLOWER)]
+    ("ratio", "pace"),
+    [
+        (0.3, Pace.FASTER),
+        (0.8, Pace.FASTER),
+        (1.0, Pace.SAME),
+        (1.02, Pace.SAME),
+        (1.2, Pace.SLOWER),
+        (3.0, Pace.SLOWER),
+    ],
 )
 @pytest.mark.parametrize("seconds", [2e-5, 1e-3, 0.3])
 @pytest.mark.parametrize("noise", [0.0, 0.02])
@@ -56,7 +64,9 @@ def test_noise_is_not_taken_for_a_difference(noise):
 def test_runs_take_turns_and_the_first_changes():
     machine = Machine((0.1, 0.1))
     machine.measure()
-    turns = [k for n, k in enumerate(machine.order[4:]) if n % 2 == 0]  # each turn: one run to settle, one that counts
+    turns = [
+        k for n, k in enumerate(machine.order[4:]) if n % 2 == 0
+    ]  # each turn: one run to settle, one that counts
     assert turns[:8] == [0, 1, 1, 0, 0, 1, 1, 0]
 
 
@@ -74,13 +84,27 @@ def test_it_takes_seconds_at_most():
 
 def _event(name: str, kind: str, start: float, length: float, thread: int = 1) -> dict[str, object]:
     args = {"op_name": kind}
-    return {"cat": "Node", "name": f"{name}_kernel_time", "ts": start, "dur": length, "tid": thread, "args": args}
+    return {
+        "cat": "Node",
+        "name": f"{name}_kernel_time",
+        "ts": start,
+        "dur": length,
+        "tid": thread,
+        "args": args,
+    }
 
 
 def test_a_recorded_profile_is_summed_up_by_the_float_operator():
     events = [
         {"cat": "Session", "name": "model_run", "ts": 0, "dur": 99, "tid": 1},
-        {"cat": "Node", "name": "c_fence_before", "ts": 0, "dur": 50, "tid": 1, "args": {"op_name": "QLinearConv"}},
+        {
+            "cat": "Node",
+            "name": "c_fence_before",
+            "ts": 0,
+            "dur": 50,
+            "tid": 1,
+            "args": {"op_name": "QLinearConv"},
+        },
         *[
             e
             for start, slow in ((0, 900), (1000, 100), (2000, 100))
@@ -94,7 +118,11 @@ def test_a_recorded_profile_is_summed_up_by_the_float_operator():
     ]
     found = speed.operator_seconds(events, {"q": "QuantizeLinear/DequantizeLinear around Resize"}, runs=3)
     assert found == pytest.approx(
-        {"Conv": 110e-6, "QuantizeLinear/DequantizeLinear around Resize": 5e-6, "QuantizeLinear/DequantizeLinear": 4e-6}
+        {
+            "Conv": 110e-6,
+            "QuantizeLinear/DequantizeLinear around Resize": 5e-6,
+            "QuantizeLinear/DequantizeLinear": 4e-6,
+        }
     )
 
 
@@ -131,7 +159,10 @@ def test_quantizers_are_called_after_the_operators_around_them():
     ).graph
     for node in graph.node:
         node.name = node.output[0]
-    labels = {name: text.removeprefix("QuantizeLinear/DequantizeLinear ") for name, text in speed.quantizer_labels(graph).items()}
+    labels = {
+        name: text.removeprefix("QuantizeLinear/DequantizeLinear ")
+        for name, text in speed.quantizer_labels(graph).items()
+    }
     assert labels == {
         "xq": "at an input", "xd": "around Resize", "rq": "around Resize", "rd": "around Erf and Softmax",
         "cq": "around Add", "y": "at an output"
@@ -139,7 +170,9 @@ def test_quantizers_are_called_after_the_operators_around_them():
 
 
 def test_what_costs_most_beside_the_float_model_comes_first():
-    rows = speed.operator_times({"Conv": 5.0, "Relu": 1.0, "Resize": 1.0}, {"Conv": 4.0, "Resize": 4.0, "Softmax": 1.0})
+    rows = speed.operator_times(
+        {"Conv": 5.0, "Relu": 1.0, "Resize": 1.0}, {"Conv": 4.0, "Resize": 4.0, "Softmax": 1.0}
+    )
     assert [r.operator for r in rows] == ["Resize", "Softmax", "Conv", "Relu"]
     assert (rows[1].float_seconds, rows[3].quantized_seconds) == (0.0, 0.0)
 
@@ -162,7 +195,9 @@ def test_measuring_changes_no_byte_and_a_failure_is_a_note(measured_speed, monke
     plain = eptq_onnx.quantize(small_convnet(), images(8), config.model_copy(update={"measure_speed": False}))
     measured = eptq_onnx.quantize(small_convnet(), images(8), config)
     assert measured.report.speed is not None
-    assert plain.model.SerializeToString(deterministic=True) == measured.model.SerializeToString(deterministic=True)
+    assert plain.model.SerializeToString(deterministic=True) == measured.model.SerializeToString(
+        deterministic=True
+    )
 
     def refuse(*_: object) -> None:
         raise ModelError("one run takes 7.0 s")

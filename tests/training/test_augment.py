@@ -30,7 +30,10 @@ def test_images_move_sample_by_sample_and_other_inputs_stay():
     channel = moved["last"][0, :, :, 0]
     assert set(channel.ravel()) <= set(feeds["last"][0, :, :, 0].ravel())
     ramp = {"x": np.broadcast_to(np.arange(16.0, dtype=np.float32), (64, 1, 16, 16)).copy()}
-    slopes = {float(np.median(np.diff(row[0, 8]))) for row in augment.moved(ramp, {"x": 1}, np.random.default_rng(2))["x"]}
+    slopes = {
+        float(np.median(np.diff(row[0, 8])))
+        for row in augment.moved(ramp, {"x": 1}, np.random.default_rng(2))["x"]
+    }
     assert slopes == {1.0, -1.0}
 
 

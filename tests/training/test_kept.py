@@ -8,18 +8,26 @@ import pytest
 from eptq_onnx.training.kept import Balance, Kept, is_accepted, is_better
 
 
-@pytest.mark.parametrize(("share", "layers", "outputs"), [(0.5, 0.5, 0.5), (0.0, 1.0, 0.0), (1.0, 0.0, 1.0), (0.2, 0.8, 0.2)])
+@pytest.mark.parametrize(
+    ("share", "layers", "outputs"), [(0.5, 0.5, 0.5), (0.0, 1.0, 0.0), (1.0, 0.0, 1.0), (0.2, 0.8, 0.2)]
+)
 def test_the_loss_of_the_start_is_one_of_which_the_outputs_have_their_share(share, layers, outputs):
-    errors = np.random.default_rng(0).uniform(1, 2, (3, 40)).astype(np.float32) * np.array([[7.0], [0.01], [1.0]], np.float32)
+    errors = np.random.default_rng(0).uniform(1, 2, (3, 40)).astype(np.float32) * np.array(
+        [[7.0], [0.01], [1.0]], np.float32
+    )
     balance = Balance.of(errors, share)
     np.testing.assert_allclose(balance(errors)[0].sum(), 1)
     np.testing.assert_allclose(balance(errors)[1], errors[2])
-    halved = balance(errors * np.array([[0.5], [1.0], [1.0]]))[0].sum(), balance(errors * np.array([[1.0], [0.5], [1.0]]))[0].sum()
+    halved = (
+        balance(errors * np.array([[0.5], [1.0], [1.0]]))[0].sum(),
+        balance(errors * np.array([[1.0], [0.5], [1.0]]))[0].sum(),
+    )
     np.testing.assert_allclose(halved, (1 - layers / 2, 1 - outputs / 2))
 
 
 @pytest.mark.parametrize(
-    ("share", "errors", "shares"), [(0.5, (2, 0), (1, 0)), (1.0, (2, 0), (1, 0)), (0.5, (0, 2), (0, 1)), (0.5, (0, 0), (0, 0))]
+    ("share", "errors", "shares"),
+    [(0.5, (2, 0), (1, 0)), (1.0, (2, 0), (1, 0)), (0.5, (0, 2), (0, 1)), (0.5, (0, 0), (0, 0))],
 )
 def test_what_has_no_errors_has_no_share(share, errors, shares):
     balance = Balance.of(np.array([[errors[0]], [errors[1]], [0]], np.float32), share)
@@ -52,7 +60,13 @@ def replayed(losses, outputs, noise=0.0, count=26, seed=0):
     start = rng.uniform(1, 2, (2, count)).astype(np.float32)
     kept = Kept("start", start)
     for step, factors in enumerate(zip(losses, outputs, strict=True), 1):
-        kept.offer(step, step, (start * np.array(factors)[:, None] * rng.uniform(1 - noise, 1 + noise, start.shape)).astype(np.float32))
+        kept.offer(
+            step,
+            step,
+            (start * np.array(factors)[:, None] * rng.uniform(1 - noise, 1 + noise, start.shape)).astype(
+                np.float32
+            ),
+        )
         if kept.is_settled:
             break
     return kept, step
@@ -61,10 +75,25 @@ def replayed(losses, outputs, noise=0.0, count=26, seed=0):
 @pytest.mark.parametrize(
     ("losses", "outputs", "ends", "why"),
     [
-        ([1.01, 1.02, 0.5], [0.9, 0.9, 0.5], 2, "error on held-out samples (best +1.0 % in 2 of 3 steps; stopped early)"),
-        ([0.9, 0.8, 0.5], [1.1, 1.2, 0.5], 2, "error of the outputs on held-out samples (best +10.0 % in 2 of 3 steps; stopped early)"),
+        (
+            [1.01, 1.02, 0.5],
+            [0.9, 0.9, 0.5],
+            2,
+            "error on held-out samples (best +1.0 % in 2 of 3 steps; stopped early)",
+        ),
+        (
+            [0.9, 0.8, 0.5],
+            [1.1, 1.2, 0.5],
+            2,
+            "error of the outputs on held-out samples (best +10.0 % in 2 of 3 steps; stopped early)",
+        ),
         ([1.3, 1.2, 1.1, 1.15], [1, 1, 1, 1], 4, "error on held-out samples (best +10.0 % in 4 of 4 steps)"),
-        ([0.9, 0.8, 0.7], [1.3, 1.2, 1.25], 3, "error of the outputs on held-out samples (best +20.0 % in 3 of 3 steps)"),
+        (
+            [0.9, 0.8, 0.7],
+            [1.3, 1.2, 1.25],
+            3,
+            "error of the outputs on held-out samples (best +20.0 % in 3 of 3 steps)",
+        ),
         (
             [0.999, 1.3, 1.3],
             [1.1, 0.9, 1.1],
@@ -81,7 +110,8 @@ def test_the_loop_ends_when_the_start_will_be_kept(losses, outputs, ends, why):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_loop_goes_on_while_errors_fall_and_after_a_gain(seed):
-    """A late gain is found if the errors fell, and a run that has gained is not ended by this rule, whatever comes."""
+    """A late gain is found if the errors fell, and a run that has gained is not ended by this rule, whatever
+    comes."""
     rng = np.random.default_rng(seed)
     falling = np.sort(rng.uniform(1.0, 1.5, 5))[::-1] * np.array([1, 1, 1, 1, 0.5])
     kept, ran = replayed(falling, falling, seed=seed)
@@ -92,13 +122,16 @@ def test_the_loop_goes_on_while_errors_fall_and_after_a_gain(seed):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_loop_ends_early_only_where_the_start_is_kept(seed):
-    """In drawn runs, what the rule ends had no gain up to there; without the rule the same checks find none up to there either."""
+    """In drawn runs, what the rule ends had no gain up to there; without the rule the same checks find none
+    up to there either."""
     rng = np.random.default_rng(seed)
     losses, outputs = rng.uniform(0.8, 1.2, (2, 10))
     kept, ran = replayed(losses, outputs, noise=0.1, seed=seed)
     assert kept.step == 0 or ran == 10
     assert np.isfinite([*kept.checkpoints.values()]).all()
-    assert kept.reason(ran, 10).startswith("the start was kept: " if not kept.step else f"step {kept.step} was kept: ")
+    assert kept.reason(ran, 10).startswith(
+        "the start was kept: " if not kept.step else f"step {kept.step} was kept: "
+    )
 
 
 def test_a_start_without_errors_is_kept_without_a_division_by_zero():

@@ -1,4 +1,5 @@
-"""The training graph and the loop: gradients of everything that is learned, and a result never worse than the start."""
+"""The training graph and the loop: gradients of everything that is learned, and a result never worse than the
+start."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ TARGET = targets.load("ort-x64")
 
 class Case:
     def __init__(self, engine, model=None, **options):
-        self.config = Config(**{"weight_bits": 3, "batch_size": 6, "steps": 30, "start": "nearest", "patience": 0, **options})
+        self.config = Config(
+            **{"weight_bits": 3, "batch_size": 6, "steps": 30, "start": "nearest", "patience": 0, **options}
+        )
         self.model = normalize(model or small_convnet(), 13)
         self.plan = plan(self.model, TARGET, self.config)
         self.samples = data.read({"image": images(24)}, self.model)
@@ -41,15 +44,29 @@ class Case:
         self.indices = np.arange(24)
         self.held = np.sort(np.random.default_rng(0).permutation(24)[:2])
         self.scores = score(
-            Network(self.model, self.plan, self.calibration), Selection(self.samples, self.indices), set(), engine, self.config, silent
+            Network(self.model, self.plan, self.calibration),
+            Selection(self.samples, self.indices),
+            set(),
+            engine,
+            self.config,
+            silent,
         )
         self.start = weight_ranges(self.model, self.plan, self.calibration, self.scores, self.config)
-        self.graph = training_graph(Network(self.model, self.plan, self.calibration), self.start, self.samples, self.config, engine)
+        self.graph = training_graph(
+            Network(self.model, self.plan, self.calibration), self.start, self.samples, self.config, engine
+        )
 
     def feeds(self) -> dict[str, np.ndarray]:
-        weights = {n: quant_math.dequantize(self.start.integers[n], self.start.weights[n], s) for n, s in self.plan.weight_specs.items()}
+        weights = {
+            n: quant_math.dequantize(self.start.integers[n], self.start.weights[n], s)
+            for n, s in self.plan.weight_specs.items()
+        }
         scales = np.array([float(self.start.activations[q].scale) for q in self.graph.quantizers], np.float32)
-        attention = np.random.default_rng(0).uniform(0.5, 1, (self.graph.micro_batch, self.graph.columns)).astype(np.float32)
+        attention = (
+            np.random.default_rng(0)
+            .uniform(0.5, 1, (self.graph.micro_batch, self.graph.columns))
+            .astype(np.float32)
+        )
         quantizers = self.plan.quantizer_of
         biases = {}
         for x in self.plan.layers:
@@ -109,7 +126,9 @@ def test_the_loss_is_the_weighted_error_of_the_written_model(case):
     last = case.plan.layers[-1]
     feeds = case.feeds()
     expected = Session(case.model).run(case.samples.take(np.arange(case.graph.micro_batch)))[last.output]
-    got = Session(quantized, optimize=False).run(case.samples.take(np.arange(case.graph.micro_batch)))[last.output]
+    got = Session(quantized, optimize=False).run(case.samples.take(np.arange(case.graph.micro_batch)))[
+        last.output
+    ]
     errors = _run(Session(case.graph.evaluate), feeds)[ERRORS]
     assert case.graph.channels == (8, 8, 8, 5)
     assert case.graph.outputs == {last.output: 5.0}
@@ -126,7 +145,12 @@ def test_gradients_of_the_last_layer_agree_with_finite_differences(case):
     rng = np.random.default_rng(0)
     for name in (last.weight, last.bias):
         direction = rng.choice([-1.0, 1.0], size=feeds[name].shape).astype(np.float32)
-        ends = [float(_run(session, {**feeds, name: (feeds[name] + s * 1e-2 * direction).astype(np.float32)})[LOSS]) for s in (1, -1)]
+        ends = [
+            float(
+                _run(session, {**feeds, name: (feeds[name] + s * 1e-2 * direction).astype(np.float32)})[LOSS]
+            )
+            for s in (1, -1)
+        ]
         analytic = float((values[case.graph.gradients[name]] * direction).sum())
         assert analytic == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=2e-2)
 
@@ -154,7 +178,9 @@ def test_scale_gradient_is_the_lsq_rule(each_engine):
     inside = (raw >= 0) & (raw <= 15)
     levels = np.clip(raw, 0, 15) - z
     np.testing.assert_allclose(values[gradient.gradients["x0"]], v * inside, rtol=1e-6)
-    np.testing.assert_allclose(values[gradient.gradients["x1"]], [(v * (levels - inside * x / s)).sum()], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        values[gradient.gradients["x1"]], [(v * (levels - inside * x / s)).sum()], rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("rounding", list(RoundingVariable))
@@ -183,7 +209,9 @@ def test_the_last_layers_get_back_their_slopes(engine, bits):
     last = case.plan.layers[-1]
     quantized, _ = write(case.model, case.plan, best)
     feeds = case.samples.take(case.indices)
-    exact, rough = (Session(m, optimize=False).run(feeds)[last.output].astype(np.float64) for m in (case.model, quantized))
+    exact, rough = (
+        Session(m, optimize=False).run(feeds)[last.output].astype(np.float64) for m in (case.model, quantized)
+    )
     np.testing.assert_allclose(rough.mean(axis=0), exact.mean(axis=0), atol=0.02 * exact.std())
     exact, rough = exact - exact.mean(axis=0), rough - rough.mean(axis=0)
     assert (exact * rough).sum() / np.square(exact).sum() == pytest.approx(1, abs=0.02)
@@ -195,7 +223,9 @@ def test_slopes_that_cost_more_than_the_loop_brought_are_left(engine, monkeypatc
 
     def spoiled(plan, graph, session, runs, count, rounding):
         found.append(rounding)
-        return replace(rounding, weights={n: replace(p, scale=3 * p.scale) for n, p in rounding.weights.items()})
+        return replace(
+            rounding, weights={n: replace(p, scale=3 * p.scale) for n, p in rounding.weights.items()}
+        )
 
     monkeypatch.setattr("eptq_onnx.training.loop._restored", spoiled)
     best, trace = case.run()
@@ -204,7 +234,8 @@ def test_slopes_that_cost_more_than_the_loop_brought_are_left(engine, monkeypatc
 
 
 def test_the_outputs_count_part_by_part_in_units_of_their_spread(engine):
-    """Of a detector that joins boxes in pixels with probabilities, the probabilities count as much as the boxes."""
+    """Of a detector that joins boxes in pixels with probabilities, the probabilities count as much as the
+    boxes."""
     from graphs import normal, parse
 
     model = parse(
@@ -216,12 +247,17 @@ def test_the_outputs_count_part_by_part_in_units_of_their_spread(engine):
     assert case.graph.outputs == {"b": 128.0, "p": 256.0}
     quantized, _ = write(case.model, case.plan, case.start)
     feeds = case.samples.take(np.arange(case.graph.micro_batch))
-    exact, got = (Session(m, optimize=False).run(feeds)["y"].astype(np.float64) for m in (case.model, quantized))
+    exact, got = (
+        Session(m, optimize=False).run(feeds)["y"].astype(np.float64) for m in (case.model, quantized)
+    )
     errors = _run(Session(case.graph.evaluate), case.feeds())[ERRORS][:, -2:]
     parts = [slice(0, 2), slice(2, 6)]
     expected = np.stack([np.square(exact - got)[:, part].sum(axis=(1, 2, 3)) for part in parts], axis=1)
     np.testing.assert_allclose(errors, expected, rtol=2e-2)
-    spreads = [Session(case.model, optimize=False).run(case.samples.take(case.indices))["y"][:, part].var() for part in parts]
+    spreads = [
+        Session(case.model, optimize=False).run(case.samples.take(case.indices))["y"][:, part].var()
+        for part in parts
+    ]
     np.testing.assert_allclose(part_weights(case.graph, case.calibration), 1 / np.array(spreads), rtol=1e-2)
 
 
@@ -234,7 +270,10 @@ def test_any_share_of_the_outputs_lowers_their_error(engine, share):
     assert trace.best_step
     feeds, last = case.samples.take(case.indices), case.plan.layers[-1].output
     exact = Session(case.model).run(feeds)[last]
-    before, after = (Session(write(case.model, case.plan, r)[0], optimize=False).run(feeds)[last] for r in (case.start, best))
+    before, after = (
+        Session(write(case.model, case.plan, r)[0], optimize=False).run(feeds)[last]
+        for r in (case.start, best)
+    )
     assert np.square(after - exact).sum() < 0.8 * np.square(before - exact).sum()
 
 
@@ -288,7 +327,10 @@ def test_attention_is_relative_to_the_largest_layer(case):
 
 
 def test_attention_of_channels_peaks_at_that_of_the_layer(case):
-    columns = {kind: channel_attention(case.plan, case.scores, case.graph.channels, 24, Config(attention=kind)) for kind in Attention}
+    columns = {
+        kind: channel_attention(case.plan, case.scores, case.graph.channels, 24, Config(attention=kind))
+        for kind in Attention
+    }
     assert all(c.shape == (24, 29) for c in columns.values())
     np.testing.assert_array_equal(columns[Attention.NONE], 1)
     layer, channel = (columns[k][:, :8] for k in (Attention.LAYER, Attention.CHANNEL))
@@ -314,7 +356,9 @@ def test_a_layer_behind_an_operator_without_gradient_is_said_not_to_be_optimized
 
 
 @pytest.mark.parametrize(("rounding", "halvings"), [("straight-through", 9), ("soft", 0)])
-def test_weights_move_half_as_fast_after_every_check_that_finds_nothing_better(engine, rounding, halvings, monkeypatch):
+def test_weights_move_half_as_fast_after_every_check_that_finds_nothing_better(
+    engine, rounding, halvings, monkeypatch
+):
     case = Case(engine, rounding=rounding, rounding_lr=30.0, bias_lr=10.0, steps=20, patience=0)
     rates = []
 
@@ -340,10 +384,17 @@ def test_what_is_masked_with_minus_infinity_is_left_out_of_the_loss(engine):
     model = parse(
         "g (float[N,3,8,8] image) => (float[N,4,8,8] y, float[N,4,8,8] z) {"
         "  a = Conv (image, w)  r = Relu (a)  y = Conv (r, v)  z = Where (mask, y, low) }",
-        {"w": normal(4, 3, 1, 1), "v": normal(4, 4, 1, 1), "mask": np.arange(8) > 3, "low": np.array(-np.inf, np.float32)},
+        {
+            "w": normal(4, 3, 1, 1),
+            "v": normal(4, 4, 1, 1),
+            "mask": np.arange(8) > 3,
+            "low": np.array(-np.inf, np.float32),
+        },
     )
     result = eptq_onnx.quantize(model, images(40), Config(steps=4, weight_bits=4, batch_size=4))
     assert result.report.optimization is not None
     assert np.isfinite(result.report.optimization.losses).all()
-    assert "NaN or infinite values in the float model count in no statistic: z (50.00%)" in result.report.notes
+    assert (
+        "NaN or infinite values in the float model count in no statistic: z (50.00%)" in result.report.notes
+    )
     assert min(result.report.verification.outputs.values()) > 15

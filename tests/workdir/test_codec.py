@@ -27,13 +27,21 @@ DTYPES = st.sampled_from(["float32", "float64", "int8", "uint8", "int64", "bool"
 def arrays(draw):
     """Arrays of any type and shape, turned, cut and reversed."""
     shape = draw(hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
-    array = np.frombuffer(np.random.default_rng(draw(st.integers(0, 99))).bytes(8 * 625), np.int64)[: int(np.prod(shape))]
-    array = (array % 128).astype(draw(DTYPES)).reshape(shape).transpose(draw(st.permutations(range(len(shape)))))
+    array = np.frombuffer(np.random.default_rng(draw(st.integers(0, 99))).bytes(8 * 625), np.int64)[
+        : int(np.prod(shape))
+    ]
+    array = (
+        (array % 128).astype(draw(DTYPES)).reshape(shape).transpose(draw(st.permutations(range(len(shape)))))
+    )
     return array[::2] if array.ndim and draw(st.booleans()) else array
 
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**130), 2**130) | st.floats() | st.text() | st.binary()
-NUMBERS = st.builds(np.float32, st.floats(width=32)) | st.builds(np.float64, st.floats()) | st.builds(np.int64, st.integers(-99, 99))
+NUMBERS = (
+    st.builds(np.float32, st.floats(width=32))
+    | st.builds(np.float64, st.floats())
+    | st.builds(np.int64, st.integers(-99, 99))
+)
 KEYS = st.text() | st.integers() | st.tuples(st.text(), st.integers())
 VALUES = st.recursive(
     SCALARS | NUMBERS | arrays() | st.frozensets(st.text()) | st.sampled_from(Preset),
@@ -52,8 +60,16 @@ def same(a, b) -> bool:
         return False
     if isinstance(a, (np.ndarray, np.generic)):
         # The bytes, NaN included, and where sums go along.
-        orders = [np.argsort([-abs(s) for s, n in zip(x.strides, x.shape, strict=True) if n > 1], kind="stable") for x in (a, b)]
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes() and np.array_equal(*orders)
+        orders = [
+            np.argsort([-abs(s) for s, n in zip(x.strides, x.shape, strict=True) if n > 1], kind="stable")
+            for x in (a, b)
+        ]
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and a.tobytes() == b.tobytes()
+            and np.array_equal(*orders)
+        )
     if isinstance(a, float):
         return np.float64(a).tobytes() == np.float64(b).tobytes() or bool(np.isnan(a) and np.isnan(b))
     if isinstance(a, dict):
@@ -110,12 +126,16 @@ def test_a_record_comes_back(workdir):
 def test_models_come_back_with_weights_inside_or_in_files(workdir, tmp_path, stored):
     model = small_convnet()
     heavy = np.random.default_rng(0).normal(size=(100, 400)).astype(np.float32)
-    model.graph.initializer.append(store.constant(heavy, "heavy", str(tmp_path)) if stored else numpy_helper.from_array(heavy, "heavy"))
+    model.graph.initializer.append(
+        store.constant(heavy, "heavy", str(tmp_path)) if stored else numpy_helper.from_array(heavy, "heavy")
+    )
     digest = encode(model, workdir)
     (tmp_path / "new").mkdir()
     found = decode(digest, workdir, str(tmp_path / "new"))
     assert store.is_stored(found.graph.initializer[-1]) is stored
-    assert store.load_all(found).SerializeToString(deterministic=True) == store.load_all(model).SerializeToString(deterministic=True)
+    assert store.load_all(found).SerializeToString(deterministic=True) == store.load_all(
+        model
+    ).SerializeToString(deterministic=True)
     if stored:
         assert store.folder_of(found) == str(tmp_path / "new")
         with pytest.raises(ValueError, match="needs a folder"):
@@ -128,7 +148,9 @@ def test_other_types_are_refused(workdir, value):
         encode(value, workdir)
 
 
-@pytest.mark.parametrize("name", ["os:system", "eptq_onnx.workdir.codec:_value", "eptq_onnx.errors:EptqError"])
+@pytest.mark.parametrize(
+    "name", ["os:system", "eptq_onnx.workdir.codec:_value", "eptq_onnx.errors:EptqError"]
+)
 def test_nothing_but_the_packages_records_is_made(workdir, name):
     digest = workdir.put(b'{"@": "record", "class": "' + name.encode() + b'", "fields": {}}')
     with pytest.raises(OutputError, match="damaged"):

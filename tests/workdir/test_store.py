@@ -46,7 +46,11 @@ def test_a_damaged_file_is_an_error_never_another_value(path, harm):
             if harm == "removed":
                 file.unlink()
             else:
-                file.write_bytes(content[: len(content) // 2] if harm == "cut" else content[:-2] + bytes([content[-2] ^ 1, content[-1]]))
+                file.write_bytes(
+                    content[: len(content) // 2]
+                    if harm == "cut"
+                    else content[:-2] + bytes([content[-2] ^ 1, content[-1]])
+                )
             with pytest.raises(OutputError, match=r"remove the folder, and run again\.$"):
                 [decode(digest, workdir) for entry in workdir.entries("pass") for digest in entry["values"]]
             file.write_bytes(content)
@@ -79,7 +83,10 @@ def test_after_an_error_everything_stays(path):
 
 def test_files_of_killed_runs_are_removed(path):
     _kept(path)
-    left = [path / "objects" / ".eptq-onnx-1-00000000.tmp", path / "entries" / "pass" / ".eptq-onnx-1-00000001.tmp"]
+    left = [
+        path / "objects" / ".eptq-onnx-1-00000000.tmp",
+        path / "entries" / "pass" / ".eptq-onnx-1-00000001.tmp",
+    ]
     for file in left:
         file.write_bytes(b"half")
     with Workdir(path):

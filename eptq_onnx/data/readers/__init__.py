@@ -26,10 +26,13 @@ def opened(source: Source) -> tuple[Data, str]:
     source : Source
         One of
 
-        - a mapping from input name to an array with samples along the first axis, or to a list of samples of any sizes;
+        - a mapping from input name to an array with samples along the first axis, or to a list of samples of
+          any sizes;
         - for a model with one input, such an array;
-        - an iterable of feeds: mappings from input name to what the model takes in one run, batch axis included;
-        - the path of a .npz (a mapping), of a .npy (an array), or of a folder of .npz files, each of them a feed;
+        - an iterable of feeds: mappings from input name to what the model takes in one run, batch axis
+          included;
+        - the path of a .npz (a mapping), of a .npy (an array), or of a folder of .npz files, each of them a
+          feed;
         - ``"module:function"``, a function without arguments that gives any of these;
         - what a further reader in this package takes.
 
@@ -47,7 +50,8 @@ def files_of(source: Any) -> list[tuple[str, Path]]:
 
 
 def forms(*, on_command_line: bool) -> list[str]:
-    """What each reader takes, in one line: of those that a command can name, or of those that only Python has."""
+    """What each reader takes, in one line: of those that a command can name, or of those that only Python
+    has."""
     return [reader.form for reader in reversed(registered()) if reader.on_command_line is on_command_line]
 
 

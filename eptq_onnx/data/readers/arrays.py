@@ -30,5 +30,7 @@ class ArrayReader(Reader):
     def files(self, source: Any) -> list[tuple[str, Path]]:
         """Files that arrays are mapped from."""
         arrays = source.values() if isinstance(source, Mapping) else [source]
-        mapped = [array.filename for array in arrays if isinstance(array, np.memmap) and array.filename is not None]
+        mapped = [
+            array.filename for array in arrays if isinstance(array, np.memmap) and array.filename is not None
+        ]
         return [("the calibration data", Path(os.path.abspath(name))) for name in mapped]

@@ -50,7 +50,8 @@ class Reader(ABC):
         """
 
     def files(self, source: Any) -> list[tuple[str, Path]]:
-        """The files that it reads, each with what it is, so that no output overwrites them: by default the one that the source names."""
+        """The files that it reads, each with what it is, so that no output overwrites them: by default the
+        one that the source names."""
         return [("the calibration data", Path(os.path.abspath(source)))]
 
 

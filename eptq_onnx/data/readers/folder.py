@@ -39,4 +39,6 @@ class FolderReader(Reader):
 
     def files(self, source: Any) -> list[tuple[str, Path]]:
         """All .npz files of the folder."""
-        return [("the calibration data", file) for file in sorted(Path(os.path.abspath(source)).glob("*.npz"))]
+        return [
+            ("the calibration data", file) for file in sorted(Path(os.path.abspath(source)).glob("*.npz"))
+        ]

@@ -1,11 +1,13 @@
 """Rewrites of operators that have no gradient into operators that have one.
 
-A lowering gets a node, a view of its (private, shape-specialised) model and a builder; it adds nodes that make
-the same output tensors, or raises `NotLowerable` with the reason. Values agree with the original to float
-rounding; the tests compare them. The rules stand in one file a family; `eptq_onnx.ops` says which operator has which.
+A lowering gets a node, a view of its (private, shape-specialised) model and a builder; it adds nodes that
+make the same output tensors, or raises `NotLowerable` with the reason. Values agree with the original to
+float rounding; the tests compare them. The rules stand in one file a family; `eptq_onnx.ops` says which
+operator has which.
 
-What a rule emits is lowered in turn, so that it may use any operator of the table. Results that are to be constants
-to gradients (the place of a maximum, say) come from nodes that are marked with `view.STOP` (`base.stopped`).
+What a rule emits is lowered in turn, so that it may use any operator of the table. Results that are to be
+constants to gradients (the place of a maximum, say) come from nodes that are marked with `view.STOP`
+(`base.stopped`).
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ __all__ = ["Lowering", "NotLowerable", "lower"]
 
 
 def _computes_floats(node: NodeProto, view: GraphView) -> bool:
-    """False for arithmetic on positions, masks and sizes: it has no gradient, and float operators would not take it."""
-    return any(view.elem_type(name) in (TensorProto.FLOAT, TensorProto.UNDEFINED) for name in [*node.input[:1], *node.output])
+    """False for arithmetic on positions, masks and sizes: it has no gradient, and float operators would not
+    take it."""
+    return any(
+        view.elem_type(name) in (TensorProto.FLOAT, TensorProto.UNDEFINED)
+        for name in [*node.input[:1], *node.output]
+    )
 
 
 def lower(model: ModelProto, rules: Mapping[tuple[str, str], Lowering]) -> tuple[ModelProto, dict[str, str]]:
@@ -63,7 +69,9 @@ def lower(model: ModelProto, rules: Mapping[tuple[str, str], Lowering]) -> tuple
         if not changed:
             break
         # Shapes behind what was rewritten may be news to the rules that did not fit.
-        model = onnx.shape_inference.infer_shapes(with_nodes(model, builder.nodes, builder.initializers), data_prop=True)
+        model = onnx.shape_inference.infer_shapes(
+            with_nodes(model, builder.nodes, builder.initializers), data_prop=True
+        )
     stopping = Builder(model)
     for node in view.nodes:
         if node.name in refused:

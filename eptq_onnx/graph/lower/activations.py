@@ -8,14 +8,25 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
 from eptq_onnx.graph.edit import Builder
-from eptq_onnx.graph.lower.base import TINY, Lowering, NotLowerable, constant_input, given, number, shape_of, stay, stopped
+from eptq_onnx.graph.lower.base import (
+    TINY,
+    Lowering,
+    NotLowerable,
+    constant_input,
+    given,
+    number,
+    shape_of,
+    stay,
+    stopped,
+)
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 
 
 def by_slope(slope: Callable[[NodeProto, Builder, str, str], str]) -> Lowering:
     """The rule of an operator y = f(x) whose slope f' is made of other operators.
 
-    y = f(x') + f'(x') (x - x'), where x' is x but a constant to gradients: the value is that of the operator itself.
+    y = f(x') + f'(x') (x - x'), where x' is x but a constant to gradients: the value is that of the operator
+    itself.
 
     Parameters
     ----------
@@ -28,7 +39,11 @@ def by_slope(slope: Callable[[NodeProto, Builder, str, str], str]) -> Lowering:
         x = stopped(b, "Identity", [node.input[0]])
         value = stopped(b, node.op_type, [x], **own)
         step = b.add("Sub", [node.input[0], x])
-        b.add("Add", [value, b.add("Mul", [step, stopped(b, "Identity", [slope(node, b, x, value)])])], node.output[0])
+        b.add(
+            "Add",
+            [value, b.add("Mul", [step, stopped(b, "Identity", [slope(node, b, x, value)])])],
+            node.output[0],
+        )
 
     return rule
 
@@ -54,7 +69,8 @@ softplus = by_slope(lambda n, b, x, y: b.add("Sigmoid", [x]))
 
 
 def _exponential(gamma: float, alpha: float) -> Lowering:
-    """The rule of gamma x above 0 and gamma alpha (exp(rate x) - 1) below; its slope there is rate (y + gamma alpha)."""
+    """The rule of gamma x above 0 and gamma alpha (exp(rate x) - 1) below; its slope there is rate (y + gamma
+    alpha)."""
 
     def slope(node: NodeProto, b: Builder, x: str, y: str) -> str:
         steep, depth = number(node, "gamma", gamma), number(node, "alpha", alpha)
@@ -74,7 +90,9 @@ def prelu(node: NodeProto, view: GraphView, b: Builder) -> None:
     """y = x * (1 + (slope - 1) * [x < 0]). Where would take three times as long."""
     x, slope = node.input
     negative = b.add("Cast", [b.add("Less", [x, 0.0])], to=TensorProto.FLOAT)
-    b.add("Mul", [x, b.add("Add", [b.add("Mul", [negative, b.add("Sub", [slope, 1.0])]), 1.0])], node.output[0])
+    b.add(
+        "Mul", [x, b.add("Add", [b.add("Mul", [negative, b.add("Sub", [slope, 1.0])]), 1.0])], node.output[0]
+    )
 
 
 def hard_sigmoid(node: NodeProto, view: GraphView, b: Builder) -> None:
@@ -139,7 +157,8 @@ def swish(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def modulo(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = a - b q with the whole quotient q = round((a - mod(a, b)) / b), which is a constant to gradients."""
+    """y = a - b q with the whole quotient q = round((a - mod(a, b)) / b), which is a constant to
+    gradients."""
     dividend, divisor = node.input
     rest = stopped(b, "Mod", [dividend, divisor], fmod=int_attribute(node, "fmod", 0))
     quotient = stopped(b, "Round", [b.add("Div", [b.add("Sub", [dividend, rest]), divisor])])

@@ -46,7 +46,10 @@ def multi_head_attention(node: NodeProto, view: GraphView, b: Builder) -> None:
     parts = list(node.input[:3])
     if given(node, 3):
         ends = np.cumsum([0, *sizes]).tolist()
-        shares = [b.add("Slice", [node.input[3], ints([s]), ints([e]), ints([0])]) for s, e in itertools.pairwise(ends)]
+        shares = [
+            b.add("Slice", [node.input[3], ints([s]), ints([e]), ints([0])])
+            for s, e in itertools.pairwise(ends)
+        ]
         parts = [b.add("Add", pair) for pair in zip(parts, shares, strict=True)]
     batch, length, keys = shapes[0][0], shapes[0][1], shapes[1][1]
     bias = _mask(node, view, b, given(node, 4), batch, keys)
@@ -72,13 +75,22 @@ def _mask(node: NodeProto, view: GraphView, b: Builder, mask: str, batch: int, k
     return [b.add("Mul", [b.add("Sub", [1.0, seen]), number(node, "mask_filter_value", -10000.0)])]
 
 
-def _attend(node: NodeProto, b: Builder, parts: list[str], shape: tuple[int, int, int], sizes: list[int], bias: list[str]) -> None:
+def _attend(
+    node: NodeProto,
+    b: Builder,
+    parts: list[str],
+    shape: tuple[int, int, int],
+    sizes: list[int],
+    bias: list[str],
+) -> None:
     """softmax(scale q k^T + bias) v, head by head."""
     batch, length, keys = shape
     heads = int_attribute(node, "num_heads", 1)
     q, k, v = (
         transpose(b, reshape(b, part, [batch, n, heads, size // heads]), order)
-        for part, n, size, order in zip(parts, (length, keys, keys), sizes, ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True)
+        for part, n, size, order in zip(
+            parts, (length, keys, keys), sizes, ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]), strict=True
+        )
     )
     scale = number(node, "scale", 0.0) or 1 / np.sqrt(sizes[0] // heads)
     scores = b.add("Mul", [b.add("MatMul", [q, k]), float(scale)])

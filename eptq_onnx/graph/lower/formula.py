@@ -19,9 +19,9 @@ def formula(text: str) -> Lowering:
     Parameters
     ----------
     text : str
-        ``Name <attributes> (inputs) => (outputs) { nodes }``. An attribute without a default is written as ``alpha``, and one with a
-        default, behind the others, as ``alpha: float = 1.0``. The value of either is a Constant's: ``a = Constant <value_float:
-        float = @alpha> ()``.
+        ``Name <attributes> (inputs) => (outputs) { nodes }``. An attribute without a default is written as
+        ``alpha``, and one with a default, behind the others, as ``alpha: float = 1.0``. The value of either
+        is a Constant's: ``a = Constant <value_float: float = @alpha> ()``.
 
     Raises
     ------
@@ -43,12 +43,17 @@ def formula(text: str) -> Lowering:
             raise NotLowerable(f"its input {absent} is absent")
         results = dict(zip(body.output, node.output, strict=False))
         for step in body.node:
-            own = {a.name: _value(values, a.ref_attr_name) if a.ref_attr_name else helper.get_attribute_value(a) for a in step.attribute}
+            own = {
+                a.name: _value(values, a.ref_attr_name) if a.ref_attr_name else helper.get_attribute_value(a)
+                for a in step.attribute
+            }
             if step.op_type == "Constant":
                 [value] = own.values()
                 names[step.output[0]] = b.constant(_array(value))
             else:
-                names[step.output[0]] = b.add(step.op_type, [names[i] for i in step.input], results.get(step.output[0]), **own)
+                names[step.output[0]] = b.add(
+                    step.op_type, [names[i] for i in step.input], results.get(step.output[0]), **own
+                )
 
     return rule
 

@@ -17,7 +17,8 @@ _PARAMETERS = {"LeakyRelu": ("alpha",), "HardSigmoid": ("alpha", "beta"), "Elu":
 
 
 def fused_matmul(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = alpha op(a) op(b); transBatchA and transBatchB move the first of the batch axes behind the others first."""
+    """y = alpha op(a) op(b); transBatchA and transBatchB move the first of the batch axes behind the others
+    first."""
     operands = []
     for k, side in enumerate("AB"):
         rank = len(shape_of(view, node.input[k]))
@@ -35,7 +36,9 @@ def fused_matmul(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 def fused_conv(node: NodeProto, view: GraphView, b: Builder) -> None:
     """y = f(conv(x) + z)."""
-    own = {a.name: helper.get_attribute_value(a) for a in node.attribute if not a.name.startswith("activation")}
+    own = {
+        a.name: helper.get_attribute_value(a) for a in node.attribute if not a.name.startswith("activation")
+    }
     y = b.add("Conv", [i for i in node.input[:3] if i], **own)
     if given(node, 3):
         y = b.add("Add", [y, node.input[3]])
@@ -45,7 +48,9 @@ def fused_conv(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 def fused_gemm(node: NodeProto, view: GraphView, b: Builder) -> None:
     """y = f(gemm(x))."""
-    own = {a.name: helper.get_attribute_value(a) for a in node.attribute if not a.name.startswith("activation")}
+    own = {
+        a.name: helper.get_attribute_value(a) for a in node.attribute if not a.name.startswith("activation")
+    }
     y = b.add("Gemm", [i for i in node.input if i], **own)
     names = ("activation_alpha", "activation_beta")
     _activated(node, b, y, [number(node, name, 0.0) for name in names if attribute(node, name) is not None])

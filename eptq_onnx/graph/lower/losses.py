@@ -11,13 +11,19 @@ from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 
 
 def negative_log_likelihood(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Minus the entries at the targets, weighed by their class, 0 for ignored targets; then the sum or the weighted mean."""
+    """Minus the entries at the targets, weighed by their class, 0 for ignored targets; then the sum or the
+    weighted mean."""
     _likelihood(node, view, b, node.input[0])
 
 
 def softmax_cross_entropy(node: NodeProto, view: GraphView, b: Builder) -> None:
     """The loss above, of LogSoftmax along axis 1."""
-    logs = b.add("LogSoftmax", [node.input[0]], node.output[1] if len(node.output) > 1 and node.output[1] else None, axis=1)
+    logs = b.add(
+        "LogSoftmax",
+        [node.input[0]],
+        node.output[1] if len(node.output) > 1 and node.output[1] else None,
+        axis=1,
+    )
     _likelihood(node, view, b, logs)
 
 
@@ -32,7 +38,9 @@ def _likelihood(node: NodeProto, view: GraphView, b: Builder, logs: str) -> None
         targets = b.add("Where", [mine, np.array(0), targets])
         weight = reshape(b, b.add("Cast", [b.add("Not", [mine])], to=TensorProto.FLOAT), positions)
     if given(node, 2):
-        weight = b.add("Mul", [weight, reshape(b, b.add("Gather", [node.input[2], targets], axis=0), positions)])
+        weight = b.add(
+            "Mul", [weight, reshape(b, b.add("Gather", [node.input[2], targets], axis=0), positions)]
+        )
     picked = reshape(b, b.add("GatherElements", [logs, targets], axis=1), positions)
     reduction = attribute(node, "reduction", "mean")
     loss = b.add("Mul", [b.add("Neg", [picked]), weight], node.output[0] if reduction == "none" else None)

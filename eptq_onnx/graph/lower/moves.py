@@ -61,7 +61,9 @@ def depth_to_space(node: NodeProto, view: GraphView, b: Builder) -> None:
         apart, order = [n, k, k, c // k**2, h, w], [0, 3, 4, 1, 5, 2]
     else:
         apart, order = [n, c // k**2, k, k, h, w], [0, 1, 4, 2, 5, 3]
-    reshape(b, transpose(b, reshape(b, node.input[0], apart), order), [n, c // k**2, h * k, w * k], node.output[0])
+    reshape(
+        b, transpose(b, reshape(b, node.input[0], apart), order), [n, c // k**2, h * k, w * k], node.output[0]
+    )
 
 
 def space_to_depth(node: NodeProto, view: GraphView, b: Builder) -> None:
@@ -73,7 +75,8 @@ def space_to_depth(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def pad(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Slice where Pad cuts off; then Pad with a constant, or a Gather along each axis that repeats what is there."""
+    """Slice where Pad cuts off; then Pad with a constant, or a Gather along each axis that repeats what is
+    there."""
     rank = rank_of(view, node.input[0])
     told = constant_input(node, view, 1, "amounts")
     amounts = ints_attribute(node, "pads") if told is None else [int(v) for v in told]
@@ -138,7 +141,12 @@ def one_hot(node: NodeProto, view: GraphView, b: Builder) -> None:
     if view.is_constant(node.input[2]):
         stay(node, b)
         return
-    hot = stopped(b, "OneHot", [node.input[0], node.input[1], np.array([0, 1], np.float32)], axis=int_attribute(node, "axis", -1))
+    hot = stopped(
+        b,
+        "OneHot",
+        [node.input[0], node.input[1], np.array([0, 1], np.float32)],
+        axis=int_attribute(node, "axis", -1),
+    )
     off, on = (b.add("Gather", [node.input[2], np.array(k)], axis=0) for k in (0, 1))
     b.add("Add", [off, b.add("Mul", [hot, b.add("Sub", [on, off])])], node.output[0])
 
@@ -166,7 +174,8 @@ def scatter(node: NodeProto, view: GraphView, b: Builder) -> None:
 def _scatter_sum(node: NodeProto, view: GraphView, b: Builder) -> None:
     """The gradient of an update is that of its place, whether another update is added there or not.
 
-    So the value is that of the operator itself, and the gradient that of x + scatter(0, updates) without reduction.
+    So the value is that of the operator itself, and the gradient that of x + scatter(0, updates) without
+    reduction.
     """
     x, places, updates = node.input
     axis: dict[str, Any] = {"axis": int_attribute(node, "axis", 0)} if node.op_type != "ScatterND" else {}
@@ -193,7 +202,17 @@ def unique(node: NodeProto, view: GraphView, b: Builder) -> None:
     copy = NodeProto()
     copy.CopyFrom(node)
     names = [*node.output, "", "", ""]
-    copy.output[:] = [b.unique(f"{node.output[0]}/sorted"), names[1] or b.unique(f"{node.output[0]}/places"), names[2], names[3]]
+    copy.output[:] = [
+        b.unique(f"{node.output[0]}/sorted"),
+        names[1] or b.unique(f"{node.output[0]}/places"),
+        names[2],
+        names[3],
+    ]
     stay(copy, b)
     x = reshape(b, node.input[0], [-1]) if axis is None else node.input[0]
-    b.add("Gather", [x, copy.output[1]], node.output[0], axis=0 if axis is None else int_attribute(node, "axis", 0))
+    b.add(
+        "Gather",
+        [x, copy.output[1]],
+        node.output[0],
+        axis=0 if axis is None else int_attribute(node, "axis", 0),
+    )

@@ -39,7 +39,9 @@ def _centred(b: Builder, x: str, axes: Sequence[int]) -> tuple[str, str]:
     return b.add("Sub", [x, mean]), mean
 
 
-def _inverse_deviation(b: Builder, centred: str, axes: Sequence[int], epsilon: float, output: str | None = None) -> str:
+def _inverse_deviation(
+    b: Builder, centred: str, axes: Sequence[int], epsilon: float, output: str | None = None
+) -> str:
     variance = b.reduce("ReduceMean", square(b, centred), axes, keepdims=True)
     return b.add("Reciprocal", [b.add("Sqrt", [b.add("Add", [variance, epsilon])])], output)
 
@@ -57,7 +59,9 @@ def layer_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
     _layer_norm(b, node.input[0], axes, number(node, "epsilon", 1e-5), node.input[1], given(node, 2), outputs)
 
 
-def _layer_norm(b: Builder, x: str, axes: Sequence[int], epsilon: float, scale: str, bias: str, outputs: Sequence[str]) -> None:
+def _layer_norm(
+    b: Builder, x: str, axes: Sequence[int], epsilon: float, scale: str, bias: str, outputs: Sequence[str]
+) -> None:
     """Outputs: the result, the mean, the inverse deviation; the latter two may be empty."""
     centred, mean = _centred(b, x, axes)
     inverse = _inverse_deviation(b, centred, axes, epsilon, outputs[2] or None)
@@ -106,7 +110,8 @@ def instance_normalization(node: NodeProto, view: GraphView, b: Builder) -> None
 
 
 def group_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Mean and deviation over a group of channels; scale and bias per channel (opset 21) or per group (opset 18)."""
+    """Mean and deviation over a group of channels; scale and bias per channel (opset 21) or per group (opset
+    18)."""
     shape = shape_of(view, node.input[0])
     groups = int_attribute(node, "num_groups", 1)
     x = reshape(b, node.input[0], [shape[0], groups, -1])
@@ -132,17 +137,23 @@ def mean_variance_normalization(node: NodeProto, view: GraphView, b: Builder) ->
 def lp_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
     """y = x / |x|_p along one axis."""
     p = int_attribute(node, "p", 2)
-    size = b.reduce("ReduceSum", powers(b, node.input[0], p), [int_attribute(node, "axis", -1)], keepdims=True)
+    size = b.reduce(
+        "ReduceSum", powers(b, node.input[0], p), [int_attribute(node, "axis", -1)], keepdims=True
+    )
     b.add("Div", [node.input[0], norm(b, size, p)], node.output[0])
 
 
 def local_response_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = x / (bias + alpha mean(x^2))^beta, the mean (zeros beyond the ends) over ``size`` neighbouring channels."""
+    """y = x / (bias + alpha mean(x^2))^beta, the mean (zeros beyond the ends) over ``size`` neighbouring
+    channels."""
     shape = shape_of(view, node.input[0])
     size = int_attribute(node, "size", 1)
     rows = reshape(b, square(b, node.input[0]), [shape[0], 1, shape[1], -1])
     # The window is a column of an image whose rows are the channels.
     pads = [(size - 1) // 2, 0, size // 2, 0]
     mean = b.add("AveragePool", [rows], kernel_shape=[size, 1], pads=pads, count_include_pad=1)
-    around = b.add("Add", [b.add("Mul", [reshape(b, mean, shape), number(node, "alpha", 1e-4)]), number(node, "bias", 1.0)])
+    around = b.add(
+        "Add",
+        [b.add("Mul", [reshape(b, mean, shape), number(node, "alpha", 1e-4)]), number(node, "bias", 1.0)],
+    )
     b.add("Div", [node.input[0], b.add("Pow", [around, number(node, "beta", 0.75)])], node.output[0])

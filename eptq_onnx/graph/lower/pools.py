@@ -16,7 +16,9 @@ from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attri
 
 def explicit_padding(node: NodeProto, view: GraphView, b: Builder) -> None:
     """auto_pad and ceil_mode as pads, which onnxruntime-training's gradients of Conv and MaxPool ignore."""
-    if attribute(node, "auto_pad", "NOTSET") not in ("SAME_UPPER", "SAME_LOWER") and not int_attribute(node, "ceil_mode", 0):
+    if attribute(node, "auto_pad", "NOTSET") not in ("SAME_UPPER", "SAME_LOWER") and not int_attribute(
+        node, "ceil_mode", 0
+    ):
         b.nodes.append(node)
         return
     copy = NodeProto()
@@ -29,13 +31,17 @@ def explicit_padding(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def window(node: NodeProto, view: GraphView) -> tuple[list[int], list[int], dict[str, Any]]:
-    """Kernel, pads (as they come out of auto_pad and ceil_mode, for the sizes at hand), and strides and dilations."""
+    """Kernel, pads (as they come out of auto_pad and ceil_mode, for the sizes at hand), and strides and
+    dilations."""
     before, after = shape_of(view, node.input[0])[2:], shape_of(view, node.output[0])[2:]
     kernel = ints_attribute(node, "kernel_shape") or list(shape_of(view, node.input[1]))[2:]
     strides = ints_attribute(node, "strides") or [1] * len(kernel)
     dilations = ints_attribute(node, "dilations") or [1] * len(kernel)
     # What the windows reach over, in all; a negative rest of a stride is not read.
-    reach = [(y - 1) * s + (k - 1) * d + 1 - x for x, y, k, s, d in zip(before, after, kernel, strides, dilations, strict=True)]
+    reach = [
+        (y - 1) * s + (k - 1) * d + 1 - x
+        for x, y, k, s, d in zip(before, after, kernel, strides, dilations, strict=True)
+    ]
     mode = attribute(node, "auto_pad", "NOTSET")
     if mode in ("SAME_UPPER", "SAME_LOWER"):
         totals = [max(0, r) for r in reach]
@@ -59,7 +65,9 @@ def explicit_transposed_padding(node: NodeProto, view: GraphView, b: Builder) ->
     strides = ints_attribute(node, "strides") or [1] * len(kernel)
     dilations = ints_attribute(node, "dilations") or [1] * len(kernel)
     extra = ints_attribute(node, "output_padding") or [0] * len(kernel)
-    spread = [(x - 1) * s + (k - 1) * d + 1 for x, s, k, d in zip(before, strides, kernel, dilations, strict=True)]
+    spread = [
+        (x - 1) * s + (k - 1) * d + 1 for x, s, k, d in zip(before, strides, kernel, dilations, strict=True)
+    ]
     totals = [max(0, r + e - y) for r, e, y in zip(spread, extra, after, strict=True)]
     small, large = [t // 2 for t in totals], [t - t // 2 for t in totals]
     first, last = (small, large) if mode == "SAME_UPPER" else (large, small)
@@ -70,7 +78,8 @@ def explicit_transposed_padding(node: NodeProto, view: GraphView, b: Builder) ->
 
 
 def max_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Indices that count column by column mislead the gradient's kernel: they come from a node of their own."""
+    """Indices that count column by column mislead the gradient's kernel: they come from a node of their
+    own."""
     if not int_attribute(node, "storage_order", 0):
         explicit_padding(node, view, b)
         return
@@ -84,17 +93,22 @@ def max_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def average_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Sums of windows over their counts for what the gradient's kernel does not know: dilations, ceil_mode, three dimensions."""
+    """Sums of windows over their counts for what the gradient's kernel does not know: dilations, ceil_mode,
+    three dimensions."""
     plain = not int_attribute(node, "ceil_mode", 0) and set(ints_attribute(node, "dilations")) <= {1}
     if plain and rank_of(view, node.input[0]) < 5:
         explicit_padding(node, view, b)
         return
     kernel, pads, steps = window(node, view)
-    sums = _window_sums(b, node.input[0], shape_of(view, node.input[0]), shape_of(view, node.output[0]), kernel, pads, steps)
+    sums = _window_sums(
+        b, node.input[0], shape_of(view, node.input[0]), shape_of(view, node.output[0]), kernel, pads, steps
+    )
     b.add("Mul", [sums, _shares(node, view, kernel, steps)], node.output[0])
 
 
-def window_counts(size: int, count: int, kernel: int, stride: int, dilation: int, pad: int, counted: tuple[int, int]) -> NDArray[np.int64]:
+def window_counts(
+    size: int, count: int, kernel: int, stride: int, dilation: int, pad: int, counted: tuple[int, int]
+) -> NDArray[np.int64]:
     """Elements of each of ``count`` windows along one axis, as AveragePool counts them.
 
     Parameters
@@ -117,7 +131,9 @@ def _shares(node: NodeProto, view: GraphView, kernel: list[int], steps: dict[str
     told = ints_attribute(node, "pads") or [0] * (2 * len(kernel))
     counts = np.ones((1, 1), np.float32).reshape((1, 1) + (1,) * len(kernel))
     for axis, (size, count) in enumerate(zip(sizes, after, strict=True)):
-        counted = (told[axis], told[axis + len(kernel)]) if int_attribute(node, "count_include_pad", 0) else (0, 0)
+        counted = (
+            (told[axis], told[axis + len(kernel)]) if int_attribute(node, "count_include_pad", 0) else (0, 0)
+        )
         places = (kernel[axis], steps["strides"][axis], steps["dilations"][axis], pads[axis])
         inside = window_counts(size, count, *places, counted).astype(np.float32)
         counts = counts * inside.reshape((1, 1) + (1,) * axis + (-1,) + (1,) * (len(kernel) - axis - 1))
@@ -135,7 +151,9 @@ def _window_sums(
 ) -> str:
     """Sum of every window: a convolution with ones, channel by channel."""
     channels = reshape(b, x, [before[0] * before[1], 1, *before[2:]])
-    sums = b.add("Conv", [channels, np.ones((1, 1, *kernel), np.float32)], kernel_shape=kernel, pads=pads, **steps)
+    sums = b.add(
+        "Conv", [channels, np.ones((1, 1, *kernel), np.float32)], kernel_shape=kernel, pads=pads, **steps
+    )
     return reshape(b, sums, after)
 
 
@@ -144,27 +162,41 @@ def lp_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
     p = int_attribute(node, "p", 2)
     kernel, pads, steps = window(node, view)
     before, after = shape_of(view, node.input[0]), shape_of(view, node.output[0])
-    norm(b, _window_sums(b, powers(b, node.input[0], p), before, after, kernel, pads, steps), p, node.output[0])
+    norm(
+        b, _window_sums(b, powers(b, node.input[0], p), before, after, kernel, pads, steps), p, node.output[0]
+    )
 
 
 def max_unpool(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Scatter the values to their places, which count in the flattened output of the size that the kernel gives."""
+    """Scatter the values to their places, which count in the flattened output of the size that the kernel
+    gives."""
     shape = shape_of(view, node.input[0])
     kernel = ints_attribute(node, "kernel_shape")
     strides = ints_attribute(node, "strides") or [1] * len(kernel)
     pads = ints_attribute(node, "pads") or [0] * (2 * len(kernel))
-    sizes = [(x - 1) * s + k - pads[a] - pads[a + len(kernel)] for a, (x, s, k) in enumerate(zip(shape[2:], strides, kernel, strict=True))]
+    sizes = [
+        (x - 1) * s + k - pads[a] - pads[a + len(kernel)]
+        for a, (x, s, k) in enumerate(zip(shape[2:], strides, kernel, strict=True))
+    ]
     wide = [*shape[:2], *sizes]
     places, values = reshape(b, node.input[1], [-1]), reshape(b, node.input[0], [-1])
-    image = reshape(b, b.add("ScatterElements", [np.zeros(int(np.prod(wide)), np.float32), places, values], axis=0), wide)
+    image = reshape(
+        b, b.add("ScatterElements", [np.zeros(int(np.prod(wide)), np.float32), places, values], axis=0), wide
+    )
     told = constant_input(node, view, 2, "output sizes")
     after = wide if told is None else [int(v) for v in told]
-    b.add("Pad", [image, ints([0] * len(wide) + [a - w for a, w in zip(after, wide, strict=True)])], node.output[0])
+    b.add(
+        "Pad",
+        [image, ints([0] * len(wide) + [a - w for a, w in zip(after, wide, strict=True)])],
+        node.output[0],
+    )
 
 
 def col2im(node: NodeProto, view: GraphView, b: Builder) -> None:
     """A ConvTranspose, channel by channel, whose weight puts each row of a block into its place."""
-    image, block = (constant_input(node, view, k, what) for k, what in ((1, "image sizes"), (2, "block sizes")))
+    image, block = (
+        constant_input(node, view, k, what) for k, what in ((1, "image sizes"), (2, "block sizes"))
+    )
     if image is None or block is None:
         raise NotLowerable("its sizes are missing")
     kernel, sizes = [int(v) for v in block], [int(v) for v in image]
@@ -181,5 +213,13 @@ def col2im(node: NodeProto, view: GraphView, b: Builder) -> None:
     x = reshape(b, node.input[0], [n * rows // area, area, *blocks])
     weight = np.eye(area, dtype=np.float32).reshape(area, 1, *kernel)
     # Rows at the end that no block reaches belong to the image all the same.
-    y = b.add("ConvTranspose", [x, weight], strides=strides, dilations=dilations, pads=pads, output_padding=rest, kernel_shape=kernel)
+    y = b.add(
+        "ConvTranspose",
+        [x, weight],
+        strides=strides,
+        dilations=dilations,
+        pads=pads,
+        output_padding=rest,
+        kernel_shape=kernel,
+    )
     reshape(b, y, [n, rows // area, *sizes], node.output[0])

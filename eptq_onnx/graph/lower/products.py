@@ -8,7 +8,16 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from eptq_onnx.graph.edit import Builder
-from eptq_onnx.graph.lower.base import TINY, NotLowerable, ints, rank_of, reshape, shape_of, stopped, transpose
+from eptq_onnx.graph.lower.base import (
+    TINY,
+    NotLowerable,
+    ints,
+    rank_of,
+    reshape,
+    shape_of,
+    stopped,
+    transpose,
+)
 from eptq_onnx.graph.view import GraphView, attribute
 
 
@@ -28,7 +37,8 @@ def matmul(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def power(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """With an exponent that is not one constant, x^e by its slopes e x^(e - 1) and x^e log(x), as in `by_slope`."""
+    """With an exponent that is not one constant, x^e by its slopes e x^(e - 1) and x^e log(x), as in
+    `by_slope`."""
     x, e = node.input
     if view.is_constant(e) and view.is_float(e) and view.constant(e).size == 1:
         b.nodes.append(node)
@@ -48,14 +58,18 @@ def power(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def einsum(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Operands are multiplied from left to right, each pair as one MatMul; labels that nobody needs are summed up first."""
+    """Operands are multiplied from left to right, each pair as one MatMul; labels that nobody needs are
+    summed up first."""
     shapes = [shape_of(view, i) for i in node.input]
     terms, result = _labels(str(attribute(node, "equation")), [len(s) for s in shapes])
     sizes: dict[str, int] = {}
     for term, shape in zip(terms, shapes, strict=True):
         for label, size in zip(term, shape, strict=True):
             sizes[label] = max(size, sizes.get(label, 1))
-    operands = [_diagonal(b, name, term, shape, sizes) for name, term, shape in zip(node.input, terms, shapes, strict=True)]
+    operands = [
+        _diagonal(b, name, term, shape, sizes)
+        for name, term, shape in zip(node.input, terms, shapes, strict=True)
+    ]
     x, labels = operands[0]
     for k, (y, more) in enumerate(operands[1:], 1):
         later = set(result).union(*(term for _, term in operands[k + 1 :]))
@@ -65,16 +79,23 @@ def einsum(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def _labels(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """Each operand's labels and those of the result; the axes of an ellipsis are labelled by digits, the last by 0.
+    """Each operand's labels and those of the result; the axes of an ellipsis are labelled by digits, the last
+    by 0.
 
     Raises `NotLowerable` for an ellipsis of more than ten axes.
     """
     left, arrow, right = re.sub(r"\s", "", equation).partition("->")
     terms = left.split(",")
-    hidden = [rank - len(term.replace("...", "")) if "..." in term else 0 for term, rank in zip(terms, ranks, strict=True)]
+    hidden = [
+        rank - len(term.replace("...", "")) if "..." in term else 0
+        for term, rank in zip(terms, ranks, strict=True)
+    ]
     if max(hidden) > 10:
         raise NotLowerable("its ellipsis stands for more than ten axes")
-    spelled = [term.replace("...", "".join(str(d) for d in reversed(range(h)))) for term, h in zip(terms, hidden, strict=True)]
+    spelled = [
+        term.replace("...", "".join(str(d) for d in reversed(range(h))))
+        for term, h in zip(terms, hidden, strict=True)
+    ]
     wide = "".join(str(d) for d in reversed(range(max(hidden))))
     if arrow:
         return spelled, right.replace("...", wide)
@@ -82,8 +103,11 @@ def _labels(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     return spelled, wide + "".join(sorted(c for c in set(joined) if joined.count(c) == 1))
 
 
-def _diagonal(b: Builder, x: str, labels: str, shape: tuple[int, ...], sizes: dict[str, int]) -> tuple[str, str]:
-    """Repeated labels mean a diagonal: everything else is multiplied by 0 and summed up; sizes of 1 are expanded."""
+def _diagonal(
+    b: Builder, x: str, labels: str, shape: tuple[int, ...], sizes: dict[str, int]
+) -> tuple[str, str]:
+    """Repeated labels mean a diagonal: everything else is multiplied by 0 and summed up; sizes of 1 are
+    expanded."""
     kept = "".join(dict.fromkeys(labels))
     if len(kept) < len(labels):
         for label in kept:
@@ -100,10 +124,14 @@ def _diagonal(b: Builder, x: str, labels: str, shape: tuple[int, ...], sizes: di
 
 def _summed(b: Builder, x: str, labels: str, needed: set[str]) -> tuple[str, str]:
     axes = [a for a, label in enumerate(labels) if label not in needed]
-    return (b.reduce("ReduceSum", x, axes) if axes else x), "".join(label for label in labels if label in needed)
+    return (b.reduce("ReduceSum", x, axes) if axes else x), "".join(
+        label for label in labels if label in needed
+    )
 
 
-def _contract(b: Builder, left: tuple[str, str], right: tuple[str, str], later: set[str], sizes: dict[str, int]) -> tuple[str, str]:
+def _contract(
+    b: Builder, left: tuple[str, str], right: tuple[str, str], later: set[str], sizes: dict[str, int]
+) -> tuple[str, str]:
     """One batched MatMul: (shared, left, summed) times (shared, summed, right)."""
     x, first = _summed(b, *left, later | set(right[1]))
     y, second = _summed(b, *right, later | set(first))
@@ -114,9 +142,15 @@ def _contract(b: Builder, left: tuple[str, str], right: tuple[str, str], later: 
     def product(labels: str) -> int:
         return int(np.prod([sizes[c] for c in labels]))
 
-    rows = reshape(b, transpose(b, x, [first.index(c) for c in shared + own + summed]), [product(shared), product(own), product(summed)])
+    rows = reshape(
+        b,
+        transpose(b, x, [first.index(c) for c in shared + own + summed]),
+        [product(shared), product(own), product(summed)],
+    )
     columns = reshape(
-        b, transpose(b, y, [second.index(c) for c in shared + summed + others]), [product(shared), product(summed), product(others)]
+        b,
+        transpose(b, y, [second.index(c) for c in shared + summed + others]),
+        [product(shared), product(summed), product(others)],
     )
     labels = shared + own + others
     return reshape(b, b.add("MatMul", [rows, columns]), [sizes[c] for c in labels]), labels

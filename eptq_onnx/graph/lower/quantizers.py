@@ -11,7 +11,8 @@ from eptq_onnx.graph.view import GraphView, int_attribute
 
 
 def fake_quant(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = DequantizeLinear(Clip(QuantizeLinear(x))), per tensor; FakeQuant has a kernel in training builds only."""
+    """y = DequantizeLinear(Clip(QuantizeLinear(x))), per tensor; FakeQuant has a kernel in training builds
+    only."""
     x, scale, zero = node.input
     if not view.is_constant(zero):
         raise NotLowerable("its zero point is computed at run time")

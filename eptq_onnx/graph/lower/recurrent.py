@@ -14,7 +14,8 @@ from eptq_onnx.graph.lower.base import NotLowerable, given, ints, reshape, shape
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 
 MOST_STEPS = 128
-"""A bidirectional LSTM makes 120 nodes a step with its gradient; the time to load them grows with the square."""
+"""A bidirectional LSTM makes 120 nodes a step with its gradient; the time to load them grows with the
+square."""
 
 State = tuple[str, ...]
 Function = Callable[[str], str]
@@ -24,7 +25,8 @@ _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 @dataclass(frozen=True)
 class _Cell:
-    """One direction of a layer: constants and functions of a step. Gates stand side by side along the last axis."""
+    """One direction of a layer: constants and functions of a step. Gates stand side by side along the last
+    axis."""
 
     b: Builder
     hidden: int
@@ -38,7 +40,9 @@ class _Cell:
 
     def gate(self, x: str, k: int, count: int = 1) -> str:
         """Gates k to k + count of the columns of x."""
-        return self.b.add("Slice", [x, ints([k * self.hidden]), ints([(k + count) * self.hidden]), ints([-1])])
+        return self.b.add(
+            "Slice", [x, ints([k * self.hidden]), ints([(k + count) * self.hidden]), ints([-1])]
+        )
 
     def apply(self, function: int, terms: list[str]) -> str:
         """A gate's function of the clipped sum."""
@@ -52,7 +56,8 @@ class _Cell:
         return (self.apply(0, [x, self.b.add("MatMul", [state[0], self.recurrent]), self.recurrent_bias]),)
 
     def gru(self, x: str, state: State) -> State:
-        """z, r = f(...); n = g(x + (r h) R) or g(x + r (h R)); h' = n + z (h - n). Gates in the order z, r, h."""
+        """z, r = f(...); n = g(x + (r h) R) or g(x + r (h R)); h' = n + z (h - n). Gates in the order z, r,
+        h."""
         b, h = self.b, state[0]
         bias = self.recurrent_bias
         zr = b.add("Add", [b.add("MatMul", [h, self.gate(self.recurrent, 0, 2)]), self.gate(bias, 0, 2)])
@@ -67,9 +72,12 @@ class _Cell:
         return (b.add("Add", [n, b.add("Mul", [z, b.add("Sub", [h, n])])]),)
 
     def lstm(self, x: str, state: State) -> State:
-        """c' = f c + i g, h' = o tanh(c'). Gates in the order i, o, f, c; peepholes see c (i, f) and c' (o)."""
+        """c' = f c + i g, h' = o tanh(c'). Gates in the order i, o, f, c; peepholes see c (i, f) and c'
+        (o)."""
         b, (h, c) = self.b, state
-        everything = b.add("Add", [b.add("Add", [x, b.add("MatMul", [h, self.recurrent])]), self.recurrent_bias])
+        everything = b.add(
+            "Add", [b.add("Add", [x, b.add("MatMul", [h, self.recurrent])]), self.recurrent_bias]
+        )
 
         def gate(k: int, seen: str) -> str:
             peephole = [b.add("Mul", [seen, self.peepholes[k]])] if self.peepholes else []
@@ -82,7 +90,9 @@ class _Cell:
             i = self.gate(io, 0)
         if self.input_forget:
             f = b.add("Sub", [1.0, i])
-        new = b.add("Add", [b.add("Mul", [f, c]), b.add("Mul", [i, self.apply(1, [self.gate(everything, 3)])])])
+        new = b.add(
+            "Add", [b.add("Mul", [f, c]), b.add("Mul", [i, self.apply(1, [self.gate(everything, 3)])])]
+        )
         o = gate(1, new) if self.peepholes else self.gate(io, 1)
         return b.add("Mul", [o, self.functions[2](new)]), new
 
@@ -129,7 +139,9 @@ def _projected(node: NodeProto, b: Builder, x: str, d: int, hidden: int) -> str:
 def _cell(node: NodeProto, view: GraphView, b: Builder, d: int, hidden: int) -> _Cell:
     gates = _GATES[node.op_type]
     bias = _pick(b, node.input[3], d, gates * hidden, 2 * gates * hidden) if given(node, 3) else ""
-    peepholes = [_pick(b, node.input[7], d, k * hidden, (k + 1) * hidden) for k in range(3)] if given(node, 7) else []
+    peepholes = (
+        [_pick(b, node.input[7], d, k * hidden, (k + 1) * hidden) for k in range(3)] if given(node, 7) else []
+    )
     return _Cell(
         b=b,
         hidden=hidden,
@@ -144,12 +156,15 @@ def _cell(node: NodeProto, view: GraphView, b: Builder, d: int, hidden: int) -> 
 
 
 def _functions(node: NodeProto, b: Builder, d: int) -> list[Function]:
-    """The activation functions of one direction; alphas and betas are listed, over both, for those that take them."""
+    """The activation functions of one direction; alphas and betas are listed, over both, for those that take
+    them."""
     count = len(_DEFAULTS[node.op_type])
     told = [n.decode() if isinstance(n, bytes) else n for n in attribute(node, "activations", ())]  # type: ignore[attr-defined]
     alphas = [float(v) for v in attribute(node, "activation_alpha", ())]  # type: ignore[attr-defined]
     betas = [float(v) for v in attribute(node, "activation_beta", ())]  # type: ignore[attr-defined]
-    functions = [_function(b, name.capitalize(), alphas, betas) for name in told or 2 * _DEFAULTS[node.op_type]]
+    functions = [
+        _function(b, name.capitalize(), alphas, betas) for name in told or 2 * _DEFAULTS[node.op_type]
+    ]
     return functions[d * count : (d + 1) * count]
 
 
@@ -189,7 +204,11 @@ def _initial(node: NodeProto, b: Builder, d: int, shape: tuple[int, int], layout
     result = []
     for position in (5, 6) if node.op_type == "LSTM" else (5,):
         name = given(node, position)
-        result.append(b.add("Gather", [name, np.array(d)], axis=layout) if name else b.constant(np.zeros(shape, np.float32), "zeros"))
+        result.append(
+            b.add("Gather", [name, np.array(d)], axis=layout)
+            if name
+            else b.constant(np.zeros(shape, np.float32), "zeros")
+        )
     return tuple(result)
 
 
@@ -201,7 +220,9 @@ def _running(node: NodeProto, b: Builder, steps: int, batch: int) -> str:
     return b.add("Cast", [b.add("Less", [np.arange(steps).reshape(-1, 1, 1), lengths])], to=TensorProto.FLOAT)
 
 
-def _unrolled(node: NodeProto, cell: _Cell, projected: str, state: State, running: str, times: Iterable[int]) -> tuple[list[str], State]:
+def _unrolled(
+    node: NodeProto, cell: _Cell, projected: str, state: State, running: str, times: Iterable[int]
+) -> tuple[list[str], State]:
     """The output of each of these times, and the last state."""
     b = cell.b
     step = {"RNN": cell.rnn, "GRU": cell.gru, "LSTM": cell.lstm}[node.op_type]
@@ -213,13 +234,24 @@ def _unrolled(node: NodeProto, cell: _Cell, projected: str, state: State, runnin
         if running:
             on = b.add("Gather", [running, place], axis=0)
             outputs[t] = b.add("Mul", [new[0], on])
-            new = tuple(b.add("Add", [old, b.add("Mul", [on, b.add("Sub", [n, old])])]) for n, old in zip(new, state, strict=True))
+            new = tuple(
+                b.add("Add", [old, b.add("Mul", [on, b.add("Sub", [n, old])])])
+                for n, old in zip(new, state, strict=True)
+            )
         state = new
     return [outputs[t] for t in sorted(outputs)], state
 
 
-def _write(node: NodeProto, b: Builder, sequences: list[list[str]], finals: list[State], shape: tuple[int, int, int], layout: int) -> None:
-    """Y of shape (steps, directions, batch, hidden), Y_h and Y_c of (directions, batch, hidden); batch first if ``layout``."""
+def _write(
+    node: NodeProto,
+    b: Builder,
+    sequences: list[list[str]],
+    finals: list[State],
+    shape: tuple[int, int, int],
+    layout: int,
+) -> None:
+    """Y of shape (steps, directions, batch, hidden), Y_h and Y_c of (directions, batch, hidden); batch first
+    if ``layout``."""
     steps, batch, hidden = shape
     if node.output[0]:
         rows = [b.add("Unsqueeze", [y, ints([0])]) for pair in zip(*sequences, strict=True) for y in pair]

@@ -42,7 +42,11 @@ def extreme_variadic(node: NodeProto, view: GraphView, b: Builder) -> None:
     compare = "Greater" if node.op_type == "Max" else "Less"
     result = node.input[0]
     for k, other in enumerate(node.input[1:], 2):
-        result = b.add("Where", [b.add(compare, [result, other]), result, other], node.output[0] if k == len(node.input) else None)
+        result = b.add(
+            "Where",
+            [b.add(compare, [result, other]), result, other],
+            node.output[0] if k == len(node.input) else None,
+        )
     if len(node.input) == 1:
         b.add("Identity", [result], node.output[0])
 
@@ -148,7 +152,9 @@ def _from_rows(node: NodeProto, view: GraphView, b: Builder, axes: list[int], y:
     """Name the result, one element a row, in the shape that the node promises."""
     shape = shape_of(view, node.input[0])
     keep = bool(int_attribute(node, "keepdims", 1))
-    reshape(b, y, [1 if a in axes else s for a, s in enumerate(shape) if keep or a not in axes], node.output[0])
+    reshape(
+        b, y, [1 if a in axes else s for a, s in enumerate(shape) if keep or a not in axes], node.output[0]
+    )
 
 
 def reduce_prod(node: NodeProto, view: GraphView, b: Builder) -> None:
@@ -161,7 +167,10 @@ def reduce_prod(node: NodeProto, view: GraphView, b: Builder) -> None:
     count, axis = sizes[-1], len(sizes) - 1
     while count > 1:
         half = count // 2
-        parts = [b.add("Slice", [x, ints([s]), ints([e]), ints([axis])]) for s, e in ((0, half), (half, 2 * half), (2 * half, count))]
+        parts = [
+            b.add("Slice", [x, ints([s]), ints([e]), ints([axis])])
+            for s, e in ((0, half), (half, 2 * half), (2 * half, count))
+        ]
         x = b.add("Mul", parts[:2])
         if count % 2:
             x = b.add("Concat", [x, parts[2]], axis=axis)
@@ -195,7 +204,8 @@ def norm(b: Builder, total_power: str, p: int, output: str | None = None) -> str
 
 
 def cumulative_sum(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """A product with a triangular matrix of ones along the axis; of a long one, part by part, and one of the parts' sums."""
+    """A product with a triangular matrix of ones along the axis; of a long one, part by part, and one of the
+    parts' sums."""
     shape = shape_of(view, node.input[0])
     axis = constant_input(node, view, 1, "axis")
     place = int(np.asarray(axis).reshape(-1)[0]) % len(shape)
@@ -213,7 +223,9 @@ def cumulative_sum(node: NodeProto, view: GraphView, b: Builder) -> None:
     count = -(-size // part)
     order = [a for a in range(rank) if a != place] + [place]
     rest = [shape[a] for a in order[:-1]]
-    rows = b.add("Pad", [transpose(b, node.input[0], order), ints([0] * (2 * rank - 1) + [count * part - size])])
+    rows = b.add(
+        "Pad", [transpose(b, node.input[0], order), ints([0] * (2 * rank - 1) + [count * part - size])]
+    )
     parts = reshape(b, rows, [*rest, count, part])
     inside = b.add("MatMul", [parts, triangle(part, exclusive)])
     before = b.add("MatMul", [b.reduce("ReduceSum", parts, [rank]), triangle(count, 1)])

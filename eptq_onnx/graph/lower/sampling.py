@@ -11,22 +11,35 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from eptq_onnx import runtime
 from eptq_onnx.graph.edit import Builder
-from eptq_onnx.graph.lower.base import NotLowerable, constant_input, ints, number, reshape, shape_of, stopped, total, transpose
+from eptq_onnx.graph.lower.base import (
+    NotLowerable,
+    constant_input,
+    ints,
+    number,
+    reshape,
+    shape_of,
+    stopped,
+    total,
+    transpose,
+)
 from eptq_onnx.graph.lower.reductions import along
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
 from eptq_onnx.numerics.types import Array
 
 
 def resize(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """One MatMul per resized axis with the interpolation matrix that the operator itself gives for an identity.
+    """One MatMul per resized axis with the interpolation matrix that the operator itself gives for an
+    identity.
 
-    Every interpolation mode is separable and linear, so that Resize along one axis is a constant matrix. Where it crops,
-    what lies outside of the image gets a constant of its own.
+    Every interpolation mode is separable and linear, so that Resize along one axis is a constant matrix.
+    Where it crops, what lies outside of the image gets a constant of its own.
     """
     before, after = shape_of(view, node.input[0]), shape_of(view, node.output[0])
     rank = len(before)
     scales = _told_scales(node, view, rank)
-    roi = constant_input(node, view, 1, "regions") if node.op_type == "Resize" and len(node.input) > 2 else None
+    roi = (
+        constant_input(node, view, 1, "regions") if node.op_type == "Resize" and len(node.input) > 2 else None
+    )
     axes = [a % rank for a in ints_attribute(node, "axes")] or list(range(rank))
     crops = attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize"
     x, inside = node.input[0], np.ones(after, np.float32)
@@ -57,7 +70,9 @@ def _told_scales(node: NodeProto, view: GraphView, rank: int) -> NDArray[np.floa
     told = ints_attribute(node, "scales") if node.op_type == "Upsample" else []
     values: NDArray[np.generic] | None = np.array(attribute(node, "scales"), np.float32) if told else None
     if values is None:
-        values = constant_input(node, view, 1 if node.op_type == "Upsample" or len(node.input) == 2 else 2, "scales")
+        values = constant_input(
+            node, view, 1 if node.op_type == "Upsample" or len(node.input) == 2 else 2, "scales"
+        )
     if values is None or not values.size:
         return None
     result = np.ones(rank, np.float32)
@@ -66,9 +81,15 @@ def _told_scales(node: NodeProto, view: GraphView, rank: int) -> NDArray[np.floa
 
 
 def _interpolation(
-    node: NodeProto, view: GraphView, size: int, new_size: int, scale: float | None, region: tuple[float, float] | None
+    node: NodeProto,
+    view: GraphView,
+    size: int,
+    new_size: int,
+    scale: float | None,
+    region: tuple[float, float] | None,
 ) -> Array:
-    """Matrix of shape (size, new_size): the operator applied to each unit vector, with 0 outside of the image."""
+    """Matrix of shape (size, new_size): the operator applied to each unit vector, with 0 outside of the
+    image."""
     single = NodeProto()
     single.CopyFrom(node)
     for item in list(single.attribute):
@@ -76,7 +97,11 @@ def _interpolation(
             single.attribute.remove(item)
     told = []
     if region is not None:
-        told.append(helper.make_tensor("r", TensorProto.FLOAT, [8], [0.0, 0.0, region[0], 0.0, 1.0, 1.0, region[1], 1.0]))
+        told.append(
+            helper.make_tensor(
+                "r", TensorProto.FLOAT, [8], [0.0, 0.0, region[0], 0.0, 1.0, 1.0, region[1], 1.0]
+            )
+        )
     roi = "r" if told else ""
     if scale is None:
         names = ["x", roi, "", "s"]
@@ -104,8 +129,11 @@ def _run(node: NodeProto, view: GraphView, x: Array, constants: list[TensorProto
     return y
 
 
-def _interpolation_in_place(node: NodeProto, view: GraphView, before: tuple[int, ...], axes: list[int], axis: int) -> Array:
-    """The same where the sizes of all axes decide on one scale (keep_aspect_ratio_policy): unit vectors along one of them."""
+def _interpolation_in_place(
+    node: NodeProto, view: GraphView, before: tuple[int, ...], axes: list[int], axis: int
+) -> Array:
+    """The same where the sizes of all axes decide on one scale (keep_aspect_ratio_policy): unit vectors along
+    one of them."""
     size = before[axis]
     single = NodeProto()
     single.CopyFrom(node)
@@ -140,14 +168,17 @@ def affine_grid(node: NodeProto, view: GraphView, b: Builder) -> None:
 def grid_sample(node: NodeProto, view: GraphView, b: Builder) -> None:
     """Weighted sum of the neighbours of every point; the places of the neighbours are constants to gradients.
 
-    Source: ONNX GridSample: coordinates -1 and 1 are the centres of the outer pixels (``align_corners``) or their outer
-    edges; the last coordinate counts along the first spatial axis.
+    Source: ONNX GridSample: coordinates -1 and 1 are the centres of the outer pixels (``align_corners``) or
+    their outer edges; the last coordinate counts along the first spatial axis.
     """
     shape, grid_shape = shape_of(view, node.input[0]), shape_of(view, node.input[1])
     n, channels, spatial = shape[0], shape[1], shape[2:]
     count = int(np.prod(grid_shape[1:-1]))
     grid = reshape(b, node.input[1], [n, 1, count, len(spatial)])
-    align, padding = bool(int_attribute(node, "align_corners", 0)), str(attribute(node, "padding_mode", "zeros"))
+    align, padding = (
+        bool(int_attribute(node, "align_corners", 0)),
+        str(attribute(node, "padding_mode", "zeros")),
+    )
     taps = []
     for axis, size in enumerate(spatial):
         place = len(spatial) - 1 - axis
@@ -156,7 +187,12 @@ def grid_sample(node: NodeProto, view: GraphView, b: Builder) -> None:
         x = b.add("Add", [b.add("Mul", [x, scale]), offset])
         taps.append(_taps(node, b, x, size, padding, align))
     image = reshape(b, node.input[0], [n, channels, -1])
-    reshape(b, _gathered(b, image, spatial, taps, (n, channels, count)), [n, channels, *grid_shape[1:-1]], node.output[0])
+    reshape(
+        b,
+        _gathered(b, image, spatial, taps, (n, channels, count)),
+        [n, channels, *grid_shape[1:-1]],
+        node.output[0],
+    )
 
 
 Tap = tuple[str, str]
@@ -173,8 +209,14 @@ def _taps(node: NodeProto, b: Builder, x: str, size: int, padding: str, align: b
         return [_tap(b, stopped(b, "Round", [x]), None, size, padding, low, high)]
     first = stopped(b, "Floor", [x])
     t = b.add("Sub", [x, first])
-    weights = [(0.0, b.add("Sub", [1.0, t])), (1.0, t)] if mode == "linear" else [(float(k - 1), _cubic(b, t, k - 1)) for k in range(4)]
-    return [_tap(b, b.add("Add", [first, offset]), weight, size, padding, low, high) for offset, weight in weights]
+    weights = (
+        [(0.0, b.add("Sub", [1.0, t])), (1.0, t)]
+        if mode == "linear"
+        else [(float(k - 1), _cubic(b, t, k - 1)) for k in range(4)]
+    )
+    return [
+        _tap(b, b.add("Add", [first, offset]), weight, size, padding, low, high) for offset, weight in weights
+    ]
 
 
 def _tap(b: Builder, place: str, weight: str | None, size: int, padding: str, low: float, high: float) -> Tap:
@@ -214,8 +256,11 @@ def _cubic(b: Builder, t: str, offset: int) -> str:
     return result
 
 
-def _gathered(b: Builder, image: str, spatial: Sequence[int], taps: list[list[Tap]], shape: tuple[int, int, int]) -> str:
-    """Sum over all combinations of neighbours; ``image`` is (n, channels, pixels), places and weights (n, 1, points)."""
+def _gathered(
+    b: Builder, image: str, spatial: Sequence[int], taps: list[list[Tap]], shape: tuple[int, int, int]
+) -> str:
+    """Sum over all combinations of neighbours; ``image`` is (n, channels, pixels), places and weights (n, 1,
+    points)."""
     terms = []
     for combination in product(*taps):
         flat, weight = combination[0]
@@ -228,20 +273,28 @@ def _gathered(b: Builder, image: str, spatial: Sequence[int], taps: list[list[Ta
 
 
 def roi_align(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """The mean (or maximum) of bilinear samples in every cell of a region (ONNX RoiAlign), for a fixed number of samples."""
+    """The mean (or maximum) of bilinear samples in every cell of a region (ONNX RoiAlign), for a fixed number
+    of samples."""
     ratio = int_attribute(node, "sampling_ratio", 0)
     if ratio == 0:
         raise NotLowerable("its number of samples depends on the regions (sampling_ratio 0)")
     n, channels, *spatial = shape_of(view, node.input[0])
     rois = shape_of(view, node.input[1])[0]
     cells = [int_attribute(node, "output_height", 1), int_attribute(node, "output_width", 1)]
-    half = attribute(node, "coordinate_transformation_mode", "half_pixel" if b.opset >= 16 else "output_half_pixel") == "half_pixel"
+    half = (
+        attribute(
+            node, "coordinate_transformation_mode", "half_pixel" if b.opset >= 16 else "output_half_pixel"
+        )
+        == "half_pixel"
+    )
     corners = b.add("Mul", [node.input[1], number(node, "spatial_scale", 1.0)])
     if half:
         corners = b.add("Sub", [corners, 0.5])
     taps = []
     for axis, size in enumerate(spatial):
-        first, last = (b.add("Slice", [corners, ints([k]), ints([k + 1]), ints([1])]) for k in (1 - axis, 3 - axis))
+        first, last = (
+            b.add("Slice", [corners, ints([k]), ints([k + 1]), ints([1])]) for k in (1 - axis, 3 - axis)
+        )
         extent = b.add("Sub", [last, first])
         if not half:
             extent = b.add("Max", [extent, 1.0])
@@ -261,10 +314,15 @@ def roi_align(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def _roi_taps(b: Builder, x: str, size: int, axis: int, shape: tuple[int, int, int]) -> list[Tap]:
-    """Both neighbours of points x of shape (regions, points along the axis); nothing counts beyond one pixel outside."""
+    """Both neighbours of points x of shape (regions, points along the axis); nothing counts beyond one pixel
+    outside."""
     rois, rows, columns = shape
     clipped = b.add("Clip", [x, 0.0, size - 1.0])
-    near = b.add("Cast", [b.add("And", [b.add("GreaterOrEqual", [x, -1.0]), b.add("LessOrEqual", [x, float(size)])])], to=TensorProto.FLOAT)
+    near = b.add(
+        "Cast",
+        [b.add("And", [b.add("GreaterOrEqual", [x, -1.0]), b.add("LessOrEqual", [x, float(size)])])],
+        to=TensorProto.FLOAT,
+    )
     first = stopped(b, "Floor", [clipped])
     t = b.add("Sub", [clipped, first])
     second = b.add("Clip", [b.add("Add", [first, 1.0]), 0.0, size - 1.0])
@@ -273,4 +331,7 @@ def _roi_taps(b: Builder, x: str, size: int, axis: int, shape: tuple[int, int, i
     def spread(v: str) -> str:
         return reshape(b, b.add("Expand", [reshape(b, v, wide), ints(shape)]), [rois, 1, rows * columns])
 
-    return [(spread(first), spread(b.add("Mul", [near, b.add("Sub", [1.0, t])]))), (spread(second), spread(b.add("Mul", [near, t])))]
+    return [
+        (spread(first), spread(b.add("Mul", [near, b.add("Sub", [1.0, t])]))),
+        (spread(second), spread(b.add("Mul", [near, t]))),
+    ]
