@@ -115,7 +115,8 @@ def _type_notes(model: ModelProto, config: Config) -> list[str]:
     ]
     if config.most_activation_bits > 8:
         notes.append(
-            "no integer kernels are known for 16-bit activations: operators compute in float32 between their quantizers"
+            "no integer kernels are known for 16-bit activations: operators compute in float32 between "
+            "their quantizers"
         )
     return notes
 
@@ -125,5 +126,6 @@ def _opset_notes(model: ModelProto, readable: ModelProto) -> list[str]:
     if own <= read:
         return []
     return [
-        f"the installed onnxruntime does not run quantized models of opset {own}: the result was made and verified in opset {read}"
+        f"the installed onnxruntime does not run quantized models of opset {own}: the result was made and "
+        f"verified in opset {read}"
     ]

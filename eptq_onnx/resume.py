@@ -192,7 +192,7 @@ def _base_of(ctx: Context) -> str:
     the code itself."""
     libraries = [HashOnly().put_file(str(path)) for path in ctx.given.custom_ops]
     values = (
-        _code(), _versions(), libraries, ctx.target.name, ctx.target.model_dump(), ctx.engine and ctx.engine.name,
+        _code(), _versions(), libraries, ctx.target.model_dump(), ctx.engine and ctx.engine.name,
         ctx.samples.identity, ctx.shares, ctx.found, ctx.multiplications, ctx.float_bytes,
     )  # fmt: skip
     return encode(values, HashOnly())

@@ -113,7 +113,8 @@ def _not_finite(calibration: Calibration) -> list[str]:
         return []
     more = f" and {len(shares) - _MOST_NAMED} more" if len(shares) > _MOST_NAMED else ""
     return [
-        f"NaN or infinite values in the float model count in no statistic: {', '.join(shares[:_MOST_NAMED])}{more}"
+        "NaN or infinite values in the float model count in no statistic: "
+        f"{', '.join(shares[:_MOST_NAMED])}{more}"
     ]
 
 
@@ -125,6 +126,7 @@ def _left_over(calibration: Calibration, ctx: Context) -> list[str]:
     )
     if ctx.engine is not None and alike < samples.count:
         notes.append(
-            f"gradients need fixed shapes: scored and optimized on the {alike} of {samples.count} samples of the most frequent size"
+            f"gradients need fixed shapes: scored and optimized on the {alike} of {samples.count} samples of "
+            "the most frequent size"
         )
     return notes

@@ -180,7 +180,8 @@ def train(name: str) -> ModelProto:
             running[key] = value if key not in running else 0.95 * running[key] + np.float32(0.05) * value
         if step % 50 == 0 or step == steps - 1:
             print(
-                f"{name}: step {step + 1}/{steps}, loss {float(values['loss']):.4f}, {time.perf_counter() - began:.0f} s",
+                f"{name}: step {step + 1}/{steps}, loss {float(values['loss']):.4f}, "
+                f"{time.perf_counter() - began:.0f} s",
                 flush=True,
             )
     parameters.update(running)

@@ -49,7 +49,8 @@ WRITTEN, REFUSED, REFUSED_DATA, REFUSED_UNSAFE = (
 NOTHING, QUANTIZED = "refused: nothing to quantize", "refused: quantized already"
 TOO_DEEP = "refused: onnxruntime takes too long to load it"
 BAD = (
-    "traceback", "crash", "hang", "memory", "more than a sentence", "written by a failed run", "left behind", "written but does not load",
+    "traceback", "crash", "hang", "memory", "more than a sentence", "written by a failed run", "left behind",
+    "written but does not load",
     "refused though onnxruntime runs it",
 )  # fmt: skip
 
@@ -256,7 +257,8 @@ def main(
             outcome = run(found, Path(folder), Limits(limit, memory), extra)
         counts[outcome.kind] += 1
         calibrated += outcome.calibrated
-        label = f"seed {seed}, number {number}, {found.name} {' '.join(extra)}: {'; '.join(s[:120] for s in found.said)}"
+        said = "; ".join(s[:120] for s in found.said)
+        label = f"seed {seed}, number {number}, {found.name} {' '.join(extra)}: {said}"
         if outcome.kind in BAD:
             bad[outcome.kind].append(label)
             last = (outcome.said.strip().splitlines() or [""])[-1]
@@ -272,7 +274,8 @@ def main(
     total = sum(counts.values())
     console.print(table)
     console.print(
-        f"{total} mutants of seed {seed} in {time.monotonic() - began:.0f} s; {calibrated / max(total, 1):.0%} reached calibration"
+        f"{total} mutants of seed {seed} in {time.monotonic() - began:.0f} s; "
+        f"{calibrated / max(total, 1):.0%} reached calibration"
     )
     if bad:
         raise typer.Exit(1)

@@ -46,7 +46,8 @@ class Setting:
     symmetric: bool = False
 
     def __str__(self) -> str:
-        return f"{'s8s8' if self.symmetric else 'u8s8'} {7 if self.reduce_range else 8} bits {self.calibration.name.lower()}"
+        kind, bits = "s8s8" if self.symmetric else "u8s8", 7 if self.reduce_range else 8
+        return f"{kind} {bits} bits {self.calibration.name.lower()}"
 
 
 CALIBRATIONS = (CalibrationMethod.MinMax, CalibrationMethod.Percentile, CalibrationMethod.Entropy)

@@ -37,7 +37,7 @@ def quantize(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="File with options: .toml, or the report of a former run (.json); options of the command line come first."
+            help="File with options: .toml, or the report of a run (.json); the command line comes first."
         ),
     ] = None,
     **options: Any,

@@ -54,7 +54,8 @@ class Optimize(Pass):
         )
         if not still_better(judge.noise, judge.limit, start, rounding):
             notes.append(
-                "the start of the optimization is kept: outputs of its result are noisier than those of the start or of nearest rounding"
+                "the start of the optimization is kept: outputs of its result are noisier than those of "
+                "the start or of nearest rounding"
             )
             rounding, trace = start, replace(trace, best_step=0)
         return state.changed(rounding=rounding, trace=trace).noting(*notes)

@@ -95,7 +95,7 @@ class ActivationRules(_Quantized):
     def _of_int8(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("container") == "uint8":
             raise ValueError(
-                "uint8 with the zero point 0 would hold no negative values, so that symmetric activations are int8"
+                "uint8 with the zero point 0 holds no negative values: symmetric activations are int8"
             )
         return value
 
@@ -239,7 +239,8 @@ def _content(path: Path, shown: str, above: tuple[Path, ...]) -> dict[str, Any]:
         return own
     if not isinstance(base, str) or not (base.endswith(".toml") or base in names()):
         raise ConfigError(
-            f"target file {shown} extends {base!r}, which is unknown: choose one of {', '.join(names())}, or give a .toml file."
+            f"target file {shown} extends {base!r}, which is unknown: choose one of {', '.join(names())}, "
+            "or give a .toml file."
         )
     file = path.parent / base if base.endswith(".toml") else _shipped(base)
     if not file.is_file():

@@ -106,8 +106,8 @@ class Workdir:
             yield
         except OSError as e:
             raise OutputError(
-                f"workdir {self.path} cannot be written or read ({e.strerror or e}): make room, or give another folder; "
-                "what was kept until now stays."
+                f"workdir {self.path} cannot be written or read ({e.strerror or e}): make room, or "
+                "give another folder; what was kept until now stays."
             ) from e
 
     # ---- contents ------------------------------------------------------------------------------------------
@@ -169,7 +169,8 @@ class Workdir:
     def _check(self, digest: str, found: str) -> None:
         if found != digest:
             raise OutputError(
-                f"the file {self._objects / digest} of the workdir is damaged: remove the folder, and run again."
+                f"the file {self._objects / digest} of the workdir is damaged: remove the folder, "
+                "and run again."
             )
         self._sound.add(digest)
 
