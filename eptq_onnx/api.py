@@ -39,14 +39,14 @@ def _silent(step: str, done: int, total: int, detail: object = "") -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """The quantized model and what was done to get it.
+    """The quantized model with its report.
 
     Parameters
     ----------
     model : ModelProto
     report : Report
     inputs : tuple of (str, path)
-        The files that the run read, each with what it is.
+        Files that the run read, each with a description.
     """
 
     model: ModelProto
@@ -59,7 +59,7 @@ class Result:
         Raises
         ------
         OutputError
-            If it cannot be written, or would overwrite a file that the run read.
+            If the model cannot be written, or would overwrite a file that the run read.
         """
         check_apart(model_outputs(path), self.inputs)
         io.save(self.model, path)
@@ -77,7 +77,7 @@ def quantize(
     Parameters
     ----------
     model : path, bytes or ModelProto
-        The float model; never changed.
+        The float model; it is never modified.
     data : Source
         Calibration samples without labels: one array per model input, samples along the first axis; or feeds,
         files, or a function that gives them; see `eptq_onnx.data.readers.opened`.
@@ -91,7 +91,7 @@ def quantize(
     Raises
     ------
     EptqError
-        Its subclasses say what is wrong and what to do; see `eptq_onnx.errors`.
+        If something is wrong; see `eptq_onnx.errors` for the subclasses.
     """
     config = config or Config()
     inputs = tuple(input_files(model, data, config))
@@ -103,7 +103,7 @@ def quantize(
 def input_files(
     model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config
 ) -> list[tuple[str, Path]]:
-    """The files that `quantize` reads, each with what it is: none of them may be overwritten."""
+    """List the files that `quantize` reads, with descriptions; none may be overwritten."""
     target = (
         [("the target file", Path(os.path.abspath(config.target)))] if config.target.endswith(".toml") else []
     )
@@ -113,14 +113,14 @@ def input_files(
 
 @dataclass(frozen=True)
 class _Places:
-    """Where a run keeps what it makes.
+    """Where a run keeps its files.
 
     Parameters
     ----------
     folder : str
-        For the weights of a large model, until the run ends.
+        Temporary folder for the weights of a large model.
     workdir : Workdir or None
-        For results of passes, beyond its end.
+        Keeps results of passes beyond the run.
     """
 
     folder: str
@@ -134,7 +134,7 @@ def _quantize(
     progress: Progress,
     places: _Places,
 ) -> Result:
-    """See `quantize`."""
+    """Quantize a model; see `quantize`."""
     runner = pipeline.Runner(pipeline.PIPELINE)
     target = targets.load(given.target)
     chosen = engines.choose(given.engine)
@@ -170,7 +170,7 @@ def _quantize(
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource

@@ -1,4 +1,4 @@
-"""Finds what stands in the files of a package, so that a new file needs no line elsewhere."""
+"""Find what the modules of a package define, so that a new file needs no entry elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def modules(package: str) -> list[ModuleType]:
-    """Import all modules of a package, and return them in the order of their names."""
+    """Import all modules of a package, sorted by name."""
     places = import_module(package).__path__
     return [
         import_module(f"{package}.{name}")
@@ -21,8 +21,7 @@ def modules(package: str) -> list[ModuleType]:
 
 
 def classes(package: str, base: type[T]) -> list[type[T]]:
-    """The classes that the modules of a package derive from ``base``, without abstract ones, module by
-    module."""
+    """Return the concrete subclasses of ``base`` that a package defines, module by module."""
     members = [(module, value) for module in modules(package) for value in vars(module).values()]
     return [
         value

@@ -1,4 +1,4 @@
-"""What a run writes: never over what it reads, and whole or not at all."""
+"""Output files: written whole or not at all, and never over an input."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from eptq_onnx.errors import OutputError
 
 StrPath = str | os.PathLike[str]
 Named = Sequence[tuple[str, Path]]
-"""What files are, in words, and their paths."""
+"""Descriptions and paths of files."""
 
 
 def data_file(path: StrPath) -> Path:
-    """Where the weights of a model above protobuf's 2 GiB limit go."""
+    """Return the path of the external data of a model above protobuf's 2 GiB limit."""
     return Path(path).with_name(f"{Path(path).name}.data")
 
 
@@ -29,9 +29,9 @@ def check_apart(outputs: Mapping[str, StrPath], inputs: Named) -> None:
     Parameters
     ----------
     outputs : mapping of str to path
-        What each is ("the output"), and where it goes.
+        Description ("the output") and path of each output.
     inputs : sequence of (str, path)
-        The files that the run reads, whatever links lead to them.
+        Description and path of each file that the run reads; links are followed.
 
     Raises
     ------
@@ -51,7 +51,7 @@ def check_apart(outputs: Mapping[str, StrPath], inputs: Named) -> None:
 
 
 def model_outputs(path: StrPath) -> dict[str, StrPath]:
-    """The files that a model may be written to, for `check_apart`."""
+    """List the files that a model may be written to, for `check_apart`."""
     return {"the output": path, "the data file of the output": data_file(path)}
 
 
@@ -71,7 +71,7 @@ def check_writable(path: StrPath) -> None:
 
 
 def write_atomically(path: StrPath, data: bytes) -> None:
-    """Write a file so that it is either whole or as it was before.
+    """Write a file so that it is either complete or unchanged.
 
     Raises
     ------
@@ -83,10 +83,10 @@ def write_atomically(path: StrPath, data: bytes) -> None:
 
 
 class Replacement:
-    """Files that take the place of others together, once all of them are written.
+    """Replace files together, once all of them are written.
 
-    A context manager that gives a temporary path for each. At its end the files move to their places, the
-    last file last. After an exception, inside the block or while they move, everything is as it was before.
+    A context manager that returns a temporary path for each file. On exit the files move to their places, the
+    last file last. After an exception, in the block or during the moves, everything is as it was before.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ class Replacement:
 
 
 def _copy(path: Path, backup: str) -> str | None:
-    """Keep a file under another name, too; None if there is no file."""
+    """Keep a copy under another name, as a hard link if possible; return None without a file."""
     if not os.path.lexists(path):
         return None
     try:
@@ -162,7 +162,7 @@ def _restore(path: Path, backup: str | None) -> None:
 
 
 def _is_same(a: StrPath, b: StrPath) -> bool:
-    """True if two paths lead to one file, by links or in other letters."""
+    """Return True if two paths lead to the same file, through links or letter case."""
     with suppress(OSError, ValueError):
         if os.path.samefile(a, b):
             return True
@@ -175,6 +175,8 @@ def _folded(path: StrPath) -> tuple[str, str]:
 
 
 def _is_descriptor(path: Path) -> bool:
-    """True for /dev/stdout and the like, which are links, and lead to ordinary files where the shell
-    redirects them."""
+    """Return True for paths such as /dev/stdout.
+
+    These are links, and lead to ordinary files where the shell redirects them.
+    """
     return path.is_symlink() and os.readlink(path).startswith("/proc/")

@@ -1,10 +1,9 @@
-"""Ctrl-C and SIGTERM: the work unwinds, temporary files go, one line says so, and the exit code tells the
-signal.
+"""Ctrl-C and SIGTERM: unwind, remove temporary files, print one line, and exit with the signal's code.
 
-The first signal raises `Interrupted` in the main thread. Work inside a long native call unwinds only when
-that returns, and a second signal does not wait for it: a thread of its own, which the operating system's
-signal wakes, then cleans up and ends the process. So it does a few seconds after the first signal. This
-module imports little: signals may come before the rest is there.
+The first signal raises `Interrupted` in the main thread. A long native call unwinds only when it returns, and
+a second signal does not wait for it: a thread of its own, woken by the operating system's signal, cleans up
+and ends the process. It also does so a few seconds after the first signal. This module imports little,
+because signals may arrive before everything is imported.
 """
 
 from __future__ import annotations
@@ -23,13 +22,15 @@ from typing import Any, NoReturn
 from eptq_onnx import scratch
 
 GRACE = 5.0
-"""Seconds after the first signal before the process ends whatever it is in."""
+"""Seconds from the first signal to the forced end of the process."""
 _SIGNALS = {int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 
 
 class Interrupted(BaseException):
-    """A signal asks for the end. Not a KeyboardInterrupt: libraries catch that, and exit with codes of their
-    own."""
+    """Raised when a signal asks the process to end.
+
+    Not a KeyboardInterrupt: libraries catch that, and exit with codes of their own.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -37,7 +38,7 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """As shells have it: 130 for Ctrl-C, 143 for SIGTERM."""
+        """Exit code as shells use it: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.number
 
     def __str__(self) -> str:
@@ -47,7 +48,7 @@ class Interrupted(BaseException):
 
 
 class _Command:
-    """What the main thread and the one that watches signals share."""
+    """State shared by the main thread and the thread that watches signals."""
 
     def __init__(self) -> None:
         self.active = self.raised = self.over = False
@@ -59,7 +60,7 @@ class _Command:
         self._sink: socket.socket | None = None
 
     def listen(self) -> None:
-        """Take the signals that the process does not ignore, as a job in the background does Ctrl-C."""
+        """Handle the signals that the process does not ignore; background jobs ignore Ctrl-C."""
         self.active = True
         self._source, self._sink = socket.socketpair()
         self._sink.setblocking(False)
@@ -119,7 +120,7 @@ _command = _Command()
 
 
 def tell_outcome(outcome: str) -> None:
-    """Say what a signal from now on ends the process with: what has been written, say."""
+    """Set what an interrupted process reports from now on, such as what it has written."""
     _command.outcome = outcome
 
 
@@ -135,11 +136,10 @@ def closing(act: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def command() -> Iterator[None]:
-    """The process is one command: a signal ends the block and the process, and nothing temporary stays
-    behind.
+    """Treat the block as one command: a signal ends the process, and no temporary file stays.
 
-    For the main thread. Within another such block this one does nothing. Handlers are not put back: after the
-    block a signal ends the process at once.
+    Only for the main thread; nested blocks do nothing. Handlers are not restored: after the block a signal
+    ends the process at once.
     """
     if _command.active:
         yield

@@ -1,7 +1,7 @@
-"""Work on batch after batch on all cores, results in order.
+"""Process batches on all cores, with results in order.
 
-Every onnxruntime session has one thread, and batches run side by side: on small batches that keeps all cores
-busy where threads inside an operator would not, and the results do not depend on how many cores there are.
+Every onnxruntime session has one thread, and batches run side by side. For small batches this keeps all cores
+busy where threads inside an operator would not, and results do not depend on the number of cores.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST_WORKERS = 8
-"""Each holds the tensors of a batch."""
+"""Maximum number of workers; each holds the tensors of a batch."""
 
 
 def worker_count() -> int:
-    """Cores that this process may use, at most 8."""
+    """Return the number of cores that this process may use, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, _MOST_WORKERS)
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """``function`` of every item, in order; as many at once as there are workers.
+    """Apply ``function`` to every item in parallel, and yield the results in order.
 
-    ``function`` must release the GIL to gain anything: onnxruntime's sessions and numpy's large operations
-    do. Items are drawn, and results kept, only a worker's share ahead of what the caller has taken, and one
-    more, so that no worker waits for the next to be made.
+    ``function`` must release the GIL to run in parallel; onnxruntime sessions and large numpy operations do.
+    Items are drawn, and results kept, only as far ahead of the caller as there are workers, plus one, so that
+    no worker waits for its next item.
     """
     count = worker_count()
     with ThreadPoolExecutor(count) as pool:

@@ -1,5 +1,7 @@
-"""The method as a list of passes, and what runs them: time, memory, cost and missing gradients are seen to
-here alone."""
+"""The method as a list of passes, and the runner.
+
+Only the runner deals with time, memory limits, cost estimates and missing gradients.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ PIPELINE: tuple[Pass, ...] = (
     Verify(),
     Measure(),
 )
-"""What is done to a model that was read, normalized and planned."""
+"""The passes that run on a normalized, planned model, in order."""
 
 _LOGGER = logging.getLogger("eptq_onnx")
 _SHARE_OF_MEMORY = 0.9
@@ -59,15 +61,15 @@ _SHARE_OF_MEMORY = 0.9
 
 @dataclass
 class Runner:
-    """Runs passes one after the other.
+    """Run passes one after the other.
 
     Parameters
     ----------
     passes : sequence of Pass
     resume : Resume, optional
-        Where results are kept, and taken from.
+        Keeps results in a workdir, and takes them from there.
     seconds : dict of str to float
-        What each pass took; those that were left out are not in it.
+        Time of each pass that ran.
     """
 
     passes: Sequence[Pass]
@@ -76,14 +78,13 @@ class Runner:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Time what is done inside, also before the passes."""
+        """Time a block of work."""
         began = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - began, 3)
 
     def affordable(self, config: Config, state: State, samples: Samples) -> tuple[Config, State]:
-        """The config with a limit for the memory of a large model and without passes that do not fit; a note
-        tells of each."""
+        """Set the memory limit of a large model, and turn off passes that exceed it, each with a note."""
         if config.max_memory is None and store.folder_of(state.executed) is not None:
             config = config.model_copy(
                 update={"max_memory": ByteSize(_SHARE_OF_MEMORY * psutil.virtual_memory().total)}
@@ -106,7 +107,7 @@ class Runner:
         return config, state
 
     def estimate(self, state: State, ctx: Context) -> Estimate:
-        """Estimate the run time of all passes together and of each, and report it."""
+        """Estimate the run time of each pass and report the total."""
         enabled = self._enabled(ctx)
         known = self.resume.known(enabled, ctx) if self.resume is not None else set()
         costs = {step.name: step.cost(state, ctx) for step in enabled if step.name not in known}
@@ -122,7 +123,7 @@ class Runner:
         return found
 
     def run(self, state: State, ctx: Context) -> State:
-        """Run all passes that the options ask for.
+        """Run all enabled passes.
 
         Raises
         ------
@@ -158,7 +159,7 @@ class Runner:
 
 
 def step_of(step: Pass) -> Callable[[State, Context], State]:
-    """What runs a pass, or notes that it is left out for want of gradients."""
+    """Return a function that runs a pass, or notes that it is skipped for lack of gradients."""
 
     def work(state: State, ctx: Context) -> State:
         missing = [name for name in step.requires if getattr(state, name) is None]

@@ -1,5 +1,4 @@
-"""Before the passes: read the model and the samples, bring the model into normal form, and see what the
-samples run of it."""
+"""Before the passes: read model and samples, normalize the model, and record draws and choices."""
 
 from __future__ import annotations
 
@@ -29,19 +28,19 @@ from eptq_onnx.targets import Target
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model in normal form with its samples, and what to remember of the original.
+    """A normalized model with its samples, and facts about the original.
 
     Parameters
     ----------
     model : ModelProto
-        Whole, in normal form.
+        The whole model, normalized.
     samples : Samples
     found : Replay
-        What the float network draws and chooses.
+        Recorded random draws and choices of the float network.
     name : str
         Path or graph name of the original.
     opset, ir_version : int
-        Of the original.
+        Those of the original.
     float_bytes : int
         Size of the original.
     notes : tuple of str
@@ -64,7 +63,7 @@ def prepare(
     config: Config,
     folder: str,
 ) -> Prepared:
-    """Read everything.
+    """Read and normalize the model, and read the samples.
 
     Parameters
     ----------
@@ -73,7 +72,7 @@ def prepare(
     target : Target
     config : Config
     folder : str
-        For the weights of a large model.
+        Temporary folder for the weights of a large model.
 
     Raises
     ------
@@ -99,8 +98,10 @@ def prepare(
 
 
 def final(quantized: ModelProto, prepared: Prepared) -> ModelProto:
-    """The verified model in the opset and IR version of the original; onnxruntime loads it, if it reads that
-    opset at all."""
+    """Return the verified model in the opset and IR version of the original.
+
+    Loads it in onnxruntime if that supports the opset.
+    """
     newest = newest_readable()
     result = restored(quantized, prepared.opset, prepared.ir_version, *newest)
     if result is not quantized and opset_of(result) <= newest[0]:

@@ -1,9 +1,8 @@
-"""Results of passes, kept in a workdir with all that the passes have read, and taken from there where all of
-that is the same.
+"""Keep results of passes in a workdir, and reuse them as long as everything they depend on is the same.
 
-What a pass reads is not declared but observed: it is given options and a state that remember what was asked
-of them. So a result is never taken where anything is different that it follows from, and another option makes
-anew only what reads it, and what reads what comes out differently.
+Dependencies are observed, not declared: a pass receives options and a state that record what it reads. A
+result is therefore never reused if anything it depends on has changed, and a changed option reruns only the
+passes that read it, and those whose inputs come out differently.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from eptq_onnx.watched import FIELDS, Reads, options
 from eptq_onnx.workdir import HashOnly, Partial, Workdir, decode, encode
 
 _DISTRIBUTIONS = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-training-cpu", "scipy")
-"""Results may depend on their versions."""
+"""Distributions whose versions results may depend on."""
 _SHARE_OF_TIME = 0.1
-"""Share of the time of a long pass that keeping its work may take."""
+"""Fraction of a long pass's time that saving its progress may take."""
 
 
 class Resume:
-    """The results of one run in a workdir.
+    """Results of one run in a workdir.
 
     Parameters
     ----------
@@ -44,10 +43,10 @@ class Resume:
         self._base = _base_of(ctx)
         self._digests = {name: encode(getattr(state, name), HashOnly()) for name in FIELDS}
         self._absent: set[str] = set()
-        """Fields whose values are in the workdir alone."""
+        """Fields whose values are only in the workdir."""
 
     def known(self, passes: Sequence[Pass], ctx: Context) -> set[str]:
-        """Names of the first passes that will be taken from the workdir."""
+        """Return the names of the first passes whose results the workdir has."""
         digests, found = dict(self._digests), set()
         for step in passes:
             entry = self._find(step, ctx, digests)
@@ -58,7 +57,7 @@ class Resume:
         return found
 
     def take(self, step: Pass, state: State, ctx: Context) -> tuple[State, float] | None:
-        """The state behind a pass, and the seconds that the pass took when it ran; None if it has to run."""
+        """Return the state after a pass, and the seconds that it took to run; None if it must run."""
         entry = self._find(step, ctx, self._digests)
         if entry is None:
             return None
@@ -67,7 +66,7 @@ class Resume:
         return state.noting(*entry["notes"]), entry["seconds"]
 
     def loaded(self, state: State) -> State:
-        """The state with all values that are in the workdir alone."""
+        """Load all values that are only in the workdir."""
         values = {
             name: decode(self._digests[name], self._workdir, self._folder)
             for name in FIELDS
@@ -85,7 +84,7 @@ class Resume:
         state : State
         ctx : Context
         work : callable
-            Makes a new state of the one before.
+            Runs the pass.
         """
         state = self.loaded(state)
         reads = Reads(ctx, state)
@@ -130,7 +129,7 @@ class Resume:
 
 
 class _KeptPartial(Partial):
-    """The unfinished work of a pass, kept with what the pass has read until then."""
+    """Unfinished work of a pass, kept with what the pass has read so far."""
 
     def __init__(
         self, workdir: Workdir, name: str, base: str, reads: Reads, digests: Mapping[str, str]
@@ -172,13 +171,13 @@ class _KeptPartial(Partial):
         self._due = ended + (ended - began) / _SHARE_OF_TIME
 
     def forget(self) -> None:
-        """The pass is done."""
+        """Remove the unfinished work, because the pass is done."""
         if self._last is not None:
             self._workdir.remove(self._name, self._last)
 
 
 def _applies(entry: Mapping[str, Any], base: str, ctx: Context, digests: Mapping[str, str]) -> bool:
-    """True if all that an entry follows from is what it was."""
+    """Return True if everything that an entry depends on is unchanged."""
     return bool(
         entry["base"] == base
         and all(digests.get(name) == digest for name, digest in entry["fields"].items())
@@ -188,8 +187,10 @@ def _applies(entry: Mapping[str, Any], base: str, ctx: Context, digests: Mapping
 
 
 def _base_of(ctx: Context) -> str:
-    """Digest of all that a pass may read beside options and state: samples, target, engine, libraries, and
-    the code itself."""
+    """Digest what a pass may read beside options and state.
+
+    That is: samples, target, engine, libraries and the code itself.
+    """
     libraries = [HashOnly().put_file(str(path)) for path in ctx.given.custom_ops]
     values = (
         _code(), _versions(), libraries, ctx.target.model_dump(), ctx.engine and ctx.engine.name,
@@ -200,7 +201,7 @@ def _base_of(ctx: Context) -> str:
 
 @cache
 def _code() -> str:
-    """Digest of the package: the same version may be one that is being worked on."""
+    """Digest the source of the package, because a version may be under development."""
     folder, state = Path(__file__).parent, hashlib.blake2b()
     for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.toml")]):
         state.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

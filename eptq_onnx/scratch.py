@@ -1,10 +1,8 @@
-"""Temporary files: one folder per process holds them all, and it is removed when the work ends, however it
-ends.
+"""Temporary files, in one folder per process that is removed however the process ends.
 
-Paths are registered before they are created, so that an exception at any moment leaves nothing that `clear`
-does not know. A process that is killed outright leaves its folder behind; the next process removes it. The
-folder is locked while its process lives, so that a folder of a live process is never taken, not even one of
-another container.
+Paths are registered before they are created, so an exception at any moment leaves nothing that `clear` does
+not know about. A killed process leaves its folder behind; the next process removes it. A process locks its
+folder while it lives, so the folder of a live process is never removed, not even from another container.
 """
 
 from __future__ import annotations
@@ -24,18 +22,18 @@ from contextlib import contextmanager
 from eptq_onnx.errors import OutputError
 
 _HAS_LOCKS = os.name == "posix"
-"""Elsewhere the folders of killed processes stay."""
+"""Without locks the folders of killed processes stay."""
 if _HAS_LOCKS:
     import fcntl
 
 _NAME = "eptq-onnx-{pid}-{token}"
 _PATTERN = re.compile(r"eptq-onnx-\d+-[0-9a-f]{8}")
 _NEWBORN = 60
-"""Age in seconds below which an unlocked folder is left alone: its process may be about to lock it."""
+"""Age in seconds below which an unlocked folder stays: its process may be about to lock it."""
 
 
 class _Process:
-    """The temporary files of one process; a forked child starts with none of its own."""
+    """Temporary files of one process; a forked child starts with none."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -58,7 +56,7 @@ def _mine() -> _Process:
 
 @contextmanager
 def folder() -> Iterator[str]:
-    """A new folder inside the process's temporary folder; removed at the end, with all that is in it.
+    """Create a folder inside the process's temporary folder; it is removed on exit, with its content.
 
     Raises
     ------
@@ -88,8 +86,7 @@ def folder() -> Iterator[str]:
 
 
 def beside(target: str | os.PathLike[str]) -> str:
-    """The name of a temporary file in the folder of ``target``; registered, not yet created. `discard` it in
-    the end."""
+    """Reserve the name of a temporary file in the folder of ``target``; the caller must `discard` it."""
     mine = _mine()
     path = os.path.join(os.path.dirname(os.path.abspath(target)), f".{_new_name()}.tmp")
     mine.files.add(path)
@@ -97,7 +94,7 @@ def beside(target: str | os.PathLike[str]) -> str:
 
 
 def discard(path: str) -> None:
-    """Remove a file that `beside` named, if it is there."""
+    """Remove a file reserved by `beside`, if it exists."""
     with contextlib.suppress(OSError):
         os.unlink(path)
     _mine().files.discard(path)
@@ -141,8 +138,7 @@ def _remove_root(mine: _Process) -> None:
 
 
 def _lock(handle: int) -> bool | None:
-    """True if the lock is ours now, False if another process has it, None where the file system has no
-    locks."""
+    """Return True if the lock is now ours, False if another process has it, None without file locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -153,7 +149,7 @@ def _lock(handle: int) -> bool | None:
 
 
 def _sweep(parent: str) -> None:
-    """Remove the folders of processes that were killed."""
+    """Remove the folders of killed processes."""
     if not _HAS_LOCKS:
         return
     with contextlib.suppress(OSError), os.scandir(parent) as entries:

@@ -14,21 +14,21 @@ from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.training.attention import layer_attention
 
 _MOST_NAMED = 8
-"""Largest number of tensors that one note names."""
+"""Maximum number of tensors that one note names."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the run took.
+    """What a run cost.
 
     Parameters
     ----------
     estimate : Estimate
-        What it was expected to take.
+        The estimate made before the run.
     seconds : dict of str to float
-        What each part took.
+        Time of each part.
     peak_memory : int
-        Bytes.
+        In bytes.
     """
 
     estimate: Estimate
@@ -37,7 +37,7 @@ class Costs:
 
 
 def report_of(prepared: Prepared, state: State, ctx: Context, costs: Costs) -> Report:
-    """Put the report together.
+    """Assemble the report.
 
     Parameters
     ----------

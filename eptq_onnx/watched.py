@@ -1,4 +1,4 @@
-"""Options and a state that remember what was asked of them."""
+"""Options and a state that record what is read of them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from eptq_onnx.passes.base import Context, State
 from eptq_onnx.workdir import Partial
 
 FIELDS = tuple(f.name for f in dataclasses.fields(State) if f.name != "notes")
-"""Of a state; notes are only added to."""
+"""Fields of a state except notes, which are only appended to."""
 _READS = "_reads"
 _PROPERTIES = {name for name, value in vars(Config).items() if isinstance(value, property)}
-"""Of `Config`."""
+"""Properties of `Config`."""
 
 
 class Reads:
-    """What a pass asks of its context and state.
+    """Record what a pass reads of its context and state.
 
     Parameters
     ----------
@@ -36,11 +36,14 @@ class Reads:
         vars(self.state).update({**vars(state), _READS: self._fields})
 
     def context(self, partial: Partial) -> Context:
-        """The same context with watched options; what it computes from them is computed anew, to be seen."""
+        """Return the context with watched options.
+
+        Cached values are recomputed, so that their reads are seen.
+        """
         return dataclasses.replace(self.ctx, config=self._config, given=self._given, partial=partial)
 
     def told(self, digests: Mapping[str, str]) -> dict[str, Any]:
-        """What was read until now, as JSON: options with their values, fields with the digests of theirs."""
+        """Return what was read so far as JSON: options with values, fields with digests."""
         return {
             "config": options(self.ctx.config, self._config.read),
             "given": options(self.ctx.given, self._given.read),
@@ -49,7 +52,7 @@ class Reads:
 
 
 def options(config: Config, names: Iterable[str]) -> dict[str, Any]:
-    """Some options, and properties that follow from several, with their values, as JSON."""
+    """Return some options, and properties derived from options, with their values, as JSON."""
     return {name: to_jsonable_python(getattr(config, name)) for name in sorted(names)}
 
 
@@ -59,7 +62,7 @@ class _WatchedConfig(Config):
 
     @classmethod
     def of(cls, config: Config) -> _WatchedConfig:
-        """A copy that is watched."""
+        """Return a watched copy."""
         watched = cls.model_construct(**dict(config))
         watched._plain = config
         return watched

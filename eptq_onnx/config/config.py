@@ -1,4 +1,4 @@
-"""The one set of options, for the command line, configuration files and Python alike."""
+"""Options, shared by the command line, configuration files and Python."""
 
 from __future__ import annotations
 
@@ -27,143 +27,143 @@ from eptq_onnx.config.options import Options
 from eptq_onnx.errors import ConfigError
 
 PRESET_STEPS = {Preset.FAST: (0, 0), Preset.BALANCED: (200, 1000), Preset.BEST: (1000, 5000)}
-"""Fewest and most steps of the network-wise optimization."""
+"""Minimum and maximum number of network-wise optimization steps."""
 _CHEAP = 8e7
-"""Multiplications a sample of a model that gets most steps; one of five times as many gets fewest."""
+"""Multiplications per sample up to which a model gets the maximum; five times as many get the minimum."""
 
 
 class Config(BaseModel):
-    """Options of `eptq_onnx.quantize`, all of them keywords; the docstring of each says what it does.
+    """Options of `eptq_onnx.quantize`; all are keywords, documented field by field.
 
     Raises
     ------
     ConfigError
-        Names the first wrong option.
+        If an option is invalid; the message names it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     weight_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=8)
-    """Bits of the weights, 2 to 8."""
+    """Bits of weights, 2 to 8."""
     activation_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=16)
-    """Bits of the activations, 2 to 8, or 16, which takes opset 21."""
+    """Bits of activations: 2 to 8, or 16, which requires opset 21."""
     edge_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=8)
-    """Bits of the first and last layers, those that have no layer before or behind them: of their weights,
-    and, where the other activations have fewer, of the model's inputs and the last layers' inputs and
-    outputs."""
+    """Weight bits of the first and last layers. Where other activations have fewer bits, the model's inputs
+    and the inputs and outputs of the last layers use these, too."""
     bits: Annotated[tuple[str, ...], Option("widths", metavar="[PATTERN=]wWaA", default="none")] = ()
-    """w4a8 sets the bits of all weights and activations; PATTERN=w8a16 those of the weights of some nodes and
-    of the activations that these read. PATTERN is a node's name, re:REGEX, op:TYPE or from:NAME..to:NAME; of
-    several that match, the last counts. Give it once for each."""
+    """Bits as wWaA: w4a8 sets the bits of all weights and activations. PATTERN=w8a16 sets those of matching
+    nodes: of their weights and of the activations they read. A pattern is a node name, re:REGEX, op:TYPE or
+    from:NAME..to:NAME; the last match counts. May be repeated."""
     exclude: Annotated[tuple[str, ...], Option("widths", metavar="PATTERN", default="none")] = ()
-    """Nodes that stay float, by a pattern as for the bits; give it once for each."""
+    """Keep the nodes that match a pattern (see bits) in floating point. May be repeated."""
     budget: Annotated[Budget | None, Option("widths", metavar="UNIT=AMOUNT", text=True, default="none")] = (
         None
     )
-    """Mixed precision: every weight gets the width, of 2 to 8 bits, with which the error of the outputs is
-    least within weights=4 (mean bits), bytes=2e6 or bitops=1e10; instead of the bits of weights."""
+    """Mixed precision: choose 2 to 8 bits for each weight so that the output error is smallest within a
+    budget, such as weights=4 (mean bits), bytes=2e6 or bitops=1e10. Replaces weight_bits."""
     target: Annotated[str, Option("runtime")] = "ort-x64"
-    """Runtime: the name of a shipped target, or the path of a target file (.toml)."""
+    """Target runtime: the name of a shipped target, or the path of a target file (.toml)."""
     preset: Annotated[Preset, Option("optimization")] = Preset.BALANCED
-    """fast: no gradients, layer-wise reconstruction alone; balanced: 200 steps of the network-wise
-    optimization, best: 1000; models of less than 400 million multiplications a sample get up to 5 times as
-    many."""
+    """fast: layer-wise reconstruction only, without gradients. balanced: 200 steps of network-wise
+    optimization; best: 1000. Models below 400 million multiplications per sample get up to five times as many
+    steps."""
     steps: Annotated[int | None, Option("optimization", default="by the preset")] = Field(None, ge=0)
-    """Steps of the network-wise optimization."""
+    """Number of network-wise optimization steps."""
     engine: Annotated[str, Option("optimization", metavar="NAME")] = "auto"
-    """Where gradients come from: auto (the best engine that is installed), or one by its name."""
+    """Gradient engine: auto (the best one installed), or a name."""
     seed: Annotated[int, Option("optimization")] = Field(0, ge=0)
-    """Seed of all randomness. The same input, options and seed give the same bytes."""
+    """Random seed. The same input, options and seed give the same bytes."""
     batch_size: Annotated[int, Option("optimization")] = Field(16, ge=1)
-    """Samples a step."""
+    """Samples per optimization step."""
     score_samples: Annotated[int, Option("optimization")] = Field(1024, ge=1)
-    """Largest number of samples that are scored and optimized on; layer-wise reconstruction always takes up
-    to 1,024, as they are cheap."""
+    """Maximum number of samples used for scores and network-wise optimization. Layer-wise reconstruction is
+    cheaper and always uses up to 1,024."""
     activation_range: Annotated[ActivationRange, Option("calibration")] = ActivationRange.MSE
-    """How activation ranges are chosen."""
+    """Method for choosing activation ranges."""
     percentile: Annotated[float, Option("calibration", advanced=True)] = Field(99.99, gt=50, le=100)
-    """Percentile of each tail, for the activation range percentile."""
+    """Percentile of each tail, for activation_range=percentile."""
     weight_range: Annotated[
         WeightRange | None, Option("weights", default="hmse; mse with the preset fast")
     ] = None
-    """How weight ranges are chosen. Layer-wise reconstruction chooses ranges of its own for the weights that
-    it solves."""
+    """Method for choosing weight ranges. Layer-wise reconstruction chooses its own ranges for the weights it
+    solves."""
     damping: Annotated[float, Option("weights", advanced=True)] = Field(0.1, ge=0)
-    """Share of the mean that is added to the Hessian scores before HMSE."""
+    """Damping of the Hessian scores for HMSE: the fraction of their mean that is added to them."""
     probes: Annotated[int, Option("calibration", advanced=True)] = Field(2, ge=1)
-    """Hutchinson probes a sample."""
+    """Hutchinson probes per sample."""
     rotate: Annotated[bool, Option("calibration")] = True
-    """Mix channels where nothing but linear operators lies between layers, so that weights fill their
-    ranges."""
+    """Mix channels between layers that only linear operators separate, so that weights make better use of
+    their ranges."""
     equalize: Annotated[bool, Option("calibration")] = True
-    """Scale the channels of activations to fit the range that they share, where layers around can take it
-    up."""
+    """Scale the channels of activations to fit their shared range, where neighbouring layers can absorb the
+    scaling."""
     max_noise: Annotated[float, Option("calibration")] = Field(0.05, ge=0)
-    """Largest noise-to-signal power ratio at the outputs that the quantization of all activations together
-    may cause: the noisiest stay float until the others keep within it, or none stands out any more (0: none
-    do)."""
+    """Maximum noise-to-signal power ratio that quantized activations may cause at the outputs. The noisiest
+    activations stay in floating point until the rest is within this limit, or until none stands out. 0
+    disables the check."""
     start: Annotated[Start, Option("weights", advanced=True)] = Start.CLOSED_FORM
-    """Where the network-wise optimization starts: closed-form (layer-wise reconstruction: input-error
-    correction, compensated rounding and bias correction) or nearest (each weight to the nearest integer)."""
+    """Starting point of network-wise optimization: closed-form (layer-wise reconstruction with input-error
+    correction, compensated rounding and bias correction) or nearest (nearest rounding)."""
     correction_damping: Annotated[
         float | None, Option("weights", advanced=True, default="found by cross-validation")
     ] = Field(None, ge=0)
-    """How reluctantly layer-wise reconstruction bends weights to make up for errors upstream, in units of the
-    mean variance of the layer's inputs."""
+    """Damping of input-error correction in layer-wise reconstruction, in units of the mean variance of the
+    layer's inputs. Larger values change weights less."""
     rounding_damping: Annotated[float, Option("weights", advanced=True)] = Field(0.1, gt=0)
-    """The same for the compensation of rounding errors."""
+    """Damping of rounding-error compensation, in the same units."""
     descent_passes: Annotated[int, Option("weights", advanced=True)] = Field(3, ge=0)
     """Passes of coordinate descent over the integers of each layer."""
     attention: Annotated[Attention, Option("optimization")] = Attention.CHANNEL
-    """What the loss weighs by the Hessian bound: layer is the paper's sample-layer attention (largest
-    channel), channel tells the channels of a layer apart, none counts all the same."""
+    """How the Hessian bound weights the loss: per layer and sample (layer, the maximum over channels, as in
+    the paper), per channel and sample (channel), or not at all (none)."""
     output_share: Annotated[float, Option("optimization")] = Field(0.5, ge=0, le=1)
-    """Share of the network's outputs in the loss at its start, each of their parts in units of its spread;
-    the rest is that of the layers (0: the paper's loss)."""
+    """Share of the network outputs in the initial loss, each output in units of its spread; the layers make
+    up the rest. 0 gives the paper's loss."""
     rounding: Annotated[RoundingVariable, Option("optimization")] = RoundingVariable.STRAIGHT_THROUGH
-    """What is learned for each weight element: soft is the paper's annealed soft rounding, for thousands of
-    steps; straight-through a continuous copy of the weight that is rounded in every step, which does the same
-    in hundreds."""
+    """What is learned per weight element. soft: the paper's annealed soft rounding, which needs thousands of
+    steps. straight-through: a continuous copy of the weight that is rounded in every step, which needs
+    hundreds."""
     optimizer: Annotated[Optimizer, Option("optimization")] = Optimizer.ADAM
-    """Optimizer of the rounding."""
+    """Optimizer of the rounding variables."""
     holdout: Annotated[float, Option("optimization", advanced=True)] = Field(0.1, gt=0, lt=0.9)
-    """Share of the samples that is kept out of the optimization, to choose among its results."""
+    """Share of the samples held out of optimization to select among its candidates."""
     patience: Annotated[int, Option("optimization", advanced=True)] = Field(8, ge=0)
-    """The optimization ends early when so many checks in a row (ten a run) found nothing better on the
-    held-out samples, and after two or more checks when the start will be kept: the error, or that of the
-    outputs, was lower than the start's in no check and does not fall (0: never). Its result must beat the
-    start by more than chance (Wilcoxon's signed-rank test, 5 %). Not for soft rounding."""
+    """Stop after this many checks in a row (out of ten per run) without improvement on held-out samples. The
+    run also stops after two or more checks once it is clear that the start will be kept: no check lowered the
+    total error, or the output error, and it is not falling. 0 never stops early. The result must beat the
+    start by more than chance (Wilcoxon signed-rank test, 5 %). Ignored by soft rounding."""
     rounding_lr: Annotated[
         float | None, Option("optimization", advanced=True, default="by rounding and start")
     ] = Field(None, ge=0)
-    """Learning rate of the rounding variables: by default 0.05 for soft; for straight-through 0.002 integer
-    steps from layer-wise reconstruction, 0.005 from nearest rounding. All learning rates fall to 0 as a
-    cosine; that of straight-through is also halved whenever a check finds nothing better."""
+    """Learning rate of the rounding variables. Default: 0.05 for soft; for straight-through 0.002 integer
+    steps after layer-wise reconstruction, 0.005 after nearest rounding. All learning rates follow a cosine to
+    0; that of straight-through is also halved at each check without improvement."""
     bias_lr: Annotated[float, Option("optimization", advanced=True)] = Field(3e-4, ge=0)
-    """Learning rate of the biases, in units of the layer output's RMS."""
+    """Learning rate of biases, in units of the layer output's RMS."""
     scale_lr: Annotated[float, Option("optimization", advanced=True)] = Field(3e-4, ge=0)
     """Learning rate of the weight scale factors."""
     activation_scale_lr: Annotated[float, Option("optimization", advanced=True)] = Field(1e-3, ge=0)
-    """Learning rate of the logarithms of the activation scales below 8 bits."""
+    """Learning rate of the logarithm of activation scales below 8 bits."""
     rounding_strength: Annotated[float, Option("optimization", advanced=True)] = Field(1.0, ge=0)
     """Lambda, the weight of the penalty on undecided weights (soft rounding only)."""
     warmup: Annotated[float, Option("optimization", advanced=True)] = Field(0.2, ge=0, lt=1)
-    """Share of the steps before that penalty sets in."""
+    """Share of the steps before that penalty is switched on."""
     gradual_activations: Annotated[bool, Option("optimization", advanced=True)] = False
-    """Gradual activation quantization: of use with thousands of steps, a loss with hundreds."""
+    """Phase in activation quantization gradually. This helps with thousands of steps and hurts with
+    hundreds."""
     augment: Annotated[bool, Option("optimization", advanced=True)] = True
-    """Vary the samples of every step: images mirrored and shifted, float inputs mixed with each other.
-    Without it a few hundred samples are learned by heart."""
+    """Augment the samples of each step: mirror and shift images, mix float inputs. Without augmentation a few
+    hundred samples are overfitted."""
     max_memory: Annotated[
         ByteSize | None,
         Option("limits", metavar="SIZE", text=True, default="nine tenths of RAM for models above 256 MB"),
     ] = Field(None, gt=0)
-    """Memory limit, such as 4GB. A model whose tensors do not fit is calibrated and scored block by block;
-    what does not fit even so is left out, with a note. What the runtime maps of weight files does not count:
-    the system takes it back when it needs to."""
+    """Memory limit, such as 4GB. A model whose tensors do not fit is calibrated and scored block by block; a
+    pass that still does not fit is skipped, with a note. Memory-mapped weight files do not count, because the
+    system can reclaim that memory."""
     workdir: Annotated[Path | None, Option("limits", default="none", in_result=False)] = None
-    """Folder in which the run keeps what it has done. The same command again takes from there what is still
-    true, so that a run that was interrupted or killed goes on where it was."""
+    """Folder that keeps the results of passes. The same command, run again after an interruption, resumes
+    from there."""
     batch_axes: Annotated[
         dict[str, int | None],
         Option(
@@ -174,14 +174,13 @@ class Config(BaseModel):
             default="found from shapes and samples",
         ),
     ] = Field(default_factory=dict)
-    """Batch axis of a model input, counted from 0, or none for an input without one; give it once for each
-    input."""
+    """Batch axis of a model input, counted from 0, or none if it has no batch axis. May be repeated."""
     custom_ops: Annotated[tuple[Path, ...], Option("model", default="none", in_result=False)] = ()
-    """Shared library with custom operators for onnxruntime, whose nodes stay float; give it once for each
-    library."""
+    """Shared library with custom operators for onnxruntime; their nodes stay in floating point. May be
+    repeated."""
     measure_speed: Annotated[bool, Option("limits", in_result=False)] = True
-    """Measure at the end, for a second or two, whether the quantized model runs faster than the float model
-    on this machine; it changes nothing in the result."""
+    """Compare the speed of the quantized and the float model on this machine at the end, for a second or two.
+    Does not change the result."""
 
     def __init__(self, **options: Unpack[Options]) -> None:
         try:
@@ -192,7 +191,7 @@ class Config(BaseModel):
     @field_validator("batch_axes", mode="before")
     @classmethod
     def _named(cls, given: object) -> object:
-        """Also as NAME=AXIS or NAME=none, one after the other."""
+        """Accept NAME=AXIS and NAME=none, too."""
         if given is None:
             return {}
         if isinstance(given, Mapping):
@@ -208,7 +207,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _bits_of_all(cls, given: Any) -> Any:
-        """Bits without a pattern are the options weight_bits and activation_bits by another name."""
+        """Turn bits without a pattern into weight_bits and activation_bits."""
         if not isinstance(given, Mapping) or "bits" not in given:
             return given
         rules = [given["bits"]] if isinstance(given["bits"], str) else list(given["bits"])
@@ -260,26 +259,26 @@ class Config(BaseModel):
 
     @property
     def node_bits(self) -> list[tuple[str, int, int]]:
-        """Pattern, weight bits and activation bits of the rules for some nodes."""
+        """Pattern, weight bits and activation bits of each rule for some nodes."""
         return [(rule.rpartition("=")[0], *widths(rule.rpartition("=")[2])) for rule in self.bits]
 
     @property
     def most_activation_bits(self) -> int:
-        """The widest activations that there may be."""
+        """Largest number of activation bits that any option asks for."""
         return max([self.activation_bits, *(bits for _, _, bits in self.node_bits)])
 
     @property
     def block_bytes(self) -> int | None:
-        """What the tensors of one batch may take: several are in work, beside what is kept of all of them."""
+        """Memory limit for the tensors of one batch, in bytes: several batches run at once, and totals are kept."""
         return None if self.max_memory is None else self.max_memory // 16
 
     @property
     def optimizes(self) -> bool:
-        """True if there is to be a network-wise optimization."""
+        """True if network-wise optimization is on."""
         return self.step_count(0) > 0
 
     def step_count(self, multiplications: float) -> int:
-        """Steps of the network-wise optimization of a model with so many multiplications a sample."""
+        """Number of optimization steps for a model with this many multiplications per sample."""
         if self.steps is not None:
             return self.steps
         fewest, most = PRESET_STEPS[self.preset]
@@ -303,19 +302,19 @@ class Config(BaseModel):
 
     @property
     def wants_scores(self) -> bool:
-        """True if ranges or the loss weigh anything by the Hessian bound."""
+        """True if weight ranges or the loss use the Hessian bound."""
         return self.weight_range_method is WeightRange.HMSE or (
             self.optimizes and self.attention is not Attention.NONE
         )
 
     @property
     def needs_gradients(self) -> bool:
-        """True if any step of this run uses the gradient engine."""
+        """True if any pass uses the gradient engine."""
         return self.optimizes or self.weight_range_method is WeightRange.HMSE
 
 
 def widths(text: str) -> tuple[int, int]:
-    """Weight and activation bits of such as w4a8."""
+    """Parse wWaA, such as w4a8, into weight and activation bits."""
     found = re.fullmatch(r"w(\d+)a(\d+)", str(text))
     if found is None or not 2 <= int(found[1]) <= 8 or int(found[2]) not in (2, 3, 4, 5, 6, 7, 8, 16):
         raise ValueError(
@@ -325,7 +324,7 @@ def widths(text: str) -> tuple[int, int]:
 
 
 def describe(error: ValidationError, what: str) -> str:
-    """The first problem of a pydantic error as one sentence."""
+    """Describe the first problem of a pydantic error in one sentence."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

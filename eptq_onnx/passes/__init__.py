@@ -1,2 +1,4 @@
-"""The passes of the pipeline, one a file; none of them knows another. `eptq_onnx.pipeline` puts them in
-order."""
+"""The passes of the pipeline, one per file.
+
+Passes do not import each other; `eptq_onnx.pipeline` puts them in order.
+"""

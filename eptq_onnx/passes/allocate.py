@@ -21,11 +21,11 @@ class Allocate(Pass):
         return ctx.config.budget is not None
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """One run a layer."""
+        """One run per layer."""
         return Cost(passes=SAMPLES * len(state.plan.layers))
 
     def run(self, state: State, ctx: Context) -> State:
-        """Give every weight its width."""
+        """Choose the bits of every weight."""
         budget = ctx.config.budget
         if budget is None:
             return state

@@ -1,4 +1,4 @@
-"""What a pass is, what it works on, and what it makes."""
+"""Passes: their interface, their context and the state that they pass on."""
 
 from __future__ import annotations
 
@@ -45,46 +45,46 @@ UNSET: Any = None
 
 
 class Progress(Protocol):
-    """Called as the work goes on: pass, units done, units in all, a word on how it goes.
+    """Callback for progress: pass, units done, total units, and a detail to show.
 
-    Of ``estimate``, which comes early and once, the detail is the `Estimate` of the run; of others a string.
+    The first call is for ``estimate``, whose detail is the `Estimate` of the run; other details are text.
     """
 
     def __call__(self, step: str, done: int, total: int, detail: object = "") -> None:
-        """Take note."""
+        """Report progress."""
         ...
 
 
 @dataclass(frozen=True)
 class Context:
-    """What no pass changes.
+    """What stays the same throughout a run.
 
     Parameters
     ----------
     given : Config
-        As the user gave it.
+        Options as the user gave them.
     config : Config
-        As the machine's memory allows it.
+        The same, without what does not fit into memory.
     target : Target
     engine : Engine or None
         None if no pass needs gradients.
     samples : Samples
-        All.
+        All samples.
     shares : Shares
-        Which samples do what.
+        Which samples are used for what.
     found : Replay
-        What the float network drew and chose.
+        Recorded random draws and choices of the float network.
     multiplications : mapping of str to float
-        Of each layer, by node, for one sample.
+        Multiplications of each layer for one sample, by node.
     source : path, bytes or ModelProto
-        The float model as it was given.
+        The float model as the user gave it.
     folder : str
-        For the weights of a large model.
+        Temporary folder for the weights of a large model.
     float_bytes : int
         Size of the float model.
     progress : Progress
     partial : Partial
-        Where the pass that runs may keep its work while it goes on.
+        Where the running pass may save its progress.
     """
 
     given: Config
@@ -103,20 +103,22 @@ class Context:
 
     @cached_property
     def training(self) -> Samples:
-        """The samples on which ranges and rounding are chosen."""
+        """Samples used to choose ranges and rounding."""
         return self.samples.only(self.shares.training)
 
     @cached_property
     def others(self) -> Samples:
-        """The samples on which results are judged and compared."""
+        """Samples used to judge and compare results."""
         return self.samples.only(
             np.setdiff1d(np.union1d(self.shares.judged, self.shares.unseen), self.shares.training)
         )
 
     @cached_property
     def walked(self) -> NDArray[np.int64]:
-        """The samples for layer-wise work: more than gradients are taken on, which cost more, and of all
-        sizes."""
+        """Indices of the samples for layer-wise work.
+
+        There are more of them than scored samples, whose gradients are expensive, and they come in all sizes.
+        """
         training = self.shares.training
         return training[
             spread(len(training), max(1, max(_WALKED, self.config.score_samples) // self.samples.rows))
@@ -124,40 +126,40 @@ class Context:
 
     @property
     def gradients(self) -> Engine:
-        """The engine, for passes that need one.
+        """The gradient engine.
 
         Raises
         ------
         GradientError
-            If none was chosen.
+            If there is none.
         """
         if self.engine is None:
             raise GradientError("no engine was chosen.")
         return self.engine
 
     def chosen(self, indices: NDArray[np.int64]) -> Selection:
-        """Some of the samples."""
+        """Select some of the samples."""
         return Selection(self.samples, indices)
 
     def executed(self, model: ModelProto, read_as: Mapping[str, str] | None = None) -> ModelProto:
-        """What the samples run of a model."""
+        """Return the part of a model that the samples execute, with recorded draws and choices as inputs."""
         return executed(model, self.found, read_as)
 
     def tell(self, step: str) -> Callable[[int, int], None]:
-        """What a function calls as its work goes on."""
+        """Return the progress callback of a pass."""
         return partial(self.progress, step)
 
 
 @dataclass(frozen=True)
 class Written:
-    """The quantized model as it was put together.
+    """The quantized model before the branches of settled If nodes are restored.
 
     Parameters
     ----------
     marked : ModelProto
         With settled Ifs still marked; see `eptq_onnx.graph.branches`.
     stands_for : mapping of str to str
-        Quantized tensor to the tensor that holds its values.
+        Maps each quantized tensor to the tensor that holds its values.
     """
 
     marked: ModelProto
@@ -165,15 +167,14 @@ class Written:
 
 
 class Judge:
-    """Compares roundings with nearest rounding by running the networks that they make, on samples that no
-    rounding has seen.
+    """Compare roundings with nearest rounding on samples that no rounding has seen.
 
-    What it needs for that is computed when it is first asked, and once.
+    Runs the quantized networks. What this takes is computed on first use, once.
 
     Parameters
     ----------
     state : State
-        With the ranges of all weights.
+        With the ranges of all weights set.
     ctx : Context
     """
 
@@ -182,7 +183,7 @@ class Judge:
 
     @cached_property
     def _deviation(self) -> Deviation:
-        """From the float model, sample by sample: how much samples differ tells what chance does."""
+        """Deviation from the float model per sample; its spread shows what is due to chance."""
         ctx, network = self._ctx, self._network
         size = ctx.samples.fixed_batch or 1
         return Deviation(
@@ -197,35 +198,35 @@ class Judge:
 
     @cached_property
     def limit(self) -> Limit:
-        """Noise of nearest rounding."""
+        """Noise of nearest rounding, as the limit for others."""
         parts = self._deviation.parts
         noise = self.noise(self._nearest) if parts else np.zeros((0, 0))
         return Limit(noise, np.array([p not in self._ctx.found.decisive for p in parts], bool))
 
     def noise(self, rounding: Rounding) -> NDArray[np.float64]:
-        """Noise of every part of the outputs, run by run."""
+        """Noise of every part of the outputs, for each run."""
         return self._deviation.of_runs(*self.written(rounding))
 
     def written(self, rounding: Rounding) -> tuple[ModelProto, Mapping[str, str]]:
-        """The executed model with a rounding, and what stands for a tensor in it."""
+        """Return the executed quantized model of a rounding, and which tensor holds the values of which."""
         marked, stands_for = write(self._model, self._network.plan, rounding)
         return self._ctx.executed(marked, stands_for), stands_for
 
 
 @dataclass(frozen=True)
 class State:
-    """What the passes have made so far. Fields are `UNSET` before a pass provides them.
+    """Results of the passes so far; fields are `UNSET` until a pass provides them.
 
     Parameters
     ----------
     model : ModelProto
-        The whole float model, normalized: what is planned and written.
+        The whole normalized float model, which is planned and written.
     executed : ModelProto
-        What the samples run of it: what is calibrated and optimized.
+        The part that the samples execute, which is calibrated and optimized.
     plan : Plan
     calibration : Calibration
     scores : Scores or None
-        None where the Hessian bound is not wanted or cannot be had.
+        None if the Hessian bound is not needed or not available.
     nearest : Rounding
         All weights rounded to nearest.
     rounding : Rounding
@@ -236,7 +237,7 @@ class State:
     rotated, equalized : mapping
         See `eptq_onnx.report.Report`.
     left_float : mapping of str to str
-        Tensors that measurements want in floating point, each with the reason.
+        Tensors kept in floating point because of measurements, each with the reason.
     notes : tuple of str
     """
 
@@ -258,32 +259,32 @@ class State:
 
     @property
     def network(self) -> Network:
-        """The float network and what is known of it."""
+        """The executed float network with its plan, calibration and scores."""
         return Network(self.executed, self.plan, self.calibration, self.scores)
 
     def changed(self, **fields: Any) -> State:
-        """The same with some fields changed."""
+        """Return a copy with some fields changed."""
         result = object.__new__(type(self))
         vars(result).update({**vars(self), **fields})
         return result
 
     def noting(self, *notes: str) -> State:
-        """The same with further notes."""
+        """Return a copy with further notes."""
         return self.changed(notes=(*self.notes, *notes)) if notes else self
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a pass costs.
+    """Estimated cost of a pass.
 
     Parameters
     ----------
     passes : float
-        Runs of the float network, for one sample each.
+        Float passes: runs of the float network for one sample.
     operations : float
-        Multiplications beside them, as fast as those of large matrix products.
+        Multiplications of linear algebra beside those, at the speed of large matrix products.
     steps : int
-        Of the network-wise optimization, at most.
+        Maximum number of network-wise optimization steps.
     """
 
     passes: float = 0.0
@@ -292,22 +293,22 @@ class Cost:
 
 
 class Pass(ABC):
-    """One pass: it makes a new state of the one before.
+    """A pass: takes a state and returns a new one.
 
     Attributes
     ----------
     name : str
-        As progress and the report call it.
+        Name in progress and report.
     requires, provides : tuple of str
-        Fields of `State` that it reads, which must be set, and those that it sets.
+        Fields of `State` that must be set, and those that the pass sets.
     switch : tuple of (str, object), optional
-        The option that leaves it out, and its value for that.
+        The option, and its value, that turns the pass off.
     without : str
-        What a result without this pass is called in a note.
+        How a note describes a result without this pass.
     memory_share : int
-        A pass may take one part in so many of the memory limit: the rest holds what other passes left.
+        The pass may use this fraction (1/n) of the memory limit; the rest holds results of other passes.
     repeats : bool
-        True if the same pass makes something else each time: its result is not kept in a workdir.
+        True if the pass is not deterministic: a workdir does not keep its result.
     """
 
     name: ClassVar[str]
@@ -319,30 +320,30 @@ class Pass(ABC):
     repeats: ClassVar[bool] = False
 
     def enabled(self, ctx: Context) -> bool:
-        """True if the options ask for this pass."""
+        """Return True if the options ask for this pass."""
         return True
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """What it will take, told before the first pass runs; nothing where it is too little to tell."""
+        """Estimate the cost before the first pass runs; zero if negligible."""
         return Cost()
 
     def memory(self, state: State, samples: Samples) -> int:
-        """Bytes that it takes, told before the first pass runs; 0 where it is bounded otherwise."""
+        """Estimate the peak memory in bytes before the first pass runs; 0 if it is bounded in another way."""
         return 0
 
     @abstractmethod
     def run(self, state: State, ctx: Context) -> State:
-        """Do the work.
+        """Do the work and return the new state.
 
         Raises
         ------
         GradientError
-            If it needs gradients that there are not: it is left out, with a note.
+            If gradients are not available: the pass is skipped, with a note.
         """
 
 
 def leave_float(state: State, ctx: Context, tensors: Mapping[str, str]) -> State:
-    """The state with a plan in which further tensors stay float, each for its reason."""
+    """Replan with further tensors in floating point, each with its reason."""
     if not tensors:
         return state
     left = {**state.left_float, **tensors}

@@ -1,4 +1,4 @@
-"""Choose the ranges of activations, and choose them again for scores and scaled channels."""
+"""Choose activation ranges, and choose them again once scores and scaled channels are known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Calibrate(Pass):
     provides = ("calibration",)
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """One walk with histograms."""
+        """One traversal with histograms."""
         return Cost(passes=FLOAT_PASSES * len(ctx.shares.training))
 
     def run(self, state: State, ctx: Context) -> State:
@@ -35,15 +35,15 @@ class Recalibrate(Pass):
     provides = ("calibration",)
 
     def enabled(self, ctx: Context) -> bool:
-        """True if there may be scores or scaled channels."""
+        """Return True if there may be scores or scaled channels."""
         return ctx.config.wants_scores or ctx.config.equalize
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """One walk with histograms."""
+        """One traversal with histograms."""
         return Cost(passes=FLOAT_PASSES * len(ctx.shares.training))
 
     def run(self, state: State, ctx: Context) -> State:
-        """Observe all tensors of the plan again, unless nothing has changed."""
+        """Observe all tensors of the plan again if anything changed."""
         if state.scores is None and not state.equalized:
             return state
         known = state.calibration.activations

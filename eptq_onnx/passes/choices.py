@@ -1,5 +1,4 @@
-"""Leave those activations float that choices by value are made from, where errors make them fall on other
-rows."""
+"""Keep activations in floating point if their errors would change choices made by value."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from eptq_onnx.records import Rounding
 
 
 class KeepChoices(Pass):
-    """Leave activations float where their errors would make the network choose other rows.
+    """Keep activations in floating point if their errors would make the network choose other rows.
 
     See `eptq_onnx.method.choices`.
     """
@@ -26,15 +25,15 @@ class KeepChoices(Pass):
     provides = ("plan", "calibration", "left_float")
 
     def enabled(self, ctx: Context) -> bool:
-        """True if the network chooses anything by value."""
+        """Return True if the network makes choices by value."""
         return any(not place.draws for place in ctx.found.places)
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """Both networks, with choices of their own and without."""
+        """Runs of both networks, with recorded choices and with their own."""
         return Cost(passes=FLOAT_PASSES * min(len(ctx.walked), SAMPLES))
 
     def run(self, state: State, ctx: Context) -> State:
-        """Measure, and plan anew without what choices are made from."""
+        """Measure, and replan without the activations that choices depend on."""
         tried = _Tried(state, ctx)
         walked = ctx.samples.only(ctx.walked)
         tell = ctx.tell(self.name)
@@ -45,7 +44,7 @@ class KeepChoices(Pass):
 
 
 class _Tried:
-    """Plans in which further tensors stay float; each is made once."""
+    """Plans with further tensors in floating point; each is made once."""
 
     def __init__(self, state: State, ctx: Context) -> None:
         self._state, self._ctx = state, ctx
@@ -53,15 +52,14 @@ class _Tried:
         self._nearest: Rounding | None = None
 
     def without(self, tensors: Mapping[str, str]) -> State:
-        """The state in which these stay float, each for its reason."""
+        """Return the state with these tensors in floating point, each with its reason."""
         key = frozenset(tensors)
         if key not in self._made:
             self._made[key] = leave_float(self._state, self._ctx, tensors)
         return self._made[key]
 
     def rounded(self, tensors: Mapping[str, str]) -> tuple[ModelProto, dict[str, str]]:
-        """The quantized model of that state, with all weights rounded to nearest, and what stands for a
-        tensor in it."""
+        """Return that state's model with nearest rounding, and which tensor holds which values."""
         state = self.without(tensors)
         if self._nearest is None:
             self._nearest = weight_ranges(

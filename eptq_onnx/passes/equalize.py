@@ -1,4 +1,4 @@
-"""Scale the channels of activations to fit the range that they share."""
+"""Scale channels of activations to fit their shared range."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from eptq_onnx.passes.base import Context, Pass, State
 
 
 class Equalize(Pass):
-    """Scale the channels of activations to fit the range that they share.
+    """Scale channels of activations to fit their shared range.
 
     See `eptq_onnx.method.equalize`.
     """
@@ -21,7 +21,7 @@ class Equalize(Pass):
     memory_share = 4
 
     def enabled(self, ctx: Context) -> bool:
-        """True if the option is on."""
+        """Return True if the option is on."""
         return ctx.config.equalize
 
     def memory(self, state: State, samples: Samples) -> int:
@@ -29,7 +29,7 @@ class Equalize(Pass):
         return needed_bytes(state.model, state.plan)
 
     def run(self, state: State, ctx: Context) -> State:
-        """Scale what can be scaled."""
+        """Scale the channels where possible."""
         tell = ctx.tell(self.name)
         model, scores, equalized, notes = equalize(
             state.model, state.executed, state.plan, ctx.training, state.scores, ctx.config, tell

@@ -1,4 +1,4 @@
-"""Leave those activations float whose quantization alone would spoil the outputs."""
+"""Keep activations in floating point if quantizing them alone would ruin the outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eptq_onnx.records import Rounding
 
 
 class FloatFallback(Pass):
-    """Leave those activations float whose quantization alone would spoil the outputs.
+    """Keep activations in floating point if quantizing them alone would ruin the outputs.
 
     See `eptq_onnx.method.float_fallback`.
     """
@@ -25,15 +25,15 @@ class FloatFallback(Pass):
     provides = ("plan", "calibration", "left_float")
 
     def enabled(self, ctx: Context) -> bool:
-        """True if noise is limited."""
+        """Return True if noise is limited."""
         return ctx.config.max_noise > 0
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """All quantizers at once, as a rule."""
+        """Runs with all quantizers at once; more are rarely needed."""
         return Cost(passes=FLOAT_PASSES * min(len(ctx.shares.scored), SAMPLES))
 
     def run(self, state: State, ctx: Context) -> State:
-        """Measure, and plan anew without what is too noisy."""
+        """Measure, and replan without the activations that are too noisy."""
         quantized = partial(with_activations, state, ctx)
         ratios = sensitive_activations(
             state.network, quantized, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name)
@@ -46,8 +46,10 @@ class FloatFallback(Pass):
 
 
 def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:
-    """The float network with the quantizers of some activations, and what stands for a quantized tensor in
-    it."""
+    """Quantize some activations of the float network only.
+
+    Returns the model, and which tensor holds the values of each quantized one.
+    """
     wanted = set(names)
     chosen = tuple(q for q in state.plan.activations if q.name in wanted)
     plan = replace(state.plan, layers=(), activations=chosen, integer_nodes={}, absorbed={})

@@ -1,4 +1,4 @@
-"""Run both models in turn, to tell which is faster on this machine."""
+"""Compare the speed of the float and the quantized model on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eptq_onnx.runtimes.speed import measure
 
 
 class Measure(Pass):
-    """Run both models in turn, to tell which is faster on this machine.
+    """Compare the speed of the float and the quantized model on this machine.
 
     See `eptq_onnx.runtimes.speed`.
     """
@@ -22,11 +22,11 @@ class Measure(Pass):
     repeats = True
 
     def enabled(self, ctx: Context) -> bool:
-        """True if the option is on."""
+        """Return True if the option is on."""
         return ctx.config.measure_speed
 
     def run(self, state: State, ctx: Context) -> State:
-        """Time both models; where that cannot be done, a note says why."""
+        """Time both models, or note why that is not possible."""
         quantized = sink(state.written.marked)
         if store.folder_of(quantized) is not None:
             return state.noting("speed is not measured: both models together would take too much memory")

@@ -1,4 +1,4 @@
-"""Learn over the whole network at once which weights round up and which round down."""
+"""Learn for the whole network at once which weights round up and which round down."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eptq_onnx.training.loop import FLOAT_PASSES, Hooks, needed_bytes, optimize
 
 
 class Optimize(Pass):
-    """Learn over the whole network at once which weights round up and which round down.
+    """Learn for the whole network at once which weights round up and which round down.
 
     See `eptq_onnx.training`.
     """
@@ -24,22 +24,21 @@ class Optimize(Pass):
     without = "not optimized over the whole network"
 
     def enabled(self, ctx: Context) -> bool:
-        """True if there are steps to make."""
+        """Return True if there are optimization steps."""
         return ctx.config.optimizes
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """Its steps, each with a forward and a backward pass through both networks."""
+        """Forward and backward passes of both networks in each step."""
         steps = ctx.config.step_count(sum(ctx.multiplications.values()))
         batch = min(max(1, ctx.config.batch_size // ctx.samples.rows), len(ctx.shares.scored))
         return Cost(passes=FLOAT_PASSES * steps * batch, steps=steps)
 
     def memory(self, state: State, samples: Samples) -> int:
-        """Weights with what the optimizer keeps of them, and the tensors of a batch."""
+        """Weights with their optimizer state, and the tensors of one batch."""
         return needed_bytes(state.executed, state.plan, samples)
 
     def run(self, state: State, ctx: Context) -> State:
-        """Run the loop from the rounding so far; its result is kept if it is better, on samples that it has
-        not seen."""
+        """Run the loop from the current rounding, and keep its result if it is better on unseen samples."""
         judge, start = Judge(state, ctx), state.rounding
         graph = training_graph(state.network, start, ctx.samples, ctx.config, ctx.gradients)
         notes = [f"no gradient passes {note}" for note in graph.notes]

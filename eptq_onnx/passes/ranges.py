@@ -1,4 +1,4 @@
-"""Choose the ranges of weights, and round them to nearest."""
+"""Choose weight ranges, and round weights to nearest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from eptq_onnx.passes.base import Context, Pass, State
 
 
 class Ranges(Pass):
-    """Choose the ranges of weights, and round them to nearest.
+    """Choose weight ranges, and round weights to nearest.
 
     See `eptq_onnx.method.ranges`.
     """

@@ -1,4 +1,4 @@
-"""Round layer by layer with error compensation, as far as it serves."""
+"""Round layer by layer with error compensation, where that beats nearest rounding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
 
 
 class Reconstruct(Pass):
-    """Round layer by layer with error compensation, as far as it serves.
+    """Round layer by layer with error compensation, where that beats nearest rounding.
 
     See `eptq_onnx.method.reconstruct` and `eptq_onnx.method.judge`.
     """
@@ -19,18 +19,18 @@ class Reconstruct(Pass):
     provides = ("rounding",)
 
     def enabled(self, ctx: Context) -> bool:
-        """True if the optimization does not start from nearest rounding."""
+        """Return True unless optimization starts from nearest rounding."""
         return ctx.config.start is Start.CLOSED_FORM
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """A walk through both networks, and the linear algebra of every layer."""
+        """A traversal of both networks, and the linear algebra of every layer."""
         return Cost(
             passes=FLOAT_PASSES * len(ctx.walked),
             operations=operations(state.executed, state.plan, ctx.config),
         )
 
     def run(self, state: State, ctx: Context) -> State:
-        """Round all layers, and keep what beats nearest rounding; note what was left as it was."""
+        """Round all layers, keep what beats nearest rounding, and note the rest."""
         judge = Judge(state, ctx)
         quantized, _ = judge.written(state.nearest)
         rounded, skipped = reconstruct(

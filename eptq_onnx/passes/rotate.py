@@ -1,4 +1,4 @@
-"""Mix channels where nothing but linear operators lies between layers."""
+"""Mix channels between layers that only linear operators separate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from eptq_onnx.passes.base import Context, Pass, State
 
 
 class Rotate(Pass):
-    """Mix channels where nothing but linear operators lies between layers.
+    """Mix channels between layers that only linear operators separate.
 
     See `eptq_onnx.method.rotate`.
     """
@@ -20,7 +20,7 @@ class Rotate(Pass):
     memory_share = 4
 
     def enabled(self, ctx: Context) -> bool:
-        """True if the option is on."""
+        """Return True if the option is on."""
         return ctx.config.rotate
 
     def memory(self, state: State, samples: Samples) -> int:
@@ -28,6 +28,6 @@ class Rotate(Pass):
         return needed_bytes(state.model)
 
     def run(self, state: State, ctx: Context) -> State:
-        """Mix what can be mixed."""
+        """Mix channels where possible."""
         model, rotated, left = rotate(state.model, state.plan, ctx.config, ctx.tell(self.name))
         return state.changed(model=model, executed=ctx.executed(model), rotated=rotated).noting(*left)

@@ -20,11 +20,11 @@ class Score(Pass):
     without = "no Hessian scores, plain MSE ranges instead"
 
     def enabled(self, ctx: Context) -> bool:
-        """True if ranges or the loss weigh anything by the scores."""
+        """Return True if weight ranges or the loss use scores."""
         return ctx.config.wants_scores
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """One backward pass a probe."""
+        """One backward pass per probe."""
         return Cost(passes=FLOAT_PASSES * ctx.config.probes * len(ctx.shares.scored))
 
     def run(self, state: State, ctx: Context) -> State:
@@ -42,8 +42,7 @@ class Score(Pass):
 
 
 def _scored_weights(state: State, ctx: Context) -> set[str]:
-    """The weights whose scores decide what is written: layer-wise reconstruction chooses ranges of its
-    own."""
+    """Return the weights whose scores matter: layer-wise reconstruction chooses its own ranges."""
     if ctx.config.weight_range_method is not WeightRange.HMSE:
         return set()
     skipped = unsolved(state.executed, state.plan)

@@ -1,4 +1,4 @@
-"""Compare the written model with the float model, by running both."""
+"""Compare the written model with the float model by running both."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from eptq_onnx.passes.base import Context, Pass, State
 
 
 class Verify(Pass):
-    """Compare the written model with the float model, by running both.
+    """Compare the written model with the float model by running both.
 
     See `eptq_onnx.method.verify`.
     """

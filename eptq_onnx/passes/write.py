@@ -1,4 +1,4 @@
-"""Put QuantizeLinear and DequantizeLinear nodes and the integers into the model."""
+"""Insert QuantizeLinear and DequantizeLinear nodes and the integer weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from eptq_onnx.method.qdq import write
 from eptq_onnx.passes.base import Context, Pass, State, Written
 
 _PREFIX = "eptq_onnx."
-"""Of the metadata that tells where a model comes from."""
+"""Prefix of metadata keys."""
 
 
 class Write(Pass):
-    """Put QuantizeLinear and DequantizeLinear nodes and the integers into the model.
+    """Insert QuantizeLinear and DequantizeLinear nodes and the integer weights.
 
     See `eptq_onnx.method.qdq`.
     """
@@ -23,14 +23,14 @@ class Write(Pass):
     provides = ("written",)
 
     def run(self, state: State, ctx: Context) -> State:
-        """Write the model of the plan and the rounding, and into it what made it."""
+        """Write the model, with metadata that says what made it."""
         marked, stands_for = write(state.model, state.plan, state.rounding)
         _sign(marked, ctx)
         return state.changed(written=Written(marked, stands_for))
 
 
 def _sign(model: ModelProto, ctx: Context) -> None:
-    """Name version, target and options in the metadata, in place."""
+    """Record version, target and options in the metadata, in place."""
     model.producer_version = __version__
     kept = [(p.key, p.value) for p in model.metadata_props if not p.key.startswith(_PREFIX)]
     made = {"version": __version__, "target": ctx.target.name, "options": ctx.given.digest(ctx.target)}

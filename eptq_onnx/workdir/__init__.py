@@ -1,9 +1,7 @@
-"""A folder in which a run keeps what it has done, so that the same run can go on from there after it was
-killed.
+"""A folder that keeps the results of a run, so that the run can resume after it was killed.
 
-Values are kept by what they are: each has the name of its digest, and what several results share is kept
-once. A result of a pass is kept together with all that the pass read, and is taken again only where all of
-that is the same.
+Values are stored by content: each is named by its digest, and shared parts are stored once. The result of a
+pass is stored with everything that the pass read, and reused only if all of that is unchanged.
 """
 
 from eptq_onnx.workdir.codec import HashOnly, decode, encode

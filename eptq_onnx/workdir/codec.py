@@ -1,8 +1,7 @@
-"""Values of a run as text and bytes, and back: numbers, containers, arrays, models, and the package's own
-records.
+"""Encode and decode values of a run: numbers, containers, arrays, models, and the package's records.
 
-Nothing is executed to read them: of classes only the package's own dataclasses and enums are known, by name.
-Arrays keep their type, shape and memory layout, as sums over them come in the order of the memory.
+Decoding executes nothing: only the package's own dataclasses and enums are known, by name. Arrays keep their
+type, shape and memory layout, because sums follow the order of memory.
 """
 
 from __future__ import annotations
@@ -26,60 +25,60 @@ from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import initializers
 
 _HEAVY = 2**16
-"""Bytes from which on the content of an array is an object of its own."""
+"""Bytes from which an array is stored as an object of its own."""
 _PACKAGE = "eptq_onnx."
 _KIND = "@"
-"""Key that tells what a JSON object stands for."""
+"""Key of the kind of a JSON object."""
 
 
 class Sink(Protocol):
-    """Takes contents, and gives the digest by which each is found again."""
+    """Stores contents, and returns the digest that finds each again."""
 
     def put(self, content: bytes | memoryview) -> str:
-        """Keep a content."""
+        """Store a content."""
         ...
 
     def put_file(self, path: str) -> str:
-        """Keep the content of a file."""
+        """Store the content of a file."""
         ...
 
 
 class Source(Protocol):
-    """Gives contents by their digests."""
+    """Returns contents by their digests."""
 
     def get(self, digest: str) -> bytes:
-        """A content."""
+        """Return a content."""
         ...
 
     def mapped(self, digest: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """A content as a flat array, read from the file when it is looked at, and changed in memory alone."""
+        """Return a content as a flat array, mapped copy-on-write."""
         ...
 
     def file(self, digest: str, folder: str) -> str:
-        """A file in a folder with a content."""
+        """Return a file in ``folder`` with a content."""
         ...
 
 
 def digest_of(content: bytes | memoryview) -> str:
-    """The digest of a content, in hexadecimal digits."""
+    """Return the digest of a content, in hexadecimal digits."""
     return hashlib.blake2b(content, digest_size=20).hexdigest()
 
 
 class HashOnly:
-    """Keeps nothing."""
+    """A sink that computes digests and stores nothing."""
 
     def put(self, content: bytes | memoryview) -> str:
-        """The digest of a content."""
+        """Return the digest of a content."""
         return digest_of(content)
 
     def put_file(self, path: str) -> str:
-        """The digest of the content of a file."""
+        """Return the digest of a file."""
         with open(path, "rb") as file:
             return hash_of_file(file.read)
 
 
 def hash_of_file(read: Callable[[int], bytes]) -> str:
-    """The digest of what a file gives, some megabytes at a time."""
+    """Return the digest of what ``read`` returns until it is empty."""
     state = hashlib.blake2b(digest_size=20)
     while part := read(2**24):
         state.update(part)
@@ -87,7 +86,7 @@ def hash_of_file(read: Callable[[int], bytes]) -> str:
 
 
 def encode(value: object, sink: Sink) -> str:
-    """Keep a value.
+    """Store a value.
 
     Parameters
     ----------
@@ -103,25 +102,25 @@ def encode(value: object, sink: Sink) -> str:
     Raises
     ------
     TypeError
-        If a part of it is of another type.
+        If a part has another type.
     """
     return sink.put(json.dumps(_tree(value, sink), separators=(",", ":")).encode())
 
 
 def decode(digest: str, source: Source, folder: str | None = None) -> Any:
-    """A value that was kept.
+    """Load a value.
 
     Parameters
     ----------
     digest : str
     source : Source
     folder : str, optional
-        For the weights of a large model.
+        Where the weights of a large model go.
 
     Raises
     ------
     OutputError
-        If it is damaged.
+        If the value is damaged.
     """
     tree = json.loads(source.get(digest))
     try:
@@ -133,7 +132,7 @@ def decode(digest: str, source: Source, folder: str | None = None) -> Any:
 
 
 def objects_of(digest: str, source: Source) -> set[str]:
-    """The digests of all contents of a value."""
+    """Return the digests of all contents of a value."""
     found = {digest}
     queue: list[Any] = [json.loads(source.get(digest))]
     while queue:
@@ -151,7 +150,7 @@ def objects_of(digest: str, source: Source) -> set[str]:
 
 
 def _tree(value: object, sink: Sink) -> Any:
-    """JSON of a value."""
+    """Return a value as JSON."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Enum):
@@ -178,7 +177,7 @@ def _tree(value: object, sink: Sink) -> Any:
 
 
 def _value(tree: Any, source: Source, folder: str | None) -> Any:
-    """The value of its JSON."""
+    """Return the value of its JSON."""
     if isinstance(tree, list):
         return [_value(v, source, folder) for v in tree]
     if not isinstance(tree, dict):
@@ -237,7 +236,7 @@ def _array(tree: dict[str, Any], source: Source) -> Any:
 
 
 def _model_tree(model: ModelProto, sink: Sink) -> dict[str, Any]:
-    """Its bytes without heavy weights, and these."""
+    """Split a model into its bytes without heavy weights, and these weights."""
     copy = ModelProto()
     copy.CopyFrom(model)
     weights = []

@@ -1,4 +1,4 @@
-"""What a long pass keeps of its work before it is done."""
+"""Progress that a long pass saves before it is done."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any
 
 
 class Partial:
-    """Keeps nothing: a run without a workdir."""
+    """Saves nothing: a run without a workdir."""
 
     def load(self) -> Any:
-        """What was kept last of the same work, or None."""
+        """Return what was saved last for the same work, or None."""
         return None
 
     def save(self, progress: int, value: dict[str, Any]) -> None:
-        """Keep the state of the work; it may be left out where keeping costs more than doing the work again.
+        """Save the state of the work; skipped if saving costs more than repeating the work.
 
         Parameters
         ----------
         progress : int
-            How far the work is: of several that are there, the one that got furthest counts.
+            How far the work is; the largest one saved counts.
         value : dict of str to object
-            Of the types that `eptq_onnx.workdir.encode` takes.
+            Of types that `eptq_onnx.workdir.encode` accepts.
         """

@@ -1,7 +1,7 @@
-"""The files of a workdir: contents by their digests, and entries that say which contents belong together.
+"""Files of a workdir: contents named by their digests, and entries that say what belongs together.
 
-Files are written whole or not at all, contents before the entries that name them, and each is read only if it
-still is what its name says.
+Files are written completely or not at all, contents before the entries that name them. Every file is verified
+when it is read.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if _HAS_LOCKS:
     import fcntl
 
 _MARK = "eptq-onnx.workdir"
-"""Name of the file that tells a workdir, and is locked while a run uses it."""
+"""File that marks a workdir, and that a run locks while it uses the folder."""
 
 
 class Workdir:
-    """A workdir, for one run at a time: a context manager.
+    """A workdir, used by one run at a time; a context manager.
 
     Parameters
     ----------
     path : path
-        Created if it is not there.
+        Created if missing.
 
     Raises
     ------
@@ -112,13 +112,13 @@ class Workdir:
 
     # ---- contents ------------------------------------------------------------------------------------------
     def put(self, content: bytes | memoryview) -> str:
-        """Keep a content; returns its digest."""
+        """Store a content and return its digest."""
         digest = digest_of(content)
         self._write(self._objects / digest, content)
         return digest
 
     def put_file(self, path: str) -> str:
-        """Keep the content of a file; returns its digest."""
+        """Store the content of a file and return its digest."""
         with self._errors(), open(path, "rb") as file:
             digest = hash_of_file(file.read)
             if not (self._objects / digest).exists():
@@ -127,20 +127,19 @@ class Workdir:
         return digest
 
     def get(self, digest: str) -> bytes:
-        """A content."""
+        """Return a content."""
         with self._errors():
             content = self._found(digest).read_bytes()
         self._check(digest, digest_of(content))
         return content
 
     def mapped(self, digest: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """A content as a flat array, read from the file when it is looked at, and changed in memory alone."""
+        """Return a content as a flat array, mapped copy-on-write."""
         with self._errors():
             return np.asarray(np.memmap(self._whole(digest), dtype, mode="c"))
 
     def file(self, digest: str, folder: str) -> str:
-        """A file in a folder with a content: another name of the same file, if the file system knows such,
-        else a copy."""
+        """Return a file in ``folder`` with a content: a hard link if possible, else a copy."""
         with self._errors():
             source, target = self._whole(digest), os.path.join(folder, f"{digest}.weight")
             if not os.path.exists(target):
@@ -151,7 +150,7 @@ class Workdir:
         return target
 
     def _whole(self, digest: str) -> Path:
-        """The file of a content, after it was read once."""
+        """Return the file of a content, verified once."""
         path = self._found(digest)
         if digest not in self._sound:
             with open(path, "rb") as file:
@@ -176,17 +175,17 @@ class Workdir:
 
     # ---- entries -------------------------------------------------------------------------------------------
     def entries(self, name: str) -> list[dict[str, Any]]:
-        """All entries of that name, in a fixed order."""
+        """Return all entries of a name, in a fixed order."""
         return [self._entry(path) for path in sorted((self._entries / name).glob("*.json"))]
 
     def add(self, name: str, entry: dict[str, Any]) -> None:
-        """Keep an entry.
+        """Add an entry.
 
         Parameters
         ----------
         name : str
         entry : dict
-            JSON, with the digests of all values that it names in ``values``.
+            JSON object; ``values`` lists the digests of all values that it names.
         """
         with self._errors():
             (self._entries / name).mkdir(exist_ok=True)
@@ -194,7 +193,7 @@ class Workdir:
         self._write(self._entry_path(name, content), content)
 
     def remove(self, name: str, entry: dict[str, Any]) -> None:
-        """Forget an entry."""
+        """Remove an entry."""
         with self._errors():
             self._entry_path(name, json.dumps(entry, sort_keys=True).encode()).unlink(missing_ok=True)
 
@@ -223,7 +222,7 @@ class Workdir:
                     file.unlink()
 
     def _write(self, path: Path, content: Any) -> None:
-        """Write a file whole; one that is there is what it shall be."""
+        """Write a file completely; a file that exists already has this content."""
         if path.exists():
             return
         temporary = scratch.beside(path)
