@@ -269,7 +269,7 @@ class Config(BaseModel):
 
     @property
     def block_bytes(self) -> int | None:
-        """Memory limit for the tensors of one batch, in bytes: several batches run at once, and totals are kept."""
+        """Memory limit for the tensors of one batch, in bytes; several batches run at once."""
         return None if self.max_memory is None else self.max_memory // 16
 
     @property
