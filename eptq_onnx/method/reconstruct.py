@@ -41,7 +41,7 @@ _SYSTEMS = 1 + 2 * len(compensation.DAMPINGS)
 """Linear systems of each layer."""
 _SLOWNESS, _OPERATIONS_A_LAYER = 4.0, 5e8
 """How much longer an operation takes here than in a large matrix product; and what else a layer takes."""
-_RATIOS = {ScaleRule.ANY: (1.0, 0.85, 0.7, 0.55), ScaleRule.POWER_OF_TWO: (1.0, 0.5, 2.0)}
+_RATIOS = {ScaleRule.ANY: (1.0, 0.85, 0.7, 0.55), ScaleRule.POWER_OF_TWO: (1.0, 0.5)}
 """Scales that are tried, in units of the one with the least squared error of the corrected weight."""
 _REFITS = 2
 """Times that the scales are fitted to the integers and these descend again."""

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from conftest import MODELS
 from graphs import images
@@ -19,7 +20,9 @@ from eptq_onnx.runtime import Session
 from eptq_onnx.targets import Target
 
 PAGE = MODELS.parent / "docs" / "targets.md"
-TITLED = re.compile(r'^```toml title="(.+?)"\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+pytestmark = pytest.mark.once
+
+BLOCK = re.compile(r"Save it as `(.+?)`:\n\n```toml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def sqnr(exact: np.ndarray, got: np.ndarray) -> float:
@@ -29,7 +32,7 @@ def sqnr(exact: np.ndarray, got: np.ndarray) -> float:
 @pytest.fixture
 def example(tmp_path: Path) -> str:
     """The file that the page shows, as a reader saves it."""
-    [(name, text)] = TITLED.findall(PAGE.read_text(encoding="utf-8"))
+    [(name, text)] = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
     (tmp_path / name).write_text(text, encoding="utf-8")
     return str(tmp_path / name)
 
@@ -57,7 +60,7 @@ def test_the_target_that_the_page_shows_works(example, options, least):
     assert counts["weight"] == len(result.report.layers)
     assert counts["bias"] == 0
     assert counts["float bias"] == counts["weight"]
-    written, exact = Session(result.model), Session(model.read_bytes())
+    written, exact = Session(result.model), Session(onnx.load(model))
     feeds = {exact.inputs[0]: unseen}
     expected, got = exact.run(feeds)[exact.outputs[0]], written.run(feeds)[exact.outputs[0]]
     assert sqnr(expected, got) > least
@@ -161,7 +164,7 @@ def drawn_network(rng: np.random.Generator) -> ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(12))
 def test_what_is_written_obeys_every_line_of_a_drawn_target(seed, tmp_path):
     rng = np.random.default_rng([seed, 7])
     target, model = drawn_target(rng, tmp_path), drawn_network(rng)
