@@ -76,7 +76,7 @@ WRONG = {
         "field weight.scale='round' is wrong: input should be 'any' or 'power of two'",
     ),
     "unsigned weights": ('[weight]\ncontainer = "uint8"', "weights are int8, because their zero point is 0"),
-    "unsigned and symmetric": ("[activation]\nsymmetric = true", "so that symmetric activations are int8"),
+    "unsigned and symmetric": ("[activation]\nsymmetric = true", "symmetric activations are int8"),
     "no type": (
         '[activation]\ncontainer = "int4"',
         "field activation.container='int4' is wrong: input should be 'int8' or 'uint8'",
