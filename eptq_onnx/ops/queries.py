@@ -60,7 +60,7 @@ def channel_axes_of(view: GraphView) -> dict[str, int]:
     This function alone decides it, for all steps.
     """
 
-    def said_of(node: NodeProto) -> channel_axes.Said:
+    def axis_spec(node: NodeProto) -> channel_axes.AxisSpec:
         spec = spec_of(node)
         # In a product of two computed matrices, neither operand is known to have channels.
         both = (
@@ -70,11 +70,11 @@ def channel_axes_of(view: GraphView) -> dict[str, int]:
         )
         reads = None if both else spec.output_axis
         data = [i for k, i in enumerate(node.input) if i and (spec.data is None or k in spec.data)]
-        return channel_axes.Said(
+        return channel_axes.AxisSpec(
             data, spec.output_axis, reads, spec.axis or (channel_axes.keeps if spec.elementwise else None)
         )
 
-    return channel_axes.channel_axes(view, said_of)
+    return channel_axes.channel_axes(view, axis_spec)
 
 
 def output_channels(node: NodeProto, view: GraphView) -> int:

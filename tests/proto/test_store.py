@@ -105,7 +105,7 @@ def test_missing_external_data_is_asked_for(tmp_path):
         small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
     )
     with pytest.raises(
-        ModelError, match=r"in a file beside the model, which is not told: give the model's path"
+        ModelError, match=r"in a file beside the model, whose folder is unknown: give the path of the model"
     ):
         io.load((tmp_path / "m.onnx").read_bytes())
 
