@@ -147,9 +147,7 @@ def _check_functions(model: ModelProto, name: str) -> None:
         sizes[key] = sum(1 for _ in all_nodes(functions[key])) + sum(sizes[called] for called in calls[key])
         depths[key] = 1 + max((depths[called] for called in calls[key]), default=0)
         if depths[key] > _CALLS:
-            raise ModelError(
-                f"{name} has more than {_CALLS} nested function calls, the outermost in {key[1]}."
-            )
+            raise ModelError(f"{name} has more than {_CALLS} nested function calls, starting at {key[1]}.")
     total = sum(sizes.get((n.domain, n.op_type), 1) for n in all_nodes(model.graph))
     if total > max(_INLINED, 2 * sum(1 for _ in all_nodes(model.graph))):
         raise ModelError(

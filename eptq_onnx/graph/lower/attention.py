@@ -98,7 +98,7 @@ def _attend(
         scores = b.add("Add", [scores, term])
     if int_attribute(node, "unidirectional", 0):
         if length != keys:
-            raise NotLowerable("it is unidirectional with other numbers of queries and keys")
+            raise NotLowerable("it is unidirectional with different numbers of queries and keys")
         allowed = np.tril(np.ones((length, keys), np.bool_))
         scores = b.add("Where", [allowed, scores, float(np.finfo(np.float32).min)])
     mixed = b.add("MatMul", [b.add("Softmax", [scores], axis=-1), v])

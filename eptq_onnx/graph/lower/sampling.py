@@ -35,7 +35,7 @@ def resize(node: NodeProto, view: GraphView, b: Builder) -> None:
     """
     before, after = shape_of(view, node.input[0]), shape_of(view, node.output[0])
     rank = len(before)
-    scales = _told_scales(node, view, rank)
+    scales = _axis_scales(node, view, rank)
     roi = (
         constant_input(node, view, 1, "regions") if node.op_type == "Resize" and len(node.input) > 2 else None
     )
@@ -64,7 +64,7 @@ def resize(node: NodeProto, view: GraphView, b: Builder) -> None:
     b.add("Identity", [x], node.output[0])
 
 
-def _told_scales(node: NodeProto, view: GraphView, rank: int) -> NDArray[np.float32] | None:
+def _axis_scales(node: NodeProto, view: GraphView, rank: int) -> NDArray[np.float32] | None:
     """Return one scale per axis, or None if the node has sizes instead."""
     told = ints_attribute(node, "scales") if node.op_type == "Upsample" else []
     values: NDArray[np.generic] | None = np.array(attribute(node, "scales"), np.float32) if told else None
@@ -206,7 +206,7 @@ def _taps(node: NodeProto, b: Builder, x: str, size: int, padding: str, align: b
     mode = str(attribute(node, "mode", "linear")).removeprefix("bi")
     low, high = (0.0, size - 1.0) if align else (-0.5, size - 0.5)
     if mode != "cubic" and padding != "zeros":
-        # Points are moved into the image; in cubic mode, their neighbours are instead.
+        # Points are moved into the image; in cubic mode, only their neighbours are.
         x = b.add("Clip", [x if padding == "border" else _reflected(b, x, low, high), 0.0, size - 1.0])
     if mode == "nearest":
         return [_tap(b, stopped(b, "Round", [x]), None, size, padding, low, high)]
