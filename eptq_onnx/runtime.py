@@ -1,4 +1,4 @@
-"""The one door to onnxruntime: checks the installation, makes sessions."""
+"""The only module that imports onnxruntime: checks of the installation, and sessions."""
 
 from __future__ import annotations
 
@@ -24,45 +24,36 @@ from eptq_onnx import scratch
 from eptq_onnx.errors import ConfigError, EptqError, InstallError, ModelError, OutputError, one_line
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.proto import store, weights
+from eptq_onnx.proto.types import value_type
 
 PROTOBUF_LIMIT = 2**31 - 2**20
-"""A message must stay below 2 GiB; some room is left for what onnxruntime adds."""
+"""Limit on the size of a protobuf message: 2 GiB, less some room for what onnxruntime adds."""
 
 LAYOUT_DOMAIN = "com.microsoft.nchwc"
-"""Operators that compute on blocks of channels."""
+"""Domain of the operators that compute on blocks of channels."""
 
-OWN_DOMAINS = frozenset(
-    (
-        "",
-        "ai.onnx",
-        "ai.onnx.ml",
-        "ai.onnx.training",
-        "ai.onnx.preview.training",
-        "com.microsoft",
-        LAYOUT_DOMAIN,
-    )
-)
-"""Domains of the operators that onnxruntime has; all others are custom."""
+OWN_DOMAINS = frozenset((
+    "", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training",
+    "com.microsoft", LAYOUT_DOMAIN,
+))  # fmt: skip
+"""Domains of onnxruntime's own operators; operators of all other domains are custom."""
 
 NO_KERNEL = "NOT_IMPLEMENTED"
-"""In onnxruntime's message where it has no kernel for an operator and type."""
+"""Part of onnxruntime's error message if it has no kernel for an operator and type."""
 
 _OLDEST_OPSET, _OLDEST_IR = 19, 9
-"""What every supported onnxruntime reads."""
+"""Opset and IR version that every supported onnxruntime reads."""
 
-_DISTRIBUTIONS = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-directml",
-    "onnxruntime-openvino",
-    "onnxruntime-training",
-    "onnxruntime-training-cpu",
+_VARIANTS = ("", "-gpu", "-directml", "-openvino", "-training", "-training-cpu")
+_DISTRIBUTIONS = tuple(f"onnxruntime{variant}" for variant in _VARIANTS)
+_INSTALL = (
+    'install it with: pip install "eptq-onnx[standard]", '
+    'or "eptq-onnx[training]" on Linux x86-64 with Python up to 3.12'
 )
-_INSTALL = 'install it with: pip install "eptq-onnx[standard]", or "eptq-onnx[training]" on Linux x86-64 with Python up to 3.12'
 
 
 def installed_distributions() -> dict[str, str]:
-    """Name and version of every installed distribution that provides the ``onnxruntime`` package."""
+    """Return name and version of every installed distribution that provides the ``onnxruntime`` package."""
     found = {}
     for name in _DISTRIBUTIONS:
         try:
@@ -86,7 +77,7 @@ def load() -> ModuleType:
     Raises
     ------
     InstallError
-        If it is not installed or two builds overwrote each other.
+        If it is not installed, or two builds have overwritten each other.
     """
     found = installed_distributions()
     try:
@@ -114,12 +105,12 @@ def load() -> ModuleType:
 
 
 def is_training_build() -> bool:
-    """True if onnxruntime can build gradient graphs.
+    """Return True if the installed onnxruntime can build gradient graphs.
 
     Raises
     ------
     InstallError
-        If it could, had another build not overwritten it.
+        If a training build is installed, but another build has overwritten it.
     """
     load()
     from onnxruntime.capi import _pybind_state
@@ -133,17 +124,18 @@ def is_training_build() -> bool:
 
 
 def load_gradient_builder() -> Any:
-    """The pybind module of a build that has ``GradientGraphBuilder``.
+    """Return the pybind module that has ``GradientGraphBuilder``.
 
     Raises
     ------
     InstallError
-        If this onnxruntime has none.
+        If the installed onnxruntime is not a training build.
     """
     if not is_training_build():
         raise InstallError(
-            f"onnxruntime {load().__version__} has no gradient builder, which the engine 'training' needs: choose the engine 'standard', "
-            f"or uninstall it (pip uninstall -y {' '.join(installed_distributions()) or 'onnxruntime'}), "
+            f"onnxruntime {load().__version__} has no gradient builder, which the engine 'training' needs: "
+            "choose the engine 'standard', or uninstall it "
+            f"(pip uninstall -y {' '.join(installed_distributions()) or 'onnxruntime'}), "
             'then pip install "eptq-onnx[training]" (Linux x86-64, Python up to 3.12).'
         )
     from onnxruntime.capi import _pybind_state
@@ -152,10 +144,10 @@ def load_gradient_builder() -> Any:
 
 
 def deepest_nesting() -> int:
-    """Most bodies inside each other that the installed onnxruntime loads in time; protobuf has no room for
-    many more.
+    """Return the deepest nesting of subgraphs that the installed onnxruntime loads in reasonable time.
 
-    Up to 1.28 it takes twice as long for each (1 s at 16, minutes at 24); 1.30 does not.
+    Up to 1.28, loading takes twice as long for each level (1 s at 16, minutes at 24); 1.30 does not have this
+    problem. protobuf itself does not allow many more levels.
     """
     major, minor = (int(n) for n in load().__version__.split(".")[:2])
     return 28 if (major, minor) >= (1, 30) else 16
@@ -163,10 +155,10 @@ def deepest_nesting() -> int:
 
 @cache
 def newest_readable() -> tuple[int, int]:
-    """Highest default-domain opset and IR version of quantized models that the installed onnxruntime runs and
-    onnx can write.
+    """Return the highest default-domain opset and IR version of quantized models that can be run here.
 
-    It does not tell: it is tried.
+    onnx must be able to write them, and the installed onnxruntime to run them. onnxruntime does not expose
+    this, so it is probed.
     """
     opset = _highest(
         lambda version: _tiny(version, _OLDEST_IR), _OLDEST_OPSET, onnx.defs.onnx_opset_version()
@@ -175,8 +167,10 @@ def newest_readable() -> tuple[int, int]:
 
 
 def _tiny(opset: int, ir_version: int) -> ModelProto:
-    """A quantized matrix product: onnxruntime 1.19 reads opset 21, but has no integer kernel to put in its
-    place."""
+    """Return a minimal quantized model, a matrix product.
+
+    onnxruntime 1.19 reads opset 21, but has no integer kernel for this pattern there.
+    """
     info = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 1]) for name in "xy"]
     values: dict[str, NDArray[Any]] = {
         "one": np.array(1, np.float32),
@@ -198,10 +192,9 @@ def _tiny(opset: int, ir_version: int) -> ModelProto:
 
 @cache
 def channel_block() -> int:
-    """Channels that onnxruntime keeps together in its own layout of images (NCHWc) on this machine; 0 if it
-    has none.
+    """Return the channels per block of onnxruntime's blocked image layout (NCHWc) on this machine, 0 if none.
 
-    It does not tell: a reordered image does, whose values are their place in a row.
+    onnxruntime does not expose the number, so it is read off the positions of values in a reordered image.
     """
     image = np.tile(np.arange(2, dtype=np.float32), (1, 64, 1, 1))
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, image.shape) for name in "xy")
@@ -217,12 +210,12 @@ def channel_block() -> int:
 
 
 _custom_operators: ContextVar[tuple[str, ...]] = ContextVar("custom_operators", default=())
-"""Libraries of the run that goes on; workers have their caller's."""
+"""Custom operator libraries of the current run; worker threads inherit them from their caller."""
 
 
 @contextmanager
 def custom_operators(libraries: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
-    """Give the sessions that are made meanwhile the operators of these shared libraries.
+    """Register shared libraries of custom operators with all sessions that are created inside this context.
 
     Raises
     ------
@@ -237,7 +230,7 @@ def custom_operators(libraries: Sequence[str | os.PathLike[str]]) -> Iterator[No
         try:
             options.register_custom_ops_library(path)
         except Exception as e:
-            # onnxruntime raises a family of pybind exceptions with no common base but Exception.
+            # onnxruntime's pybind exceptions have no common base but Exception.
             raise ConfigError(
                 f"the library of custom operators {path} cannot be loaded: {one_line(e, 400)}"
             ) from e
@@ -253,7 +246,7 @@ def _session_options() -> Any:
 
 
 def session_options() -> Any:
-    """onnxruntime's options of a silent session with the custom operators of this run."""
+    """Return the options of a silent onnxruntime session with the custom operators of the current run."""
     options = _session_options()
     options.log_severity_level = 4
     for path in _custom_operators.get():
@@ -281,14 +274,14 @@ class Session:
     optimize : bool
         False runs the graph as written, without fusions.
     save_optimized : path, optional
-        Where onnxruntime shall put the graph it made of the model.
+        File to which onnxruntime writes the optimized graph.
     threads : int
-        Of one operator; 0: as many as there are cores. Batches run side by side instead: see
+        Threads of one operator; 0 for one per core. The default is 1, as batches run in parallel instead: see
         `eptq_onnx.parallel`.
     integers : bool
-        False keeps operators between quantizers in floating point, as training needs them.
+        False keeps operators between quantizers in floating point, as training requires.
     profile : path, optional
-        Start of the file name of a profile: onnxruntime times every operator until `end_profiling`.
+        Prefix of the file name of a profile: onnxruntime times every operator until `end_profiling`.
 
     Raises
     ------
@@ -318,8 +311,7 @@ class Session:
         if save_optimized is not None:
             options.optimized_model_filepath = str(save_optimized)
         if isinstance(model, ModelProto) and store.folder_of(model) is not None:
-            # Weights stay in their files, mapped into memory; rearranged for the kernels they would be there
-            # as well.
+            # Weights stay in their files, mapped into memory; prepacking would add a copy of each in memory.
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.add_session_config_entry(
                 "session.optimized_model_external_initializers_file_name", "optimized.data"
@@ -331,10 +323,11 @@ class Session:
             raise
         except OSError as e:
             raise OutputError(
-                f"a model cannot be put into the temporary folder ({e.strerror or e}): let TMPDIR name one with room."
+                f"a model cannot be written to the temporary folder ({e.strerror or e}): "
+                "set TMPDIR to a folder with enough room."
             ) from e
         except Exception as e:
-            # onnxruntime raises a family of pybind exceptions with no common base but Exception.
+            # onnxruntime's pybind exceptions have no common base but Exception.
             hint = (
                 "; give the library of its custom operators with --custom-ops"
                 if "is not a registered function/op" in str(e)
@@ -346,21 +339,21 @@ class Session:
         self.outputs: tuple[str, ...] = tuple(name for name, _, _ in self.signature)
 
     def taken(self, feeds: Feeds) -> Feeds:
-        """Those of the feeds that the model takes: parts of a model have fewer inputs."""
+        """Return the feeds that the model has inputs for; a part of a model has fewer than the whole."""
         return {name: value for name, value in feeds.items() if name in self.inputs}
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        """Run the model; returns the named outputs (all by default)."""
+        """Run the model and return the named outputs, by default all."""
         names = list(outputs or self.outputs)
         try:
-            # numpy makes scalars of sums of arrays without axes; onnxruntime does not take them.
+            # numpy returns scalars for sums of 0-d arrays; onnxruntime does not accept them.
             values = self._session.run(names, {n: np.asarray(v) for n, v in feeds.items()})
         except Exception as e:
             raise ModelError(f"onnxruntime cannot run the model: {one_line(e, 400)}") from e
         return dict(zip(names, values, strict=True))
 
     def end_profiling(self) -> Path:
-        """Stop timing operators; returns the file with the times (Chrome trace events, as JSON)."""
+        """Stop profiling and return the file with the times (Chrome trace events, as JSON)."""
         return Path(self._session.end_profiling())
 
 
@@ -373,8 +366,10 @@ _LOADING = (
 
 
 def survives(model: ModelProto) -> bool:
-    """False if a process ends, or does not end, because onnxruntime loads the model in it; an error is
-    survived."""
+    """Return False if onnxruntime crashes or hangs while it loads a model, tested in another process.
+
+    A model that it rejects with an error returns True.
+    """
     with scratch.folder() as folder, _source(model) as source:
         path = Path(source) if isinstance(source, str) else Path(folder) / "model.onnx"
         if not isinstance(source, str):
@@ -388,10 +383,10 @@ def survives(model: ModelProto) -> bool:
 
 
 def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, TypeProto]:
-    """Types of tensors, sequences, maps and optionals as onnxruntime infers them.
+    """Return the types of tensors, sequences, maps and optionals as onnxruntime infers them.
 
-    A shape of no axes means an unknown one there: such types come without a shape. Other axes of unknown size
-    have none, or a name.
+    onnxruntime reports an unknown shape as one without axes; such types are returned without a shape. Axes of
+    unknown size have no size, or a symbolic name.
 
     Raises
     ------
@@ -406,34 +401,10 @@ def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, TypeProto
     return {name: value_type(kind, shape or None) for name, kind, shape in session.signature if name in names}
 
 
-def value_type(kind: str, shape: Sequence[int | str | None] | None = None) -> TypeProto:
-    """A type by the name that onnxruntime gives it, such as ``seq(map(string,tensor(float)))``.
-
-    Parameters
-    ----------
-    kind : str
-    shape : sequence of int, str or None, optional
-        Of a tensor; without it the type has no shape.
-    """
-    outer, _, rest = kind.partition("(")
-    inner = rest.removesuffix(")")
-    if outer == "seq":
-        return helper.make_sequence_type_proto(value_type(inner))
-    if outer == "optional":
-        return helper.make_optional_type_proto(value_type(inner))
-    if outer == "map":
-        key, _, value = inner.partition(",")
-        return helper.make_map_type_proto(_element(key), value_type(value.strip()))
-    return helper.make_tensor_type_proto(_element(inner), shape)
-
-
-def _element(name: str) -> int:
-    return int(dict(TensorProto.DataType.items()).get(name.upper(), TensorProto.UNDEFINED))
-
-
 def imported_opsets(model: ModelProto) -> dict[str, int]:
-    """Versions of the operator sets that onnxruntime reads a model with: of those that it does not import,
-    its own newest.
+    """Return the versions of the operator sets that onnxruntime reads a model with.
+
+    For domains that the model does not import, this is the newest version that onnxruntime has.
 
     Raises
     ------
@@ -448,7 +419,7 @@ def imported_opsets(model: ModelProto) -> dict[str, int]:
 
 @contextmanager
 def _source(model: ModelProto | str | Path) -> Iterator[bytes | str]:
-    """What onnxruntime reads a model from; of large ones a file, as long as it is needed."""
+    """Provide a model in the form that onnxruntime reads: bytes, or a temporary file for a large model."""
     if not isinstance(model, ModelProto):
         yield str(model)
         return
@@ -457,7 +428,7 @@ def _source(model: ModelProto | str | Path) -> Iterator[bytes | str]:
         return
     with scratch.folder() as folder:
         light = model if store.folder_of(model) is not None else weights.stored(model, folder)
-        # Beside the weights, where alone onnxruntime looks for them: a folder of `scratch`, as this one.
+        # onnxruntime looks for weights only beside the model, so the file goes to the folder of the weights.
         path = os.path.join(store.folder_of(light) or folder, f"{secrets.token_hex(8)}.onnx")
         try:
             with open(path, "xb") as file:

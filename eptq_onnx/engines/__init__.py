@@ -1,4 +1,4 @@
-"""Gradient engines, one file each, found by themselves; the only importers of gradient libraries."""
+"""Gradient engines, one file each, discovered automatically; only they import gradient libraries."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import ConfigError
 
 AUTO = "auto"
-"""Stands for the best engine that can run here."""
+"""Name that stands for the best engine available."""
 
 
 @cache
 def registered() -> dict[str, type[Engine]]:
-    """All engines by name, the best first, whether they can run here or not."""
+    """Return all engines by name, available or not, in order of preference."""
     found = classes(__name__, Engine)  # type: ignore[type-abstract]
     return {
         engine.name: engine for engine in sorted(found, key=lambda engine: (-engine.preference, engine.name))
@@ -22,7 +22,7 @@ def registered() -> dict[str, type[Engine]]:
 
 
 def choose(name: str) -> type[Engine]:
-    """The engine of a name, or the best that can run here.
+    """Return the engine of a name, or for `AUTO` the best one available.
 
     Raises
     ------
@@ -38,13 +38,13 @@ def choose(name: str) -> type[Engine]:
 
 
 def make(name: str = AUTO) -> Engine:
-    """An engine, ready to differentiate.
+    """Create an engine.
 
     Raises
     ------
     ConfigError
         If there is no such engine.
     InstallError
-        If what it needs is missing or damaged.
+        If software that the engine needs is missing or damaged.
     """
     return choose(name)()

@@ -1,4 +1,4 @@
-"""What the steps ask of a gradient engine."""
+"""The interface of gradient engines, and the graphs that they produce."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ATTENTION = "eptq/attention"
 ACTIVATION_SCALES = "eptq/activation_scales"
 FLOAT_SHARE = "eptq/float_share"
 TEACHER = "teacher/"
-"""What the names of the float network's tensors begin with."""
+"""Prefix of the names of the float network's tensors in a training graph."""
 
 UNREACHED = "no output depends on it through operators that have a gradient"
 
@@ -32,8 +32,8 @@ class GradientModel:
     Parameters
     ----------
     model : ModelProto
-        The forward graph and its backward pass; the tensors of ``wrt`` that were initializers are inputs.
-        Outputs: the loss, the outputs of the forward graph, the gradients.
+        The forward graph with its backward pass; initializers in ``wrt`` have become inputs. Outputs: the
+        loss, the outputs of the forward graph, the gradients.
     gradients : dict of str to str
         Tensor to the name of its gradient (same shape).
     unreached : dict of str to str
@@ -47,7 +47,7 @@ class GradientModel:
 
 @dataclass(frozen=True)
 class TrainingGraph:
-    """The graph of a training step and that of an evaluation.
+    """The graphs of a training step and of an evaluation.
 
     Parameters
     ----------
@@ -55,29 +55,29 @@ class TrainingGraph:
         Inputs: the model's own; every weight and bias by name; `ACTIVATION_SCALES` of shape (n_quantizers,);
         `ATTENTION` of shape (micro_batch, ``columns``), the factor of each sum of squares; and, in ``train``
         only, `FLOAT_SHARE` of shape (1,), the share p of the unquantized activations. Outputs: `LOSS`,
-        `ERRORS` of the shape of `ATTENTION` (of each channel of each layer, then of each part of the model's
-        outputs), and in ``train`` the gradients.
+        `ERRORS` of the shape of `ATTENTION` (for each channel of each layer, then for each part of the
+        model's outputs), and in ``train`` the gradients.
     gradients : dict of str to str
         Input to the name of its gradient.
     quantizers : tuple of str
-        Order of the activation scales.
+        Names of the quantizers, in the order of `ACTIVATION_SCALES`.
     channels : tuple of int
-        Channels of each layer's output.
+        Number of channels of each layer's output.
     positions : ndarray of shape (n_layers,)
-        Positions (everything but samples and channels) of each layer's output.
+        Number of positions (all axes but samples and channels) of each layer's output.
     outputs : dict of str to float
-        The parts of the model's outputs that are compared, and elements a sample of each.
+        The parts of the model's outputs that are compared, with the number of elements per sample of each.
     last : tuple of bool
-        True for each layer that has none behind it: what it makes is an output of the model, or nearly so.
-        Its outputs in both networks are outputs of ``evaluate``, too.
+        True for each layer without another layer downstream: its output is an output of the model, or nearly
+        so. The outputs of these layers in both networks are outputs of ``evaluate``, too.
     micro_batch : int
-        Samples of one run.
+        Samples per run.
     input_axes : dict of str to int
         The channel axis of each input of the model.
     unreached : dict of str to str
-        Weights that no gradient reaches, and why.
+        Weights that no gradient reaches, with the reason.
     notes : tuple of str
-        What could not be rewritten for differentiation, and why.
+        What could not be rewritten for differentiation, with the reason.
     """
 
     train: ModelProto
@@ -95,15 +95,17 @@ class TrainingGraph:
 
     @property
     def columns(self) -> int:
-        """Sums of squares of a sample."""
+        """Number of sums of squares per sample."""
         return sum(self.channels) + len(self.outputs)
 
 
 def reachable(
     view: GraphView, loss: str, wrt: Sequence[str], blocked: frozenset[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Those of ``wrt`` that the loss depends on, not going through nodes named in ``blocked``; and why the
-    others are none."""
+    """Return the tensors of ``wrt`` that the loss depends on, and for each other one the reason.
+
+    Dependence through nodes named in ``blocked`` does not count.
+    """
     relevant = view.upstream([loss], blocked)
     return [n for n in wrt if n in relevant], {n: UNREACHED for n in wrt if n not in relevant}
 
@@ -114,7 +116,7 @@ class GradientSession(Session):
     Raises
     ------
     GradientError
-        If onnxruntime cannot run it: its builder knows no tensors without elements, say.
+        If onnxruntime cannot run the model; its gradient builder does not support empty tensors, for example.
     """
 
     def __init__(self, model: ModelProto, *, integers: bool = True) -> None:
@@ -124,7 +126,7 @@ class GradientSession(Session):
             raise GradientError(str(e)) from e
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> Feeds:
-        """See `Session.run`."""
+        """Run the model; see `Session.run`."""
         try:
             return super().run(feeds, outputs)
         except ModelError as e:
@@ -132,17 +134,17 @@ class GradientSession(Session):
 
 
 class Engine(ABC):
-    """Builds backward passes; making one raises `InstallError` if what it needs is missing or damaged.
+    """Builds backward passes; the constructor raises `InstallError` if something is missing or damaged.
 
     Attributes
     ----------
     name : str
-        What the option ``engine`` and the report call it.
+        Name in the option ``engine`` and in the report.
     about : str
-        In a few words, for help and the documentation: where its gradients come from, and what it needs.
+        A few words for help and documentation: where the gradients come from, and what the engine needs.
     preference : int
-        Of the engines that can run here, the one with the largest is chosen by itself. `standard`, which
-        always can, has 0: with less than that an engine is chosen by name only.
+        `AUTO` chooses the available engine with the largest value. `standard`, which is always available, has
+        0: an engine with less is chosen by name only.
     """
 
     name: ClassVar[str]
@@ -151,19 +153,20 @@ class Engine(ABC):
 
     @classmethod
     def available(cls) -> bool:
-        """True if what it needs is installed; by default it needs nothing more than the package does."""
+        """Return True if everything the engine needs is installed; by default it needs nothing extra."""
         return True
 
     @abstractmethod
     def differentiate(self, model: ModelProto, loss: str, wrt: Sequence[str]) -> GradientModel:
-        """Gradient of a scalar with respect to initializers, inputs or intermediate tensors.
+        """Differentiate a scalar with respect to initializers, inputs or intermediate tensors.
 
-        It passes a QuantizeLinear with its DequantizeLinear straight through, as if they were not there.
+        The gradient passes straight through a QuantizeLinear and its DequantizeLinear, as if they were not
+        there.
 
         Parameters
         ----------
         model : ModelProto
-            With known shapes, and only operators that have a gradient or block it.
+            With known shapes; every operator either has a gradient or blocks it.
         loss : str
             A scalar output of the model.
         wrt : sequence of str

@@ -1,4 +1,4 @@
-"""Gradients of operators that move values: reshapes, slices and their like."""
+"""Gradients of operators that move values: Reshape, Slice, Gather and similar."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from eptq_onnx.graph.view import attribute, int_attribute, ints_attribute
 
 
 def reshape(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """The shape that x has."""
+    """dx = dy in the shape of x."""
     return t.add("Reshape", dy, t.size(node.input[0]))
 
 
 def transpose(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """The inverse order."""
+    """dx = dy transposed by the inverse permutation."""
     order = ints_attribute(node, "perm") or list(range(len(t.dims(node.input[0]))))[::-1]
     return t.add("Transpose", dy, perm=[int(i) for i in np.argsort(order)])
 
 
 def concat(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """The part that came from this input."""
+    """dx = the slice of dy that belongs to the input."""
     shapes = [t.shape(name) for name in node.input[: k + 1]]
     axis = int_attribute(node, "axis", 0) % len(shapes[0])
     start = sum(s[axis] for s in shapes[:k])
@@ -32,7 +32,7 @@ def concat(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def slices(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """Back where it was taken from; zeros elsewhere."""
+    """dx = dy at the sliced positions, 0 elsewhere."""
     shape = t.shape(node.input[0])
     starts, ends, axes, steps = (t.constant(node, i) for i in range(1, 5))
     if starts is None or ends is None:
@@ -48,7 +48,7 @@ def slices(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def gather(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """Back where it was taken from, added up; zeros elsewhere."""
+    """dx = the sum of dy over equal indices at the gathered positions, 0 elsewhere."""
     x, indices = node.input
     rank = len(t.dims(x))
     axis = int_attribute(node, "axis", 0) % rank
@@ -73,7 +73,7 @@ def gather(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def gather_elements(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """Back where it was taken from, added up; zeros elsewhere."""
+    """dx = the sum of dy over equal indices at the gathered positions, 0 elsewhere."""
     axis = int_attribute(node, "axis", 0) % len(t.dims(node.input[0]))
     return _added_up(t, node, t.size(node.input[0]), node.input[1], dy, axis, t.dims(node.output[0])[axis])
 
@@ -81,13 +81,15 @@ def gather_elements(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 def _added_up(
     t: Tape, node: NodeProto, size: str, indices: str, dy: str, axis: int, count: int | None
 ) -> str:
-    """ScatterElements that adds up; before opset 16 it does not, so that the ``count`` indices come one after
-    the other."""
+    """Add a ScatterElements into zeros that sums over equal indices.
+
+    Before opset 16 the operator cannot sum, so each of the ``count`` indices gets a node of its own.
+    """
     nothing = t.add("ConstantOfShape", size)
     if t.builder.opset >= 16:
         return t.add("ScatterElements", nothing, indices, dy, axis=axis, reduction="add")
     if count is None:
-        raise refusal(node, "the number of its indices is not known, for which its gradient needs opset 16")
+        raise refusal(node, "the number of its indices is unknown, so its gradient needs opset 16")
     parts = []
     for i in range(count):
         one = (
@@ -99,7 +101,7 @@ def _added_up(
 
 
 def gather_nd(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """Back where it was taken from, added up; zeros elsewhere: all indexed axes are one axis."""
+    """dx as in `gather_elements`, with all indexed axes flattened into one."""
     x, indices = node.input
     shape, counts, shared = t.shape(x), t.shape(indices), int_attribute(node, "batch_dims", 0)
     if shared:
@@ -115,7 +117,7 @@ def gather_nd(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def overwritten(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """To the data of a Scatter what was not overwritten."""
+    """d(data) of a Scatter = dy, with 0 at the overwritten positions."""
     if attribute(node, "reduction", "none") != "none":
         raise refusal(node, f"its reduction is {attribute(node, 'reduction')}")
     zeros = t.add("ConstantOfShape", t.size(node.input[2]))
@@ -123,12 +125,12 @@ def overwritten(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def written_elements(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """To the updates what is at their places."""
+    """d(updates) of ScatterElements = dy at the written positions."""
     return t.add("GatherElements", dy, node.input[1], **_axis(node))
 
 
 def written_slices(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """To the updates what is at their places."""
+    """d(updates) of ScatterND = dy at the written positions."""
     return t.add("GatherND", dy, node.input[1])
 
 
@@ -137,10 +139,9 @@ def _axis(node: NodeProto) -> dict[str, int]:
 
 
 def _put_back(t: Tape, dy: str, axis: int, places: Sequence[int], size: int, rank: int) -> str:
-    """Slices that were read at ``places`` of an axis back there; zeros elsewhere; what was read twice is
-    added.
+    """Put slices back at ``places`` of an axis, zeros elsewhere; slices of equal places are summed.
 
-    An axis of length ``len(places)`` becomes one of length ``size``.
+    The axis of length ``len(places)`` becomes one of length ``size``.
     """
     count, first = len(places), min(places, default=0)
     if list(places) == list(range(first, first + count)):
@@ -155,14 +156,14 @@ def _put_back(t: Tape, dy: str, axis: int, places: Sequence[int], size: int, ran
 
 
 def _padded(t: Tape, x: str, axis: int, before: int, behind: int, rank: int) -> str:
-    """x with zeros along an axis."""
+    """Pad x with zeros along an axis."""
     pads = [0] * 2 * rank
     pads[axis], pads[rank + axis] = before, behind
     return t.add("Pad", x, t.ints(pads)) if any(pads) else x
 
 
 def tile(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """The sum over all copies."""
+    """dx = dy summed over all copies."""
     shape, repeats = t.shape(node.input[0]), t.constant(node, 1)
     if repeats is None:
         raise refusal(node, "it has no repeats")
@@ -171,7 +172,7 @@ def tile(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def pad(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """Padding by the opposite."""
+    """dx = dy with the padding cropped: padded by the negative amounts."""
     if attribute(node, "mode", "constant") != "constant":
         raise refusal(node, f"its mode is {attribute(node, 'mode')}")
     pads = t.constant(node, 1)
@@ -181,5 +182,5 @@ def pad(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def trilu(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """The same triangle."""
+    """dx = the same triangle of dy."""
     return t.add("Trilu", dy, *node.input[1:], upper=int_attribute(node, "upper", 1))

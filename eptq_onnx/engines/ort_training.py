@@ -1,7 +1,7 @@
 """The gradient engine of onnxruntime-training: its GradientGraphBuilder, without torch.
 
-What it lacks on CPU is replaced after the build (ConvTranspose), and so are kernels that ordinary operators
-outrun; gradients stop at operators without one.
+After the build, gradient operators without a CPU kernel (ConvTranspose), and those that are slower than
+ordinary operators, are replaced. Gradients stop at operators without one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eptq_onnx import ops, runtime
 from eptq_onnx.engines.base import Engine, GradientModel, reachable
 from eptq_onnx.engines.rules import leaky_relu_slope
 from eptq_onnx.engines.tape import Tape
-from eptq_onnx.engines.windows import Window, turned_convolution, weight_gradient
+from eptq_onnx.engines.windows import Window, input_gradient_by_conv, weight_gradient
 from eptq_onnx.errors import GradientError, one_line
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.canonical import rename
@@ -34,7 +34,7 @@ _STOP, _ROUND_TRIP = "eptq_stop_gradient", "eptq_round_trip"
 
 
 class OrtTrainingEngine(Engine):
-    """Engine on onnxruntime's GradientGraphBuilder.
+    """Engine based on onnxruntime's GradientGraphBuilder.
 
     Raises
     ------
@@ -53,7 +53,7 @@ class OrtTrainingEngine(Engine):
 
     @classmethod
     def available(cls) -> bool:
-        """True if the installed onnxruntime is a training build."""
+        """Return True if the installed onnxruntime is a training build."""
         return runtime.is_training_build()
 
     def differentiate(self, model: ModelProto, loss: str, wrt: Sequence[str]) -> GradientModel:
@@ -64,7 +64,7 @@ class OrtTrainingEngine(Engine):
         reached, unreached = reachable(GraphView(model), loss, wrt, blocked)
         if not reached:
             return GradientModel(model, {}, unreached)
-        # The builder copies what it is given several times; it needs no values of weights.
+        # The builder copies its input several times, and does not need the values of weights.
         private, heavy = light(_prepared(model, blocked))
         edit.promote_to_inputs(private, reached)
         edit.set_outputs(private, list(dict.fromkeys([loss, *(o.name for o in model.graph.output)])))
@@ -77,7 +77,7 @@ class OrtTrainingEngine(Engine):
             builder.build()
             built = onnx.load_model_from_string(builder.get_model())
         except Exception as e:
-            # The builder raises pybind exceptions that share only Exception.
+            # The builder's pybind exceptions have no common base but Exception.
             raise GradientError(
                 f"onnxruntime-training cannot differentiate the model: {one_line(e, 400)}"
             ) from e
@@ -117,7 +117,7 @@ def _node(
 
 @cache
 def _register() -> None:
-    """Register our gradient definitions; onnxruntime keeps them for the life of the process."""
+    """Register our gradient definitions; onnxruntime keeps them for the lifetime of the process."""
     c = runtime.load_gradient_builder()
     # dL/ds = (<dy, y> - <dx, x>) / s with dx = dy * mask is the LSQ rule; dot products read each tensor once.
     c.register_gradient_definition(
@@ -139,13 +139,13 @@ def _register() -> None:
             _node(c, "Div", ["difference_1", "I(1)"], ["GI(1)"]),
         ],
     )
-    # ReduceSumSquare with kept dimensions, as our losses use it (a model's own is lowered): dx = 2 dy x.
+    # ReduceSumSquare with keepdims, as in our losses (those of a model are lowered): dx = 2 dy x.
     c.register_gradient_definition(
         "::ReduceSumSquare",
         [_node(c, "Add", ["GO(0)", "GO(0)"], ["twice"]), _node(c, "Mul", ["twice", "I(0)"], ["GI(0)"])],
     )
-    # dx = dy where y = x; onnxruntime's own ReluGrad takes four times as long, and its five nodes for Clip
-    # twice.
+    # dx = dy where y = x. onnxruntime's own ReluGrad takes four times as long, and its five nodes for Clip
+    # take twice as long.
     for name in ("Relu", "Clip"):
         c.register_gradient_definition(
             f"::{name}",
@@ -162,21 +162,21 @@ def _register() -> None:
 
 
 def _prepared(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
-    """A copy in which no gradient enters ``blocked`` nodes, and no node reads a tensor twice.
+    """Return a copy in which no gradient enters ``blocked`` nodes, and no node reads a tensor twice.
 
-    The builder gives the gradient of a graph input one name for each time that a node reads it.
-    A QuantizeLinear with its DequantizeLinear is one ATen node of x, scale and zero point.
+    The builder would give the gradient of a graph input one name for each time that a node reads it. A
+    QuantizeLinear with its DequantizeLinear becomes one ATen node of x, scale and zero point.
     """
     view, builder, infos = GraphView(model), edit.Builder(model, "engine/"), []
 
     def described(name: str, like: str) -> None:
-        # Nobody infers the type behind ATen.
+        # Shape inference cannot tell the output type of ATen.
         infos.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, view.shape(like)))
 
     def stopped(name: str) -> str:
         if view.is_constant(name) or not view.is_float(name):
             return name
-        # A stop must not read a differentiated graph input directly: hence the Identity.
+        # A stop node must not read a differentiated graph input directly: hence the Identity.
         result = builder.add("ATen", [builder.add("Identity", [name])], domain=_ATEN, operator=_STOP)
         described(result, name)
         return result
@@ -199,7 +199,7 @@ def _prepared(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
         builder.nodes.append(copy)
         for k, name in enumerate(copy.output):
             if node.name in blocked and subgraphs(node) and name and view.is_float(name):
-                # The builder must not look at what reads tensors without having them as inputs.
+                # The builder must not visit nodes that read tensors other than their inputs.
                 copy.output[k] = builder.unique(f"{name}_made")
                 described(copy.output[k], name)
                 builder.add("ATen", [copy.output[k]], name, domain=_ATEN, operator=_STOP)
@@ -211,8 +211,10 @@ def _prepared(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
 
 
 def _stop_gradients(node: NodeProto, stopped: Callable[[str], str]) -> None:
-    """Let a node read what no gradient passes, in place; the builder ends the process where a body reads what
-    one does."""
+    """Put a stop node in front of everything that a node reads, in place.
+
+    The builder crashes if a subgraph reads a tensor that a gradient passes through.
+    """
     names = {name: stopped(name) for name in dict.fromkeys(node_reads(node))}
     for graph in subgraphs(node):
         rename(graph, {name: new for name, new in names.items() if name not in defined(graph)})
@@ -220,7 +222,7 @@ def _stop_gradients(node: NodeProto, stopped: Callable[[str], str]) -> None:
 
 
 def _replace_kernels(model: ModelProto) -> None:
-    """Swap nodes without a CPU kernel, or with a slow one, for ordinary ones, in place."""
+    """Replace nodes without a CPU kernel, or with a slow one, by ordinary ones, in place."""
     builder = edit.Builder(model, "gradient/")
     tape = Tape(GraphView(model), builder)
     for node in model.graph.node:
@@ -245,7 +247,7 @@ def _replace_kernels(model: ModelProto) -> None:
 
 
 def _leaky_relu_gradient(node: NodeProto, t: Tape) -> None:
-    """The kernel takes twice as long."""
+    """Replace LeakyReluGrad, whose kernel takes twice as long."""
     dy, y = node.input
     alpha = float(attribute(node, "alpha", 0.01))  # type: ignore[arg-type]
     if alpha < 0:
@@ -255,10 +257,9 @@ def _leaky_relu_gradient(node: NodeProto, t: Tape) -> None:
 
 
 def _conv_gradient(node: NodeProto, t: Tape) -> None:
-    """dx as a Conv where it is one, dW of a depthwise Conv as well: ConvGrad makes them column by column,
-    which takes longer.
+    """Compute dx by a Conv where possible, and dW and db of a depthwise Conv by ordinary nodes.
 
-    It keeps what else there is.
+    ConvGrad works column by column, which takes longer; it keeps the outputs that are left.
     """
     dy, x, weight = node.input[:3]
     shape, x_shape, y_shape = (t.view.static_shape(name) for name in (weight, x, dy))
@@ -267,7 +268,7 @@ def _conv_gradient(node: NodeProto, t: Tape) -> None:
         window = Window.of(node, shape[2:])
         if node.output[0]:
             sizes = (None if s is None else s[2:] for s in (x_shape, y_shape))
-            made[0] = turned_convolution(t, window, dy, weight, shape, *sizes)
+            made[0] = input_gradient_by_conv(t, window, dy, weight, shape, *sizes)
         if x_shape is not None and y_shape is not None and fits_blocks(shape, window.group):
             made[1] = weight_gradient(t, window, x, dy, x_shape, y_shape, shape) if node.output[1] else None
             made[2] = t.sum(dy, [0, 2, 3]) if node.output[2:] and node.output[2] else None
@@ -282,10 +283,10 @@ def _conv_gradient(node: NodeProto, t: Tape) -> None:
 
 
 def _conv_transpose_gradient(node: NodeProto, t: Tape) -> None:
-    """dx = conv(dy, W); dW = gradient of that Conv's weight with dy as its input and x as its output
-    gradient.
+    """Replace ConvTransposeGrad: dx = Conv(dy, W), and dW is the weight gradient of that Conv.
 
-    ConvTranspose weights have shape (C_in, C_out / group, *kernel): exactly a Conv weight from dy to x.
+    In the latter, dy is the input and x the output gradient. ConvTranspose weights have shape
+    (C_in, C_out / group, *kernel), exactly that of a Conv weight from dy to x.
     """
     b = t.builder
     dy, x, weight = node.input[:3]
@@ -305,4 +306,4 @@ _GRADIENTS: dict[str, Callable[[NodeProto, Tape], None]] = {
     "ConvTransposeGrad": _conv_transpose_gradient,
     "LeakyReluGrad": _leaky_relu_gradient,
 }
-"""Backward operators that are made of other nodes."""
+"""Gradient operators to replacements by ordinary nodes."""

@@ -1,7 +1,8 @@
-"""Gradient rules of the standard engine: for each operator, one rule an input.
+"""Gradient rules of the standard engine: for each operator, one rule per input.
 
-A rule gets the tape, the node, the input's position and the name of dL/dy, and returns the name of dL/dx, or
-None if nothing passes. The operators are those that others are lowered to (`eptq_onnx.graph.lower`).
+A rule gets the tape, the node, the position of the input x and the name of dy = dL/dy. It returns the name of
+dx = dL/dx, or None if no gradient passes. There are rules for the operators that all others are lowered to
+(`eptq_onnx.graph.lower`).
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ Rule: TypeAlias = Callable[[Tape, NodeProto, int, str], str | None]
 
 # ---- elementwise -------------------------------------------------------------------------------------------
 def _slope(slope: Callable[[Tape, str, str], Operand]) -> Rule:
-    """dx = dy * slope(x, y), for operators of one input."""
+    """Return the rule dx = dy * slope(x, y) of an operator with one input."""
     return lambda t, node, k, dy: t.add("Mul", dy, slope(t, node.input[0], node.output[0]))
 
 
 def _broadcast(rule: Callable[[Tape, NodeProto, int, str], str]) -> Rule:
-    """A rule in the shape of y, for inputs that are broadcast to it."""
+    """Return a rule that sums the result of another, in the shape of y, over the axes broadcast from x."""
 
     def summed(t: Tape, node: NodeProto, k: int, dy: str) -> str:
         return t.sum_to(rule(t, node, k, dy), t.dims(node.output[0]), node.input[k], t.dims(node.input[k]))
@@ -57,12 +58,12 @@ def _numerator(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def _denominator(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """-dy y / b."""
+    """db = -dy y / b."""
     return t.add("Neg", t.add("Div", t.add("Mul", dy, node.output[0]), node.input[1]))
 
 
 def _base(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """dy p x^(p - 1)."""
+    """dx = dy p x^(p - 1)."""
     x, p = node.input
     square = t.view.is_constant(p) and bool((t.view.constant(p) == 2).all())
     power = x if square else t.add("Pow", x, t.add("Sub", p, 1.0))
@@ -70,12 +71,12 @@ def _base(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def _exponent(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """dy y log(x)."""
+    """dp = dy y log(x)."""
     return t.add("Mul", dy, t.add("Mul", node.output[0], t.add("Log", node.input[0])))
 
 
 def _unchanged(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """dy where y = x: Relu, Clip, Min, Max."""
+    """dx = dy where y = x, else 0: Relu, Clip, Min, Max."""
     return t.kept(dy, t.add("Equal", node.input[k], node.output[0]))
 
 
@@ -84,18 +85,18 @@ def _chosen(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def leaky_relu(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """dy (alpha + (1 - alpha) [x > 0])."""
+    """dx = dy (alpha + (1 - alpha) [x > 0])."""
     return leaky_relu_slope(t, dy, node.input[0], float(attribute(node, "alpha", 0.01)))  # type: ignore[arg-type]
 
 
 def leaky_relu_slope(t: Tape, dy: str, x: str, alpha: float) -> str:
-    """The rule above; for alpha of at least 0, y serves as x."""
+    """Add the gradient of `leaky_relu`; for alpha >= 0, x may be replaced by y, which has the same sign."""
     rise = t.kept(t.builder.constant(1 - alpha), t.add("Greater", x, 0.0))
     return t.add("Mul", dy, t.add("Add", rise, alpha))
 
 
 def _cast(t: Tape, node: NodeProto, k: int, dy: str) -> str | None:
-    """Between numbers of the same type nothing changes; nothing passes integers."""
+    """dx = dy from float to float; no gradient passes integers."""
     return (
         dy
         if all(t.view.elem_type(name) in FLOAT_OR_UNKNOWN for name in (node.input[0], node.output[0]))
@@ -108,16 +109,16 @@ def _matmul(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     """dA = dy Bᵀ and dB = Aᵀ dy, summed over the batch axes that were broadcast."""
     a, b = node.input
     rows, columns = t.dims(a), t.dims(b)
-    # A vector is a matrix of one row on the left, of one column on the right.
+    # A vector on the left is a matrix with one row, a vector on the right one with one column.
     if len(rows) == 1:
         a, rows, dy = t.unsqueeze(a, [0]), (1, *rows), t.unsqueeze(dy, [-1 if len(columns) == 1 else -2])
     if len(columns) == 1:
         b, columns, dy = t.unsqueeze(b, [1]), (*columns, 1), t.unsqueeze(dy, [-1])
     if k == 1 and len(columns) == 2:
-        # One product over all rows instead of one a matrix of the batch.
+        # One product over all rows instead of one per matrix of the batch.
         flat = (t.add("Flatten", x, axis=-1) if len(rows) > 2 else x for x in (a, dy))
         return t.add("Reshape", t.add("Gemm", *flat, transA=1), t.size(node.input[1]))
-    factors = (dy, _turned(t, b, len(columns))) if k == 0 else (_turned(t, a, len(rows)), dy)
+    factors = (dy, _swapped_axes(t, b, len(columns))) if k == 0 else (_swapped_axes(t, a, len(rows)), dy)
     name, wanted = ((a, rows), (b, columns))[k]
     pairs = zip_longest(rows[-3::-1], columns[-3::-1], fillvalue=1)
     batch = [None if m is None or n is None else max(m, n) for m, n in pairs][::-1]
@@ -125,12 +126,12 @@ def _matmul(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     return found if name == node.input[k] else t.add("Reshape", found, t.size(node.input[k]))
 
 
-def _turned(t: Tape, x: str, rank: int) -> str:
+def _swapped_axes(t: Tape, x: str, rank: int) -> str:
     return t.add("Transpose", x, perm=[*range(rank - 2), rank - 1, rank - 2])
 
 
 def _gemm_left(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """y = alpha A B + beta C: dA = alpha dy Bᵀ; transposed like A."""
+    """dA = alpha dy Bᵀ for y = alpha A B + beta C, transposed if A is."""
     turned, other = int_attribute(node, "transA", 0), int_attribute(node, "transB", 0)
     alpha = float(attribute(node, "alpha", 1.0))  # type: ignore[arg-type]
     if turned:
@@ -139,7 +140,7 @@ def _gemm_left(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def _gemm_right(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """dB = alpha Aᵀ dy; transposed like B."""
+    """dB = alpha Aᵀ dy for y = alpha A B + beta C, transposed if B is."""
     other, turned = int_attribute(node, "transA", 0), int_attribute(node, "transB", 0)
     alpha = float(attribute(node, "alpha", 1.0))  # type: ignore[arg-type]
     if turned:
@@ -155,7 +156,10 @@ def _gemm_offset(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 # ---- reductions --------------------------------------------------------------------------------------------
 def _axes(t: Tape, node: NodeProto) -> list[int]:
-    """Axes of a reduction, counted from the front; from opset 18 (ReduceSum 13) on they are an input."""
+    """Return the axes of a reduction, counted from the front.
+
+    They are an attribute, or an input since opset 18 (ReduceSum: 13).
+    """
     rank = len(t.dims(node.input[0]))
     told = t.constant(node, 1)
     axes = ints_attribute(node, "axes") if told is None else [int(a) for a in told]
@@ -164,7 +168,7 @@ def _axes(t: Tape, node: NodeProto) -> list[int]:
 
 
 def _like_input(t: Tape, node: NodeProto, *values: str) -> list[str]:
-    """Tensors of the output's shape with the reduced axes put back, so that they broadcast to the input."""
+    """Restore the reduced axes of tensors in the shape of the output, so that they broadcast to the input."""
     if int_attribute(node, "keepdims", 1):
         return list(values)
     axes = _axes(t, node)
@@ -186,44 +190,44 @@ def _spread_mean(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def _norm(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """dy x / y."""
+    """dx = dy x / y."""
     return t.add("Mul", node.input[0], *_like_input(t, node, t.add("Div", dy, node.output[0])))
 
 
 def _squares(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """2 dy x."""
+    """dx = 2 dy x."""
     return t.add("Mul", node.input[0], *_like_input(t, node, t.add("Add", dy, dy)))
 
 
 def _log_sum_exp(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """dy exp(x - y)."""
+    """dx = dy exp(x - y)."""
     dy, y = _like_input(t, node, dy, node.output[0])
     return t.add("Mul", dy, t.add("Exp", t.add("Sub", node.input[0], y)))
 
 
 def _softmax_axes(t: Tape, node: NodeProto) -> list[int]:
-    """Before opset 13 everything from the axis on is one axis."""
+    """Return the axes of a softmax; before opset 13 these are all axes from ``axis`` on."""
     rank, since_13 = len(t.dims(node.input[0])), t.builder.opset >= 13
     axis = int_attribute(node, "axis", -1 if since_13 else 1) % rank
     return [axis] if since_13 else list(range(axis, rank))
 
 
 def _softmax(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """y (dy - sum(dy y))."""
+    """dx = y (dy - sum(dy y))."""
     y = node.output[0]
     total = t.sum(t.add("Mul", dy, y), _softmax_axes(t, node), keepdims=True)
     return t.add("Mul", y, t.add("Sub", dy, total))
 
 
 def _log_softmax(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """dy - exp(y) sum(dy)."""
+    """dx = dy - exp(y) sum(dy)."""
     total = t.sum(dy, _softmax_axes(t, node), keepdims=True)
     return t.add("Sub", dy, t.add("Mul", t.add("Exp", node.output[0]), total))
 
 
 # ---- quantizers of the training graph ----------------------------------------------------------------------
 def _fake_quant(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """Straight through where x is not clipped, half a step beyond the last integers."""
+    """dx = dy where x is not clipped, else 0; the range ends half a step beyond the last integers."""
     x, scale = node.input[:2]
     zero = t.constant(node, 2)
     if zero is None:
@@ -236,7 +240,7 @@ def _fake_quant(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def _fake_quant_scale(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """The LSQ rule: dL/ds = (<dy, y> - <dx, x>) / s."""
+    """ds = (<dy, y> - <dx, x>) / s, the LSQ rule."""
     products = [
         t.add("MatMul", t.reshape(g, [1, -1]), t.reshape(value, [-1, 1]))
         for g, value in ((dy, node.output[0]), (_fake_quant(t, node, 0, dy), node.input[0]))
@@ -307,18 +311,18 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("", "DequantizeLinear"): (_same,),
     (LSQ_DOMAIN, "FakeQuant"): (_fake_quant, _fake_quant_scale),
 }
-"""(domain, operator) to the rules of its inputs."""
+"""(domain, operator) to one rule per input."""
 
 VARIADIC: dict[tuple[str, str], Rule] = {
     ("", "Concat"): moves.concat,
     ("", "Max"): _broadcast(_unchanged),
     ("", "Min"): _broadcast(_unchanged),
 }
-"""(domain, operator) to the rule that all its inputs share."""
+"""(domain, operator) to the rule that all inputs share."""
 
 
 def rule_of(node: NodeProto, position: int) -> Rule | None:
-    """The rule of a node's input."""
+    """Return the gradient rule of a node's input, or None."""
     key = ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
     rules = RULES.get(key, ())
     return rules[position] if position < len(rules) else VARIADIC.get(key)

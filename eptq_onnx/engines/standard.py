@@ -1,7 +1,7 @@
-"""The gradient engine that needs nothing but onnxruntime: the backward pass in standard ONNX nodes.
+"""The gradient engine that needs only onnxruntime: the backward pass consists of standard ONNX nodes.
 
-Reverse mode over the graph: each node's rules (`rules`) turn the gradient of its output into those of its
-inputs, and what several readers contribute is added.
+Reverse-mode differentiation: the rules of each node (`rules`) turn the gradient of its output into those of
+its inputs, and the contributions of all consumers of a tensor are summed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from eptq_onnx.graph.view import GraphView
 
 
 class StandardEngine(Engine):
-    """Engine on rules of our own.
+    """Engine with gradient rules of its own.
 
     Raises
     ------
@@ -63,8 +63,10 @@ class StandardEngine(Engine):
 
 
 def _with_quantizers(model: ModelProto, runnable: GraphView) -> list[NodeProto]:
-    """The nodes to differentiate: those that run, but the quantizers as they were, for which there is a
-    rule."""
+    """Return the nodes to differentiate: those of the runnable graph, but quantizers in their original form.
+
+    There are rules for the original quantizers only.
+    """
     twins = [runnable.producer[next(filter(None, node.output))] for node in model.graph.node]
     return [
         twin if twin.op_type == node.op_type else node
@@ -75,7 +77,7 @@ def _with_quantizers(model: ModelProto, runnable: GraphView) -> list[NodeProto]:
 def _backward(
     nodes: list[NodeProto], loss: str, wrt: Sequence[str], blocked: frozenset[str], t: Tape
 ) -> dict[str, str]:
-    """Gradients of ``wrt``: tensor to the tensor that holds its gradient."""
+    """Add the backward pass and return, for each tensor of ``wrt``, the tensor that holds its gradient."""
     active = t.view.downstream(wrt, blocked)
     parts: dict[str, list[str]] = defaultdict(list)
     parts[loss].append(t.builder.constant(np.ones(t.shape(loss), np.float32), "one"))
@@ -90,7 +92,7 @@ def _backward(
         if node.name in blocked:
             continue
         if any(others):
-            raise refusal(node, "an output but the first is used")
+            raise refusal(node, "an output other than the first is used")
         for k, name in enumerate(node.input):
             if dy is None or name not in active:
                 continue

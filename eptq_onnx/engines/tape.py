@@ -1,4 +1,4 @@
-"""What a gradient rule works with: what is known of the forward graph, and the nodes of the backward pass."""
+"""The tape of a gradient rule: queries on the forward graph, and collection of backward nodes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLOAT_OR_UNKNOWN = (TensorProto.FLOAT, TensorProto.UNDEFINED)
 
 
 class Tape:
-    """Adds nodes behind a forward graph; of equal nodes there is one.
+    """Adds nodes to a forward graph; identical nodes are added once.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ class Tape:
         self._made: dict[tuple[object, ...], str] = {}
 
     def add(self, op_type: str, *inputs: Operand, **attributes: Any) -> str:
-        """The output of a node."""
+        """Add a node, unless there is an identical one, and return its output."""
         names = [self.builder.constant(x) if isinstance(x, float) else x for x in inputs]
         key = (op_type, *names, repr(sorted(attributes.items())))
         if key not in self._made:
@@ -43,51 +43,51 @@ class Tape:
         return self._made[key]
 
     def ints(self, values: Sequence[int]) -> str:
-        """An int64 constant."""
+        """Add an int64 constant."""
         return self.builder.constant(np.array(values, np.int64), "ints")
 
     def dims(self, name: str) -> Shape:
-        """Shape of a tensor, None for a dimension that is known at run time only.
+        """Return the shape of a tensor, with None for dimensions that are only known at run time.
 
         Raises
         ------
         GradientError
-            If not even the rank is known.
+            If the rank is unknown.
         """
         shape = self.view.shape(name)
         if shape is None:
             raise GradientError(
-                f"the standard engine cannot differentiate the model: the rank of {name} is not known."
+                f"the standard engine cannot differentiate the model: the rank of {name} is unknown."
             )
         return shape
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor.
+        """Return the shape of a tensor.
 
         Raises
         ------
         GradientError
-            If it is not known.
+            If it is unknown.
         """
         shape = self.view.static_shape(name)
         if shape is None:
             raise GradientError(
-                f"the standard engine cannot differentiate the model: the shape of {name} is not known."
+                f"the standard engine cannot differentiate the model: the shape of {name} is unknown."
             )
         return shape
 
     def size(self, name: str) -> str:
-        """Shape of a tensor as a tensor; known or not."""
+        """Add the shape of a tensor as a tensor: a constant if known, else computed."""
         shape = self.view.static_shape(name)
         return self.add("Shape", name) if shape is None else self.ints(shape)
 
     def constant(self, node: NodeProto, position: int) -> NDArray[Any] | None:
-        """Value of an optional constant input; None if it is absent.
+        """Return the value of an optional constant input, or None if it is absent.
 
         Raises
         ------
         GradientError
-            If it is computed.
+            If the input is computed at run time.
         """
         name = node.input[position] if len(node.input) > position else ""
         if name and not self.view.is_constant(name):
@@ -95,16 +95,15 @@ class Tape:
         return self.view.constant(name) if name else None
 
     def reshape(self, x: str, shape: Sequence[int]) -> str:
-        """x in another shape."""
+        """Add a Reshape of x."""
         return self.add("Reshape", x, self.ints(shape))
 
     def sum(self, x: str, axes: Sequence[int], *, keepdims: bool = False) -> str:
-        """Sum over axes."""
+        """Add a sum over axes."""
         return self.builder.reduce("ReduceSum", x, axes, keepdims=keepdims)
 
     def sum_to(self, x: str, shape: Shape, name: str, wanted: Shape) -> str:
-        """The adjoint of broadcasting tensor ``name``, of shape ``wanted``, to ``shape``: sums over what was
-        repeated."""
+        """Sum x, of shape ``shape``, to the shape ``wanted`` of ``name``: the adjoint of broadcasting."""
         first = len(shape) - len(wanted)
         if None in shape or None in wanted:
             ones = (
@@ -124,7 +123,7 @@ class Tape:
         return self.add("Reshape", summed, self.size(name)) if first else summed
 
     def unsqueeze(self, x: str, axes: Sequence[int]) -> str:
-        """x with axes of length 1."""
+        """Add axes of length 1 to x."""
         return (
             self.add("Unsqueeze", x, self.ints(axes))
             if self.builder.opset >= 13
@@ -132,12 +131,13 @@ class Tape:
         )
 
     def kept(self, x: str, condition: str) -> str:
-        """x where the condition holds, else 0. Where takes three times as long."""
+        """Return x where the condition holds, else 0."""
+        # Where takes three times as long as the product.
         return self.add("Mul", x, self.add("Cast", condition, to=TensorProto.FLOAT))
 
 
 def refusal(node: NodeProto, reason: str) -> GradientError:
-    """The error of a node that has no gradient in the form that it has."""
+    """Return the error for a node that cannot be differentiated in its present form."""
     return GradientError(
         f"the standard engine cannot differentiate the {node.op_type} {node.name}: {reason}."
     )

@@ -1,6 +1,6 @@
 """Gradients of convolutions and pools as standard nodes.
 
-Every one of them is a convolution again, forward or transposed, or a matrix product.
+Each of them is again a convolution (plain or transposed), a matrix product, or a scatter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Shape = Sequence[int]
 
 @dataclass(frozen=True)
 class Window:
-    """Geometry of a convolution or a pool, one entry an axis; ``pads`` are all beginnings, then all ends."""
+    """Geometry of a convolution or pool, one entry per axis; ``pads`` has all begins, then all ends."""
 
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
@@ -34,13 +34,12 @@ class Window:
 
     @classmethod
     def of(cls, node: NodeProto, kernel: Shape) -> Window:
-        """Read a node's attributes.
+        """Read the attributes of a node.
 
         Raises
         ------
         GradientError
-            If its padding follows from other attributes (the lowering makes that explicit where shapes are
-            known).
+            If its padding is not explicit (lowering makes it explicit where shapes are known).
         """
         if (
             attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")
@@ -58,11 +57,11 @@ class Window:
 
     @property
     def reach(self) -> tuple[int, ...]:
-        """Distance between the first and the last element that a window covers."""
+        """Distance between the first and the last element of a window, along each axis."""
         return tuple(d * (k - 1) for d, k in zip(self.dilations, self.kernel, strict=True))
 
     def attributes(self) -> dict[str, Any]:
-        """Those of a Conv node."""
+        """Return the attributes of a Conv node with this geometry."""
         shared = {
             "strides": self.strides,
             "dilations": self.dilations,
@@ -72,30 +71,32 @@ class Window:
         return {"group": self.group, **{name: list(value) for name, value in shared.items()}}
 
     def transposed(self, wide: Shape, narrow: Shape) -> dict[str, Any]:
-        """Attributes of the ConvTranspose from ``narrow`` to ``wide``, the sizes of what a Conv makes and
-        reads."""
+        """Return the attributes of the ConvTranspose that inverts the shapes of a Conv.
+
+        The Conv reads the spatial size ``wide`` and produces ``narrow``.
+        """
         rank = len(self.kernel)
         pads, extra = list(self.pads), [0] * rank
         for i in range(rank):
             made = (narrow[i] - 1) * self.strides[i] + self.reach[i] + 1 - pads[i] - pads[rank + i]
-            # Windows may end before the input does, or (with ceil_mode) behind it.
+            # The last window may end before the input does, or (with ceil_mode) beyond it.
             extra[i] = max(0, wide[i] - made)
             pads[rank + i] += max(0, made - wide[i])
         return {**self.attributes(), "pads": pads, "output_padding": extra}
 
 
 # ---- convolution -------------------------------------------------------------------------------------------
-def turned_convolution(
+def input_gradient_by_conv(
     t: Tape, w: Window, dy: str, weight: str, shape: Shape, wide: Shape | None, narrow: Shape | None
 ) -> str | None:
-    """dx of a Conv: a Conv of dy with the weight flipped and its channel axes exchanged, group by group.
+    """Add dx of a Conv: a Conv of dy with the weight flipped and its channel axes swapped, group by group.
 
-    None where it would need negative padding, or has strides that do not pay.
+    Returns None if that would need negative padding, or has strides with which it is not faster.
 
     Parameters
     ----------
     wide, narrow : sequence of int, optional
-        Sizes of x and y.
+        Spatial sizes of x and y.
     """
     outputs, inputs, rank = shape[0], shape[1], len(w.kernel)
     if set(w.strides) != {1} and wide is not None and narrow is not None and fits_blocks(shape, w.group):
@@ -123,7 +124,7 @@ def turned_convolution(
 
 
 def _stretched(t: Tape, w: Window, dy: str, wide: Shape, narrow: Shape) -> tuple[Window, str]:
-    """The window with strides 1 whose dy has zeros in between; and that dy."""
+    """Insert zeros between the elements of dy, and return it with the matching window of stride 1."""
     ones = t.builder.constant(np.ones((w.group, *[1] * (len(w.kernel) + 1)), np.float32), "ones")
     extra = [s - 1 for s in w.strides]
     apart = t.add("ConvTranspose", dy, ones, group=w.group, strides=list(w.strides), output_padding=extra)
@@ -133,10 +134,11 @@ def _stretched(t: Tape, w: Window, dy: str, wide: Shape, narrow: Shape) -> tuple
 
 
 def weight_gradient(t: Tape, w: Window, x: str, dy: str, x_shape: Shape, y_shape: Shape, shape: Shape) -> str:
-    """dW of y = Conv(x, W): every element correlates a channel of x with one of dy.
+    """Add dW of y = Conv(x, W): every element correlates a channel of x with a channel of dy.
 
-    Depthwise: one Conv of x with dy, each channel of each sample a group, strides and dilations exchanged.
-    Otherwise a matrix product for each place in the kernel, which is up to ten times as fast as such a Conv.
+    A depthwise Conv needs one Conv of x with dy, in which each channel of each sample is a group, and strides
+    and dilations are swapped. Other convolutions take one matrix product per kernel position, up to ten times
+    as fast as such a Conv.
     """
     n, group, rank = x_shape[0], w.group, len(w.kernel)
     if shape[1] == 1:
@@ -151,7 +153,7 @@ def weight_gradient(t: Tape, w: Window, x: str, dy: str, x_shape: Shape, y_shape
             "group": n * group,
         }
         found = t.add("Conv", image, kernel, kernel_shape=list(y_shape[2:]), **exchanged)
-        # What the strides left out at the end makes further elements.
+        # Input elements beyond the last strided window produce extra elements.
         cut = t.add("Slice", found, t.ints([0] * rank), t.ints(w.kernel), t.ints(range(2, rank + 2)))
         return t.sum(t.reshape(cut, [n, *shape]), [0])
     places = int(np.prod(y_shape[2:]))
@@ -164,7 +166,7 @@ def weight_gradient(t: Tape, w: Window, x: str, dy: str, x_shape: Shape, y_shape
 
 
 def _taps(t: Tape, w: Window, x: str, y_shape: Shape) -> list[str]:
-    """For each element of the kernel what it is multiplied with, in the shape of y but for the channels."""
+    """Return for each kernel element its operand in x, with the spatial shape of y and the channels of x."""
     rank = len(w.kernel)
     padded = t.add("Pad", x, t.ints([0, 0, *w.pads[:rank], 0, 0, *w.pads[rank:]])) if any(w.pads) else x
     if set(w.kernel) == set(w.strides) == {1}:
@@ -184,12 +186,12 @@ def convolution_input(t: Tape, node: NodeProto, k: int, dy: str) -> str:
     shape = t.shape(weight)
     w = Window.of(node, shape[2:])
     wide, narrow = t.shape(x)[2:], t.shape(node.output[0])[2:]
-    turned = turned_convolution(t, w, dy, weight, shape, wide, narrow)
+    turned = input_gradient_by_conv(t, w, dy, weight, shape, wide, narrow)
     return turned or t.add("ConvTranspose", dy, weight, **w.transposed(wide, narrow))
 
 
 def convolution_weight(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """See `weight_gradient`."""
+    """dW of a Conv; see `weight_gradient`."""
     x, weight = node.input[:2]
     shape = t.shape(weight)
     return weight_gradient(t, Window.of(node, shape[2:]), x, dy, t.shape(x), t.shape(node.output[0]), shape)
@@ -201,30 +203,30 @@ def channel_sum(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def transposed_input(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """dx = conv(dy, W): a ConvTranspose weight (C_in, C_out / group, ...) is a Conv weight from dy to x."""
+    """dx = Conv(dy, W): a ConvTranspose weight (C_in, C_out / group, ...) is a Conv weight from dy to x."""
     return t.add("Conv", dy, node.input[1], **_mirrored(t, node).attributes())
 
 
 def transposed_weight(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """dW = the weight gradient of that Conv, with dy as its input and x as the gradient of its output."""
+    """dW = the weight gradient of the Conv from dy to x, with input dy and output gradient x."""
     x, weight = node.input[:2]
     return weight_gradient(t, _mirrored(t, node), dy, x, t.shape(node.output[0]), t.shape(x), t.shape(weight))
 
 
 def _mirrored(t: Tape, node: NodeProto) -> Window:
-    """The window of the Conv from the output of a ConvTranspose to its input."""
+    """Return the window of the Conv from the output of a ConvTranspose to its input."""
     w = Window.of(node, t.shape(node.input[1])[2:])
     if any(
         extra >= stride
         for extra, stride in zip(ints_attribute(node, "output_padding"), w.strides, strict=False)
     ):
-        raise refusal(node, "its output_padding is not below its strides")
+        raise refusal(node, "its output_padding is not smaller than its strides")
     return w
 
 
 # ---- pools -------------------------------------------------------------------------------------------------
 def average_pool(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """Every element gets its share of each window: a transposed convolution with ones, channel by channel."""
+    """dx = dy shared evenly among each window: a transposed convolution with ones, channel by channel."""
     wide, narrow = t.shape(node.input[0]), t.shape(node.output[0])
     w = Window.of(node, ints_attribute(node, "kernel_shape"))
     share = np.ones((), np.float32)
@@ -241,15 +243,15 @@ def average_pool(t: Tape, node: NodeProto, k: int, dy: str) -> str:
 
 
 def global_average_pool(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """Every element gets the same share."""
+    """dx = dy shared evenly among all positions."""
     shape = t.shape(node.input[0])
     return t.add("Expand", t.add("Mul", dy, 1.0 / float(np.prod(shape[2:]))), t.ints(shape))
 
 
 def max_pool(t: Tape, node: NodeProto, k: int, dy: str) -> str:
-    """dy goes where the maximum came from: the node is made to tell its indices.
+    """dx = dy at the position of each maximum; the node is made to output its indices.
 
-    Before opset 16 nothing adds up at equal indices, so that windows which cannot overlap are taken together.
+    Before opset 16 no operator sums over equal indices, so windows are scattered in sets that do not overlap.
     """
     wide, narrow = t.shape(node.input[0]), t.shape(node.output[0])
     w = Window.of(node, ints_attribute(node, "kernel_shape"))

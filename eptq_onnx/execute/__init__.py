@@ -1,1 +1,1 @@
-"""Running networks whole, block by block or layer by layer, and comparing what they give."""
+"""Execution of networks as a whole, block by block or layer by layer, and comparison of their outputs."""

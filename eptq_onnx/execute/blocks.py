@@ -1,4 +1,4 @@
-"""Models too large for one run: blocks of consecutive nodes, run one after the other for all batches."""
+"""Execution of models too large for one run, as blocks of consecutive nodes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Block:
     Parameters
     ----------
     model : ModelProto
-        Its inputs are the model's own and ``reads``, its outputs those of the model's that it makes, and
-        ``makes``.
+        The nodes as a model. Its inputs are those of the whole model that it reads, and ``reads``; its
+        outputs are those of the whole model that it produces, and ``makes``.
     reads : tuple of str
-        Tensors of earlier blocks.
+        Tensors read from earlier blocks.
     makes : tuple of str
         Tensors that later blocks read.
     """
@@ -40,21 +40,25 @@ class Block:
 
 
 def blocks_of(model: ModelProto, batches: Sequence[Feeds], most: int | None) -> list[Block]:
-    """Blocks of at most ``most`` bytes for such batches (see `eptq_onnx.graph.shapes.specialize`); one where
-    it is None."""
+    """Split a model into blocks of at most ``most`` bytes; None keeps it in one block.
+
+    Sizes follow from the shapes of the batches; see `eptq_onnx.graph.shapes.specialize`.
+    """
     return [Block(model)] if most is None else cut(model, specialize(model, batches), most)
 
 
 def cut(model: ModelProto, shaped: ModelProto, most: int) -> list[Block]:
-    """Blocks whose tensors and weights take at most ``most`` bytes (or which are one node); the model itself
-    if it does.
+    """Split a model into blocks whose tensors and weights take at most ``most`` bytes.
+
+    A single node that takes more is a block of its own; a model that takes less is one block, itself.
 
     Parameters
     ----------
     model : ModelProto
     shaped : ModelProto
-        The same nodes, with the shapes of one batch; tensors of unknown shape count nothing.
+        The same nodes, with the shapes of one batch; tensors of unknown shape count as 0 bytes.
     most : int
+        In bytes.
     """
     view = GraphView(model)
     ends = _ends(GraphView(shaped), most)
@@ -71,7 +75,7 @@ def cut(model: ModelProto, shaped: ModelProto, most: int) -> list[Block]:
 
 
 def _ends(view: GraphView, most: int) -> list[int]:
-    """Places of the nodes that begin a new block."""
+    """Return the positions of the nodes that begin a new block, except the first."""
     last = {name: k for k, node in enumerate(view.nodes) for name in node_reads(node)}
     ends: list[int] = []
     size, seen = 0, set[str]()
@@ -82,7 +86,7 @@ def _ends(view: GraphView, most: int) -> list[int]:
             bytes_of(view, o) for o in node.output
         )
         open_until = {name: end for name, end in open_until.items() if end >= k}
-        # What crosses into another block is fed and returned: it must be a tensor of a known type.
+        # Values that cross into another block are fed and fetched, so they must be tensors of known type.
         if size and size + own > most and all(view.elem_type(name) for name in open_until):
             ends.append(k)
             size, seen = 0, set()
@@ -93,14 +97,16 @@ def _ends(view: GraphView, most: int) -> list[int]:
 
 
 def tensor_bytes(model: ModelProto) -> int:
-    """Bytes of all tensors that a model with the shapes of one batch computes; those of unknown shape count
-    nothing."""
+    """Return the bytes of all tensors that a model computes; tensors of unknown shape count as 0.
+
+    The model has the shapes of one batch.
+    """
     view = GraphView(model)
     return sum(bytes_of(view, name) for name in view.producer)
 
 
 def bytes_of(view: GraphView, name: str) -> int:
-    """Bytes of a tensor; 0 where its type or shape is unknown."""
+    """Return the size of a tensor in bytes, or 0 if its type or shape is unknown."""
     shape = view.static_shape(name)
     if shape is None or not view.elem_type(name):
         return 0
@@ -139,16 +145,21 @@ def _described(view: GraphView, known: dict[str, ValueInfoProto], name: str) -> 
 def observe(
     blocks: Sequence[Block], batches: Iterable[Feeds], wanted: Sequence[str]
 ) -> Iterator[tuple[int, Feeds]]:
-    """Run a model block by block; yields the number of a batch and those of its ``wanted`` tensors that a
-    block makes.
+    """Run a model block by block and yield the wanted tensors of every batch.
 
     Parameters
     ----------
     blocks : sequence of Block
     batches : iterable of Feeds
-        Drawn as they are needed if there is one block; of several, all are kept, with what later blocks read.
+        A single block draws them one at a time. Several blocks keep them all in memory, together with the
+        tensors that later blocks read.
     wanted : sequence of str
-        Computed tensors, or inputs, which come with the first block.
+        Computed tensors, or inputs of the model, which come with the first block.
+
+    Yields
+    ------
+    tuple of (int, Feeds)
+        Index of a batch, and those of its wanted tensors that the current block produces.
     """
     if len(blocks) > 1:
         batches = [dict(feeds) for feeds in batches]
@@ -163,7 +174,7 @@ def observe(
 
 
 def advance(block: Block, batches: Iterable[Feeds]) -> None:
-    """Give every batch, in place, what the block makes for later ones."""
+    """Run a block and add the tensors that later blocks read to every batch, in place."""
     for _ in _run(block, batches, ()):
         pass
 

@@ -1,5 +1,4 @@
-"""How far the outputs of other versions of a model are from its own, measured by running them on some
-samples."""
+"""Output error of modified versions of a model, measured on a subset of the samples."""
 
 from __future__ import annotations
 
@@ -20,28 +19,31 @@ from eptq_onnx.numerics.types import Array, Feeds
 from eptq_onnx.ops import output_parts
 
 _MOST_BYTES = 2**28
-"""Of the outputs, which are kept."""
+"""Limit on the bytes of reference outputs kept in memory."""
 LOST = 1e30
-"""Noise of outputs that are no numbers any more."""
+"""Noise of outputs that have become NaN or infinite."""
 
 
 class Deviation:
-    """Noise-to-signal power ratio of a model's outputs, each part of them in units of its own spread; all
-    parts count alike.
+    """Noise-to-signal power ratio of the outputs of modified versions of a model.
+
+    Outputs are split into parts (`eptq_onnx.ops.output_parts`). The error of each part is divided by the
+    variance of that part, and all parts have equal weight.
 
     Parameters
     ----------
     model : ModelProto
+        The reference.
     samples : Samples
     indices : ndarray of shape (n_samples,)
-        Samples to choose from, evenly.
+        Samples to choose from; the chosen ones are spread evenly.
     count : int
-        How many are run; at least a batch.
+        Number of samples to run; at least one batch.
     variance : mapping of str to float
-        Of the tensors that the outputs are put together from; those without any are not looked at.
+        Variance of each output part; parts with variance 0 or without an entry are ignored.
     config : Config
     size : int, optional
-        Samples a run; by default as many as run best.
+        Samples per run; by default the size of a micro-batch.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class Deviation:
     ) -> None:
         self._config = config
         self.parts = [p for p in output_parts(GraphView(model)) if variance.get(p, 0.0) > 0]
-        """Tensors that are compared."""
+        """Names of the tensors that are compared."""
         self._variances = [variance[p] for p in self.parts]
         size = size or samples.micro_batch()
         self._shapes = samples.two_batches(size)
@@ -67,18 +69,17 @@ class Deviation:
         self._exact = self._outputs(model, {}) if self.parts else []
 
     def __call__(self, other: ModelProto, read_as: Mapping[str, str] | None = None) -> float:
-        """Of another version, in which some tensors are read under other names."""
+        """Return the noise of another version; ``read_as`` maps tensors to their names in it."""
         return mean_noise(self.of_runs(other, read_as))
 
     def of_runs(self, other: ModelProto, read_as: Mapping[str, str] | None = None) -> NDArray[np.float64]:
-        """What each run adds to the ratio of each of ``parts``, of shape (n_runs, n_parts); the mean over
-        runs is the ratio."""
+        """Return the noise of each run and part, of shape (n_runs, n_parts); see `noise`."""
         return noise(self._exact, self._outputs(other, read_as or {}), self._variances)
 
     def _outputs(self, model: ModelProto, read_as: Mapping[str, str]) -> list[list[Array]]:
-        """Batch by batch, the parts of the outputs."""
+        """Return the output parts of every batch."""
         if self._config.block_bytes is not None:
-            # What crosses from block to block must have a known type.
+            # Tensors that cross from block to block must have a known type.
             model = infer_shapes(model)
         found: list[Feeds] = [{} for _ in self._batches]
         wanted = [read_as.get(p, p) for p in self.parts]
@@ -91,11 +92,11 @@ class Deviation:
 def noise(
     exact: Iterable[Sequence[Array]], got: Iterable[Sequence[Array]], variances: Sequence[float]
 ) -> NDArray[np.float64]:
-    """Squared difference of each part of the outputs, in units of the part's variance, run by run; shape
-    (n_runs, n_parts).
+    """Return the squared error of each output part in units of its variance, of shape (n_runs, n_parts).
 
-    A run counts as much as it has elements, so that the mean over runs is that over all elements. What has
-    another size than before, for that depends on values, is lost: its error counts as its variance.
+    Each run is weighted by its number of elements, so that the mean over runs is the mean over all elements.
+    A part whose size depends on values and differs from the reference counts as lost: its error is its
+    variance.
     """
     errors, sizes = list[list[float]](), list[list[int]]()
     for pair in zip(exact, got, strict=True):
@@ -110,8 +111,8 @@ def noise(
 
 
 def _squares(reference: Array, value: Array, variance: float) -> tuple[float, int]:
-    """Sum of squared differences, and of how many elements."""
-    # Where the float network has no number there is nothing to compare.
+    """Return the sum of squared differences and the number of elements in it."""
+    # Elements that are not finite in the float network cannot be compared.
     known = np.isfinite(reference)
     size = max(int(np.count_nonzero(known)), 1)
     if value.shape != reference.shape:
@@ -121,5 +122,5 @@ def _squares(reference: Array, value: Array, variance: float) -> tuple[float, in
 
 
 def mean_noise(ratios: NDArray[np.float64]) -> float:
-    """Over all runs and parts; all count alike."""
+    """Return the mean over all runs and parts, each with equal weight, limited to `LOST`."""
     return min(float(ratios.mean()), LOST)

@@ -1,11 +1,10 @@
-"""Numbers that are none, NaN and infinity, in graphs that are differentiated: 0 times them is NaN, so that
-one spoils all.
+"""Removal of NaN and infinity from graphs that are differentiated.
 
-Positions may hold them that no output depends on: rows of an attention that are masked altogether, padded
-tokens, log(0) that a Where leaves out. In the copy of a model that gradients pass, infinite constants become
-large numbers (a row that is masked altogether is then uniform), and what a node makes of nothing but numbers
-that is none becomes 0, with no gradient: ``y = where(ok, f(where(ok, x, c)), 0)``, for functions of single
-elements, with ok where f(x) is a number.
+0 times NaN or infinity is NaN, so a single such value spoils the whole gradient. It can occur at positions
+that no output depends on: fully masked rows of an attention, padded tokens, a log(0) that a Where discards.
+In the copy of a model that gradients pass through, infinite constants become large finite numbers (a fully
+masked row is then uniform), and a value that is not finite although all operands are becomes 0, without a
+gradient. For elementwise functions: ``f(x) → where(ok, f(where(ok, x, c)), 0)``, ok where f(x) is finite.
 """
 
 from __future__ import annotations
@@ -23,21 +22,20 @@ from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.proto.bodies import all_nodes, node_reads, subgraphs
 
 LARGE = 1e30
-"""Stands for infinity."""
+"""Finite replacement for infinity."""
 _LIMIT = 3e38
-"""What is smaller is a number, in float32."""
+"""Absolute value below which a float32 counts as finite."""
 _HARMLESS = 0.5
-"""Argument at which functions and their slopes are numbers."""
+"""Argument at which elementwise functions and their slopes are finite."""
 _STEEP_AT_ZERO, _LEAST = {"Sqrt"}, 1e-15
-"""Functions that are 0 where their slope is infinite, and what of theirs counts as more than 0."""
+"""Functions with infinite slope where they are 0, and the value above which their slope is used."""
 _ROUNDS = 3
 
 IsElementwise = Callable[[NodeProto], bool]
 
 
 def has_infinite_source(view: GraphView, tensor: str) -> bool:
-    """True if the model itself brings infinity into a tensor: a constant of it is upstream, such as a
-    mask."""
+    """Return True if a constant upstream of a tensor, such as a mask, is not finite."""
     needed = view.upstream([tensor])
     if any(view.is_float(name) and not view.is_finite(name) for name in needed if view.is_constant(name)):
         return True
@@ -62,8 +60,7 @@ def differentiable(
     most: int | None,
     is_elementwise: IsElementwise,
 ) -> ModelProto | None:
-    """The model without numbers that are none; None if there are none on these batches that could spoil a
-    gradient.
+    """Return a copy of a model without NaN and infinity, or None if none occurs that could spoil a gradient.
 
     Parameters
     ----------
@@ -72,10 +69,11 @@ def differentiable(
     compared : sequence of str
         Tensors whose values are compared.
     batches : sequence of Feeds
+        Inputs on which the model is checked.
     most : int or None
-        Bytes of a block; see `eptq_onnx.execute.blocks.cut`.
+        Limit of a block in bytes; see `eptq_onnx.execute.blocks.cut`.
     is_elementwise : callable
-        True for a function of single elements.
+        Node to True if it is an elementwise function.
     """
     found = _not_finite(model, batches, most)
     if not found:
@@ -93,7 +91,7 @@ def differentiable(
 
 
 def _not_finite(model: ModelProto, batches: Sequence[Feeds], most: int | None) -> dict[str, bool]:
-    """The computed float tensors that somewhere are no number, and if they are NaN."""
+    """Return the computed float tensors with non-finite values, each with True if some are NaN."""
     view = GraphView(model)
     wanted = [name for name in view.producer if view.is_float(name)]
     found: dict[str, bool] = {}
@@ -106,7 +104,7 @@ def _not_finite(model: ModelProto, batches: Sequence[Feeds], most: int | None) -
 
 
 def _bounded(model: ModelProto) -> ModelProto:
-    """Infinite constants made large."""
+    """Return a copy in which infinite constants are large finite numbers."""
     view = GraphView(model)
     infinite = [name for name in view.initializers if view.is_float(name) and not view.is_finite(name)]
     values = {
@@ -117,7 +115,7 @@ def _bounded(model: ModelProto) -> ModelProto:
 
 
 def _without(model: ModelProto, found: Iterable[str], is_elementwise: IsElementwise) -> ModelProto:
-    """The nodes that make such values of numbers make 0 instead."""
+    """Return a copy in which nodes that turn finite operands into non-finite values produce 0 instead."""
     view, broken = GraphView(model), set(found)
     builder = edit.Builder(model, "finite/")
     nodes: list[NodeProto] = []
@@ -147,7 +145,7 @@ def _without(model: ModelProto, found: Iterable[str], is_elementwise: IsElementw
 
 
 def _is_number(builder: edit.Builder, tensor: str) -> str:
-    """Where a tensor is finite; no gradient passes."""
+    """Add a mask of the finite elements of a tensor, through which no gradient passes."""
     ok = builder.add("Less", [builder.add("Abs", [tensor]), _LIMIT])
     for node in builder.nodes[-2:]:
         node.doc_string = STOP
@@ -155,5 +153,5 @@ def _is_number(builder: edit.Builder, tensor: str) -> str:
 
 
 def kept(builder: edit.Builder, value: str, reference: str) -> str:
-    """The value where a reference is a number, else 0."""
+    """Add a tensor that is ``value`` where ``reference`` is finite, else 0."""
     return builder.add("Where", [_is_number(builder, reference), value, 0.0])

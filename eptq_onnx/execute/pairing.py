@@ -1,5 +1,4 @@
-"""Outputs of two versions of a network that each choose for themselves, run by run, with matching rows beside
-each other."""
+"""Comparison of the outputs of two versions of a network, with rows matched that are chosen by value."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from eptq_onnx.runtime import Session
 
 
 class Pairing:
-    """Runs versions of a network and lays their outputs beside those of the float network.
+    """Runs versions of a network and pairs their outputs with those of the float network.
 
     Parameters
     ----------
@@ -31,9 +30,9 @@ class Pairing:
         The normalized float model.
     samples : Samples
     parts : sequence of ndarray
-        Samples of each run.
+        Indices of the samples of each run.
     found : Replay
-        What the float network drew and chose.
+        Random draws and choices recorded from the float network.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class Pairing:
         self._free = _in_free_order(whole, found)
 
     def outputs(self, model: ModelProto, count: int | None = None) -> Iterator[Feeds]:
-        """The outputs that hold floating-point numbers, run by run; ``count`` runs, by default all."""
+        """Yield the floating-point outputs of each run; ``count`` limits the number of runs."""
         model, names = readable(model)
         session = Session(model)
 
@@ -54,7 +53,7 @@ class Pairing:
         return ordered_map(run, self._parts[:count])
 
     def pairs(self, reference: Iterable[Feeds], others: Iterable[Feeds]) -> Iterator[dict[str, Pair]]:
-        """Output name to the values of both, run by run; rows whose order was chosen by value are matched."""
+        """Yield output name to the values of both for each run, with rows matched if chosen by value."""
         for part, expected, got in zip(self._parts, reference, others, strict=False):
             counts = self._chosen(part)
             axes = {
@@ -65,13 +64,13 @@ class Pairing:
             yield laid_beside(expected, got, axes)
 
     def _chosen(self, part: NDArray[np.int64]) -> set[int]:
-        """The numbers of rows that the float network chose in one run."""
+        """Return the numbers of rows that the float network chose in one run."""
         feeds = self._samples.take(part) if self._found.places else {}
         return {n for p in self._found.places if not p.draws for n in feeds[p.name].shape}
 
 
 def comparisons(runs: Iterable[dict[str, Pair]]) -> dict[str, Comparison]:
-    """What is collected of each output over all runs."""
+    """Return the statistics of each output pair, collected over all runs."""
     found: dict[str, Comparison] = {}
     for pairs in runs:
         for name, pair in pairs.items():
@@ -80,7 +79,7 @@ def comparisons(runs: Iterable[dict[str, Pair]]) -> dict[str, Comparison]:
 
 
 def within_bytes(runs: Iterable[Feeds], most: int) -> list[Feeds]:
-    """The first runs, until they take more than ``most`` bytes; at least one."""
+    """Return the first runs, up to and including the one that exceeds ``most`` bytes in total."""
     kept: list[Feeds] = []
     size = 0
     for values in runs:
@@ -92,7 +91,7 @@ def within_bytes(runs: Iterable[Feeds], most: int) -> list[Feeds]:
 
 
 def _in_free_order(model: ModelProto, found: Replay) -> list[str]:
-    """Outputs whose rows come in an order that was chosen by value."""
+    """Return the outputs whose order of rows is chosen by value."""
     view = GraphView(flattened(model))
     nodes = {n.name: n for n in view.nodes}
     chosen = [

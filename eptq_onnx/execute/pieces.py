@@ -1,4 +1,4 @@
-"""Some nodes of a model, as a model of their own."""
+"""Extraction of some nodes of a model as a model of their own."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def piece(
     inputs: Mapping[str, int | TypeProto],
     outputs: Mapping[str, int | TypeProto],
 ) -> ModelProto:
-    """A model that computes some tensors from others.
+    """Return a model that computes some tensors of a graph from others.
 
     Parameters
     ----------
     view : GraphView
     nodes : sequence of NodeProto
-        In order.
+        In topological order.
     inputs, outputs : mapping of str to int or TypeProto
-        Tensor to ONNX element type, of any shape; or name of any other value to its type, open for an output
-        that nobody tells.
+        Name of a tensor to its ONNX element type (any shape), or of any other value to its type. The type of
+        an output may be left undefined if it is unknown.
     """
     constants = dict.fromkeys(
         i for n in nodes for i in node_reads(n) if i in view.initializers and i not in inputs
@@ -47,7 +47,10 @@ def piece(
 def function_of(
     view: GraphView, nodes: Sequence[NodeProto], tensor: str, end: str
 ) -> Callable[[Array], Array]:
-    """What some nodes make of a float tensor of any shape, up to the float tensor ``end``."""
+    """Return the function that some nodes compute from one float tensor to another, for any shape.
+
+    Its argument is the value of ``tensor``, its result that of ``end``.
+    """
     session = Session(piece(view, nodes, {tensor: TensorProto.FLOAT}, {end: TensorProto.FLOAT}))
 
     def function(values: Array) -> Array:

@@ -1,5 +1,4 @@
-"""One walk over a model: tensors in the order in which they are wanted, every node run once for all
-samples."""
+"""Incremental execution of a model up to one tensor after the other, each node run once for all samples."""
 
 from __future__ import annotations
 
@@ -18,21 +17,21 @@ from eptq_onnx.proto.bodies import node_reads
 from eptq_onnx.runtime import Session
 
 _MEMORY = 3 * 2**30
-"""Bytes that the tensors of all walks may take, where no less is allowed."""
+"""Limit in bytes on the tensors of all walks together, unless the user's memory limit is tighter."""
 
 
 class Walk:
-    """Runs a model piece by piece, up to one wanted tensor after the other.
+    """Runs a model incrementally, up to one requested tensor after the other.
 
-    Only tensors that a later node still reads are kept. Constants may be set as long as no node that reads
-    them has run: this is how a layer's weight can depend on the layer's input.
+    Only tensors that a later node reads are kept. A constant may be set as long as no node that reads it has
+    run, so that a layer's weight can depend on the layer's input.
 
     Parameters
     ----------
     model : ModelProto
         With named nodes and known element types; it is not changed.
     batches : sequence of Feeds
-        The model's inputs, batch by batch.
+        Inputs of the model, one entry per batch.
     """
 
     def __init__(self, model: ModelProto, batches: Sequence[Feeds]) -> None:
@@ -42,16 +41,16 @@ class Walk:
         self._replaced: Feeds = {}
 
     def set_constant(self, name: str, value: NDArray[Any]) -> None:
-        """Use this value for a tensor from now on."""
+        """Use a new value for a constant from now on."""
         self._replaced[name] = value
 
     def reach(self, tensor: str) -> list[NDArray[Any]]:
-        """The values of a tensor, batch by batch.
+        """Run the model up to a tensor and return its value for each batch.
 
         Raises
         ------
         ModelError
-            If onnxruntime cannot run the piece.
+            If onnxruntime cannot run the nodes in between.
         """
         nodes = self._needed(tensor)
         if nodes:
@@ -64,7 +63,7 @@ class Walk:
         return name in self._replaced or name in self._live[0]
 
     def _needed(self, tensor: str) -> list[NodeProto]:
-        """The nodes that have not run and that ``tensor`` needs, in order."""
+        """Return the nodes upstream of ``tensor`` that have not run, in order."""
         chosen: set[str] = set()
         queue = [tensor]
         while queue:
@@ -101,35 +100,38 @@ class Walk:
         return self._view.kind(name)
 
     def _forget(self) -> None:
-        """Drop what no waiting node reads."""
+        """Drop the values that no waiting node reads."""
         for values in (*self._live, self._replaced):
             for name in [t for t in values if not self._is_awaited(t)]:
                 del values[name]
 
     def _is_awaited(self, tensor: str) -> bool:
-        """True if a node that has not run reads it."""
+        """Return True if a node that has not run reads the tensor."""
         return any(n.name in self._waiting for n in self._view.consumers[tensor])
 
 
 def affordable_batches(model: ModelProto, walks: int, max_memory: int | None) -> int:
-    """Batches, 1 at least, that so many walks side by side can take at once: 3 GiB, or a quarter of the
-    allowed memory.
+    """Return how many batches, at least 1, several concurrent walks can hold in memory.
+
+    They may take 3 GiB together, or a quarter of the memory limit if that is less.
 
     Parameters
     ----------
     model : ModelProto
         With shapes of one batch.
     walks : int
+        Number of concurrent walks.
     max_memory : int or None
-        In bytes.
+        Memory limit in bytes.
     """
     memory = _MEMORY if max_memory is None else min(_MEMORY, max_memory // 4)
     return max(1, memory // max(1, walks * peak_bytes(model)))
 
 
 def peak_bytes(model: ModelProto) -> int:
-    """Most bytes that the live tensors take at once when the nodes run in order; tensors of unknown shape
-    count nothing.
+    """Return the peak number of bytes of live tensors when the nodes run in order.
+
+    Every element counts 4 bytes; tensors of unknown shape count as 0.
 
     Parameters
     ----------

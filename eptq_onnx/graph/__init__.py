@@ -1,1 +1,1 @@
-"""Reading, viewing and editing ONNX graphs; the only importer of onnx-graphsurgeon."""
+"""Reading, viewing and editing of ONNX graphs; the only package that imports onnx-graphsurgeon."""

@@ -1,11 +1,10 @@
-"""Branches of If in the main graph: for good where the condition is constant, for a while where the samples
-decide it.
+"""Hoisting of If branches into the main graph: permanent for constant conditions, else for the run only.
 
 A *settled* If is one whose condition is the same for every sample. The nodes of the branch that it takes are
 hoisted into the main graph, where they are quantized like any others, and sunk back at the end. In between,
-the If itself stays, with a branch that only hands the hoisted tensors on, so that the other branch keeps its
-meaning. Settled Ifs, and the nodes that were in the main graph before, are marked in their metadata; the
-marks go when the nodes sink.
+the If stays, with a branch that only passes the hoisted tensors on, so that the other branch keeps its
+meaning. Settled Ifs, and nodes that were in the main graph before, are marked in their metadata until the
+nodes sink.
 """
 
 from __future__ import annotations
@@ -22,40 +21,31 @@ from eptq_onnx.proto.bodies import node_reads, subgraphs
 
 _TAKEN, _STAYS = "eptq_onnx.taken", "eptq_onnx.stays"
 _MOVES = {
-    "MaxPool",
-    "Reshape",
-    "Slice",
-    "Squeeze",
-    "Transpose",
-    "Unsqueeze",
-    "Flatten",
-    "Expand",
-    "Gather",
+    "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze", "Flatten", "Expand", "Gather",
     "Identity",
-}
-"""Operators that onnxruntime may take a quantizer along, and some more."""
+}  # fmt: skip
+"""Operators across which onnxruntime may move a quantizer, and some more."""
 _BRANCHES = {True: "then_branch", False: "else_branch"}
 
 
 def settled_branch(node: NodeProto) -> str | None:
-    """Name of the branch that a settled If takes; None for any other node."""
+    """Return the name of the branch that a settled If takes, None for any other node."""
     return next((p.value for p in node.metadata_props if p.key == _TAKEN), None)
 
 
 def other_branch(node: NodeProto) -> str:
-    """Name of the branch that a settled If never takes while it is settled."""
+    """Return the name of the branch that a settled If does not take."""
     return _BRANCHES[settled_branch(node) == _BRANCHES[False]]
 
 
 def branch(node: NodeProto, name: str) -> GraphProto:
-    """A branch of an If."""
+    """Return a branch of an If."""
     graph: GraphProto = next(a.g for a in node.attribute if a.name == name)
     return graph
 
 
 def with_known_branches(model: ModelProto) -> ModelProto | None:
-    """A copy in which every If with a constant condition is the branch that it takes; None if there is
-    none."""
+    """Return a copy in which Ifs with a constant condition are replaced by their branch; None if none is."""
     constants = {t.name: t for t in model.graph.initializer}
     builder, found = edit.Builder(model, "if/"), False
     for node in model.graph.node:
@@ -72,12 +62,19 @@ def with_known_branches(model: ModelProto) -> ModelProto | None:
 
 
 def conditions(model: ModelProto) -> dict[str, str]:
-    """Name to condition of the Ifs in the main graph."""
+    """Return name to condition of the Ifs in the main graph."""
     return {n.name: n.input[0] for n in model.graph.node if n.op_type == "If"}
 
 
 def hoist(model: ModelProto, decided: Mapping[str, bool]) -> ModelProto:
-    """A copy with the nodes of the branches that the named Ifs take in front of them."""
+    """Return a copy in which the nodes of the branches that some Ifs take are hoisted in front of them.
+
+    Parameters
+    ----------
+    model : ModelProto
+    decided : mapping of str to bool
+        Name of an If to its condition.
+    """
     builder = edit.Builder(model)
     for node in model.graph.node:
         if node.name not in decided:
@@ -102,13 +99,13 @@ def hoist(model: ModelProto, decided: Mapping[str, bool]) -> ModelProto:
 
 
 def _hoisted(builder: edit.Builder, node: NodeProto, taken: GraphProto) -> dict[str, str]:
-    """Add the nodes and constants of a branch to the builder; returns the new names of its tensors."""
+    """Add the nodes and constants of a branch to the builder, and return the new names of its tensors."""
     own = [t.name for t in taken.initializer] + [o for n in taken.node for o in n.output if o]
     names = {name: builder.unique(f"{node.name or node.output[0]}/{name}") for name in own}
     builder.initializers.extend(edit.renamed_tensor(t, names[t.name]) for t in taken.initializer)
     for inner in taken.node:
         builder.nodes.append(edit.renamed(inner, names))
-        # A name of its own: the outer node's must stay the outer node's.
+        # Hoisted nodes get new names, as the outer node keeps its own.
         builder.nodes[-1].name = builder.unique(
             f"{node.name or node.output[0]}/{inner.name or inner.op_type}"
         )
@@ -116,7 +113,7 @@ def _hoisted(builder: edit.Builder, node: NodeProto, taken: GraphProto) -> dict[
 
 
 def mark(model: ModelProto, decided: Mapping[str, bool], stays: set[str]) -> None:
-    """Mark the settled Ifs, and the nodes that do not sink, in place."""
+    """Mark the settled Ifs and the nodes that do not sink, in place."""
     for node in model.graph.node:
         if node.name in stays:
             node.metadata_props.add(key=_STAYS, value="")
@@ -125,7 +122,7 @@ def mark(model: ModelProto, decided: Mapping[str, bool], stays: set[str]) -> Non
 
 
 def flattened(model: ModelProto) -> ModelProto:
-    """A copy without settled Ifs: what the samples run; the model itself if it has none."""
+    """Return a copy in which settled Ifs are replaced by the branch that they take; itself if it has none."""
     if not any(settled_branch(n) for n in model.graph.node):
         return model
     builder = edit.Builder(model)
@@ -145,13 +142,15 @@ def flattened(model: ModelProto) -> ModelProto:
 
 
 def sink(model: ModelProto) -> ModelProto:
-    """A copy with the nodes that only serve the taken branch of a settled If inside that branch again;
-    without marks."""
+    """Return a copy in which nodes that only serve the taken branch of a settled If are inside it again.
+
+    The copy has no marks.
+    """
     settled = [n.name for n in model.graph.node if settled_branch(n)]
     if not settled:
         return model
     result = edit.with_nodes(model, model.graph.node)
-    # An If that was hoisted itself comes before the If that it was hoisted from.
+    # A hoisted If comes before the If that it was hoisted from.
     for name in settled:
         _sink_into(result, name)
     for node in result.graph.node:
@@ -161,12 +160,11 @@ def sink(model: ModelProto) -> ModelProto:
 
 
 def shielded(model: ModelProto) -> ModelProto:
-    """A copy in which no body reads what follows from a DequantizeLinear by moves alone; the model itself if
-    none does.
+    """Return a copy in which no subgraph reads a dequantized tensor directly or through moves.
 
     ``DequantizeLinear → Reshape → x, read inside If``    becomes    ``... → x → Clip → y, read inside If``:
-    onnxruntime (1.19 to 1.32) ends the process where it takes the quantizer along to the reader. Clip without
-    limits is a copy that it does not remove.
+    onnxruntime (1.19 to 1.32) ends the process when it moves the quantizer to the reader. A Clip without
+    limits is a copy that it does not remove. A model without such tensors is returned as it is.
     """
     producer = {o: n for n in model.graph.node for o in n.output}
     builder, found = edit.Builder(model), False
@@ -220,8 +218,10 @@ def _sink_into(model: ModelProto, name: str) -> None:
 def _with_own_dequantizers(
     builder: edit.Builder, inside: list[NodeProto], outside: Mapping[str, NodeProto]
 ) -> list[NodeProto]:
-    """The nodes with a copy of every DequantizeLinear outside that they read: runtimes fuse within one graph
-    only."""
+    """Return the nodes with a copy of every outer DequantizeLinear that they read.
+
+    Runtimes fuse nodes within one graph only.
+    """
     read = dict.fromkeys(i for n in inside for i in node_reads(n))
     names = {}
     for name in read:
@@ -253,5 +253,5 @@ def _unmark(node: NodeProto) -> None:
 
 
 def _forget_shapes(model: ModelProto) -> None:
-    """Shapes were inferred for another form of the graph."""
+    """Remove inferred shapes, in place; they belong to another form of the graph."""
     del model.graph.value_info[:]

@@ -1,8 +1,8 @@
-"""What onnxruntime reads but onnx's checker and passes do not, in the form that all of them read.
+"""Conversion of models that only onnxruntime accepts to a form that onnx's checker and passes accept, too.
 
-Nodes in order, in the graph, in bodies and in functions; operator sets imported once, under one name each;
-outputs with types; no declared shape that contradicts the inferred one; names inside bodies that no graph
-around them has.
+In this form, nodes are in topological order, in graphs, subgraphs and functions. Operator sets are imported
+once, under one name each. Outputs have types, and no declared shape contradicts the inferred one. Names in
+subgraphs differ from those of enclosing graphs.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from eptq_onnx.proto.bodies import all_graphs, all_names, defined, node_reads, s
 from eptq_onnx.proto.weights import light
 
 FIRST_IR_WITH_CONSTANTS = 4
+"""First IR version in which initializers need not be inputs."""
 _ALIAS = "ai.onnx"
-"""The other name of the default domain."""
-_OF_STEPS = ("eptq/", "teacher/")
-"""What the names of tensors of training graphs begin with."""
-_OF_GRADIENTS = "_grad"
-"""What onnxruntime's gradient builder puts behind the name of a tensor."""
+"""Alternative name of the default domain."""
+_RESERVED_PREFIXES = ("eptq/", "teacher/")
+"""Prefixes of the names of tensors in training graphs."""
+_GRADIENT_SUFFIX = "_grad"
+"""Suffix that onnxruntime's gradient builder appends to the name of a tensor."""
 
 
 def make_canonical(model: ModelProto) -> None:
-    """Bring a model into the form that onnx's checker and passes read, in place; what it computes does not
-    change."""
+    """Convert a model to an equivalent one that onnx's checker and passes accept, in place."""
     model.ir_version = max(model.ir_version, FIRST_IR_WITH_CONSTANTS)
     for graph in all_graphs(model.graph):
         graph.name = graph.name or "graph"
@@ -44,8 +44,10 @@ def make_canonical(model: ModelProto) -> None:
 
 
 def separate_names(model: ModelProto) -> None:
-    """Rename, in place, tensors of bodies that have a name of a graph around them, and inner ones that have a
-    name of a step's."""
+    """Rename tensors, in place, whose names collide with those of enclosing graphs or of training graphs.
+
+    Inputs and outputs of the model keep their names.
+    """
     taken = all_names(model.graph)
     interface = {i.name for i in (*model.graph.input, *model.graph.output)}
     own = [name for name in defined(model.graph) if name not in interface]
@@ -56,8 +58,8 @@ def separate_names(model: ModelProto) -> None:
 
 
 def _is_reserved(name: str, taken: set[str]) -> bool:
-    return name.startswith(_OF_STEPS) or (
-        name.endswith(_OF_GRADIENTS) and name.removesuffix(_OF_GRADIENTS) in taken
+    return name.startswith(_RESERVED_PREFIXES) or (
+        name.endswith(_GRADIENT_SUFFIX) and name.removesuffix(_GRADIENT_SUFFIX) in taken
     )
 
 
@@ -72,10 +74,10 @@ def _separate(graph: GraphProto, around: set[str], taken: set[str]) -> None:
 
 
 def _fresh(names: Iterable[str], taken: set[str]) -> dict[str, str]:
-    """A name that nobody has for each of ``names``; they are taken from now on."""
+    """Return an unused name for each of ``names``, and reserve them."""
     found: dict[str, str] = {}
     for name in dict.fromkeys(names):
-        stem, k = f"inner/{name}" if name.startswith(_OF_STEPS) else name, 1
+        stem, k = f"inner/{name}" if name.startswith(_RESERVED_PREFIXES) else name, 1
         while f"{stem}_{k}" in taken:
             k += 1
         found[name] = f"{stem}_{k}"
@@ -84,7 +86,7 @@ def _fresh(names: Iterable[str], taken: set[str]) -> dict[str, str]:
 
 
 def rename(graph: GraphProto, names: Mapping[str, str]) -> None:
-    """Rename tensors of a graph, in place, also where the bodies inside it read them."""
+    """Rename tensors of a graph, in place, also where its subgraphs read them."""
     for item in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
         item.name = names.get(item.name, item.name)
     for sparse in graph.sparse_initializer:
@@ -99,8 +101,7 @@ def rename(graph: GraphProto, names: Mapping[str, str]) -> None:
 
 # ---- operator sets -----------------------------------------------------------------------------------------
 def _import_operator_sets(model: ModelProto) -> None:
-    """Every operator set once, the default one under its usual name; those that onnxruntime would add of
-    itself are added."""
+    """Import every operator set once, the default one as "", and add those that onnxruntime adds itself."""
     used: set[str] = set()
     _domains(model.graph.node, used)
     for function in model.functions:
@@ -114,7 +115,7 @@ def _import_operator_sets(model: ModelProto) -> None:
     try:
         versions = runtime.imported_opsets(model)
     except ModelError:
-        # Who checks the model says which is missing.
+        # The check of the model reports which one is missing.
         return
     model.opset_import.extend(
         helper.make_opsetid(domain, versions[domain]) for domain in missing if domain in versions
@@ -129,7 +130,7 @@ def _import_once(imports: Any) -> None:
 
 
 def _domains(nodes: Iterable[NodeProto], found: set[str]) -> None:
-    """Collect the domains of nodes and of those inside them, the default one written in one way."""
+    """Collect the domains of nodes and of their subgraphs, and write the default domain as "", in place."""
     for node in nodes:
         if node.domain == _ALIAS:
             node.domain = ""
@@ -140,8 +141,10 @@ def _domains(nodes: Iterable[NodeProto], found: set[str]) -> None:
 
 # ---- order -------------------------------------------------------------------------------------------------
 def _sort(graph: Any) -> None:
-    """Put nodes behind those whose results they read; the order stays where it is right. Nodes of a cycle
-    stay as they are."""
+    """Sort the nodes of a graph and its subgraphs topologically, in place.
+
+    The order changes as little as necessary; a graph with a cycle keeps its order.
+    """
     for node in graph.node:
         for inner in subgraphs(node):
             _sort(inner)
@@ -159,8 +162,10 @@ def _sort(graph: Any) -> None:
 
 
 def _order(before: Sequence[set[int]]) -> list[int]:
-    """Places sorted so that each comes after those before it, the smallest first; places of cycles are left
-    out."""
+    """Return indices in topological order, the smallest first; indices on cycles are left out.
+
+    ``before`` has the predecessors of each index.
+    """
     behind: dict[int, list[int]] = {}
     waiting = [len(earlier) for earlier in before]
     for k, earlier in enumerate(before):
@@ -179,7 +184,7 @@ def _order(before: Sequence[set[int]]) -> list[int]:
 
 
 def _keep_last_initializers(graph: GraphProto) -> None:
-    """Of initializers of one name onnxruntime takes the last."""
+    """Remove all but the last of initializers of one name, in place; onnxruntime uses the last."""
     names = [t.name for t in graph.initializer]
     if len(set(names)) == len(names):
         return
@@ -191,8 +196,7 @@ def _keep_last_initializers(graph: GraphProto) -> None:
 
 # ---- declared types ----------------------------------------------------------------------------------------
 def _declare(model: ModelProto) -> None:
-    """Types for outputs that have none; what is declared of a tensor goes where it contradicts what is
-    inferred."""
+    """Add types to outputs without one, and remove declarations that contradict inference, in place."""
     made = {o for node in model.graph.node for o in node.output if o}
     declared = [v for v in (*model.graph.value_info, *model.graph.output) if v.name in made]
     if not declared:
@@ -207,7 +211,7 @@ def _declare(model: ModelProto) -> None:
     try:
         inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
     except Exception:
-        # Bare C++ exceptions of several kinds; who checks the model says what is wrong with it.
+        # Bare C++ exceptions of several kinds; the check of the model reports what is wrong.
         return
     known = {v.name: v for v in (*inferred.value_info, *inferred.output)}
     wrong = {v.name for v in declared if v.name in known and _contradicts(v, known[v.name])}
@@ -238,7 +242,7 @@ def _declare_outputs(model: ModelProto, known: Mapping[str, ValueInfoProto]) -> 
     try:
         types = runtime.tensor_types(model, left)
     except ModelError:
-        # Who checks the model says what is wrong with it.
+        # The check of the model reports what is wrong.
         return
     for info in untyped:
         if info.name in types:
@@ -246,7 +250,7 @@ def _declare_outputs(model: ModelProto, known: Mapping[str, ValueInfoProto]) -> 
 
 
 def _contradicts(declared: ValueInfoProto, inferred: ValueInfoProto) -> bool:
-    """True if no tensor has both types."""
+    """Return True if no tensor can have both types."""
     if not (declared.type.HasField("tensor_type") and inferred.type.HasField("tensor_type")):
         return False
     one, other = declared.type.tensor_type, inferred.type.tensor_type

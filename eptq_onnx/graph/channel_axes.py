@@ -1,14 +1,13 @@
-"""Along which axis of each tensor its channels lie: decided here, for scores, equalization, rotation,
-attention and the loop.
+"""Analysis of the channel axis of each tensor, for scores, equalization, rotation, attention and the loop.
 
-The operators say it: a convolution makes and reads channels along axis 1, a matrix product along the last
-axis. Others carry the axis from what they read to what they make, or move it (Transpose, Reshape). What no
-producer tells, readers do: an image that is transposed in front of a convolution has its channels last. Where
-neither tells, axis 1 is taken from rank 4 on (images and volumes, attention heads), and the last axis below
-(tokens, features).
+Some operators define it: a convolution reads and produces channels along axis 1, a matrix product along the
+last axis. Others keep the axis from input to output, or move it (Transpose, Reshape). If the producers of a
+tensor do not determine its channel axis, the consumers do: an image that is transposed in front of a
+convolution has its channels last. If neither do, the default is axis 1 from rank 4 on (images and volumes,
+attention heads), and the last axis below (tokens, features).
 
-A *rule* follows an axis through a node, from one of its tensors to another, in either direction; None where
-it ends.
+A *rule* propagates an axis through a node, from one of its tensors to another, in either direction. It
+returns None if the axis ends there.
 """
 
 from __future__ import annotations
@@ -22,19 +21,18 @@ from onnx import NodeProto
 from eptq_onnx.graph.view import GraphView, Shape, int_attribute, ints_attribute
 
 Rule = Callable[[NodeProto, GraphView, str, str, int], int | None]
-"""Of node, view, tensor, other tensor, and the axis in the first: the axis in the other. Both tensors have a
-known rank."""
+"""(node, view, source, target, axis of the source) to the axis of the target; both have a known rank."""
 
 
-class Said(NamedTuple):
-    """What the operator table says of a node.
+class AxisSpec(NamedTuple):
+    """What the operator table states about a node.
 
     Parameters
     ----------
     data : sequence of str
         Inputs that carry activations.
     makes, reads : int or None
-        Axis of the channels of its outputs, if none is carried there; and of those of ``data``.
+        Channel axis of the outputs, unless one is propagated to them; and channel axis of ``data``.
     rule : Rule or None
     """
 
@@ -44,29 +42,29 @@ class Said(NamedTuple):
     rule: Rule | None
 
 
-def channel_axes(view: GraphView, said_of: Callable[[NodeProto], Said]) -> dict[str, int]:
-    """The channel axis of every computed tensor and input that has axes, counted from the front.
+def channel_axes(view: GraphView, axis_spec: Callable[[NodeProto], AxisSpec]) -> dict[str, int]:
+    """Return the channel axis, counted from the front, of every computed tensor and input that has axes.
 
     Parameters
     ----------
     view : GraphView
-    said_of : callable
-        Node to what is said of its operator.
+    axis_spec : callable
+        Node to what the operator table states about it.
     """
-    table = [(node, said_of(node)) for node in view.nodes]
+    table = [(node, axis_spec(node)) for node in view.nodes]
     known: dict[str, int] = {}
     count = -1
     while count < len(known):
         count = len(known)
-        for node, said in table:
-            _forward(node, said, view, known)
-        for node, said in reversed(table):
-            _backward(node, said, view, known)
+        for node, spec in table:
+            _forward(node, spec, view, known)
+        for node, spec in reversed(table):
+            _backward(node, spec, view, known)
     for name in view.inputs:
         _settle(name, view, known)
-    for node, said in table:
-        # A tensor that nothing tells about is decided before what is made of it.
-        _forward(node, said, view, known)
+    for node, spec in table:
+        # A tensor gets the default before anything computed from it does.
+        _forward(node, spec, view, known)
         for name in filter(None, node.output):
             _settle(name, view, known)
     return known
@@ -78,43 +76,43 @@ def _settle(name: str, view: GraphView, known: dict[str, int]) -> None:
         known.setdefault(name, 1 if rank >= 4 else rank - 1)
 
 
-def _forward(node: NodeProto, said: Said, view: GraphView, known: dict[str, int]) -> None:
-    """What a node makes, from what it reads."""
+def _forward(node: NodeProto, spec: AxisSpec, view: GraphView, known: dict[str, int]) -> None:
+    """Determine the axes of a node's outputs from its inputs or operator."""
     for name in filter(None, node.output):
         rank = _rank(view, name)
         if name in known or not rank:
             continue
-        axis = next(_carried(node, said, view, known, name), None)
-        if axis is None and said.makes is not None and -rank <= said.makes < rank:
-            axis = said.makes % rank
+        axis = next(_carried(node, spec, view, known, name), None)
+        if axis is None and spec.makes is not None and -rank <= spec.makes < rank:
+            axis = spec.makes % rank
         if axis is not None:
             known[name] = axis
 
 
 def _carried(
-    node: NodeProto, said: Said, view: GraphView, known: Mapping[str, int], output: str
+    node: NodeProto, spec: AxisSpec, view: GraphView, known: Mapping[str, int], output: str
 ) -> Iterator[int]:
-    """The axes that a rule carries to an output; first those of operands that are not broadcast along it."""
-    if said.rule is None:
+    """Yield the axes that a rule propagates to an output, first from operands not broadcast along theirs."""
+    if spec.rule is None:
         return
-    operands = [i for i in said.data if i in known]
+    operands = [i for i in spec.data if i in known]
     for operand in sorted(operands, key=lambda i: (view.shape(i) or ())[known[i]] == 1):
-        axis = said.rule(node, view, operand, output, known[operand])
+        axis = spec.rule(node, view, operand, output, known[operand])
         if axis is not None:
             yield axis
 
 
-def _backward(node: NodeProto, said: Said, view: GraphView, known: dict[str, int]) -> None:
-    """What a node reads, from its operator or from what it makes."""
-    for name in said.data:
+def _backward(node: NodeProto, spec: AxisSpec, view: GraphView, known: dict[str, int]) -> None:
+    """Determine the axes of a node's inputs from its operator or outputs."""
+    for name in spec.data:
         rank = _rank(view, name)
         if name in known or not rank or view.is_constant(name):
             continue
-        if said.reads is not None and -rank <= said.reads < rank:
-            known[name] = said.reads % rank
-        elif said.rule is not None:
+        if spec.reads is not None and -rank <= spec.reads < rank:
+            known[name] = spec.reads % rank
+        elif spec.rule is not None:
             outputs = [o for o in node.output if o in known]
-            found = (said.rule(node, view, o, name, known[o]) for o in outputs)
+            found = (spec.rule(node, view, o, name, known[o]) for o in outputs)
             axis = next((a for a in found if a is not None), None)
             if axis is not None:
                 known[name] = axis
@@ -126,13 +124,13 @@ def _rank(view: GraphView, name: str) -> int:
 
 # ---- rules -------------------------------------------------------------------------------------------------
 def keeps(node: NodeProto, view: GraphView, source: str, target: str, axis: int) -> int | None:
-    """The axis stays; tensors of fewer axes meet the last axes of others (broadcasting)."""
+    """Keep the axis; tensors are aligned at their last axes (broadcasting)."""
     place = axis + _rank(view, target) - _rank(view, source)
     return place if 0 <= place < _rank(view, target) else None
 
 
 def transposed(node: NodeProto, view: GraphView, source: str, target: str, axis: int) -> int | None:
-    """Transpose moves it."""
+    """Move the axis by the permutation of a Transpose."""
     order = ints_attribute(node, "perm") or list(reversed(range(_rank(view, source))))
     if axis not in order:
         return None
@@ -140,13 +138,13 @@ def transposed(node: NodeProto, view: GraphView, source: str, target: str, axis:
 
 
 def stacked(node: NodeProto, view: GraphView, source: str, target: str, axis: int) -> int | None:
-    """A product of computed matrices keeps an axis over which it is repeated (attention heads)."""
+    """Keep a batch axis of a product of computed matrices (attention heads)."""
     both = all(_rank(view, i) > 2 and not view.is_constant(i) for i in node.input[:2])
     return keeps(node, view, source, target, axis) if both and axis < _rank(view, source) - 2 else None
 
 
 def gathered(node: NodeProto, view: GraphView, source: str, target: str, axis: int) -> int | None:
-    """Gather puts the axes of its indices in place of one axis."""
+    """Account for Gather, which replaces one axis by the axes of its indices."""
     x, indices = node.input[:2]
     if indices in (source, target):
         return None
@@ -159,7 +157,7 @@ def gathered(node: NodeProto, view: GraphView, source: str, target: str, axis: i
 
 
 def reduced(node: NodeProto, view: GraphView, source: str, target: str, axis: int) -> int | None:
-    """A reduction drops axes, unless they are kept as one place."""
+    """Account for the axes that a reduction removes."""
     rank, left = (_rank(view, name) for name in (node.input[0], node.output[0]))
     if rank == left:
         return axis
@@ -169,7 +167,7 @@ def reduced(node: NodeProto, view: GraphView, source: str, target: str, axis: in
 
 
 def squeezed(node: NodeProto, view: GraphView, source: str, target: str, axis: int) -> int | None:
-    """Squeeze drops axes of one place, Unsqueeze adds some."""
+    """Account for axes of size 1 that Squeeze removes or Unsqueeze adds."""
     longer, shorter = (node.input[0], node.output[0])[:: 1 if node.op_type == "Squeeze" else -1]
     rank, shape = _rank(view, longer), view.shape(longer) or ()
     axes = _axes(node, view) or [k for k, d in enumerate(shape) if d == 1 and rank > _rank(view, shorter)]
@@ -182,10 +180,10 @@ def squeezed(node: NodeProto, view: GraphView, source: str, target: str, axis: i
 
 
 def reshaped(node: NodeProto, view: GraphView, source: str, target: str, axis: int) -> int | None:
-    """Reshape and Flatten: where the axis is cut, its first part; where it is joined with others, what they
-    become.
+    """Follow the axis through Reshape and Flatten.
 
-    An axis that is joined with the batch ends there.
+    Of an axis that is split, the first part is the channel axis; an axis that is merged with others becomes
+    the merged axis. An axis that is merged with the batch ends there.
     """
     before, after = view.shape(source) or (), view.shape(target) or ()
     ends = min(len(before), len(after))
@@ -202,7 +200,7 @@ def reshaped(node: NodeProto, view: GraphView, source: str, target: str, axis: i
 
 
 def _met(before: Shape, after: Shape, axis: int) -> int | None:
-    """Which of the axes behind a reshape holds the first step along one in front of it."""
+    """Return the axis after a reshape along which the first step along ``axis`` moves, or None."""
     if len(after) == 1:
         return 0
     extents = (before[:axis], after)
@@ -220,8 +218,7 @@ def _met(before: Shape, after: Shape, axis: int) -> int | None:
 
 
 def _axes(node: NodeProto, view: GraphView) -> list[int]:
-    """The axes of a reduction, Squeeze or Unsqueeze: an attribute, or a constant input; none if they are not
-    known."""
+    """Return the axes of a reduction, Squeeze or Unsqueeze (attribute or input); empty if unknown."""
     if len(node.input) > 1 and node.input[1]:
         return (
             [int(a) for a in view.constant(node.input[1]).reshape(-1)]
@@ -232,7 +229,7 @@ def _axes(node: NodeProto, view: GraphView) -> list[int]:
 
 
 def _without(axis: int, gone: set[int], rank: int, *, forward: bool) -> int | None:
-    """An axis where others are left out of so many; or, backward, what it was before."""
+    """Map an axis of a tensor of ``rank`` to its position once the axes ``gone`` are removed; or back."""
     kept = [k for k in range(rank) if k not in gone]
     if forward:
         return kept.index(axis) if axis in kept else None

@@ -1,13 +1,12 @@
-"""Which channels of which tensors may be scaled without changing what the model computes.
+"""Analysis of which channels of which tensors may be scaled without changing what the model computes.
 
-A factor on a channel and its inverse in whatever reads it cancel where the operators between are positively
-homogeneous, channel by channel (Relu, PRelu, pooling, sums); the constants of layers and normalizations take
-the factors up (cross-layer equalization, Nagel et al. 2019, section 4.1). Every channel of a tensor has a
-*slot*; operators tie the slots that must have the same factor. Slot 0 is that of all channels that must stay
-as they are.
+A factor on a channel and its inverse in all consumers cancel if the operators between are positively
+homogeneous per channel (Relu, PRelu, pooling, sums); the constants of layers and normalizations absorb the
+factors (cross-layer equalization, Nagel et al. 2019, section 4.1). Every channel of a tensor has a *slot*;
+operators tie slots that must have the same factor. Slot 0 is shared by all channels that must not be scaled.
 
-A *rule* enters what one node does to the slots of its tensors. It returns False where it cannot tell; then
-the node's inputs stay as they are, and so does what it makes.
+A *rule* records how one node relates the slots of its tensors. It returns False if the relation is unknown;
+then neither inputs nor outputs of the node are scaled.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ Factors = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Absorber:
-    """A constant that takes up what is done to channels.
+    """A constant that absorbs the factors of channels.
 
     Parameters
     ----------
     constant : str
     times, over : ndarray or None
-        Slots of what it makes, and of what it reads: those of its rows and of their terms, if it has such;
-        else of the places along an axis.
+        Slots whose factors multiply and divide the constant: those of the output and input channels of a
+        layer, along rows and terms of its weight; for other constants, those of the entries along ``axis``.
     axis : int
     form : LinearForm or None
-        How a layer's weight is made of rows.
+        The matrix form of a layer's weight; None for other constants.
     """
 
     constant: str
@@ -56,11 +55,11 @@ class Absorber:
 
     @property
     def slots(self) -> Slots:
-        """All slots."""
+        """All slots of the constant."""
         return np.concatenate([s for s in (self.times, self.over) if s is not None])
 
     def scaled(self, value: Array, factors: Factors) -> Array:
-        """The value where every slot has a factor."""
+        """Return the value of the constant scaled by the factor of each slot."""
         one = np.ones(1)
         times, over = (factors[s] if s is not None else one for s in (self.times, self.over))
         if self.form is None:
@@ -82,7 +81,7 @@ class Channels:
     rule_of : callable
         Node to its rule, or None.
     axes : mapping of str to int
-        The channel axis of each tensor (`eptq_onnx.graph.channel_axes`): along another one it has no slots.
+        The channel axis of each tensor (`eptq_onnx.graph.channel_axes`); there are no slots along other axes.
     """
 
     def __init__(
@@ -103,15 +102,15 @@ class Channels:
             self.fix(name)
 
     def of(self, name: str) -> tuple[Slots, int] | None:
-        """Slots of a tensor's channels and their axis; None where all stay as they are."""
+        """Return the slots of a tensor's channels and their axis, None if no channel may be scaled."""
         return self._slots.get(name)
 
     def tensors(self) -> Mapping[str, Slots]:
-        """The slots of all tensors that have any."""
+        """Return the slots of all tensors that have any."""
         return {name: slots for name, (slots, _) in self._slots.items()}
 
     def classes(self) -> tuple[int, Slots]:
-        """How many sets of tied slots there are, and the set of each slot; that of slot 0 stays as it is."""
+        """Return the number of sets of tied slots, and the set of each slot; that of slot 0 is not scaled."""
         ties = [np.concatenate(side) for side in zip(*self._ties, strict=True)] or [np.zeros(0, np.int64)] * 2
         graph = coo_array((np.ones(len(ties[0])), (ties[0], ties[1])), shape=(self._count, self._count))
         count, sets = connected_components(graph, directed=False)
@@ -119,13 +118,12 @@ class Channels:
 
     # ---- for rules -----------------------------------------------------------------------------------------
     def fresh(self, count: int) -> Slots:
-        """Slots that nothing is tied to yet."""
+        """Return new slots that are not tied to any others."""
         self._count += count
         return np.arange(self._count - count, self._count)
 
     def make(self, name: str, slots: Slots, axis: int) -> bool:
-        """Give a tensor its slots; False if they do not lie along its channel axis: then they must stay as
-        they are."""
+        """Assign slots to a tensor; if they are not along its channel axis, fix them and return False."""
         if self.axes.get(name, axis) != axis:
             self.tie(slots, np.zeros_like(slots))
             return False
@@ -133,7 +131,7 @@ class Channels:
         return True
 
     def read(self, name: str, count: int, axis: int) -> Slots:
-        """Slots of a tensor along an axis; those of one whose channels lie along another stay as they are."""
+        """Return the slots of a tensor along an axis; if its channels lie along another, fix them."""
         known = self._slots.get(name)
         if known is not None and known[1] == axis and len(known[0]) == count:
             return known[0]
@@ -141,25 +139,24 @@ class Channels:
         return np.zeros(count, np.int64)
 
     def tie(self, slots: Slots, others: Slots) -> None:
-        """Demand the same factors."""
+        """Require equal factors of two arrays of slots, pair by pair."""
         self._ties.append((slots, others))
 
     def fix(self, name: str) -> None:
-        """Demand that a tensor stays as it is."""
+        """Require that the channels of a tensor are not scaled."""
         if name in self._slots:
             slots = self._slots[name][0]
             self.tie(slots, np.zeros_like(slots))
 
     def own(self, name: str) -> bool:
-        """True for a constant that one node reads, once."""
+        """Return True for a float constant that is read exactly once, and so may be changed."""
         private = self._uses[name] == 1 and name not in self.view.outputs
         return self.view.is_constant(name) and private and self.view.is_float(name)
 
     def absorb(
         self, constant: str, times: Slots | None = None, over: Slots | None = None, axis: int = 0
     ) -> None:
-        """Let a constant be multiplied by the factors of some slots, and divided by those of others, along an
-        axis."""
+        """Let a constant absorb along an axis: multiplied by the factors ``times``, divided by ``over``."""
         self.absorbers.append(Absorber(constant, times, over, axis % len(self.view.constant_shape(constant))))
 
 
@@ -169,8 +166,7 @@ Rule = Callable[[NodeProto, Channels], bool]
 def layer(
     node: NodeProto, channels: Channels, form: LinearForm, weight: int, bias: int | None, axis: int
 ) -> bool:
-    """A product with a constant: its rows take up the factors of what it makes, its terms those of what it
-    reads.
+    """Let a layer absorb the factors of its output channels in its rows, those of its inputs in its terms.
 
     ``sum_t W[n, t] x[t] + b[n]`` becomes ``sum_t (f[n] W[n, t] / f[t]) (f[t] x[t]) + f[n] b[n]``.
     """
@@ -192,7 +188,7 @@ def layer(
 
 
 def passes(node: NodeProto, channels: Channels) -> bool:
-    """f(a x) = a f(x) for a > 0, in every channel: what comes out has the factors of what comes in."""
+    """Pass factors on through a positively homogeneous function: f(a x) = a f(x) for a > 0, per channel."""
     known = channels.of(node.input[0])
     for other in node.input[1:]:
         channels.fix(other)
@@ -200,13 +196,13 @@ def passes(node: NodeProto, channels: Channels) -> bool:
 
 
 def pools(node: NodeProto, channels: Channels) -> bool:
-    """Like `passes`, where the channels lie on their usual axis: all behind it are pooled."""
+    """Pass factors on through pooling, if the channels lie along axis 1, as all later axes are pooled."""
     known = channels.of(node.input[0])
     return known is not None and known[1] == 1 and passes(node, channels)
 
 
 def keeps_channels(node: NodeProto, channels: Channels) -> bool:
-    """Like `passes`, if there are as many channels behind the operator as in front of it (Resize, Pad)."""
+    """Pass factors on if the operator keeps the number of channels (Resize, Pad)."""
     known, shape = channels.of(node.input[0]), channels.view.shape(node.output[0])
     if attribute(node, "extrapolation_value", 0.0):
         return False
@@ -219,14 +215,14 @@ def keeps_channels(node: NodeProto, channels: Channels) -> bool:
 
 
 def pads(node: NodeProto, channels: Channels) -> bool:
-    """Zeros have any factor; copies of values have that of their channel."""
+    """Pass factors on through padding with zeros, or with copies from the same channel."""
     fill = node.input[2] if len(node.input) > 2 else ""
     zero = not fill or (channels.view.is_constant(fill) and not channels.view.constant(fill).any())
     return zero and not attribute(node, "value", 0.0) and keeps_channels(node, channels)
 
 
 def sums(node: NodeProto, channels: Channels) -> bool:
-    """All terms have the same factors; a constant term takes them up."""
+    """Tie the factors of all terms of a sum; constant terms absorb them."""
     view = channels.view
     terms = [i for i in node.input if not view.is_constant(i)]
     known = [channels.of(i) for i in terms]
@@ -252,9 +248,9 @@ def sums(node: NodeProto, channels: Channels) -> bool:
 
 
 def multiplied(node: NodeProto, channels: Channels) -> bool:
-    """Mul: a constant with a value a channel takes up all factors; those of a computed tensor pass its gate.
+    """Let a constant operand of a Mul with one value per channel absorb factors; pass them on otherwise.
 
-    Of two computed operands the larger one is the tensor, the other (a gate has few values) stays as it is.
+    Of two computed operands, the larger one passes its factors on; the other, a gate, is not scaled.
     """
     view = channels.view
     x, other = reversed(node.input) if view.is_constant(node.input[0]) else node.input
@@ -265,7 +261,7 @@ def multiplied(node: NodeProto, channels: Channels) -> bool:
 
 
 def divided(node: NodeProto, channels: Channels) -> bool:
-    """Div: like `multiplied`, where what is divided by is the constant or the gate."""
+    """Handle a Div like `multiplied`, with the divisor as the constant or the gate."""
     return _rescaled(node, channels, *node.input, inverse=True)
 
 
@@ -290,14 +286,13 @@ def _rescaled(node: NodeProto, channels: Channels, x: str, other: str, *, invers
 
 
 def _fixed_along(shape: Sequence[int], rank: int, axis: int) -> tuple[Slots, int] | None:
-    """Slots of channels that stay as they are, and their axis, if that is where a constant tells them apart;
-    else None."""
+    """Return unscaled slots and their axis, if a constant varies along exactly that axis, else None."""
     varies = [i + rank - len(shape) for i, extent in enumerate(shape) if extent > 1]
     return (np.zeros(math.prod(shape), np.int64), axis) if axis and varies == [axis] else None
 
 
 def batch_normalization(node: NodeProto, channels: Channels) -> bool:
-    """``scale (x - mean) / sqrt(var + eps) + bias``: all factors go into scale, mean and bias."""
+    """Let scale, mean and bias of ``scale (x - mean) / sqrt(var + eps) + bias`` absorb all factors."""
     scale, bias, mean, _ = node.input[1:5]
     if not all(channels.own(c) for c in (scale, bias, mean)):
         return False
@@ -310,8 +305,7 @@ def batch_normalization(node: NodeProto, channels: Channels) -> bool:
 
 
 def last_axis_normalization(node: NodeProto, channels: Channels) -> bool:
-    """LayerNormalization and its like over the last axis: scale and bias take up the factors of what comes
-    out."""
+    """Let scale and bias of a normalization over the last axis absorb the factors of its output."""
     constants = [i for i in node.input[1:] if i]
     shape = channels.view.shape(node.input[0])
     if shape is None or int_attribute(node, "axis", -1) % len(shape) != len(shape) - 1:
@@ -326,7 +320,7 @@ def last_axis_normalization(node: NodeProto, channels: Channels) -> bool:
 
 
 def concatenation(node: NodeProto, channels: Channels) -> bool:
-    """Channels side by side keep their factors; parts of the same channels have the same."""
+    """Concatenate slots along the channel axis; along other axes, tie the slots of all parts."""
     known = [channels.of(i) for i in node.input]
     axes = {k[1] for k in known if k is not None}
     shapes = [channels.view.shape(i) for i in node.input]
@@ -346,7 +340,7 @@ def concatenation(node: NodeProto, channels: Channels) -> bool:
 
 
 def split(node: NodeProto, channels: Channels) -> bool:
-    """Every part keeps the factors of its channels."""
+    """Give every part of a Split the slots of its channels."""
     known = channels.of(node.input[0])
     shapes = [channels.view.shape(o) for o in node.output]
     if known is None or any(s is None for s in shapes):
@@ -364,7 +358,7 @@ def split(node: NodeProto, channels: Channels) -> bool:
 
 
 def transpose(node: NodeProto, channels: Channels) -> bool:
-    """The channels lie along another axis."""
+    """Move the slots to another axis."""
     known, order = channels.of(node.input[0]), ints_attribute(node, "perm")
     return (
         known is not None
@@ -374,13 +368,13 @@ def transpose(node: NodeProto, channels: Channels) -> bool:
 
 
 def reshape(node: NodeProto, channels: Channels) -> bool:
-    """Axes behind the channels may change; those of a channel that are joined with it have its factor."""
+    """Pass slots on through changes of later axes; if these are merged with channels, repeat the slots."""
     known = channels.of(node.input[0])
     before, after = (channels.view.shape(name) for name in (node.input[0], node.output[0]))
     if known is None or before is None or after is None or known[1] != 1 or len(after) < 2:
         return False
     slots, inner = known[0], _product(before[2:])
-    # As many values behind the channels as before: then the batch is the same, too.
+    # With the same number of values per channel, the batch is the same, too.
     if inner is not None and after[1] == len(slots) and _product(after[2:]) == inner:
         return channels.make(node.output[0], slots, 1)
     if inner is None or len(after) != 2 or after[1] != len(slots) * inner:
@@ -393,7 +387,9 @@ def _product(dims: Sequence[int | None]) -> int | None:
 
 
 def _along(shape: Sequence[int], axis: int, rank: int, count: int) -> int | None:
-    """The axis of a constant that meets ``axis`` of a tensor of that rank and has ``count`` places; None if
-    it has none."""
+    """Return the axis of a constant that broadcasts to ``axis`` of a tensor and has ``count`` entries.
+
+    ``rank`` is that of the tensor. None if there is no such axis.
+    """
     place = axis - (rank - len(shape))
     return place if 0 <= place < len(shape) <= rank and shape[place] == count else None

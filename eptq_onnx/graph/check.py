@@ -1,9 +1,8 @@
-"""What a model declares is checked against what is there, before anything is allocated or given to other
-libraries.
+"""Consistency checks of a model file, before anything is allocated or passed to other libraries.
 
-They trust it: onnxruntime runs out of stack in a function that calls itself, and takes hours for bodies
-nested 25 deep, in many versions. What onnxruntime loads and runs is never refused here; what it ignores is
-removed by `eptq_onnx.graph.repair`.
+Other libraries trust what a file declares: onnxruntime overflows the stack on a function that calls itself,
+and in many versions takes hours for subgraphs nested 25 deep. A model that onnxruntime loads and runs is
+never rejected here; what onnxruntime ignores is removed by `eptq_onnx.graph.repair`.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from eptq_onnx.proto.bodies import all_nodes, node_reads, subgraphs
 from eptq_onnx.runtime import deepest_nesting
 
 _CALLS = 100
-"""Most functions that call each other in a row; onnx has the same limit."""
+"""Limit on the depth of nested function calls; onnx has the same limit."""
 _INLINED = 2**17
-"""Most nodes once all functions are put in place; onnxruntime's inlining is quadratic."""
+"""Limit on the number of nodes after inlining of all functions; onnxruntime's inlining is quadratic."""
 _BYTES = 2**62
-"""No tensor has more."""
+"""Limit on the size of a tensor in bytes."""
 _OPSETS = range(1, 1000)
-"""Versions that the operator set of ONNX may come to have; which of them onnxruntime has, it says itself."""
+"""Plausible versions of the ONNX operator set; onnxruntime itself reports those that it does not support."""
 _NOT_BY_NAME = {"FLOAT": 32, "DOUBLE": 64, "BOOL": 8}
-"""Bits of the types whose names do not begin with them."""
+"""Bits of the element types whose names do not contain the number."""
 
 
 def _bits(kind: str) -> int:
@@ -50,34 +49,37 @@ def _bits(kind: str) -> int:
 _BITS: dict[int, int] = {
     number: _bits(kind) for kind, number in TensorProto.DataType.items() if kind != "UNDEFINED"
 }
-"""Bits of a value of each element type; 0 of a string."""
+"""Bits per value of each element type; 0 for strings."""
 _FIELDS: dict[int, tuple[str, int]] = {
-    TensorProto.FLOAT: ("float_data", 1), TensorProto.COMPLEX64: ("float_data", 2), TensorProto.DOUBLE: ("double_data", 1),
-    TensorProto.COMPLEX128: ("double_data", 2), TensorProto.INT64: ("int64_data", 1), TensorProto.UINT32: ("uint64_data", 1),
+    TensorProto.FLOAT: ("float_data", 1), TensorProto.COMPLEX64: ("float_data", 2),
+    TensorProto.DOUBLE: ("double_data", 1), TensorProto.COMPLEX128: ("double_data", 2),
+    TensorProto.INT64: ("int64_data", 1), TensorProto.UINT32: ("uint64_data", 1),
     TensorProto.UINT64: ("uint64_data", 1), TensorProto.STRING: ("string_data", 1),
 }  # fmt: skip
-"""Where values are that are not raw, and entries a value; others are in ``int32_data``."""
+"""Field of non-raw values by element type, and entries per value; all other types use ``int32_data``."""
 
 
 def check(model: ModelProto, name: str) -> set[str]:
-    """Check nesting, functions, names, types and sizes of a model, in time linear in its size; external data
-    is not looked at.
+    """Check nesting, functions, names, types and sizes of a model, in time linear in its size.
+
+    External data files are not read.
 
     Parameters
     ----------
     model : ModelProto
         It is not changed.
     name : str
-        What messages call it.
+        Name of the model in messages.
 
     Returns
     -------
     set of str
-        Damaged initializers of the graph that nobody reads.
+        Damaged initializers of the graph that nothing reads.
 
     Raises
     ------
     ModelError
+        If a check fails.
     """
     _check_nesting(model, name)
     _check_functions(model, name)
@@ -103,7 +105,7 @@ def check(model: ModelProto, name: str) -> set[str]:
 
 
 def read_names(graph: GraphProto) -> set[str]:
-    """Tensors that a node of the graph, or of a body inside it, reads, and the outputs."""
+    """Return the tensors that nodes of a graph or its subgraphs read, and the outputs of the graph."""
     return {i for node in graph.node for i in node_reads(node)} | {o.name for o in graph.output}
 
 
@@ -117,14 +119,14 @@ def _check_nesting(model: ModelProto, name: str) -> None:
             bodies = subgraphs(node)
             if bodies and depth == most:
                 raise ModelError(
-                    f"{name} has bodies nested more than {most} deep (at {_called(node)}): the installed onnxruntime would take minutes "
-                    "or hours to load it, if it does at all."
+                    f"{name} has bodies nested more than {most} deep (at {_called(node)}): the installed "
+                    "onnxruntime would take minutes or hours to load it, if it does at all."
                 )
             stack.extend((body, depth + 1) for body in bodies)
 
 
 def _check_functions(model: ModelProto, name: str) -> None:
-    """No function calls itself, by way of others or not, and what all calls amount to is bounded."""
+    """Check that functions are not recursive, and that depth and size after inlining are limited."""
     if not model.functions:
         return
     functions = {(f.domain, f.name): f for f in model.functions}
@@ -145,19 +147,17 @@ def _check_functions(model: ModelProto, name: str) -> None:
         sizes[key] = sum(1 for _ in all_nodes(functions[key])) + sum(sizes[called] for called in calls[key])
         depths[key] = 1 + max((depths[called] for called in calls[key]), default=0)
         if depths[key] > _CALLS:
-            raise ModelError(
-                f"{name} has more than {_CALLS} functions that call each other in a row, from {key[1]} on."
-            )
+            raise ModelError(f"{name} has more than {_CALLS} nested function calls, starting at {key[1]}.")
     total = sum(sizes.get((n.domain, n.op_type), 1) for n in all_nodes(model.graph))
     if total > max(_INLINED, 2 * sum(1 for _ in all_nodes(model.graph))):
         raise ModelError(
-            f"{name} has {total} nodes once its functions are put in place: onnxruntime cannot load it."
+            f"{name} has {total} nodes once its functions are inlined: onnxruntime cannot load it."
         )
 
 
 # ---- names -------------------------------------------------------------------------------------------------
 def _check_graph(graph: GraphProto, around: tuple[set[str], ...], name: str) -> None:
-    """Every tensor is made once, and is there where it is read."""
+    """Check that every tensor is defined once, and is visible where it is read."""
     inputs = [i.name for i in graph.input if i.name]
     twice = next((i for i in inputs if inputs.count(i) > 1), None) if len(set(inputs)) < len(inputs) else None
     if twice is not None:
@@ -167,7 +167,8 @@ def _check_graph(graph: GraphProto, around: tuple[set[str], ...], name: str) -> 
         for output in filter(None, node.output):
             if output in own:
                 raise ModelError(
-                    f"{name} is not valid ONNX: {_called(node)} makes the tensor {output}, which is there already."
+                    f"{name} is not valid ONNX: {_called(node)} defines the tensor {output}, "
+                    "which exists already."
                 )
             own.add(output)
     visible = (own, *around)
@@ -175,14 +176,15 @@ def _check_graph(graph: GraphProto, around: tuple[set[str], ...], name: str) -> 
         for read in filter(None, node.input):
             if not any(read in names for names in visible):
                 raise ModelError(
-                    f"{name} is not valid ONNX: {_called(node)} reads the tensor {read}, which nothing makes."
+                    f"{name} is not valid ONNX: {_called(node)} reads the tensor {read}, "
+                    "which nothing defines."
                 )
         for body in subgraphs(node):
             _check_graph(body, visible, name)
     for info in graph.output:
         if info.name and not any(info.name in names for names in visible):
             raise ModelError(
-                f"{name} is not valid ONNX: the output {info.name} of the graph {graph.name} is made by no node."
+                f"{name} is not valid ONNX: the output {info.name} of the graph {graph.name} is not defined."
             )
     _check_order(graph, name)
 
@@ -210,7 +212,8 @@ def _check_opsets(model: ModelProto, name: str) -> None:
     )
     if odd is not None:
         raise ModelError(
-            f"{name} is not valid ONNX: it imports version {odd.version} of the operator set of ONNX, which does not exist."
+            f"{name} is not valid ONNX: it imports version {odd.version} of the operator set of ONNX, "
+            "which does not exist."
         )
 
 
@@ -222,7 +225,8 @@ def _check_type(label: str, kind: TypeProto, name: str) -> None:
         if which in ("tensor_type", "sparse_tensor_type") and getattr(kind, which).elem_type not in _BITS:
             number = getattr(kind, which).elem_type
             raise ModelError(
-                f"{name} is not valid ONNX: the input or output {label} has the element type {number}, which does not exist."
+                f"{name} is not valid ONNX: the input or output {label} has the element type {number}, "
+                "which does not exist."
             )
         if which in ("sequence_type", "optional_type"):
             stack.append(getattr(kind, which).elem_type)
@@ -231,30 +235,33 @@ def _check_type(label: str, kind: TypeProto, name: str) -> None:
 
 
 def is_type(number: int) -> bool:
-    """True if ONNX has the element type."""
+    """Return True if ONNX has an element type of this number."""
     return number in _BITS
 
 
 def _check_element_type(tensor: TensorProto, label: str, name: str) -> None:
     if tensor.data_type not in _BITS:
         raise ModelError(
-            f"{name} is not valid ONNX: the {label} has the element type {tensor.data_type}, which does not exist."
+            f"{name} is not valid ONNX: the {label} has the element type {tensor.data_type}, "
+            "which does not exist."
         )
 
 
 def value_bytes(tensor: TensorProto) -> int:
-    """Bytes that the values of a tensor take in a file or as raw data, by its type and shape."""
+    """Return the size of a tensor's values in a file or as raw data in bytes, from its type and shape."""
     return -(-_BITS[tensor.data_type] * int(math.prod(tensor.dims)) // 8)
 
 
 def data_field(tensor: TensorProto) -> str:
-    """The field that values of the tensor's type are in where they are not raw."""
+    """Return the field that holds non-raw values of the tensor's type."""
     return _FIELDS.get(tensor.data_type, ("int32_data", 1))[0]
 
 
 def fault(tensor: TensorProto) -> str:
-    """What is wrong with the type, the shape or the size of a tensor; empty if nothing is. Of external data
-    the file is not seen."""
+    """Return what is wrong with the type, shape or size of a tensor, or an empty string.
+
+    External data files are not read.
+    """
     if tensor.data_type not in _BITS:
         return f"has the element type {tensor.data_type}, which does not exist"
     if any(size < 0 for size in tensor.dims):
@@ -282,7 +289,7 @@ def _check_sparse(sparse: SparseTensorProto, name: str) -> None:
     if any(size < 0 for size in sparse.dims):
         raise ModelError(f"{label} has the negative shape {list(sparse.dims)[:8]}.")
     if sparse.indices.data_type != TensorProto.INT64:
-        raise ModelError(f"{label} has indices that are no 64-bit integers.")
+        raise ModelError(f"{label} has indices that are not 64-bit integers.")
     needed, free = (
         _BITS[sparse.values.data_type] * math.prod(sparse.dims) // 8,
         psutil.virtual_memory().available,
@@ -295,8 +302,10 @@ def _check_sparse(sparse: SparseTensorProto, name: str) -> None:
 
 # ---- all tensors -------------------------------------------------------------------------------------------
 def labelled_tensors(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
-    """Every tensor of a model, in bodies, functions, attributes and sparse tensors as well, and what to call
-    it."""
+    """Yield every tensor of a model with a description for messages.
+
+    This includes tensors in subgraphs, functions, attributes and sparse tensors.
+    """
     for graph in _graphs(model):
         if isinstance(graph, GraphProto):
             yield from ((f"initializer {t.name}", t) for t in graph.initializer)
@@ -312,7 +321,7 @@ def labelled_tensors(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
 
 
 def sparse_tensors(model: ModelProto) -> Iterator[SparseTensorProto]:
-    """Every sparse tensor of a model."""
+    """Yield every sparse tensor of a model."""
     for graph in _graphs(model):
         if isinstance(graph, GraphProto):
             yield from graph.sparse_initializer

@@ -1,4 +1,4 @@
-"""Editing helpers: unique names, new nodes and constants, promotion of constants to inputs."""
+"""Editing of graphs: unique names, new nodes and constants, promotion of constants to inputs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from eptq_onnx.proto.weights import without_weights
 
 
 class Builder:
-    """Collects new nodes and constants under names that the model does not use yet.
+    """Collects new nodes and constants under names that a model does not use yet.
 
     Parameters
     ----------
     model : ModelProto
-        Gives the names in use and the opset; it is not changed.
+        Defines the names in use and the opset; it is not changed.
     prefix : str
-        Put in front of every new name.
+        Prefix of every new name.
     """
 
     def __init__(self, model: ModelProto, prefix: str = "") -> None:
@@ -37,12 +37,12 @@ class Builder:
         self._folder = store.folder_of(model)
         self._taken = all_names(model.graph)
         self._next: defaultdict[str, int] = defaultdict(lambda: 1)
-        """The number to try first for each stem."""
+        """The next number to try for each stem."""
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         """Type, shape and digest of a value to its name."""
 
     def unique(self, stem: str) -> str:
-        """A name that nobody has, and that is taken from now on."""
+        """Return an unused name, and reserve it."""
         name, k = stem, self._next[stem]
         while name in self._taken:
             name, k = f"{stem}_{k}", k + 1
@@ -51,7 +51,7 @@ class Builder:
         return name
 
     def constant(self, value: NDArray[np.generic] | float | int, stem: str = "constant") -> str:
-        """An initializer; equal values share one. Python floats become float32, ints int64."""
+        """Add an initializer, shared by equal values; Python floats become float32, ints int64."""
         array = np.asarray(value, np.float32 if isinstance(value, float) else None)
         array = np.ascontiguousarray(array).reshape(array.shape)
         key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
@@ -62,7 +62,7 @@ class Builder:
         return self._constants[key]
 
     def keep(self, value: NDArray[Any], name: str) -> None:
-        """An initializer of this name; with the model's other weights, if these are stored."""
+        """Add an initializer of a given name; a large one is stored if the model's weights are."""
         self.initializers.append(store.constant(value, name, self._folder))
 
     def add(
@@ -75,8 +75,10 @@ class Builder:
         outputs: Sequence[str] = (),
         **attributes: Any,
     ) -> str:
-        """A node; returns its (first) output, named by the caller or made up. Inputs that are values become
-        constants."""
+        """Add a node and return its first output, whose name is generated unless given.
+
+        Inputs that are values become constants.
+        """
         names = list(outputs) or [output or self.unique(f"{self._prefix}{op_type}_out")]
         self._taken.update(names)
         reads = [i if isinstance(i, str) else self.constant(i) for i in inputs]
@@ -95,7 +97,7 @@ class Builder:
         *,
         keepdims: bool = False,
     ) -> str:
-        """A reduction; its axes are an attribute or an input, as the opset wants (None: all axes)."""
+        """Add a reduction, with axes as attribute or input, as the opset requires; None for all axes."""
         as_input = self.opset >= (13 if op_type == "ReduceSum" else 18)
         if axes is None:
             return self.add(op_type, [x], output, keepdims=int(keepdims))
@@ -107,8 +109,7 @@ class Builder:
 
 
 def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
-    """A copy that reads and writes tensors under other names; so do the subgraphs of If, Loop and Scan, which
-    see them all."""
+    """Return a copy of a node that reads and writes tensors under other names, in its subgraphs, too."""
     copy = NodeProto()
     copy.CopyFrom(node)
     copy.input[:] = [names.get(i, i) for i in copy.input]
@@ -123,7 +124,7 @@ def renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
 
 
 def renamed_tensor(tensor: TensorProto, name: str) -> TensorProto:
-    """A copy of an initializer under another name."""
+    """Return a copy of an initializer under another name."""
     copy = TensorProto()
     copy.CopyFrom(tensor)
     copy.name = name
@@ -137,7 +138,7 @@ def with_nodes(
     *,
     drop: Iterable[str] = (),
 ) -> ModelProto:
-    """A copy of the model whose node list is replaced, with initializers added and dropped by name."""
+    """Return a copy of a model with other nodes, with initializers added, and others dropped by name."""
     result, gone, replacement = without_weights(model), set(drop), list(nodes)
     del result.graph.node[:]
     result.graph.node.extend(replacement)
@@ -151,15 +152,14 @@ def with_nodes(
 
 
 def with_constants(model: ModelProto, values: Mapping[str, NDArray[Any]]) -> ModelProto:
-    """A copy of the model in which some initializers have other values; stored, if the model's weights
-    are."""
+    """Return a copy of a model with new values of some initializers, stored if the model's weights are."""
     folder = store.folder_of(model)
     constants = [store.constant(value, name, folder) for name, value in values.items()]
     return with_nodes(model, model.graph.node, constants, drop=values)
 
 
 def promote_to_inputs(model: ModelProto, names: Iterable[str]) -> None:
-    """Turn initializers into graph inputs without a default, in place (on a private copy)."""
+    """Turn initializers into graph inputs without a default value, in place."""
     wanted = set(names)
     present = {i.name for i in model.graph.input}
     kept = []
@@ -175,8 +175,11 @@ def promote_to_inputs(model: ModelProto, names: Iterable[str]) -> None:
 
 
 def add_output(model: ModelProto, name: str, elem_type: int = TensorProto.UNDEFINED) -> None:
-    """Expose a tensor as a graph output, in place; of unknown shape, or, where no type is given either, of
-    the type that readers infer."""
+    """Expose a tensor as a graph output, in place.
+
+    If the model does not declare its type, the output has ``elem_type`` and unknown shape; UNDEFINED leaves
+    the type to be inferred by readers.
+    """
     if all(o.name != name for o in model.graph.output):
         known = [v for v in (*model.graph.value_info, *model.graph.input) if v.name == name]
         model.graph.output.append(known[0] if known else described(name, elem_type))
@@ -186,10 +189,10 @@ def add_output(model: ModelProto, name: str, elem_type: int = TensorProto.UNDEFI
 
 
 def set_outputs(model: ModelProto, names: Sequence[str], elem_type: int = TensorProto.FLOAT) -> None:
-    """Make ``names`` the graph outputs, in place; of ``elem_type`` where the model does not tell.
+    """Make ``names`` the graph outputs, in place, with ``elem_type`` where the model declares no type.
 
-    What is known of the former outputs is kept: onnxruntime's pool gradients crash without their output's
-    shape.
+    The types and shapes of former outputs are kept: onnxruntime's pool gradients crash without the shape of
+    their output.
     """
     known = {v.name for v in (*model.graph.value_info, *model.graph.input)}
     model.graph.value_info.extend(o for o in model.graph.output if o.name not in known)
@@ -199,15 +202,17 @@ def set_outputs(model: ModelProto, names: Sequence[str], elem_type: int = Tensor
 
 
 def described(name: str, kind: int | TypeProto) -> ValueInfoProto:
-    """A tensor of this element type, or a value of this type; `TensorProto.UNDEFINED` leaves the type open,
-    as outputs may have it."""
+    """Return the description of a tensor of an element type, or of a value of another type.
+
+    `TensorProto.UNDEFINED` leaves the type open, which is allowed for outputs.
+    """
     if isinstance(kind, TypeProto):
         return ValueInfoProto(name=name, type=kind)
     return helper.make_tensor_value_info(name, kind, None) if kind else ValueInfoProto(name=name)
 
 
 def exposing(model: ModelProto, names: Iterable[str]) -> ModelProto:
-    """A copy that also has ``names`` as outputs."""
+    """Return a copy that has ``names`` as additional outputs."""
     result = with_nodes(model, model.graph.node)
     for name in dict.fromkeys(names):
         add_output(result, name)
@@ -215,13 +220,13 @@ def exposing(model: ModelProto, names: Iterable[str]) -> ModelProto:
 
 
 def import_domain(model: ModelProto, domain: str, version: int = 1) -> None:
-    """Declare an operator set, in place."""
+    """Import an operator set unless the model does, in place."""
     if not opset_of(model, domain):
         model.opset_import.append(helper.make_opsetid(domain, version))
 
 
 def specialize(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> ModelProto:
-    """A copy whose inputs have fixed shapes and whose intermediate shapes are inferred from them."""
+    """Return a copy whose inputs have fixed shapes and whose other shapes are inferred from them."""
     result = ModelProto()
     result.CopyFrom(model)
     del result.graph.value_info[:]
@@ -239,7 +244,7 @@ def specialize(model: ModelProto, shapes: Mapping[str, Sequence[int]]) -> ModelP
 
 
 def prune(model: ModelProto) -> None:
-    """Drop nodes and initializers that no output needs, in place."""
+    """Remove nodes and initializers that no output needs, in place."""
     needed = {o.name for o in model.graph.output}
     nodes = []
     for node in reversed(model.graph.node):

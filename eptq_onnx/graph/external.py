@@ -1,4 +1,4 @@
-"""Models with their large weights in a file beside them."""
+"""Reading and writing of models with external data: large weights in files beside the model."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from eptq_onnx.proto import store
 from eptq_onnx.proto.weights import light, with_weights, without_weights
 
 _ALIGNMENT = 4096
-"""Of each tensor in the file, so that runtimes can map it into memory."""
+"""Alignment of tensors in the file in bytes, so that runtimes can map them into memory."""
 _SHOWN = 200
-"""Characters of a file name in a message."""
+"""Maximum number of characters of a file name in a message."""
 
 
 def write_external(model: ModelProto, path: Path, data: Path, data_name: str) -> None:
-    """Write a model file, and its large initializers to another, without a second copy of them in memory.
+    """Write a model file and a data file with the large initializers, without copying these in memory.
 
     Parameters
     ----------
     model : ModelProto
         It is not changed.
     path, data : path
+        The model file and the data file.
     data_name : str
-        How the model file names the data file.
+        Name of the data file in the model file.
 
     Raises
     ------
@@ -53,13 +54,12 @@ def write_external(model: ModelProto, path: Path, data: Path, data_name: str) ->
 
 
 def files_of(model: str | os.PathLike[str] | bytes | ModelProto) -> list[tuple[str, Path]]:
-    """The files that a model is read from, each with what it is; as far as that can be told of a model that
-    may be damaged.
+    """Return the files that a model is read from, as far as they can be found in a possibly damaged model.
 
     Returns
     -------
     list of (str, path)
-        Absolute paths; none for a model that is given as bytes or as a message.
+        Description and absolute path; empty for a model given as bytes or as a message.
     """
     if isinstance(model, (bytes, ModelProto)):
         return []
@@ -83,7 +83,7 @@ def _location(tensor: TensorProto) -> str:
 
 
 def _entry(tensor: TensorProto, key: str) -> str:
-    """An entry of a tensor's external data, the last of several; empty without one."""
+    """Return the last entry of a key in a tensor's external data, or an empty string."""
     found = next((e.value for e in reversed(tensor.external_data) if e.key == key), "")
     return found if isinstance(found, str) and "\0" not in found else ""
 
@@ -96,20 +96,21 @@ def _number(tensor: TensorProto, key: str) -> int:
 
 
 def place_of(tensor: TensorProto, model: Path) -> store.Place:
-    """Where the value of a tensor is that is not in the model file, checked without reading it.
+    """Return the location of a tensor's external data, checked without reading the data.
 
     Parameters
     ----------
     tensor : TensorProto
-        Its type and shape are checked already.
+        With a valid type and shape.
     model : path
+        The model file.
 
     Raises
     ------
     OutsideError
-        If the file is not below the folder of the model, by its name or by what links lead to.
+        If the file is not below the folder of the model, by its name or after links are resolved.
     ValueError
-        If the file is not there, or offset and length do not fit the type and shape, or the file.
+        If the file does not exist, or offset and length do not match the type and shape, or the file.
     """
     location = _entry(tensor, "location")
     shown = location if len(location) <= _SHOWN else f"{location[:_SHOWN]}..."
@@ -121,11 +122,12 @@ def place_of(tensor: TensorProto, model: Path) -> store.Place:
         or PureWindowsPath(location).root
     ):
         raise OutsideError(
-            f"{shown}, where {tensor.name} is, is not below the model's folder: external data has a relative path"
+            f"{shown}, where {tensor.name} is, is not below the model's folder: "
+            "external data has a relative path"
         )
     beside = Path(os.path.abspath(model)).parent
-    # By name first: what is outside is not even looked at. Caches keep links to the model and to its data in
-    # a folder elsewhere.
+    # The name is checked first, so that files outside are not even accessed. Links may lead to the folder of
+    # the real model file: caches keep links to a model and its data in another folder.
     inside = Path(os.path.normpath(beside / location)).is_relative_to(beside)
     source = Path(os.path.realpath(beside / location))
     if not inside or not any(
@@ -140,44 +142,46 @@ def place_of(tensor: TensorProto, model: Path) -> store.Place:
     except OSError as e:
         raise ValueError(f"{shown}, where {tensor.name} is: {e.strerror}") from e
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"{shown}, where {tensor.name} is, is no file")
+        raise ValueError(f"{shown}, where {tensor.name} is, is not a file")
     expected, offset, length = value_bytes(tensor), _number(tensor, "offset"), _number(tensor, "length")
     if length not in (0, expected):
         raise ValueError(f"{tensor.name} has {length} bytes instead of {expected}, by its type and shape")
     if offset + expected > status.st_size:
         raise ValueError(
-            f"{shown} ends before the value of {tensor.name} does: it has {status.st_size} bytes of {offset + expected}"
+            f"{shown} ends before the value of {tensor.name} does: "
+            f"it has {status.st_size} bytes of {offset + expected}"
         )
     return store.Place(source, offset, expected)
 
 
 class OutsideError(ValueError):
-    """External data that is not below the model's folder."""
+    """Raised for external data outside the model's folder."""
 
 
 def with_values(model: ModelProto, path: Path, folder: str | None) -> ModelProto:
-    """A copy of a model that holds the external data, or has it in the folder.
+    """Return a copy of a model with its external data in memory, or with large weights stored in a folder.
 
     Parameters
     ----------
     model : ModelProto
         Checked; it is not changed.
     path : path
-        Of the model file.
+        The model file.
     folder : str, optional
-        Where heavy initializers go.
+        Folder for large initializers.
 
     Raises
     ------
     ValueError, OSError
-        See `place_of`; nothing is read then.
+        See `place_of`; raised before anything is read. Also if there is not enough room.
     """
     apart = [tensor for _, tensor in labelled_tensors(model) if store.is_stored(tensor)]
     needed = sum(place_of(tensor, path).length for tensor in apart)
     room = psutil.virtual_memory().available if folder is None else shutil.disk_usage(folder).free
     if needed > room:
         raise ValueError(
-            f"it takes {needed} bytes, and {room} are free {'in memory' if folder is None else 'in the temporary folder'}"
+            f"it takes {needed} bytes, and {room} are free "
+            f"{'in memory' if folder is None else 'in the temporary folder'}"
         )
     result = without_weights(model)
     for _, tensor in labelled_tensors(result):

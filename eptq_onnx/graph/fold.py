@@ -21,11 +21,9 @@ from eptq_onnx.proto.weights import light, stored, with_weights, without_weights
 
 
 def fold_constants(model: ModelProto) -> ModelProto:
-    """Fold constants and static shapes, resolve conditions that are constant, drop what no output needs,
-    sort.
+    """Fold constants and static shapes, resolve constant conditions, remove unused parts, and sort.
 
-    Constant nodes become initializers. Tensor names and what the graph does not hold (metadata, IR version)
-    survive.
+    Constant nodes become initializers. Tensor names, metadata and IR version are kept.
 
     Raises
     ------
@@ -42,7 +40,7 @@ def fold_constants(model: ModelProto) -> ModelProto:
         needed = _take_part(folded, [t.name for t in apart])
         late = [t for t in apart if t.name in needed]
         if late:
-            # What they are read for has become constant only now.
+            # Their consumers have become foldable only now.
             folded = with_weights(folded, [store.loaded(t) for t in late])
             apart = [t for t in apart if t.name not in needed]
             continue
@@ -55,8 +53,10 @@ def fold_constants(model: ModelProto) -> ModelProto:
 
 
 def _take_part(model: ModelProto, others: Iterable[str] = ()) -> set[str]:
-    """Constants, ``others`` among them, that nodes read which may be folded: the values of all others are of
-    no use here."""
+    """Return the constants read by nodes that may be folded; folding does not need the values of any others.
+
+    ``others`` are names of further constants, apart from the initializers of the model.
+    """
     known = {*others, *(t.name for t in model.graph.initializer)}
     found: set[str] = set()
     for node in model.graph.node:
@@ -68,15 +68,15 @@ def _take_part(model: ModelProto, others: Iterable[str] = ()) -> set[str]:
 
 
 def fold_sizes(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
-    """A copy of a model with fixed input shapes in which what is computed from shapes is constant; itself if
-    nothing is.
+    """Return a copy in which everything computed from shapes is constant; the model itself if nothing is.
 
     Parameters
     ----------
     model : ModelProto
+        With fixed input shapes.
     kept : collection of str
-        Initializers that stay what they are, and where they are read: a table of positions, say, that is read
-        at constant places once the number of positions is known.
+        Initializers that are not folded into their consumers: a table of position embeddings, for example,
+        which is read at constant indices once the number of positions is known.
     """
     if not any(node.op_type in ("Shape", "Size") for node in model.graph.node):
         return model
@@ -91,7 +91,7 @@ def _folded_once(model: ModelProto) -> ModelProto:
     inferred = infer_shapes(model)
     graph = gs.import_onnx(_untyped(inferred))
     try:
-        # Its own flattening of conditionals loses outputs of nested ones.
+        # onnx-graphsurgeon's own flattening of conditionals loses outputs of nested ones.
         graph.fold_constants(error_ok=True, flatten_subgraphs=False, should_exclude_node=_draws).cleanup(
             remove_unused_graph_inputs=False
         ).toposort()
@@ -108,12 +108,12 @@ def _folded_once(model: ModelProto) -> ModelProto:
 
 
 def _draws(node: gs.Node) -> bool:
-    """True for random numbers: they are no constants, even if nothing that they are drawn from changes."""
+    """Return True for nodes that draw random numbers: they are not constants, even if their inputs are."""
     return node.op in RANDOM or node.op == "Dropout"
 
 
 def _untyped(model: ModelProto) -> ModelProto:
-    """A copy in which what is no tensor has no type."""
+    """Return a copy in which values other than tensors have no type."""
     result = ModelProto()
     result.CopyFrom(model)
     for graph in all_graphs(result.graph):
@@ -124,7 +124,7 @@ def _untyped(model: ModelProto) -> ModelProto:
 
 
 def _restore_types(graph: GraphProto, origin: GraphProto) -> None:
-    """Give what is no tensor its type again, in place: onnx-graphsurgeon knows tensors only."""
+    """Restore the types of values other than tensors, in place; onnx-graphsurgeon supports tensors only."""
     for field in ("input", "output", "value_info"):
         types = {v.name: v.type for v in getattr(origin, field) if not v.type.HasField("tensor_type")}
         for info in getattr(graph, field):
@@ -137,14 +137,14 @@ def _restore_types(graph: GraphProto, origin: GraphProto) -> None:
 
 
 def _first(node: NodeProto) -> str:
-    """The first tensor that a node makes."""
+    """Return the first named output of a node."""
     return next((o for o in node.output if o), "")
 
 
 def _constants_to_initializers(model: ModelProto) -> ModelProto:
-    """A copy without Constant nodes in its main graph, and with tensors in those of bodies.
+    """Return a copy without Constant nodes in the main graph, and with tensors in those of subgraphs.
 
-    (onnx-graphsurgeon reads value_float as double.)
+    The latter is needed as onnx-graphsurgeon reads value_float as double.
     """
     kept, values = [], []
     for node in model.graph.node:
@@ -163,8 +163,7 @@ def _constants_to_initializers(model: ModelProto) -> ModelProto:
 
 
 def _dequantized(model: ModelProto) -> ModelProto:
-    """A copy in which weights that are stored as integers behind DequantizeLinear are float
-    (onnx-graphsurgeon leaves them)."""
+    """Return a copy in which constants behind DequantizeLinear are float; onnx-graphsurgeon keeps these."""
     view, kept, values = GraphView(model), [], []
     for node in view.nodes:
         if node.op_type != "DequantizeLinear" or not all(view.is_constant(i) for i in node.input if i):
@@ -177,7 +176,7 @@ def _dequantized(model: ModelProto) -> ModelProto:
 
 
 def _without_identities(model: ModelProto) -> ModelProto:
-    """A copy without the Identity nodes that only give a tensor a second name."""
+    """Return a copy without Identity nodes, except those that produce outputs."""
     outputs, names, kept = {o.name for o in model.graph.output}, dict[str, str](), []
     for node in model.graph.node:
         if node.op_type == "Identity" and node.output[0] not in outputs:
@@ -188,8 +187,10 @@ def _without_identities(model: ModelProto) -> ModelProto:
 
 
 def _with_whole_shapes(model: ModelProto) -> ModelProto:
-    """A copy in which a Shape of some axes is a Slice of all: onnx-graphsurgeon folds it as if it were
-    whole."""
+    """Return a copy in which a Shape of some axes is a Slice of the whole shape.
+
+    onnx-graphsurgeon ignores the attributes ``start`` and ``end`` when it folds.
+    """
     builder = edit.Builder(model)
     for node in model.graph.node:
         limits = {a.name: a.i for a in node.attribute if node.op_type == "Shape"}

@@ -1,4 +1,4 @@
-"""Types and shapes of all tensors."""
+"""Inference of the types and shapes of all tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from eptq_onnx.proto.weights import light, without_weights
 
 
 def infer_shapes(model: ModelProto) -> ModelProto:
-    """A copy with all types and shapes that can be told without running the model.
+    """Return a copy with all types and shapes that can be inferred without running the model.
 
-    What onnx cannot tell, the tensors behind operators of other domains, onnxruntime is asked for.
+    For what onnx cannot infer, such as tensors downstream of operators of other domains, onnxruntime is used.
     """
     inferred = _inferred(model)
     known = {
@@ -27,7 +27,7 @@ def infer_shapes(model: ModelProto) -> ModelProto:
     try:
         types = runtime.tensor_types(model, unknown)
     except ModelError:
-        # Tensors that are not told stay float; who runs the model says what is wrong with it.
+        # Tensors of unknown type stay float; whatever runs the model reports what is wrong with it.
         return inferred
     inferred.graph.value_info.extend(
         ValueInfoProto(name=name, type=types[name]) for name in unknown if name in types
@@ -36,7 +36,7 @@ def infer_shapes(model: ModelProto) -> ModelProto:
 
 
 def _inferred(model: ModelProto) -> ModelProto:
-    """A copy with what onnx infers; the weights do not pass through."""
+    """Return a copy with what onnx infers; the weights are not passed to onnx."""
     inferred = onnx.shape_inference.infer_shapes(light(model)[0], data_prop=True)
     result = without_weights(model)
     result.graph.initializer.extend(model.graph.initializer)

@@ -25,26 +25,26 @@ from eptq_onnx.proto.bodies import all_nodes, initializers
 from eptq_onnx.runtime import PROTOBUF_LIMIT
 
 _QUANTIZED = {
-    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger",
-    "MatMulInteger", "MatMulNBits", "QGemm", "MatMulIntegerToFloat", "QAttention",
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
+    "ConvInteger", "MatMulInteger", "MatMulNBits", "QGemm", "MatMulIntegerToFloat", "QAttention",
 }  # fmt: skip
 _RUNTIMES_OWN = {"SimplifiedLayerNormalization"}
 
 
 def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None = None) -> ModelProto:
-    """Read a float model, with external data, and check it.
+    """Read a float model with its external data, and check it.
 
     Parameters
     ----------
     model : path, bytes or ModelProto
         A ModelProto is copied, never changed.
     folder : str, optional
-        Where the weights of a large model are put; see `eptq_onnx.proto.store`.
+        Folder for the weights of a large model; see `eptq_onnx.proto.store`.
 
     Raises
     ------
     ModelError
-        If there is no such file, it is not valid ONNX, or it is quantized already.
+        If the file does not exist, is not valid ONNX, or is quantized already.
     """
     if isinstance(model, (ModelProto, bytes)):
         name, proto = "the model", _parse(model, "the model") if isinstance(model, bytes) else model
@@ -52,7 +52,8 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None 
         apart = next((t.name for _, t in labelled_tensors(proto) if store.is_stored(t)), None)
         if apart is not None:
             raise ModelError(
-                f"the weight {apart} is in a file beside the model, which is not told: give the model's path."
+                f"the weight {apart} is in a file beside the model, whose folder is unknown: "
+                "give the path of the model."
             )
         if proto is not model:
             _leave_out(proto, unread)
@@ -82,8 +83,10 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None 
 
 
 def _unread_elsewhere(proto: ModelProto, path: Path) -> set[str]:
-    """Initializers that nobody reads, and whose external data is missing or damaged: onnxruntime does not
-    look at it."""
+    """Return the unread initializers whose external data is missing or damaged.
+
+    onnxruntime does not read it.
+    """
     read, found = read_names(proto.graph), set()
     for tensor in proto.graph.initializer:
         if tensor.name not in read and store.is_stored(tensor) and not fault(tensor):
@@ -103,7 +106,7 @@ def _leave_out(proto: ModelProto, names: set[str]) -> None:
 
 
 def _read(path: Path) -> ModelProto:
-    """The file alone."""
+    """Read a model file without its external data."""
     if not path.is_file():
         raise ModelError(f"model file {path} does not exist.")
     try:
@@ -118,7 +121,7 @@ def _is_large(proto: ModelProto) -> bool:
 
 
 def _densify(proto: ModelProto) -> None:
-    """Sparse initializers become ordinary ones, in place."""
+    """Convert sparse initializers to dense ones, in place."""
     for sparse in proto.graph.sparse_initializer:
         values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
         dense = np.zeros(tuple(sparse.dims), values.dtype)
@@ -138,13 +141,15 @@ def _parse(data: bytes, name: str) -> ModelProto:
 
 
 def check(model: ModelProto, *, full: bool = False) -> None:
-    """onnx's checker, which does not know onnxruntime's own operators of the default domain: they go under
-    another meanwhile.
+    """Run onnx's checker.
+
+    The checker does not know onnxruntime's own operators in the default domain; these are moved to another
+    domain for the check.
 
     Raises
     ------
     onnx.checker.ValidationError
-        Or an inference error, with ``full``.
+        If the model is not valid; with ``full``, also an inference error.
     """
     own = [n for n in all_nodes(model.graph) if n.op_type in _RUNTIMES_OWN and not n.domain]
     versions = len(model.opset_import)
@@ -152,7 +157,7 @@ def check(model: ModelProto, *, full: bool = False) -> None:
         model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
     for node in own:
         node.domain = "com.microsoft"
-    # It wants shapes of inputs and outputs, and onnxruntime does not.
+    # The checker requires shapes of inputs and outputs, unlike onnxruntime.
     tensors = [
         i.type.tensor_type
         for i in (*model.graph.input, *model.graph.output)
@@ -188,21 +193,22 @@ def _check(proto: ModelProto, name: str) -> None:
         weight_only = node.op_type == "DequantizeLinear" and constants.issuperset(i for i in node.input if i)
         if node.op_type in _QUANTIZED and not weight_only:
             raise ModelError(
-                f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): give the float model."
+                f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): "
+                "give the float model."
             )
 
 
 def save(model: ModelProto, path: str | os.PathLike[str]) -> None:
-    """Write a model; above protobuf's 2 GiB limit its weights go to ``<name>.data`` beside it.
+    """Write a model; above protobuf's limit of 2 GiB, its weights go to ``<name>.data`` beside it.
 
     Raises
     ------
     OutputError
-        If it cannot be written; what was there before is then untouched.
+        If the model cannot be written; existing files are then unchanged.
     """
     if model.ByteSize() < PROTOBUF_LIMIT:
         write_atomically(path, model.SerializeToString(deterministic=True))
         return
-    # The data goes first: the model file never points to a file that is not there.
+    # The data file is replaced first, so that the model file never refers to a missing file.
     with Replacement(data_file(path), path) as (data, temporary):
         write_external(model, Path(temporary), Path(data), data_file(path).name)

@@ -1,39 +1,37 @@
-"""Nodes of a training graph in forms that onnxruntime computes faster.
+"""Replacement of nodes of a training graph by forms that onnxruntime computes faster.
 
-onnxruntime keeps the channels of images in blocks (NCHWc) where weights are constant, and takes ten times as
-long for a depthwise Conv whose weight is not: in a training graph these are the layers, their gradients, and
-the gradients of their weights (a depthwise Conv of x with dy). Its blocked operators take computed weights,
-too; the memory of a blocked depthwise weight is that of a blocked image of one sample. What lies between
-convolutions can be computed in either layout: the one is chosen, node by node, with which the least has to be
-reordered.
+onnxruntime computes on blocks of channels (NCHWc) only where weights are constant, and takes ten times as
+long for a depthwise Conv whose weight is not. In a training graph these are the layers, their gradients, and
+the gradients of their weights (a depthwise Conv of x with dy). The blocked operators accept computed weights,
+too: in memory, a blocked depthwise weight is the same as a blocked image of one sample. Nodes between
+convolutions can be computed in either layout; `eptq_onnx.graph.layouts` chooses one for each, so that the
+fewest elements have to be reordered.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+from onnx import ModelProto, NodeProto, helper
 
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.layouts import Form, least_reordered
 from eptq_onnx.graph.lower.reductions import reduced_axes
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.proto.bodies import node_reads, subgraphs
 from eptq_onnx.runtime import LAYOUT_DOMAIN, channel_block
 
 _ELEMENTWISE = frozenset((
-    "Add", "And", "Cast", "Clip", "DequantizeLinear", "Equal", "FakeQuant", "FakeQuantGrad", "Greater", "HardSigmoid", "HardSwish",
-    "Identity", "LeakyRelu", "Less", "Max", "Min", "Mul", "Neg", "Not", "QuantizeLinear", "Relu", "Sigmoid", "Sub", "Sum", "Tanh", "Where",
+    "Add", "And", "Cast", "Clip", "DequantizeLinear", "Equal", "FakeQuant", "FakeQuantGrad", "Greater",
+    "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Less", "Max", "Min", "Mul", "Neg", "Not",
+    "QuantizeLinear", "Relu", "Sigmoid", "Sub", "Sum", "Tanh", "Where",
 ))  # fmt: skip
-"""Operators, of any domain, of tensors of one shape and of single numbers; of the zeros that fill up blocks
-they make finite values."""
+"""Operators, of any domain, on scalars and tensors of one shape; finite on the zeros that pad blocks."""
 _REORDERED_TOGETHER = 4
-"""onnxruntime reorders so many channels at a time."""
+"""Number of channels that onnxruntime reorders at a time."""
 _POOLS = frozenset(("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool"))
 _POOL_ATTRIBUTES = frozenset(
     ("auto_pad", "ceil_mode", "count_include_pad", "kernel_shape", "pads", "strides")
@@ -41,17 +39,17 @@ _POOL_ATTRIBUTES = frozenset(
 
 
 def faster(model: ModelProto) -> ModelProto:
-    """A copy that computes the same on this machine's onnxruntime, and takes less time.
+    """Return an equivalent copy that runs faster on this machine's onnxruntime.
 
     Parameters
     ----------
     model : ModelProto
-        With fixed input shapes, else nothing changes.
+        With fixed input shapes; otherwise nothing changes.
     """
     view = GraphView(infer_shapes(model))
     forms = _Forms(view, edit.Builder(model, "faster/"))
     found = [forms.of(node) for node in view.nodes]
-    for node, form, chosen in zip(view.nodes, found, _least_reordered(view, found), strict=True):
+    for node, form, chosen in zip(view.nodes, found, least_reordered(view, found), strict=True):
         if form is not None and chosen:
             form.write()
         else:
@@ -66,88 +64,25 @@ def faster(model: ModelProto) -> ModelProto:
 
 
 def fits_blocks(weight: Sequence[int | None], group: int) -> bool:
-    """True for the shape of a depthwise weight of images, in whole blocks of channels."""
+    """Return True if a weight is that of a depthwise Conv of images, with whole blocks of channels."""
     block = channel_block()
     return len(weight) == 4 and tuple(weight[:2]) == (group, 1) and block > 0 and group % block == 0
 
 
-@dataclass(frozen=True)
-class _Form:
-    """How a node is computed on blocks.
-
-    Parameters
-    ----------
-    write : callable
-        Adds the nodes.
-    reads, makes : tuple of str
-        Tensors that are in blocks before and after.
-    always : bool
-        It is worth any reordering.
-    """
-
-    write: Callable[[], None]
-    reads: tuple[str, ...]
-    makes: tuple[str, ...]
-    always: bool = False
-
-
-def _least_reordered(view: GraphView, forms: Sequence[_Form | None]) -> list[bool]:
-    """Which nodes to compute on blocks, so that the tensors between them and the others are smallest: a
-    minimum cut."""
-    if not any(form is not None and form.always for form in forms):
-        return [False] * len(forms)
-    blocked, plain = 0, 1
-    place = [plain if form is None else blocked if form.always else k + 2 for k, form in enumerate(forms)]
-    makers = {name: place[k] for k, form in enumerate(forms) if form is not None for name in form.makes}
-    readers: dict[str, set[int]] = {}
-    for k, (node, form) in enumerate(zip(view.nodes, forms, strict=True)):
-        for name in node_reads(node):
-            readers.setdefault(name, set()).add(
-                place[k] if form is not None and name in form.reads else plain
-            )
-    for name in view.outputs:
-        readers.setdefault(name, set()).add(plain)
-    crossing = [name for name, sides in readers.items() if sides != {makers.get(name, plain)}]
-    if not crossing:
-        return [side == blocked for side in place]
-    sizes = {name: math.prod(view.static_shape(name) or (1,)) for name in crossing}
-    unit = max(1, sum(sizes.values()) >> 28)
-    most = np.iinfo(np.int32).max >> 1
-    edges: dict[tuple[int, int], int] = {}
-    fresh = len(forms) + 2
-    for name, size in sizes.items():
-        maker = makers.get(name, plain)
-        # onnxruntime reorders float tensors only.
-        cost = (
-            1 + size // unit if view.elem_type(name) in (TensorProto.FLOAT, TensorProto.UNDEFINED) else most
-        )
-        # Once for all readers of the other layout, whichever the maker's is.
-        for side in readers[name]:
-            edges[fresh, side] = edges[side, fresh + 1] = most
-        edges[maker, fresh] = edges[fresh + 1, maker] = cost
-        fresh += 2
-    rows, columns = np.array(list(edges)).T
-    capacities = csr_array((np.array(list(edges.values()), np.int32), (rows, columns)), shape=(fresh, fresh))
-    left = capacities - maximum_flow(capacities, blocked, plain).flow
-    left.eliminate_zeros()
-    reached = set(breadth_first_order(left, blocked, return_predecessors=False).tolist())
-    return [side in reached for side in place]
-
-
 class _Forms:
-    """Finds and adds the faster forms; each tensor is put in blocks, and taken out of them, once."""
+    """Finds and adds the faster forms; each tensor is reordered at most once in each direction."""
 
     def __init__(self, view: GraphView, builder: edit.Builder) -> None:
         self.builder, self._view = builder, view
         self._images: dict[str, str] = {}
         self._weights: dict[str, str] = {}
         self._waiting: set[str] = set()
-        """Tensors that are only in blocks so far."""
+        """Tensors that so far exist in blocked layout only."""
         self._postponed: dict[str, NodeProto] = {}
-        """Nodes that blocks need not: for readers of the usual layout."""
+        """Nodes that are added only if a reader needs their output in plain layout."""
 
-    def of(self, node: NodeProto) -> _Form | None:
-        """The blocked form of a node, if it has one."""
+    def of(self, node: NodeProto) -> Form | None:
+        """Return the blocked form of a node, or None if it has none."""
         if not channel_block() or subgraphs(node):
             return None
         for form in (
@@ -157,7 +92,7 @@ class _Forms:
             self._summed,
             self._pooled,
             self._joined,
-            self._side_by_side,
+            self._merging,
         ):
             found = form(node)
             if found is not None:
@@ -165,7 +100,7 @@ class _Forms:
         return None
 
     def keep(self, node: NodeProto) -> None:
-        """Add a node that computes on plain images."""
+        """Add a node in plain layout."""
         for name in node_reads(node):
             self.plain(name)
         if self._sums_images(node, "ReduceSumSquare", [2, 3]):
@@ -173,13 +108,13 @@ class _Forms:
             samples, channels, *image = self._shape(x)
             count = samples * channels
             sides = [self._reshaped(x, [1, count, *image]), self._reshaped(x, [count, 1, *image])]
-            # The Conv of every channel with itself takes a quarter of the time.
+            # A Conv of every channel with itself takes a quarter of the time.
             self._reshape_sum(node, self.builder.add("Conv", sides, group=count, kernel_shape=image))
         else:
             self.builder.nodes.append(node)
 
     def plain(self, name: str) -> str:
-        """Have a tensor in its usual layout; returns its name."""
+        """Ensure that a tensor exists in plain layout, and return its name."""
         if name in self._waiting:
             self._waiting.remove(name)
             self.builder.add(
@@ -193,9 +128,11 @@ class _Forms:
             self.keep(self._postponed.pop(name))
         return name
 
-    def _convolution(self, node: NodeProto) -> _Form | None:
-        """A depthwise Conv of images, or any without groups whose weight is constant: onnxruntime would
-        compute that on blocks anyway."""
+    def _convolution(self, node: NodeProto) -> Form | None:
+        """Return the form of a depthwise Conv, or of a Conv without groups and with a constant weight.
+
+        onnxruntime would compute the latter on blocks anyway.
+        """
         if node.op_type != "Conv" or node.domain:
             return None
         image, weight = (self._view.static_shape(name) for name in node.input[:2])
@@ -213,7 +150,7 @@ class _Forms:
             )
 
         if fits_blocks(weight, group):
-            return _Form(
+            return Form(
                 lambda: write(self._image(x), self._weight(w), bias),
                 (x,) if constant else (x, w),
                 (node.output[0],),
@@ -227,17 +164,17 @@ class _Forms:
             return None
         filled = [self._filled_bias(name) for name in bias]
         if weight[1] < channel_block():
-            # So few channels are read as they are.
-            return _Form(
+            # Fewer channels than a block are read in plain layout.
+            return Form(
                 lambda: write(self.plain(x), self._dense_weight(w), filled), (), (node.output[0],), True
             )
         if not self._is_image(x):
             return None
-        return _Form(
+        return Form(
             lambda: write(self._image(x), self._dense_weight(w), filled), (x,), (node.output[0],), True
         )
 
-    def _elementwise(self, node: NodeProto) -> _Form | None:
+    def _elementwise(self, node: NodeProto) -> Form | None:
         if node.op_type not in _ELEMENTWISE or not self._is_image(node.output[0]):
             return None
         shape = self._shape(node.output[0])
@@ -257,10 +194,10 @@ class _Forms:
             self.builder.nodes.append(copy)
             self._made(node, *copy.output)
 
-        return _Form(write, images, tuple(node.output))
+        return Form(write, images, tuple(node.output))
 
-    def _scaled(self, node: NodeProto) -> _Form | None:
-        """An image times one factor for each channel of each sample."""
+    def _scaled(self, node: NodeProto) -> Form | None:
+        """Return the form of a product of an image and one factor per channel and sample."""
         if node.op_type != "Mul" or not self._is_whole(node.output[0]):
             return None
         shape = self._shape(node.output[0])
@@ -273,24 +210,24 @@ class _Forms:
         def write() -> None:
             self.plain(factors[0])
             image = self._reshaped(self._image(images[0]), [1, count, *shape[2:]])
-            # Of a single place, the layouts are the same.
+            # For a single pixel, both layouts are the same.
             factor = self._reshaped(factors[0], [count, 1, 1, 1])
             made = self.builder.add("Conv", [image, factor], domain=LAYOUT_DOMAIN, group=count)
             self._made(node, self._reshaped(made, shape))
 
-        return _Form(write, (images[0],), (node.output[0],))
+        return Form(write, (images[0],), (node.output[0],))
 
-    def _summed(self, node: NodeProto) -> _Form | None:
-        """A sum of squares over the positions of each channel of each sample, or a sum over samples, too."""
+    def _summed(self, node: NodeProto) -> Form | None:
+        """Return the form of a sum of squares over positions, or of a sum over samples and positions."""
         x = node.input[0] if node.input else ""
         if self._sums_images(node, "ReduceSumSquare", [2, 3]) and self._is_whole(x):
-            return _Form(lambda: self._sum_squares(node), (x,), ())
+            return Form(lambda: self._sum_squares(node), (x,), ())
         if self._sums_images(node, "ReduceSum", [0, 2, 3]) and self._is_whole(x):
-            return _Form(lambda: self._sum(node), (x,), ())
+            return Form(lambda: self._sum(node), (x,), ())
         return None
 
     def _sum_squares(self, node: NodeProto) -> None:
-        """As the blocked Conv of every channel with itself."""
+        """Add a sum of squares over positions as the blocked Conv of every channel with itself."""
         samples, channels, *image = self._shape(node.input[0])
         count, x = samples * channels, self._image(node.input[0])
         sides = [self._reshaped(x, [1, count, *image]), self._reshaped(x, [count, 1, *image])]
@@ -299,7 +236,7 @@ class _Forms:
         )
 
     def _sum(self, node: NodeProto) -> None:
-        """By way of the means of each sample."""
+        """Add a sum over samples and positions, computed from the mean of each sample."""
         samples, channels, *image = self._shape(node.input[0])
         means = self.builder.add("GlobalAveragePool", [self._image(node.input[0])], domain=LAYOUT_DOMAIN)
         rows = self._reshaped(means, [samples, channels, 1, 1])
@@ -308,7 +245,7 @@ class _Forms:
         )
         self.builder.add("Mul", [total, float(math.prod(image))], node.output[0])
 
-    def _pooled(self, node: NodeProto) -> _Form | None:
+    def _pooled(self, node: NodeProto) -> Form | None:
         if node.op_type not in _POOLS or node.domain or len(node.output) > 1:
             return None
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -327,17 +264,17 @@ class _Forms:
                 ),
             )
 
-        return _Form(write, (node.input[0],), (node.output[0],))
+        return Form(write, (node.input[0],), (node.output[0],))
 
-    def _joined(self, node: NodeProto) -> _Form | None:
-        """Images joined channel by channel."""
+    def _joined(self, node: NodeProto) -> Form | None:
+        """Return the form of a concatenation of images along channels."""
         if (
             node.op_type != "Concat"
             or int_attribute(node, "axis", 0) not in (1, -3)
             or not all(map(self._is_whole, node.input))
         ):
             return None
-        return _Form(
+        return Form(
             lambda: self._made(
                 node, self.builder.add("Concat", [self._image(i) for i in node.input], axis=1)
             ),
@@ -345,16 +282,18 @@ class _Forms:
             (node.output[0],),
         )
 
-    def _side_by_side(self, node: NodeProto) -> _Form | None:
-        """A Reshape that puts the channels of all samples side by side, for a depthwise Conv: as an image, or
-        as its weight."""
+    def _merging(self, node: NodeProto) -> Form | None:
+        """Return the form of a Reshape that merges samples and channels, for a depthwise Conv of x with dy.
+
+        The result serves as its image or as its weight.
+        """
         name = node.output[0] if node.output else ""
         if node.op_type != "Reshape" or self._merged(name) is None:
             return None
-        return _Form(lambda: self._postponed.update({name: node}), (node.input[0],), (name,))
+        return Form(lambda: self._postponed.update({name: node}), (node.input[0],), (name,))
 
     def _image(self, name: str) -> str:
-        """The tensor in blocks."""
+        """Return a tensor in blocked layout."""
         if name not in self._images:
             source = self._merged(name)
             self._images[name] = (
@@ -363,8 +302,7 @@ class _Forms:
         return self._images[name]
 
     def _weight(self, name: str) -> str:
-        """A depthwise weight in blocks: as an image of one sample, or of as many as have been put side by
-        side in it."""
+        """Return a depthwise weight in blocked layout: that of an image of one sample or merged samples."""
         if name not in self._weights:
             shape = self._shape(name)
             source = self._merged(name)
@@ -377,8 +315,10 @@ class _Forms:
         return self._weights[name]
 
     def _dense_weight(self, name: str) -> str:
-        """A constant weight without groups in blocks of output channels, and of input channels if these are
-        not fewer."""
+        """Return a constant weight without groups in blocks of output channels.
+
+        Input channels are in blocks, too, unless they are fewer than a block.
+        """
         weight, block = self._view.constant(name), channel_block()
         outputs, inputs, *kernel = weight.shape
         whole = inputs if inputs < block else inputs + -inputs % block
@@ -404,7 +344,7 @@ class _Forms:
         return shape is not None and len(shape) == 4 and reduced_axes(node, self._view) == axes
 
     def _reshape_sum(self, node: NodeProto, found: str) -> None:
-        """Give the sums of each channel of each sample the shape that the node gives them."""
+        """Write sums per channel and sample in the output shape of the node."""
         kept = int_attribute(node, "keepdims", 1)
         self.builder.add(
             "Reshape",
@@ -413,8 +353,10 @@ class _Forms:
         )
 
     def _merged(self, name: str) -> str | None:
-        """The images whose channels were put side by side to make this tensor: in blocks, that changes their
-        shape only."""
+        """Return the image of which a tensor is a Reshape that merges samples and channels, or None.
+
+        In blocked layout, such a Reshape changes the shape only.
+        """
         node = self._view.producer.get(name)
         if node is None or node.op_type != "Reshape":
             return None
@@ -430,12 +372,12 @@ class _Forms:
         return node.input[0] if before[0] * before[1] in (shape[0], shape[1]) and 1 in shape[:2] else None
 
     def _is_image(self, name: str) -> bool:
-        """True for images that onnxruntime can reorder; zeros fill up the last block."""
+        """Return True for images that onnxruntime can reorder; zeros pad the last block."""
         shape = self._view.static_shape(name)
         return shape is not None and len(shape) == 4 and shape[1] > 0 and shape[1] % _REORDERED_TOGETHER == 0
 
     def _is_whole(self, name: str) -> bool:
-        """True for images in whole blocks of channels."""
+        """Return True for images with whole blocks of channels."""
         return self._is_image(name) and self._shape(name)[1] % channel_block() == 0
 
     def _is_number(self, name: str) -> bool:
@@ -449,7 +391,7 @@ class _Forms:
         return self.builder.add("Reshape", [name, np.array(shape, np.int64)])
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor whose shape is known."""
+        """Return the shape of a tensor whose shape is known."""
         shape = self._view.static_shape(name)
         assert shape is not None
         return shape

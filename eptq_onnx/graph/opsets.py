@@ -1,4 +1,4 @@
-"""Between opsets: onnx's version converter, what it lacks, and nothing by changing the number alone."""
+"""Conversion between opsets: onnx's version converter, and rewrites of what it does not convert correctly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from eptq_onnx.proto.bodies import all_nodes, subgraphs
 
 
 def within(model: ModelProto, least: int, newest: int, newest_ir: int) -> ModelProto:
-    """The model in an opset and IR version that both target and runtime read; itself if it is.
+    """Return a model in an opset and IR version that both target and runtime read; itself if it has them.
 
     Parameters
     ----------
@@ -47,10 +47,10 @@ def within(model: ModelProto, least: int, newest: int, newest_ir: int) -> ModelP
 
 
 def restored(model: ModelProto, opset: int, ir_version: int, newest: int, newest_ir: int) -> ModelProto:
-    """The model in at least this opset and IR version; itself if it is.
+    """Return a model in at least this opset and IR version; itself if it has them.
 
-    A newer IR version alone stays away where the runtime does not read it: the model needs nothing that came
-    with it.
+    The IR version is not raised beyond what the runtime reads, unless the opset is newer, too: the model
+    needs no feature of the newer version.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def restored(model: ModelProto, opset: int, ir_version: int, newest: int, newest
 
 
 def converted(model: ModelProto, opset: int) -> ModelProto:
-    """A copy in another default-domain opset, by onnx's version converter.
+    """Return a copy in another default-domain opset, made by onnx's version converter.
 
     Raises
     ------
@@ -84,14 +84,15 @@ def converted(model: ModelProto, opset: int) -> ModelProto:
     """
     light, heavy = weights.light(model)
     try:
-        # Some adapters ask for the ranks of tensors.
+        # Some of the converter's adapters need the ranks of tensors.
         light = onnx.version_converter.convert_version(
             onnx.shape_inference.infer_shapes(light, data_prop=True), opset
         )
     except Exception as e:
         # The converter raises bare C++ exceptions of several kinds.
         raise ModelError(
-            f"the model's opset {opset_of(model)} cannot be converted to {opset}, which the target or the runtime needs: {one_line(e)}"
+            f"the model's opset {opset_of(model)} cannot be converted to {opset}, "
+            f"which the target or the runtime needs: {one_line(e)}"
         ) from e
     result = weights.without_weights(model)
     result.ir_version = light.ir_version
@@ -104,9 +105,9 @@ def converted(model: ModelProto, opset: int) -> ModelProto:
     return result
 
 
-# ---- up: what the converter refuses, or changes the meaning of ---------------------------------------------
+# ---- up: operators that the converter rejects, or converts to a different meaning --------------------------
 def _upgraded(model: ModelProto, opset: int) -> ModelProto:
-    """A copy in a higher opset that computes the same."""
+    """Return an equivalent copy in a higher opset."""
     view, builder = GraphView(model), edit.Builder(model)
     for node in view.nodes:
         _refuse_old_forms_inside(node, opset_of(model))
@@ -124,24 +125,24 @@ def _upgraded(model: ModelProto, opset: int) -> ModelProto:
 
 
 def _refuse_old_forms_inside(node: NodeProto, opset: int) -> None:
-    """The converter changes the meaning of some operators in the bodies of If, Loop and Scan, too."""
+    """Raise if a subgraph of a node has operators whose meaning the converter changes."""
     for inner in (n for graph in subgraphs(node) for n in all_nodes(graph)):
         changed = inner.op_type in ("Upsample", *_OLD_FORMS) or (
             inner.op_type == "Resize" and opset < _RESIZE_WITH_MODES
         )
         if changed and not (inner.op_type == "BatchNormalization" and int_attribute(inner, "spatial", 1)):
             raise ModelError(
-                f"{inner.name or inner.output[0]}, a {inner.op_type} of opset {opset} inside {node.name or node.output[0]}, has no "
-                "equal in later opsets there: export the model with opset 13 or later."
+                f"{inner.name or inner.output[0]}, a {inner.op_type} of opset {opset} inside "
+                f"{node.name or node.output[0]}, has no equal in later opsets there: "
+                "export the model with opset 13 or later."
             )
 
 
 def _resize_modes(node: NodeProto, view: GraphView, opset: int) -> dict[str, str]:
-    """How Upsample and the first Resize place their samples, in words of later Resizes, whose defaults are
-    others.
+    """Return the attributes of a later Resize that samples like an Upsample or a Resize of opset 10.
 
-    Source: onnxruntime 1.19, upsamplebase.h: asymmetric coordinates; the nearest is below where an axis
-    grows, and above where it shrinks.
+    The defaults of later Resizes differ. Source: onnxruntime 1.19, upsamplebase.h: asymmetric coordinates;
+    the nearest sample is that below if an axis grows, and that above if it shrinks.
     """
     if node.op_type != "Upsample" and (node.op_type != "Resize" or opset >= _RESIZE_WITH_MODES):
         return {}
@@ -156,13 +157,13 @@ def _resize_modes(node: NodeProto, view: GraphView, opset: int) -> dict[str, str
     if scales is not None and np.max(scales) <= 1:  # type: ignore[call-overload]
         return {**modes, "nearest_mode": "ceil"}
     raise ModelError(
-        f"{node.name or node.output[0]}, a Resize of opset 10, may grow and shrink: no later Resize does the same; "
-        "export the model with opset 11 or later."
+        f"{node.name or node.output[0]}, a Resize of opset 10, may grow and shrink: "
+        "no later Resize does the same; export the model with opset 11 or later."
     )
 
 
 def _places_as_arithmetic(node: NodeProto, view: GraphView, b: edit.Builder) -> bool:
-    """The first BatchNormalizations could have statistics of every place."""
+    """BatchNormalization with statistics per position (``spatial = 0``, early opsets) → Mul, Add."""
     if (
         int_attribute(node, "spatial", 1)
         or len(node.output) > 1
@@ -177,7 +178,7 @@ def _places_as_arithmetic(node: NodeProto, view: GraphView, b: edit.Builder) -> 
 
 
 def _flatten_hardmax(node: NodeProto, view: GraphView, b: edit.Builder) -> bool:
-    """Until opset 12 Hardmax looked at all axes from its own on as one."""
+    """Hardmax up to opset 12, which merges all axes from ``axis`` on → Flatten, Hardmax, Reshape."""
     shape = b.add("Shape", [node.input[0]])
     rows = b.add("Flatten", [node.input[0]], axis=int_attribute(node, "axis", 1))
     b.add("Reshape", [b.add("Hardmax", [rows], axis=1), shape], node.output[0])
@@ -193,8 +194,7 @@ _OLD_FORMS: dict[str, Callable[[NodeProto, GraphView, edit.Builder], bool]] = {
 
 # ---- down: operators that older opsets do not have ---------------------------------------------------------
 def _expanded(model: ModelProto, newest: int) -> ModelProto:
-    """A copy in which operators younger than ``newest`` are the simpler ones that their definition is made
-    of."""
+    """Return a copy in which operators introduced after opset ``newest`` are replaced by their definition."""
     opset = opset_of(model)
     view = GraphView(infer_shapes(model))
     young = [n for n in view.nodes if n.domain in ("", "ai.onnx") and _is_younger(n, opset, newest)]
@@ -218,18 +218,18 @@ def _expanded(model: ModelProto, newest: int) -> ModelProto:
 
 
 _CHANGED = {"GroupNormalization"}
-"""Operators with another meaning since some opset: the converter has no way back."""
+"""Operators whose meaning changed in some opset, and which the converter cannot convert back."""
 
 
 def _is_younger(node: NodeProto, opset: int, newest: int) -> bool:
-    """True if the operator, or its meaning, appeared after an opset."""
+    """Return True if an operator, or its present meaning, was introduced after an opset."""
     if node.op_type in _CHANGED:
         return int(onnx.defs.get_schema(node.op_type, opset, "").since_version) > newest
     return _first_version(node, opset) > newest
 
 
 def _first_version(node: NodeProto, opset: int) -> int:
-    """The opset in which an operator appeared."""
+    """Return the opset that introduced an operator."""
     version = int(onnx.defs.get_schema(node.op_type, opset, "").since_version)
     while version > 1 and onnx.defs.has(node.op_type, version - 1, ""):
         version = int(onnx.defs.get_schema(node.op_type, version - 1, "").since_version)
@@ -249,7 +249,8 @@ def _definition(node: NodeProto, opset: int, types: list[onnx.TypeProto]) -> onn
         )
     else:
         raise ModelError(
-            f"{node.name or node.output[0]} is a {node.op_type} of opset {opset}, which the installed onnxruntime does not read "
-            "and ONNX does not define by simpler operators: install a newer onnxruntime."
+            f"{node.name or node.output[0]} is a {node.op_type} of opset {opset}, which the installed "
+            "onnxruntime does not read and ONNX does not define by simpler operators: "
+            "install a newer onnxruntime."
         )
     return body

@@ -1,5 +1,4 @@
-"""Outputs of models as numbers that can be compared: tensors of any float type, and sequences and maps of
-such."""
+"""Conversion of model outputs (float tensors, and sequences and maps of them) to comparable numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorPro
 
 
 def comparable(view: GraphView) -> tuple[str, ...]:
-    """Names of the outputs that hold floating-point numbers, each once, in order."""
+    """Return the names of the outputs that hold floating-point numbers, each once, in order."""
     return tuple(name for name in dict.fromkeys(view.outputs) if _is_float(view.kind(name)))
 
 
@@ -34,11 +33,10 @@ def _is_float(kind: int | TypeProto) -> bool:
 
 
 def readable(model: ModelProto) -> tuple[ModelProto, dict[str, str]]:
-    """The model with outputs that onnxruntime hands over to numpy, and the name under which each output's
-    numbers are found.
+    """Return a model whose outputs can be converted to numpy, and the output to read for each one.
 
-    It does not hand over bfloat16: such an output gets a float32 copy, of the same values. Without any, the
-    model is itself.
+    onnxruntime cannot return bfloat16 to numpy: such an output gets a float32 copy of the same values. A
+    model without bfloat16 outputs is returned as it is.
 
     Parameters
     ----------
@@ -49,7 +47,7 @@ def readable(model: ModelProto) -> tuple[ModelProto, dict[str, str]]:
     -------
     ModelProto
     dict of str to str
-        `comparable` output to the output to read.
+        Name of each `comparable` output to the output to read.
     """
     view = GraphView(model)
     names = {name: name for name in comparable(view)}
@@ -66,8 +64,9 @@ def readable(model: ModelProto) -> tuple[ModelProto, dict[str, str]]:
 
 
 def numbers(value: Any) -> NDArray[np.float64]:
-    """What an output holds as float64: a tensor in its shape; numbers of sequences, maps and optionals in a
-    row.
+    """Return the value of an output as float64.
+
+    A tensor keeps its shape; the values of sequences, maps and optionals are concatenated to a vector.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Patterns that name nodes of a graph: for options that hold for some nodes only."""
+"""Patterns that select nodes of a graph, for options that apply to some nodes only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PATH = re.compile(r"from:(.+)\.\.to:(.+)")
 
 
 def matching(view: GraphView, pattern: str) -> frozenset[str]:
-    """Names of the nodes that a pattern names.
+    """Return the names of the nodes that match a pattern.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ def matching(view: GraphView, pattern: str) -> frozenset[str]:
     Raises
     ------
     ConfigError
-        If there is no such node.
+        If no node matches, or the pattern is malformed.
     """
     path = _PATH.fullmatch(pattern)
     if path is not None:
@@ -33,7 +33,7 @@ def matching(view: GraphView, pattern: str) -> frozenset[str]:
         try:
             expression = re.compile(pattern.removeprefix("re:"))
         except re.error as e:
-            raise ConfigError(f"the pattern {pattern!r} is no regular expression: {e}.") from e
+            raise ConfigError(f"the pattern {pattern!r} is not a regular expression: {e}.") from e
         found = {n.name for n in view.nodes if expression.fullmatch(n.name)}
     elif pattern.startswith("op:"):
         found = {n.name for n in view.nodes if n.op_type == pattern.removeprefix("op:")}
@@ -56,7 +56,8 @@ def _named(view: GraphView, name: str) -> str:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"; similar names: {', '.join(near)}" if near else ""
     raise ConfigError(
-        f"there is no node {name!r} (what is folded into a layer, such as a batch normalization, is no node any more){hint}."
+        f"there is no node {name!r} (a node that is folded into a layer, such as a batch normalization, "
+        f"no longer exists){hint}."
     )
 
 
@@ -69,6 +70,6 @@ def _between(view: GraphView, first: str, last: str) -> set[str]:
     inside = {n.name for n in view.nodes if any(o in behind and o in before for o in n.output)}
     if first not in inside:
         raise ConfigError(
-            f"the pattern 'from:{first}..to:{last}' matches no node: no path leads from the one to the other."
+            f"the pattern 'from:{first}..to:{last}' matches no node: no path leads from one to the other."
         )
     return {*inside, last}

@@ -1,4 +1,4 @@
-"""Remove what onnxruntime ignores in a model and other libraries stumble over."""
+"""Removal of parts of a model that onnxruntime ignores and other libraries fail on."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _VERSIONS = range(1, 2**31)
 
 
 def repair(model: ModelProto, name: str) -> None:
-    """Remove, in place, what onnxruntime ignores.
+    """Remove, in place, parts of a model that onnxruntime ignores.
 
-    That is: second values of tensors, functions that no node calls, sizes below zero, types that do not
-    exist, bytes of names.
+    These are second values of tensors, unused functions, negative sizes, types that do not exist, and bytes
+    in names that are not valid UTF-8.
 
     Raises
     ------
     ModelError
-        If the name of an input or output is no UTF-8; no runtime takes it.
+        If the name of an input or output is not valid UTF-8; no runtime accepts that.
     """
     for info in (*model.graph.input, *model.graph.output):
         if not isinstance(info.name, str):
             raise ModelError(
-                f"{name} has an input or output whose name {info.name!r} is no UTF-8: rename it."
+                f"{name} has an input or output whose name {info.name!r} is not valid UTF-8: rename it."
             )
     _decode(model)
     _drop_functions(model)
@@ -49,8 +49,7 @@ def repair(model: ModelProto, name: str) -> None:
 
 
 def _drop_functions(model: ModelProto) -> None:
-    """Functions that no node calls, by way of others or not, are left out: onnxruntime does not look at
-    them."""
+    """Remove functions that no node calls, directly or indirectly; onnxruntime ignores them."""
     functions = {(f.domain, f.name): f for f in model.functions}
     called: set[tuple[str, str]] = set()
     calling: list[GraphProto | FunctionProto] = [model.graph]
@@ -90,7 +89,7 @@ def _is_odd(info: ValueInfoProto) -> bool:
 
 
 def _open_negative(kind: TypeProto) -> None:
-    """An axis of a size below zero is one of unknown size."""
+    """Turn axes of negative size into axes of unknown size, in place."""
     if kind.HasField("tensor_type"):
         for axis in kind.tensor_type.shape.dim if kind.tensor_type.HasField("shape") else ():
             if axis.dim_value < 0:
@@ -103,7 +102,7 @@ def _open_negative(kind: TypeProto) -> None:
 
 # ---- names -------------------------------------------------------------------------------------------------
 def _decode(model: ModelProto) -> None:
-    """Text that is no UTF-8, which protobuf gives as bytes, becomes text with the odd bytes written out."""
+    """Escape the invalid bytes of strings that are not UTF-8, which protobuf returns as bytes, in place."""
     stack: list[Any] = [model]
     while stack:
         message = stack.pop()
@@ -129,7 +128,7 @@ def _text(value: str | bytes) -> str:
 
 @cache
 def _fields(full_name: str) -> tuple[list[str], list[str], list[str], list[str]]:
-    """Fields of a message that hold text or messages: one text, several, one message, several."""
+    """Return the fields of a message type that hold one string, several, one message, several."""
     found: tuple[list[str], ...] = ([], [], [], [])
     descriptor = DESCRIPTOR.pool.FindMessageTypeByName(full_name)
     for field in _ordered(descriptor.fields):

@@ -1,14 +1,14 @@
-"""Random draws and choices by value, recorded from the float network and replayed in every version of it.
+"""Recording of random draws and choices by value in the float network, and replay in every version of it.
 
-Two networks can be compared row by row only if both draw the same numbers, and choose the same rows in the
-same order. A node that draws (RandomNormalLike) or chooses (TopK, NonZero) becomes inputs with what it made
-of each sample:
+Two networks can be compared row by row only if both draw the same numbers and choose the same rows in the
+same order. A node that draws (RandomNormalLike) or chooses (TopK, NonZero) is replaced by inputs with its
+results for each sample:
 
-    TopK(x, k) → values, places    becomes    GatherElements(x, recorded places) → values, Identity(recorded
-    places) → places
+    TopK(x, k) → values, indices    becomes
+    GatherElements(x, recorded indices) → values, Identity(recorded indices) → indices
 
-so that the node's tensors keep their names, and gradients pass where the node has them. What a choice is made
-from becomes an output: an error there may change the choice when the network chooses for itself.
+The node's tensors keep their names, and gradients pass where the node has them. The tensor that a choice is
+made from becomes an output, as an error there may change the choice when the network chooses for itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RANDOM = (
     "RandomUniform",
     "RandomUniformLike",
 )
-"""Operators that draw whatever they are given; Dropout does in training mode only."""
+"""Operators that always draw random numbers; Dropout draws in training mode only."""
 _PREFIX = "recorded/"
 _INTEGERS = {
     TensorProto.INT8,
@@ -54,14 +54,14 @@ class Recorded:
     outputs : tuple of int
         Positions of the outputs that are recorded, whether the model names them or not.
     inputs : tuple of int
-        Positions of inputs that decide, and are recorded in their place: the condition of an If, say. The
-        node stays.
+        Positions of inputs that are recorded instead of outputs, such as the condition of an If. The node
+        stays.
     rest : callable, optional
-        (node, recorded tensors by position, builder) adds what makes the other outputs.
+        (node, recorded tensors by position, builder); adds nodes that compute the other outputs.
     orders : bool
-        True if rows are chosen: how many, and in which order, depends on values.
+        True if rows are chosen, so that their number and order depend on values.
     applies : callable
-        (node, view) to True if this node, in its mode, draws or chooses at all.
+        (node, view) to True if this particular node draws or chooses at all.
     """
 
     draws: bool
@@ -77,7 +77,7 @@ RuleOf = Callable[[NodeProto], Recorded | None]
 
 # ---- rules of single operators -----------------------------------------------------------------------------
 def top_k_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder) -> None:
-    """TopK: the values stand at the recorded places."""
+    """Compute the values of a TopK from the recorded indices."""
     if node.output[0]:
         b.add(
             "GatherElements",
@@ -88,7 +88,7 @@ def top_k_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder) 
 
 
 def unique_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder) -> None:
-    """Unique: the values, or slices along an axis, stand at the recorded places of their first occurrence."""
+    """Compute the values (or slices) of a Unique from the recorded indices of their first occurrence."""
     if not node.output[0]:
         return
     axis, source = attribute(node, "axis"), node.input[0]
@@ -103,23 +103,22 @@ def unique_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder)
 
 
 def dropout_values(node: NodeProto, recorded: Mapping[int, str], b: edit.Builder) -> None:
-    """Dropout in training mode: ``x / (1 - ratio)`` where the recorded mask is true, else 0."""
+    """Compute a Dropout in training mode: ``x / (1 - ratio)`` where the recorded mask is true, else 0."""
     ratio = node.input[1] if len(node.input) > 1 and node.input[1] else b.constant(0.5, "ratio")
-    # The ratio may be of another float type than x, and x of any shape that broadcasts.
+    # The ratio may have another float type than x.
     kept = b.add("Sub", [b.constant(1.0, "one"), b.add("Cast", [ratio], to=TensorProto.FLOAT)])
     mask = b.add("Cast", [recorded[1]], to=TensorProto.FLOAT)
     b.add("Mul", [node.input[0], b.add("Div", [mask, kept])], node.output[0])
 
 
 def rounds(node: NodeProto, view: GraphView) -> bool:
-    """True for a Cast from float to an integer that follows from the inputs' values, not from their shapes
-    alone."""
+    """Return True for a Cast from float to integer that depends on values of inputs, not only on shapes."""
     makes = view.elem_type(node.output[0])
     return view.is_float(node.input[0]) and makes in _INTEGERS and node.input[0] in view.varying
 
 
 def rounds_sizes(node: NodeProto, view: GraphView) -> bool:
-    """True for a rounded value that an integer is made of: a length, a place, the number of rows."""
+    """Return True for a rounded value that is cast to an integer: a length, an index, a number of rows."""
     if node.output[0] not in view.varying:
         return False
     behind = view.downstream([node.output[0]])
@@ -130,7 +129,7 @@ def rounds_sizes(node: NodeProto, view: GraphView) -> bool:
 
 
 def decides(node: NodeProto, view: GraphView) -> bool:
-    """True for a condition that follows from the inputs' values through computed floats."""
+    """Return True for a condition that depends on values of inputs through computed floats."""
     condition = node.input[1 if node.op_type == "Compress" else 0]
     if condition not in view.varying:
         return False
@@ -138,7 +137,7 @@ def decides(node: NodeProto, view: GraphView) -> bool:
 
 
 def trains(node: NodeProto, view: GraphView) -> bool:
-    """True for a Dropout whose training mode is not known to be off."""
+    """Return True for a Dropout whose training mode is not known to be off."""
     if len(node.input) < 3 or not node.input[2]:
         return False
     return not view.is_constant(node.input[2]) or bool(view.constant(node.input[2]).reshape(-1)[0])
@@ -147,18 +146,20 @@ def trains(node: NodeProto, view: GraphView) -> bool:
 # ---- replay ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Place:
-    """One recorded tensor of a node, and the input of the model that stands for it.
+    """A recorded tensor of a node, and the model input that replaces it.
 
     Parameters
     ----------
     node : str
+        Name of the node.
     position : int
-        Among the node's outputs.
+        Position among the node's outputs, or inputs if ``reads``.
     name : str
-        Of the input.
+        Name of the model input.
     draws : bool
+        True for a random draw, False for a choice.
     reads : bool
-        True if the position is among the node's inputs.
+        True if the tensor is an input of the node.
     """
 
     node: str
@@ -168,21 +169,21 @@ class Place:
     reads: bool = False
 
     def source(self, node: NodeProto) -> str:
-        """The tensor that its node chooses by."""
+        """Return the tensor that the node's choice is based on."""
         return str(node.input[self.position if self.reads else 0])
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What is replayed in all versions of a model; versions have the same node names.
+    """The replay of recorded tensors in any version of a model; versions have the same node names.
 
     Parameters
     ----------
     places : tuple of Place
     types : mapping of str to (int, int)
-        Element type and rank of each input that stands for a recorded tensor.
+        Element type and rank of each input that replaces a recorded tensor.
     decisive : mapping of str to int
-        Tensors that choices are made from, and their element types.
+        Element type of each tensor that a choice is made from.
     """
 
     places: tuple[Place, ...] = ()
@@ -191,13 +192,13 @@ class Replay:
 
     @property
     def draws(self) -> Replay:
-        """The random draws alone."""
+        """The replay of random draws only."""
         return Replay(tuple(p for p in self.places if p.draws), self.types)
 
     def __call__(
         self, model: ModelProto, rule_of: RuleOf, read_as: Mapping[str, str] | None = None
     ) -> ModelProto:
-        """A copy that takes what was recorded as inputs; the model itself if nothing was.
+        """Return a copy that takes recorded tensors as inputs; the model itself if nothing was recorded.
 
         Parameters
         ----------
@@ -205,7 +206,7 @@ class Replay:
         rule_of : callable
             Node to what is recorded of its operator.
         read_as : mapping of str to str, optional
-            What stands for a tensor of the recorded model in this one.
+            Tensor of the recorded model to its name in this one, where they differ.
         """
         if not self.places:
             return model
@@ -238,14 +239,14 @@ class Replay:
 
 
 def places_of(model: ModelProto, rule_of: RuleOf) -> tuple[Place, ...]:
-    """The tensors of the main graph that are to be recorded: all draws, and the choices that float values
-    depend on.
+    """Return the tensors of the main graph to record: all draws, and choices that float values depend on.
 
     Parameters
     ----------
     model : ModelProto
         With named nodes and inferred types.
     rule_of : callable
+        Node to what is recorded of its operator.
     """
     view = GraphView(model)
     taken = all_names(model.graph)
@@ -268,14 +269,14 @@ def places_of(model: ModelProto, rule_of: RuleOf) -> tuple[Place, ...]:
 
 
 def recording(model: ModelProto, places: tuple[Place, ...], seed: int) -> tuple[ModelProto, list[str]]:
-    """A model that gives the tensors to be recorded, one output a place, and their names; draws follow from
-    the seed.
+    """Return a model whose outputs are the tensors to record, and the name of the output for each place.
 
     Parameters
     ----------
     model : ModelProto
     places : tuple of Place
     seed : int
+        Seed of all random draws.
     """
     by_node = _by_node(places)
     builder, names = edit.Builder(model, _PREFIX), dict[str, str]()
@@ -300,7 +301,7 @@ def recording(model: ModelProto, places: tuple[Place, ...], seed: int) -> tuple[
         builder.nodes.append(copy)
     result = edit.with_nodes(model, builder.nodes)
     outputs = [names[p.name] for p in places]
-    # onnxruntime infers what is not known.
+    # onnxruntime infers types that are unknown.
     edit.set_outputs(result, list(dict.fromkeys(outputs)), TensorProto.UNDEFINED)
     edit.prune(result)
     return result, outputs
@@ -314,7 +315,7 @@ def _by_node(places: Sequence[Place]) -> dict[str, list[Place]]:
 
 
 def _reading(node: NodeProto, names: Mapping[int, str]) -> NodeProto:
-    """A copy that reads other inputs at some positions."""
+    """Return a copy of a node with other inputs at some positions."""
     copy = NodeProto()
     copy.CopyFrom(node)
     for position, name in names.items():
@@ -332,7 +333,7 @@ def _seed(node: NodeProto, seed: int) -> None:
 
 
 def decisive(model: ModelProto, places: tuple[Place, ...]) -> dict[str, int]:
-    """Tensors that choices are made from, as far as they are float and computed, with their element types."""
+    """Return the computed float tensors that choices are made from, with their element types."""
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
     found: dict[str, int] = {}
@@ -344,7 +345,7 @@ def decisive(model: ModelProto, places: tuple[Place, ...]) -> dict[str, int]:
 
 
 def _float_sources(view: GraphView, tensor: str) -> Iterator[str]:
-    """The tensor, or, if it is not float, the float tensors that it was computed from."""
+    """Yield a tensor, or, if it is not float, the nearest float tensors that it is computed from."""
     queue, seen = [tensor], set[str]()
     while queue:
         name = queue.pop()
@@ -359,7 +360,7 @@ def _float_sources(view: GraphView, tensor: str) -> Iterator[str]:
 
 
 def draws_inside_bodies(model: ModelProto, rule_of: RuleOf) -> list[str]:
-    """Names of the nodes of the main graph in whose bodies something is drawn."""
+    """Return the names of the nodes of the main graph in whose subgraphs random numbers are drawn."""
     found = []
     for node in model.graph.node:
         rules = (

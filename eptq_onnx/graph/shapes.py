@@ -1,5 +1,4 @@
-"""Shapes of everything, for inputs of fixed shapes: inferred where inference gets, observed where it does
-not."""
+"""Shapes of all tensors for fixed input shapes: inferred where possible, otherwise observed in a run."""
 
 from __future__ import annotations
 
@@ -19,16 +18,16 @@ Known = tuple[int, tuple[int | None, ...]]
 
 
 def specialize(model: ModelProto, batches: Sequence[Feeds]) -> ModelProto:
-    """A copy whose inputs and tensors have fixed shapes.
+    """Return a copy whose inputs and tensors have fixed shapes.
 
-    Inference ends at shapes that are computed in ways that it does not follow; these are observed by running
-    the batches. A shape in which two of them differ depends on values, and stays unknown.
+    Shapes that inference cannot derive are observed by running the batches. A shape that differs between
+    batches depends on values, and stays unknown.
 
     Parameters
     ----------
     model : ModelProto
     batches : sequence of Feeds
-        The inputs, all of the same shapes.
+        Inputs, the same shapes in each batch.
 
     Raises
     ------
@@ -48,9 +47,10 @@ def specialize(model: ModelProto, batches: Sequence[Feeds]) -> ModelProto:
 
 
 def empty_tensor(model: ModelProto) -> str | None:
-    """A computed float tensor without elements, for the shapes that the model has; None if there is none.
+    """Return the name of a computed float tensor without elements, or None.
 
-    Such are rows that were chosen by value, where none was: onnxruntime's gradient kernels crash on them.
+    Such a tensor arises if rows are chosen by value and none qualifies; onnxruntime's gradient kernels crash
+    on it. Shapes are those that the model declares.
     """
     view = GraphView(model)
     return next(
@@ -65,7 +65,7 @@ def empty_tensor(model: ModelProto) -> str | None:
 
 
 def with_ranks(model: ModelProto, feeds: Feeds) -> ModelProto:
-    """The model with the observed number of axes where inference does not tell it; itself if it tells all."""
+    """Return a model with observed ranks where inference finds none; itself if no rank is unknown."""
     view = GraphView(model)
     unknown = [o for n in view.nodes for o in n.output if o and view.shape(o) is None]
     if not unknown:
@@ -80,13 +80,13 @@ def with_ranks(model: ModelProto, feeds: Feeds) -> ModelProto:
 def _observed(model: ModelProto, tensors: Sequence[str], feeds: Feeds) -> dict[str, Known]:
     session = Session(edit.exposing(model, tensors))
     values = session.run(session.taken(feeds), tensors)
-    # Sequences and strings have no place in the table.
+    # Sequences and strings have no entry in the table.
     plain = {name: v for name, v in values.items() if isinstance(v, np.ndarray) and v.dtype != object}
     return {name: (helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for name, v in plain.items()}
 
 
 def _with_shapes(model: ModelProto, known: Mapping[str, Known]) -> ModelProto:
-    """The model, changed, with these types and shapes, and what follows from them."""
+    """Declare types and shapes, in place, and return a copy with everything inferred from them."""
     kept = [v for v in model.graph.value_info if v.name not in known]
     outputs = {o.name for o in model.graph.output}
     del model.graph.value_info[:]

@@ -1,9 +1,7 @@
-"""Damaged models: told apart from sound ones before anything else reads them, and mended where onnxruntime
-does not mind the damage.
+"""Detection of damaged models before anything else reads them, and repair of damage that onnxruntime ignores.
 
-Libraries do not survive everything: onnxruntime 1.19 ends the process on a Conv whose weight has an axis too
-few or whose strides are 0. What onnx's strict inference objects to is therefore loaded by a process of its
-own first.
+Some damage crashes libraries: onnxruntime 1.19 ends the process on a Conv whose weight lacks an axis, or
+whose strides are 0. A model that onnx's strict inference rejects is therefore tried in another process first.
 """
 
 from __future__ import annotations
@@ -20,25 +18,24 @@ from eptq_onnx.proto.weights import light
 
 
 def make_sound(model: ModelProto, name: str) -> None:
-    """Refuse what onnxruntime does not load, and remove, in place, what it does not look at and others
-    stumble over.
+    """Reject a model that onnxruntime does not load, and remove, in place, what only other libraries reject.
 
     Parameters
     ----------
     model : ModelProto
     name : str
-        To call it in messages.
+        Name of the model in messages.
 
     Raises
     ------
     ModelError
-        If onnxruntime reads models of this opset and IR version, but refuses this one; or if it crashes.
+        If onnxruntime reads models of this opset and IR version, but refuses this one, or crashes on it.
     """
-    # Old exporters leave the IR version out; nothing else need be wrong with their files.
+    # Old exporters omit the IR version; their files may otherwise be valid.
     model.ir_version = model.ir_version or FIRST_IR_WITH_CONSTANTS
     for node in all_nodes(model.graph):
         for attribute in node.attribute:
-            # Outside functions there is nothing to refer to.
+            # Attribute references have a meaning inside functions only.
             attribute.ClearField("ref_attr_name")
     if _objection(model) is not None:
         bare = _without_shapes(light(model)[0])
@@ -47,7 +44,8 @@ def make_sound(model: ModelProto, name: str) -> None:
         if not runtime.survives(model):
             why = _objection(model) or _objection(bare)
             raise ModelError(
-                f"{name} is not valid ONNX, and onnxruntime crashes on it, or has not loaded it after a minute: {why}"
+                f"{name} is not valid ONNX, and onnxruntime crashes on it, "
+                f"or has not loaded it after a minute: {why}"
             )
     opset, ir_version = runtime.newest_readable()
     if opset_of(model) > opset or model.ir_version > ir_version:
@@ -55,24 +53,26 @@ def make_sound(model: ModelProto, name: str) -> None:
     try:
         runtime.Session(model, optimize=False)
     except ModelError as e:
-        # Types without a kernel are widened.
+        # Types without a kernel are widened later.
         if runtime.NO_KERNEL not in str(e):
             raise ModelError(f"{name}: {e}") from e
 
 
 def _objection(model: ModelProto) -> str | None:
-    """What onnx's strict inference says against a model."""
+    """Return the error of onnx's strict inference on a model, or None."""
     try:
         onnx.shape_inference.infer_shapes(light(model)[0], check_type=True, strict_mode=True)
     except Exception as e:
-        # Bare C++ exceptions of several kinds.
+        # onnx raises bare C++ exceptions of several kinds.
         return one_line(e)
     return None
 
 
 def _without_shapes(model: ModelProto) -> ModelProto:
-    """The model, changed, without the shapes that are declared of what nodes make; the scalars that Loop is
-    given keep theirs."""
+    """Remove the declared shapes of computed tensors, in place, and return the model.
+
+    Shapes without axes stay: Loop requires scalars.
+    """
     for graph in all_graphs(model.graph):
         inputs = () if graph is model.graph else graph.input
         for tensor in (

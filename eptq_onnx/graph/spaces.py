@@ -1,11 +1,11 @@
-"""Which channels may be mixed by a matrix without changing what the model computes.
+"""Analysis of which channels may be mixed by a matrix without changing what the model computes.
 
-Where nothing but linear operators lies between layers, and they do the same to all channels (the ends of
-inverted residuals, sums of them, pooling, resizing, joins), the rows of the layers in front take up any
-invertible matrix, and the terms of the layers behind its inverse. For transformers this is known as rotation
-(QuaRot, Ashkboos et al. 2024; SpinQuant, Liu et al. 2024). The slots of `eptq_onnx.graph.channels` tell which
-channels are the same ones, if only operators that are linear have rules; a *space* is a set of channels that
-always come together.
+If only linear operators that treat all channels alike lie between layers (the ends of inverted residuals,
+sums of them, pooling, resizing, concatenation), any invertible matrix can be merged into the rows of the
+layers upstream, and its inverse into the terms of the layers downstream. For transformers this is rotation
+(QuaRot, Ashkboos et al. 2024; SpinQuant, Liu et al. 2024). The slots of `eptq_onnx.graph.channels`, computed
+with the rules of linear operators only, tell which channels are tied. A *space* is a set of channels that
+always occur together.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Spaces:
     Parameters
     ----------
     channels : Channels
-        By rules of linear operators.
+        Computed with the rules of linear operators only.
     """
 
     def __init__(self, channels: Channels) -> None:
@@ -45,10 +45,10 @@ class Spaces:
         order = np.argsort(labels, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
         self.members: list[Slots] = [g for g in groups if len(g) > 1 and labels[g[0]] > 0]
-        """The channels of each space: sets of tied slots."""
+        """The channels of each space, as sets of tied slots."""
 
     def places(self, slots: Slots | None, space: int) -> Places:
-        """Where the members of a space stand among slots, of shape (n_copies, n_members)."""
+        """Return the positions of the members of a space among slots, of shape (n_copies, n_members)."""
         members = self.members[space]
         sets = self._sets[slots] if slots is not None else np.zeros(0, np.int64)
         index = np.searchsorted(members, sets).clip(max=len(members) - 1)
@@ -56,7 +56,7 @@ class Spaces:
         return found[np.argsort(index[found], kind="stable")].reshape(len(members), -1).T
 
     def mixed(self, absorber: Absorber, value: Array, space: int, matrix: Matrix, inverse: Matrix) -> Array:
-        """What becomes of a constant where the channels of a space are multiplied by a matrix.
+        """Return the value of a constant after the channels of a space are multiplied by a matrix.
 
         Parameters
         ----------
@@ -80,7 +80,7 @@ class Spaces:
 
 
 def _grouped(channels: Channels, absorber: Absorber) -> bool:
-    """True for the weight of a layer whose outputs do not read all channels."""
+    """Return True for the weight of a grouped layer, whose outputs do not read all channels."""
     return (
         absorber.form is not None
         and row_shape(absorber.form, channels.view.constant_shape(absorber.constant))[0] > 1
@@ -88,7 +88,7 @@ def _grouped(channels: Channels, absorber: Absorber) -> bool:
 
 
 def _refined(vectors: Sequence[Slots], count: int) -> NDArray[np.int64]:
-    """Labels that are the same for sets that stand in the same vectors equally often; 0 for those in none."""
+    """Return labels that are equal for sets that occur in the same vectors equally often; 0 if in none."""
     labels, used = np.zeros(count, np.int64), 0
     for vector in vectors:
         sets, times = np.unique(vector, return_counts=True)

@@ -1,4 +1,4 @@
-"""Read-only look at a graph: who makes and who reads a tensor, constants, types and shapes."""
+"""Read-only view of a graph: producers and consumers of tensors, constants, types and shapes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Shape = tuple[int | None, ...]
 
 
 def attribute(node: NodeProto, name: str, default: object = None) -> object:
-    """Value of a node's attribute, or ``default``; strings come as str."""
+    """Return the value of a node's attribute, or ``default``; strings are returned as str."""
     for item in node.attribute:
         if item.name == name:
             value = onnx.helper.get_attribute_value(item)
@@ -29,25 +29,25 @@ def attribute(node: NodeProto, name: str, default: object = None) -> object:
 
 
 def int_attribute(node: NodeProto, name: str, default: int) -> int:
-    """Integer attribute of a node."""
+    """Return an integer attribute of a node."""
     value = attribute(node, name, default)
     return int(value)  # type: ignore[call-overload,no-any-return]
 
 
 def ints_attribute(node: NodeProto, name: str) -> list[int]:
-    """Integer-list attribute of a node; empty if absent."""
+    """Return an integer-list attribute of a node, empty if absent."""
     value = attribute(node, name, ())
     return [int(v) for v in value]  # type: ignore[attr-defined]
 
 
 def opset_of(model: ModelProto, domain: str = "") -> int:
-    """Version of an operator set that the model imports; 0 if it does not."""
+    """Return the version of an operator set that the model imports, 0 if it imports none."""
     names = ("", "ai.onnx") if domain == "" else (domain,)
     return max((int(o.version) for o in model.opset_import if o.domain in names), default=0)
 
 
 STOP = "eptq: a constant to gradients"
-"""``doc_string`` of a node of a private copy that no gradient passes, whatever its operator."""
+"""``doc_string`` that marks a node of a private copy so that no gradient passes, whatever its operator."""
 
 
 class GraphView:
@@ -83,11 +83,11 @@ class GraphView:
         return table
 
     def is_constant(self, name: str) -> bool:
-        """True if the tensor's value is stored in the model and no caller can replace it."""
+        """Return True if a tensor is an initializer, whose value no caller can replace."""
         return name in self.initializers
 
     def constant(self, name: str) -> NDArray[Any]:
-        """Value of an initializer; one that is stored is read anew each time."""
+        """Return the value of an initializer; a stored one is read from its file each time."""
         tensor = self.initializers[name]
         if store.is_stored(tensor):
             return store.array(tensor)
@@ -96,25 +96,25 @@ class GraphView:
         return self._arrays[name]
 
     def constant_parts(self, name: str) -> Iterator[tuple[slice, NDArray[Any]]]:
-        """Value of an initializer, some rows at a time; see `store.parts`."""
+        """Yield the value of an initializer in chunks; see `store.parts`."""
         return store.parts(self.initializers[name])
 
     def constant_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of an initializer."""
+        """Return the shape of an initializer."""
         return tuple(int(d) for d in self.initializers[name].dims)
 
     def is_finite(self, name: str) -> bool:
-        """False if an initializer has NaN or Inf somewhere."""
+        """Return False if an initializer contains NaN or infinity."""
         if name not in self._finite:
             self._finite[name] = store.is_finite(self.initializers[name])
         return self._finite[name]
 
     def elem_type(self, name: str) -> int:
-        """TensorProto data type, or UNDEFINED where inference did not tell."""
+        """Return the element type (TensorProto.DataType) of a tensor, or UNDEFINED if unknown."""
         return self._types.get(name, (TensorProto.UNDEFINED, None))[0]
 
     def kind(self, name: str) -> int | TypeProto:
-        """`elem_type` of a tensor, the whole type of a sequence, map or optional."""
+        """Return the `elem_type` of a tensor, or the whole type of a sequence, map or optional."""
         return self._others.get(name) or self.elem_type(name)
 
     @cached_property
@@ -123,15 +123,15 @@ class GraphView:
         return {v.name: v.type for v in infos if v.type.WhichOneof("value") not in (None, "tensor_type")}
 
     def is_float(self, name: str) -> bool:
-        """True for a float32 tensor."""
+        """Return True for a float32 tensor."""
         return self.elem_type(name) == TensorProto.FLOAT
 
     def shape(self, name: str) -> Shape | None:
-        """Inferred shape, None for an unknown rank or dimension."""
+        """Return the inferred shape with None for unknown dimensions, or None if the rank is unknown."""
         return self._types.get(name, (0, None))[1]
 
     def static_shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape if every dimension is known, else None."""
+        """Return the shape if every dimension is known, else None."""
         shape = self.shape(name)
         if shape is None or any(d is None for d in shape):
             return None
@@ -139,13 +139,13 @@ class GraphView:
 
     @cached_property
     def varying(self) -> set[str]:
-        """Tensors that follow from the values of the inputs, not from their shapes alone."""
+        """Tensors that depend on the values of the inputs, not only on their shapes."""
         return self.downstream(
             self.inputs, frozenset(n.name for n in self.nodes if n.op_type in ("Shape", "Size"))
         )
 
     def downstream(self, sources: Iterable[str], blocked: frozenset[str] = frozenset()) -> set[str]:
-        """All tensors computed from ``sources`` (included), not going through nodes named in ``blocked``."""
+        """Return ``sources`` and all tensors computed from them, not through nodes named in ``blocked``."""
         reached = set(sources)
         for node in self.nodes:
             if node.name not in blocked and any(i in reached for i in node_reads(node)):
@@ -153,7 +153,7 @@ class GraphView:
         return reached
 
     def upstream(self, targets: Iterable[str], blocked: frozenset[str] = frozenset()) -> set[str]:
-        """All tensors that ``targets`` are computed from (included), not going through ``blocked`` nodes."""
+        """Return ``targets`` and all tensors they are computed from, not through ``blocked`` nodes."""
         needed = set(targets)
         for node in reversed(self.nodes):
             if node.name not in blocked and any(o in needed for o in node.output):
@@ -162,13 +162,13 @@ class GraphView:
 
 
 def last_layers(view: GraphView, layers: Sequence[Layer]) -> list[Layer]:
-    """Those that have no other behind them."""
+    """Return the layers without another layer downstream."""
     before = view.upstream(layer.input for layer in layers)
     return [layer for layer in layers if layer.output not in before]
 
 
 class Constants(Mapping[str, NDArray[Any]]):
-    """Constants of a model by name, as float32, read when asked for.
+    """Constants of a model by name, as float32, read on demand.
 
     Parameters
     ----------

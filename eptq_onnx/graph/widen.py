@@ -1,4 +1,4 @@
-"""Half and double precision models as float32 models with the same interface."""
+"""Conversion of half and double precision models to float32, with unchanged inputs and outputs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _WIDENED: dict[int, str] = {
     TensorProto.DOUBLE: "double",
 }
 _WIDENED_DOMAINS = ("", "com.microsoft")
-"""All operators of which that compute in another float type compute in float32, too."""
+"""Domains in which every operator that supports another float type supports float32, too."""
 _TYPE_ATTRIBUTES = ("to", "dtype", "stash_type", "output_dtype")
 
 
 def other_float_types(model: ModelProto) -> tuple[str, ...]:
-    """Names of the float types other than float32 that the model computes in."""
+    """Return the names of the float types other than float32 that a model computes in."""
     found: set[int] = set()
     for graph in all_graphs(model.graph):
         _visit(graph, found)
@@ -42,12 +42,11 @@ def other_float_types(model: ModelProto) -> tuple[str, ...]:
 
 
 def widen(model: ModelProto) -> ModelProto:
-    """A copy that computes in float32 where the model computes in float16, bfloat16 or double; the model
-    itself if nowhere.
+    """Return a copy that computes in float32 instead of float16, bfloat16 and double.
 
-    Inputs and outputs keep their types: a Cast stands behind the one and in front of the other. So do nodes
-    whose operators may have no float32 form: those of other domains, and those that read or make sequences,
-    maps and optionals.
+    Inputs and outputs keep their types and get a Cast. So do nodes whose operators may not support float32:
+    those of other domains, and those that read or produce sequences, maps and optionals. A model that
+    computes in float32 alone is returned as it is.
     """
     if not other_float_types(model):
         return model
@@ -97,7 +96,7 @@ def _tensors(graph: GraphProto) -> list[TensorProto]:
 
 
 def _visit(graph: GraphProto, found: set[int]) -> None:
-    """Collect the types of tensors, of what is declared, and of what Cast makes."""
+    """Collect the types of tensors, of declared values, and of the results of Cast and similar operators."""
     types = [t.data_type for t in _tensors(graph)]
     types += [i.type.tensor_type.elem_type for i in (*graph.input, *graph.output, *graph.value_info)]
     for node in graph.node:
@@ -106,7 +105,7 @@ def _visit(graph: GraphProto, found: set[int]) -> None:
 
 
 def _as_float32(value: NDArray[Any]) -> NDArray[np.float32]:
-    """Finite values stay finite: masks are filled with the lowest double."""
+    """Convert to float32 so that finite values stay finite: some masks contain the lowest double."""
     limits = np.finfo(np.float32)
     return np.where(np.isfinite(value), np.clip(value, limits.min, limits.max), value).astype(np.float32)
 
@@ -114,7 +113,7 @@ def _as_float32(value: NDArray[Any]) -> NDArray[np.float32]:
 def _widen_graph(
     graph: GraphProto, folder: str | None, outer: Mapping[str, int | TypeProto], builder: edit.Builder
 ) -> None:
-    """Widen a graph and its bodies, in place; ``outer`` has the types of what the graphs around it hold."""
+    """Widen a graph and its subgraphs, in place; ``outer`` has the types of tensors of enclosing graphs."""
     kinds = {**outer, **_kinds(graph)}
     stays = [not subgraphs(node) and _stays(node, kinds) for node in graph.node]
     own = [
@@ -148,7 +147,7 @@ def _widen_graph(
 
 
 def _kinds(graph: GraphProto) -> dict[str, int | TypeProto]:
-    """Element types of tensors, and types of all else, as far as a graph tells them."""
+    """Return the known element types of tensors, and the types of other values, of a graph."""
     infos = (*graph.value_info, *graph.input, *graph.output)
     kinds: dict[str, int | TypeProto] = {
         v.name: v.type.tensor_type.elem_type if v.type.HasField("tensor_type") else v.type
@@ -167,8 +166,7 @@ def _stays(node: NodeProto, kinds: Mapping[str, int | TypeProto]) -> bool:
 def _between_casts(
     node: NodeProto, kinds: Mapping[str, int | TypeProto], builder: edit.Builder
 ) -> list[NodeProto]:
-    """The node as it was, with a Cast in front of what it reads in another type than float32, and behind what
-    it makes so."""
+    """Return a node unchanged, with a Cast for each input and output of another float type than float32."""
     before, after = [], []
     for k, name in enumerate(node.input):
         kind = kinds.get(name)

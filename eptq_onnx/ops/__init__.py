@@ -1,4 +1,4 @@
-"""The operator table: one row an operator, and what follows from the rows."""
+"""The operator table, one row per operator, and queries that are answered from it."""
 
 from eptq_onnx.ops.queries import (
     channel_axes_of,

@@ -1,4 +1,4 @@
-"""What the operator table says of nodes and graphs."""
+"""Queries about nodes and graphs that are answered from the operator table."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ _BRANCHES = replay.Recorded(False, inputs=(0,), applies=replay.decides)
 
 
 def recorded(node: NodeProto) -> replay.Recorded | None:
-    """What is recorded of a node's operator; of If, which has bodies and no row, its condition."""
+    """Return what is recorded of a node, or None; of an If, which has no row, its condition is recorded."""
     return _BRANCHES if node.op_type == "If" and not node.domain else spec_of(node).recorded
 
 
 def executed(model: ModelProto, found: replay.Replay, read_as: Mapping[str, str] | None = None) -> ModelProto:
-    """What samples run of a model: without settled Ifs, and with what was recorded as inputs.
+    """Return the form of a model that is run on samples.
+
+    In it, settled Ifs are replaced by the branch that they take, and recorded tensors are inputs.
 
     Parameters
     ----------
     model : ModelProto
     found : Replay
     read_as : mapping of str to str, optional
-        What stands for a tensor of the recorded model in this one.
+        Tensor of the recorded model to its name in this one, where they differ.
     """
     flat = flattened(model)
     result = found(flat, recorded, read_as)
@@ -37,13 +39,15 @@ def executed(model: ModelProto, found: replay.Replay, read_as: Mapping[str, str]
 
 
 def is_elementwise(node: NodeProto) -> bool:
-    """True if every output element depends on the input elements at its place only."""
+    """Return True if every output element depends only on the input elements at the same position."""
     return spec_of(node).elementwise or node.op_type in ("Pow", "Mod")
 
 
 def channels_of(view: GraphView, *, linear: bool = False) -> channels.Channels:
-    """The channels of a graph that may be scaled; or, by the rules of linear operators alone, those that may
-    be mixed."""
+    """Return the channels of a graph that may be scaled, or with ``linear`` those that may be mixed.
+
+    ``linear`` applies the rules of linear operators only.
+    """
     axes = channel_axes_of(view)
     return channels.Channels(
         view, lambda node: spec.channels if (spec := spec_of(node)).mixes or not linear else None, axes
@@ -51,12 +55,14 @@ def channels_of(view: GraphView, *, linear: bool = False) -> channels.Channels:
 
 
 def channel_axes_of(view: GraphView) -> dict[str, int]:
-    """The channel axis of every computed tensor and input that has axes: the one place where it is
-    decided."""
+    """Return the channel axis of every computed tensor and input that has axes.
 
-    def said_of(node: NodeProto) -> channel_axes.Said:
+    This function alone decides it, for all steps.
+    """
+
+    def axis_spec(node: NodeProto) -> channel_axes.AxisSpec:
         spec = spec_of(node)
-        # Which operand of a product of two computed matrices has channels nobody can tell.
+        # In a product of two computed matrices, neither operand is known to have channels.
         both = (
             spec.weight is not None
             and spec.weight in (spec.data or ())
@@ -64,15 +70,15 @@ def channel_axes_of(view: GraphView) -> dict[str, int]:
         )
         reads = None if both else spec.output_axis
         data = [i for k, i in enumerate(node.input) if i and (spec.data is None or k in spec.data)]
-        return channel_axes.Said(
+        return channel_axes.AxisSpec(
             data, spec.output_axis, reads, spec.axis or (channel_axes.keeps if spec.elementwise else None)
         )
 
-    return channel_axes.channel_axes(view, said_of)
+    return channel_axes.channel_axes(view, axis_spec)
 
 
 def output_channels(node: NodeProto, view: GraphView) -> int:
-    """Number of output channels of a layer with a constant weight.
+    """Return the number of output channels of a layer with a constant weight.
 
     Source: ONNX operators Conv (weight M x C/group x k), ConvTranspose (C x M/group x k), Gemm, MatMul.
     """
@@ -82,7 +88,7 @@ def output_channels(node: NodeProto, view: GraphView) -> int:
 
 
 def without_gradient(view: GraphView) -> frozenset[str]:
-    """Names of the nodes that gradients cannot pass."""
+    """Return the names of the nodes that gradients cannot pass through."""
     return frozenset(
         n.name
         for n in view.nodes
@@ -93,22 +99,22 @@ def without_gradient(view: GraphView) -> frozenset[str]:
 def pointwise(
     view: GraphView, tensor: str, fits: Callable[[tuple[int, ...]], bool]
 ) -> tuple[list[NodeProto], str]:
-    """What computes a function of each element of a tensor alone.
+    """Return the nodes that compute an elementwise function of a tensor alone.
 
     Parameters
     ----------
     view : GraphView
     tensor : str
     fits : callable
-        Of the shape of a constant: True if it may take part.
+        Shape of a constant to True if the function may use the constant.
 
     Returns
     -------
     list of NodeProto
-        In order.
+        In topological order.
     str
-        The one tensor through which ``tensor`` acts. Where there are several it is ``tensor`` itself, without
-        nodes.
+        The only result of these nodes that is used elsewhere. If there are several, it is ``tensor`` itself,
+        and the list is empty.
     """
     inside, nodes = {tensor}, list[NodeProto]()
     for node in view.nodes:
@@ -125,11 +131,11 @@ def pointwise(
 
 
 def output_parts(view: GraphView) -> list[str]:
-    """The float tensors that the outputs are put together from.
+    """Return the float tensors that the outputs of a model are assembled from.
 
-    An output is looked into through operators that only rearrange its elements (a detector that joins boxes
-    and scores has a part of each kind, and each has a spread of its own), and through operators that no
-    gradient passes.
+    The search goes upstream through operators that only rearrange elements, and through operators without a
+    gradient. A detector that concatenates boxes and scores has one part of each kind, each with a variance of
+    its own.
     """
     blocked = without_gradient(view)
     parts: dict[str, None] = {}

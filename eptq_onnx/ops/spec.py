@@ -1,4 +1,4 @@
-"""What a row of the operator table says."""
+"""The schema of the operator table: what a row states about an operator."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Bounds = tuple[float, float]
 class Role(Enum):
     """What an operator does to quantized values."""
 
-    LAYER = "has a constant weight; the bulk of the arithmetic"
+    LAYER = "has a constant weight; does the bulk of the arithmetic"
     ARITHMETIC = "computes new values; runs on integers if the target has a kernel"
     EQUAL_SCALE = "moves or selects values; input and output share one scale"
-    CLIPPING = "cuts values off; absorbed by the quantizer behind it"
+    CLIPPING = "clips values; absorbed by the quantizer that follows"
     FLOAT = "stays in floating point"
 
 
@@ -33,12 +33,12 @@ class Gradient(Enum):
 
     ENGINE = "the gradient engine has a rule"
     LOWERED = "the node is rewritten into operators with a rule"
-    ZERO = "constant almost everywhere: its gradient is 0, and not that of the identity; engines stop there"
-    NONE = "no gradient: what lies before it is optimized on its own outputs only"
+    ZERO = "constant almost everywhere: its gradient is 0, not that of the identity; engines stop there"
+    NONE = "no gradient: layers upstream are optimized on their own outputs only"
 
 
 def _welcome(node: NodeProto, view: GraphView) -> str | None:
-    """No objection."""
+    """Return no objection."""
     return None
 
 
@@ -58,34 +58,33 @@ class OpSpec:
     grouped_axis : bool
         True if ``weight_axis`` holds the output channels of one group only (ConvTranspose).
     output_axis : int or None
-        Channel axis of what the operator makes, and of the activations that it reads; None where it says
-        nothing.
+        Channel axis of the output and of the activations that the operator reads; None if it does not define
+        one.
     axis : callable or None
-        How a channel axis goes through the node (`eptq_onnx.graph.channel_axes`); None where it ends there.
-        Through functions of single elements it always goes.
+        How a channel axis propagates through the node (`eptq_onnx.graph.channel_axes`); None if it ends
+        there. Through elementwise functions it always propagates.
     linear : callable or None
-        (node, view) to the layer as a matrix product; None where it is none.
+        (node, view) to the layer as a matrix product; None if it is not one.
     table : callable or None
-        Node to position of the input whose rows (axis 0) it looks up; None where it does not.
+        Node to position of the input whose rows (axis 0) it looks up; None if it does not look up rows.
     lowering : Lowering or None
     gradient : Gradient
     rearranges : bool
         True if the output holds every element of the inputs, in another order or shape.
     elementwise : bool
-        True if every output element depends on the input elements at its place only.
+        True if every output element depends only on the input elements at the same position.
     bounds : callable or None
-        (node, view) to the limits of the output; None where there is none.
+        (node, view) to the bounds of the output; None if it is unbounded.
     channels : callable or None
-        What factors on the channels of its tensors do to the node (`eptq_onnx.graph.channels`); None where
-        nobody can tell.
+        How factors on channels propagate through the node (`eptq_onnx.graph.channels`); None if unknown.
     mixes : bool
-        True if that holds for any invertible matrix over the channels, too: it does the same to all, and is
-        linear.
+        True if an invertible matrix over the channels propagates like the factors: the operator is linear and
+        treats all channels alike.
     recorded : replay.Recorded or None
-        What of it is recorded from the float network and replayed, if it draws random numbers or chooses by
-        value.
+        What is recorded from the float network and replayed, if the operator draws random numbers or chooses
+        by value.
     objection : callable
-        (node, view) to a reason why this node, unlike its siblings, must stay float; or None.
+        (node, view) to the reason why this particular node must stay float, or None.
     """
 
     role: Role = Role.FLOAT
@@ -109,6 +108,6 @@ class OpSpec:
     objection: Callable[[NodeProto, GraphView], str | None] = _welcome
 
     def data_inputs(self, node: NodeProto) -> list[str]:
-        """Names of the inputs that carry activations."""
+        """Return the names of the inputs that carry activations."""
         positions = range(len(node.input)) if self.data is None else self.data
         return [node.input[i] for i in positions if i < len(node.input) and node.input[i]]

@@ -1,7 +1,7 @@
-"""One row an operator: what is quantizable about it, and how it gets a gradient.
+"""The operator table: for each operator, how it is quantized and where its gradient comes from.
 
-A new operator is one new row here (and its samples in ``tests/op_samples.py``). An operator without a row is
-no error: it stays float, and the report says so.
+To add an operator, add a row here and samples in ``tests/op_samples.py``. An operator without a row is not an
+error: it stays float, and the report says so.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from eptq_onnx.ops import details
 from eptq_onnx.ops.spec import Gradient, OpSpec, Role
 
 LSQ_DOMAIN = "com.microsoft"
-"""`FakeQuant` of this domain (x, scale, zero_point → y, mask) is the quantizer that engines differentiate:
-straight through for x inside the range, the LSQ rule (Esser et al. 2020) for the scale."""
+"""Domain of `FakeQuant` (x, scale, zero_point → y, mask), the quantizer that engines differentiate: with the
+straight-through estimator for x inside the range, and the LSQ rule (Esser et al. 2020) for the scale."""
 
 
 def _layer_channels(node: NodeProto, slots: channels.Channels) -> bool:
-    """See `eptq_onnx.graph.channels.layer`."""
+    """Apply `eptq_onnx.graph.channels.layer` to a layer with a constant weight."""
     spec = spec_of(node)
     form = linear_form(node, slots.view) if slots.view.is_constant(node.input[spec.weight or 0]) else None
     axis = 0 if spec.output_axis is None else spec.output_axis
@@ -45,7 +45,7 @@ def _layer_channels(node: NodeProto, slots: channels.Channels) -> bool:
 
 
 def _clip_channels(node: NodeProto, slots: channels.Channels) -> bool:
-    """Limits other than 0 and infinity are not the same for scaled channels."""
+    """Let factors pass through a Clip whose limits are 0 or infinite; scaling does not change these."""
     return (
         details.clip_objection(node, slots.view) is None
         and set(details.clip_bounds(node, slots.view)) <= {0.0, -np.inf, np.inf}
@@ -58,27 +58,27 @@ def _lowered(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpSp
 
 
 def _function(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpSpec:
-    """A function of single elements, made of others."""
+    """Return the row of an elementwise function that is lowered to other operators."""
     return _lowered(rule, role, elementwise=True, **options)
 
 
 def _kept(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpSpec:
-    """Channels stay where they are."""
+    """Return the row of a lowered operator that keeps the channel axis."""
     return _lowered(rule, role, axis=channel_axes.keeps, **options)
 
 
 def _image(rule: Lowering, role: Role = Role.FLOAT, **options: object) -> OpSpec:
-    """Reads and makes images or volumes, channels along axis 1."""
+    """Return the row of a lowered operator on images or volumes, with channels along axis 1."""
     return _lowered(rule, role, output_axis=1, **options)
 
 
 def _features(rule: Lowering, **options: object) -> OpSpec:
-    """Reads and makes rows of features."""
+    """Return the row of a lowered operator with features along the last axis."""
     return _lowered(rule, Role.FLOAT, output_axis=-1, **options)
 
 
 def _normalized(rule: Lowering) -> OpSpec:
-    """Normalizes rows of features."""
+    """Return the row of a normalization over the last axis."""
     return _features(rule, axis=channel_axes.keeps, channels=channels.last_axis_normalization)
 
 
@@ -144,7 +144,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         objection=details.matmul_objection,
         lowering=products.matmul,
     ),
-    # arithmetic that some runtimes do on integers
+    # arithmetic that some runtimes compute on integers
     **{
         ("", name): OpSpec(Role.ARITHMETIC, data=None, elementwise=True, channels=channels.sums, mixes=True)
         for name in ("Add", "Sub")
@@ -176,7 +176,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "HardSigmoid"): _function(activations.hard_sigmoid, Role.ARITHMETIC, bounds=details.unit),
     ("", "HardSwish"): _function(activations.hard_swish, Role.ARITHMETIC),
     ("", "PRelu"): _function(activations.prelu, Role.ARITHMETIC, data=(0, 1), channels=channels.passes),
-    # values move, the scale stays
+    # moves of values, with one scale for input and output
     ("", "MaxPool"): OpSpec(
         Role.EQUAL_SCALE,
         lowering=pools.max_pool,
@@ -260,7 +260,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         objection=details.clip_objection,
         channels=_clip_channels,
     ),
-    # float functions of single elements
+    # elementwise float functions
     **{
         ("", name): OpSpec(elementwise=True)
         for name in ("Abs", "Cos", "Erf", "Exp", "Log", "Neg", "Reciprocal", "Sin", "Sqrt")
@@ -282,7 +282,8 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "Softplus"): _function(activations.softplus),
     ("", "Softsign"): _function(
         formula(
-            "Softsign (x) => (y) { one = Constant <value_float = 1.0> ()  a = Abs (x)  b = Add (a, one)  y = Div (x, b) }"
+            "Softsign (x) => (y) "
+            "{ one = Constant <value_float = 1.0> ()  a = Abs (x)  b = Add (a, one)  y = Div (x, b) }"
         )
     ),
     ("", "Swish"): _function(activations.swish),
@@ -310,7 +311,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
         norms.rms_normalization, axis=channel_axes.keeps, channels=channels.last_axis_normalization
     ),
     ("", "LogSoftmax"): OpSpec(axis=channel_axes.keeps),
-    # sums, products and extremes
+    # sums, products, minima and maxima
     ("", "CumSum"): _kept(reductions.cumulative_sum),
     ("", "Einsum"): _lowered(products.einsum, data=None),
     ("", "Max"): _kept(reductions.extreme_variadic, data=None),
@@ -327,7 +328,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "ReduceProd"): _lowered(reductions.reduce_prod, axis=channel_axes.reduced),
     ("", "ReduceSum"): OpSpec(lowering=reductions.unless_nothing, axis=channel_axes.reduced),
     ("", "ReduceSumSquare"): _lowered(reductions.reduce_sum_square, axis=channel_axes.reduced),
-    # windows, places and sampling
+    # windows, indices and sampling
     ("", "AffineGrid"): _lowered(sampling.affine_grid),
     ("", "Col2Im"): _lowered(pools.col2im),
     ("", "GlobalLpPool"): _image(reductions.global_pool),
@@ -360,29 +361,28 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "QuantizeLinear"): _FLOAT,
     ("", "DequantizeLinear"): _FLOAT,
 }
-"""(domain, operator) to its row."""
+"""(domain, operator) to row."""
 
 UNKNOWN = OpSpec(gradient=Gradient.NONE)
-"""The row of an operator that the table does not know."""
+"""The row of every operator that is not in the table."""
 
 LOWERINGS = {key: row.lowering for key, row in TABLE.items() if row.lowering is not None}
 
 QUANTIZERS: dict[tuple[str, str], Lowering] = {(LSQ_DOMAIN, "FakeQuant"): quantizers.fake_quant}
-"""Quantizers without a kernel in every onnxruntime, as nodes that have one; the nodes' own gradients are
-lost."""
+"""Lowerings of quantizers that not every onnxruntime has a kernel for; the quantizers' gradients are lost."""
 
 
 def spec_of(node: NodeProto) -> OpSpec:
-    """The row of a node's operator."""
+    """Return the row of a node's operator."""
     return TABLE.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type), UNKNOWN)
 
 
 def is_known(node: NodeProto) -> bool:
-    """True if the table has a row for the node's operator."""
+    """Return True if the table has a row for the node's operator."""
     return ("" if node.domain == "ai.onnx" else node.domain, node.op_type) in TABLE
 
 
 def linear_form(node: NodeProto, view: GraphView) -> LinearForm | None:
-    """A layer as a matrix product; None where it is none."""
+    """Return a layer as a matrix product, or None if it is not one."""
     rule = spec_of(node).linear
     return rule(node, view) if rule is not None else None

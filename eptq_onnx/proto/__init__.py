@@ -1,1 +1,1 @@
-"""Storage of models as protobuf: bodies, weights in memory and in files."""
+"""Protobuf storage of models: subgraphs, and weights in memory or in files."""

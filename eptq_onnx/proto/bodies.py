@@ -1,4 +1,4 @@
-"""Nodes and the bodies inside them: the branches of If, what Loop and Scan repeat."""
+"""Traversal of nodes and their subgraphs: the branches of If, the bodies of Loop and Scan."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, TensorPro
 
 
 def node_reads(node: NodeProto) -> list[str]:
-    """Tensors that a node reads, those of its subgraphs' outer scope included."""
+    """Return the tensors that a node reads, including those that its subgraphs read from the outer scope."""
     names = [i for i in node.input if i]
     for graph in subgraphs(node):
         local = (
@@ -24,7 +24,7 @@ def node_reads(node: NodeProto) -> list[str]:
 
 
 def defined(graph: GraphProto) -> list[str]:
-    """Tensors that a graph itself makes, holds or is given, not those of the bodies inside it."""
+    """Return the tensors that a graph itself defines: inputs, initializers and node outputs, no subgraphs."""
     given = [
         *(i.name for i in graph.input),
         *(t.name for t in graph.initializer),
@@ -34,7 +34,7 @@ def defined(graph: GraphProto) -> list[str]:
 
 
 def all_names(graph: GraphProto) -> set[str]:
-    """Every tensor and node name of a graph, and of the bodies inside it."""
+    """Return every tensor and node name of a graph and its subgraphs."""
     names = {i.name for i in (*graph.input, *graph.output, *graph.value_info)} | set(defined(graph))
     for node in graph.node:
         names.update((node.name, *node.input, *node.output))
@@ -44,7 +44,7 @@ def all_names(graph: GraphProto) -> set[str]:
 
 
 def all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """A graph, and the bodies inside it, in no order that matters."""
+    """Yield a graph and all its subgraphs, in unspecified order."""
     waiting = [graph]
     while waiting:
         found = waiting.pop()
@@ -54,7 +54,7 @@ def all_graphs(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def all_nodes(graph: GraphProto | FunctionProto) -> Iterator[NodeProto]:
-    """The nodes of a graph or function, and of the bodies inside it."""
+    """Yield the nodes of a graph or function and of its subgraphs."""
     for node in graph.node:
         yield node
         for inner in subgraphs(node):
@@ -62,12 +62,12 @@ def all_nodes(graph: GraphProto | FunctionProto) -> Iterator[NodeProto]:
 
 
 def subgraphs(node: NodeProto) -> list[GraphProto]:
-    """The bodies of If, Loop and Scan."""
+    """Return the subgraphs of an If, Loop or Scan node."""
     return [g for a in node.attribute for g in ([a.g] if a.type == AttributeProto.GRAPH else a.graphs)]
 
 
 def initializers(graph: GraphProto) -> Iterator[TensorProto]:
-    """The initializers of a graph, and of the bodies inside it."""
+    """Yield the initializers of a graph and its subgraphs."""
     yield from graph.initializer
     for node in graph.node:
         for inner in subgraphs(node):

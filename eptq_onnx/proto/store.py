@@ -1,9 +1,8 @@
-"""Weights of large models in files, each of its own, instead of in the messages.
+"""Storage of the weights of large models in files, one per weight, instead of in the protobuf messages.
 
-Every copy of a message copies what it holds, and a run makes many. A *stored* initializer holds the place of
-its value only, as ONNX's external data does, but with an absolute path: the file is ours, in a folder that
-one run has to itself and that onnxruntime maps into memory. Weights that steps make of a stored model go to
-the same folder.
+A run copies messages many times, and every copy includes the weights. A *stored* initializer only refers to
+its value, like ONNX external data, but by absolute path: the file is in a folder that a single run owns, and
+onnxruntime maps it into memory. Weights that the steps derive from a stored model go to the same folder.
 """
 
 from __future__ import annotations
@@ -25,47 +24,48 @@ from eptq_onnx.errors import OutputError
 from eptq_onnx.proto.bodies import initializers
 
 LARGE = 2**28
-"""Bytes of weights from which on a model is stored."""
+"""Size in bytes from which a model's weights are stored in files."""
 _HEAVY = 2**16
-"""Bytes above which a weight of a stored model is."""
+"""Size in bytes above which a weight of a stored model gets a file of its own."""
 _CHUNK = 2**24
-"""Bytes that are read of a file at a time, where all are not needed at once."""
+"""Bytes to read at a time from a file that is streamed."""
 _WHOLE_BYTES = {
-    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BOOL, TensorProto.INT8, TensorProto.UINT8,
-    TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32, TensorProto.UINT32, TensorProto.INT64, TensorProto.UINT64,
+    TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BOOL,
+    TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16,
+    TensorProto.INT32, TensorProto.UINT32, TensorProto.INT64, TensorProto.UINT64,
 }  # fmt: skip
-"""Types whose values numpy reads as they are."""
+"""Element types that numpy reads directly from raw bytes."""
 
 
 def is_stored(tensor: TensorProto) -> bool:
-    """True if a file holds the value."""
+    """Return True if the value of an initializer is in a file."""
     return bool(tensor.data_location == TensorProto.EXTERNAL)
 
 
 def path_of(tensor: TensorProto) -> str:
-    """The file of a stored initializer."""
+    """Return the file of a stored initializer."""
     return str(next(e.value for e in tensor.external_data if e.key == "location"))
 
 
 def value_bytes(tensor: TensorProto) -> int:
-    """Bytes that the value of an initializer takes, by its type and shape."""
+    """Return the size of an initializer's value in bytes, from its type and shape."""
     if tensor.data_type in _WHOLE_BYTES:
         return int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize * math.prod(tensor.dims))
     return held_bytes(tensor)
 
 
 def held_bytes(tensor: TensorProto) -> int:
-    """Bytes that are there, of an initializer that is stored or has raw data."""
+    """Return the bytes actually present of an initializer that is stored or has raw data."""
     return os.path.getsize(path_of(tensor)) if is_stored(tensor) else len(tensor.raw_data)
 
 
 def model_bytes(model: ModelProto) -> int:
-    """Size of a model, with the weights that it stores."""
+    """Return the size of a model in bytes, including its stored weights."""
     return int(model.ByteSize()) + sum(value_bytes(t) for t in initializers(model.graph) if is_stored(t))
 
 
 def array(tensor: TensorProto) -> NDArray[Any]:
-    """The value of an initializer."""
+    """Return the value of an initializer."""
     if not is_stored(tensor):
         return numpy_helper.to_array(tensor)
     if tensor.data_type in _WHOLE_BYTES:
@@ -76,7 +76,7 @@ def array(tensor: TensorProto) -> NDArray[Any]:
 
 
 def parts(tensor: TensorProto) -> Iterator[tuple[slice, NDArray[Any]]]:
-    """The value of an initializer, some rows at a time: where they are along the first axis, and the rows."""
+    """Yield the value of an initializer in chunks: a slice of the first axis, and the rows in it."""
     if not is_stored(tensor) or tensor.data_type not in _WHOLE_BYTES:
         value = array(tensor)
         yield slice(None), value
@@ -92,25 +92,25 @@ def parts(tensor: TensorProto) -> Iterator[tuple[slice, NDArray[Any]]]:
 
 
 def is_finite(tensor: TensorProto) -> bool:
-    """False if the value has NaN or Inf somewhere."""
+    """Return False if the value contains NaN or infinity."""
     return all(bool(np.isfinite(values).all()) for _, values in parts(tensor))
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file has the value of a tensor: from a byte on, so many of them."""
+    """Location of a tensor's value in a file: ``length`` bytes from ``offset`` on."""
 
     path: Path
     offset: int
     length: int
 
     def parts(self) -> Iterator[bytes]:
-        """The bytes, some at a time.
+        """Yield the bytes in chunks.
 
         Raises
         ------
         OSError
-            If the file cannot be read, or became too short.
+            If the file cannot be read or has become too short.
         """
         with open(self.path, "rb") as file:
             file.seek(self.offset)
@@ -118,21 +118,22 @@ class Place:
             while left:
                 part = file.read(min(left, _CHUNK))
                 if not part:
-                    raise OSError(f"{self.path} became shorter")
+                    raise OSError(f"{self.path} has become shorter")
                 yield part
                 left -= len(part)
 
 
 def copied(tensor: TensorProto, place: Place, folder: str) -> TensorProto:
-    """A stored copy of an initializer that is in a file beside the model, without reading it into memory at
-    once.
+    """Copy an initializer from a file beside the model into a stored one.
+
+    The value is streamed, never held in memory as a whole.
 
     Raises
     ------
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     OutputError
-        If the folder has no room for it.
+        If the folder has no room for the value.
     """
     with _new_file(folder) as target:
         for part in place.parts():
@@ -142,18 +143,19 @@ def copied(tensor: TensorProto, place: Place, folder: str) -> TensorProto:
 
 @contextmanager
 def _new_file(folder: str) -> Iterator[Any]:
-    """A file to write a weight to."""
+    """Open a new file for a weight."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".weight", delete=False) as file:
             yield file
     except OSError as e:
         raise OutputError(
-            f"weights cannot be put into the temporary folder {folder}: {e.strerror or e}; let TMPDIR name one with room."
+            f"weights cannot be written to the temporary folder {folder}: {e.strerror or e}; "
+            "set TMPDIR to a folder with enough room."
         ) from e
 
 
 def loaded(tensor: TensorProto) -> TensorProto:
-    """A copy of an initializer that holds its value; itself if it does."""
+    """Return an initializer that holds its value: the given one, or a loaded copy if it is stored."""
     if not is_stored(tensor):
         return tensor
     with open(path_of(tensor), "rb") as file:
@@ -163,19 +165,19 @@ def loaded(tensor: TensorProto) -> TensorProto:
 
 
 def folder_of(model: ModelProto) -> str | None:
-    """The folder of a model's stored weights; None if it has none."""
+    """Return the folder of a model's stored weights, or None if none are stored."""
     return next((os.path.dirname(path_of(t)) for t in initializers(model.graph) if is_stored(t)), None)
 
 
 def constant(value: NDArray[Any], name: str, folder: str | None) -> TensorProto:
-    """An initializer, stored in the folder if there is one and it is heavy."""
+    """Return an initializer with a value, stored if a folder is given and the value is large."""
     if folder is None or value.nbytes <= _HEAVY:
         return numpy_helper.from_array(value, name)
     return _written(folder, name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape, value)
 
 
 def stored(tensor: TensorProto, folder: str | None) -> TensorProto:
-    """A stored copy of an initializer; itself if it is light or stored, or there is no folder."""
+    """Return a stored copy of an initializer; itself if small, already stored, or without a folder."""
     if folder is None or is_stored(tensor) or value_bytes(tensor) <= _HEAVY:
         return tensor
     data = (
@@ -193,8 +195,10 @@ def _written(folder: str, name: str, data_type: int, dims: Iterable[int], data: 
 
 
 def reference(name: str, data_type: int, dims: Iterable[int], place: Mapping[str, object]) -> TensorProto:
-    """An initializer whose value is elsewhere: location, offset and length, as `TensorProto.external_data`
-    has them."""
+    """Return an initializer with external data.
+
+    ``place`` has the entries of `TensorProto.external_data`: location, offset and length.
+    """
     tensor = TensorProto(name=name, data_type=data_type, dims=dims, data_location=TensorProto.EXTERNAL)
     for key, value in place.items():
         tensor.external_data.add(key=key, value=str(value))
@@ -202,7 +206,7 @@ def reference(name: str, data_type: int, dims: Iterable[int], place: Mapping[str
 
 
 def with_file_names(model: ModelProto) -> ModelProto:
-    """A copy whose stored weights are found from inside their folder, as ONNX wants it."""
+    """Return a copy that refers to its stored weights by bare file name, as ONNX requires."""
     result = ModelProto()
     result.CopyFrom(model)
     for tensor in initializers(result.graph):
@@ -212,7 +216,7 @@ def with_file_names(model: ModelProto) -> ModelProto:
 
 
 def load_all(model: ModelProto) -> ModelProto:
-    """A copy that holds its weights; itself if it does."""
+    """Return a model that holds all its weights: the given one, or a loaded copy if some are stored."""
     if folder_of(model) is None:
         return model
     result = ModelProto()

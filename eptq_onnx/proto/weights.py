@@ -1,4 +1,4 @@
-"""Models apart from their weights: what passes only through copies should not copy these."""
+"""Separation of models from their weights, so that copies of a graph need not copy its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eptq_onnx.proto.bodies import initializers, node_reads
 
 
 def without_weights(model: ModelProto) -> ModelProto:
-    """A copy of everything but the initializers."""
+    """Return a copy of a model without the initializers of its main graph."""
     result = ModelProto()
     for source, copy, left_out in ((model, result, "graph"), (model.graph, result.graph, "initializer")):
         for field, value in source.ListFields():
@@ -27,7 +27,7 @@ def without_weights(model: ModelProto) -> ModelProto:
 
 
 def stored(model: ModelProto, folder: str) -> ModelProto:
-    """A copy whose heavy weights are in files of the folder."""
+    """Return a copy of a model whose large weights are in files in the folder."""
     result = without_weights(model)
     for tensor in initializers(result.graph):
         tensor.CopyFrom(store.stored(tensor, folder))
@@ -36,14 +36,14 @@ def stored(model: ModelProto, folder: str) -> ModelProto:
 
 
 _HEAVY = 4096
-"""Bytes above which a constant's value is of no use to shape inference and the version converter."""
+"""Size in bytes above which shape inference and the version converter have no use for a constant's value."""
 
 
 def light(model: ModelProto, needed: Container[str] = ()) -> tuple[ModelProto, list[TensorProto]]:
-    """A copy in which heavy initializers, but those ``needed``, are inputs; and these initializers, for
-    `with_weights`.
+    """Return a copy in which large initializers are inputs, and these initializers, for `with_weights`.
 
-    What goes through onnx's and onnx-graphsurgeon's passes is copied there, some of it several times.
+    The passes of onnx and onnx-graphsurgeon copy their input, some of them several times. The initializers
+    named in ``needed`` stay in the graph.
     """
     heavy = [
         t
@@ -64,8 +64,10 @@ def light(model: ModelProto, needed: Container[str] = ()) -> tuple[ModelProto, l
 
 
 def with_weights(model: ModelProto, weights: Sequence[TensorProto]) -> ModelProto:
-    """The model, changed, with initializers in place of the inputs that stood for them, as far as anybody
-    reads them."""
+    """Turn the inputs that `light` made back into initializers, in place, and return the model.
+
+    Weights that nothing reads are dropped.
+    """
     names = {t.name for t in weights}
     inputs = [i for i in model.graph.input if i.name not in names]
     read = {i for n in model.graph.node for i in node_reads(n)} | {o.name for o in model.graph.output}

@@ -11,7 +11,7 @@ from eptq_onnx.graph.kernels import faster
 from eptq_onnx.runtime import Session
 
 
-def test_the_best_engine_that_is_available_is_chosen_by_itself(monkeypatch):
+def test_the_best_available_engine_is_chosen_automatically(monkeypatch):
     best, *others = engines.registered().values()
     assert all(other.preference < best.preference for other in others)
     monkeypatch.setattr(best, "available", lambda: True)
@@ -19,11 +19,11 @@ def test_the_best_engine_that_is_available_is_chosen_by_itself(monkeypatch):
     monkeypatch.setattr(best, "available", lambda: False)
     assert engines.choose("auto") is others[0]
     assert engines.choose(best.name) is best, (
-        "by its name it is chosen all the same, and says what is missing"
+        "an unavailable engine can be chosen by name, and reports what is missing"
     )
 
 
-def test_an_engine_that_nobody_knows_is_told():
+def test_an_unknown_engine_is_reported():
     with pytest.raises(ConfigError, match="engine 'steam' is unknown: choose one of auto, "):
         engines.make("steam")
 
@@ -39,7 +39,7 @@ def test_gradients_of_initializers_inputs_and_intermediates(each_engine):
     np.testing.assert_allclose(values[result.gradients["w"]], x.T @ (s * (1 - s)), rtol=1e-4, atol=1e-6)
 
 
-def test_what_no_gradient_reaches_is_said(each_engine):
+def test_tensors_that_no_gradient_reaches_are_reported(each_engine):
     result = each_engine.differentiate(
         scalar("h = MatMul (x, w)  r = Round (h)  y = Add (r, r)"), "loss", ["w"]
     )
@@ -65,7 +65,7 @@ def test_an_input_that_a_node_reads_twice(each_engine):
     np.testing.assert_allclose(Session(result.model).run({"x": x})[result.gradients["x"]], 2 * x, rtol=1e-6)
 
 
-def test_quantize_and_dequantize_pass_the_gradient_and_round_all_the_same(each_engine):
+def test_quantize_and_dequantize_pass_the_gradient_and_still_round(each_engine):
     model = parse(
         "g (float[4,3] x) => (float loss) { q = QuantizeLinear (x, s, z)  y = DequantizeLinear (q, s, z)"
         "  h = MatMul (y, w)  loss = ReduceSum <keepdims = 0> (h) }",
@@ -109,7 +109,8 @@ def test_quantize_and_dequantize_pass_the_gradient_and_round_all_the_same(each_e
 def test_convolutions_of_every_kind_have_exact_gradients(each_engine, shape, weight, attributes):
     def build(x: np.ndarray, w: np.ndarray):
         size = ",".join(map(str, shape))
-        text = f"g (float[{size}] x) => (float loss) {{ h = Conv <{attributes}> (x, w)  y = Mul (h, h)  loss = ReduceSum <keepdims = 0> (y) }}"
+        body = f"h = Conv <{attributes}> (x, w)  y = Mul (h, h)  loss = ReduceSum <keepdims = 0> (y)"
+        text = f"g (float[{size}] x) => (float loss) {{ {body} }}"
         return edit.specialize(parse(text, {"w": w}), {"x": shape})
 
     x, w = normal(*shape), normal(*weight, seed=1)

@@ -10,7 +10,7 @@ from eptq_onnx.errors import GradientError
 pytestmark = pytest.mark.skipif(not runtime.is_training_build(), reason="needs the extra 'training'")
 
 
-def test_a_graph_that_cannot_be_differentiated_is_told_in_one_sentence():
+def test_a_graph_that_cannot_be_differentiated_is_reported_in_one_line():
     model = scalar("h = MatMul (x, w)  y = Relu (h)")
     model.graph.node[0].op_type = "Nonsense"
     model.graph.node[0].name = ""

@@ -1,5 +1,4 @@
-"""What only the standard engine does: rules for every row, standard nodes out, refusals that name the
-node."""
+"""Tests of the standard engine alone: rules for every row, standard nodes, refusals that name the node."""
 
 from __future__ import annotations
 
@@ -114,7 +113,7 @@ def _ints(*values: int) -> np.ndarray:
     ],
     ids=str,
 )
-def test_more_forms_than_the_table_samples(sample: Sample):
+def test_attributes_and_shapes_beyond_the_samples_of_the_table(sample: Sample):
     check_gradients(ENGINE, sample.model(), sample.feeds, sample.checked)
 
 
@@ -149,10 +148,10 @@ def test_gathered_and_scattered(sample: Sample, monkeypatch):
             "l = ReduceMean <keepdims = 0> (x)  y = Clip (x, l)",
             "Clip n1: there is no rule for its input 1, l",
         ),
-        ("a, y = Split <axis = 1> (x, sizes)", "Split n0: an output but the first is used"),
+        ("a, y = Split <axis = 1> (x, sizes)", "Split n0: an output other than the first is used"),
     ],
 )
-def test_what_has_no_rule_is_refused_by_node_and_input(body, reason):
+def test_a_missing_rule_is_reported_with_node_and_input(body, reason):
     model = scalar(body, pads=np.array([0, 1, 0, 1]), sizes=np.array([1, 2]))
     with pytest.raises(GradientError, match=f"cannot differentiate the {reason}") as e:
         ENGINE.differentiate(model, "loss", ["x"])
@@ -172,12 +171,13 @@ def test_what_has_no_rule_is_refused_by_node_and_input(body, reason):
         "r = Gather (d, twice)  y = Mul (r, r)",
     ],
 )
-def test_sizes_that_are_known_at_run_time_only(body):
-    """d has as many rows as x has numbers above 0 in its first column: data decide."""
+def test_sizes_that_are_only_known_at_run_time(body):
+    """The number of rows of d depends on the data: one for each positive number in the first column of x."""
     model = parse(
-        f"g (float[6,3] x) => (float loss) {{ c = Slice (x, zero, one, one)  s = Greater (c, threshold)  p = NonZero (s)"
-        f" i = Slice (p, zero, one, zero)  j = Squeeze (i, zero)  e = Gather (x, j)  d = Exp (e)  {body}  q = Mul (y, y)"
-        " loss = ReduceSum <keepdims = 0> (q) }",
+        "g (float[6,3] x) => (float loss) "
+        "{ c = Slice (x, zero, one, one)  s = Greater (c, threshold)  p = NonZero (s)"
+        "  i = Slice (p, zero, one, zero)  j = Squeeze (i, zero)  e = Gather (x, j)  d = Exp (e)"
+        f"  {body}  q = Mul (y, y)  loss = ReduceSum <keepdims = 0> (q) }}",
         {
             **{name: _ints(k) for k, name in enumerate(["zero", "one"])},
             **{"threshold": np.float32(0), "twice": _ints(1, 0, 1), "first": _ints(0)},
@@ -189,7 +189,7 @@ def test_sizes_that_are_known_at_run_time_only(body):
     check_gradients(ENGINE, model, {"x": _x(6, 3)}, ("x",))
 
 
-def test_nothing_passes_integers_and_that_is_said():
+def test_integers_block_the_gradient_and_the_reason_is_given():
     gradient = ENGINE.differentiate(
         scalar("i = Cast <to = 7> (x)  f = Cast <to = 1> (i)  y = Mul (f, f)"), "loss", ["x"]
     )
@@ -197,7 +197,7 @@ def test_nothing_passes_integers_and_that_is_said():
     assert "operators that have a gradient" in gradient.unreached["x"]
 
 
-def test_equal_nodes_are_made_once():
+def test_identical_nodes_are_added_once():
     built = ENGINE.differentiate(scalar("h = MatMul (x, w)  y = Add (h, h)"), "loss", ["x", "w"]).model
     keys = [
         (n.op_type, *n.input, *(a.SerializeToString() for a in n.attribute))

@@ -16,7 +16,7 @@ def batches(count=3):
 
 
 @pytest.mark.parametrize("most", [1, 6_000, 20_000])
-def test_block_by_block_is_the_same_network(most):
+def test_execution_in_blocks_gives_the_same_tensors(most):
     model = normalize(small_convnet(), 13)
     blocks = blocks_of(model, batches(2), most)
     assert len(blocks) > 1
@@ -48,16 +48,17 @@ def test_one_block_draws_batches_as_it_goes():
     assert len(drawn) < 20
 
 
-def test_bytes_of_tensors():
+def test_tensor_bytes_counts_all_computed_tensors():
     model = edit.specialize(
         parse("g (float[N,4] x) => (float[N,4] y) { a = Relu (x) \n y = Exp (a) }"), {"x": (2, 4)}
     )
     assert tensor_bytes(model) == 2 * 2 * 4 * 4
 
 
-def test_what_has_no_known_type_does_not_cross_blocks():
+def test_values_of_unknown_type_do_not_cross_blocks():
     model = parse(
-        "g (float[1,4] x) => (float[1,4] y) { s = SequenceConstruct (x, x) \n a = SequenceAt (s, zero) \n y = Relu (a) }",
+        "g (float[1,4] x) => (float[1,4] y) "
+        "{ s = SequenceConstruct (x, x) \n a = SequenceAt (s, zero) \n y = Relu (a) }",
         {"zero": np.array(0)},
     )
     shaped = edit.specialize(model, {"x": (1, 4)})

@@ -11,7 +11,7 @@ from eptq_onnx.method.normalize import normalize
 from eptq_onnx.runtime import Session
 
 
-def test_parts_of_the_outputs_count_alike_and_a_part_of_another_size_is_lost():
+def test_output_parts_have_equal_weight_and_a_part_of_another_size_is_lost():
     exact = [[np.zeros((2, 3), np.float32), np.ones((2, 100), np.float32)]]
     got = [[np.ones((2, 3), np.float32), np.ones((2, 100), np.float32)]]
     np.testing.assert_allclose(noise(exact, got, [4.0, 1.0]), [[0.25, 0]])
@@ -24,7 +24,7 @@ def test_parts_of_the_outputs_count_alike_and_a_part_of_another_size_is_lost():
     )
 
 
-def test_a_run_counts_as_much_as_it_has_elements():
+def test_runs_are_weighted_by_their_number_of_elements():
     exact = [[np.zeros((1, 4), np.float32)], [np.zeros((3, 4), np.float32)]]
     got = [[np.full((1, 4), 2, np.float32)], [np.ones((3, 4), np.float32)]]
     ratios = noise(exact, got, [1.0])
@@ -33,7 +33,7 @@ def test_a_run_counts_as_much_as_it_has_elements():
 
 
 @pytest.mark.parametrize("memory", [None, 100_000], ids=["at once", "block by block"])
-def test_it_is_the_squared_difference_in_units_of_the_variance(memory):
+def test_deviation_is_the_squared_difference_in_units_of_the_variance(memory):
     model = normalize(small_convnet(), 13)
     samples = data.read({"image": images(24)}, model)
     other = edit.with_constants(model, {"b4": normal(5, seed=8)})
@@ -53,7 +53,7 @@ def test_tensors_may_have_other_names():
     assert deviation(other, {"y": "z"}) == pytest.approx(np.square(y).mean(), rel=1e-5)
 
 
-def test_outputs_without_a_spread_are_not_looked_at():
+def test_outputs_without_variance_are_ignored():
     model = parse("g (float[N,3] x) => (float[N,2] y) { y = MatMul (x, w) }", {"w": normal(3, 2)})
     samples = data.read({"x": normal(8, 3, seed=1)}, model)
     assert not Deviation(model, samples, np.arange(8), 8, {"y": 0.0}, Config()).parts

@@ -9,7 +9,7 @@ from eptq_onnx.method.normalize import normalize
 from eptq_onnx.runtime import Session
 
 
-def test_a_walk_reaches_what_a_run_computes():
+def test_a_walk_computes_the_same_tensors_as_a_run():
     model = normalize(small_convnet(), 13)
     batches = [{"image": images(4, seed=k)} for k in range(2)]
     names = [n.input[0] for n in model.graph.node if n.op_type in ("Conv", "Gemm")]
@@ -31,10 +31,10 @@ def test_a_constant_set_on_the_way_is_used_downstream():
     np.testing.assert_array_equal(walk.reach("y")[0], [[4, 0]])
 
 
-def test_peak_counts_what_lives_at_once():
+def test_peak_counts_the_tensors_alive_at_once():
     model = parse(
         "g (float[1,4] x) => (float[1,4] y) { a = Relu (x) \n b = Exp (a) \n c = Exp (b) \n y = Add (c, a) }"
     )
     shaped = edit.specialize(model, {"x": (1, 4)})
-    # While Exp makes c: a, b and c.
+    # While Exp computes c, the tensors a, b and c are alive.
     assert peak_bytes(shaped) == 3 * 16

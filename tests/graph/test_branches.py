@@ -1,4 +1,4 @@
-"""Branches that all samples take: hoisted, quantized, sunk; the other branch means what it meant."""
+"""Tests of branches that all samples take: hoisted, quantized and sunk; the other branch is unchanged."""
 
 from __future__ import annotations
 
@@ -48,12 +48,13 @@ g (float[N,3,H,W] x, int64 rate) => (float[N,4,a,b] y, float[N,c,d,e] z) {
 
 
 def rates() -> onnx.ModelProto:
-    """Only images of the right size fit the branch: with 8 by 8 ones the Reshape of the other fails."""
+    """Return a model whose branches accept one image size each: for 8 x 8, the Reshape of the other fails."""
     return parse(
         RATES,
         {
-            "w0": normal(4, 3, 1, 1), "w1": normal(4, 4, 3, 3, seed=1), "w2": normal(4, 4, 3, 3, seed=2), "w3": normal(4, 3, 3, 3, seed=3),
-            "w3b": normal(4, 4, 3, 3, seed=4), "scale": np.linspace(0.5, 2, 4, dtype=np.float32), "shift": normal(4, seed=5),
+            "w0": normal(4, 3, 1, 1), "w1": normal(4, 4, 3, 3, seed=1), "w2": normal(4, 4, 3, 3, seed=2),
+            "w3": normal(4, 3, 3, 3, seed=3), "w3b": normal(4, 4, 3, 3, seed=4),
+            "scale": np.linspace(0.5, 2, 4, dtype=np.float32), "shift": normal(4, seed=5),
         },
     )  # fmt: skip
 
@@ -66,7 +67,7 @@ def counts(graph: onnx.GraphProto) -> Counter[str]:
     return Counter(n.op_type for n in graph.node)
 
 
-def test_hoisted_and_sunk_a_model_computes_what_it_did():
+def test_hoisting_and_sinking_keep_the_outputs():
     model = rates()
     hoisted = normalize(model, 13, samples())
     assert counts(hoisted.graph)["Conv"] == 3, "the taken branch and the one inside it are in the main graph"
@@ -107,11 +108,12 @@ def test_the_branch_that_samples_take_is_quantized_and_the_other_is_not(options)
     np.testing.assert_allclose(got["z"], expected["z"], atol=0.1)  # it reads a layer of the main graph
 
 
-def test_branches_that_samples_disagree_on_are_left_alone():
+def test_branches_that_depend_on_the_sample_are_left_alone():
     model = parse(
         "g (float[N,3,8,8] x) => (float[N,4,8,8] y) { h = Conv (x, w) s = ReduceMax <keepdims = 0> (h)"
         " most = Constant <value = float {2.0}> () c = Greater (s, most) y = If (c) <"
-        " then_branch = t () => (float[N,4,8,8] a) { a = Conv (h, v) }, else_branch = e () => (float[N,4,8,8] b) { b = Neg (h) } > }",
+        " then_branch = t () => (float[N,4,8,8] a) { a = Conv (h, v) },"
+        " else_branch = e () => (float[N,4,8,8] b) { b = Neg (h) } > }",
         {"w": normal(4, 3, 1, 1), "v": normal(4, 4, 1, 1, seed=1)},
     )
     x = images(16) * np.repeat([0.7, 2], 8).astype(np.float32)[:, None, None, None]
@@ -125,10 +127,12 @@ def test_branches_that_samples_disagree_on_are_left_alone():
         np.testing.assert_allclose(got, expected, atol=0.15 * np.abs(expected).max())
 
 
-def test_what_a_loop_repeats_is_told():
+def test_layers_in_the_body_of_a_loop_are_reported():
     model = parse(
-        "g (float[N,4] x) => (float[N,4] y) { h = MatMul (x, w) n = Constant <value = int64 {3}> () t = Constant <value = bool {1}> ()"
-        " y = Loop (n, t, h) < body = b (int64 i, bool go, float[N,4] s) => (bool more, float[N,4] r) { m = MatMul (s, v) r = Tanh (m)"
+        "g (float[N,4] x) => (float[N,4] y) {"
+        " h = MatMul (x, w) n = Constant <value = int64 {3}> () t = Constant <value = bool {1}> ()"
+        " y = Loop (n, t, h) < body = b (int64 i, bool go, float[N,4] s) => (bool more, float[N,4] r)"
+        " { m = MatMul (s, v) r = Tanh (m)"
         " more = Identity (go) } > }",
         {"w": normal(4, 4), "v": normal(4, 4, seed=1)},
     )
@@ -141,8 +145,8 @@ def test_what_a_loop_repeats_is_told():
     np.testing.assert_allclose(got, expected, atol=0.15)
 
 
-def test_an_if_inside_a_settled_one_keeps_its_own_fate():
-    """Nodes without names: those of the branch must not take the outer one's."""
+def test_an_if_inside_a_settled_one_is_decided_separately():
+    """Nodes have no names: those of the branch must not get the name of the outer node."""
     graph = """g (float[N,4] x, bool c) => (float[N,M] y) {
         h = MatMul (x, w)
         s = ReduceSum <keepdims = 0> (h)
@@ -184,12 +188,14 @@ def test_an_if_inside_a_settled_one_keeps_its_own_fate():
         "a = Unsqueeze (h, one)  b = Squeeze (a, one)  m = Transpose <perm = [2, 0, 1]> (b)",
     ],
 )
-def test_bodies_may_read_what_is_moved_behind_a_quantizer(moves):
-    """onnxruntime ends the process where it takes a quantizer along to a reader inside a body."""
+def test_subgraphs_may_read_tensors_that_are_moved_behind_a_quantizer(moves):
+    """onnxruntime ends the process when it moves a quantizer to a reader inside a subgraph."""
     model = parse(
-        f"g (float[N,4,6] x, bool c) => (float[N,4,5] y, float z) {{ h = MatMul (x, w)  k = MatMul (h, v)  {moves}"
+        "g (float[N,4,6] x, bool c) => (float[N,4,5] y, float z)"
+        f" {{ h = MatMul (x, w)  k = MatMul (h, v)  {moves}"
         "  z = If (c) <then_branch = t () => (float p) { q = Relu (m)  p = ReduceMean <keepdims = 0> (q) },"
-        " else_branch = e () => (float r) { s = Neg (m)  r = ReduceMean <keepdims = 0> (s) }>  y = Relu (k) }",
+        " else_branch = e () => (float r) { s = Neg (m)  r = ReduceMean <keepdims = 0> (s) }>"
+        "  y = Relu (k) }",
         {
             "w": normal(6, 6),
             "v": normal(6, 5),

@@ -15,7 +15,7 @@ X = normal(3, 4, seed=9)
 
 
 def chain(count=6):
-    """Layers in a row, with a residual sum over two of them at each."""
+    """Return a chain of layers, each with a residual sum over two of them."""
     nodes, last, before = [], "x", "x"
     for k in range(count):
         nodes.append(helper.make_node("MatMul", [last, "w"], [f"p{k}"]))
@@ -29,7 +29,7 @@ def chain(count=6):
 
 
 def run(model):
-    # Optimizing a model whose declared ranks are wrong, onnxruntime 1.19 reads past the end of a shape.
+    # onnxruntime 1.19 reads past the end of a shape when it optimizes a model with wrong declared ranks.
     return list(Session(model, optimize=False).run({"x": X}).values())
 
 
@@ -46,7 +46,7 @@ def test_nodes_in_any_order_are_sorted(order):
     onnx.checker.check_model(loaded)
 
 
-def test_nodes_in_order_stay_where_they_are():
+def test_sorted_nodes_keep_their_order():
     model = chain()
     loaded = io.load(model)
     assert list(loaded.graph.node) == list(model.graph.node)
@@ -133,14 +133,16 @@ def input_as_output(model):
 
 
 ODD = [
-    no_type, no_output_shape, no_input_shape, wrong_output_rank, wrong_output_size, wrong_inner_rank, stray_info, no_graph_name,
-    no_ir_version, ir_3_with_constants_that_are_no_inputs, ir_3_with_constants_that_are_inputs, default_domain_by_its_other_name,
-    operator_sets_twice, no_import_of_onnxruntimes_domain, no_import_of_the_default_domain, constant_twice, output_twice, input_as_output,
+    no_type, no_output_shape, no_input_shape, wrong_output_rank, wrong_output_size, wrong_inner_rank,
+    stray_info, no_graph_name, no_ir_version, ir_3_with_constants_that_are_no_inputs,
+    ir_3_with_constants_that_are_inputs, default_domain_by_its_other_name, operator_sets_twice,
+    no_import_of_onnxruntimes_domain, no_import_of_the_default_domain, constant_twice, output_twice,
+    input_as_output,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", ODD, ids=lambda f: f.__name__)
-def test_what_onnxruntime_reads_is_read(change):
+def test_models_that_onnxruntime_accepts_are_accepted(change):
     model = chain()
     change(model)
     runnable = onnx.ModelProto.FromString(model.SerializeToString())
@@ -168,7 +170,7 @@ NAMES = ["y", "a", "b", "r", "eptq/loss", "teacher/h", "h_grad"]
 
 @settings(max_examples=20, deadline=None)
 @given(names=st.permutations(NAMES))
-def test_names_of_bodies_are_apart_from_names_around_them(names):
+def test_names_in_subgraphs_differ_from_those_of_enclosing_graphs(names):
     names = names[:3]
     body = BODY.format("o1", "o2", "o3")
     model = parse(

@@ -1,5 +1,4 @@
-"""Values that depend on the channel alone, sent through drawn nodes: they vary along the axis that is told,
-and no other."""
+"""Tests that values that depend on the channel alone vary along the channel axis only, after random nodes."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ CHANNELS = 8
 
 
 class Chain(Net):
-    """Drawn nodes that move what they read, and leave values of one channel alike."""
+    """Random nodes that move values, and keep the values of a channel equal."""
 
     def __init__(self, seed: int, rank: int) -> None:
         super().__init__(seed, rank)
@@ -101,7 +100,7 @@ def varying(value: np.ndarray) -> list[int]:
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 10**6), rank=st.sampled_from([3, 4, 5]), length=st.integers(1, 8))
-def test_the_axis_follows_what_is_made_of_a_layer(seed, rank, length):
+def test_the_axis_follows_the_output_of_a_layer(seed, rank, length):
     chain = Chain(seed, rank)
     zero = chain.constant(np.zeros((CHANNELS, 2, *[1] * (rank - 2)), np.float32))
     tensors = [
@@ -130,7 +129,7 @@ def test_the_axis_follows_what_is_made_of_a_layer(seed, rank, length):
     rank=st.sampled_from([3, 4, 5]),
     reader=st.sampled_from(["Conv", "MatMul", "LayerNormalization"]),
 )
-def test_the_axis_of_an_input_is_that_of_what_reads_it(seed, rank, reader):
+def test_the_axis_of_an_input_is_that_of_its_reader(seed, rank, reader):
     net = Net(seed, rank)
     order = [0, *(1 + net.rng.permutation(rank - 1)).tolist()]
     moved = net.node("Relu", net.node("Transpose", "x", perm=order))
@@ -152,9 +151,11 @@ def test_the_axis_of_an_input_is_that_of_what_reads_it(seed, rank, reader):
 
 @pytest.mark.parametrize("rank", WIDTHS)
 @pytest.mark.parametrize("join", JOINS)
-def test_every_join_leaves_the_channels_of_images_where_they_were(join, rank):
-    """All have `CHANNELS` of them, or a multiple or share; no other extent is such, save the features of a
-    Gemm."""
+def test_every_join_keeps_the_channel_axis_of_images(join, rank):
+    """The size of the channel axis is `CHANNELS`, a multiple or a fraction of it, unlike all other sizes.
+
+    Only the features of a Gemm have such a size, too.
+    """
     view = GraphView(infer_shapes(joined(3, rank, [join, join])))
     axes = ops.channel_axes_of(view)
     for name in view.producer:
@@ -163,7 +164,7 @@ def test_every_join_leaves_the_channels_of_images_where_they_were(join, rank):
             assert shape[axes[name]] == CHANNELS, (name, shape, axes[name])
 
 
-def test_attention_tells_its_heads_apart():
+def test_attention_keeps_the_axis_of_its_heads():
     model = parse(
         """
         heads (float[n,6,16] x) => (float[n,6,16] y)
@@ -179,9 +180,10 @@ def test_attention_tells_its_heads_apart():
     assert {n: axes[n] for n in "xqrtkspcbjy"} == dict(x=2, q=2, r=2, t=1, k=1, s=1, p=1, c=1, b=2, j=2, y=2)
 
 
-def test_where_nothing_tells_images_and_tokens_are_assumed():
+def test_images_and_tokens_are_assumed_by_default():
     model = parse(
-        "plain (float[n,4,9] a, float[n,3,8,8] b, float[n,7] c, float s) => (float[n,4,9] d, float[n,3,8,8] e, float[n,7] f, float g)"
+        "plain (float[n,4,9] a, float[n,3,8,8] b, float[n,7] c, float s)"
+        " => (float[n,4,9] d, float[n,3,8,8] e, float[n,7] f, float g)"
         "{ d = Relu (a)  e = Relu (b)  f = Relu (c)  g = Relu (s) }",
         {},
     )

@@ -27,15 +27,21 @@ def in_a_body() -> ModelProto:
     return parse("""g (float[N,3] x) => (float[N,4] y) {
         c = Constant <value = bool {1}> ()
         y = If (c) <
-            then_branch = t () => (float[N,4] a) <float[3,4] w = {1,2,3,4,5,6,7,8,9,10,11,12}> { a = MatMul (x, w) },
-            else_branch = e () => (float[N,4] b) { k = Constant <value = float[3,4] {1,2,3,4,5,6,7,8,9,10,11,12}> ()  b = MatMul (x, k) }
+            then_branch = t () => (float[N,4] a) <float[3,4] w = {1,2,3,4,5,6,7,8,9,10,11,12}> {
+                a = MatMul (x, w)
+            },
+            else_branch = e () => (float[N,4] b) {
+                k = Constant <value = float[3,4] {1,2,3,4,5,6,7,8,9,10,11,12}> ()
+                b = MatMul (x, k)
+            }
         >
     }""")
 
 
 def in_an_attribute() -> ModelProto:
     return parse(
-        "g (float[N,3] x) => (float[N,4] y) { w = Constant <value = float[3,4] {1,2,3,4,5,6,7,8,9,10,11,12}> ()  y = MatMul (x, w) }"
+        "g (float[N,3] x) => (float[N,4] y) "
+        "{ w = Constant <value = float[3,4] {1,2,3,4,5,6,7,8,9,10,11,12}> ()  y = MatMul (x, w) }"
     )
 
 
@@ -43,7 +49,10 @@ def in_a_function() -> ModelProto:
     return onnx.parser.parse_model("""<ir_version: 8, opset_import: ["" : 17, "f" : 1]>
         g (float[N,3] x) => (float[N,4] y) { y = f.linear (x) }
         <domain: "f", opset_import: ["" : 17]>
-        linear (x) => (y) { w = Constant <value = float[3,4] {1,2,3,4,5,6,7,8,9,10,11,12}> ()  y = MatMul (x, w) }
+        linear (x) => (y) {
+            w = Constant <value = float[3,4] {1,2,3,4,5,6,7,8,9,10,11,12}> ()
+            y = MatMul (x, w)
+        }
     """)
 
 
@@ -67,7 +76,7 @@ def weights(model):
 
 
 def moved_out(model, folder, location="m.data", place=None):
-    """The model in a file of the folder, its weights in another file."""
+    """Write a model to a file in the folder, and its weights to another file."""
     for tensor in weights(model):
         value = numpy_helper.to_array(tensor)
         (place or folder / location).write_bytes(bytes(64) + value.tobytes())
@@ -87,7 +96,7 @@ def run(model):
 # ---- external data -----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("make", PLACES)
 @pytest.mark.parametrize("location", ["m.data", "./m.data", "sub/m.data", "sub/../m.data"])
-def test_external_data_below_the_folder_is_read_wherever_it_is_referred_to(tmp_path, make, location):
+def test_external_data_below_the_folder_is_read_for_all_kinds_of_tensors(tmp_path, make, location):
     (tmp_path / "sub").mkdir()
     np.testing.assert_array_equal(run(io.load(moved_out(make(), tmp_path, location))), run(io.load(make())))
 
@@ -132,7 +141,7 @@ def test_external_data_outside_the_folder_is_refused(tmp_path, make, kind):
     path = moved_out(make(), folder, location, outside)
     with pytest.raises(
         ModelError,
-        match=r"external data of .*m\.onnx cannot be read: .*(not below the model's folder|is no file)",
+        match=r"external data of .*m\.onnx cannot be read: .*(not below the model's folder|is not a file)",
     ):
         io.load(path)
 
@@ -150,12 +159,13 @@ def test_a_cache_of_links_to_one_folder_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("offset", "65"), ("offset", "-4"), ("offset", "99999999999999999999999"), ("offset", "9000000000000000000"), ("offset", "abc"),
-        ("offset", "1_0"), ("length", "-1"), ("length", "47"), ("length", "49"), ("length", "9000000000000000000"), ("length", "0x30"),
+        ("offset", "65"), ("offset", "-4"), ("offset", "99999999999999999999999"),
+        ("offset", "9000000000000000000"), ("offset", "abc"), ("offset", "1_0"), ("length", "-1"),
+        ("length", "47"), ("length", "49"), ("length", "9000000000000000000"), ("length", "0x30"),
         ("location", ""), ("location", "none.data"), ("location", "a\0b"), ("location", "x" * 5000),
     ],
 )  # fmt: skip
-def test_places_that_do_not_fit_are_refused(tmp_path, make, key, value):
+def test_invalid_offsets_and_lengths_are_refused(tmp_path, make, key, value):
     path = moved_out(make(), tmp_path)
     model = onnx.load(path, load_external_data=False)
     for tensor in weights(model):
@@ -167,7 +177,7 @@ def test_places_that_do_not_fit_are_refused(tmp_path, make, key, value):
 
 
 @pytest.mark.parametrize("length", [None, "0", " 48"])
-def test_a_length_is_not_needed_and_a_file_may_go_on(tmp_path, length):
+def test_the_length_is_optional_and_the_file_may_be_longer(tmp_path, length):
     path = moved_out(plain(), tmp_path)
     with open(tmp_path / "m.data", "ab") as file:
         file.write(bytes(1000))
@@ -180,14 +190,14 @@ def test_a_length_is_not_needed_and_a_file_may_go_on(tmp_path, length):
     np.testing.assert_array_equal(run(io.load(path)), run(plain()))
 
 
-def test_what_one_file_is_read_for_again_and_again_is_bounded(tmp_path, monkeypatch):
+def test_the_memory_for_repeated_reads_of_one_file_is_bounded(tmp_path, monkeypatch):
     path = moved_out(plain(), tmp_path)
     monkeypatch.setattr(external.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 47}))
     with pytest.raises(ModelError, match="takes 48 bytes, and 47 are free in memory"):
         io.load(path)
 
 
-def test_external_data_that_nobody_reads_may_be_missing_but_not_outside(tmp_path):
+def test_unread_external_data_may_be_missing_but_not_outside(tmp_path):
     for location, fits in (("none.data", True), ("../none.data", False)):
         model = plain()
         model.graph.initializer.append(store.reference("spare", 1, [5], {"location": location}))
@@ -205,8 +215,9 @@ def test_external_data_that_nobody_reads_may_be_missing_but_not_outside(tmp_path
 @pytest.mark.parametrize(
     ("dims", "data_type"),
     [
-        ([3, 5], 1), ([2, 4], 1), ([-3, -4], 1), ([3, -4], 1), ([2**40, 2**40], 1), ([2**62, 4], 1), ([2**63 - 1] * 4, 1), ([3, 4], 99),
-        ([3, 4], 0), ([3, 4], -7), ([3, 4], 11), ([3, 4], 8), ([0, 2**62, 2**62], 1),
+        ([3, 5], 1), ([2, 4], 1), ([-3, -4], 1), ([3, -4], 1), ([2**40, 2**40], 1), ([2**62, 4], 1),
+        ([2**63 - 1] * 4, 1), ([3, 4], 99), ([3, 4], 0), ([3, 4], -7), ([3, 4], 11), ([3, 4], 8),
+        ([0, 2**62, 2**62], 1),
     ],
 )  # fmt: skip
 def test_shapes_and_types_that_do_not_fit_the_data_are_refused(make, dims, data_type):
@@ -231,7 +242,7 @@ def test_a_sparse_tensor_of_absurd_size_is_refused():
             io.load(model)
 
 
-def test_what_onnxruntime_ignores_is_removed():
+def test_parts_that_onnxruntime_ignores_are_removed():
     model = plain()
     weight = model.graph.initializer[0]
     weight.float_data.extend([1.0] * 3)
@@ -277,17 +288,17 @@ def test_versions_that_do_not_exist_are_refused(version):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("y = MatMul (x, nowhere)", r"the node y \(MatMul\) reads the tensor nowhere, which nothing makes"),
+        ("y = MatMul (x, nowhere)", r"the node y \(MatMul\) reads the tensor nowhere, which nothing defines"),
         ("a = Add (x, b)  b = Add (a, x)  y = MatMul (b, w)", "in a cycle"),
         ("a = Add (x, a)  y = MatMul (a, w)", "in a cycle"),
-        ("y = MatMul (x, w)  y = MatMul (x, w)", "makes the tensor y, which is there already"),
-        ("y = MatMul (x, w)  w = Relu (x)", "makes the tensor w, which is there already"),
-        ("y = MatMul (x, w)  x = Relu (x)", "makes the tensor x, which is there already"),
-        ("z = MatMul (x, w)", "the output y of the graph g is made by no node"),
+        ("y = MatMul (x, w)  y = MatMul (x, w)", "defines the tensor y, which exists already"),
+        ("y = MatMul (x, w)  w = Relu (x)", "defines the tensor w, which exists already"),
+        ("y = MatMul (x, w)  x = Relu (x)", "defines the tensor x, which exists already"),
+        ("z = MatMul (x, w)", "the output y of the graph g is not defined"),
     ],
 )
 @pytest.mark.parametrize("inside", [False, True])
-def test_names_that_lead_nowhere_are_told(body, message, inside):
+def test_undefined_and_redefined_names_are_reported(body, message, inside):
     if inside:
         message = message.replace("output y of the graph g", "output y of the graph t")
         text = f"""g (float[N,3] x0) => (float[N,4] r) {{
@@ -295,7 +306,8 @@ def test_names_that_lead_nowhere_are_told(body, message, inside):
             o = Constant <value = float[3,4] {{1,2,3,4,5,6,7,8,9,10,11,12}}> ()
             r = If (c) <
                 then_branch = t () => (float[N,4] y)
-                    <float[3,4] w = {{1,2,3,4,5,6,7,8,9,10,11,12}}, float[2,3] x = {{1,2,3,4,5,6}}> {{ {body} }},
+                    <float[3,4] w = {{1,2,3,4,5,6,7,8,9,10,11,12}},
+                     float[2,3] x = {{1,2,3,4,5,6}}> {{ {body} }},
                 else_branch = e () => (float[N,4] b) {{ b = MatMul (x0, o) }}
             >
         }}"""
@@ -307,7 +319,7 @@ def test_names_that_lead_nowhere_are_told(body, message, inside):
 
 
 @pytest.mark.parametrize("field", ["node", "tensor", "doc", "attribute", "body"])
-def test_names_that_are_no_utf8_are_written_out(field):
+def test_invalid_utf8_in_names_is_escaped(field):
     model = in_a_body()
     node = model.graph.node[1]
     if field == "node":
@@ -328,17 +340,19 @@ def test_names_that_are_no_utf8_are_written_out(field):
 
 
 @pytest.mark.parametrize("which", ["x", "y"])
-def test_inputs_and_outputs_whose_name_is_no_utf8_are_refused(which):
+def test_inputs_and_outputs_with_invalid_utf8_names_are_refused(which):
     text = "g (float[N,3] x) => (float[N,4] y) { y = MatMul (x, w) }".replace(which, "QZXQ")
     data = parse(text, {"w": W}).SerializeToString().replace(b"QZXQ", b"Q\xff\xfeQ")
-    with pytest.raises(ModelError, match=r"name b'Q\\xff\\xfeQ' is no UTF-8"):
+    with pytest.raises(ModelError, match=r"name b'Q\\xff\\xfeQ' is not valid UTF-8"):
         io.load(data)
 
 
 # ---- nesting -----------------------------------------------------------------------------------------------
 def nested(depth):
-    """So many bodies inside each other, put there from the outermost on: protobuf copies no message that is
-    too deep."""
+    """Return a model with nested subgraphs, built from the outermost one on.
+
+    protobuf does not copy messages that are nested too deep.
+    """
     model = plain()
     model.graph.initializer.append(numpy_helper.from_array(np.array(True), "c"))
     graph = model.graph
@@ -354,7 +368,7 @@ def nested(depth):
 
 
 @pytest.mark.parametrize("depth", [29, 40, 400, 3000])
-def test_nesting_without_end_is_refused_at_once(depth):
+def test_excessive_nesting_is_refused_at_once(depth):
     model = nested(depth)
     begin = time.monotonic()
     with pytest.raises(ModelError, match=r"nested more than (16|28) deep"):
@@ -363,12 +377,12 @@ def test_nesting_without_end_is_refused_at_once(depth):
 
 
 @pytest.mark.parametrize("depth", [1, 5, 12])
-def test_some_nesting_is_loaded(depth):
+def test_moderate_nesting_is_loaded(depth):
     np.testing.assert_array_equal(run(io.load(nested(depth))), run(plain()))
 
 
 def calling(calls):
-    """A model whose functions call those of the given numbers."""
+    """Return a model whose functions call those with the given indices."""
     imports = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
     functions = []
     for k, called in enumerate(calls):
@@ -394,12 +408,12 @@ def calling(calls):
     [
         ([[0]], "call each other without end"),
         ([[1], [2], [0]], "call each other without end"),
-        ([[k + 1] for k in range(3000)] + [[]], "more than 100 functions"),
-        ([[k + 1] * 2 for k in range(40)] + [[]], "nodes once its functions are put in place"),
-        ([[k + 1] * 20 for k in range(5)] + [[]], "nodes once its functions are put in place"),
+        ([[k + 1] for k in range(3000)] + [[]], "more than 100 nested function calls"),
+        ([[k + 1] * 2 for k in range(40)] + [[]], "nodes once its functions are inlined"),
+        ([[k + 1] * 20 for k in range(5)] + [[]], "nodes once its functions are inlined"),
     ],
 )
-def test_functions_without_end_are_refused_at_once(calls, message):
+def test_recursive_and_exploding_functions_are_refused_at_once(calls, message):
     begin = time.monotonic()
     with pytest.raises(ModelError, match=message):
         io.load(calling(calls))
@@ -412,7 +426,7 @@ def test_functions_that_call_others_are_loaded():
 
 
 @pytest.mark.parametrize("fault", ["no name", "unknown operator", "no opset"])
-def test_functions_that_nobody_calls_are_left_out(fault):
+def test_unused_functions_are_removed(fault):
     model = calling([[1], []])
     odd = model.functions.add(domain="d", name="" if fault == "no name" else "odd")
     if fault != "no opset":

@@ -1,4 +1,4 @@
-"""A formula in the operator table becomes the nodes that it says."""
+"""Tests of lowerings given as formulas in the operator table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from eptq_onnx.graph.lower.formula import formula
 from eptq_onnx.runtime import Session
 
 LEAKY = formula(
-    "Leaky <alpha: float = 0.5> (x) => (y) { a = Constant <value_float: float = @alpha> ()  s = Mul (x, a)  y = Max (x, s) }"
+    "Leaky <alpha: float = 0.5> (x) => (y) "
+    "{ a = Constant <value_float: float = @alpha> ()  s = Mul (x, a)  y = Max (x, s) }"
 )
 
 
@@ -33,7 +34,8 @@ def test_attributes_are_the_nodes_own_or_the_defaults(attributes, alpha):
 
 def test_lists_and_whole_numbers_are_constants():
     scaled = formula(
-        "Scaled <scale> (x) => (y) { s = Constant <value_floats: floats = @scale> ()  a = Constant <value_ints = [1]> ()"
+        "Scaled <scale> (x) => (y) "
+        "{ s = Constant <value_floats: floats = @scale> ()  a = Constant <value_ints = [1]> ()"
         "  m = Mul (x, s)  n = Unsqueeze (m, a)  y = Squeeze (n, a) }"
     )
     model, refused = lowered("y = Scaled <scale = [1.0, 2.0, 3.0]> (x)", scaled)
@@ -54,11 +56,11 @@ def test_lists_and_whole_numbers_are_constants():
         ("t, y = F (x)", "F (x) => (y) { y = Abs (x) }", "output y is used"),
     ],
 )
-def test_what_the_formula_does_not_cover_is_refused(node, text, reason):
+def test_nodes_that_the_formula_does_not_cover_are_refused(node, text, reason):
     _, refused = lowered(node, formula(text))
     assert reason in refused["node"]
 
 
-def test_a_formula_that_cannot_be_read_is_a_fault():
+def test_a_formula_that_cannot_be_parsed_is_an_error():
     with pytest.raises(ValueError, match="Half"):
         formula("Half (x) => (y) {")

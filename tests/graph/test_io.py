@@ -22,7 +22,7 @@ def test_external_data_is_read(tmp_path):
     np.testing.assert_array_equal(Session(loaded).run({"image": images(2)})["logits"], expected)
 
 
-def test_missing_external_data_is_told(tmp_path):
+def test_missing_external_data_is_reported(tmp_path):
     onnx.save(
         small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
     )
@@ -31,7 +31,7 @@ def test_missing_external_data_is_told(tmp_path):
         io.load(tmp_path / "m.onnx")
 
 
-def test_a_large_initializer_of_the_wrong_size_is_told():
+def test_a_large_initializer_of_the_wrong_size_is_reported():
     model = small_convnet()
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(5000, np.float32), "spare"))
     model.graph.initializer[-1].dims[0] = 4999
@@ -71,7 +71,7 @@ def test_a_large_model_is_saved_and_run_with_external_data(tmp_path, monkeypatch
         np.testing.assert_array_equal(got["logits"], expected["logits"])
 
 
-def test_an_operator_of_onnxruntime_inside_a_body_is_no_error():
+def test_an_operator_of_onnxruntime_inside_a_subgraph_is_not_an_error():
     graph = """g (float[N,3] x, bool c) => (float[N,3] y) {
         y = If (c) <
             then_branch = t () => (float[N,3] a) { a = SimplifiedLayerNormalization <axis = -1> (x, scale) },

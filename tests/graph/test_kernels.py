@@ -1,4 +1,4 @@
-"""Faster forms compute the same; what has none stays as it is."""
+"""Tests that faster forms compute the same, and that nodes without one are unchanged."""
 
 from __future__ import annotations
 
@@ -32,23 +32,26 @@ def _blocked(model) -> int:
 )
 def test_a_depthwise_conv_with_a_computed_weight(attributes):
     model = parse(
-        f"g (float[3,32,9,8] x, float[32,1,3,3] w, float[32] b) => (float[N,C,H,W] y, float[N,C,H,W] r) {{ h = Relu (x)"
-        f"  y = Conv <group = 32{attributes}> (h, w, b)  z = Conv <group = 32{attributes}> (h, w)  r = Relu (z) }}"
+        "g (float[3,32,9,8] x, float[32,1,3,3] w, float[32] b) => (float[N,C,H,W] y, float[N,C,H,W] r)"
+        f" {{ h = Relu (x)  y = Conv <group = 32{attributes}> (h, w, b)"
+        f"  z = Conv <group = 32{attributes}> (h, w)  r = Relu (z) }}"
     )
     result = _agrees(
         model, {"x": normal(3, 32, 9, 8), "w": normal(32, 1, 3, 3, seed=1), "b": normal(32, seed=2)}
     )
     assert _blocked(result) == 2
-    # The image and the weight are put in blocks once.
+    # The image and the weight are each reordered once.
     assert sum(node.op_type == "ReorderInput" for node in result.graph.node) == 2
 
 
 @needs_blocks
-def test_images_side_by_side_are_put_in_blocks_as_they_were():
-    """The gradient of a depthwise weight."""
+def test_reshapes_that_merge_samples_and_channels_stay_in_blocks():
+    """As in the gradient of a depthwise weight."""
     model = parse(
-        "g (float[3,32,6,6] x, float[3,32,4,4] dy, float[32,1,3,3] w) => (float[N,C,H,W] y, float[K,L,H,W] dw)"
-        "{ y = Conv <group = 32> (x, w)  a = Reshape (x, side)  b = Reshape (dy, behind)  dw = Conv <group = 96> (a, b) }",
+        "g (float[3,32,6,6] x, float[3,32,4,4] dy, float[32,1,3,3] w)"
+        " => (float[N,C,H,W] y, float[K,L,H,W] dw)"
+        " { y = Conv <group = 32> (x, w)  a = Reshape (x, side)  b = Reshape (dy, behind)"
+        "  dw = Conv <group = 96> (a, b) }",
         {"side": np.array([1, 96, 6, 6]), "behind": np.array([96, 1, 4, 4])},
     )
     result = _agrees(
@@ -66,7 +69,8 @@ def test_images_side_by_side_are_put_in_blocks_as_they_were():
 def test_other_convolutions_stay(channels, weight, group):
     size = ",".join(map(str, weight))
     model = parse(
-        f"g (float[2,{channels},5,5] x, float[{size}] w) => (float[N,C,H,W] y) {{ y = Conv <group = {group}> (x, w) }}"
+        f"g (float[2,{channels},5,5] x, float[{size}] w) => (float[N,C,H,W] y)"
+        f" {{ y = Conv <group = {group}> (x, w) }}"
     )
     assert _blocked(_agrees(model, {"x": normal(2, channels, 5, 5), "w": normal(*weight)})) == 0
     assert not fits_blocks(weight, group)
@@ -75,10 +79,11 @@ def test_other_convolutions_stay(channels, weight, group):
 @needs_blocks
 @pytest.mark.parametrize(("first", "second"), [(3, 32), (12, 36), (20, 64), (32, 20)])
 def test_constant_convolutions_stay_in_blocks(first, second):
-    """Channels that do not fill a block, too: onnxruntime would take them out of the blocks for the Clip."""
+    """This includes channels that do not fill a block: onnxruntime would leave the blocks for the Clip."""
     model = parse(
-        f"g (float[2,{first},9,8] x) => (float[N,C,H,W] y) {{ a = Conv <pads = [1, 1, 1, 1]> (x, w, b)  c = Clip (a, low, high)"
-        f"  d = Conv <strides = [2, 2]> (c, v)  e = Sigmoid (d)  f = Mul (d, e)  y = Conv (f, u) }}",
+        f"g (float[2,{first},9,8] x) => (float[N,C,H,W] y)"
+        " { a = Conv <pads = [1, 1, 1, 1]> (x, w, b)  c = Clip (a, low, high)"
+        "  d = Conv <strides = [2, 2]> (c, v)  e = Sigmoid (d)  f = Mul (d, e)  y = Conv (f, u) }",
         {
             "w": normal(32, first, 3, 3),
             "b": normal(32),
@@ -97,14 +102,17 @@ def test_constant_convolutions_stay_in_blocks(first, second):
 
 @needs_blocks
 def test_a_loss_is_computed_in_blocks():
-    """All that lies between: pools, joined images, factors of channels and samples, masks, sums."""
+    """All kinds of nodes in between: pools, concatenations, factors per channel and sample, masks, sums."""
     model = parse(
         "g (float[2,32,8,8] x, float[32,1,3,3] w, float[64,1,3,3] v, float[2,64,1,1] f)"
         " => (float[N,C,H,W] y, float[N,C] squares, float[C] total, float[N,C,H,W] mean) {"
-        " a = Conv <group = 32, pads = [1, 1, 1, 1]> (x, w)  m = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (a)"
-        " c = Concat <axis = 1> (a, m)  r = Clip (c, zero, one)  same = Equal (c, r)  kept = Cast <to = 1> (same)"
+        " a = Conv <group = 32, pads = [1, 1, 1, 1]> (x, w)"
+        " m = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (a)"
+        " c = Concat <axis = 1> (a, m)  r = Clip (c, zero, one)"
+        " same = Equal (c, r)  kept = Cast <to = 1> (same)"
         " g = Mul (kept, f)  s = Sum (g, r, c)  mean = GlobalAveragePool (s)"
-        " squares = ReduceSumSquare <axes = [2, 3], keepdims = 0> (s)  total = ReduceSum <keepdims = 0> (s, axes)"
+        " squares = ReduceSumSquare <axes = [2, 3], keepdims = 0> (s)"
+        " total = ReduceSum <keepdims = 0> (s, axes)"
         " y = Conv <group = 64> (s, v) }",
         {"zero": np.float32(0), "one": np.float32(1), "axes": np.array([0, 2, 3])},
     )
@@ -118,15 +126,16 @@ def test_a_loss_is_computed_in_blocks():
     }
     result = _agrees(model, feeds)
     kinds = [node.op_type for node in result.graph.node]
-    # The image and two weights; the result and the means.
+    # In: the image and two weights; out: the result and the means.
     assert (kinds.count("ReorderInput"), kinds.count("ReorderOutput")) == (3, 2)
     assert not {"ReduceSumSquare"} & set(kinds)
 
 
 @needs_blocks
-def test_what_is_read_in_both_layouts_is_reordered_once():
+def test_tensors_that_are_read_in_both_layouts_are_reordered_once():
     model = parse(
-        "g (float[2,32,5,5] x, float[32,1,3,3] w) => (float[N,H,W,C] y, float[N,M,H,W] z, float[2,32,5,5] h) { h = Relu (x)"
+        "g (float[2,32,5,5] x, float[32,1,3,3] w)"
+        " => (float[N,H,W,C] y, float[N,M,H,W] z, float[2,32,5,5] h) { h = Relu (x)"
         "  a = Conv <group = 32> (h, w)  b = Sin (a)  y = Transpose <perm = [0, 2, 3, 1]> (a)  z = Tan (b) }"
     )
     result = _agrees(model, {"x": normal(2, 32, 5, 5), "w": normal(32, 1, 3, 3)})
@@ -134,9 +143,10 @@ def test_what_is_read_in_both_layouts_is_reordered_once():
     assert (kinds.count("ReorderInput"), kinds.count("ReorderOutput")) == (2, 1)
 
 
-def test_nothing_moves_without_a_convolution():
+def test_nothing_changes_without_a_convolution():
     model = parse(
-        "g (float[2,32,5,5] x) => (float[N,C,H,W] y) { r = Relu (x)  p = MaxPool <kernel_shape = [2, 2]> (r)  y = Add (p, p) }"
+        "g (float[2,32,5,5] x) => (float[N,C,H,W] y) "
+        "{ r = Relu (x)  p = MaxPool <kernel_shape = [2, 2]> (r)  y = Add (p, p) }"
     )
     assert [n.op_type for n in _agrees(model, {"x": normal(2, 32, 5, 5)}).graph.node] == [
         "Relu",
@@ -150,7 +160,8 @@ def test_nothing_moves_without_a_convolution():
 def test_sums_of_squares_over_images(opset, keepdims):
     axes, given = ("axes = [2, 3], ", "") if opset < 18 else ("", ", axes")
     model = parse(
-        f"g (float[2,5,6,7] x) => (float[N,C] y) {{ d = Neg (x)  y = ReduceSumSquare <{axes}keepdims = {keepdims}> (d{given}) }}",
+        "g (float[2,5,6,7] x) => (float[N,C] y) "
+        f"{{ d = Neg (x)  y = ReduceSumSquare <{axes}keepdims = {keepdims}> (d{given}) }}",
         {"axes": np.array([-1, 2])} if given else {},
         opset=opset,
     )

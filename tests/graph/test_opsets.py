@@ -1,4 +1,4 @@
-"""Real conversions between opsets: what a file computes stays, whatever its opset."""
+"""Tests that conversions between opsets do not change what a model computes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ IR_VERSIONS = {
 
 
 class Net:
-    """A network in the words of one opset."""
+    """Builds a network with the operators of one opset."""
 
     def __init__(self, opset: int) -> None:
         self.opset = opset
@@ -80,8 +80,11 @@ class Net:
 
 
 def network(opset: int) -> ModelProto:
-    """Conv, BatchNormalization, Clip, Pad, Upsample, Slice, pools, Dropout, reductions, Split, Softmax, each
-    in its form of the time."""
+    """Return a network of operators that changed over time, in the form that they have in an opset.
+
+    These are Conv, BatchNormalization, Clip, Pad, Upsample, Slice, pools, Dropout, reductions, Split and
+    Softmax.
+    """
     net = Net(opset)
     c = net.add("Conv", "x", net.constant(normal(8, 3, 3, 3)), pads=[1] * 4)
     statistics = [
@@ -126,7 +129,7 @@ def network(opset: int) -> ModelProto:
 
 
 def runnable(model: ModelProto) -> ModelProto:
-    """What the installed onnxruntime reads."""
+    """Return the model in an opset that the installed onnxruntime reads."""
     return opsets.within(model, 1, *newest_readable())
 
 
@@ -191,7 +194,7 @@ GROW, SHRINK, PLACES = (
     ],
     ids=lambda m: f"{m.graph.node[0].op_type}-{opset_of(m)}",
 )
-def test_old_forms_mean_what_they_meant(model):
+def test_old_operators_keep_their_meaning(model):
     x = normal(2, 3, 6, 6, scale=1)
     converted = normalize(model, 13)
     assert opset_of(converted) == 13
@@ -200,7 +203,7 @@ def test_old_forms_mean_what_they_meant(model):
     )
 
 
-def test_what_no_later_operator_does_is_told():
+def test_operators_without_a_later_equivalent_are_reported():
     with pytest.raises(
         ModelError, match=r"a Resize of opset 10, may grow and shrink.*export the model with opset 11"
     ):
@@ -215,7 +218,7 @@ def test_a_fitting_opset_is_left_alone():
     assert opsets.restored(model, 17, 8, *newest_readable()) is model
 
 
-def test_operators_that_are_too_young_are_written_in_older_ones():
+def test_operators_that_are_too_new_are_expanded():
     net = Net(23)
     h = net.add("MatMul", "x", net.constant(normal(6, 6)))
     h = net.add("RMSNormalization", h, net.constant(np.linspace(0.5, 2, 6, dtype=np.float32)), axis=-1)
@@ -235,7 +238,7 @@ def test_operators_that_are_too_young_are_written_in_older_ones():
     assert len(result.report.layers) == 2
 
 
-def test_what_has_no_definition_in_older_operators_is_told():
+def test_new_operators_without_a_definition_are_reported():
     net = Net(24)
     net.add("TensorScatter", "x", net.constant(normal(2, 3, 1, 6)))
     with pytest.raises(
@@ -248,7 +251,7 @@ def test_what_has_no_definition_in_older_operators_is_told():
     ("opset", "inner"),
     [(10, 'Resize <mode = "nearest"> (h, s)'), (9, "Upsample (h, s)"), (11, "Hardmax (h)")],
 )
-def test_what_a_body_would_do_otherwise_in_a_later_opset_is_told(opset, inner):
+def test_operators_in_subgraphs_that_would_change_their_meaning_are_reported(opset, inner):
     graph = f"""g (float[1,1,2,2] x, bool c) => (float[N,M,H,W] y) {{
         h = Relu (x)
         y = If (c) <
@@ -278,9 +281,10 @@ def test_matrix_products_of_opset_21_are_quantized(activation_bits):
     assert len(result.report.layers) == 2
 
 
-def test_group_normalization_of_opset_21_is_written_in_older_operators():
+def test_group_normalization_of_opset_21_is_expanded():
     model = parse(
-        "g (float[N,4,3] x) => (float[N,4,3] y) { a = MatMul (x, w)  y = GroupNormalization <num_groups = 2> (a, scale, shift) }",
+        "g (float[N,4,3] x) => (float[N,4,3] y) "
+        "{ a = MatMul (x, w)  y = GroupNormalization <num_groups = 2> (a, scale, shift) }",
         {"w": normal(3, 3), "scale": normal(4, seed=1), "shift": normal(4, seed=2)},
         opset=21,
     )

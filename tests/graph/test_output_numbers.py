@@ -29,7 +29,7 @@ def test_tensors_of_every_float_type_are_read_as_float64(elem_type):
     np.testing.assert_allclose(z, np.maximum(X, 0), rtol=1e-2)
 
 
-def test_sequences_of_floats_are_read_in_a_row():
+def test_sequences_of_floats_are_concatenated():
     model = model_with(
         "SplitToSequence", helper.make_tensor_sequence_value_info("z", TensorProto.FLOAT, None), axis=0
     )
@@ -38,7 +38,7 @@ def test_sequences_of_floats_are_read_in_a_row():
     np.testing.assert_array_equal(numbers(value), np.maximum(X, 0).reshape(-1))
 
 
-def test_the_values_of_maps_are_read_in_a_row():
+def test_the_values_of_maps_are_concatenated():
     np.testing.assert_array_equal(
         numbers([{"no": 0.25, "yes": 0.75}, {"no": 1.0, "yes": 0.0}]), [0.25, 0.75, 1, 0]
     )
@@ -49,7 +49,7 @@ def test_the_values_of_maps_are_read_in_a_row():
     ("op_type", "elem_type", "attributes"),
     [("Shape", TensorProto.INT64, {}), ("IsNaN", TensorProto.BOOL, {})],
 )
-def test_what_is_no_float_is_not_compared(op_type, elem_type, attributes):
+def test_outputs_of_other_types_are_not_compared(op_type, elem_type, attributes):
     model = model_with(op_type, helper.make_tensor_value_info("z", elem_type, None), **attributes)
     assert comparable(GraphView(model)) == ("y",)
     with pytest.raises(TypeError):

@@ -11,8 +11,8 @@ from eptq_onnx.graph.view import GraphView
 @pytest.fixture(scope="module")
 def view() -> GraphView:
     text = (
-        "g (float[N,4] x) => (float[N,4] y) { a = MatMul (x, w)  b = Relu (a)  c = MatMul (b, w)  d = Sigmoid (b)  e = Mul (c, d)"
-        "  y = MatMul (e, w) }"
+        "g (float[N,4] x) => (float[N,4] y) { a = MatMul (x, w)  b = Relu (a)  c = MatMul (b, w)"
+        "  d = Sigmoid (b)  e = Mul (c, d)  y = MatMul (e, w) }"
     )
     model = parse(text, {"w": normal(4, 4)})
     for node in model.graph.node:
@@ -33,7 +33,7 @@ def view() -> GraphView:
         ("from:net/a..to:net/a", "a"),
     ],
 )
-def test_patterns_name_nodes(view, pattern, names):
+def test_patterns_select_nodes(view, pattern, names):
     assert matching(view, pattern) == {f"net/{n}" for n in names}
 
 
@@ -43,7 +43,7 @@ def test_patterns_name_nodes(view, pattern, names):
         ("net/A", "there is no node 'net/A'.*similar names: net/"),
         ("op:Conv", "matches no node; operators are MatMul, Mul, Relu, Sigmoid"),
         ("re:a", "matches no node"),
-        ("re:[", "is no regular expression"),
+        ("re:[", "is not a regular expression"),
         ("from:net/y..to:net/a", "no path leads"),
         ("from:net/c..to:net/d", "no path leads"),
         ("from:net/a..to:nowhere", "there is no node 'nowhere'"),

@@ -1,5 +1,4 @@
-"""What onnxruntime runs in spite of damage goes through; what it refuses or does not survive is refused in a
-sentence."""
+"""Tests that damaged models are accepted if onnxruntime runs them, and otherwise refused in one sentence."""
 
 from __future__ import annotations
 
@@ -18,7 +17,10 @@ FAST = Config(preset="fast", measure_speed=False)
 
 
 def conv1d() -> ModelProto:
-    body = "g (float[N,2,8] x) => (float[N,3,8] y) { c = Conv <pads = [1,1], strides = [1]> (x, w) r = Relu (c) y = Conv (r, v) }"
+    body = (
+        "g (float[N,2,8] x) => (float[N,3,8] y) "
+        "{ c = Conv <pads = [1,1], strides = [1]> (x, w) r = Relu (c) y = Conv (r, v) }"
+    )
     return parse(body, {"w": normal(4, 2, 3), "v": normal(3, 4, 1)})
 
 
@@ -43,7 +45,7 @@ DEADLY = {
 
 
 @pytest.mark.parametrize("fault", DEADLY)
-def test_what_ends_the_process_that_loads_it_is_refused(fault):
+def test_models_that_crash_the_process_are_refused(fault):
     model = conv1d()
     DEADLY[fault](model)
     with pytest.raises(ModelError, match="the model"):
@@ -51,7 +53,7 @@ def test_what_ends_the_process_that_loads_it_is_refused(fault):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_types_that_do_not_go_together_are_refused(seed):
+def test_inconsistent_types_are_refused(seed):
     rng = np.random.default_rng(seed)
     model = small_convnet()
     tensor = model.graph.initializer[int(rng.integers(len(model.graph.initializer)))]
@@ -62,8 +64,12 @@ def test_types_that_do_not_go_together_are_refused(seed):
         eptq_onnx.quantize(model, {"image": images(6)}, FAST)
 
 
-BODY = """g (float[N,4] x) => (float[N,4] y) <float[N,4] h> { h = MatMul (x, w) s = ReduceMean <keepdims = 0> (x) p = Greater (s, zero)
-    z = If (p) <then_branch = t () => (float[N,4] a) { a = Relu (h) }, else_branch = e () => (float[N,4] b) { b = MatMul (h, w) }>
+BODY = """g (float[N,4] x) => (float[N,4] y) <float[N,4] h> {
+    h = MatMul (x, w) s = ReduceMean <keepdims = 0> (x) p = Greater (s, zero)
+    z = If (p) <
+        then_branch = t () => (float[N,4] a) { a = Relu (h) },
+        else_branch = e () => (float[N,4] b) { b = MatMul (h, w) }
+    >
     y = MatMul (z, v) }"""
 
 
@@ -73,7 +79,7 @@ def branching() -> ModelProto:
 
 @pytest.mark.parametrize("place", ["a", "b", "y", "h"])
 @pytest.mark.parametrize("dims", [["N"], ["N", 4, 3], ["N", 2**31 - 1], [1, 1, 1, 1]], ids=str)
-def test_declared_shapes_that_no_tensor_has_do_not_count(place, dims):
+def test_wrong_declared_shapes_are_ignored(place, dims):
     model = branching()
     bodies = {a.name: a.g for a in model.graph.node[3].attribute}
     infos = {"a": bodies["then_branch"].output[0], "b": bodies["else_branch"].output[0]}
@@ -86,7 +92,7 @@ def test_declared_shapes_that_no_tensor_has_do_not_count(place, dims):
     np.testing.assert_allclose(got["y"], expected["y"], atol=0.2)
 
 
-def test_attributes_that_refer_to_a_function_which_is_none_have_their_values():
+def test_attribute_references_outside_functions_are_ignored():
     model = small_convnet()
     for node in model.graph.node:
         for attribute in node.attribute:
@@ -94,7 +100,7 @@ def test_attributes_that_refer_to_a_function_which_is_none_have_their_values():
     assert eptq_onnx.quantize(model, {"image": images(6)}, FAST).report.layers
 
 
-def test_what_onnx_objects_to_and_onnxruntime_runs_goes_through():
+def test_models_that_onnx_rejects_and_onnxruntime_runs_are_accepted():
     model = conv1d()
     _ints(model, "pads", -1, 3)
     try:
@@ -140,7 +146,7 @@ def test_a_layer_with_an_infinite_constant_stays_float(value, name):
 
 
 def _clipped(model: ModelProto) -> ModelProto:
-    """Relu becomes a Clip, so that what is infinite ends."""
+    """Replace Relu by Clip, so that infinite values end there."""
     for node in model.graph.node:
         if node.op_type == "Relu":
             node.op_type = "Clip"
@@ -149,7 +155,7 @@ def _clipped(model: ModelProto) -> ModelProto:
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_branches_that_samples_take_differently_are_passed_by(steps):
+def test_branches_that_depend_on_the_sample_are_passed_by(steps):
     config = Config(preset="fast", measure_speed=False, steps=steps) if steps else FAST
     x = np.concatenate([normal(12, 4, seed=3) - 2, normal(12, 4, seed=4) + 2])
     result = eptq_onnx.quantize(branching(), {"x": x}, config)

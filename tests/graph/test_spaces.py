@@ -1,4 +1,4 @@
-"""Random matrices on all channels that may be mixed: the model computes the same."""
+"""Tests that random matrices on all channels that may be mixed do not change the outputs of a model."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ MIXING = {
     "Concat, twice the same": "j = Concat <axis = 1> (a, a)  z = Conv (j, j8)",
     "Concat, other axis": "c = Conv <pads = [1,1,1,1]> (x, u)  z = Concat <axis = 2> (a, c)",
     "Split": "s, t = Split <axis = 1> (a, halves)  z = Concat <axis = 1> (t, s)",
-    "Transpose": "t = Transpose <perm = [0,2,3,1]> (a)  r = MatMul (t, m)  z = Transpose <perm = [0,3,1,2]> (r)",
+    "Transpose": "t = Transpose <perm = [0,2,3,1]> (a)  r = MatMul (t, m)"
+    "  z = Transpose <perm = [0,3,1,2]> (r)",
     "Reshape": "r = Reshape (a, flat)  z = Reshape (r, back)",
-    "Flatten": "g = AveragePool <kernel_shape = [2,2], strides = [2,2]> (a)  f = Flatten (g)  q = Gemm (f, gw, gb)  z = Reshape (q, one)",
+    "Flatten": "g = AveragePool <kernel_shape = [2,2], strides = [2,2]> (a)  f = Flatten (g)"
+    "  q = Gemm (f, gw, gb)  z = Reshape (q, one)",
     "Squeeze": "g = GlobalAveragePool (a)  s = Squeeze (g, two)  z = Unsqueeze (s, two)",
     "Identity": "z = Identity (a)",
     "Dropout": "z = Dropout (a)",
@@ -44,7 +46,7 @@ NONLINEAR = [n for n in PASSING if n != "Transpose" and ("Relu" in PASSING[n] or
 
 
 def mixed_at_random(model: ModelProto, seed: int = 0) -> tuple[ModelProto, Channels, Spaces]:
-    """The model with a matrix on every space."""
+    """Return the model with a random matrix on every space, and its channels and spaces."""
     view, rng = GraphView(model), np.random.default_rng(seed)
     channels = ops.channels_of(view, linear=True)
     spaces = Spaces(channels)
@@ -59,7 +61,7 @@ def mixed_at_random(model: ModelProto, seed: int = 0) -> tuple[ModelProto, Chann
 
 
 def members(channels: Channels, spaces: Spaces, tensor: str) -> int:
-    """How many channels of a tensor are in a space."""
+    """Return how many channels of a tensor are in a space."""
     known = channels.of(tensor)
     return (
         sum(spaces.places(known[0], k).size for k in range(len(spaces.members))) if known is not None else 0
@@ -83,14 +85,14 @@ def test_matrices_on_channels_change_nothing(name):
 
 
 @pytest.mark.parametrize("body", [*BLOCKING.values(), *(PASSING[n] for n in NONLINEAR)])
-def test_what_tells_channels_apart_keeps_them(body):
+def test_nodes_that_treat_channels_differently_prevent_mixing(body):
     model = case(body)
     mixed, channels, spaces = mixed_at_random(model)
     assert members(channels, spaces, "a") == 0
     outputs_agree(model, mixed, {"x": normal(2, 3, 6, 6, seed=20, scale=2)})
 
 
-def test_parts_that_go_different_ways_are_spaces_of_their_own():
+def test_parts_with_different_consumers_are_separate_spaces():
     model = case("s, t = Split <axis = 1> (a, halves)  r = Relu (t)  z = Concat <axis = 1> (s, r)")
     mixed, channels, spaces = mixed_at_random(model)
     assert members(channels, spaces, "s") == 2
@@ -100,6 +102,6 @@ def test_parts_that_go_different_ways_are_spaces_of_their_own():
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**16))
-def test_drawn_models_compute_the_same(seed):
+def test_random_models_compute_the_same(seed):
     model, feeds = drawn_case(seed)
     outputs_agree(model, mixed_at_random(model, seed)[0], feeds)

@@ -49,7 +49,8 @@ def test_reachability_stops_at_blocked_nodes():
 def test_a_subgraph_reads_from_outside():
     model = parse(
         "g (float[N] x, bool c) => (float[N] y) { t = Relu (x)"
-        " y = If (c) <then_branch = a () => (float[N] p) { p = Neg (t) }, else_branch = b () => (float[N] q) { q = Identity (x) }> }"
+        " y = If (c) <then_branch = a () => (float[N] p) { p = Neg (t) },"
+        " else_branch = b () => (float[N] q) { q = Identity (x) }> }"
     )
     assert set(node_reads(model.graph.node[1])) == {"c", "t", "x"}
 
@@ -75,7 +76,7 @@ def test_reductions_follow_the_opset():
         assert len(total.input) == 2
 
 
-def test_outputs_keep_what_is_known_of_them():
+def test_outputs_keep_their_types_and_shapes():
     model = named(small_convnet())
     edit.set_outputs(model, ["c1"])
     edit.set_outputs(model, ["logits"])

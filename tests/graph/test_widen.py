@@ -14,7 +14,7 @@ from eptq_onnx.runtime import Session
 
 
 def narrowed(model: onnx.ModelProto, elem_type: int) -> onnx.ModelProto:
-    """The model in another float type, its inputs and outputs too."""
+    """Return the model in another float type, including its inputs and outputs."""
     dtype = onnx.helper.tensor_dtype_to_np_dtype(elem_type)
     for tensor in model.graph.initializer:
         tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(dtype), tensor.name))

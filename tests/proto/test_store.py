@@ -21,7 +21,7 @@ def everything_is_large(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int64, np.uint8, bool])
-def test_a_value_comes_back(tmp_path, dtype):
+def test_a_value_survives_the_round_trip(tmp_path, dtype):
     value = (normal(130, 70, 9) * 3).astype(dtype)
     tensor = store.constant(value, "w", str(tmp_path))
     assert store.is_stored(tensor)
@@ -31,12 +31,12 @@ def test_a_value_comes_back(tmp_path, dtype):
     np.testing.assert_array_equal(onnx.numpy_helper.to_array(store.loaded(again)), value)
 
 
-def test_light_weights_stay_and_nothing_is_stored_without_a_folder(tmp_path):
+def test_small_weights_stay_in_memory_and_nothing_is_stored_without_a_folder(tmp_path):
     assert not store.is_stored(store.constant(normal(5), "w", str(tmp_path)))
     assert not store.is_stored(store.constant(normal(200, 200), "w", None))
 
 
-def test_a_stored_model_runs_and_comes_back_whole(tmp_path, everything_is_large):
+def test_a_stored_model_runs_and_loads_back_unchanged(tmp_path, everything_is_large):
     model = small_convnet()
     apart = stored(model, str(tmp_path))
     assert store.folder_of(apart) == str(tmp_path)
@@ -60,7 +60,7 @@ def test_a_stored_model_runs_and_comes_back_whole(tmp_path, everything_is_large)
     ],
     ids=["fast", "loop", "standard"],
 )
-def test_a_large_model_becomes_what_it_would_be_in_memory(tmp_path, monkeypatch, options):
+def test_a_large_model_is_quantized_as_it_would_be_in_memory(tmp_path, monkeypatch, options):
     config, data = Config(**options), {"image": images(12)}
     expected = quantize(small_convnet(), data, config)
     monkeypatch.setattr(store, "LARGE", 0)
@@ -100,20 +100,20 @@ def test_half_precision_weights_are_widened_in_their_folder(tmp_path, everything
     assert all(t.data_type == onnx.TensorProto.FLOAT for t in heavy)
 
 
-def test_weights_that_are_elsewhere_are_asked_for(tmp_path):
+def test_missing_external_data_is_asked_for(tmp_path):
     onnx.save(
         small_convnet(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
     )
     with pytest.raises(
-        ModelError, match=r"in a file beside the model, which is not told: give the model's path"
+        ModelError, match=r"in a file beside the model, whose folder is unknown: give the path of the model"
     ):
         io.load((tmp_path / "m.onnx").read_bytes())
 
 
-def test_a_full_disk_is_told(tmp_path):
+def test_an_unwritable_temporary_folder_is_reported(tmp_path):
     with pytest.raises(
         OutputError,
-        match=r"temporary folder .*nowhere: No such file or directory; let TMPDIR name one with room",
+        match=r"temporary folder .*nowhere: No such file or directory; set TMPDIR to a folder with",
     ):
         store.constant(normal(200, 200), "w", str(tmp_path / "nowhere"))
 
@@ -127,7 +127,7 @@ def test_a_full_disk_is_told(tmp_path):
         ("n.data", "1", "No such file"),
     ],
 )
-def test_external_data_that_is_not_there_is_told(tmp_path, monkeypatch, location, length, message):
+def test_unreadable_external_data_is_reported(tmp_path, monkeypatch, location, length, message):
     monkeypatch.setattr(store, "LARGE", 0)
     (tmp_path / "m.data").write_bytes(bytes(80_000))
     (tmp_path / "short.data").write_bytes(bytes(79_999))

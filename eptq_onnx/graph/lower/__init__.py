@@ -1,13 +1,13 @@
-"""Rewrites of operators that have no gradient into operators that have one.
+"""Lowering of operators without a gradient to operators that have one.
 
-A lowering gets a node, a view of its (private, shape-specialised) model and a builder; it adds nodes that
-make the same output tensors, or raises `NotLowerable` with the reason. Values agree with the original to
-float rounding; the tests compare them. The rules stand in one file a family; `eptq_onnx.ops` says which
-operator has which.
+A lowering gets a node, a view of its (private, shape-specialized) model and a builder. It adds nodes that
+compute the same output tensors, or raises `NotLowerable` with the reason. Values agree with the original up
+to float rounding, as the tests check. There is one file per family of operators; `eptq_onnx.ops` maps
+operators to lowerings.
 
-What a rule emits is lowered in turn, so that it may use any operator of the table. Results that are to be
-constants to gradients (the place of a maximum, say) come from nodes that are marked with `view.STOP`
-(`base.stopped`).
+Nodes that a rule emits are lowered in turn, so a rule may use any operator of the table. Results that
+gradients treat as constants (the index of a maximum, for example) come from nodes marked with `view.STOP`;
+see `base.stopped`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ __all__ = ["Lowering", "NotLowerable", "lower"]
 
 
 def _computes_floats(node: NodeProto, view: GraphView) -> bool:
-    """False for arithmetic on positions, masks and sizes: it has no gradient, and float operators would not
-    take it."""
+    """Return False for arithmetic on indices, masks and sizes, which has no gradient.
+
+    Lowerings use float operators, which would not accept it.
+    """
     return any(
         view.elem_type(name) in (TensorProto.FLOAT, TensorProto.UNDEFINED)
         for name in [*node.input[:1], *node.output]
@@ -34,21 +36,22 @@ def _computes_floats(node: NodeProto, view: GraphView) -> bool:
 
 
 def lower(model: ModelProto, rules: Mapping[tuple[str, str], Lowering]) -> tuple[ModelProto, dict[str, str]]:
-    """Apply every rule that fits, again and again until none does.
+    """Apply all applicable rules repeatedly, until nothing changes.
 
     Parameters
     ----------
     model : ModelProto
         With fixed input shapes and inferred intermediate shapes.
     rules : mapping of (domain, op_type) to Lowering
-        A rule that has nothing to do appends the node itself.
+        A rule that need not change a node appends the node itself.
 
     Returns
     -------
     ModelProto
-        A rewritten copy; tensor names survive. Nodes whose rule did not fit are marked with `view.STOP`.
+        A rewritten copy with the same tensor names. Nodes that could not be lowered are marked with
+        `view.STOP`.
     dict of str to str
-        Node name and reason of every node whose rule did not fit.
+        Name of every node that could not be lowered, with the reason.
     """
     while True:
         view, builder, refused = GraphView(model), Builder(model, "lowered/"), dict[str, str]()
@@ -68,7 +71,7 @@ def lower(model: ModelProto, rules: Mapping[tuple[str, str], Lowering]) -> tuple
             changed |= builder.nodes[-1] is not node
         if not changed:
             break
-        # Shapes behind what was rewritten may be news to the rules that did not fit.
+        # Rules that did not apply may do so once the shapes downstream of rewritten nodes are known.
         model = onnx.shape_inference.infer_shapes(
             with_nodes(model, builder.nodes, builder.initializers), data_prop=True
         )

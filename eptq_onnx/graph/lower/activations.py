@@ -1,4 +1,4 @@
-"""Functions of single elements."""
+"""Elementwise functions."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 
 
 def by_slope(slope: Callable[[NodeProto, Builder, str, str], str]) -> Lowering:
-    """The rule of an operator y = f(x) whose slope f' is made of other operators.
+    """Return the lowering of an operator y = f(x) whose slope f' is given by other operators.
 
-    y = f(x') + f'(x') (x - x'), where x' is x but a constant to gradients: the value is that of the operator
-    itself.
+    y = f(x') + f'(x') (x - x'), where x' equals x, but is a constant to gradients: the value is that of the
+    operator itself.
 
     Parameters
     ----------
@@ -69,8 +69,10 @@ softplus = by_slope(lambda n, b, x, y: b.add("Sigmoid", [x]))
 
 
 def _exponential(gamma: float, alpha: float) -> Lowering:
-    """The rule of gamma x above 0 and gamma alpha (exp(rate x) - 1) below; its slope there is rate (y + gamma
-    alpha)."""
+    """Return the lowering of y = gamma x for x > 0, else gamma alpha (exp(rate x) - 1).
+
+    Its slope for x <= 0 is rate (y + gamma alpha).
+    """
 
     def slope(node: NodeProto, b: Builder, x: str, y: str) -> str:
         steep, depth = number(node, "gamma", gamma), number(node, "alpha", alpha)
@@ -87,7 +89,7 @@ selu = _exponential(1.0507009873554805, 1.6732632423543772)
 
 
 def prelu(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = x * (1 + (slope - 1) * [x < 0]). Where would take three times as long."""
+    """y = x * (1 + (slope - 1) * [x < 0]); a Where would take three times as long."""
     x, slope = node.input
     negative = b.add("Cast", [b.add("Less", [x, 0.0])], to=TensorProto.FLOAT)
     b.add(
@@ -106,7 +108,7 @@ def hard_swish(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def line(b: Builder, x: str, alpha: float, beta: float, output: str | None = None) -> str:
-    """clip(alpha * x + beta, 0, 1)."""
+    """y = clip(alpha * x + beta, 0, 1)."""
     return b.add("Clip", [b.add("Add", [b.add("Mul", [x, alpha]), beta]), 0.0, 1.0], output)
 
 
@@ -126,7 +128,7 @@ def shrink(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def gelu(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = x Phi(x), of x + bias where there is a bias; ``approximate = tanh`` as `fast_gelu`."""
+    """y = x Phi(x), of x + bias if there is a bias; as `fast_gelu` with ``approximate = tanh``."""
     x = _biased(node, b)
     if attribute(node, "approximate", "none") == "tanh":
         _tanh_gelu(b, x, node.output[0])
@@ -136,7 +138,7 @@ def gelu(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def fast_gelu(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), of x + bias where there is a bias."""
+    """y = x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), of x + bias if there is a bias."""
     _tanh_gelu(b, _biased(node, b), node.output[0])
 
 
@@ -157,8 +159,7 @@ def swish(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def modulo(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = a - b q with the whole quotient q = round((a - mod(a, b)) / b), which is a constant to
-    gradients."""
+    """y = a - b q, where the integer quotient q = round((a - mod(a, b)) / b) is a constant to gradients."""
     dividend, divisor = node.input
     rest = stopped(b, "Mod", [dividend, divisor], fmod=int_attribute(node, "fmod", 0))
     quotient = stopped(b, "Round", [b.add("Div", [b.add("Sub", [dividend, rest]), divisor])])
@@ -166,7 +167,7 @@ def modulo(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def cast(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """From float to float Cast does nothing; all other casts are constants to gradients."""
+    """Cast from float to float → Identity; all other casts are constants to gradients."""
     if view.is_float(node.input[0]) and view.is_float(node.output[0]):
         b.add("Identity", [node.input[0]], node.output[0])
     else:
@@ -174,7 +175,7 @@ def cast(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def dropout(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = x outside of training; the mask is true everywhere."""
+    """y = x outside of training mode; the mask is true everywhere."""
     training = constant_input(node, view, 2, "mode")
     if training is not None and training.any():
         raise NotLowerable("it drops values at random")

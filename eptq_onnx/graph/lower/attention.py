@@ -1,4 +1,4 @@
-"""Fused attention of onnxruntime's transformer optimizer, taken apart.
+"""Fused attention of onnxruntime's transformer optimizer, decomposed.
 
 Source: onnxruntime, ContribOperators.md: Attention, MultiHeadAttention.
 """
@@ -16,7 +16,7 @@ from eptq_onnx.graph.view import GraphView, int_attribute, ints_attribute
 
 
 def attention(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """One product makes queries, keys and values; then `_attend`."""
+    """Compute queries, keys and values by one MatMul, then `_attend`."""
     unused(node)
     if given(node, 4) or int_attribute(node, "do_rotary", 0):
         raise NotLowerable("it keeps past keys or rotates them")
@@ -35,13 +35,13 @@ def attention(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def multi_head_attention(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Queries, keys and values come apart, each with its share of the bias; then `_attend`."""
+    """Add to queries, keys and values, given separately, their part of the bias, then `_attend`."""
     unused(node)
     if any(given(node, k) for k in (6, 7)) or not (given(node, 1) and given(node, 2)):
         raise NotLowerable("its keys are packed or kept from the past")
     shapes = [shape_of(view, i) for i in node.input[:3]]
     if any(len(s) != 3 for s in shapes):
-        raise NotLowerable("its heads come apart")
+        raise NotLowerable("its heads are separate")
     sizes = [s[2] for s in shapes]
     parts = list(node.input[:3])
     if given(node, 3):
@@ -59,7 +59,7 @@ def multi_head_attention(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def _mask(node: NodeProto, view: GraphView, b: Builder, mask: str, batch: int, keys: int) -> list[str]:
-    """What is added to the scores where a mask forbids to look; nothing without a mask."""
+    """Return the terms that a mask adds to the attention scores; none without a mask."""
     if not mask:
         return []
     shape = shape_of(view, mask)
@@ -83,7 +83,7 @@ def _attend(
     sizes: list[int],
     bias: list[str],
 ) -> None:
-    """softmax(scale q k^T + bias) v, head by head."""
+    """y = softmax(scale q k^T + bias) v, head by head."""
     batch, length, keys = shape
     heads = int_attribute(node, "num_heads", 1)
     q, k, v = (
@@ -98,7 +98,7 @@ def _attend(
         scores = b.add("Add", [scores, term])
     if int_attribute(node, "unidirectional", 0):
         if length != keys:
-            raise NotLowerable("it is unidirectional with other numbers of queries and keys")
+            raise NotLowerable("it is unidirectional with different numbers of queries and keys")
         allowed = np.tril(np.ones((length, keys), np.bool_))
         scores = b.add("Where", [allowed, scores, float(np.finfo(np.float32).min)])
     mixed = b.add("MatMul", [b.add("Softmax", [scores], axis=-1), v])

@@ -1,4 +1,4 @@
-"""What the rules have in common."""
+"""Helpers shared by all lowering rules."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Lowering: TypeAlias = Callable[[NodeProto, GraphView, Builder], None]
 Operand: TypeAlias = str | float | NDArray[Any]
 
 TINY = 1e-30
-"""Smallest argument of roots and logarithms whose slope at 0 is infinite: 0 times that is not a number."""
+"""Smallest argument of functions with infinite slope at 0, such as roots: 0 times infinity is NaN."""
 
 
 class NotLowerable(Exception):
-    """This node cannot be rewritten; the message says why."""
+    """Raised if a node cannot be lowered; the message is the reason."""
 
 
 def shape_of(view: GraphView, name: str) -> tuple[int, ...]:
-    """Static shape of a tensor."""
+    """Return the static shape of a tensor, or raise `NotLowerable`."""
     shape = view.static_shape(name)
     if shape is None:
         raise NotLowerable(f"the shape of {name} is not static")
@@ -32,7 +32,7 @@ def shape_of(view: GraphView, name: str) -> tuple[int, ...]:
 
 
 def rank_of(view: GraphView, name: str) -> int:
-    """Rank of a tensor."""
+    """Return the rank of a tensor, or raise `NotLowerable`."""
     shape = view.shape(name)
     if shape is None:
         raise NotLowerable(f"the rank of {name} is unknown")
@@ -40,17 +40,17 @@ def rank_of(view: GraphView, name: str) -> int:
 
 
 def number(node: NodeProto, name: str, default: float) -> float:
-    """Float attribute."""
+    """Return a float attribute of a node."""
     return float(attribute(node, name, default))  # type: ignore[arg-type]
 
 
 def given(node: NodeProto, position: int) -> str:
-    """Name of an optional input, empty if absent."""
+    """Return the name of an optional input, empty if absent."""
     return node.input[position] if len(node.input) > position else ""
 
 
 def constant_input(node: NodeProto, view: GraphView, position: int, what: str) -> NDArray[Any] | None:
-    """Value of an optional input that must be known, or None if it is absent."""
+    """Return the value of an optional input, None if absent; raise `NotLowerable` if it is not constant."""
     name = given(node, position)
     if not name:
         return None
@@ -60,17 +60,17 @@ def constant_input(node: NodeProto, view: GraphView, position: int, what: str) -
 
 
 def ints(values: Sequence[int]) -> NDArray[np.int64]:
-    """A one-dimensional int64 constant: axes, sizes."""
+    """Return a one-dimensional int64 array: axes, sizes, indices."""
     return np.array(values, np.int64)
 
 
 def stopped(b: Builder, op_type: str, inputs: Sequence[Operand], **options: Any) -> str:
-    """A node whose result is a constant to gradients."""
+    """Add a node whose result gradients treat as a constant."""
     return b.add(op_type, inputs, doc_string=STOP, **options)
 
 
 def stay(node: NodeProto, b: Builder) -> None:
-    """Leave the node as it is, as a constant to gradients."""
+    """Keep a node as it is, with results that gradients treat as constants."""
     copy = NodeProto()
     copy.CopyFrom(node)
     copy.doc_string = STOP
@@ -78,19 +78,19 @@ def stay(node: NodeProto, b: Builder) -> None:
 
 
 def reshape(b: Builder, x: str, shape: Sequence[int], output: str | None = None) -> str:
-    """Reshape to a constant shape."""
+    """Add a Reshape to a constant shape."""
     return b.add("Reshape", [x, ints(shape)], output)
 
 
 def transpose(b: Builder, x: str, order: Sequence[int], output: str | None = None) -> str:
-    """Transpose, left out where nothing moves and the result needs no name."""
+    """Add a Transpose, unless the order is unchanged and the result needs no name."""
     if list(order) == list(range(len(order))):
         return x if output is None else b.add("Identity", [x], output)
     return b.add("Transpose", [x], output, perm=list(order))
 
 
 def total(b: Builder, terms: Sequence[str], output: str | None = None, op_type: str = "Add") -> str:
-    """The terms, joined pairwise."""
+    """Combine all terms by a binary operator, by default their sum."""
     if len(terms) == 1:
         return b.add("Identity", terms, output)
     result = terms[0]
@@ -100,6 +100,6 @@ def total(b: Builder, terms: Sequence[str], output: str | None = None, op_type: 
 
 
 def unused(node: NodeProto, first: int = 1) -> None:
-    """Refuse a node of which more than the first outputs are wanted."""
+    """Raise `NotLowerable` if an output from position ``first`` on is used."""
     if any(node.output[first:]):
         raise NotLowerable(f"its output {next(o for o in node.output[first:] if o)} is used")

@@ -1,4 +1,4 @@
-"""Operators that are a formula of others: the rule stands in their row of the operator table."""
+"""Lowerings given as formulas in the rows of the operator table."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from eptq_onnx.graph.view import GraphView
 
 
 def formula(text: str) -> Lowering:
-    """The rule of an operator that is made of others, in the notation of ONNX functions.
+    """Return the lowering of an operator that is a composition of others, in the notation of ONNX functions.
 
     Parameters
     ----------
     text : str
         ``Name <attributes> (inputs) => (outputs) { nodes }``. An attribute without a default is written as
-        ``alpha``, and one with a default, behind the others, as ``alpha: float = 1.0``. The value of either
-        is a Constant's: ``a = Constant <value_float: float = @alpha> ()``.
+        ``alpha``; one with a default, listed after the others, as ``alpha: float = 1.0``. A Constant gives
+        access to its value: ``a = Constant <value_float: float = @alpha> ()``.
 
     Raises
     ------
     ValueError
-        If it cannot be read.
+        If the text cannot be parsed.
     """
     try:
         body = parser.parse_function(f'<domain: "formula", opset_import: ["" : 17]> {text}')

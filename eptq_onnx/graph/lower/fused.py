@@ -1,4 +1,4 @@
-"""Layers that onnxruntime's optimizer fused with what follows them.
+"""Layers that onnxruntime's optimizer has fused with the operators after them.
 
 Source: onnxruntime, ContribOperators.md and contrib_defs.cc: FusedConv, FusedGemm, FusedMatMul.
 """
@@ -17,8 +17,10 @@ _PARAMETERS = {"LeakyRelu": ("alpha",), "HardSigmoid": ("alpha", "beta"), "Elu":
 
 
 def fused_matmul(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = alpha op(a) op(b); transBatchA and transBatchB move the first of the batch axes behind the others
-    first."""
+    """y = alpha op(a) op(b).
+
+    transBatchA and transBatchB first move the first batch axis behind the other batch axes.
+    """
     operands = []
     for k, side in enumerate("AB"):
         rank = len(shape_of(view, node.input[k]))

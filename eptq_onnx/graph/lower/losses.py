@@ -11,13 +11,12 @@ from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 
 
 def negative_log_likelihood(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Minus the entries at the targets, weighed by their class, 0 for ignored targets; then the sum or the
-    weighted mean."""
+    """y = -w[t] x[t] at the targets t, 0 for ignored targets; then the sum or the weighted mean."""
     _likelihood(node, view, b, node.input[0])
 
 
 def softmax_cross_entropy(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """The loss above, of LogSoftmax along axis 1."""
+    """y = `negative_log_likelihood` of LogSoftmax along axis 1."""
     logs = b.add(
         "LogSoftmax",
         [node.input[0]],

@@ -25,7 +25,7 @@ from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attri
 
 
 def split(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """One Slice per output: the gradient of Split is wrong where an output is not used."""
+    """Split → one Slice per output, as the gradient of Split is wrong if an output is not used."""
     axis = int_attribute(node, "axis", 0)
     start = 0
     for name in node.output:
@@ -36,7 +36,7 @@ def split(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def slices(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """With a negative step, which the gradient's kernel does not know, one Gather an axis."""
+    """Slice with a negative step, which the gradient kernel does not support → one Gather per axis."""
     steps = constant_input(node, view, 4, "steps") if view.is_constant(given(node, 4)) else None
     if steps is None or min(steps) > 0:
         b.nodes.append(node)
@@ -54,7 +54,7 @@ def slices(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def depth_to_space(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Reshape, Transpose, Reshape (ONNX DepthToSpace, both modes)."""
+    """DepthToSpace (both modes) → Reshape, Transpose, Reshape."""
     n, c, h, w = shape_of(view, node.input[0])
     k = int_attribute(node, "blocksize", 1)
     if attribute(node, "mode", "DCR") == "DCR":
@@ -67,7 +67,7 @@ def depth_to_space(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def space_to_depth(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Reshape, Transpose, Reshape (ONNX SpaceToDepth)."""
+    """SpaceToDepth → Reshape, Transpose, Reshape."""
     n, c, h, w = shape_of(view, node.input[0])
     k = int_attribute(node, "blocksize", 1)
     apart = reshape(b, node.input[0], [n, c, h // k, k, w // k, k])
@@ -75,8 +75,7 @@ def space_to_depth(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def pad(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Slice where Pad cuts off; then Pad with a constant, or a Gather along each axis that repeats what is
-    there."""
+    """Pad → Slice where amounts are negative, then a constant Pad, or one Gather per axis for other modes."""
     rank = rank_of(view, node.input[0])
     told = constant_input(node, view, 1, "amounts")
     amounts = ints_attribute(node, "pads") if told is None else [int(v) for v in told]
@@ -92,7 +91,7 @@ def pad(node: NodeProto, view: GraphView, b: Builder) -> None:
     x, shape = node.input[0], shape_of(view, node.input[0])
     cut = [a for a in range(rank) if min(before[a], after[a]) < 0]
     if mode == "constant":
-        # The gradient's kernel does not know the input ``axes`` either.
+        # The gradient kernel does not support the input ``axes`` either.
         starts, ends = [max(0, -before[a]) for a in cut], [shape[a] - max(0, -after[a]) for a in cut]
         x = b.add("Slice", [x, ints(starts), ints(ends), ints(cut)]) if cut else x
         grown = ints([max(0, v) for v in (*before, *after)])
@@ -105,14 +104,14 @@ def pad(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def _padded_places(mode: str, size: int, before: int, after: int) -> NDArray[np.int64]:
-    """Which element stands at each place of a padded axis (ONNX Pad; numpy calls them alike)."""
+    """Return the index of the element at each position of a padded axis; numpy has the same mode names."""
     places = np.arange(max(0, -before), size - max(0, -after))
     grown = np.pad(places, (max(0, before), max(0, after)), mode=mode)  # type: ignore[call-overload]
     return np.asarray(grown, np.int64)
 
 
 def compress(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Gather the places where the condition holds."""
+    """Compress → Gather at the positions where the condition holds."""
     if view.is_constant(node.input[1]):
         places = b.constant(np.flatnonzero(view.constant(node.input[1])), "places")
     else:
@@ -123,7 +122,7 @@ def compress(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def reverse_sequence(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Gather row (n, t') of each (n, t), with t' = length - 1 - t below the length and t beyond."""
+    """y[n, t] = x[n, t'] as a Gather, with t' = length - 1 - t for t < length, else t' = t."""
     batch, time = int_attribute(node, "batch_axis", 1), int_attribute(node, "time_axis", 0)
     shape = shape_of(view, node.input[0])
     order = [batch, time, *(a for a in range(len(shape)) if a not in (batch, time))]
@@ -137,7 +136,7 @@ def reverse_sequence(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def one_hot(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = off + h (on - off), with h of zeros and ones; the gradient is that of the two values."""
+    """y = off + h (on - off), with h of zeros and ones; gradients flow to the values off and on."""
     if view.is_constant(node.input[2]):
         stay(node, b)
         return
@@ -152,7 +151,7 @@ def one_hot(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def trilu(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Zero outside of a triangle: a Where with its mask."""
+    """Trilu → Where with a mask that is zero outside the triangle."""
     shape = shape_of(view, node.input[0])
     diagonal = constant_input(node, view, 1, "diagonal")
     k = 0 if diagonal is None else int(diagonal.reshape(-1)[0])
@@ -161,7 +160,7 @@ def trilu(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def scatter(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """``reduction = add`` as below; without a reduction it is left alone."""
+    """Scatter with ``reduction = add`` → see `_scatter_sum`; unchanged without a reduction."""
     reduction = attribute(node, "reduction", "none")
     if reduction == "none":
         b.nodes.append(node)
@@ -172,10 +171,9 @@ def scatter(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def _scatter_sum(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """The gradient of an update is that of its place, whether another update is added there or not.
+    """y = scatter(x, updates) with the gradient of x + scatter(0, updates) without a reduction.
 
-    So the value is that of the operator itself, and the gradient that of x + scatter(0, updates) without
-    reduction.
+    The gradient of an update is dy at its position, whether other updates are added there or not.
     """
     x, places, updates = node.input
     axis: dict[str, Any] = {"axis": int_attribute(node, "axis", 0)} if node.op_type != "ScatterND" else {}
@@ -186,7 +184,7 @@ def _scatter_sum(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def centre_crop_pad(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Slice the middle of the axes that shrink, pad both ends of those that grow (ONNX CenterCropPad)."""
+    """CenterCropPad → Slice the middle of the axes that shrink, Pad both ends of those that grow."""
     before, after = shape_of(view, node.input[0]), shape_of(view, node.output[0])
     cut = [a for a in range(len(before)) if after[a] < before[a]]
     starts = [(before[a] - after[a]) // 2 for a in cut]
@@ -197,7 +195,7 @@ def centre_crop_pad(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def unique(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """The values are gathered from where each first occurs."""
+    """Unique → Gather of the values at their first occurrences."""
     axis = attribute(node, "axis")
     copy = NodeProto()
     copy.CopyFrom(node)

@@ -1,4 +1,4 @@
-"""Normalizations: centre, divide by a deviation, scale and shift."""
+"""Normalizations: subtract the mean, divide by the standard deviation, scale and shift."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def batch_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def _centred(b: Builder, x: str, axes: Sequence[int]) -> tuple[str, str]:
-    """x without its mean over ``axes``, and the mean."""
+    """Return x minus its mean over ``axes``, and the mean."""
     mean = b.reduce("ReduceMean", x, axes, keepdims=True)
     return b.add("Sub", [x, mean]), mean
 
@@ -62,7 +62,7 @@ def layer_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
 def _layer_norm(
     b: Builder, x: str, axes: Sequence[int], epsilon: float, scale: str, bias: str, outputs: Sequence[str]
 ) -> None:
-    """Outputs: the result, the mean, the inverse deviation; the latter two may be empty."""
+    """Write the outputs: result, mean and inverse standard deviation; the latter two may be empty."""
     centred, mean = _centred(b, x, axes)
     inverse = _inverse_deviation(b, centred, axes, epsilon, outputs[2] or None)
     if outputs[1]:
@@ -80,7 +80,7 @@ def rms_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def skip_layer_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Layer normalization of x + skip + bias; the fourth output is that sum.
+    """y = layer normalization of x + skip + bias; the fourth output is that sum.
 
     Source: onnxruntime, ContribOperators.md: SkipLayerNormalization (x, skip, gamma, beta, bias) and
     SkipSimplifiedLayerNormalization (x, skip, gamma), over the last axis.
@@ -101,7 +101,7 @@ def skip_layer_normalization(node: NodeProto, view: GraphView, b: Builder) -> No
 
 
 def instance_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Mean and deviation over the spatial axes; scale and bias per channel."""
+    """y = (x - m) / sqrt(var + eps) * scale + bias over the spatial axes, with scale and bias per channel."""
     rank = rank_of(view, node.input[0])
     axes, shape = list(range(2, rank)), [1, -1] + [1] * (rank - 2)
     centred, _ = _centred(b, node.input[0], axes)
@@ -110,8 +110,10 @@ def instance_normalization(node: NodeProto, view: GraphView, b: Builder) -> None
 
 
 def group_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Mean and deviation over a group of channels; scale and bias per channel (opset 21) or per group (opset
-    18)."""
+    """y = (x - m) / sqrt(var + eps) * scale + bias over groups of channels.
+
+    Scale and bias are per channel (opset 21) or per group (opset 18).
+    """
     shape = shape_of(view, node.input[0])
     groups = int_attribute(node, "num_groups", 1)
     x = reshape(b, node.input[0], [shape[0], groups, -1])
@@ -135,7 +137,7 @@ def mean_variance_normalization(node: NodeProto, view: GraphView, b: Builder) ->
 
 
 def lp_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = x / |x|_p along one axis."""
+    """y = x / ||x||_p along one axis."""
     p = int_attribute(node, "p", 2)
     size = b.reduce(
         "ReduceSum", powers(b, node.input[0], p), [int_attribute(node, "axis", -1)], keepdims=True
@@ -144,8 +146,7 @@ def lp_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def local_response_normalization(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = x / (bias + alpha mean(x^2))^beta, the mean (zeros beyond the ends) over ``size`` neighbouring
-    channels."""
+    """y = x / (bias + alpha mean(x^2))^beta, the mean over ``size`` neighbouring, zero-padded channels."""
     shape = shape_of(view, node.input[0])
     size = int_attribute(node, "size", 1)
     rows = reshape(b, square(b, node.input[0]), [shape[0], 1, shape[1], -1])

@@ -15,7 +15,7 @@ from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attri
 
 
 def explicit_padding(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """auto_pad and ceil_mode as pads, which onnxruntime-training's gradients of Conv and MaxPool ignore."""
+    """auto_pad, ceil_mode → explicit pads; the gradients of onnxruntime-training ignore the former."""
     if attribute(node, "auto_pad", "NOTSET") not in ("SAME_UPPER", "SAME_LOWER") and not int_attribute(
         node, "ceil_mode", 0
     ):
@@ -31,13 +31,12 @@ def explicit_padding(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def window(node: NodeProto, view: GraphView) -> tuple[list[int], list[int], dict[str, Any]]:
-    """Kernel, pads (as they come out of auto_pad and ceil_mode, for the sizes at hand), and strides and
-    dilations."""
+    """Return kernel, effective pads (resolved from auto_pad and ceil_mode), and strides and dilations."""
     before, after = shape_of(view, node.input[0])[2:], shape_of(view, node.output[0])[2:]
     kernel = ints_attribute(node, "kernel_shape") or list(shape_of(view, node.input[1]))[2:]
     strides = ints_attribute(node, "strides") or [1] * len(kernel)
     dilations = ints_attribute(node, "dilations") or [1] * len(kernel)
-    # What the windows reach over, in all; a negative rest of a stride is not read.
+    # Total overhang of the windows; if it is negative, the last elements are not read.
     reach = [
         (y - 1) * s + (k - 1) * d + 1 - x
         for x, y, k, s, d in zip(before, after, kernel, strides, dilations, strict=True)
@@ -55,7 +54,7 @@ def window(node: NodeProto, view: GraphView) -> tuple[list[int], list[int], dict
 
 
 def explicit_transposed_padding(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """auto_pad and output_shape as pads and output_padding (ONNX ConvTranspose)."""
+    """auto_pad, output_shape of ConvTranspose → explicit pads and output_padding."""
     mode = attribute(node, "auto_pad", "NOTSET")
     if mode not in ("SAME_UPPER", "SAME_LOWER") and attribute(node, "output_shape") is None:
         b.nodes.append(node)
@@ -78,8 +77,10 @@ def explicit_transposed_padding(node: NodeProto, view: GraphView, b: Builder) ->
 
 
 def max_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Indices that count column by column mislead the gradient's kernel: they come from a node of their
-    own."""
+    """MaxPool with column-major indices → one MaxPool for the values and one for the indices.
+
+    The gradient kernel assumes row-major indices. Other MaxPools get explicit padding.
+    """
     if not int_attribute(node, "storage_order", 0):
         explicit_padding(node, view, b)
         return
@@ -93,8 +94,10 @@ def max_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def average_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Sums of windows over their counts for what the gradient's kernel does not know: dilations, ceil_mode,
-    three dimensions."""
+    """AveragePool → window sums times 1 / counts, if it has dilations, ceil_mode or three spatial axes.
+
+    The gradient kernel does not support these. Other AveragePools get explicit padding.
+    """
     plain = not int_attribute(node, "ceil_mode", 0) and set(ints_attribute(node, "dilations")) <= {1}
     if plain and rank_of(view, node.input[0]) < 5:
         explicit_padding(node, view, b)
@@ -109,23 +112,23 @@ def average_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
 def window_counts(
     size: int, count: int, kernel: int, stride: int, dilation: int, pad: int, counted: tuple[int, int]
 ) -> NDArray[np.int64]:
-    """Elements of each of ``count`` windows along one axis, as AveragePool counts them.
+    """Return the number of elements of each window along one axis, as AveragePool counts them.
 
     Parameters
     ----------
     size, count : int
-        Length of the input and of the output.
+        Length of the input and number of windows.
     kernel, stride, dilation, pad : int
-        The first window begins ``pad`` before the input.
+        Geometry of the windows; the first begins ``pad`` elements before the input.
     counted : tuple of int
-        Padding before and behind the input that counts, too.
+        Padding before and after the input that is counted, too.
     """
     places = (np.arange(count) * stride - pad)[:, None] + np.arange(kernel) * dilation
     return np.asarray(((places >= -counted[0]) & (places < size + counted[1])).sum(axis=1))
 
 
 def _shares(node: NodeProto, view: GraphView, kernel: list[int], steps: dict[str, Any]) -> np.ndarray:
-    """1 over the number of elements of each window, padding counted if ``count_include_pad`` says so."""
+    """Return 1 / elements of each window; padding counts if ``count_include_pad`` is set."""
     sizes, after = shape_of(view, node.input[0])[2:], shape_of(view, node.output[0])[2:]
     pads = window(node, view)[1]
     told = ints_attribute(node, "pads") or [0] * (2 * len(kernel))
@@ -149,7 +152,7 @@ def _window_sums(
     pads: list[int],
     steps: dict[str, Any],
 ) -> str:
-    """Sum of every window: a convolution with ones, channel by channel."""
+    """Add the sums of all windows: a convolution with ones, channel by channel."""
     channels = reshape(b, x, [before[0] * before[1], 1, *before[2:]])
     sums = b.add(
         "Conv", [channels, np.ones((1, 1, *kernel), np.float32)], kernel_shape=kernel, pads=pads, **steps
@@ -158,7 +161,7 @@ def _window_sums(
 
 
 def lp_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """The p-th root of the sum of |x|^p over each window."""
+    """y = (sum |x|^p)^(1/p) over each window."""
     p = int_attribute(node, "p", 2)
     kernel, pads, steps = window(node, view)
     before, after = shape_of(view, node.input[0]), shape_of(view, node.output[0])
@@ -168,8 +171,7 @@ def lp_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def max_unpool(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Scatter the values to their places, which count in the flattened output of the size that the kernel
-    gives."""
+    """MaxUnpool → Scatter to the indices into the flattened output, whose size follows from the kernel."""
     shape = shape_of(view, node.input[0])
     kernel = ints_attribute(node, "kernel_shape")
     strides = ints_attribute(node, "strides") or [1] * len(kernel)
@@ -193,7 +195,7 @@ def max_unpool(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def col2im(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """A ConvTranspose, channel by channel, whose weight puts each row of a block into its place."""
+    """Col2Im → a ConvTranspose per channel, whose weight puts each row of a block into its position."""
     image, block = (
         constant_input(node, view, k, what) for k, what in ((1, "image sizes"), (2, "block sizes"))
     )
@@ -212,7 +214,7 @@ def col2im(node: NodeProto, view: GraphView, b: Builder) -> None:
     area = int(np.prod(kernel))
     x = reshape(b, node.input[0], [n * rows // area, area, *blocks])
     weight = np.eye(area, dtype=np.float32).reshape(area, 1, *kernel)
-    # Rows at the end that no block reaches belong to the image all the same.
+    # Rows at the end that no block covers still belong to the image.
     y = b.add(
         "ConvTranspose",
         [x, weight],

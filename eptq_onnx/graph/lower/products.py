@@ -1,4 +1,4 @@
-"""Products of tensors."""
+"""Products of tensors: MatMul, Pow, Einsum."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eptq_onnx.graph.view import GraphView, attribute
 
 
 def matmul(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Vectors become matrices of one row or column, which is taken out of the result again."""
+    """MatMul of vectors → MatMul of matrices with one row or column, squeezed out of the result."""
     ranks = [rank_of(view, i) for i in node.input]
     if min(ranks) > 1:
         b.nodes.append(node)
@@ -37,8 +37,7 @@ def matmul(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def power(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """With an exponent that is not one constant, x^e by its slopes e x^(e - 1) and x^e log(x), as in
-    `by_slope`."""
+    """x^e with slopes e x^(e - 1) and x^e log(x), as in `by_slope`; unchanged if e is one constant."""
     x, e = node.input
     if view.is_constant(e) and view.is_float(e) and view.constant(e).size == 1:
         b.nodes.append(node)
@@ -58,8 +57,7 @@ def power(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def einsum(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Operands are multiplied from left to right, each pair as one MatMul; labels that nobody needs are
-    summed up first."""
+    """Einsum → one MatMul per pair, from left to right; labels no longer needed are summed out first."""
     shapes = [shape_of(view, i) for i in node.input]
     terms, result = _labels(str(attribute(node, "equation")), [len(s) for s in shapes])
     sizes: dict[str, int] = {}
@@ -79,10 +77,10 @@ def einsum(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def _labels(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """Each operand's labels and those of the result; the axes of an ellipsis are labelled by digits, the last
-    by 0.
+    """Return the labels of each operand and of the result.
 
-    Raises `NotLowerable` for an ellipsis of more than ten axes.
+    The axes of an ellipsis are labelled by digits, the last one by 0. Raises `NotLowerable` for an ellipsis
+    of more than ten axes.
     """
     left, arrow, right = re.sub(r"\s", "", equation).partition("->")
     terms = left.split(",")
@@ -106,8 +104,10 @@ def _labels(equation: str, ranks: list[int]) -> tuple[list[str], str]:
 def _diagonal(
     b: Builder, x: str, labels: str, shape: tuple[int, ...], sizes: dict[str, int]
 ) -> tuple[str, str]:
-    """Repeated labels mean a diagonal: everything else is multiplied by 0 and summed up; sizes of 1 are
-    expanded."""
+    """Reduce repeated labels of an operand to their diagonal, and expand sizes of 1.
+
+    All elements off the diagonal are multiplied by 0, then the repeated axes are summed out.
+    """
     kept = "".join(dict.fromkeys(labels))
     if len(kept) < len(labels):
         for label in kept:
@@ -132,7 +132,7 @@ def _summed(b: Builder, x: str, labels: str, needed: set[str]) -> tuple[str, str
 def _contract(
     b: Builder, left: tuple[str, str], right: tuple[str, str], later: set[str], sizes: dict[str, int]
 ) -> tuple[str, str]:
-    """One batched MatMul: (shared, left, summed) times (shared, summed, right)."""
+    """Contract two operands by one batched MatMul: (shared, left, summed) times (shared, summed, right)."""
     x, first = _summed(b, *left, later | set(right[1]))
     y, second = _summed(b, *right, later | set(first))
     shared = "".join(c for c in first if c in second and c in later)

@@ -1,4 +1,4 @@
-"""The quantizers of the training graph as the nodes that the written model has."""
+"""Quantizers of the training graph, lowered to the nodes that the quantized model has."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from eptq_onnx.graph.view import GraphView, int_attribute
 
 
 def fake_quant(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = DequantizeLinear(Clip(QuantizeLinear(x))), per tensor; FakeQuant has a kernel in training builds
-    only."""
+    """y = DequantizeLinear(Clip(QuantizeLinear(x))), per tensor; only training builds have FakeQuant."""
     x, scale, zero = node.input
     if not view.is_constant(zero):
         raise NotLowerable("its zero point is computed at run time")

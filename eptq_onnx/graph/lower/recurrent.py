@@ -14,8 +14,8 @@ from eptq_onnx.graph.lower.base import NotLowerable, given, ints, reshape, shape
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 
 MOST_STEPS = 128
-"""A bidirectional LSTM makes 120 nodes a step with its gradient; the time to load them grows with the
-square."""
+"""Limit on unrolled steps: with its gradient, a step of a bidirectional LSTM takes 120 nodes, and the time to
+load them grows quadratically."""
 
 State = tuple[str, ...]
 Function = Callable[[str], str]
@@ -25,8 +25,7 @@ _GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 @dataclass(frozen=True)
 class _Cell:
-    """One direction of a layer: constants and functions of a step. Gates stand side by side along the last
-    axis."""
+    """One direction of a layer: parameters and functions of a step, gates stacked along the last axis."""
 
     b: Builder
     hidden: int
@@ -39,13 +38,13 @@ class _Cell:
     clip: float
 
     def gate(self, x: str, k: int, count: int = 1) -> str:
-        """Gates k to k + count of the columns of x."""
+        """Slice ``count`` gates from the k-th on out of the columns of x."""
         return self.b.add(
             "Slice", [x, ints([k * self.hidden]), ints([(k + count) * self.hidden]), ints([-1])]
         )
 
     def apply(self, function: int, terms: list[str]) -> str:
-        """A gate's function of the clipped sum."""
+        """Apply the activation function of a gate to the clipped sum of some terms."""
         x = total(self.b, terms) if len(terms) > 1 else terms[0]
         if self.clip:
             x = self.b.add("Clip", [x, -self.clip, self.clip])
@@ -56,8 +55,10 @@ class _Cell:
         return (self.apply(0, [x, self.b.add("MatMul", [state[0], self.recurrent]), self.recurrent_bias]),)
 
     def gru(self, x: str, state: State) -> State:
-        """z, r = f(...); n = g(x + (r h) R) or g(x + r (h R)); h' = n + z (h - n). Gates in the order z, r,
-        h."""
+        """z, r = f(...); n = g(x + (r h) R) or g(x + r (h R)); h' = n + z (h - n).
+
+        The order of gates is z, r, h.
+        """
         b, h = self.b, state[0]
         bias = self.recurrent_bias
         zr = b.add("Add", [b.add("MatMul", [h, self.gate(self.recurrent, 0, 2)]), self.gate(bias, 0, 2)])
@@ -72,8 +73,10 @@ class _Cell:
         return (b.add("Add", [n, b.add("Mul", [z, b.add("Sub", [h, n])])]),)
 
     def lstm(self, x: str, state: State) -> State:
-        """c' = f c + i g, h' = o tanh(c'). Gates in the order i, o, f, c; peepholes see c (i, f) and c'
-        (o)."""
+        """c' = f c + i g, h' = o tanh(c').
+
+        The order of gates is i, o, f, c. Peepholes read c (gates i, f) and c' (gate o).
+        """
         b, (h, c) = self.b, state
         everything = b.add(
             "Add", [b.add("Add", [x, b.add("MatMul", [h, self.recurrent])]), self.recurrent_bias]
@@ -98,9 +101,10 @@ class _Cell:
 
 
 def recurrent(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """RNN, GRU and LSTM step by step; a sequence that has ended keeps its state and puts out zeros.
+    """Unroll RNN, GRU and LSTM; a sequence that has ended keeps its state and outputs zeros.
 
-    All inputs are multiplied by the weights at once; what is left of a step is the product with its state.
+    One MatMul multiplies the inputs of all steps by the weights, so that each step needs only the product
+    with its state.
     Source: ONNX operators RNN, GRU, LSTM.
     """
     layout = int_attribute(node, "layout", 0)
@@ -124,13 +128,13 @@ def recurrent(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def _pick(b: Builder, name: str, direction: int, low: int | None = None, high: int | None = None) -> str:
-    """One direction of a parameter, and some of its entries."""
+    """Select one direction of a parameter, and optionally the entries from ``low`` to ``high``."""
     one = b.add("Gather", [name, np.array(direction)], axis=0)
     return one if low is None else b.add("Slice", [one, ints([low]), ints([high or 0]), ints([0])])
 
 
 def _projected(node: NodeProto, b: Builder, x: str, d: int, hidden: int) -> str:
-    """x W^T + b of all steps."""
+    """Add x W^T + b of all steps."""
     y = b.add("MatMul", [x, transpose(b, _pick(b, node.input[1], d), [1, 0])])
     gates = _GATES[node.op_type]
     return b.add("Add", [y, _pick(b, node.input[3], d, 0, gates * hidden)]) if given(node, 3) else y
@@ -156,8 +160,10 @@ def _cell(node: NodeProto, view: GraphView, b: Builder, d: int, hidden: int) -> 
 
 
 def _functions(node: NodeProto, b: Builder, d: int) -> list[Function]:
-    """The activation functions of one direction; alphas and betas are listed, over both, for those that take
-    them."""
+    """Return the activation functions of one direction.
+
+    The alphas and betas of both directions are in one list, for those functions that take them.
+    """
     count = len(_DEFAULTS[node.op_type])
     told = [n.decode() if isinstance(n, bytes) else n for n in attribute(node, "activations", ())]  # type: ignore[attr-defined]
     alphas = [float(v) for v in attribute(node, "activation_alpha", ())]  # type: ignore[attr-defined]
@@ -200,7 +206,7 @@ def _function(b: Builder, name: str, alphas: list[float], betas: list[float]) ->
 
 
 def _initial(node: NodeProto, b: Builder, d: int, shape: tuple[int, int], layout: int) -> State:
-    """The states before the first step: h, and c of an LSTM."""
+    """Return the initial state: h, and c of an LSTM."""
     result = []
     for position in (5, 6) if node.op_type == "LSTM" else (5,):
         name = given(node, position)
@@ -213,7 +219,7 @@ def _initial(node: NodeProto, b: Builder, d: int, shape: tuple[int, int], layout
 
 
 def _running(node: NodeProto, b: Builder, steps: int, batch: int) -> str:
-    """Ones of shape (steps, batch, 1) where a sequence has not ended; empty if all have full length."""
+    """Add a mask of shape (steps, batch, 1), 1 until a sequence ends; none if all have full length."""
     if not given(node, 4):
         return ""
     lengths = reshape(b, b.add("Cast", [node.input[4]], to=TensorProto.INT64), [1, batch, 1])
@@ -223,7 +229,7 @@ def _running(node: NodeProto, b: Builder, steps: int, batch: int) -> str:
 def _unrolled(
     node: NodeProto, cell: _Cell, projected: str, state: State, running: str, times: Iterable[int]
 ) -> tuple[list[str], State]:
-    """The output of each of these times, and the last state."""
+    """Unroll the given steps and return the output of each, in order of time, and the last state."""
     b = cell.b
     step = {"RNN": cell.rnn, "GRU": cell.gru, "LSTM": cell.lstm}[node.op_type]
     outputs: dict[int, str] = {}
@@ -250,8 +256,10 @@ def _write(
     shape: tuple[int, int, int],
     layout: int,
 ) -> None:
-    """Y of shape (steps, directions, batch, hidden), Y_h and Y_c of (directions, batch, hidden); batch first
-    if ``layout``."""
+    """Write the outputs of the node; the batch is the first axis if ``layout`` is set.
+
+    Y has shape (steps, directions, batch, hidden), Y_h and Y_c have (directions, batch, hidden).
+    """
     steps, batch, hidden = shape
     if node.output[0]:
         rows = [b.add("Unsqueeze", [y, ints([0])]) for pair in zip(*sequences, strict=True) for y in pair]

@@ -1,4 +1,4 @@
-"""Reductions, and sums over several inputs."""
+"""Reductions, and sums, means and extremes of several inputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CUMULATED_AT_ONCE = 256
 
 
 def sum_variadic(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = a + b + ..., pairwise."""
+    """y = a + b + ... as binary sums."""
     total(b, node.input, node.output[0])
 
 
@@ -38,7 +38,7 @@ def mean_variadic(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def extreme_variadic(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Max and Min of several inputs, pairwise: a where it is the larger one, else b."""
+    """Max, Min of several inputs → for each pair, a where it is the larger (smaller) one, else b."""
     compare = "Greater" if node.op_type == "Max" else "Less"
     result = node.input[0]
     for k, other in enumerate(node.input[1:], 2):
@@ -52,7 +52,7 @@ def extreme_variadic(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def reduced_axes(node: NodeProto, view: GraphView) -> list[int] | None:
-    """Axes of a reduction, an attribute or an input, none negative; None where the operator does nothing."""
+    """Return the non-negative axes of a reduction (attribute or input); None if the operator does nothing."""
     rank = rank_of(view, node.input[0])
     axes = ints_attribute(node, "axes")
     told = constant_input(node, view, 1, "axes")
@@ -64,7 +64,7 @@ def reduced_axes(node: NodeProto, view: GraphView) -> list[int] | None:
 
 
 def by_sum(before: Function | None = None, after: Function | None = None) -> Lowering:
-    """The rule of y = after(sum(before(x)))."""
+    """Return the lowering of a reduction y = after(sum(before(x)))."""
 
     def rule(node: NodeProto, view: GraphView, b: Builder) -> None:
         axes = reduced_axes(node, view)
@@ -83,12 +83,12 @@ def by_sum(before: Function | None = None, after: Function | None = None) -> Low
 
 
 def square(b: Builder, x: str) -> str:
-    """x * x."""
+    """y = x * x."""
     return b.add("Mul", [x, x])
 
 
 def root(b: Builder, x: str) -> str:
-    """The square root, with a finite slope at 0."""
+    """y = sqrt(x), with a finite slope at 0."""
     return b.add("Sqrt", [b.add("Clip", [x, TINY])])
 
 
@@ -99,7 +99,7 @@ reduce_sum_square = by_sum(before=square)
 
 
 def unless_nothing(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """ReduceSum and ReduceMean without axes to reduce do nothing."""
+    """ReduceSum, ReduceMean → Identity if they have no axes to reduce, else unchanged."""
     if rank_of(view, node.input[0]) and reduced_axes(node, view) is not None:
         b.nodes.append(node)
     else:
@@ -107,7 +107,7 @@ def unless_nothing(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def reduce_log_sum_exp(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """y = m + log(sum(exp(x - m))), with the maximum m, which is a constant to gradients."""
+    """y = m + log(sum(exp(x - m))), where the maximum m is a constant to gradients."""
     axes = reduced_axes(node, view)
     if not axes:
         b.add("Identity", [node.input[0]], node.output[0])
@@ -120,7 +120,7 @@ def reduce_log_sum_exp(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def _without_axes(node: NodeProto, axes: list[int], y: str, view: GraphView, b: Builder) -> None:
-    """Name the result, without the reduced axes unless they are kept."""
+    """Write the result, without the reduced axes unless they are kept."""
     if int_attribute(node, "keepdims", 1):
         b.add("Identity", [y], node.output[0])
     else:
@@ -128,7 +128,7 @@ def _without_axes(node: NodeProto, axes: list[int], y: str, view: GraphView, b: 
 
 
 def reduce_extreme(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """ReduceMax and ReduceMin: gather the place of the extreme, the first of equals."""
+    """ReduceMax, ReduceMin → Gather at ArgMax, ArgMin, which find the first of equal elements."""
     axes = reduced_axes(node, view)
     if not axes:
         b.add("Identity", [node.input[0]], node.output[0])
@@ -141,7 +141,7 @@ def reduce_extreme(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def _rows(node: NodeProto, view: GraphView, b: Builder, axes: list[int]) -> tuple[str, list[int]]:
-    """The input with its reduced axes as one, the last; and its shape."""
+    """Merge the reduced axes of the input into one, the last; return the result and its shape."""
     shape = shape_of(view, node.input[0])
     kept = [a for a in range(len(shape)) if a not in axes]
     sizes = [*(shape[a] for a in kept), int(np.prod([shape[a] for a in axes]))]
@@ -149,7 +149,7 @@ def _rows(node: NodeProto, view: GraphView, b: Builder, axes: list[int]) -> tupl
 
 
 def _from_rows(node: NodeProto, view: GraphView, b: Builder, axes: list[int], y: str) -> None:
-    """Name the result, one element a row, in the shape that the node promises."""
+    """Write the result, one element per row, in the output shape of the node."""
     shape = shape_of(view, node.input[0])
     keep = bool(int_attribute(node, "keepdims", 1))
     reshape(
@@ -158,7 +158,7 @@ def _from_rows(node: NodeProto, view: GraphView, b: Builder, axes: list[int], y:
 
 
 def reduce_prod(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Halves of the rows are multiplied until one element is left: right for zeros, too."""
+    """ReduceProd → products of the halves of each row until one element is left, correct for zeros, too."""
     axes = reduced_axes(node, view)
     if not axes:
         b.add("Identity", [node.input[0]], node.output[0])
@@ -179,7 +179,7 @@ def reduce_prod(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def global_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """GlobalMaxPool and GlobalLpPool are reductions over the spatial axes."""
+    """GlobalMaxPool, GlobalLpPool → reductions over the spatial axes."""
     axes = list(range(2, rank_of(view, node.input[0])))
     if node.op_type == "GlobalMaxPool":
         b.reduce("ReduceMax", node.input[0], axes, node.output[0], keepdims=True)
@@ -189,14 +189,14 @@ def global_pool(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def powers(b: Builder, x: str, p: int) -> str:
-    """|x|^p."""
+    """y = |x|^p."""
     if p == 2:
         return square(b, x)
     return b.add("Abs", [x]) if p == 1 else b.add("Pow", [b.add("Abs", [x]), float(p)])
 
 
 def norm(b: Builder, total_power: str, p: int, output: str | None = None) -> str:
-    """The p-th root."""
+    """y = x^(1/p), with a finite slope at 0."""
     if p == 1:
         return b.add("Identity", [total_power], output)
     safe = b.add("Clip", [total_power, TINY])
@@ -204,8 +204,10 @@ def norm(b: Builder, total_power: str, p: int, output: str | None = None) -> str
 
 
 def cumulative_sum(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """A product with a triangular matrix of ones along the axis; of a long one, part by part, and one of the
-    parts' sums."""
+    """CumSum → a product with a triangular matrix of ones along the axis.
+
+    A long axis is split into parts: products within each part, and another of the sums of the parts.
+    """
     shape = shape_of(view, node.input[0])
     axis = constant_input(node, view, 1, "axis")
     place = int(np.asarray(axis).reshape(-1)[0]) % len(shape)
@@ -235,7 +237,7 @@ def cumulative_sum(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def along(b: Builder, x: str, axis: int, rank: int, matrix: np.ndarray, output: str | None = None) -> str:
-    """x times a constant matrix of shape (size, new size), along one axis."""
+    """Multiply x by a constant matrix of shape (size, new size) along one axis."""
     matrix = np.ascontiguousarray(matrix, np.float32)
     if axis == rank - 1:
         return b.add("MatMul", [x, matrix], output)
@@ -247,7 +249,7 @@ def along(b: Builder, x: str, axis: int, rank: int, matrix: np.ndarray, output: 
 
 
 def top_k(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """The values are gathered by the indices; TopK itself makes only those."""
+    """TopK → TopK for the indices, and GatherElements for the values."""
     if not node.output[0]:
         stay(node, b)
         return

@@ -28,15 +28,14 @@ from eptq_onnx.numerics.types import Array
 
 
 def resize(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """One MatMul per resized axis with the interpolation matrix that the operator itself gives for an
-    identity.
+    """Resize → one MatMul per resized axis, by the matrix that the operator yields for an identity.
 
-    Every interpolation mode is separable and linear, so that Resize along one axis is a constant matrix.
-    Where it crops, what lies outside of the image gets a constant of its own.
+    Every interpolation mode is separable and linear, so Resize along one axis is a constant matrix. With
+    tf_crop_and_resize, a constant is added outside the image.
     """
     before, after = shape_of(view, node.input[0]), shape_of(view, node.output[0])
     rank = len(before)
-    scales = _told_scales(node, view, rank)
+    scales = _axis_scales(node, view, rank)
     roi = (
         constant_input(node, view, 1, "regions") if node.op_type == "Resize" and len(node.input) > 2 else None
     )
@@ -65,8 +64,8 @@ def resize(node: NodeProto, view: GraphView, b: Builder) -> None:
     b.add("Identity", [x], node.output[0])
 
 
-def _told_scales(node: NodeProto, view: GraphView, rank: int) -> NDArray[np.float32] | None:
-    """A scale per axis, or None if the node is told sizes."""
+def _axis_scales(node: NodeProto, view: GraphView, rank: int) -> NDArray[np.float32] | None:
+    """Return one scale per axis, or None if the node has sizes instead."""
     told = ints_attribute(node, "scales") if node.op_type == "Upsample" else []
     values: NDArray[np.generic] | None = np.array(attribute(node, "scales"), np.float32) if told else None
     if values is None:
@@ -88,8 +87,10 @@ def _interpolation(
     scale: float | None,
     region: tuple[float, float] | None,
 ) -> Array:
-    """Matrix of shape (size, new_size): the operator applied to each unit vector, with 0 outside of the
-    image."""
+    """Return the matrix, of shape (size, new_size), of the operator along one axis, with 0 outside the image.
+
+    Its rows are the operator applied to unit vectors.
+    """
     single = NodeProto()
     single.CopyFrom(node)
     for item in list(single.attribute):
@@ -132,8 +133,10 @@ def _run(node: NodeProto, view: GraphView, x: Array, constants: list[TensorProto
 def _interpolation_in_place(
     node: NodeProto, view: GraphView, before: tuple[int, ...], axes: list[int], axis: int
 ) -> Array:
-    """The same where the sizes of all axes decide on one scale (keep_aspect_ratio_policy): unit vectors along
-    one of them."""
+    """Return the matrix of `_interpolation` if all axes share one scale (keep_aspect_ratio_policy).
+
+    The scale depends on the sizes of all axes, so the unit vectors have the full shape.
+    """
     size = before[axis]
     single = NodeProto()
     single.CopyFrom(node)
@@ -150,7 +153,7 @@ def _interpolation_in_place(
 
 
 def affine_grid(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """The points of the unit grid, with a 1 appended, times theta transposed (ONNX AffineGrid)."""
+    """y = [grid, 1] theta^T, over the points of the unit grid (ONNX AffineGrid)."""
     size = constant_input(node, view, 1, "sizes")
     if size is None:
         raise NotLowerable("its sizes are missing")
@@ -166,7 +169,7 @@ def affine_grid(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def grid_sample(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """Weighted sum of the neighbours of every point; the places of the neighbours are constants to gradients.
+    """y = weighted sum of the neighbours of every point, whose positions are constants to gradients.
 
     Source: ONNX GridSample: coordinates -1 and 1 are the centres of the outer pixels (``align_corners``) or
     their outer edges; the last coordinate counts along the first spatial axis.
@@ -196,14 +199,14 @@ def grid_sample(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 Tap = tuple[str, str]
-"""Place (whole float numbers inside the image) and weight of a neighbour along one axis."""
+"""Position (integers as floats, inside the image) and weight of a neighbour along one axis."""
 
 
 def _taps(node: NodeProto, b: Builder, x: str, size: int, padding: str, align: bool) -> list[Tap]:
     mode = str(attribute(node, "mode", "linear")).removeprefix("bi")
     low, high = (0.0, size - 1.0) if align else (-0.5, size - 0.5)
     if mode != "cubic" and padding != "zeros":
-        # Points are moved into the image; behind it, cubic neighbours are.
+        # Points are moved into the image; in cubic mode, only their neighbours are.
         x = b.add("Clip", [x if padding == "border" else _reflected(b, x, low, high), 0.0, size - 1.0])
     if mode == "nearest":
         return [_tap(b, stopped(b, "Round", [x]), None, size, padding, low, high)]
@@ -220,7 +223,7 @@ def _taps(node: NodeProto, b: Builder, x: str, size: int, padding: str, align: b
 
 
 def _tap(b: Builder, place: str, weight: str | None, size: int, padding: str, low: float, high: float) -> Tap:
-    """Neighbours outside weigh nothing, or stand for one inside."""
+    """Return a neighbour; outside the image it gets weight 0, or is replaced by one inside."""
     if padding == "reflection":
         place = _reflected(b, place, low, high)
     inside = b.add("Clip", [place, 0.0, size - 1.0])
@@ -232,7 +235,7 @@ def _tap(b: Builder, place: str, weight: str | None, size: int, padding: str, lo
 
 
 def _reflected(b: Builder, x: str, low: float, high: float) -> str:
-    """x folded into [low, high]: low + span - |mod(x - low, 2 span) - span|."""
+    """Fold x into [low, high]: low + span - |mod(x - low, 2 span) - span|."""
     span = high - low
     if span <= 0:
         return b.add("Add", [b.add("Mul", [x, 0.0]), low])
@@ -243,7 +246,7 @@ def _reflected(b: Builder, x: str, low: float, high: float) -> str:
 
 
 def _cubic(b: Builder, t: str, offset: int) -> str:
-    """Keys' kernel with a = -0.75 at |t - offset| (Keys 1981, as in ONNX's reference)."""
+    """Add Keys' kernel with a = -0.75 at |t - offset| (Keys 1981, as in ONNX's reference)."""
     a = -0.75
     d = b.add("Abs", [b.add("Sub", [t, float(offset)])])
     near = [a + 2, -(a + 3), 0.0, 1.0]
@@ -259,8 +262,10 @@ def _cubic(b: Builder, t: str, offset: int) -> str:
 def _gathered(
     b: Builder, image: str, spatial: Sequence[int], taps: list[list[Tap]], shape: tuple[int, int, int]
 ) -> str:
-    """Sum over all combinations of neighbours; ``image`` is (n, channels, pixels), places and weights (n, 1,
-    points)."""
+    """Sum over all combinations of neighbours along the axes.
+
+    ``image`` has shape (n, channels, pixels), positions and weights have (n, 1, points).
+    """
     terms = []
     for combination in product(*taps):
         flat, weight = combination[0]
@@ -273,8 +278,7 @@ def _gathered(
 
 
 def roi_align(node: NodeProto, view: GraphView, b: Builder) -> None:
-    """The mean (or maximum) of bilinear samples in every cell of a region (ONNX RoiAlign), for a fixed number
-    of samples."""
+    """y = mean or maximum of a fixed number of bilinear samples in each cell of a region (ONNX RoiAlign)."""
     ratio = int_attribute(node, "sampling_ratio", 0)
     if ratio == 0:
         raise NotLowerable("its number of samples depends on the regions (sampling_ratio 0)")
@@ -314,8 +318,10 @@ def roi_align(node: NodeProto, view: GraphView, b: Builder) -> None:
 
 
 def _roi_taps(b: Builder, x: str, size: int, axis: int, shape: tuple[int, int, int]) -> list[Tap]:
-    """Both neighbours of points x of shape (regions, points along the axis); nothing counts beyond one pixel
-    outside."""
+    """Return both neighbours of points x, of shape (regions, points along the axis).
+
+    Points more than one pixel outside the image get weight 0.
+    """
     rois, rows, columns = shape
     clipped = b.add("Clip", [x, 0.0, size - 1.0])
     near = b.add(
