@@ -121,7 +121,7 @@ FURTHER = {
         "tests/test_ops.py",
         "tests/test_targets.py",
         "-k",
-        "probe or ArrayFeature or every_row or shipped",
+        "probe or ArrayFeature or every_row or (shipped and not page)",
     ],
     "a target": ["tests/test_targets.py", "-k", "not page and not described"],
     "a gradient engine": ["tests/engines/test_engines.py::test_an_input_that_a_node_reads_twice[slim]"],
