@@ -132,7 +132,7 @@ def _member_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo, label: str) -
         with archive.open(info) as stream:
             begin = stream.read(6)
         if begin != np.lib.format.MAGIC_PREFIX:
-            raise DataError(f"{label} is no .npy array: {_HINT}.")
+            raise DataError(f"{label} is not a .npy array: {_HINT}.")
         with archive.open(info) as stream:
             declared = _declared_bytes(stream, label)
             held = info.file_size - stream.tell()
@@ -187,7 +187,7 @@ def _declared_bytes(file: IO[bytes], label: str) -> int:
         kind = _shown(str(dtype))
         raise DataError(f"{label} has values of type {kind}, which no model takes: save an array of numbers.")
     if any(size < 0 for size in shape) or len(shape) > _RANK or math.prod(filter(None, shape)) > _VALUES:
-        raise DataError(f"{label} has the shape {_shown(str(shape))}, which no array has.")
+        raise DataError(f"{label} has the shape {_shown(str(shape))}, which is not a valid array shape.")
     return math.prod(shape) * dtype.itemsize
 
 

@@ -53,7 +53,7 @@ class Column:
     def __str__(self) -> str:
         if self.shared:
             return "no batch axis: one value for all samples"
-        return "no batch axis: one value a run" if self.axis is None else f"batch axis {self.axis}"
+        return "no batch axis: one value per run" if self.axis is None else f"batch axis {self.axis}"
 
 
 def batch_axes(inputs: Mapping[str, Dims], given: Axes) -> list[dict[str, int | None]]:

@@ -153,10 +153,10 @@ def _prescribed(
     alone = next((n for n, c in columns.items() if c.axis is None and not c.shared), None)
     if len(set(fixed.values())) > 1 or (alone is not None and batch not in (None, 1)):
         listing = ", ".join(f"{n}: {d}" for n, d in fixed.items()) + (
-            f", {alone}: one value a run" if alone else ""
+            f", {alone}: one value per run" if alone else ""
         )
         raise DataError(
-            f"{label}: the model's inputs take different numbers of samples a run ({listing}): "
+            f"{label}: the model's inputs take different numbers of samples per run ({listing}): "
             "give feeds, what the model takes in one run."
         )
     return batch

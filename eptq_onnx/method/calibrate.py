@@ -146,8 +146,8 @@ def mse_range(
         return float((counts * (function(rounded * float(params.scale)) - exact) ** 2).sum())
 
     extremes = (min(histogram.low, 0.0), max(histogram.high, 0.0))
-    # Both ends together first, over decades: with one end at an outlier, where the other lies makes no
-    # difference.
+    # First scale both ends together, over decades: with one end at an outlier, the position of the other
+    # makes no difference.
     ratios = np.geomspace(1, 1e-3, 2 * _GRID)
     joint = min(ratios, key=lambda r: error(extremes[0] * r, extremes[1] * r))
     ends = [extremes[0] * float(joint), extremes[1] * float(joint)]
@@ -301,7 +301,7 @@ def _refuse(output: str, value: NDArray[np.floating], chosen: NDArray[np.int64],
     what = "NaN" if np.isnan(value).any() else "infinite values"
     raise DataError(
         f"the float model's output {output!r} has {what} for calibration sample {int(chosen[place])}: "
-        "leave such samples out, or mend the model."
+        "leave such samples out, or fix the model."
     )
 
 

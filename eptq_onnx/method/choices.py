@@ -126,9 +126,9 @@ def deciding_activations(
     finally:
         progress(most, most)
     why = (
-        "what they are made from is most of the network, too much to stay float"
+        "the tensors that they depend on are most of the network, too much to stay float"
         if afforded < len(path)
-        else "floats do not help"
+        else "keeping them float does not help"
     )
     return {}, f"{reason}: {why}"
 

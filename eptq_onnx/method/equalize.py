@@ -210,7 +210,7 @@ def equalize(
             model,
             scores,
             {},
-            [f"no channels are scaled: values of {boundless[0]} are near the largest that float32 holds"],
+            [f"no channels are scaled: values of {boundless[0]} are close to the limit of float32"],
         )
     terms = list(_activations(groups, scores)), list(_weights(view, plan, groups, scores))
     factors = _factors(*terms, count, int(sets[0]))[sets]

@@ -118,11 +118,11 @@ def better_than_nearest(
     elif _noisier(found, limit):
         worse = "some output is noisier"
     else:
-        worse = "some output may be noisier, for all that can be told,"
+        worse = "some output may well be noisier"
     return (
         best,
         f"nearest rounding stays ({where}): with all layers rounded one after the other {worse} "
-        "on samples that neither saw",
+        "on unseen samples",
     )
 
 

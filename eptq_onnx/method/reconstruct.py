@@ -130,7 +130,7 @@ def reconstruct(
                 importance,
             )
             if moments.is_empty:
-                skipped.setdefault(layer.node, "no sample gives it a row of finite values")
+                skipped.setdefault(layer.node, "no sample gives it finite inputs")
             else:
                 rows = OutputsApart(form, moments.apart) if moments.apart > 1 else form
                 outputs = scores.outputs.get(layer.output) if scores is not None else None

@@ -155,7 +155,7 @@ def rotate(
         if not any(a.constant in levels for a in touched):
             continue
         if len(members) > _MOST:
-            notes.append(f"{len(members)} channels that could be mixed stay as they are: at most {_MOST} are")
+            notes.append(f"{len(members)} channels that could be mixed are left unmixed: the most is {_MOST}")
             continue
         held = {a.constant: values.get(a.constant, view.constant(a.constant)) for a in touched}
         matrix = _matrix(*_sides(spaces, k, touched, held, levels), np.random.default_rng([config.seed, k]))

@@ -272,7 +272,7 @@ def test_samples_that_cannot_be_told_apart_are_grouped():
         ({"x": [PICTURES[0], np.full((3, 2, 2), np.nan, np.float32)]}, "sample 1: input 'x' has NaN or Inf"),
         ("nowhere:samples", "data function nowhere:samples cannot be imported"),
         ("os:nothing", "data function os:nothing cannot be imported"),
-        ("os:sep", "is no function"),
+        ("os:sep", "is not a function"),
     ],
 )
 def test_bad_sources_are_told(source, message):

@@ -84,7 +84,7 @@ def test_where_the_path_is_most_of_a_large_network_a_note_says_what_choices_cost
     result = eptq_onnx.quantize(chooser(kind, 0), samples_of(128, 100), FAST, progress=silent)
     assert len(result.report.layers) >= 5
     assert any(
-        "dB noisier than with those of the float model: what they are made from is most" in n
+        "dB noisier than with those of the float model: the tensors that they depend on are most" in n
         for n in result.report.notes
     )
 

@@ -281,7 +281,7 @@ def test_a_gemm_whose_bias_is_a_matrix_stays_float(bias):
         parse(text, constants), normal(24, 6), Config(preset="fast", measure_speed=False)
     )
     assert [x.op_type for x in result.report.layers] == ["MatMul"]
-    assert "its bias has not one value for each output channel" in [
+    assert "its bias does not have one value per output channel" in [
         k.reason for k in result.report.kept_float
     ]
 

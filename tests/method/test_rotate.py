@@ -106,7 +106,7 @@ def test_too_many_channels_are_told(monkeypatch):
     whole, model, tensors, notes = rotated(bottleneck())
     assert model is whole
     assert not tensors
-    assert notes == ["12 channels that could be mixed stay as they are: at most 8 are"]
+    assert notes == ["12 channels that could be mixed are left unmixed: the most is 8"]
 
 
 def test_an_option_turns_it_off():

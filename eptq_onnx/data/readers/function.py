@@ -49,5 +49,5 @@ def _function(module: str, name: str, label: str) -> Callable[[], Any]:
     except (ImportError, AttributeError) as e:
         raise DataError(f"data function {label} cannot be imported: {e}.") from e
     if not callable(function):
-        raise DataError(f"{label} is no function.")
+        raise DataError(f"{label} is not a function.")
     return function  # type: ignore[no-any-return]

@@ -152,7 +152,7 @@ def _objection(node: NodeProto, spec: OpSpec, draft: Draft) -> str | None:
         if bias and not view.is_constant(bias):
             return "its bias is computed at run time"
         if bias and view.constant_shape(bias) != (output_channels(node, view),):
-            return "its bias has not one value for each output channel"
+            return "its bias does not have one value per output channel"
         constants = [weight, bias]
         infinite = [c for c in constants if c and view.is_float(c) and not view.is_finite(c)]
         if infinite:
@@ -189,10 +189,10 @@ def _inside(node: NodeProto, layers: frozenset[str]) -> str:
     counts = Counter(n.op_type for graph in bodies.values() for n in all_nodes(graph) if n.op_type in layers)
     left = f" ({', '.join(f'{n} {op}' for op, n in sorted(counts.items()))})" if counts else ""
     if settled is not None:
-        return f"no sample takes its {next(iter(bodies))}: what is in there stays float{left}"
+        return f"no sample takes its {next(iter(bodies))}: its contents stay float{left}"
     if len(bodies) > 1:
-        return f"samples take different branches: what is in them stays float{left}"
-    return f"what it repeats stays float{left}"
+        return f"samples take different branches: their contents stay float{left}"
+    return f"its body stays float{left}"
 
 
 def _integer_nodes(draft: Draft) -> dict[str, str]:

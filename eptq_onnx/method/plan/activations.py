@@ -91,7 +91,7 @@ def table_quantizers(draft: Draft, layers: tuple[Layer, ...]) -> list[Activation
             draft.reasons[node.name] = "its table is the weight of a layer too"
             continue
         draft.reasons[node.name] = (
-            "its table is stored in 8 bits, one scale a row; what is looked up is float"
+            "its table is stored in 8 bits with one scale per row; looked-up rows are float"
         )
         found[table] = None
     return [ActivationQuantizer(t, (t,), draft.target.table_spec(), constant=True, through=t) for t in found]

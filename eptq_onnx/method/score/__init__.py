@@ -83,7 +83,7 @@ def score(
     shaped = fold_sizes(specialize(model, samples.two_batches(size)))
     empty = empty_tensor(shaped)
     if empty is not None:
-        raise GradientError(f"{empty} has no elements on any of the samples that gradients are taken on.")
+        raise GradientError(f"{empty} has no elements in any of the samples used for gradients.")
     points = ops.output_parts(GraphView(model))
     safe = finite.differentiable(
         shaped,
@@ -144,7 +144,7 @@ def score(
     count = config.probes * len(indices)
     # If no sample has a finite gradient, nothing is known.
     lost = {tensor for tensor in sums.spoiled if not sums.channels[tensor].any()}
-    unreached |= dict.fromkeys(lost, "its gradients are no finite numbers")
+    unreached |= dict.fromkeys(lost, "its gradients are not finite")
     return Scores(
         channels={
             n: (power / config.probes).astype(np.float32)
