@@ -80,7 +80,7 @@ def quantize(
         The float model; it is never modified.
     data : Source
         Calibration samples without labels: one array per model input, samples along the first axis; or feeds,
-        files, or a function that gives them; see `eptq_onnx.data.readers.opened`.
+        files, or a function that gives them; see `eptq_onnx.data.readers.open_source`.
     config : Config, optional
     progress : callable, optional
 

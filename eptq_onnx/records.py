@@ -1,4 +1,4 @@
-"""The frozen records that the steps hand to each other. Pure data."""
+"""The frozen records that the steps pass to each other. Pure data."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class ActivationQuantizer:
     Parameters
     ----------
     name : str
-        The most upstream tensor of the group: the one that is calibrated.
+        The most upstream tensor of the group, which is calibrated.
     tensors : tuple of str
         All tensors that get a QuantizeLinear/DequantizeLinear pair with these parameters.
     spec : QuantSpec
     bounds : tuple of float
         Limits that the activation function guarantees; the quantized range stays inside, so that the function
-        can be dropped (infinite where there is none).
+        can be dropped. Infinite where there are none.
     constant : bool
-        True for a constant operand of an integer operator (its range is known without calibration), and for a
-        table that is stored as integers, one scale a row (``spec.axis`` 0).
+        True for a constant operand of an integer operator, whose range is known without calibration, and for
+        a table stored as integers with one scale per row (``spec.axis`` 0).
     through : str
-        Tensor at which the error of the range counts: ``name``, or the result of the scalar function that
-        alone reads it. What SiLU flattens, say, needs no range in front of it.
+        Tensor at which the quantization error is measured: ``name``, or the result of the scalar function
+        that is its only reader. For instance, values that SiLU flattens need no range in front of it.
     channel_axis : int or None
-        Axis of its channels, along which its Hessian scores are told apart (its scale is per tensor all the
-        same); see `eptq_onnx.ops.channel_axes_of`. None for a tensor of unknown rank or without axes.
+        Channel axis, along which Hessian scores are separate although the scale is per tensor; see
+        `eptq_onnx.ops.channel_axes_of`. None for a tensor of unknown rank or without axes.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Layer:
         Node name.
     op_type : str
     weight, input, output, result : str
-        Tensor names; ``output`` is z_l, the value before the activation function, ``result`` that behind an
-        absorbed clipping function.
+        Tensor names; ``output`` is z_l, the value before the activation function, and ``result`` the value
+        behind an absorbed clipping function.
     bias : str or None
-        Name of the bias; for a layer without one the name that a learned bias will get; None if the operator
+        Name of the bias. For a layer without one, the name that a learned bias will get; None if the operator
         takes no bias.
     has_bias : bool
         False if the float model gives this layer no bias.
@@ -72,7 +72,7 @@ class Layer:
     edge : bool
         True for a first or last layer.
     depthwise : bool
-        True for a convolution of one input and one output channel a group.
+        True for a convolution with one input and one output channel per group.
     """
 
     node: str
@@ -90,7 +90,7 @@ class Layer:
 
     @property
     def tensors(self) -> tuple[str, str, str]:
-        """What it reads and makes; where one of these stays float, it does."""
+        """Return its input and output tensors; if one of them stays float, so does the layer."""
         return self.input, self.output, self.result
 
 
@@ -114,15 +114,15 @@ class Plan:
     activations : tuple of ActivationQuantizer
         In topological order of their first tensor.
     integer_nodes : dict of str to str
-        Name and operator of every node that is to run on integers (layers included).
+        Name and operator of every node that should run on integers, layers included.
     absorbed : dict of str to str
-        Clipping nodes that the quantizer behind them makes superfluous, and their operators.
+        Clipping nodes made redundant by the quantizer behind them, and their operators.
     kept_float : tuple of KeptFloat
     integer_bias : bool
         True if biases are rounded to the grid of the product of scales.
     exact : frozenset of str
-        Float nodes that only choose, by value: they read what is quantized for others as it was before, where
-        it is there.
+        Float nodes that only choose by value. Where the original values exist, they read these rather than
+        the quantized ones.
     """
 
     layers: tuple[Layer, ...]
@@ -135,37 +135,37 @@ class Plan:
 
     @property
     def quantizer_of(self) -> dict[str, ActivationQuantizer]:
-        """The quantizer of each quantized tensor."""
+        """Return the quantizer of each quantized tensor."""
         return {tensor: q for q in self.activations for tensor in q.tensors}
 
     @property
     def weight_specs(self) -> dict[str, QuantSpec]:
-        """The spec of each quantized weight (shared weights appear once)."""
+        """Return the spec of each quantized weight; shared weights appear once."""
         return {layer.weight: layer.weight_spec for layer in self.layers}
 
     @property
     def shared_weights(self) -> set[str]:
-        """Weights that several layers read."""
+        """Return the weights that several layers read."""
         return {name for name, count in Counter(layer.weight for layer in self.layers).items() if count > 1}
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the calibration pass learned.
+    """Results of the calibration pass.
 
     Parameters
     ----------
     activations : dict of str to QuantParams
-        Per activation quantizer (by its name).
+        Parameters of each activation quantizer, by its name.
     power : dict of str to float
-        Mean square of the finite values of each layer output and of each tensor that the model's outputs are
-        put together from.
+        Mean square of the finite values of each layer output, and of each tensor from which the model's
+        outputs are assembled.
     variance : dict of str to float
-        Variance of the same.
+        Variance of the same values.
     unused_samples : int
-        Samples left over because the model prescribes a batch size that does not divide their number.
+        Samples left over because their number is not a multiple of the batch size that the model prescribes.
     not_finite : dict of str to float
-        Tensors with NaN or infinite values, and their share; they count in no statistic.
+        Tensors with NaN or infinite values, and the share of these values; they enter no statistic.
     """
 
     activations: Mapping[str, QuantParams]
@@ -191,10 +191,10 @@ class Scores:
     output_size : int
         Elements of all probed outputs of one sample.
     positions : dict of str to ndarray of shape (n_samples, n_positions)
-        Per layer output, the mean of (J^T v)^2 over probes and channels at each position, in units of the
-        mean over all; of some layers only, where all would take too much memory.
+        Per layer output, the mean of (J^T v)^2 over probes and channels at each position, relative to the
+        mean over all positions. Only some layers are included if all would take too much memory.
     samples : ndarray of shape (n_samples,)
-        Indices of the scored samples: the rows above.
+        Indices of the scored samples, which are the rows above.
     unreached : dict of str to str
         Layers that no gradient reaches, and why.
     """
@@ -210,7 +210,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Network:
-    """The float network that the samples run, and what is known of it.
+    """The float network that the samples run, with its plan, calibration and scores.
 
     Parameters
     ----------
@@ -229,20 +229,20 @@ class Network:
 
 @dataclass(frozen=True)
 class Rounding:
-    """The integers and parameters that are written.
+    """The integers and quantization parameters to be written.
 
     Parameters
     ----------
     integers : dict of str to ndarray
-        Per weight tensor, in the type of the container; zero points are not folded in yet.
+        Per weight tensor, in the container's type, before zero points are folded in.
     weights : dict of str to QuantParams
     activations : dict of str to QuantParams
-        Per activation quantizer (by its name).
+        Per activation quantizer, by its name.
     biases : dict of str to ndarray
         Per layer bias, float.
     targets : dict of str to ndarray
-        Per weight tensor, the real values that the integers were rounded from; they may be read only when
-        asked for.
+        Per weight tensor, the real values that the integers were rounded from; they may be loaded only on
+        access.
     """
 
     integers: Mapping[str, IntArray]
@@ -254,7 +254,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class OperatorTime:
-    """What one kind of operator takes in one run of the float and of the quantized model, in seconds."""
+    """Time of one kind of operator in one run of the float and of the quantized model, in seconds."""
 
     operator: str
     float_seconds: float
@@ -262,7 +262,7 @@ class OperatorTime:
 
 
 class Pace(str, Enum):
-    """The quantized model's run time beside the float model's, as far as it was told from noise."""
+    """The quantized model's run time compared with the float model's, as far as noise allows."""
 
     FASTER = "faster"
     SAME = "about as fast"
@@ -271,7 +271,7 @@ class Pace(str, Enum):
 
 @dataclass(frozen=True)
 class Speed:
-    """Run time of the float and of the written model in onnxruntime on this machine, measured in turn.
+    """Run times of the float and of the written model in onnxruntime on this machine, measured in turn.
 
     Parameters
     ----------
@@ -279,16 +279,16 @@ class Speed:
     float_seconds, quantized_seconds : float
         Median time of one run.
     ratio : float
-        Median of the quantized model's time over the float model's, pair by pair: above 1 it is slower.
+        Median over pairs of the quantized model's time divided by the float model's; above 1 it is slower.
     low, high : float
-        Interval of that median, at a confidence of 99.8 %.
+        Confidence interval of that median, at 99.8 %.
     pairs : int
         Measurements of each model.
     samples : int
-        Samples that one run takes.
+        Samples per run.
     operators : tuple of OperatorTime
-        Where the model is not faster: the time of each kind of operator, those that cost most beside the
-        float model first.
+        If the model is not faster, the time of each kind of operator, largest increase over the float model
+        first.
     """
 
     pace: Pace
@@ -304,7 +304,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Verification:
-    """Float model against written model, both run in onnxruntime.
+    """Comparison of the float model with the written model, both run in onnxruntime.
 
     Parameters
     ----------
@@ -313,15 +313,15 @@ class Verification:
     outputs : dict of str to float
         SQNR in dB per float output.
     layers : dict of str to float
-        SQNR in dB of each layer's quantized output, with all errors from upstream.
+        SQNR in dB of each layer's quantized output, including all errors from upstream.
     planned : dict of str to int
-        Operator to the number of nodes that are to run on integers.
+        Operator to the number of nodes that should run on integers.
     kernels : dict of str to int
         Operator to the number of integer kernels found in the runtime's optimized graph.
     float_bytes, quantized_bytes : int
         Sizes of the two models.
     notes : tuple of str
-        How the comparison was made, where that is not plain.
+        Unusual circumstances of the comparison.
     statistics : dict of str to OutputStatistics
         Per float output.
     held_out : bool
@@ -341,21 +341,21 @@ class Verification:
 
 
 _SHORT = 10
-"""Seconds below which no estimate is worth its name."""
+"""Time below which an estimate gives no number, in seconds."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run was expected to take, before it started.
+    """What a run was expected to take before it started.
 
     Parameters
     ----------
     seconds : float
-        Most: the optimization may end earlier.
+        Upper estimate: the optimization may end early.
     steps : int
-        Of the network-wise optimization, at most.
+        Most steps of the network-wise optimization.
     shares : dict of str to float
-        Seconds of each step, in the order of the run, as far as they are known.
+        Seconds of each step whose cost is known, in the order of the run.
     """
 
     seconds: float
@@ -372,19 +372,19 @@ class Estimate:
 
 @dataclass(frozen=True)
 class OptimizationTrace:
-    """What the network-wise optimization did.
+    """Course and result of the network-wise optimization.
 
     Parameters
     ----------
     steps : int
     losses : tuple of float
-        Training loss, one a step.
+        Training loss of each step.
     checkpoints : tuple of (int, float)
         Step and held-out objective of each hard-rounded candidate; step 0 is the start.
     best_step : int
-        The candidate that was kept.
+        Step of the candidate that was kept.
     flipped : float
-        Share of the weights that do not round to nearest.
+        Share of the weights whose integers differ from the start.
     seconds : float
     reason : str
         Why that candidate was kept, as a sentence without a full stop.

@@ -73,7 +73,8 @@ def folder() -> Iterator[str]:
                 os.mkdir(path, 0o700)
             except OSError as e:
                 raise OutputError(
-                    f"no temporary folder can be made ({e.strerror or e}): set TMPDIR to a folder with enough room."
+                    f"no temporary folder can be made ({e.strerror or e}): "
+                    "set TMPDIR to a folder with enough room."
                 ) from e
         yield path
     finally:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WRONG = {
     "numerics/linear.py": "from eptq_onnx import runtime",
     "graph/view.py": "from eptq_onnx.method import plan",
-    "method/score.py": "from eptq_onnx.method import calibrate",
+    "method/ranges.py": "from eptq_onnx.method import calibrate",
     "report/speed.py": "from eptq_onnx import pipeline",
 }
 

@@ -63,7 +63,7 @@ from rich.table import Table
 import eptq_onnx
 from eptq_onnx import Config
 from eptq_onnx.api import peak_memory
-from eptq_onnx.data.samples import read
+from eptq_onnx.data.reading import read
 from eptq_onnx.graph import io
 
 MODELS = Path(__file__).resolve().parent.parent / "models"

@@ -1,5 +1,6 @@
-"""Calibration samples: from arrays, feeds, files or functions to batches."""
+"""Calibration samples: read from arrays, feeds, files or functions, and batched."""
 
-from eptq_onnx.data.samples import Samples, candidates, read, spread
+from eptq_onnx.data.reading import candidates, read
+from eptq_onnx.data.samples import Samples, spread
 
 __all__ = ["Samples", "candidates", "read", "spread"]

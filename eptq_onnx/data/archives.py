@@ -1,5 +1,7 @@
-"""Reads .npy and .npz files that may be damaged or hostile: what they declare is checked before anything is
-allocated."""
+"""Read .npy and .npz files that may be damaged or hostile.
+
+Declared sizes are checked before anything is allocated.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +19,24 @@ from numpy.typing import NDArray
 from eptq_onnx.errors import DataError, one_line
 
 _MEMBERS = 10_000
-"""Most arrays of an archive: one for each input of the model."""
+"""Most arrays in an archive, which holds one per input of the model."""
 _DIRECTORY = 2**24
 """Most bytes of an archive's directory, which zipfile reads at once."""
 _RANK = 32
-"""Most axes of an array in every version of numpy."""
+"""Most axes of an array that every version of numpy supports."""
 _VALUES = 2**48
-"""Most values of an array, empty axes left out."""
+"""Most values of an array, not counting empty axes."""
 _KINDS = "biufcSU"
 """Kinds of element types that a model can take."""
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""What numpy writes. The other decompressors of zipfile give all that a piece unpacks to at once."""
+"""Compression methods that numpy writes; zipfile's other ones do not limit what they unpack at once."""
 _HINT = "save the arrays with numpy.savez"
 
 
 def read(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
-    """Read an array from a .npy file, or all arrays of a .npz by name; the content decides which of them it
-    is.
+    """Read an array from a .npy file, or all arrays of a .npz file by name.
+
+    The content decides which of the two it is.
 
     Raises
     ------
@@ -51,15 +54,15 @@ def read(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
     except DataError:
         raise
     except Exception as e:
-        # numpy and zipfile raise a dozen kinds for damaged files: zlib.error, struct.error,
+        # For damaged files, numpy and zipfile raise a dozen exception types: zlib.error, struct.error,
         # NotImplementedError, ...
-        raise DataError(f"data file {path} is not a readable .npz file: {_told(e)}.") from e
+        raise DataError(f"data file {path} is not a readable .npz file: {_message(e)}.") from e
     pickled = " (it may hold pickled Python objects, which are never loaded)" if magic[:1] == b"\x80" else ""
     raise DataError(f"data file {path} is not a readable .npz or .npy file{pickled}: {_HINT}.")
 
 
 def read_file(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
-    """The same, of a file that may be missing.
+    """Read a file like `read`, with an error of its own if it is missing.
 
     Raises
     ------
@@ -102,7 +105,7 @@ def _archive(file: IO[bytes], path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _members(archive: zipfile.ZipFile, label: str) -> dict[str, zipfile.ZipInfo]:
-    """The arrays' places in the archive, by name."""
+    """Return the archive's entries by array name."""
     found: dict[str, zipfile.ZipInfo] = {}
     infos = [info for info in archive.infolist() if not info.is_dir()]
     if not infos:
@@ -120,7 +123,7 @@ def _members(archive: zipfile.ZipFile, label: str) -> dict[str, zipfile.ZipInfo]
 
 
 def _member_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo, label: str) -> int:
-    """Bytes of values that a member declares; an error if the archive declares another size."""
+    """Return the bytes of values that a member declares, which must match the archive's directory."""
     if info.flag_bits & 1:
         raise DataError(f"{label} is encrypted: {_HINT}.")
     if info.compress_type not in _METHODS:
@@ -129,14 +132,14 @@ def _member_bytes(archive: zipfile.ZipFile, info: zipfile.ZipInfo, label: str) -
         with archive.open(info) as stream:
             begin = stream.read(6)
         if begin != np.lib.format.MAGIC_PREFIX:
-            raise DataError(f"{label} is no .npy array: {_HINT}.")
+            raise DataError(f"{label} is not a .npy array: {_HINT}.")
         with archive.open(info) as stream:
             declared = _declared_bytes(stream, label)
             held = info.file_size - stream.tell()
     except DataError:
         raise
     except Exception as e:
-        raise DataError(f"{label} is damaged: {_told(e)}.") from e
+        raise DataError(f"{label} is damaged: {_message(e)}.") from e
     if declared != held:
         raise DataError(
             f"{label} declares {declared} bytes of values, but the archive says that it holds {held}."
@@ -148,11 +151,11 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, label: str) -> NDAr
     try:
         with archive.open(info) as stream:
             value = _array(stream)
-            # The checksum is compared when the end is reached.
+            # Reading to the end verifies the checksum.
             stream.read(1)
             return value
     except Exception as e:
-        raise DataError(f"{label} is damaged: {_told(e)}.") from e
+        raise DataError(f"{label} is damaged: {_message(e)}.") from e
 
 
 def _array(file: IO[bytes]) -> NDArray[Any]:
@@ -161,35 +164,35 @@ def _array(file: IO[bytes]) -> NDArray[Any]:
 
 
 def _declared_bytes(file: IO[bytes], label: str) -> int:
-    """Bytes of values that the header of a .npy declares; the file is behind the header then."""
+    """Return the bytes of values declared by the header of a .npy, leaving the file behind the header."""
     try:
         version = np.lib.format.read_magic(file)
         readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         if version not in readers:
+            number = ".".join(map(str, version))
             raise DataError(
-                f"{label} is of version {version[0]}.{version[1]} of the .npy format, which no plain array needs: {_HINT}."
+                f"{label} is of version {number} of the .npy format, which no plain array needs: {_HINT}."
             )
         shape, _, dtype = readers[version](file)
     except DataError:
         raise
     except Exception as e:
-        # The header is a Python literal, whose parser raises errors of its own.
-        raise DataError(f"{label} has a damaged .npy header: {_told(e)}.") from e
+        # The header is a Python literal, whose parser raises other errors.
+        raise DataError(f"{label} has a damaged .npy header: {_message(e)}.") from e
     if dtype.hasobject:
         raise DataError(
             f"{label} holds pickled Python objects, which are never loaded: save an array of numbers."
         )
     if dtype.kind not in _KINDS or not dtype.itemsize:
-        raise DataError(
-            f"{label} has values of type {_shown(str(dtype))}, which no model takes: save an array of numbers."
-        )
+        kind = _shown(str(dtype))
+        raise DataError(f"{label} has values of type {kind}, which no model takes: save an array of numbers.")
     if any(size < 0 for size in shape) or len(shape) > _RANK or math.prod(filter(None, shape)) > _VALUES:
-        raise DataError(f"{label} has the shape {_shown(str(shape))}, which no array has.")
+        raise DataError(f"{label} has the shape {_shown(str(shape))}, which is not a valid array shape.")
     return math.prod(shape) * dtype.itemsize
 
 
 def _directory_bytes(file: IO[bytes]) -> int:
-    """Bytes of a zip archive's directory, as its last record declares them; 0 without one."""
+    """Return the size of a zip archive's directory as declared by its last record; 0 without one."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 2**16 - 100))
     end = file.read()
@@ -198,7 +201,7 @@ def _directory_bytes(file: IO[bytes]) -> int:
     if place < 0 or len(end) < place + 22:
         return 0
     declared: int = struct.unpack_from("<L", end, place + 12)[0]
-    # Large archives have a second record, of 56 bytes, and the place of it, of 20, before the first.
+    # In large archives, a second record of 56 bytes and its locator of 20 bytes precede the first.
     wide = place - 76
     if wide >= 0 and end[wide : wide + 4] == b"PK\6\6" and end[place - 20 : place - 16] == b"PK\6\7":
         declared = struct.unpack_from("<Q", end, wide + 40)[0]
@@ -209,14 +212,15 @@ def _check_memory(needed: int, label: str) -> None:
     free = psutil.virtual_memory().available
     if needed > free:
         raise DataError(
-            f"{label} unpacks to {needed} bytes, and {free} bytes of memory are free: give fewer samples, or a folder of .npz files."
+            f"{label} unpacks to {needed} bytes, and {free} bytes of memory are free: "
+            "give fewer samples, or a folder of .npz files."
         )
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return one_line(error, 200).rstrip(".") or type(error).__name__
 
 
 def _shown(text: str) -> str:
-    """Text of a file as one short line."""
+    """Return text from a file as one short line."""
     return text.encode("unicode_escape").decode()[:100]

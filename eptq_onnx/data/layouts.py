@@ -1,9 +1,8 @@
-"""What the axes of calibration arrays mean: samples, what one run takes, or one value for all runs. Shapes
-alone, no values.
+"""Interpret the axes of calibration arrays: samples, one run, or one value for all runs.
 
-An input's *batch axis* is the one along which a run takes several samples. A model says it only by the names
-of its axes, and often wrongly; shapes leave a few readings, in order of likelihood, and a run decides
-(`eptq_onnx.method.arrange`).
+Only shapes are looked at, not values. An input's *batch axis* is the one along which a run takes several
+samples. A model indicates it only by the names of its axes, and often wrongly; shapes leave a few
+interpretations, ordered by likelihood, and a run decides between them (`eptq_onnx.method.arrange`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from eptq_onnx.errors import DataError
 Symbol = int | str | None
 """Size of an axis: a number, a name, or unknown."""
 Dims = Sequence[Symbol] | None
-"""Of an input; None for an unknown rank."""
+"""Axis sizes of an input; None for an unknown rank."""
 Axes = Mapping[str, int | None]
 Values = NDArray[np.generic] | list[NDArray[np.generic]]
 
@@ -34,10 +33,10 @@ class Column:
     Parameters
     ----------
     values : ndarray or list of ndarray
-        One entry a sample, along the first axis or in a list; for a shared input the value itself.
+        One entry per sample, along the first axis or in a list; for a shared input the value itself.
     axis : int or None
-        Batch axis that the entries lack and that samples are stacked along. None: every entry is what one run
-        takes.
+        Batch axis, which the entries lack and along which samples are stacked. None if every entry is what
+        one run takes.
     shared : bool
         True if all runs take the same value.
     """
@@ -48,24 +47,24 @@ class Column:
 
     @property
     def count(self) -> int | None:
-        """Number of samples; None for a shared input."""
+        """Return the number of samples; None for a shared input."""
         return None if self.shared else len(self.values)
 
     def __str__(self) -> str:
         if self.shared:
             return "no batch axis: one value for all samples"
-        return "no batch axis: one value a run" if self.axis is None else f"batch axis {self.axis}"
+        return "no batch axis: one value per run" if self.axis is None else f"batch axis {self.axis}"
 
 
 def batch_axes(inputs: Mapping[str, Dims], given: Axes) -> list[dict[str, int | None]]:
-    """Where the batch axes may be, most likely first.
+    """Return the possible batch axes of all inputs, most likely first.
 
     Parameters
     ----------
     inputs : mapping of str to sequence of int, str or None
-        Sizes of every model input.
+        Axis sizes of every model input.
     given : mapping of str to int or None
-        What is known of some of them.
+        Known batch axes of some inputs.
     """
     symbols: dict[Symbol, None] = {}
     named = [d for dims in inputs.values() for d in dims or () if isinstance(d, str)]
@@ -82,7 +81,8 @@ def batch_axes(inputs: Mapping[str, Dims], given: Axes) -> list[dict[str, int | 
             dims and axes[name] is not None and not isinstance(dims[axes[name] or 0], int)
             for name, dims in inputs.items()
         ):
-            # Beside an open batch a fixed size other than 1 is no batch: three numbers for all samples, say.
+            # If another input has an open batch axis, a fixed size other than 1 is not the batch: three
+            # numbers for all samples, for instance.
             for name, dims in inputs.items():
                 if dims and name not in given and all(isinstance(d, int) for d in dims):
                     axes[name] = dims.index(1) if 1 in dims else None
@@ -92,7 +92,7 @@ def batch_axes(inputs: Mapping[str, Dims], given: Axes) -> list[dict[str, int | 
 
 
 def is_batch(dims: Dims, axis: int | None) -> bool:
-    """True if an axis is the batch's by its name, or, in front of others, for want of one."""
+    """Return True if an axis is the batch by its name, or is open, without a name, and not the only axis."""
     if not dims or axis is None:
         return False
     size = dims[axis]
@@ -100,8 +100,10 @@ def is_batch(dims: Dims, axis: int | None) -> bool:
 
 
 def _batch_axis(dims: Dims, symbol: Symbol) -> int | None:
-    """The axis that has the batch's name or number; else the first, if its size is open, or any that is
-    open."""
+    """Return the axis with the batch's name or size.
+
+    Without one, return the first axis if its size is open, else the first open axis, else 0.
+    """
     if dims is None:
         return 0
     if not dims:
@@ -117,7 +119,7 @@ def _batch_axis(dims: Dims, symbol: Symbol) -> int | None:
 def readings(
     name: str, values: Values, dims: Dims, axis: int | None, label: str, *, batched: bool = False
 ) -> list[Column]:
-    """What the array of an input may be, most likely first.
+    """Return the possible interpretations of an input's array, most likely first.
 
     Parameters
     ----------
@@ -125,16 +127,16 @@ def readings(
     values : ndarray or list of ndarray
     dims : sequence of int, str or None
     axis : int or None
-        Its batch axis.
+        The input's batch axis.
     label : str
-        Where the array comes from.
+        Origin of the array, for messages.
     batched : bool
-        True if the axis is known to be that of the batch: it is no value for all samples.
+        True if the axis is known to be the batch, so that the array is not one value for all samples.
 
     Raises
     ------
     DataError
-        If it does not fit.
+        If no interpretation fits.
     """
     entries = [np.shape(v) for v in values] if isinstance(values, list) else None
     shape = np.shape(values) if not isinstance(values, list) else (len(values),)
@@ -179,8 +181,7 @@ def readings(
 
 
 def along(array: NDArray[np.generic], axis: int, count: int) -> Column | None:
-    """An array as one run would take it, with all samples along its batch axis; None if that does not hold as
-    many."""
+    """Return an array whose batch axis holds all samples as a column; None if it holds another number."""
     return (
         Column(np.moveaxis(array, axis, 0), axis)
         if array.ndim > axis and array.shape[axis] == count
@@ -189,7 +190,7 @@ def along(array: NDArray[np.generic], axis: int, count: int) -> Column | None:
 
 
 def _runs(values: Values, axis: int | None) -> Column:
-    """What the model takes in each run; with a batch of one, samples that can be stacked."""
+    """Return what the model takes in each run; batches of one become samples that can be stacked."""
     if isinstance(values, list):
         if axis is not None and all(v.shape[axis] == 1 for v in values):
             return Column([np.squeeze(v, axis) for v in values], axis)
@@ -199,8 +200,7 @@ def _runs(values: Values, axis: int | None) -> Column:
 
 
 def fits(shape: Sequence[int], dims: Dims) -> bool:
-    """True if the shape is one that an input takes in one run; of an input of unknown rank nobody can
-    tell."""
+    """Return True if an input takes this shape in one run; False if the input's rank is unknown."""
     if dims is None:
         return False
     return len(shape) == len(dims) and all(

@@ -1,4 +1,4 @@
-"""Which samples do what: learn, choose among results, and tell what the result is worth."""
+"""Decide which samples train, which judge candidates, and which measure the result."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ from eptq_onnx.config import Config
 from eptq_onnx.data.samples import Samples, spread
 
 ENOUGH = 32
-"""With fewer samples there is none to spare for a figure that no step has seen."""
+"""Number of samples below which none are reserved for a measurement on unseen samples."""
 _LEAST_JUDGED, _MOST_SHARE, _SHARE_OF_FEW = 16, 0.3, 0.25
+"""Fewest samples to judge on, and the largest share used to reach them; share of few samples."""
 _UNSEEN, _LEAST_UNSEEN, _MOST_UNSEEN = 0.1, 8, 64
+"""Share of the samples reserved as unseen, and its limits."""
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Indices of samples.
+    """Indices of the samples for each purpose.
 
     Parameters
     ----------
     training : ndarray of shape (n_training,)
         Ranges, channels and rounding are chosen on these.
     judged : ndarray of shape (n_judged,)
-        Candidates are compared on these; none of them was made with them. With a single sample, that.
+        Candidates are compared on these, and none was made with them. If there is only one sample, it serves
+        both.
     unseen : ndarray of shape (n_unseen,)
         The result is compared with the float model on these.
     held_out : bool
-        True if no step has seen ``unseen``; else these are those of ``judged``.
+        True if no step has seen ``unseen``; otherwise ``unseen`` equals ``judged``.
     scored : ndarray of shape (n_scored,)
-        Samples of one size, from ``training`` and ``judged``: gradients are taken on these.
+        Samples of one shape, from ``training`` and ``judged``, on which gradients are taken.
     held : ndarray of shape (n_held,)
-        Places in ``scored`` of those that are judged on.
+        Positions in ``scored`` of the samples that candidates are judged on.
     """
 
     training: NDArray[np.int64]
@@ -45,7 +48,7 @@ class Shares:
 
 
 def share_out(samples: Samples, config: Config) -> Shares:
-    """Three sets of samples, drawn by the seed; two where there are fewer than 32.
+    """Return three sets of samples, drawn by the seed; two if there are fewer than 32 samples.
 
     Parameters
     ----------
@@ -56,7 +59,7 @@ def share_out(samples: Samples, config: Config) -> Shares:
     batch = samples.fixed_batch or 1
     rng = np.random.default_rng(config.seed)
     alike = samples.alike()
-    # Batches of a prescribed size are put together from samples of one size.
+    # Batches of a prescribed size consist of samples of one shape.
     rest = alike if batch > 1 else np.arange(samples.count)
     unseen = np.zeros(0, np.int64)
     held_out = len(rest) >= max(ENOUGH, 3 * batch)
@@ -71,7 +74,7 @@ def share_out(samples: Samples, config: Config) -> Shares:
     )
     gradual = np.intersect1d(alike, rest)
     scored = gradual[spread(len(gradual), max(1, config.score_samples // samples.rows))]
-    # Some of those that gradients are taken on, and as large a share of the others.
+    # Judge on some of the scored samples, and on as large a share of the others.
     held = _drawn(scored, _judges(len(scored), share, batch), rng)
     others = np.setdiff1d(rest, scored)
     judged = (
@@ -91,7 +94,7 @@ def _judges(count: int, share: float, batch: int) -> int:
 
 
 def _whole(count: int, batch: int, most: int) -> int:
-    """Samples that fill batches."""
+    """Return a number of samples that fills whole batches."""
     return max(min(-(-count // batch), most // batch), 1) * batch
 
 

@@ -1,1 +1,1 @@
-"""The steps of the method as plain functions; none of them knows another."""
+"""The steps of the method as plain functions; no step imports another."""

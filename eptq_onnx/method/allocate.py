@@ -1,11 +1,12 @@
-"""Mixed precision: choose the bits of every weight under a budget, as an integer program.
+"""Mixed precision: choose the bit width of every weight under a budget, as an integer program.
 
-Each candidate width of each layer is tried on the inputs of the float network: rounding with error
-compensation, and the error of every output channel, on samples that the rounding has not seen, weighed by its
-Hessian score. What that does to the network's outputs is measured for one width, by running the float network
-with this one weight rounded, and follows for the others from those errors: scores take the errors at all
-positions for independent, though those of a weight add up in a mean over positions, say. The effects of
-layers add up, so that the best choice is an integer linear program, solved by SciPy's MILP.
+Each candidate width of each layer is tried on the inputs of the float network: the weight is rounded with
+error compensation, and the error of every output channel, on samples that the rounding has not seen, is
+weighted by the channel's Hessian score. The effect on the network's outputs is measured for one width, by
+running the float network with this one weight rounded; the effects of the other widths follow from the ratios
+of their errors. The measurement is needed because scores treat the errors at all positions as independent,
+although the errors of one weight add up, for instance in a mean over positions. The effects of layers add up,
+so the best choice is an integer linear program, solved by SciPy's MILP.
 """
 
 from __future__ import annotations
@@ -35,30 +36,35 @@ from eptq_onnx.records import Layer, Network, Plan, Scores
 from eptq_onnx.targets import Target
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
+"""Candidate bit widths."""
 _ROWS = 30_000
+"""Input rows sampled per layer."""
 _MEASURED = 4
-"""The width at which the effect on the outputs is measured."""
+"""Bit width at which the effect on the outputs is measured."""
 SAMPLES = 32
-"""That the network then runs, layer by layer."""
+"""Samples on which the network is run once per layer."""
 _MOST_NOISE = 10.0
-"""Noise to signal that is as bad as any."""
+"""Cap on a measured noise-to-signal ratio: beyond it, outputs are useless anyway."""
 _LEAST = 1e-6
-"""A weight that has less than this share of its largest error at the width that is measured fits the grid;
-its errors at other widths then count relative to the variance of the layer's output."""
+"""Smallest error at the measured width, as a share of the layer's largest.
+
+Below it the weight fits the grid at that width; errors at other widths are then taken relative to the
+variance of the layer's output.
+"""
 
 
 @dataclass
 class Candidates:
-    """The widths that one weight tensor may have; what its layers contribute adds up.
+    """Candidate widths of one weight tensor; the contributions of all layers that share it add up.
 
     Parameters
     ----------
     size : int
         Elements.
     effects : dict of int to float
-        Width to the noise that it causes at the outputs.
+        Bit width to the noise it causes at the outputs.
     operations : float
-        Multiplications of one sample times the bits of the activations.
+        Multiplications per sample times the bits of the activations.
     """
 
     size: int
@@ -74,24 +80,24 @@ def allocate(
     config: Config,
     progress: Callable[[int, int], None],
 ) -> Plan:
-    """Give every weight its bit width.
+    """Choose the bit width of every weight.
 
     Parameters
     ----------
     network : Network
-        Its calibration gives the spread that each part of the outputs is measured by.
+        Its calibration gives the variance that normalizes each part of the outputs.
     selection : Selection
-        The samples to look at.
+        The samples to run.
     target : Target
     budget : Budget
     config : Config
     progress : callable
-        Called with layers done and layers in all.
+        Called with the number of layers done and the total.
 
     Returns
     -------
     Plan
-        The same with other weight specs. Layers that are no plain matrix product have 8 bits.
+        The same plan with other weight specs. Layers that are not plain matrix products get 8 bits.
 
     Raises
     ------
@@ -114,13 +120,13 @@ def candidates(
     config: Config,
     progress: Callable[[int, int], None],
 ) -> dict[str, Candidates]:
-    """What every width of every weight does to the outputs; parameters as in `allocate`."""
+    """Return the effect of every width of every weight on the outputs; parameters as in `allocate`."""
     model, plan, calibration = network.model, network.plan, network.calibration
     samples, indices = selection.samples, selection.indices
     size = samples.micro_batch()
     affordable = size * affordable_batches(specialize(model, samples.two_batches(size)), 1, config.max_memory)
     chosen = indices[spread(len(indices), affordable)]
-    # Of two batches at least, one is rounded on and the other tells what came of it.
+    # At least two batches where possible: the weight is rounded on one half and judged on the other.
     at_once = size if samples.fixed_batch else min(size, max(1, len(chosen) // 2))
     parts = list(samples.batches(chosen, at_once))
     walk = Walk(model, [samples.take(part) for part in parts])
@@ -146,7 +152,7 @@ def candidates(
         if form is None:
             weights.setdefault(layer.weight, Candidates(value.size, {8: 0.0}))
         elif rows is None or rows.is_empty:
-            # Nothing that is a number passes it: any width will do.
+            # No finite value reaches this layer: any width will do.
             weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
         else:
             known = weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
@@ -175,12 +181,12 @@ def candidates(
 
 
 def solve(weights: Mapping[str, Candidates], budget: Budget) -> dict[str, int]:
-    """The widths with the least total effect that meet the budget.
+    """Return the widths that meet the budget with the least total effect.
 
     Raises
     ------
     ConfigError
-        If none does.
+        If no choice meets the budget.
     """
     total = sum(w.size for w in weights.values())
     names: list[str] = []
@@ -217,7 +223,7 @@ def solve(weights: Mapping[str, Candidates], budget: Budget) -> dict[str, int]:
 
 
 def _cost(weight: Candidates, bits: int, total: int, budget: Budget) -> float:
-    """Share of one weight in the unit of the budget."""
+    """Return the cost of one weight in the budget's unit."""
     if budget.unit is BudgetUnit.WEIGHTS:
         return weight.size * bits / total
     if budget.unit is BudgetUnit.BYTES:
@@ -228,17 +234,17 @@ def _cost(weight: Candidates, bits: int, total: int, budget: Budget) -> float:
 def _tried(
     form: LinearForm, weight: Array, moments: Moments, specs: Mapping[int, QuantSpec], config: Config
 ) -> tuple[dict[int, Array], Array]:
-    """What rounding at each width comes to.
+    """Round at each width and return the errors, and the weight rounded at the measured width.
 
     Returns
     -------
     dict of int to ndarray of shape (n_channels,)
-        Width to the mean squared error of each output channel, its mean taken up by the bias.
+        Bit width to the mean squared error of each output channel after the bias has absorbed its mean.
     ndarray
-        The rounded weight at the width that is measured.
+        The rounded weight at the measured width.
     """
-    # A weight with more terms than there are rows can be rounded to fit all of these: what it is worth,
-    # others tell.
+    # A weight with more terms than there are rows can be rounded to fit those rows exactly, so the error is
+    # measured on others.
     seen, unseen = (moment for moment, _, _ in moments.halves or 2 * (moments.covariances,))
     feedback = compensation.Feedback.of(compensation.damped(seen, config.rounding_damping))
     rows = form.weight_rows(weight)
@@ -260,10 +266,9 @@ def _tried(
 def _with_one_rounded(
     model: ModelProto, view: GraphView, node: NodeProto, layer: Layer, rounded: Array, shift: Array
 ) -> ModelProto:
-    """The float network with the weight of one layer rounded, and what that does to the means of its outputs
-    taken up."""
-    # A layer's output has the rank of its weight, where that of the output is unknown; those of products may
-    # have more axes in front.
+    """Return the float network with one layer's weight rounded and its mean output error corrected."""
+    # If the rank of the output is unknown, use that of the weight; outputs of matrix products may have more
+    # leading axes.
     rank = len(view.shape(layer.output) or view.constant_shape(layer.weight))
     build = edit.Builder(model)
     raw = build.unique(f"{layer.output}_raw")
@@ -278,7 +283,7 @@ def _with_one_rounded(
 
 
 def _importance(layer: Layer, scores: Scores | None, channels: int) -> Array:
-    """How much a squared error of 1 in each channel counts among those of the others."""
+    """Return how much a squared error of 1 in each channel counts, relative to the other channels."""
     if (
         scores is not None
         and layer.output in scores.channels

@@ -1,7 +1,7 @@
-"""Find how samples are run by running some, and record what the network draws and chooses for each.
+"""Decide how samples are batched by running a few, and record the network's random draws and choices.
 
-Samples are put into one batch only if a batch of two gives what two runs give. Where it does not (a batch
-size written into a Reshape, statistics or attention across the batch), each runs by itself.
+Samples are batched only if a batch of two gives the same outputs as two single runs. Where it does not (a
+batch size hard-coded in a Reshape, statistics or attention across the batch), samples run one at a time.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
 
 _SIZES = (2, 4, 8, 16, 32, 64)
-"""Batches that are tried where one sample alone does not run: some models have their batch written in."""
+"""Batch sizes to try if single samples do not run: some models hard-code their batch size."""
 _CLOSE = 1e-6
-"""Noise-to-signal power ratio of equal values: float summation differs from batch to batch."""
+"""Noise-to-signal power ratio below which values are equal: float summation order depends on the batch."""
 
 
 @dataclass(frozen=True)
 class Arranged:
-    """Samples as they are run.
+    """Samples as they will be batched.
 
     Parameters
     ----------
     samples : Samples
     notes : tuple of str
-        What was decided, and why.
+        The decisions, with their reasons.
     """
 
     samples: Samples
@@ -46,21 +46,21 @@ class Arranged:
 
 
 def arrange(model: ModelProto, candidates: Sequence[Samples], seed: int) -> Arranged:
-    """The reading of the calibration data that the model runs, and how many samples go into a run.
+    """Return the interpretation of the calibration data that the model runs, with its batching.
 
     Parameters
     ----------
     model : ModelProto
         Normalized, as far as that is possible without samples.
     candidates : sequence of Samples
-        What the data may mean, most likely first.
+        Possible interpretations of the data, most likely first.
     seed : int
-        Of random numbers.
+        Seed of random numbers.
 
     Raises
     ------
     DataError
-        If onnxruntime runs the model on none of them.
+        If onnxruntime runs the model on none of the candidates.
     """
     places = replay.places_of(model, recorded)
     probe = _Probe(model, tuple(p for p in places if p.draws), seed)
@@ -68,7 +68,7 @@ def arrange(model: ModelProto, candidates: Sequence[Samples], seed: int) -> Arra
     alone: Samples | None = None
     for samples in candidates:
         if alone is not None and samples.count == 1:
-            # All arrays as one run: only if nothing else works.
+            # Taking all arrays as a single run is the last resort.
             break
         try:
             fits = probe.fits(samples)
@@ -91,13 +91,17 @@ def arrange(model: ModelProto, candidates: Sequence[Samples], seed: int) -> Arra
         for size in _SIZES if samples.fixed_batch is None and samples.count > 1 else ():
             grouped = probe.grouped(samples, size)
             if grouped is not None:
-                note = f"samples run {size} at a time: the model takes batches of that size only, though its inputs leave it open"
+                note = (
+                    f"samples run {size} at a time: the model takes batches of that size only, "
+                    "though its inputs leave it open"
+                )
                 return Arranged(grouped, (note, *_notes(probe.random())))
     samples, error = errors[0]
+    unit = "batch" if (samples.fixed_batch or 1) > 1 else "sample"
     shapes = ", ".join(f"{name}: {value.shape}" for name, value in probe.first(samples).items())
     raise DataError(
-        f"the model does not run on one {'batch' if (samples.fixed_batch or 1) > 1 else 'sample'} of the calibration data ({shapes}); "
-        f"if an axis was taken for the batch's that is none, say --batch-axis NAME=AXIS or NAME=none, or give feeds, what the model "
+        f"the model does not run on one {unit} of the calibration data ({shapes}); if the wrong axis was "
+        "taken for the batch axis, say --batch-axis NAME=AXIS or NAME=none, or give feeds, what the model "
         f"takes in one run. {error}"
     ) from error
 
@@ -110,7 +114,7 @@ def _notes(random: Sequence[str]) -> tuple[str, ...]:
 
 
 class _Probe:
-    """Runs the model on a few samples, alone and together."""
+    """Runs the model on a few samples, one at a time and in batches."""
 
     def __init__(self, model: ModelProto, draws: tuple[Place, ...], seed: int) -> None:
         self._model, self._draws = model, draws
@@ -124,16 +128,16 @@ class _Probe:
         self.why = ""
 
     def first(self, samples: Samples) -> Feeds:
-        """What the first run takes."""
+        """Return the feeds of the first run."""
         return samples.take(samples.alike()[: samples.fixed_batch or 1])
 
     def fits(self, samples: Samples) -> bool:
-        """True if samples may be put together; `why` tells what speaks against it.
+        """Return True if samples can be batched; otherwise `why` holds the reason.
 
         Raises
         ------
         ModelError
-            If not even one run works.
+            If not even a single sample runs.
         """
         alike = samples.alike()
         size = samples.fixed_batch or 1
@@ -153,14 +157,14 @@ class _Probe:
         return self._same(first, second, both)
 
     def random(self) -> list[str]:
-        """Outputs in which two runs on the same samples differ, in spite of the same draws."""
+        """Return the outputs that differ between two runs on the same samples with the same draws."""
         if self._seen is None:
             return []
         first, second = (self._run(*self._seen) for _ in range(2))
         return [name for name, value in first.items() if _is_array(value) and not agree(value, second[name])]
 
     def grouped(self, samples: Samples, size: int) -> Samples | None:
-        """Batches of that size, if the model runs them."""
+        """Return the samples in batches of ``size`` if the model runs them, else None."""
         places = samples.alike()[:size]
         if len(places) < size or len(samples.alike()) < 2 * size:
             return None
@@ -173,7 +177,7 @@ class _Probe:
         return fixed if fits else samples.grouped(size)
 
     def _two_different(self, samples: Samples, alike: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The first sample, and the first that is not the same."""
+        """Return the indices of the first sample and of the first one that differs from it."""
         first = samples.take(alike[:1])
         for k in alike[1:]:
             if any(not np.array_equal(value, samples.take([k])[name]) for name, value in first.items()):
@@ -181,7 +185,7 @@ class _Probe:
         return alike[:1]
 
     def _permutes(self, samples: Samples, places: NDArray[np.int64]) -> bool:
-        """True if the outputs of a batch in reverse are those of the batch, in reverse."""
+        """Return True if reversing a batch reverses its outputs."""
         forward, backward = self._run(samples, places), self._run(samples, places[::-1].copy())
         for name, value in forward.items():
             axes = [k for k in range(np.ndim(value)) if value.shape[k] == len(places)]
@@ -208,7 +212,7 @@ class _Probe:
         return self._session.run(self._session.taken(feeds))
 
     def _drawn(self, samples: Samples, places: NDArray[np.int64]) -> Feeds:
-        """The random numbers of these samples, the same each time."""
+        """Return the random numbers of these samples, the same in every call."""
         if self._recorder is None:
             return {}
         session, names = self._recorder
@@ -217,7 +221,7 @@ class _Probe:
             values = session.run(session.taken(samples.take(chosen)))
             return {p.name: values[name] for p, name in zip(self._draws, names, strict=True)}
 
-        # Draws of batches that the model prescribes belong to their batch.
+        # Where the model prescribes the batch size, draws belong to the whole batch.
         runs = [places] if samples.fixed_batch else [places[k : k + 1] for k in range(len(places))]
         keys = [(samples, *run.tolist()) for run in runs]
         for key, run in zip(keys, runs, strict=True):
@@ -237,7 +241,7 @@ class _Probe:
 
 
 def record(model: ModelProto, samples: Samples, seed: int) -> tuple[Samples, Replay, tuple[str, ...]]:
-    """What the float network draws and chooses for every sample, as further inputs.
+    """Record the float network's random draws and choices for every sample, as additional inputs.
 
     Parameters
     ----------
@@ -245,14 +249,14 @@ def record(model: ModelProto, samples: Samples, seed: int) -> tuple[Samples, Rep
         The executed float model.
     samples : Samples
     seed : int
-        Of random numbers.
+        Seed of random numbers.
 
     Returns
     -------
     Samples
-        With the recorded tensors; one at a time, where these cannot be put together.
+        Samples with the recorded tensors; one per batch if the recorded tensors cannot be batched.
     Replay
-        Makes them inputs of any version of the model.
+        Turns the recorded tensors into inputs of any version of the model.
     tuple of str
         Notes.
     """
@@ -273,7 +277,7 @@ def record(model: ModelProto, samples: Samples, seed: int) -> tuple[Samples, Rep
     def run(part: NDArray[np.int64]) -> Feeds:
         return session.run(session.taken(samples.take(part)), list(dict.fromkeys(names)))
 
-    # Draws follow each other in one stream: their order must not depend on which worker is first.
+    # Draws come from one sequential stream, so their order must not depend on the workers.
     runs: Iterable[Feeds] = map(run, parts) if draws else ordered_map(run, parts)
     values = list(runs)
     columns: dict[str, Column] = {}
@@ -292,7 +296,8 @@ def record(model: ModelProto, samples: Samples, seed: int) -> tuple[Samples, Rep
         if samples.fixed_batch is None:
             notes = (
                 *notes,
-                f"samples run one at a time: what {_listing(places, columns)} chooses depends on the others in a batch",
+                f"samples run one at a time: what {_listing(places, columns)} chooses depends on the others "
+                "in a batch",
             )
         return samples.in_batches_of(1).with_columns(one), found, notes
     squeezed = {n: Column([np.squeeze(v, c.axis) for v in c.values], c.axis) for n, c in columns.items()}
@@ -306,8 +311,7 @@ def _listing(places: Sequence[Place], columns: dict[str, Column]) -> str:
 def _batch_axis(
     session: Session, samples: Samples, rows: Sequence[NDArray[Any]], name: str, draws: bool
 ) -> int | None:
-    """The axis of size 1 along which a recorded tensor has its samples; None where they cannot be put
-    together."""
+    """Return the size-1 axis along which a recorded tensor can be batched, or None."""
     alike = samples.alike()
     if len(alike) < 2:
         return None
@@ -327,13 +331,13 @@ def _is_array(value: object) -> bool:
 def stacked_axis(
     first: NDArray[Any], second: NDArray[Any], both: NDArray[Any], *, values: bool = True
 ) -> int | None:
-    """The axis along which a batch of two holds what two runs gave; None if it does not.
+    """Return the axis along which a batch of two concatenates the results of two runs, or None.
 
     Parameters
     ----------
     first, second, both : ndarray
     values : bool
-        False compares shapes only.
+        If False, only shapes are compared.
     """
     for axis in range(both.ndim):
         if first.ndim != both.ndim or second.ndim != both.ndim:
@@ -347,8 +351,7 @@ def stacked_axis(
 
 
 def agree(expected: NDArray[Any], found: NDArray[Any]) -> bool:
-    """True if two arrays are equal up to float rounding (60 dB), or, if they are no floats, but for one
-    element in a hundred."""
+    """Return True if two arrays are equal: floats to 60 dB, other types in 99 % of the elements."""
     if expected.shape != found.shape or expected.dtype.kind != found.dtype.kind:
         return False
     if not expected.size:

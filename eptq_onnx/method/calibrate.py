@@ -1,7 +1,7 @@
-"""Choose activation ranges from one streaming pass (paper section 3.3; AdaRound-style MSE search).
+"""Choose activation ranges in one streaming pass (paper section 3.3; AdaRound-style MSE search).
 
-Every tensor keeps a histogram of fixed size whose range doubles when a value falls outside, so that memory
-does not depend on the number of samples; minima and maxima are exact.
+Every tensor keeps a histogram of fixed size whose range doubles when a value falls outside, so memory does
+not depend on the number of samples. Minima and maxima are exact.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from eptq_onnx.ops import output_parts
 from eptq_onnx.records import ActivationQuantizer, Calibration, Plan
 
 FLOAT_PASSES = 3.0
-"""What a calibration costs, in float passes over the samples."""
+"""Cost of a calibration, in float passes over the samples."""
 _BINS = 8192
+"""Bins of a histogram."""
 _VALUES_PER_SAMPLE = 16384
+"""Values of each sample that enter a histogram, at most."""
 _GRID = 32
+"""Points of the range search."""
 
 
 class Histogram:
@@ -51,9 +54,9 @@ class Histogram:
         importance: Array | None = None,
         axis: int = 0,
     ) -> None:
-        """Count values of a batch, at most about ``per_sample`` a row (evenly spread).
+        """Count the values of a batch, subsampled evenly to about ``per_sample`` per row.
 
-        With ``importance``, of shape (n_channels,), a value counts as much as its channel along ``axis``.
+        With ``importance``, of shape (n_channels,), each value is weighted by its channel along ``axis``.
         """
         low, high = quant_math.finite_extremes(values)
         if low > high:
@@ -81,7 +84,7 @@ class Histogram:
         self.counts += np.bincount(np.clip(places, 0, _BINS - 1), weights, minlength=_BINS)
 
     def centres(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Centres and counts of the bins that are not empty, ends moved to the exact extremes."""
+        """Return centres and counts of the non-empty bins, centres clipped to the exact extremes."""
         filled = np.flatnonzero(self.counts)
         centres = (filled + 0.5) * (2 * self.reach / _BINS) - self.reach
         return np.clip(centres, self.low, self.high), self.counts[filled]
@@ -91,12 +94,12 @@ Function = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 def identity(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The function of a tensor whose own error counts."""
+    """Return the argument: for tensors whose own error counts."""
     return x
 
 
 def scalar_function(model: ModelProto, quantizer: ActivationQuantizer) -> Function:
-    """What happens to each element between the quantizer and the tensor at which its error counts."""
+    """Return the elementwise function between the quantizer and the tensor at which its error is measured."""
     if quantizer.through == quantizer.name:
         return identity
     view = GraphView(model)
@@ -109,14 +112,14 @@ def scalar_function(model: ModelProto, quantizer: ActivationQuantizer) -> Functi
 def minmax_range(
     histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity
 ) -> tuple[float, float]:
-    """The extremes."""
+    """Return the extremes."""
     return histogram.low, histogram.high
 
 
 def percentile_range(
     histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity
 ) -> tuple[float, float]:
-    """The values that ``100 - percentile`` per cent lie beyond, on each side."""
+    """Return the range that cuts off ``100 - percentile`` per cent of the values on each side."""
     centres, counts = histogram.centres()
     share = np.cumsum(counts) / counts.sum()
     tail = 1 - config.percentile / 100
@@ -128,8 +131,10 @@ def percentile_range(
 def mse_range(
     histogram: Histogram, quantizer: ActivationQuantizer, config: Config, function: Function = identity
 ) -> tuple[float, float]:
-    """The range whose quantizer has the smallest squared error behind ``function``, searched on both ends in
-    turn."""
+    """Return the range with the least squared error behind ``function``.
+
+    Both ends are searched in turn.
+    """
     centres, counts = histogram.centres()
     exact = function(centres)
 
@@ -141,8 +146,8 @@ def mse_range(
         return float((counts * (function(rounded * float(params.scale)) - exact) ** 2).sum())
 
     extremes = (min(histogram.low, 0.0), max(histogram.high, 0.0))
-    # Both ends together first, over decades: with one end at an outlier, where the other lies makes no
-    # difference.
+    # First scale both ends together, over decades: with one end at an outlier, the position of the other
+    # makes no difference.
     ratios = np.geomspace(1, 1e-3, 2 * _GRID)
     joint = min(ratios, key=lambda r: error(extremes[0] * r, extremes[1] * r))
     ends = [extremes[0] * float(joint), extremes[1] * float(joint)]
@@ -189,23 +194,23 @@ def calibrate(
     samples : Samples
     config : Config
     progress : callable
-        Called with samples done and samples in all, those of every block.
+        Called with the number of samples done and the total, both counted once per block.
     scores : mapping of str to ndarray of shape (n_samples, n_channels), optional
-        Hessian scores: with them, the squared error of a value counts as much as its channel (damped, as in
-        HMSE).
+        Hessian scores; if given, squared errors are weighted by the damped scores of their channels, as in
+        HMSE.
     known : mapping of str to QuantParams, optional
-        What was chosen before; constants keep it.
+        Parameters chosen earlier; constants keep theirs.
 
     Raises
     ------
     DataError
-        If an output of the float model is NaN, or is infinite though the model does not mask it so.
+        If an output of the float model is NaN, or is infinite although the model does not mask it so.
     """
     view = GraphView(model)
     observed = {q.name: Histogram() for q in plan.activations if not q.constant}
     measured = [layer.output for layer in plan.layers]
     measured += [o for o in output_parts(view) if o not in measured]
-    # Outputs are looked at even where nothing is measured of them: what is no number there is no result.
+    # Outputs are always checked for NaN and infinity, even if nothing else is measured of them.
     measured += [o for o in view.outputs if o in view.producer and view.is_float(o) and o not in measured]
     masked = _masked(view)
     axes = {q.name: q.channel_axis or 0 for q in plan.activations}
@@ -247,14 +252,14 @@ def calibrate(
 
 
 def _not_finite(value: NDArray[np.floating]) -> int:
-    """How many values are NaN or infinite."""
+    """Return the number of values that are NaN or infinite."""
     if not value.size or np.isfinite(value.min() + value.max()):
         return 0
     return int(value.size - np.isfinite(value).sum())
 
 
 def check_outputs(model: ModelProto, samples: Samples, config: Config) -> None:
-    """Stop where an output of the float model is no number on samples that `calibrate` does not see.
+    """Check that the float model's outputs are finite on samples that `calibrate` does not see.
 
     Raises
     ------
@@ -275,14 +280,14 @@ def check_outputs(model: ModelProto, samples: Samples, config: Config) -> None:
 
 
 def _masked(view: GraphView) -> set[str]:
-    """Outputs that the model itself masks with infinite values."""
+    """Return the outputs that the model itself masks with infinite values."""
     return {
         o for o in view.outputs if o in view.producer and view.is_float(o) and has_infinite_source(view, o)
     }
 
 
 def _refuse(output: str, value: NDArray[np.floating], chosen: NDArray[np.int64], *, infinite: bool) -> None:
-    """Stop where an output of the model is no number, unless it is infinite because the model masks it so.
+    """Raise if an output has a NaN, or an infinite value that does not come from the model's own masking.
 
     Raises
     ------
@@ -296,12 +301,12 @@ def _refuse(output: str, value: NDArray[np.floating], chosen: NDArray[np.int64],
     what = "NaN" if np.isnan(value).any() else "infinite values"
     raise DataError(
         f"the float model's output {output!r} has {what} for calibration sample {int(chosen[place])}: "
-        "leave such samples out, or mend the model."
+        "leave such samples out, or fix the model."
     )
 
 
 def _damped(channels: Array, damping: float) -> Array:
-    """Channel scores relative to their mean, plus the damping; all 1 where there are none."""
+    """Return channel scores relative to their mean plus the damping; all 1 if every score is 0."""
     mean = float(channels.mean())
     return (channels / mean + damping).astype(np.float32) if mean > 0 else np.ones_like(channels)
 
@@ -310,7 +315,7 @@ def _params(
     quantizer: ActivationQuantizer, observed: dict[str, Histogram], view: GraphView, config: Config
 ) -> QuantParams:
     if quantizer.spec.axis is not None:
-        # Tables are large, and at 8 bits a finer grid gains nothing.
+        # One search round only: tables are large, and at 8 bits a finer search gains nothing.
         scales = [
             quant_math.weight_scales(rows, quantizer.spec, rounds=1)
             for _, rows in view.constant_parts(quantizer.name)

@@ -1,10 +1,11 @@
-"""Find the activations that must stay float because a choice by value would fall on other rows.
+"""Find the activations that must stay float so that choices by value select the same rows.
 
-Where TopK takes rows that further layers work on, or ArgMax the row of a table, a small error of the scores
-makes the network take another row, and what follows has nothing to do with what it was. How much that costs
-is measured: the network with its activations quantized and its weights rounded to nearest runs with choices
-of its own, and with those of the float network. If its own make more noise than all the rest, what they are
-made from stays float, as far back as it takes: near ties leave no room for error.
+Where TopK selects rows for later layers, or ArgMax the row of a table, a small error of the scores makes the
+network select other rows, and everything downstream is unrelated to the float network's values. The cost is
+measured: the network with quantized activations and weights rounded to nearest runs once with its own choices
+and once with those of the float network. If its own choices cause more noise than everything else, the
+tensors that they are computed from stay float, as far upstream as necessary: near ties leave no room for
+error.
 """
 
 from __future__ import annotations
@@ -25,26 +26,28 @@ from eptq_onnx.ops import executed
 from eptq_onnx.records import Plan
 
 SAMPLES, _LEAST_SAMPLES, _MULTIPLICATIONS = 128, 16, 20e9
-"""Near ties are rare: it takes many samples to meet some; fewer where all of them would take more
-multiplications than that."""
+"""Most and fewest samples, and the multiplications that they may take.
+
+Near ties are rare, so it takes many samples to meet some; large models get fewer.
+"""
 FLOAT_PASSES = 3.0
-"""What the float network and a quantized one, with own choices and without, cost a sample; seldom more is
-needed."""
+"""Cost per sample of running the float network and a quantized one twice; more is seldom needed."""
 _MOST_BYTES = 2**28
-"""Of the float outputs, which are kept."""
+"""Memory limit of the float outputs that are kept, in bytes."""
 _HARM, _CURED = 3.0, 2.0
-"""Times the noise that is left with the float network's choices: where own choices make more, something is
-done; and how much may stay."""
+"""Noise with own choices over noise with the float network's choices: limit to act above, and target."""
 _UNNOTICED = 0.002
-"""Noise-to-signal ratio of outputs that no cure is worth: 27 dB."""
+"""Noise-to-signal ratio of the outputs below which nothing is done: 27 dB."""
 _SHARE = 0.25
-"""Of the multiplications, and of the weights, that may stay float for the sake of choices."""
+"""Largest share of the multiplications, and of the weights, that may stay float for the sake of choices."""
 _FEW_MULTIPLICATIONS, _FEW_WEIGHTS = 4_000_000, 100_000
-"""Where fewer stay float it costs nothing that is noticed: a millisecond of one core, and half a megabyte."""
+"""Amounts that may always stay float: a millisecond of one core, and half a megabyte."""
 
 Quantized = Callable[[Mapping[str, str]], tuple[ModelProto, Mapping[str, str]]]
-"""Makes the quantized model in which further tensors stay float, each with the reason; and what stands for a
-tensor in it."""
+"""Takes tensors that must stay float, each with the reason.
+
+Returns the quantized model, and a mapping from each tensor to the one that stands for it in that model.
+"""
 
 
 def deciding_activations(
@@ -56,8 +59,7 @@ def deciding_activations(
     found: Replay,
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, str], str | None]:
-    """Tensors that must stay float for choices by value to fall as in the float network, each with the
-    reason.
+    """Return the tensors that must stay float to preserve the float network's choices, with reasons.
 
     Parameters
     ----------
@@ -65,20 +67,22 @@ def deciding_activations(
         The normalized float model.
     plan : Plan
     quantized : callable
+        Builds the quantized model; see `Quantized`.
     samples : Samples
         16 to 128 of them are run, one at a time.
     multiplications : mapping of str to float
-        Of each layer, by node, for one sample.
+        Multiplications of each layer for one sample, by node.
     found : Replay
-        What the float network drew and chose.
+        The recorded draws and choices of the float network.
     progress : callable
-        Called with networks run and the most there may be.
+        Called with the number of networks run and the most there may be.
 
     Returns
     -------
     dict of str to str
+        Tensor to the reason.
     str or None
-        A note, if choices make most of the noise.
+        A note, if choices cause most of the noise.
     """
     choices = _choices(model, plan, found)
     if not choices:
@@ -96,7 +100,10 @@ def deciding_activations(
         return {}, None
     lost = 10 * np.log10(own / max(followed, 1e-9))
     where = ", ".join(list(choices)[:3]) + (" and others" if len(choices) > 3 else "")
-    reason = f"{where} would choose other rows, and the outputs would be {lost:.1f} dB noisier than with those of the float model"
+    reason = (
+        f"{where} would choose other rows, and the outputs would be {lost:.1f} dB noisier "
+        "than with those of the float model"
+    )
     tensors = [[t for q in path[len(path) - count :] for t in q.tensors] for count in range(len(path) + 1)]
     afforded = _afforded(model, plan, operations, tensors)
 
@@ -110,7 +117,8 @@ def deciding_activations(
     try:
         if afforded and settled(afforded):
             count = bisect.bisect_left(range(1, afforded), True, key=settled) + 1
-            left = f"{count} of {len(plan.activations)} activations in front of choices by value stay float: {reason}"
+            share = f"{count} of {len(plan.activations)} activations"
+            left = f"{share} in front of choices by value stay float: {reason}"
             return dict.fromkeys(tensors[count], reason), left
     except ModelError:
         # Nothing would be left to quantize.
@@ -118,15 +126,15 @@ def deciding_activations(
     finally:
         progress(most, most)
     why = (
-        "what they are made from is most of the network, too much to stay float"
+        "the tensors that they depend on are most of the network, too much to stay float"
         if afforded < len(path)
-        else "floats do not help"
+        else "keeping them float does not help"
     )
     return {}, f"{reason}: {why}"
 
 
 def _choices(model: ModelProto, plan: Plan, found: Replay) -> dict[str, list[str]]:
-    """The nodes that choose what layers work on, with the tensors that decide."""
+    """Return the nodes that choose rows for later layers, with the tensors that decide."""
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
     read = {layer.input for layer in plan.layers}
@@ -145,8 +153,10 @@ def _choices(model: ModelProto, plan: Plan, found: Replay) -> dict[str, list[str
 def _afforded(
     model: ModelProto, plan: Plan, operations: Mapping[str, float], tensors: list[list[str]]
 ) -> int:
-    """How far back the path to the choices may be float: an index of ``tensors``, of which each holds those
-    before it."""
+    """Return how much of the path to the choices may stay float, as an index into ``tensors``.
+
+    Each entry of ``tensors`` contains the ones before it.
+    """
     view = GraphView(model)
     weights = {layer.node: float(np.prod(view.constant_shape(layer.weight))) for layer in plan.layers}
     limits = [
@@ -163,8 +173,10 @@ def _afforded(
 
 
 class _Harm:
-    """Noise-to-signal power ratio at the outputs, about the mean of their channels, with own choices and with
-    the float network's."""
+    """Noise-to-signal power ratio at the outputs, about their channel means.
+
+    A call returns it with the network's own choices and with those of the float network.
+    """
 
     def __init__(
         self, model: ModelProto, samples: Samples, parts: list[NDArray[np.int64]], found: Replay
@@ -178,7 +190,7 @@ class _Harm:
         try:
             return self._noise(executed(marked, self._found.draws, stands_for)), followed
         except ModelError:
-            # Other lengths want other numbers of draws: they cannot be compared.
+            # If lengths differ, so do the numbers of draws, and the outputs cannot be compared.
             return followed, followed
 
     def _noise(self, model: ModelProto) -> float:

@@ -1,18 +1,18 @@
-"""Scale the channels of quantized tensors so that the range that they share fits all that matter.
+"""Scale the channels of quantized tensors to make better use of the range that they share.
 
-Integer kernels know one scale for all channels of an activation, so that the rounding error of every channel
-is that of the widest. Where the layers around a tensor can take up factors (`eptq_onnx.graph.channels`), the
-channels are scaled: the float model computes the same, but channel c is rounded as finely as the range of all
-``f x`` allows, over ``f[c]`` (cross-layer equalization, Nagel et al. 2019). The price is paid by the weights
-that read it, whose rows have one grid each (the trade of SmoothQuant, Xiao et al. 2023). To first order the
-errors of the network's outputs are
+Integer kernels take one scale for all channels of an activation, so the widest channel determines the
+rounding error of all of them. Where the layers around a tensor can absorb factors
+(`eptq_onnx.graph.channels`), its channels are scaled: the float model computes the same, but the rounding
+error of channel c is that of the common range of all ``f x``, divided by ``f[c]`` (cross-layer equalization,
+Nagel et al. 2019). The weights that read the tensor pay for it, because each of their rows has a single grid
+(the trade-off of SmoothQuant, Xiao et al. 2023). To first order the errors of the network's outputs are
 
     sum_t sum_c G[t, c] (step_t² / (12 f[c]²) + D[t, c](R_t / f[c]))  +  sum_l S_l² sum_c E[l, c] f[c]² / 12,
 
-with the Hessian scores G of quantized tensors t, the step of a tensor's integers, which its range R gives,
-the squares D of what is cut off beyond that, the mean squares E of what layers l read, and the mean step S of
-a layer's rows, which follows their largest elements ``W / f``. L-BFGS finds all factors and ranges of the
-network at once; calibration then chooses the ranges anew.
+with the Hessian scores G of the quantized tensors t; the quantization step of a tensor, given by its range R;
+the squares D of the values clipped beyond that range; the mean squares E of the inputs of the layers l; and
+the mean step S of a layer's rows, which follows their largest elements ``W / f``. L-BFGS optimizes all
+factors and ranges of the network together; calibration then chooses the ranges anew.
 """
 
 from __future__ import annotations
@@ -33,132 +33,23 @@ from eptq_onnx.graph.channels import Channels, Factors, Slots
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.linear import LinearForm
-from eptq_onnx.numerics.types import Array, QuantSpec
+from eptq_onnx.numerics.magnitudes import ChannelMagnitudes, Side
+from eptq_onnx.numerics.types import Array, Float64, QuantSpec
 from eptq_onnx.ops import channels_of, linear_form
 from eptq_onnx.records import Plan, Scores
 
-_SAMPLES, _VALUES = 64, 16_384
-"""At most so many samples are looked at, and about so many values of each tensor of a sample."""
-_OCTAVES, _BINS = 20, 3
-"""Magnitudes are told apart from 2 to the power of minus so many on to that of so many, in so many bins an
-octave."""
+_SAMPLES = 64
+"""Samples to look at, at most."""
 _ROWS = 4.0
-"""The largest elements of rows follow this norm of all: rows have them in different channels."""
+"""Exponent of the norm that stands for the largest elements of rows, which lie in different channels."""
 _BYTES_A_CHANNEL = 16_000
-"""Of a scaled tensor: what is counted of it, and made of that."""
+"""Bytes per channel of a scaled tensor: its histogram and what is derived from it."""
 _MOST = 64.0
-"""Largest factor, and one over the least."""
+"""Largest factor; its inverse is the smallest."""
 _RIDGE = 1e-3
-"""Keeps factors at 1 where they hardly matter."""
+"""Regularization that keeps factors at 1 where they hardly matter."""
 _WORTH = 0.98
-"""The predicted errors must fall below this share of themselves, or everything stays as it is."""
-
-Float64 = NDArray[np.float64]
-
-
-class _Tensor:
-    """What the channels of a tensor hold: how often each magnitude comes, on either side of 0.
-
-    Parameters
-    ----------
-    sets : ndarray of int, shape (n_channels,)
-        The set of tied slots of each channel.
-    axis : int
-        Of the channels.
-    """
-
-    def __init__(self, sets: Slots, axis: int) -> None:
-        self.sets, self.positions = sets, 0.0
-        self._axis = axis
-        self._held: Array = np.zeros((2, 2, len(sets), 2 * _OCTAVES * _BINS), np.float32)
-        """Numbers and sums, below and above 0, of every channel and bin."""
-        self._squares: Float64 = np.zeros(len(sets))
-
-    def add(self, value: NDArray[np.floating], count: int) -> None:
-        """Take a batch of ``count`` samples."""
-        rows = np.moveaxis(value, self._axis, -1).reshape(-1, len(self.sets))
-        self.positions = len(rows) / count
-        rows = rows[:: quant_math.stride(len(rows), max(1, _VALUES * count // rows.shape[1]))]
-        if not np.isfinite(rows).all():
-            rows = rows[np.isfinite(rows).all(axis=1)]
-        size = np.abs(rows)
-        places = (np.log2(np.maximum(size, 2.0**-_OCTAVES)) + _OCTAVES) * _BINS
-        bins = np.minimum(places.astype(np.int64), 2 * _OCTAVES * _BINS - 1)
-        keys = (
-            ((rows > 0) * len(self.sets) + np.arange(len(self.sets))) * (2 * _OCTAVES * _BINS) + bins
-        ).reshape(-1)
-        # Sums beyond float32 are told by `is_bounded`.
-        with np.errstate(over="ignore"):
-            for k, weights in enumerate((None, size.reshape(-1))):
-                self._held[k] += np.bincount(keys, weights, minlength=self._held[k].size).reshape(
-                    self._held[k].shape
-                )
-        unit = quant_math.unit(size)
-        self._squares += np.square(size / unit).sum(axis=0, dtype=np.float64) * float(unit) ** 2
-
-    @property
-    def _total(self) -> Float64:
-        """Values of each channel."""
-        return np.asarray(np.maximum(self._held[0].sum(axis=(0, 2), dtype=np.float64), 1), np.float64)
-
-    @property
-    def is_bounded(self) -> bool:
-        """True if float32 holds the sums of what was looked at."""
-        return bool(np.isfinite(self._held).all())
-
-    @property
-    def power(self) -> Float64:
-        """Mean square of each channel."""
-        return np.asarray(self._squares / self._total)
-
-    def side(self, side: int) -> _Side:
-        """What lies below (0) or above (1) 0."""
-        return _Side.of(
-            self._held[0][side].astype(np.float64), self._held[1][side].astype(np.float64), self._total
-        )
-
-
-@dataclass(frozen=True)
-class _Side:
-    """The magnitudes of the values on one side of 0, every bin's at their mean.
-
-    Parameters
-    ----------
-    means : ndarray of shape (n_channels, n_bins)
-    tails : ndarray of shape (3, n_channels, n_bins + 1)
-        Share, sum and sum of squares (each over the number of all values) of the bins from each on.
-    """
-
-    means: Float64
-    tails: Float64
-
-    @classmethod
-    def of(cls, counts: Float64, sums: Float64, total: Float64) -> _Side:
-        """From the counts and sums of all bins, and the number of all values of each channel."""
-        means = sums / np.maximum(counts, 1)
-        parts = np.stack([counts, sums, sums * means]) / total[:, None]
-        tails = np.zeros((*parts.shape[:2], parts.shape[2] + 1))
-        tails[:, :, :-1] = parts[:, :, ::-1].cumsum(axis=2)[:, :, ::-1]
-        return cls(means, tails)
-
-    @classmethod
-    def joined(cls, sides: Sequence[_Side]) -> _Side:
-        """The channels of all."""
-        return cls(np.concatenate([s.means for s in sides]), np.concatenate([s.tails for s in sides], axis=1))
-
-    @property
-    def largest(self) -> Float64:
-        """Of each channel."""
-        return np.asarray(self.means.max(axis=1))
-
-    def beyond(self, limit: Float64) -> tuple[Float64, Float64]:
-        """Mean square of what every channel has beyond its limit, and the slope for the logarithm of the
-        limit."""
-        place = np.clip((np.log2(limit) + _OCTAVES) * _BINS, 0, self.means.shape[1] - 1).astype(np.int64)
-        channel = np.arange(len(limit))
-        place += self.means[channel, place] <= limit
-        share, sums, squares = self.tails[:, channel, place]
-        return squares - 2 * limit * sums + limit**2 * share, -2 * limit * (sums - limit * share)
+"""Ratio of predicted errors after and before, above which nothing is scaled."""
 
 
 @dataclass(frozen=True)
@@ -166,35 +57,34 @@ class _Group:
     """The tensors of one quantizer, which share its range."""
 
     spec: QuantSpec
-    tensors: dict[str, _Tensor]
+    tensors: dict[str, ChannelMagnitudes]
 
 
 class _Activations:
-    """The first sum, for one quantizer.
+    """Error of the activations of one quantizer: its part of the first sum.
 
     Parameters
     ----------
     sets : ndarray of int, shape (n_channels,)
-    sides : sequence of _Side
-        Of all its tensors, below and above 0; one, if the range is symmetric.
+    sides : sequence of Side
+        Magnitudes of all its tensors, below and above 0; a single one if the range is symmetric.
     importance : ndarray of shape (n_channels,)
-        G: error of the outputs for a squared error of 1 in the channel of a sample.
+        G: error of the outputs for a squared error of 1 in the channel, per sample.
     levels : int
-        Steps of the range, or of one of its sides, if it is symmetric.
+        Steps in the range, or in one of its sides if it is symmetric.
     """
 
-    def __init__(self, sets: Slots, sides: Sequence[_Side], importance: Float64, levels: int) -> None:
+    def __init__(self, sets: Slots, sides: Sequence[Side], importance: Float64, levels: int) -> None:
         self.sets, self._importance, self._levels = sets, importance, levels
         self._sides = [side for side in sides if side.largest.any()]
 
     @property
     def widest(self) -> list[float]:
-        """The logarithms of the ends of the range that cut nothing off where all factors are 1."""
+        """Return the logarithms of the ends of the range that clips nothing with all factors at 1."""
         return [float(np.log(side.largest.max())) for side in self._sides]
 
     def error(self, logs: Float64, ends: Float64) -> tuple[float, Float64, Float64]:
-        """Value and slopes for the logarithms of the factors of its channels, and of the ends of the
-        range."""
+        """Return the error and its gradients for the logarithms of the factors and of the range's ends."""
         reach = np.exp(ends)
         rounding = self._importance * (reach.sum() / self._levels) ** 2 / 12 * np.exp(-2 * logs)
         total, slope = float(rounding.sum()), -2 * rounding
@@ -208,7 +98,7 @@ class _Activations:
 
 
 class _Weights:
-    """The second term of one group of a layer: ``S² sum_c E[c] f[c]²``.
+    """Error of one group of a layer's weight: its part of the second sum, ``S² sum_c E[c] f[c]²``.
 
     Parameters
     ----------
@@ -216,9 +106,9 @@ class _Weights:
     rows : ndarray of shape (n_outputs, n_channels, taps)
         The weight.
     energy : ndarray of shape (n_channels,)
-        Mean square of what each channel reads.
+        Mean square of each input channel.
     importance : ndarray of shape (n_outputs,)
-        Error of the network's outputs for a squared error of 1 in each output of a sample.
+        Error of the network's outputs for a squared error of 1 in each output, per sample.
     levels : int
     """
 
@@ -239,7 +129,7 @@ class _Weights:
         self._energy = share * rows.shape[2] * energy / 12
 
     def error(self, logs: Float64) -> tuple[float, Float64]:
-        """Value and slope for the logarithms of the factors of its channels."""
+        """Return the error and its gradient for the logarithms of the channel factors."""
         step, shares = _norm(self._columns - logs, _ROWS)
         parts = step**2 * self._energy * np.exp(2 * logs)
         total = float(parts.sum())
@@ -247,7 +137,7 @@ class _Weights:
 
 
 def _norm(logs: Float64, power: float) -> tuple[float, Float64]:
-    """The p-norm of positive numbers, given their logarithms; and the slopes of its logarithm."""
+    """Return the p-norm of positive numbers and the gradient of its logarithm, both from their logarithms."""
     most = float(logs.max())
     parts = np.exp(power * (logs - most))
     total = float(parts.sum())
@@ -255,7 +145,7 @@ def _norm(logs: Float64, power: float) -> tuple[float, Float64]:
 
 
 def needed_bytes(model: ModelProto, plan: Plan) -> int:
-    """Memory that `equalize` takes, about.
+    """Return the approximate memory that `equalize` needs, in bytes.
 
     Parameters
     ----------
@@ -284,24 +174,24 @@ def equalize(
     model : ModelProto
         The whole normalized model; it is not changed.
     running : ModelProto
-        What the samples run of it.
+        The part of the model that the samples run.
     plan : Plan
     samples : Samples
-        Evenly spread ones are looked at.
+        An evenly spread subset is run.
     scores : Scores or None
-        Without them, errors count in units of the power of the tensor that they are made in.
+        If None, errors are taken relative to the power of the tensor they occur in.
     config : Config
     progress : callable
-        Called with samples done and samples in all, those of every block.
+        Called with the number of samples done and the total, both counted once per block.
 
     Returns
     -------
     ModelProto
-        It computes the same outputs, up to float rounding.
+        Computes the same outputs, up to float rounding.
     Scores or None
-        Those of the new model.
+        Scores of the new model.
     dict of str to float
-        The quantized tensors whose channels were scaled, and by how much at the most, up or down.
+        The quantized tensors whose channels were scaled, with the largest factor, up or down.
     list of str
         Notes.
     """
@@ -313,14 +203,14 @@ def equalize(
     groups = _groups(plan, channels, sets)
     if not groups:
         return model, scores, {}, []
-    _look(running, groups, samples, config, progress)
+    _observe(running, groups, samples, config, progress)
     boundless = [name for g in groups for name, tensor in g.tensors.items() if not tensor.is_bounded]
     if boundless:
         return (
             model,
             scores,
             {},
-            [f"no channels are scaled: values of {boundless[0]} are near the largest that float32 holds"],
+            [f"no channels are scaled: values of {boundless[0]} are close to the limit of float32"],
         )
     terms = list(_activations(groups, scores)), list(_weights(view, plan, groups, scores))
     factors = _factors(*terms, count, int(sets[0]))[sets]
@@ -344,7 +234,7 @@ def equalize(
 
 
 def _rescaled(scores: Scores | None, factors: dict[str, Factors], ratios: dict[str, Array]) -> Scores | None:
-    """The scores of the scaled model: gradients of scaled values are smaller by the factor."""
+    """Return the scores of the scaled model: the gradient of a scaled value is smaller by the factor."""
     if scores is None:
         return None
     channels = {
@@ -361,28 +251,27 @@ def _rescaled(scores: Scores | None, factors: dict[str, Factors], ratios: dict[s
 
 
 def _groups(plan: Plan, channels: Channels, sets: Slots) -> list[_Group]:
-    """The quantizers that have tensors whose channels may be scaled, with all their tensors that have
-    channels."""
+    """Return the quantizers with channels that may be scaled, with all their tensors."""
     found = []
     for quantizer in plan.activations:
         if quantizer.constant:
             continue
         known = {name: channels.of(name) for name in quantizer.tensors}
-        tensors = {name: _Tensor(sets[k[0]], k[1]) for name, k in known.items() if k is not None}
-        # A tensor of no known channels shares the range, and nothing here knows what it reaches.
+        tensors = {name: ChannelMagnitudes(sets[k[0]], k[1]) for name, k in known.items() if k is not None}
+        # A tensor without known channels shares the range, and its reach is unknown here.
         if len(tensors) == len(known) and any((t.sets != sets[0]).any() for t in tensors.values()):
             found.append(_Group(quantizer.spec, tensors))
     return found
 
 
-def _look(
+def _observe(
     model: ModelProto,
     groups: Sequence[_Group],
     samples: Samples,
     config: Config,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Gather what the channels of all tensors reach."""
+    """Collect the magnitudes of the channels of all tensors."""
     tensors = {name: t for g in groups for name, t in g.tensors.items()}
     size = samples.micro_batch()
     parts = list(samples.batches(spread(samples.count, _SAMPLES), size))
@@ -399,11 +288,11 @@ def _look(
 def _activations(groups: Iterable[_Group], scores: Scores | None) -> Iterable[_Activations]:
     for group in groups:
         tensors = group.tensors.values()
-        sides = [_Side.joined([t.side(k) for t in tensors]) for k in (0, 1)]
+        sides = [Side.joined([t.side(k) for t in tensors]) for k in (0, 1)]
         levels = group.spec.qmax - group.spec.qmin
         if group.spec.symmetric:
             sides, levels = (
-                [_Side(np.maximum(sides[0].means, sides[1].means), sides[0].tails + sides[1].tails)],
+                [Side(np.maximum(sides[0].means, sides[1].means), sides[0].tails + sides[1].tails)],
                 levels // 2,
             )
         weights = [
@@ -413,7 +302,7 @@ def _activations(groups: Iterable[_Group], scores: Scores | None) -> Iterable[_A
 
 
 def _importance(name: str, count: int, positions: float, power: Float64, scores: Scores | None) -> Float64:
-    """Error of the outputs for a squared error of 1 at all positions of each channel."""
+    """Return the error of the outputs for a squared error of 1 at all positions of each channel."""
     if scores is None:
         return np.full(count, 1 / max(float(power.sum()), 1e-30))
     table = scores.channels.get(name)
@@ -426,7 +315,7 @@ def _importance(name: str, count: int, positions: float, power: Float64, scores:
 def _weights(
     view: GraphView, plan: Plan, groups: Iterable[_Group], scores: Scores | None
 ) -> Iterable[_Weights]:
-    """What layers pay whose rows read several channels each."""
+    """Yield the weight errors of the layers whose rows read several channels each."""
     nodes = {n.name: n for n in view.nodes}
     inputs = {name: t for group in groups for name, t in group.tensors.items()}
     for layer in plan.layers:
@@ -444,7 +333,7 @@ def _weights(
 def _weights_of(
     rows: NDArray[np.floating],
     form: LinearForm,
-    tensor: _Tensor,
+    tensor: ChannelMagnitudes,
     output: str,
     levels: int,
     scores: Scores | None,
@@ -454,8 +343,8 @@ def _weights_of(
     parted = rows.reshape(groups, outputs, terms // form.taps, form.taps)
     unit = quant_math.unit(parted)
     made = np.einsum("gnct,gc->gn", np.square(parted / unit), energy).reshape(-1) * float(unit) ** 2
-    # A layer has about as many places as its input; where it has fewer, its weights' errors count as much
-    # less.
+    # A layer has about as many positions as its input; if it has fewer, its weight errors count
+    # proportionally less.
     importance = _importance(output, groups * outputs, tensor.positions, made, scores).reshape(
         groups, outputs
     )
@@ -466,7 +355,7 @@ def _weights_of(
 def _factors(
     activations: Sequence[_Activations], weights: Sequence[_Weights], count: int, fixed: int
 ) -> Factors:
-    """The factors of all sets with the least sum of errors; 1 where that is hardly less."""
+    """Return the factors of all sets with the least total error; all 1 if that is hardly less."""
     free = np.zeros(count, np.bool_)
     free[np.concatenate([*(t.sets for t in activations), *(w.sets for w in weights)])] = True
     free[fixed] = False
@@ -502,7 +391,7 @@ def _factors(
     start = total(values)[0]
     if start <= 0 or not len(places):
         return np.ones(count)
-    # First the best ranges as it is, which the rest must beat.
+    # First optimize the ranges alone, as the baseline to beat.
     values = minimize(
         objective, values, jac=True, method="L-BFGS-B", bounds=[*pinned, *anywhere], options={"maxiter": 100}
     ).x

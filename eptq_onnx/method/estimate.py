@@ -1,4 +1,4 @@
-"""Measure how fast this machine runs this model, so that the run time can be estimated before the run."""
+"""Measure how fast this machine runs this model, to estimate the run time in advance."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from eptq_onnx.parallel import worker_count
 from eptq_onnx.records import Plan
 
 _SIZE = 768
-"""Of a matrix product that is timed: some milliseconds."""
+"""Side of the timed matrix product, which takes some milliseconds."""
 
 
 def multiplications(model: ModelProto, plan: Plan, samples: Samples) -> dict[str, float]:
-    """Multiplications of each layer, by node, for one sample; layers of unknown output shape count none.
+    """Return the multiplications of each layer for one sample, by node.
+
+    Layers whose output shape is unknown count as 0.
 
     Parameters
     ----------
@@ -47,18 +49,18 @@ def multiplications(model: ModelProto, plan: Plan, samples: Samples) -> dict[str
 
 
 def seconds_a_pass(model: ModelProto, plan: Plan, samples: Samples, config: Config) -> float:
-    """Time of the float network for one sample, where batches run side by side on all cores."""
+    """Return the float network's time per sample, in seconds, with batches in parallel on all cores."""
     size = samples.micro_batch()
     blocks = blocks_of(model, samples.two_batches(size), config.block_bytes)
     count = 2 * worker_count() + 1
     parts = itertools.islice(itertools.cycle(samples.parts(np.arange(samples.count), size)), count)
-    # The first result comes when the session is made and the cores are busy.
+    # The first result arrives once the session exists and all cores are busy, so timing starts there.
     ticks = [time.perf_counter() for _ in observe(blocks, map(samples.take, parts), [plan.layers[-1].output])]
     return (ticks[-1] - ticks[0]) / (count - 1) / size
 
 
 def seconds_an_operation() -> float:
-    """Time of a multiplication in a large matrix product, on all cores."""
+    """Return the time of one multiplication in a large matrix product on all cores, in seconds."""
     factor = np.ones((_SIZE, _SIZE), np.float32)
     taken = []
     for _ in range(3):

@@ -1,10 +1,11 @@
-"""Find the activations that must stay float because their quantization would spoil the outputs.
+"""Find the activations that must stay float because quantizing them would spoil the outputs.
 
-What a quantizer does to the outputs is measured, not predicted: the float network runs with the quantizers of
-some activations, and its outputs are compared with its own. (Hessian scores are of first order: in networks
-that blow noise up they miss some quantizers by a factor of a hundred, and take others for a hundred times
-worse than they are.) All at once come first, and in most networks are found quiet: one run. Otherwise the
-noisiest group of neighbours is halved until the quantizers that make the noise are alone.
+The effect of a quantizer on the outputs is measured, not predicted: the float network runs with the
+quantizers of some activations, and its outputs are compared with those of the plain float network. (Hessian
+scores are of first order: in networks that amplify noise they underestimate some quantizers by a factor of a
+hundred, and overestimate others as much.) All quantizers together are tried first; in most networks they are
+quiet, and one run suffices. Otherwise the noisiest group of neighbours is bisected until the noisy quantizers
+are isolated.
 """
 
 from __future__ import annotations
@@ -21,16 +22,23 @@ from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.records import Network
 
 SAMPLES = 16
+"""Samples that are run."""
 FLOAT_PASSES = 4.0
-"""What the float network and all quantizers at once cost, in float passes over the samples; seldom more is
-needed."""
+"""Cost of the float network and of all quantizers together, in float passes; more is seldom needed."""
 _OUTLIER = 10.0
-"""A quantizer is not singled out unless it is so many times noisier than the others: low bit widths are noisy
-all over."""
+"""How many times noisier than the others a quantizer must be to be singled out.
+
+At low bit widths, everything is noisy.
+"""
 _MOST_RUNS = 128
+"""Runs of the network, at most."""
 
 Quantized = Callable[[Sequence[str]], tuple[ModelProto, Mapping[str, str]]]
-"""Makes the model in which some quantizers work, and tells what stands for a quantized tensor in it."""
+"""Takes names of activation quantizers.
+
+Returns the float model with these quantizers, and a mapping from each quantized tensor to the one that stands
+for it in that model.
+"""
 
 
 def sensitive_activations(
@@ -40,26 +48,26 @@ def sensitive_activations(
     config: Config,
     progress: Callable[[int, int], None],
 ) -> dict[str, float]:
-    """Tensors that must stay float for the others to keep within ``config.max_noise``, with the noise that
-    each causes alone.
+    """Return the tensors to keep float so that the rest stays within ``config.max_noise``, with their noise.
+
+    The noise of each tensor is what its quantizer causes alone.
 
     Parameters
     ----------
     network : Network
-        Its calibration gives the spread that each part of the outputs is measured by.
+        Its calibration gives the variance that normalizes each part of the outputs.
     quantized : callable
-        Of names of activation quantizers: the float model with these, and tensor to what holds its quantized
-        values.
+        Builds the float model with some quantizers; see `Quantized`.
     selection : Selection
         16 of these samples are run.
     config : Config
     progress : callable
-        Called with runs done and the most there may be.
+        Called with the number of runs done and the most there may be.
 
     Returns
     -------
     dict of str to float
-        Noise-to-signal power ratio at the outputs, each part of them in units of its own spread.
+        Noise-to-signal power ratio at the outputs, each part normalized by its variance.
     """
     plan = network.plan
     names = [q.name for q in plan.activations if not q.constant]
@@ -80,15 +88,15 @@ def sensitive_activations(
     ratio = _spoilers(names, noise, config.max_noise)
     progress(_MOST_RUNS, _MOST_RUNS)
     found = {tensor: ratio[q.name] for q in plan.activations if q.name in ratio for tensor in q.tensors}
-    # Without any layer left there would be nothing to quantize.
+    # If no layer were left, there would be nothing to quantize.
     return found if any(found.keys().isdisjoint(x.tensors) for x in plan.layers) else {}
 
 
 def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], most: float) -> dict[str, float]:
-    """The noisiest quantizers, with the noise of each, until the rest stay within ``most`` together or
-    nothing stands out any more.
+    """Return the noisiest quantizers and their noise.
 
-    The noise of a group is about the sum of that of its members.
+    Bisection stops when the rest stay within ``most`` together, or when none stands out. The noise of a group
+    is about the sum of its members' noise.
     """
     groups = [(noise(names), 0, len(names))]
     found: dict[str, float] = {}
@@ -113,6 +121,6 @@ def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], mos
         gone = set(order[:count])
         return noise([n for n in names if n not in gone]) <= most
 
-    # Noises add up to more than they make together: no more are named than it takes.
+    # The separate noises sum to more than their joint noise, so return only as many as necessary.
     count = bisect.bisect_left(range(len(order)), True, key=quiet_without)
     return {name: found[name] for name in order[:count]}

@@ -1,10 +1,10 @@
-"""Keep nearest rounding wherever nothing beats it: no result is worse than nearest rounding with the same
-ranges.
+"""Keep nearest rounding wherever nothing beats it, so that no result is worse than nearest rounding.
 
-Rounding layer by layer, and the network-wise loop, are judged by running the network that they make, on
-samples that they have not seen, with the choices of the float network. Where the outputs of all layers
-rounded so are no nearer to the float network's than nearest rounding leaves them, or may be so by chance
-alone, nearest rounding stays, from the layer on that does best.
+The comparison is with nearest rounding in the same ranges. Layer-wise reconstruction and the network-wise
+loop are judged by running the resulting network on samples that they have not seen, with the choices of the
+float network. If reconstructing all layers brings the outputs no closer to the float network's than nearest
+rounding does, or may have done so by chance alone, nearest rounding is kept from the layer on that gives the
+best result.
 """
 
 from __future__ import annotations
@@ -24,37 +24,41 @@ from eptq_onnx.records import Plan, Rounding
 V = TypeVar("V")
 
 SAMPLES = 32
-"""At most so many are judged on."""
+"""Samples to judge on, at most."""
 _SHARES = (0.75, 0.5, 0.25, 0.125)
-"""Of the layers that keep what was done to them, where all do harm: errors add up on the way to the
-outputs."""
+"""Shares of the layers to keep reconstructed, if reconstructing all does harm.
+
+Errors add up on the way to the outputs, so the first layers are kept.
+"""
 _SLACK = 1.02
-"""Noise that makes no difference: where activations make nearly all of it, chance decides."""
+"""Noise ratio that makes no difference: where activations cause nearly all the noise, the rest is chance."""
 _WORST = 1.06
-"""A quarter of a decibel: what a part of the outputs may lose at worst."""
+"""Largest noise ratio that a part of the outputs may have: a quarter of a decibel."""
 _CLEAR = 0.7
-"""Share of the noise of all outputs together, one and a half decibels less: where no more is left, it need
-not be sure of each part."""
+"""Noise ratio of all outputs together below which parts need not be certain: 1.5 dB less."""
 _CHANCE, _CHANCE_OF_MIXTURES = 0.01, 0.001
-"""Of more than that on other samples; the best of several mixtures is so by chance, too."""
+"""Probability of exceeding the limit on other samples.
+
+It is stricter for mixtures, the best of which also profits from chance.
+"""
 _NOTHING = 1e-12
-"""Noise of rounded floats."""
+"""Noise of float rounding."""
 _GAIN = 0.9
-"""Share of the noise that a mixture may leave at most: less is not worth it."""
+"""Noise ratio below which a mixture is worth keeping."""
 
 Noise = NDArray[np.float64]
-"""Run by run, of every part of the outputs; see `eptq_onnx.execute.deviation.Deviation.of_runs`."""
+"""Noise of every run and part of the outputs; see `eptq_onnx.execute.deviation.Deviation.of_runs`."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What nearest rounding leaves.
+    """Noise of nearest rounding.
 
     Parameters
     ----------
     noise : ndarray of shape (n_runs, n_parts)
     outputs : ndarray of shape (n_parts,)
-        True for parts of the outputs; of others, which choices are made from, the mean alone counts.
+        True for parts of the outputs; for other parts, from which choices are computed, only the mean counts.
     """
 
     noise: Noise
@@ -62,29 +66,32 @@ class Limit:
 
 
 NoiseOf = Callable[[Rounding], Noise]
-"""Of the network with a rounding, on samples that it has not seen; without elements where no output can be
-compared."""
+"""Returns the noise of the network with a given rounding, on samples that the rounding has not seen.
+
+The result is empty if no output can be compared.
+"""
 
 
 def better_than_nearest(
     noise_of: NoiseOf, limit: Limit, plan: Plan, nearest: Rounding, rounded: Rounding, *, targets: bool
 ) -> tuple[Rounding, str | None]:
-    """What was rounded layer by layer, as far as it serves.
+    """Return the layer-wise rounding, or nearest rounding where that is better.
 
     Parameters
     ----------
     noise_of : callable
+        See `NoiseOf`.
     limit : Limit
     plan : Plan
     nearest, rounded : Rounding
     targets : bool
-        True if the real values that weights are rounded from are needed later.
+        True if later steps need the real values that the weights were rounded from.
 
     Returns
     -------
     Rounding
     str or None
-        A note, if nearest rounding stays somewhere.
+        A note, if nearest rounding is kept anywhere.
     """
     if not limit.noise.size:
         return rounded, None
@@ -111,15 +118,16 @@ def better_than_nearest(
     elif _noisier(found, limit):
         worse = "some output is noisier"
     else:
-        worse = "some output may be noisier, for all that can be told,"
+        worse = "some output may well be noisier"
     return (
         best,
-        f"nearest rounding stays ({where}): with all layers rounded one after the other {worse} on samples that neither saw",
+        f"nearest rounding stays ({where}): with all layers rounded one after the other {worse} "
+        "on unseen samples",
     )
 
 
 def still_better(noise_of: NoiseOf, limit: Limit, start: Rounding, candidate: Rounding) -> bool:
-    """True if the candidate keeps what `better_than_nearest` asked of the start, and is no noisier than that.
+    """Return True if the candidate still beats nearest rounding and is no noisier than the start.
 
     Parameters
     ----------
@@ -134,10 +142,9 @@ def still_better(noise_of: NoiseOf, limit: Limit, start: Rounding, candidate: Ro
 
 
 def _serves(noise: Noise, limit: Limit, chance: float = _CHANCE) -> bool:
-    """True if nothing is noisier, nor, but for chance, a part of the outputs by more than a quarter of a
-    decibel on other samples.
+    """Return True if no part is noisier, and none is likely to be more than a quarter of a decibel noisier.
 
-    Of many parts some are uncertain: where all together are clearly quieter, their means count.
+    With many parts some are always uncertain: if all parts together are clearly quieter, their means suffice.
     """
     if _noisier(noise, limit):
         return False
@@ -150,13 +157,15 @@ def _serves(noise: Noise, limit: Limit, chance: float = _CHANCE) -> bool:
 
 
 def _noisier(noise: Noise, limit: Limit) -> bool:
-    """True if a part is noisier on average."""
+    """Return True if any part is noisier on average."""
     return not (noise.mean(axis=0) <= _SLACK * limit.noise.mean(axis=0) + _NOTHING).all()
 
 
 def _at_most(noise: Noise, limit: Noise, chance: float) -> Noise:
-    """The mean of each column on other samples is no higher, but for chance: judged by how it differs from
-    the limit run by run."""
+    """Return an upper confidence bound of each column's mean on other samples.
+
+    It is computed from the differences between the noise and the limit, run by run.
+    """
     mean: Noise = noise.mean(axis=0)
     if len(noise) < 2:
         return mean
@@ -166,7 +175,7 @@ def _at_most(noise: Noise, limit: Noise, chance: float) -> Noise:
 
 
 def _mixed(plan: Plan, rounded: Rounding, nearest: Rounding, count: int, *, targets: bool) -> Rounding:
-    """The first layers of one, the others of the other."""
+    """Return the first ``count`` layers of ``rounded`` and the others of ``nearest``."""
     first = {x.weight for x in plan.layers[:count]} - {x.weight for x in plan.layers[count:]}
     biases = {x.bias for x in plan.layers[:count] if x.bias is not None}
     real: Mapping[str, Array] = nearest.targets

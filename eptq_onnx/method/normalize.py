@@ -1,9 +1,9 @@
-"""Bring a model into the one form that everything else expects.
+"""Bring a model into the normal form that all other steps expect.
 
-Functions inlined, opset raised if the target needs it, all floats made float32, constants folded into
-initializers, nodes named, BatchNormalization and padding folded into the layers they belong to, every layer
-with a bias of its own; the branches that all samples take hoisted into the main graph. Inputs and outputs
-keep their names, and so does every tensor that is still computed.
+Functions are inlined, the opset is raised if the target needs it, all floats become float32, constants are
+folded into initializers, nodes are named, BatchNormalization and padding are folded into the layers they
+belong to, every layer has a bias of its own, and the branches that all samples take are hoisted into the main
+graph. Inputs and outputs keep their names, and so does every tensor that is still computed.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
     ----------
     model : ModelProto
     min_opset : int
-        The opset is raised to this if it is lower, and lowered to what the installed onnxruntime reads if it
-        is higher.
+        A lower opset is raised to this; one that the installed onnxruntime cannot read is lowered.
     samples : Samples, optional
-        An If whose condition is the same for all of them is settled: see `eptq_onnx.graph.branches`.
+        If given, an If whose condition is the same for all of them is resolved; see
+        `eptq_onnx.graph.branches`.
 
     Raises
     ------
@@ -53,8 +53,7 @@ def normalize(model: ModelProto, min_opset: int, samples: Samples | None = None)
 
 
 def settle(model: ModelProto, samples: Samples) -> ModelProto:
-    """The model with the branches that all samples take in its main graph, and with the ranks that running it
-    shows.
+    """Hoist the branches that all samples take, and add the ranks that running the model shows.
 
     Parameters
     ----------
@@ -63,7 +62,7 @@ def settle(model: ModelProto, samples: Samples) -> ModelProto:
     samples : Samples
     """
     result = infer_shapes(_settled(model, samples))
-    # Behind an If more is known of the branch that samples take than of both.
+    # More is known behind an If about the branch that samples take than about both.
     known = with_ranks(branches.flattened(result), samples.two_batches(samples.micro_batch(1))[0])
     if known is not result:
         del result.graph.value_info[:]
@@ -87,7 +86,7 @@ def _rewritten(model: ModelProto) -> ModelProto:
 
 
 def _settled(model: ModelProto, samples: Samples) -> ModelProto:
-    """Hoist the branches that all samples take, those inside them too."""
+    """Hoist the branches that all samples take, including nested ones."""
     decided: dict[str, bool] = {}
     stays = {n.name for n in model.graph.node}
     while found := _decided(model, samples, decided):
@@ -99,7 +98,7 @@ def _settled(model: ModelProto, samples: Samples) -> ModelProto:
 
 
 def _decided(model: ModelProto, samples: Samples, known: Mapping[str, bool]) -> dict[str, bool]:
-    """The Ifs that are not known yet and whose condition is the same for all samples, with that condition."""
+    """Return the new Ifs whose condition is the same for all samples, with that condition."""
     conditions = {node: tensor for node, tensor in branches.conditions(model).items() if node not in known}
     if not conditions:
         return {}
@@ -122,7 +121,7 @@ def _copy(model: ModelProto) -> ModelProto:
 
 
 def _drop_default_inputs(model: ModelProto) -> None:
-    """Initializers listed as inputs (IR 3 style) become constants."""
+    """Turn initializers listed as inputs (IR 3 style) into constants."""
     model.ir_version = max(model.ir_version, FIRST_IR_WITH_CONSTANTS)
     constants = {t.name for t in model.graph.initializer}
     inputs = [i for i in model.graph.input if i.name not in constants]
@@ -131,14 +130,14 @@ def _drop_default_inputs(model: ModelProto) -> None:
 
 
 def _spell_out_axes(model: ModelProto) -> None:
-    """Default axes that onnx's checker does not find where they are left out."""
+    """Write out default axes that onnx's checker does not infer."""
     for node in model.graph.node:
         if node.op_type == "MeanVarianceNormalization" and not node.attribute:
             node.attribute.append(helper.make_attribute("axes", [0, 2, 3]))
 
 
 def _name_nodes(model: ModelProto) -> None:
-    """Give every node a name of its own; the first that has a name keeps it."""
+    """Give every node a unique name; the first node with a given name keeps it."""
     taken = {node.name for node in model.graph.node}
     seen: set[str] = set()
     for k, node in enumerate(model.graph.node):
@@ -153,8 +152,7 @@ def _name_nodes(model: ModelProto) -> None:
 def _rewrite(
     model: ModelProto, visit: Callable[[NodeProto, GraphView, edit.Builder], NodeProto | None]
 ) -> ModelProto:
-    """Offer every node to ``visit``; a node that it returns stands for the node and the only producer of its
-    data."""
+    """Offer every node to ``visit``; a returned node replaces the node and the only producer of its data."""
     changed = True
     while changed:
         changed = False
@@ -184,10 +182,11 @@ def _sole_reader(view: GraphView, tensor: str) -> bool:
 
 
 def _fold_batch_normalization(model: ModelProto) -> ModelProto:
-    """y = a (W x + b) + c is a layer with weight a W and bias a b + c, a and c per output channel.
+    """Fold BatchNormalization: y = a (W x + b) + c → a layer with weight a W and bias a b + c.
 
-    With a = scale / sqrt(var + eps) and c = B - mean a. W has its output channels on axis 0 (Conv; Gemm with
-    transB), axis 1 (Gemm), or on (group, axis 1) of shape (C_in, C_out / group, ...) (ConvTranspose).
+    Here a = scale / sqrt(var + eps) and c = B - mean a, both per output channel. W has its output channels on
+    axis 0 (Conv; Gemm with transB), axis 1 (Gemm), or on (group, axis 1) of shape (C_in, C_out / group, ...)
+    (ConvTranspose).
     """
     return _rewrite(model, _visit_batch_normalization)
 
@@ -205,7 +204,7 @@ def _visit_batch_normalization(node: NodeProto, view: GraphView, b: edit.Builder
         return None
     channels = _output_channels(layer, view.constant_shape(layer.input[1]))
     has_bias = len(layer.input) > 2 and bool(layer.input[2])
-    # Where they do not fit, onnxruntime says so when it runs the model.
+    # If shapes do not match, onnxruntime reports it when it runs the model.
     if any(view.constant_shape(i) != (channels,) for i in node.input[1:5]):
         return None
     if has_bias and math.prod(view.constant_shape(layer.input[2])) not in (1, channels):
@@ -225,7 +224,7 @@ def _visit_batch_normalization(node: NodeProto, view: GraphView, b: edit.Builder
 
 
 def _output_channels(layer: NodeProto, weight: tuple[int, ...]) -> int | None:
-    """Output channels that a weight of this shape gives; None where the shape does not fit."""
+    """Return the output channels of a weight of this shape, or None if the shape does not fit."""
     matrix = layer.op_type == "Gemm"
     if len(weight) < 2 or (matrix and len(weight) != 2):
         return None
@@ -252,8 +251,10 @@ def _constant(b: edit.Builder, value: NDArray[np.float64], stem: str) -> str:
 
 
 def _fold_bias(model: ModelProto) -> ModelProto:
-    """x W + b with matrices x and W is one Gemm, whose bias runtimes add to the products before they are
-    rounded."""
+    """Fold the bias of a product of matrices: x W + b → one Gemm.
+
+    Runtimes add the bias of a Gemm to the products before they are rounded.
+    """
     products = {n.output[0] for n in model.graph.node if n.op_type == "MatMul"}
     if not any(n.op_type == "Add" and products.intersection(n.input) for n in model.graph.node):
         return model
@@ -298,7 +299,7 @@ def _visit_bias(node: NodeProto, view: GraphView, b: edit.Builder) -> NodeProto 
 
 
 def _as_matrix_products(model: ModelProto) -> ModelProto:
-    """Products with a constant in another place or notation become a MatMul with a constant right operand."""
+    """Rewrite products with a constant as a MatMul with a constant right operand."""
     constants = {t.name for t in model.graph.initializer}
     if not any(
         n.op_type == "Einsum" or (n.op_type == "MatMul" and n.input[0] in constants) for n in model.graph.node
@@ -314,7 +315,7 @@ def _as_matrix_products(model: ModelProto) -> ModelProto:
 
 
 def _turn_left_constant(node: NodeProto, view: GraphView, b: edit.Builder) -> bool:
-    """W X = (Xᵀ Wᵀ)ᵀ, with W constant and X of two or more axes."""
+    """Rewrite W X → (Xᵀ Wᵀ)ᵀ, with W constant and X of two or more axes."""
     if node.op_type != "MatMul" or not view.is_constant(node.input[0]) or view.is_constant(node.input[1]):
         return False
     weight, shape = view.constant(node.input[0]), view.shape(node.input[1])
@@ -330,8 +331,7 @@ def _turn_left_constant(node: NodeProto, view: GraphView, b: edit.Builder) -> bo
 
 
 def _einsum_as_matrix_product(node: NodeProto, view: GraphView, b: edit.Builder) -> bool:
-    """Σ over the last axes of x with the axes of a constant: "bsd,dhk->bshk" is x (W as a matrix),
-    reshaped."""
+    """Rewrite an Einsum that sums over the last axes of x: "bsd,dhk->bshk" → x (W as a matrix), reshaped."""
     if (
         node.op_type != "Einsum"
         or len(node.input) != 2
@@ -372,7 +372,7 @@ def _einsum_as_matrix_product(node: NodeProto, view: GraphView, b: edit.Builder)
 
 
 def _fold_padding(model: ModelProto) -> ModelProto:
-    """Pad with zeros in front of a convolution, on spatial axes, is the convolution's own padding."""
+    """Fold Pad with zeros on spatial axes in front of a convolution → the convolution's own padding."""
     return _rewrite(model, _visit_padding)
 
 
@@ -407,7 +407,7 @@ def _visit_padding(node: NodeProto, view: GraphView, b: edit.Builder) -> NodePro
 
 
 def _own_bias(model: ModelProto) -> ModelProto:
-    """Every layer's constant bias is its own one-dimensional initializer, not shared with another node."""
+    """Give every layer with a constant bias a one-dimensional initializer that no other node reads."""
     view, builder = GraphView(model), edit.Builder(model)
     builder.nodes.extend(_with_own_bias(node, view, builder) for node in view.nodes)
     if not builder.initializers:

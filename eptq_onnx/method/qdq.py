@@ -1,8 +1,8 @@
 """Write the standard QDQ model.
 
 Every quantized activation gets a QuantizeLinear/DequantizeLinear pair that all its readers share; weights and
-biases become integer initializers behind a DequantizeLinear that carries the tensor's old name. A bit width
-below the container's keeps its range by a Clip on the integers, between the two nodes.
+biases become integer initializers behind a DequantizeLinear that takes over the tensor's name. For bit widths
+below the container's, a Clip on the integers between the two nodes keeps the range.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PRODUCER = "eptq-onnx"
 
 
 def write(model: ModelProto, plan: Plan, rounding: Rounding) -> tuple[ModelProto, dict[str, str]]:
-    """Make the QDQ model.
+    """Write the QDQ model.
 
     Parameters
     ----------
@@ -54,15 +54,15 @@ class _Writer:
         self._quantizers = plan.quantizer_of
         self._layers = {layer.node: layer for layer in plan.layers}
         self.read_as: dict[str, str] = {}
-        """Tensor to what its readers shall read instead."""
+        """Tensor to the one that its readers read instead."""
         self._layer_reads: dict[tuple[str, str], str] = {}
-        """(layer node, constant) to what that layer alone shall read instead."""
+        """(layer node, constant) to the tensor that this layer alone reads instead."""
         self._made_as: dict[str, str] = {}
-        """Tensor to the name under which its producer shall make it."""
+        """Tensor to the name that its producer's output gets."""
         self._tables: dict[str, tuple[str, str]] = {}
-        """Table that is looked up to the names of its integers and scales."""
+        """Lookup table to the names of its integers and scales."""
         self._replaced: set[str] = set()
-        """Float constants whose name a DequantizeLinear has now."""
+        """Float constants whose name now belongs to a DequantizeLinear."""
 
     def run(self) -> ModelProto:
         b, view = self._b, self._view
@@ -107,7 +107,7 @@ class _Writer:
         }
         reads: Mapping[str, str] = ChainMap(own, self.read_as)
         if branches.settled_branch(node):
-            # The other branch gets inputs that the scales do not know: it reads them as they come.
+            # The other branch gets inputs that the scales were not calibrated on, so it reads them in float.
             reads = {name: new for name, new in reads.items() if name not in self._view.inputs}
         if node.name in self._plan.exact:
             reads = {name: new for name, new in reads.items() if not self._is_there(name)}
@@ -123,8 +123,10 @@ class _Writer:
         return copy
 
     def _is_there(self, tensor: str) -> bool:
-        """True if the runtime makes the float values of a quantized tensor anyway: no integer operator makes
-        them."""
+        """Return True if the float values of a quantized tensor exist anyway.
+
+        They do if no integer operator makes them.
+        """
         producer = self._view.producer.get(tensor)
         made = producer is None or (
             producer.name not in self._plan.integer_nodes and producer.name not in self._plan.absorbed
@@ -132,7 +134,7 @@ class _Writer:
         return made and tensor not in self._view.outputs
 
     def _pair(self, tensor: str, source: str) -> None:
-        """QuantizeLinear, a Clip where the range is narrower than the type, DequantizeLinear."""
+        """Add QuantizeLinear and DequantizeLinear, with a Clip between for ranges narrower than the type."""
         b, quantizer = self._b, self._quantizers[tensor]
         params = self._rounding.activations[quantizer.name]
         scale, zero = self._scale_names(quantizer.name, params, quantizer.spec)
@@ -180,7 +182,7 @@ class _Writer:
     def _dequantized(
         self, tensor: str, integers: IntArray, params: QuantParams, spec: QuantSpec, readers: list[str]
     ) -> str:
-        """Initializers and DequantizeLinear of a constant; returns the name to read."""
+        """Add the initializers and DequantizeLinear of a constant; return the name to read."""
         b = self._b
         stored = b.unique(f"{tensor}_quantized")
         b.keep(integers.astype(spec.container), stored)
@@ -190,7 +192,7 @@ class _Writer:
         return name
 
     def _take_over(self, tensor: str, readers: list[str]) -> str:
-        """The tensor's own name if nobody else reads the float constant, else a new one."""
+        """Return the tensor's own name if nothing else reads the float constant, else a new one."""
         others = [n for n in self._view.consumers[tensor] if n.name not in readers]
         if others or tensor in self._view.outputs:
             return self._b.unique(f"{tensor}_dequantized")
@@ -198,7 +200,7 @@ class _Writer:
         return tensor
 
     def _table(self, quantizer: ActivationQuantizer) -> None:
-        """Integers and scales under new names, from which `_written` makes the rows that a node wants."""
+        """Store the integers and scales of a table under new names, for `_written` to look rows up in."""
         b, tensor = self._b, quantizer.name
         shape, params = self._view.constant_shape(tensor), self._rounding.activations[tensor]
         names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
@@ -213,10 +215,10 @@ class _Writer:
         self._tables[tensor] = names
 
     def _written(self, node: NodeProto) -> list[NodeProto]:
-        """What stands for a node, its results made by the last; rows of a stored table are integers times
-        scales.
+        """Return the nodes that replace a node; the last one makes its results.
 
-        (No DequantizeLinear has scales that depend on an index.)
+        Rows of a stored table are integers times scales, because no DequantizeLinear takes scales that depend
+        on an index.
         """
         b, copy, place = self._b, self._rewired(node), None
         rule = spec_of(node).table
@@ -251,7 +253,7 @@ class _Writer:
             self._layer_reads[node, tensor] = name
 
     def _bias(self, layer: Layer) -> None:
-        """int32 with scale s_x * s_w and zero point 0 (what QLinearConv and QGemm assume)."""
+        """Add a bias as int32 with scale s_x * s_w and zero point 0, which QLinearConv and QGemm assume."""
         b, name = self._b, layer.bias or ""
         scales = (
             self._rounding.activations[self._quantizers[layer.input].name].scale,
@@ -277,7 +279,7 @@ class _Writer:
                 self._layer_reads[layer.node, layer.bias] = name
 
     def _restore_value_info(self, model: ModelProto) -> None:
-        """Give the tensors behind DequantizeLinear the type and shape of the tensor that they stand for."""
+        """Copy type and shape of each quantized tensor to its dequantized replacement."""
         known = {v.name: v for v in (*self._model.graph.value_info, *self._model.graph.input)}
         for tensor, name in self.read_as.items():
             if tensor in known and name not in known and tensor != name:
@@ -287,5 +289,5 @@ class _Writer:
 
 
 def _axis(axis: int | None) -> dict[str, Any]:
-    """The axis attribute, where there is one scale per channel."""
+    """Return the axis attribute if there is one scale per channel."""
     return {} if axis is None else {"axis": axis}

@@ -1,4 +1,4 @@
-"""Choose weight ranges (HMSE, paper section 3.3), no narrower than the integer bias needs."""
+"""Choose weight ranges (HMSE, paper section 3.3) that leave room for the integer bias."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def weight_ranges(
         The normalized float model.
     plan : Plan
     calibration : Calibration
-        Gives the activation scales, which the bias scale is a multiple of.
+        Its activation scales are factors of the bias scale.
     scores : Scores or None
-        Hessian scores; weights without one are ranged by plain MSE.
+        Hessian scores; the ranges of weights without a score minimize the plain MSE.
     config : Config
     searched : collection of str, optional
-        The weights whose ranges matter; the others, which a later step ranges anew, get their extremes. By
+        Weights whose ranges are searched; the others, which a later step ranges anew, get their extremes. By
         default all.
 
     Returns
     -------
     Rounding
-        Nearest rounding with the chosen ranges: the start of the optimization.
+        Nearest rounding with the chosen ranges, the starting point of the optimization.
     """
     view = GraphView(model)
     params, integers = {}, {}
@@ -66,7 +66,7 @@ def weight_ranges(
 
 
 def biases(view: GraphView, plan: Plan) -> dict[str, Array]:
-    """The bias of every layer that may have one; zeros where the float model has none."""
+    """Return the bias of every layer that can have one; zeros where the float model has none."""
     result: dict[str, Array] = {}
     nodes = {n.name: n for n in view.nodes}
     for layer in plan.layers:
@@ -90,7 +90,7 @@ def _scales(
 
 
 def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> dict[str, Array]:
-    """Per weight, the scales below which the int32 bias (scale s_x * s_w) would overflow."""
+    """Return per weight the scales below which the int32 bias (scale s_x * s_w) would overflow."""
     quantizers = plan.quantizer_of
     result: dict[str, Array] = {}
     for layer in plan.layers:

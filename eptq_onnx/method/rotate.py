@@ -1,19 +1,20 @@
-"""Mix channels so that the rows of all weights around them are rounded finely.
+"""Mix channels so that the rows of all weights around them can be rounded finely.
 
-Where nothing but linear operators lies between layers (`eptq_onnx.graph.spaces`), any invertible matrix T may
-go into the rows of the layers in front, ``T W``, and its inverse into the terms of those behind, ``W T⁻¹``;
-the float model computes the same. With a grid a row, whose step follows the largest element, the squared
-errors are, to first order and in units of what each layer makes,
+Where only linear operators lie between layers (`eptq_onnx.graph.spaces`), any invertible matrix T may be
+merged into the rows of the layers in front, ``T W``, and its inverse into the terms of those behind, ``W
+T⁻¹``; the float model computes the same. With one grid per row, whose step follows the largest element, the
+squared errors are, to first order and relative to the output of each layer,
 
-    sum_front  n b sum_i |T W|_i² / (levels² tr W Wᵀ G)  +  sum_behind  e sum_o |W T⁻¹|_o² / (levels² tr W S
-    Wᵀ),
+    sum_front   n b sum_i |T W|_i² / (levels² tr W Wᵀ G)
+    + sum_behind  e sum_o |W T⁻¹|_o² / (levels² tr W S Wᵀ),
 
 with ``|.|_i`` the largest magnitude of a row, n its terms, b the mean importance of the mixed channels and e
-their power: S, the squared rows of all layers in front, stands for the power of each channel as it is, G, the
-squared columns of all layers behind, for its importance. T is a diagonal that balances the two (as
-cross-layer equalization does, Nagel et al. 2019), then a rotation (SpinQuant, Liu et al. 2024, learns such by
-gradients of the network): L-BFGS over its Cayley parameters finds the one with the least errors, of a smooth
-norm instead of the largest magnitudes. Weights become spread evenly over their range. No data are needed.
+their power. S, the squared rows of all layers in front, stands for the power of each unmixed channel, and G,
+the squared columns of all layers behind, for its importance. T is a diagonal that balances the two (as in
+cross-layer equalization, Nagel et al. 2019) followed by a rotation (SpinQuant, Liu et al. 2024, learns
+rotations from gradients of the network). L-BFGS over its Cayley parameters minimizes the errors, with a
+smooth norm in place of the largest magnitudes. Weights end up evenly spread over their range. No data are
+needed.
 """
 
 from __future__ import annotations
@@ -36,33 +37,36 @@ from eptq_onnx.ops import channels_of
 from eptq_onnx.records import Plan
 
 _ITERATIONS = 40
-"""Of L-BFGS: nine tenths of what hundreds gain."""
+"""L-BFGS iterations: enough for nine tenths of the gain of hundreds."""
 _MOST = 2048
-"""Members of a space: an evaluation inverts a matrix of them."""
+"""Largest number of members of a space: an evaluation inverts a matrix of that size."""
 _LEAST_SHARE = 1e-3
-"""Channels count at least as this share of the mean: dead ones have no power or no importance."""
+"""Smallest weight of a channel relative to the mean: dead channels have no power or no importance."""
 _WORTH = 0.8
-"""The predicted errors must fall below this share of themselves, or a space stays as it is: what mixing does
-to the ranges of activations is not counted."""
+"""Ratio of predicted errors after and before, above which a space is left unmixed.
+
+The prediction ignores the effect of mixing on the ranges of activations.
+"""
 _FLOATS_A_TERM = 6
-"""What is held of each element of a weight in work."""
+"""Floats held per element of a weight while it is processed."""
 
 
 @dataclass(frozen=True)
 class _Side:
-    """What a weight has of a space.
+    """A weight's part in a space.
 
     Parameters
     ----------
     levels : int
-        Steps of its range; 0 for a weight that stays float.
+        Steps in its range; 0 for a weight that stays float.
     rows : ndarray
-        Of a producer, of shape (n_members, n_copies * n_terms), copies one after the other; of a consumer, of
-        shape (n_outputs * n, n_members), with the n places that each member has in a row one after the other.
+        For a producer, of shape (n_members, n_copies * n_terms), copies one after the other. For a consumer,
+        of shape (n_outputs * n, n_members), with the n places that each member has in a row one after the
+        other.
     count : int
-        Copies, or places.
+        Number of copies, or of places.
     beyond : ndarray of shape (n_outputs, 1) or None
-        Of a consumer: norm of the elements of each row that meet other channels.
+        For a consumer, the norm of each row's elements that read channels outside the space.
     """
 
     levels: int
@@ -72,28 +76,31 @@ class _Side:
 
     @property
     def squares(self) -> NDArray[np.float64]:
-        """Sum of the squares that each member has."""
+        """Return the sum of squares of each member."""
         return np.asarray(
             np.square(self.rows, dtype=np.float64).sum(axis=0 if self.beyond is not None else 1)
         )
 
     @property
     def terms(self) -> int:
-        """Of a producer's rows."""
+        """Return the number of terms of a producer's rows."""
         return int(self.rows.shape[1] // self.count)
 
     def whole(self, rows: Array) -> tuple[Array, Array | None]:
-        """The rows of the weight, made of such that are laid out as `rows`, and what is beyond them."""
+        """Return the rows of the weight, made from ``rows``, and the norm of their other elements.
+
+        ``rows`` is laid out like the attribute of that name.
+        """
         count = len(rows) * self.count if self.beyond is None else len(rows) // self.count
         return rows.reshape(count, -1), self.beyond
 
     def unit(self, weights: NDArray[np.float64]) -> float:
-        """What a squared range of 1 counts, in units of the squares of all members by their weights."""
+        """Return the weight of a squared range of 1, relative to the weighted squares of all members."""
         return 1 / (self.levels**2 * max(float(self.squares @ weights), 1e-30))
 
 
 def needed_bytes(model: ModelProto) -> int:
-    """Memory that `rotate` takes beside the model, about.
+    """Return the approximate memory that `rotate` needs besides the model, in bytes.
 
     Parameters
     ----------
@@ -122,16 +129,16 @@ def rotate(
     config : Config
         ``rotate`` and ``seed``.
     progress : callable
-        Called with spaces done and spaces in all.
+        Called with the number of spaces done and the total.
 
     Returns
     -------
     ModelProto
-        It computes the same outputs, up to float rounding.
+        Computes the same outputs, up to float rounding.
     dict of str to int
-        The tensors whose channels were mixed, and how many at a time.
+        The tensors whose channels were mixed, and how many are mixed together.
     list of str
-        What was left as it is, and why.
+        What was left unchanged, and why.
     """
     if not config.rotate:
         return model, {}, []
@@ -148,7 +155,7 @@ def rotate(
         if not any(a.constant in levels for a in touched):
             continue
         if len(members) > _MOST:
-            notes.append(f"{len(members)} channels that could be mixed stay as they are: at most {_MOST} are")
+            notes.append(f"{len(members)} channels that could be mixed are left unmixed: the most is {_MOST}")
             continue
         held = {a.constant: values.get(a.constant, view.constant(a.constant)) for a in touched}
         matrix = _matrix(*_sides(spaces, k, touched, held, levels), np.random.default_rng([config.seed, k]))
@@ -173,7 +180,7 @@ def _touched(spaces: Spaces, space: int) -> list[Absorber]:
 def _sides(
     spaces: Spaces, space: int, touched: Sequence[Absorber], held: dict[str, Array], levels: dict[str, int]
 ) -> tuple[list[_Side], list[_Side]]:
-    """What producers and consumers have of a space."""
+    """Return the producers' and the consumers' parts in a space."""
     producers, consumers = [], []
     for a in touched:
         if a.form is None:
@@ -196,7 +203,7 @@ def _sides(
 def _matrix(
     producers: Sequence[_Side], consumers: Sequence[_Side], rng: np.random.Generator
 ) -> Matrix | None:
-    """The matrix with the least errors that is found; None if it is hardly better than none."""
+    """Return the mixing matrix with the least errors found, or None if it hardly helps."""
     if not producers or not consumers:
         return None
     count = len(producers[0].rows)
@@ -209,7 +216,7 @@ def _matrix(
 
 
 def _shares(squares: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Mean over layers of what each channel has of a layer's sum."""
+    """Return each channel's share of a layer's total, averaged over layers."""
     shares = np.mean([s / max(float(s.sum()), 1e-30) for s in squares], axis=0)
     return np.asarray(np.maximum(shares, _LEAST_SHARE / len(shares)))
 
@@ -220,7 +227,7 @@ def _plain(
     power: NDArray[np.float64],
     importance: NDArray[np.float64],
 ) -> float:
-    """The errors where nothing is mixed: every channel has a grid and an importance of its own."""
+    """Return the errors without mixing, where every channel has its own grid and importance."""
     total = 0.0
     for side in filter(lambda s: s.levels, producers):
         norms = _norms(side.whole(side.rows)[0]).reshape(len(importance), -1)
@@ -231,7 +238,7 @@ def _plain(
 
 
 class _Cost:
-    """The errors, as a function of the rotation.
+    """The errors as a function of the rotation.
 
     Parameters
     ----------
@@ -239,7 +246,7 @@ class _Cost:
     power, importance : ndarray of shape (n_members,)
         S and G.
     diagonal : ndarray of shape (n_members,)
-        What channels are scaled by first.
+        Factors that scale the channels before the rotation.
     """
 
     def __init__(
@@ -262,7 +269,7 @@ class _Cost:
         ]
 
     def __call__(self, rotation: Array) -> tuple[float, Matrix]:
-        """The errors and their slopes for the elements of a rotation."""
+        """Return the errors and their gradient for the elements of a rotation."""
         total, slope = 0.0, np.zeros(rotation.shape)
         for side, weight in self._producers:
             value, pull = _squares(*side.whole(np.asarray(rotation @ side.rows)))
@@ -276,7 +283,7 @@ class _Cost:
 
 
 def _norms(rows: Array) -> Array:
-    """The 8-norm of every row, of shape (n_rows, 1): a smooth largest magnitude."""
+    """Return the 8-norm of every row, of shape (n_rows, 1): a smooth largest magnitude."""
     most = np.abs(rows).max(axis=1, keepdims=True, initial=1e-30)
     return np.asarray(
         most * np.square(np.square(np.square(rows / most))).sum(axis=1, keepdims=True) ** 0.125, np.float32
@@ -284,7 +291,10 @@ def _norms(rows: Array) -> Array:
 
 
 def _squares(rows: Array, beyond: Array | None = None) -> tuple[float, Array]:
-    """Sum of the squared 8-norms of rows, of which some elements may not be among these; and its slopes."""
+    """Return the sum of the squared 8-norms of rows, and its gradient.
+
+    ``beyond`` holds the norms of elements of each row that are not in ``rows``.
+    """
     most = np.abs(rows).max(axis=1, keepdims=True)
     most = np.maximum(most, 1e-30 if beyond is None else np.maximum(beyond, 1e-30))
     parts = rows / most
@@ -298,8 +308,10 @@ def _squares(rows: Array, beyond: Array | None = None) -> tuple[float, Array]:
 
 
 def _descended(cost: Callable[[Array], tuple[float, Matrix]], start: Matrix) -> tuple[Matrix, float]:
-    """A rotation with the least cost, and that cost: ``(I + A / 2)⁻¹ (I - A / 2) start`` with A
-    skew-symmetric."""
+    """Return the rotation with the least cost, and that cost.
+
+    Rotations are ``(I + A / 2)⁻¹ (I - A / 2) start`` with A skew-symmetric.
+    """
     one, upper = np.eye(len(start)), np.triu_indices(len(start), 1)
 
     def cayley(values: NDArray[np.float64]) -> tuple[Matrix, Matrix]:

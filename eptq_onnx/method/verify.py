@@ -1,4 +1,4 @@
-"""Check the written model by running it in the target's runtime beside the float model."""
+"""Check the written model by running it in the target's runtime next to the float model."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ from eptq_onnx.runtime import Session
 from eptq_onnx.targets import Target
 
 _LAYER_SAMPLES = 32
+"""Samples on which layers are compared."""
 _MOST_BYTES = 2**29
-"""Of the float outputs, which are kept while the other network runs."""
+"""Memory limit of the float outputs kept while the other network runs, in bytes."""
 
 
 @dataclass(frozen=True)
 class Versions:
-    """The float model and what was made of it.
+    """The float model and its quantized version.
 
     Parameters
     ----------
     whole : ModelProto
         The normalized float model.
     marked : ModelProto
-        The written model, settled Ifs still marked.
+        The written model, with resolved Ifs still marked.
     stands_for : dict of str to str
-        Quantized tensor to the tensor of the written model that holds its values.
+        Quantized tensor to the tensor of the written model that holds its dequantized values.
     float_bytes : int
         Size of the original model.
     """
@@ -71,7 +72,7 @@ def verify(
 ) -> Verification:
     """Compare outputs and layers, and count integer kernels.
 
-    Outputs are those of the written model as a user would run it, sample by sample, with choices of its own;
+    Outputs are those of the written model as a user would run it, sample by sample and with its own choices;
     only random numbers are those of the float model. Layers are compared on the choices of the float model,
     so that their rows match.
 
@@ -80,21 +81,21 @@ def verify(
     versions : Versions
     plan : Plan
     target : Target
-        Names the integer kernels.
+        Provides the names of the integer kernels.
     samples : Samples
     shares : Shares
-        ``unseen`` are compared.
+        Outputs are compared on ``unseen``.
     found : Replay
-        What the float network drew and chose.
+        The recorded draws and choices of the float network.
     progress : callable
-        Called with layers done and layers in all.
+        Called with the number of layers done and the total.
 
     Raises
     ------
     OutputError
         If the written model is not valid ONNX.
     ModelError
-        If onnxruntime refuses it.
+        If onnxruntime refuses the written model.
     """
     quantized = sink(versions.marked)
     _check(quantized, versions.whole)
@@ -110,9 +111,12 @@ def verify(
     flat = executed(versions.marked, found, versions.stands_for)
     walked = list(samples.batches(shares.unseen[:_LAYER_SAMPLES], samples.micro_batch())) or parts
     feeds = [samples.take(part) for part in walked]
-    exact, rough = Walk(float_model, feeds), Walk(infer_shapes(flat), feeds)
+    exact, quantized_walk = Walk(float_model, feeds), Walk(infer_shapes(flat), feeds)
     for k, layer in enumerate(plan.layers):
-        pair = exact.reach(layer.result), rough.reach(versions.stands_for.get(layer.result, layer.result))
+        pair = (
+            exact.reach(layer.result),
+            quantized_walk.reach(versions.stands_for.get(layer.result, layer.result)),
+        )
         for value, other in zip(*pair, strict=True):
             sums.add(layer.node, value, other)
         progress(k + 1, len(plan.layers))
@@ -137,9 +141,9 @@ def _compare_outputs(
     parts: Sequence[NDArray[np.int64]],
     found: Replay,
 ) -> tuple[int, dict[str, OutputStatistics], tuple[str, ...]]:
-    """How many samples were compared, one run after the other, what was found of each output, and notes."""
+    """Return the number of samples compared, the statistics of each output, and notes."""
     pairing = Pairing(versions.whole, samples, parts, found)
-    # One session at a time: each holds all weights.
+    # One session at a time, because each holds all weights.
     reference = within_bytes(pairing.outputs(executed(versions.whole, found.draws)), _MOST_BYTES)
     notes: tuple[str, ...] = ()
     draws = found.draws
@@ -149,48 +153,49 @@ def _compare_outputs(
     except ModelError as e:
         if not draws.places:
             raise
-        # Other lengths want other numbers of draws.
+        # If lengths differ, so do the numbers of draws.
         results = list(pairing.outputs(executed(versions.marked, found, versions.stands_for), len(reference)))
         notes = (
-            f"in the comparison of outputs, lengths and places follow the float model: with its own the draws do not fit ({e})",
+            "in the comparison of outputs, lengths and places follow the float model: "
+            f"with its own the draws do not fit ({e})",
         )
     compared = comparisons(pairing.pairs(reference, results))
     return sum(map(len, parts[: len(reference)])), {name: c.result() for name, c in compared.items()}, notes
 
 
 class _Sums:
-    """Squares of what layers make, and of the differences."""
+    """Sums of squares of layer outputs and of their differences."""
 
     def __init__(self) -> None:
         self._power: dict[str, float] = defaultdict(float)
         self._noise: dict[str, float] = defaultdict(float)
 
     def add(self, key: str, expected: NDArray[Any], got: NDArray[Any]) -> None:
-        """Compare two arrays; another size, where that depends on values, counts as a loss of all."""
+        """Compare two arrays; if their sizes differ, as may depend on values, the reference is all noise."""
         reference = expected.astype(np.float64)
         finite = np.isfinite(reference)
         self._power[key] += float(np.square(reference[finite]).sum())
         difference = np.where(finite, reference, 0)
         if got.shape == reference.shape:
-            # Where the float network has no number there is nothing to compare; where the other has none, all
-            # is lost.
+            # Positions that are not finite in the float network are skipped; if only the other is not finite,
+            # all is lost.
             np.subtract(reference, got, out=difference, where=finite & np.isfinite(got))
         self._noise[key] += float(np.square(difference).sum())
 
     def ratio(self, key: str) -> float:
-        """SQNR in dB."""
+        """Return the SQNR in dB."""
         return round(quant_math.sqnr_db(self._power[key], self._noise[key]), 3)
 
 
 def _planned_kernels(plan: Plan, target: Target) -> dict[str, int]:
-    """Operators that shall run on integers; the target's kernels are for types of 8 bits."""
+    """Return the operators planned to run on integers; the target's kernels are for 8-bit types."""
     if any(q.spec.bits > 8 for q in plan.activations):
         return {}
     return dict(sorted(Counter(t for t in plan.integer_nodes.values() if t in target.kernels).items()))
 
 
 def count_kernels(optimized: ModelProto, target: Target) -> dict[str, int]:
-    """Integer kernels in a graph that onnxruntime optimized, by the operator that they stand for."""
+    """Count the integer kernels in a graph optimized by onnxruntime, by the operator that they implement."""
     counts = Counter(node.op_type for node in all_nodes(optimized.graph))
     found = {op: sum(counts[name] for name in names) for op, names in sorted(target.kernels.items())}
     return {op: n for op, n in found.items() if n}
@@ -200,7 +205,8 @@ def _check(quantized: ModelProto, whole: ModelProto) -> None:
     try:
         io.check(light(quantized)[0], full=True)
     except Exception as e:
-        # What the float model has, the quantized one may have: onnxruntime runs some that onnx objects to.
+        # Objections that the float model also raises are ignored: onnxruntime runs some models that onnx
+        # rejects.
         if not _is_valid(whole):
             return
         raise OutputError(f"the quantized model is not valid ONNX: {one_line(e)}") from e

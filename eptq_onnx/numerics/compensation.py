@@ -1,17 +1,17 @@
-"""Rounding a matrix so that its products keep, in closed form. Pure numpy, no ONNX.
+"""Round a matrix so that its products are preserved. Pure numpy, no ONNX.
 
-With second moments ``A = E[x_q x_qᵀ]`` of the inputs that a layer gets in the quantized network, and
-``C = E[x_q yᵀ]`` with the outputs ``y = W x_f`` of the float network, the weights that come closest to these
-outputs are ``W* = Cᵀ A⁻¹`` (input-error correction), and integers Q cost ``tr((sQ - W*) A (sQ - W*)ᵀ)``. That
-is minimised element by element, each rounding error being made up for by the elements that follow (OBQ,
+With second moments ``A = E[x_q x_qᵀ]`` of the inputs that a layer gets in the quantized network, and ``C =
+E[x_q yᵀ]`` with the outputs ``y = W x_f`` of the float network, the weights that come closest to these
+outputs are ``W* = Cᵀ A⁻¹`` (input-error correction), and integers Q cost ``tr((sQ - W*) A (sQ - W*)ᵀ)``. The
+cost is minimized element by element, with each rounding error compensated by the elements that follow (OBQ,
 Frantar & Alistarh 2022; GPTQ, Frantar et al. 2023), and then by coordinate descent.
 
-That treats every output alike. With ``G = E[g gᵀ]`` of the network outputs' Hessian factor ``g = Jᵀ v``
-(paper section 3.1) the error's effect on the network outputs is ``tr(G (sQ - W*) A (sQ - W*)ᵀ)``, to
-Kronecker's approximation (K-FAC, Martens and Grosse 2015): outputs make up for each other's errors where the
+This treats all outputs alike. With ``G = E[g gᵀ]`` of the network outputs' Hessian factor ``g = Jᵀ v`` (paper
+section 3.1) the effect of the error on the network outputs is ``tr(G (sQ - W*) A (sQ - W*)ᵀ)``, in
+Kronecker's approximation (K-FAC, Martens and Grosse 2015): outputs compensate each other's errors where the
 rest of the network adds them up.
 
-Everywhere the first axis is the group: weights (n_groups, n_outputs, n_terms), moments (n_groups, n_terms,
+The first axis is always the group: weights (n_groups, n_outputs, n_terms), moments (n_groups, n_terms,
 n_terms), scales (n_groups, n_outputs).
 """
 
@@ -30,40 +30,40 @@ from eptq_onnx.numerics.moments import Covariances
 from eptq_onnx.numerics.types import Array, Float64
 
 Limits: TypeAlias = tuple[Array, Array]
-"""Least and largest integer of each row of a weight, both of shape (n_groups, n_outputs)."""
+"""Smallest and largest integer of each row of a weight, both of shape (n_groups, n_outputs)."""
 
 
 _SCALE_DAMPING, _MOST_REFIT = 1e-3, 2.0
-"""How reluctantly scales are refitted together, in units of their curvature, and how far at most."""
+"""Damping of jointly refitted scales, in units of their curvature, and the largest factor they change by."""
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1000.0)
-"""What `best_damping` tries."""
+"""Candidates of `best_damping`."""
 
 
 _BLOCK = 64
-"""Columns that are corrected one by one before the rest is, in one matrix product."""
+"""Columns corrected one by one before the rest is corrected in one matrix product."""
 
 
 def _ridge(moment: Float64, damping: float | Float64) -> Float64:
-    """``damping * mean(diag A) I``; the identity where A is 0 (inputs that never vary)."""
+    """Return ``damping * mean(diag A) I``, or the identity where A is 0 (inputs that never vary)."""
     mean = np.einsum("gii->gi", moment).mean(axis=1)
     return np.where(mean > 0, damping * mean, 1.0)[:, None, None] * np.eye(moment.shape[1])
 
 
 def damped(moment: Float64, damping: float) -> Float64:
-    """``A + damping * mean(diag A) I``, with a diagonal that is nowhere 0."""
+    """Return ``A + damping * mean(diag A) I``, whose diagonal is nowhere 0."""
     return moment + _ridge(moment, damping)
 
 
 def corrected_target(
     weight: Array, moment: Float64, cross: Float64, power: Float64, damping: float | Float64
 ) -> Array:
-    """The weights that, on the quantized inputs, come closest to the float outputs without shrinking them.
+    """Return the weights that map quantized inputs closest to the float outputs, without shrinking them.
 
     ``W* = g (C + mu Wᵀ)ᵀ (A + mu I)⁻¹`` with mu a share of A's mean diagonal: the larger, the closer to W.
     Least squares shrinks what it predicts from noisy inputs, layer after layer, and rare strong responses
-    (objects, rare classes) suffer first. The gain g of each output makes up for that: the slope of the
-    corrected output over the float one is 1.
+    (objects, rare classes) suffer first. The gain g of each output compensates: it makes the slope of the
+    corrected output over the float output 1.
 
     Parameters
     ----------
@@ -81,14 +81,15 @@ def corrected_target(
 
 
 def best_damping(weight: Array, halves: Sequence[Covariances]) -> Float64:
-    """The damping of `corrected_target` that serves each group best on the half of the inputs that it was not
-    fitted to.
+    """Return the damping of `corrected_target` with the least cross-validated error, for each group.
+
+    Each half of the inputs judges the correction that is fitted to the other half.
 
     Parameters
     ----------
     weight : ndarray of shape (n_groups, n_outputs, n_terms)
     halves : sequence of Covariances
-        Two, or none: then the middle one of those that are tried.
+        Two, or none: then the middle candidate is returned.
 
     Returns
     -------
@@ -107,21 +108,22 @@ def best_damping(weight: Array, halves: Sequence[Covariances]) -> Float64:
 
 
 def cost(error: Array, moment: Float64) -> Float64:
-    """``e A eᵀ`` of each row: mean squared error of each output; shape (n_groups, n_outputs)."""
+    """Return ``e A eᵀ`` of each row, the mean squared error of each output; shape (n_groups, n_outputs)."""
     return np.asarray((np.matmul(error, moment.astype(np.float32)) * error).sum(axis=2, dtype=np.float64))
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """How the error of a term is spread over the terms that are rounded after it; the same for all scales and
-    widths.
+    """How the rounding error of a term is spread over the terms that are rounded after it.
+
+    It is the same for all scales and widths.
 
     Parameters
     ----------
     order : ndarray of int, shape (n_groups, n_terms)
-        The largest second moments first: the others are left to make up for them.
+        Order of rounding: largest second moments first, so that the others are left to compensate.
     weights : ndarray of shape (n_groups, n_terms, n_terms)
-        Row i: what each later term (in that order) takes of the error of term i.
+        Row i holds the share of term i's error that each later term takes, in that order.
     """
 
     order: NDArray[np.int64]
@@ -129,8 +131,10 @@ class Feedback:
 
     @classmethod
     def of(cls, moment: Float64) -> Feedback:
-        """From a positive definite moment: the rows of the upper Cholesky factor of A⁻¹, over its
-        diagonal."""
+        """Build from a positive definite moment A.
+
+        The weights are the rows of the upper Cholesky factor of A⁻¹, divided by its diagonal.
+        """
         order = np.argsort(-np.einsum("gii->gi", moment), axis=1, kind="stable")
         ordered = np.take_along_axis(np.take_along_axis(moment, order[:, :, None], 1), order[:, None, :], 2)
         factor = np.linalg.cholesky(np.linalg.inv(ordered)).swapaxes(1, 2)
@@ -138,7 +142,7 @@ class Feedback:
 
 
 def compensated_rounding(target: Array, scale: Array, feedback: Feedback, limits: Limits) -> Array:
-    """Round column by column, the later columns making up for the errors of the earlier.
+    """Round column by column, with later columns compensating the errors of earlier ones.
 
     Parameters
     ----------
@@ -146,7 +150,7 @@ def compensated_rounding(target: Array, scale: Array, feedback: Feedback, limits
     scale : ndarray of shape (n_groups, n_outputs)
     feedback : Feedback
     limits : tuple of ndarray
-        Least and largest integer of each row, of shape (n_groups, n_outputs).
+        Smallest and largest integer of each row, of shape (n_groups, n_outputs).
 
     Returns
     -------
@@ -175,19 +179,19 @@ def compensated_rounding(target: Array, scale: Array, feedback: Feedback, limits
 def coordinate_descent(
     target: Array, integers: Array, scale: Array, moment: Float64, limits: Limits, passes: int
 ) -> Array:
-    """Move integers one at a time to where the cost is least, all others fixed.
+    """Move one integer at a time to its best value, with all others fixed.
 
     Returns
     -------
     ndarray of float32
-        Integers of no higher cost.
+        Integers whose cost is no higher.
     """
     a = moment.astype(np.float32)
     diagonal = np.einsum("gii->gi", a)
     q = integers.copy()
     terms = q.shape[2]
     for _ in range(passes):
-        # In integer steps: remaining error, and its product with A.
+        # In integer steps: the remaining error times A.
         pull = np.matmul(target / scale[:, :, None] - q, a)
         moved = False
         for begin in range(0, terms, _BLOCK):
@@ -214,7 +218,7 @@ def coordinate_descent(
 def refitted_scale(
     target: Array, integers: Array, scale: Array, moment: Float64, owners: NDArray[np.int64]
 ) -> Array:
-    """Scales of the least cost for given integers.
+    """Return the scales with the least cost for given integers.
 
     Parameters
     ----------
@@ -224,7 +228,7 @@ def refitted_scale(
     moment : ndarray of shape (n_groups, n_terms, n_terms)
         A.
     owners : ndarray of int, shape (n_groups, n_outputs)
-        The place of each row's scale.
+        Index of each row's scale.
     """
     product = np.matmul(integers, moment.astype(np.float32))
     right, curvature = np.zeros(scale.size), np.zeros(scale.size)
@@ -242,7 +246,7 @@ def jointly_refitted_scale(
     output_moment: Float64,
     owners: NDArray[np.int64],
 ) -> Array:
-    """Scales of the least effect on the network outputs for given integers.
+    """Return the scales with the least effect on the network outputs for given integers.
 
     Parameters
     ----------
@@ -250,7 +254,7 @@ def jointly_refitted_scale(
         As in `joint_descent`.
     scale : ndarray of shape (n_scales,)
     owners : ndarray of int, shape (n_groups, n_outputs)
-        The place of each row's scale.
+        Index of each row's scale.
     """
     system, right = np.zeros((scale.size, scale.size)), np.zeros(scale.size)
     for wanted, q, inputs, outputs, owner in zip(
@@ -259,7 +263,7 @@ def jointly_refitted_scale(
         product = q @ inputs
         np.add.at(system, (owner[:, None], owner[None, :]), outputs * (product @ q.T))
         np.add.at(right, owner, ((outputs @ wanted) * product).sum(axis=1))
-    # Scales that hardly matter stay where they are, and none goes far.
+    # Scales that hardly matter stay, and none moves far.
     diagonal = np.diag(system)
     ridge = np.where(diagonal > 0, _SCALE_DAMPING * diagonal, 1.0)
     fitted = np.linalg.solve(system + np.diag(ridge), right + ridge * scale)
@@ -286,13 +290,13 @@ def joint_descent(
     output_moment : ndarray of shape (n_groups, n_outputs, n_outputs)
         G.
     limits : tuple of ndarray
-        Least and largest integer of each row, of shape (n_groups, n_outputs).
+        Smallest and largest integer of each row, of shape (n_groups, n_outputs).
     passes : int
 
     Returns
     -------
     ndarray of float32
-        Integers of no higher cost.
+        Integers whose cost is no higher.
     """
     least, most = limits
     groups = zip(target, integers, scale, moment, output_moment, least, most, strict=True)
@@ -310,7 +314,7 @@ def _joint_descent(
     limits: Limits,
     passes: int,
 ) -> Array:
-    """`joint_descent` of one group."""
+    """Run `joint_descent` on one group."""
     q, s = integers.astype(np.float64), scale.astype(np.float64)
     terms = q.shape[1]
     for _ in range(passes):
@@ -337,8 +341,10 @@ def _joint_descent(
 def _descend_column(
     column: Float64, scale: Float64, pull: Float64, variance: float, output_moment: Float64, limits: Limits
 ) -> Float64 | None:
-    """Move integers of one column, the most useful move first, in place; returns G times the moves, None if
-    there are none."""
+    """Move integers of one column in place, the most useful move first.
+
+    Returns G times the moves, or None if there are none.
+    """
     curvature = scale * np.diag(output_moment) * variance
     effect: Float64 | None = None
     for _ in range(2 * len(column)):

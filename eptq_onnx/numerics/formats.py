@@ -1,4 +1,4 @@
-"""Number formats, how many values share a scale, and how a runtime stores them."""
+"""Number formats, granularities of scales, and storage layouts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class IntFormat:
         Width of a stored value, 2 to 16.
     signed : bool
     qmin, qmax : int
-        Range that values are kept in; it may be narrower than the width.
+        Range of values, which may be narrower than the width allows.
     """
 
     bits: int
@@ -42,7 +42,7 @@ class IntFormat:
 
     @classmethod
     def full(cls, bits: int, *, signed: bool) -> IntFormat:
-        """The whole range of a width."""
+        """Return the format with the whole range of a width."""
         return (
             cls(bits, signed, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
             if signed
@@ -51,15 +51,15 @@ class IntFormat:
 
     @property
     def largest(self) -> float:
-        """Largest magnitude of both signs."""
+        """Return the largest magnitude that both signs can represent."""
         return float(self.qmax if not self.signed else min(-self.qmin, self.qmax))
 
     def codes(self, values: Array) -> NDArray[np.uint16]:
-        """Bit patterns of values of the format; two's complement of negative ones."""
+        """Return the bit patterns of values; negative values are in two's complement."""
         return np.asarray(values.astype(np.int64) & (2**self.bits - 1), np.uint16)
 
     def values(self, codes: NDArray[np.uint16]) -> Array:
-        """Values of bit patterns."""
+        """Return the values of bit patterns."""
         whole = codes.astype(np.int64)
         return (whole - (whole >= 2 ** (self.bits - 1)) * 2**self.bits if self.signed else whole).astype(
             np.float32
@@ -68,16 +68,17 @@ class IntFormat:
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """Binary floating-point numbers with a sign, as ONNX knows them: float8e4m3fn is (4, 3, finite),
-    float8e5m2 is (5, 2).
+    """Binary floating-point numbers with a sign, as ONNX defines them.
+
+    float8e4m3fn is (4, 3, finite), float8e5m2 is (5, 2).
 
     Parameters
     ----------
     exponent, mantissa : int
         Bits of each; the bias is ``2 ** (exponent - 1) - 1``.
     finite : bool
-        True if there are no infinities: the largest exponent holds numbers, too, but for the one pattern of
-        all ones, NaN.
+        True if there are no infinities: the largest exponent holds numbers as well, and only the pattern of
+        all ones is NaN.
 
     Notes
     -----
@@ -99,28 +100,28 @@ class FloatFormat:
 
     @property
     def largest(self) -> float:
-        """Largest finite number."""
+        """Return the largest finite number."""
         top = 2**self.exponent - (1 if self.finite else 2) - self._bias
         fraction = 2 - (2 if self.finite else 1) * 2.0**-self.mantissa
         return math.ldexp(fraction, top)
 
     def exponents(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Exponent of the numbers around each value: that of the least normal number for what is smaller."""
+        """Return the exponent of each value, at least that of the smallest normal number."""
         _, above = np.frexp(np.where(values == 0, 1.0, np.abs(values)))
         return np.asarray(np.maximum(above.astype(np.int64) - 1, 1 - self._bias))
 
     def codes(self, values: Array) -> NDArray[np.uint16]:
-        """Bit patterns of values of the format."""
+        """Return the bit patterns of values of the format."""
         exact = np.abs(values.astype(np.float64))
         exponents = self.exponents(exact)
         steps = np.ldexp(exact, self.mantissa - exponents).astype(np.int64)
-        # Numbers below the least normal one have the exponent field 0.
+        # Subnormal numbers have the exponent field 0.
         field = np.where(steps >= 2**self.mantissa, exponents + self._bias, 0)
         pattern = (field << self.mantissa) + steps % 2**self.mantissa
         return np.asarray(pattern + (np.signbit(values).astype(np.int64) << (self.bits - 1)), np.uint16)
 
     def values(self, codes: NDArray[np.uint16]) -> Array:
-        """Values of bit patterns."""
+        """Return the values of bit patterns."""
         whole = codes.astype(np.int64)
         field, rest = (whole >> self.mantissa) & (2**self.exponent - 1), whole & (2**self.mantissa - 1)
         steps = np.where(field > 0, rest + 2**self.mantissa, rest)
@@ -138,7 +139,7 @@ E4M3, E5M2 = FloatFormat(4, 3, finite=True), FloatFormat(5, 2)
 
 
 def along_axis(values: NDArray[Number], axis: int | None, rank: int) -> NDArray[Number]:
-    """Reshape per-channel values so that they broadcast along ``axis`` of a tensor of rank ``rank``.
+    """Reshape per-channel values to broadcast along ``axis`` of a tensor of rank ``rank``.
 
     Parameters
     ----------
@@ -158,14 +159,14 @@ def along_axis(values: NDArray[Number], axis: int | None, rank: int) -> NDArray[
 
 @dataclass(frozen=True)
 class PerTensor:
-    """One scale: of shape () for any tensor."""
+    """One scale, of shape () for any tensor."""
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scale of a tensor."""
+        """Return the shape of a tensor's scale."""
         return ()
 
     def spread(self, scale: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
-        """The scale as it broadcasts along a tensor."""
+        """Return the scale in a shape that broadcasts to the tensor's."""
         return scale
 
 
@@ -176,32 +177,32 @@ class PerAxis:
     axis: int
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scale of a tensor."""
+        """Return the shape of a tensor's scale."""
         return (shape[self.axis],)
 
     def spread(self, scale: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
-        """The scale as it broadcasts along a tensor."""
+        """Return the scale in a shape that broadcasts to the tensor's."""
         return along_axis(scale, self.axis % len(shape), len(shape)) if scale.ndim else scale
 
 
 @dataclass(frozen=True)
 class PerBlock:
-    """One scale for so many values in a row along an axis: of shape (4, 3, 3) for a tensor of shape (4, 6,
-    3), axis 1 and size 2.
+    """One scale for each block of ``size`` consecutive values along an axis.
 
-    The last block is shorter where the size does not divide the axis (ONNX QuantizeLinear, opset 21).
+    It has shape (4, 3, 3) for a tensor of shape (4, 6, 3), axis 1 and size 2. The last block is shorter where
+    the size does not divide the axis (ONNX QuantizeLinear, opset 21).
     """
 
     axis: int
     size: int
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the scale of a tensor."""
+        """Return the shape of a tensor's scale."""
         axis = self.axis % len(shape)
         return tuple(-(-n // self.size) if i == axis else n for i, n in enumerate(shape))
 
     def spread(self, scale: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
-        """The scale as it broadcasts along a tensor."""
+        """Return the scale in a shape that broadcasts to the tensor's."""
         if not scale.ndim:
             return scale
         axis = self.axis % len(shape)
@@ -212,12 +213,11 @@ Granularity: TypeAlias = PerTensor | PerAxis | PerBlock
 
 
 class Storage(str, Enum):
-    """How stored values lie in memory."""
+    """How stored values are laid out in memory."""
 
     NATIVE = "native"
-    """As the ONNX type of that width: 2 and 4 bits packed, the first value in the low bits; others in whole
-    bytes."""
+    """The ONNX type of that width: 2 and 4 bits packed, first value in the low bits; others whole bytes."""
     PACKED = "packed"
-    """One bit pattern behind the other, from the low bits of each byte on, whatever the width."""
+    """Bit patterns back to back, from the low bits of each byte, whatever the width."""
     CONTAINER = "container"
     """In an integer type of 8 or 16 bits."""

@@ -1,5 +1,4 @@
-"""How the outputs of a layer compare with those of the float network: the gains that would make them
-alike."""
+"""Gains that give a quantized layer's outputs the slope and mean of the float network's."""
 
 from __future__ import annotations
 
@@ -11,36 +10,35 @@ import numpy as np
 from eptq_onnx.numerics.types import Array, Float64
 
 MOST_GAIN = 1.1
-"""Largest correction of an output's slope: where almost nothing of the float output is left, a gain would
-amplify noise."""
+"""Largest correction of an output's slope: where little of the float output is left, more amplifies noise."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A layer's outputs in the float and in the quantized network, summed over the positions of every sample.
+    """Sums over positions of a layer's float and quantized outputs, sample by sample.
 
     Where samples and positions share the first axis, every position counts as a sample.
 
     Parameters
     ----------
     positions : ndarray of shape (n_samples, 1)
-        Their number.
-    exact, rough : ndarray of shape (n_samples, n_channels)
-        Sums of float and of quantized values.
+        Number of positions.
+    exact, quantized : ndarray of shape (n_samples, n_channels)
+        Sums of the float and of the quantized values.
     power, product : ndarray of shape (n_samples, n_channels)
-        Sums of the squared float values, and of their products with the quantized.
+        Sums of the squared float values, and of their products with the quantized values.
     """
 
     positions: Float64
     exact: Float64
-    rough: Float64
+    quantized: Float64
     power: Float64
     product: Float64
 
     @classmethod
-    def of(cls, exact: Array, rough: Array) -> Comparison:
-        """From the outputs of a batch, channels along the last axis."""
-        x, y = (v.reshape(len(v), -1, v.shape[-1]).astype(np.float64) for v in (exact, rough))
+    def of(cls, exact: Array, quantized: Array) -> Comparison:
+        """Build from the outputs of a batch, with channels along the last axis."""
+        x, y = (v.reshape(len(v), -1, v.shape[-1]).astype(np.float64) for v in (exact, quantized))
         return cls(
             np.full((len(x), 1), float(x.shape[1])),
             x.sum(axis=1),
@@ -51,25 +49,27 @@ class Comparison:
 
     @classmethod
     def joined(cls, parts: Sequence[Comparison], share: float) -> Comparison:
-        """The first of all samples, this share of them."""
+        """Concatenate parts and keep the first ``share`` of their samples."""
         kept = round(share * sum(len(p.power) for p in parts))
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts])[:kept] for f in fields(cls)))
 
     @property
     def means(self) -> tuple[Float64, Float64]:
-        """Of the float and of the quantized values of each channel."""
-        return self.exact.sum(axis=0) / self.positions.sum(), self.rough.sum(axis=0) / self.positions.sum()
+        """Return the mean float and the mean quantized value of each channel."""
+        return self.exact.sum(axis=0) / self.positions.sum(), self.quantized.sum(
+            axis=0
+        ) / self.positions.sum()
 
     @property
     def gains(self) -> Float64:
-        """What each channel's quantized values lack to have the slope 1 over the float values, near 1.
+        """Return the factor of each channel that makes the slope of quantized over float values 1.
 
-        Slopes of channels that differ by no more than the samples disagree are taken to be the same (James
-        and Stein 1961).
+        Factors are limited to `MOST_GAIN`. Slopes are shrunk towards a common slope where channels differ by
+        no more than samples do (James and Stein 1961).
         """
         mean, other = self.means
         power = self.power - mean * (2 * self.exact - self.positions * mean)
-        product = self.product - mean * self.rough - other * (self.exact - self.positions * mean)
+        product = self.product - mean * self.quantized - other * (self.exact - self.positions * mean)
         total = power.sum(axis=0)
         varies = total > 0
         if not varies.any():

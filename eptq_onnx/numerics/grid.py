@@ -1,4 +1,4 @@
-"""The grid of a tensor: the one place where values are rounded.
+"""The quantization grid of a tensor: the only place where values are rounded.
 
 ``q(x) = (clip(round(x / s) + z) - z) s`` with half-to-even rounding, as ONNX QuantizeLinear and
 DequantizeLinear compute it.
@@ -16,17 +16,16 @@ from eptq_onnx.numerics.formats import FloatFormat, Format, Granularity, IntForm
 from eptq_onnx.numerics.types import Array, Float64, IntArray
 
 _PART = 2**20
-"""Values of a large array that are worked on at a time: what is made of them in between stays small, and in
-the cache."""
+"""Values of a large array processed at a time, so that intermediate results stay in the cache."""
 
 
 def nearest(steps: NDArray[Any] | float) -> NDArray[Any]:
-    """The nearest integers, halves to the even one."""
+    """Return the nearest integers, rounding halves to even."""
     return np.asarray(np.rint(steps))
 
 
 def nearest_float(values: Float64, form: FloatFormat) -> Float64:
-    """The nearest numbers of a floating-point format, halves to the even one; beyond the largest, that."""
+    """Return the nearest numbers of a floating-point format, rounding halves to even and saturating."""
     quantum = form.exponents(values) - form.mantissa
     rounded = np.ldexp(np.rint(np.ldexp(values, -quantum)), quantum)
     return np.asarray(np.clip(rounded, -form.largest, form.largest))
@@ -41,9 +40,9 @@ class Grid:
     format : IntFormat or FloatFormat
     granularity : PerTensor, PerAxis or PerBlock
     scale : ndarray of float32
-        Of the shape that the granularity says, or a scalar.
+        Of the shape given by the granularity, or a scalar.
     zero_point : int or ndarray of int
-        Of the scale's shape, or one for all; 0 for floating-point formats.
+        Of the scale's shape, or a scalar; 0 for floating-point formats.
     """
 
     format: Format
@@ -52,13 +51,13 @@ class Grid:
     zero_point: int | IntArray = 0
 
     def quantize(self, x: Array, dtype: str = "float32") -> NDArray[Any]:
-        """Values of the format: what QuantizeLinear gives.
+        """Return values of the format, as QuantizeLinear does.
 
         Parameters
         ----------
         x : ndarray
         dtype : str
-            Type of the result, which holds the values of the format.
+            Type of the result.
         """
         scale, zero = self.spread(x.shape)
         result = np.empty(x.shape, dtype)
@@ -72,7 +71,7 @@ class Grid:
         return np.asarray(np.clip(np.rint(steps) + zero, self.format.qmin, self.format.qmax))
 
     def dequantize(self, values: NDArray[Any]) -> Array:
-        """Real values of values of the format: what DequantizeLinear gives."""
+        """Return the real values of values of the format, as DequantizeLinear does."""
         scale, zero = self.spread(values.shape)
         result: Array = np.empty(values.shape, np.float32)
         for part in slices(values):
@@ -80,11 +79,11 @@ class Grid:
         return result
 
     def round(self, x: Array) -> Array:
-        """Real values on the grid."""
+        """Return the real values rounded to the grid."""
         return self.dequantize(self.quantize(x))
 
     def encode(self, values: NDArray[Any], storage: Storage) -> bytes:
-        """Bytes of values of the format, in C order."""
+        """Return the bytes of values of the format, in C order."""
         codes = self.format.codes(np.asarray(values, np.float32).reshape(-1))
         width = _width(self.format, storage)
         if width == self.format.bits and width not in (8, 16):
@@ -95,7 +94,7 @@ class Grid:
         return codes.astype("<u1" if width == 8 else "<u2").tobytes()
 
     def decode(self, content: bytes, shape: tuple[int, ...], storage: Storage) -> Array:
-        """Values of the format from their bytes."""
+        """Return the values of the format from their bytes."""
         width, count = _width(self.format, storage), int(np.prod(shape))
         if width == self.format.bits and width not in (8, 16):
             bits = np.unpackbits(np.frombuffer(content, np.uint8), bitorder="little")[
@@ -109,21 +108,21 @@ class Grid:
         return self.format.values(codes).reshape(shape)
 
     def spread(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
-        """Scale and zero point as they broadcast along a tensor, the zero point as a real number."""
+        """Return scale and zero point in shapes that broadcast to the tensor's, both as real numbers."""
         zero: Array = np.asarray(self.zero_point, np.float32)
         along = self.granularity.spread
         return np.asarray(along(self.scale, shape)), np.asarray(along(zero, shape)) if zero.ndim else zero
 
 
 def _width(form: Format, storage: Storage) -> int:
-    """Bits that a stored value takes."""
+    """Return the bits that a stored value takes."""
     if storage is Storage.PACKED or (storage is Storage.NATIVE and form.bits in (2, 4, 8, 16)):
         return form.bits
     return 8 if form.bits <= 8 else 16
 
 
 def slices(values: NDArray[np.generic]) -> list[Any]:
-    """Slices of the first axis."""
+    """Return slices of the first axis that cut an array into parts."""
     if values.ndim == 0 or values.size <= _PART:
         return [...]
     step = max(1, _PART * len(values) // values.size)
@@ -131,5 +130,5 @@ def slices(values: NDArray[np.generic]) -> list[Any]:
 
 
 def part_of(scale: Array, part: Any) -> Array:
-    """The scales of a part."""
+    """Return the scales of a part."""
     return scale[part] if np.ndim(scale) and len(scale) > 1 else scale

@@ -1,7 +1,7 @@
-"""Layers as matrix products: which rows of inputs meet which rows of weights. Pure numpy, no ONNX.
+"""Layers as matrix products: rows of inputs times rows of weights. Pure numpy, no ONNX.
 
 A layer computes, for each of its groups, ``y = x Wᵀ + b`` with x a row of inputs (a patch, for convolutions).
-The forms here cut such rows out of an input tensor, and turn a weight tensor into rows and back.
+The forms here extract such rows from an input tensor, and turn a weight tensor into rows and back.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from eptq_onnx.numerics.types import Array
 
 
 class WeightForm(Protocol):
-    """How a weight is made of rows, one for each output."""
+    """How a weight is laid out as rows, one for each output."""
 
     def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
-        """The weight as an array of shape (n_groups, n_outputs, n_terms)."""
+        """Return the weight as an array of shape (n_groups, n_outputs, n_terms)."""
         ...
 
     def weight_from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
@@ -30,31 +30,31 @@ class WeightForm(Protocol):
 
 
 class LinearForm(WeightForm, Protocol):
-    """How a layer is a matrix product."""
+    """How a layer is laid out as a matrix product."""
 
     @property
     def taps(self) -> int:
-        """Terms that each input channel has, one behind the other."""
+        """Number of consecutive terms that belong to each input channel."""
         ...
 
     def positions(self, x_shape: Sequence[int]) -> int:
-        """Number of rows that an input of this shape has."""
+        """Return the number of rows of an input of this shape."""
         ...
 
     def input_rows(self, x: Array, chosen: NDArray[np.int64]) -> Array:
-        """The rows at the chosen positions (ascending), of shape (n_groups, len(chosen), n_terms)."""
+        """Return the rows at the chosen positions (ascending), of shape (n_groups, len(chosen), n_terms)."""
         ...
 
 
 @dataclass(frozen=True)
 class OutputsApart:
-    """A weight of which each output is a group of its own.
+    """A weight whose outputs are treated as separate groups.
 
     Parameters
     ----------
     form : WeightForm
     outputs : int
-        Of each group of ``form``.
+        Outputs in each group of ``form``.
     """
 
     form: WeightForm
@@ -71,21 +71,22 @@ class OutputsApart:
 
 
 def row_shape(form: WeightForm, shape: Sequence[int]) -> tuple[int, int, int]:
-    """Groups, outputs and terms of a weight of this shape."""
+    """Return the numbers of groups, outputs and terms of a weight of this shape."""
     groups, outputs, terms = form.weight_rows(np.broadcast_to(np.float32(0), tuple(shape))).shape
     return groups, outputs, terms
 
 
 def scale_places(form: WeightForm, shape: Sequence[int], axis: int | None) -> NDArray[np.int64]:
-    """Which of a weight's scales each of its rows has, of shape (n_groups, n_outputs).
+    """Return the index of each row's scale, of shape (n_groups, n_outputs).
 
     Parameters
     ----------
     form : LinearForm
+        Layout of the weight.
     shape : sequence of int
-        The weight's.
+        Shape of the weight.
     axis : int or None
-        Axis with one scale per index; None for one scale in all.
+        Axis with one scale per index; None for a single scale.
     """
     index = np.zeros(shape, np.int64)
     if axis is not None:
@@ -102,7 +103,7 @@ class MatrixForm:
     transposed : bool
         True if the weight is stored as (n_outputs, n_terms).
     gain : float
-        Factor of the product (Gemm's alpha).
+        Factor of the product (alpha of Gemm).
     """
 
     transposed: bool = False
@@ -133,12 +134,14 @@ class MatrixForm:
 
 @dataclass(frozen=True)
 class ConvForm:
-    """A convolution of any rank (ONNX Conv; ConvTranspose as the Conv over its input with zeros put between).
+    """A convolution of any rank (ONNX Conv and ConvTranspose).
+
+    ConvTranspose is treated as the Conv over its input with zeros inserted.
 
     Parameters
     ----------
     kernel, strides, dilations : tuple of int
-        One number a spatial axis.
+        One number per spatial axis.
     pads : tuple of int or None
         Begins, then ends; None with ``auto_pad``.
     auto_pad : str
@@ -147,7 +150,7 @@ class ConvForm:
     transposed : bool
         ConvTranspose: the weight is (C, M / group, *kernel), and ``pads`` crop the output.
     output_padding : tuple of int
-        Of ConvTranspose.
+        Used by ConvTranspose.
     """
 
     kernel: tuple[int, ...]
@@ -208,7 +211,7 @@ class ConvForm:
             for n, k, d, s in zip(x.shape[2:], self.kernel, self.dilations, strides, strict=True)
         ]
         pitches = np.cumprod([1, *x.shape[:2:-1]])[::-1]
-        # Where each patch begins in a flat channel, and where its elements lie behind that.
+        # Offset of each patch in a flat channel, and offsets of its elements relative to that.
         sample, *places = np.unravel_index(chosen, (len(x), *extents))
         begin = sum(p * s * pitch for p, s, pitch in zip(places, strides, pitches, strict=True))
         offset = sum(
@@ -216,7 +219,7 @@ class ConvForm:
             for axis, (k, d, pitch) in enumerate(zip(self.kernel, self.dilations, pitches, strict=True))
         )
         flat = x.reshape(*x.shape[:2], -1)
-        # Channel by channel, so that what is read together lies together.
+        # Channel by channel, so that memory is read in order.
         columns = np.empty((x.shape[1], np.size(offset), len(chosen)), x.dtype)
         for n in range(len(x)):
             here = slice(*np.searchsorted(sample, [n, n + 1]))
@@ -224,14 +227,14 @@ class ConvForm:
         return columns.reshape(self.group, -1, len(chosen)).swapaxes(1, 2)
 
     def _spread(self, x: Array) -> Array:
-        """The input with stride - 1 zeros between its elements."""
+        """Return the input with stride - 1 zeros between its elements."""
         extents = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], self.strides, strict=True)]
         result = np.zeros((*x.shape[:2], *extents), x.dtype)
         result[(slice(None), slice(None), *(slice(None, None, s) for s in self.strides))] = x
         return result
 
     def _extents(self, x_shape: Sequence[int]) -> list[int]:
-        """Spatial extents of the output."""
+        """Return the spatial extents of the output."""
         spatial = list(x_shape[2:])
         if self.transposed:
             spatial = [(n - 1) * s + 1 for n, s in zip(spatial, self.strides, strict=True)]
@@ -241,8 +244,10 @@ class ConvForm:
         return [(n + a + e - (k - 1) * d - 1) // s + 1 for n, a, e, k, d, s in terms]
 
     def _pads(self, shape: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Zeros before and behind each spatial axis of the (spread) input; negative for ConvTranspose that
-        crops more."""
+        """Return the zeros before and after each spatial axis of the (spread) input.
+
+        They are negative for a ConvTranspose that crops more than the kernel reaches.
+        """
         rank = len(self.kernel)
         reach = [(k - 1) * d for k, d in zip(self.kernel, self.dilations, strict=True)]
         if self.transposed:

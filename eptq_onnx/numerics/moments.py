@@ -1,4 +1,4 @@
-"""Second moments of what a layer reads in both networks, from which its weights are corrected and rounded."""
+"""Second moments of a layer's inputs in both networks, for correcting and rounding its weights."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ from eptq_onnx.numerics.types import Array, Float64
 from eptq_onnx.parallel import ordered_map
 
 _VALUES_AT_ONCE = 2**20
-"""Of rows that are gathered before they are added to the second moments: large products are fast while they
-stay in the cache."""
+"""Values of rows gathered before they are added: large products are fast while they fit in the cache."""
 
 _SEEN_SHARE = 0.95
-"""How much the slope of the function that reads an output decides what a row counts for it; the rest all have
-in common."""
+"""Share of a row's weight that the slope of the output nonlinearity determines; the rest is constant."""
 
 _STEP, _LEAST_STEP = 0.25, 1e-3
-"""What errors these slopes are taken over, in units of each output's deviation: about those of 4 bits. Not
-less than a thousandth of the largest."""
+"""Step of the slopes' finite differences, in units of each output's standard deviation, and its lower limit.
+
+The step is about the error of 4-bit weights; the limit is relative to the largest step.
+"""
 
 Covariances = tuple[Float64, Float64, Float64]
-"""A = E[x_q x_qᵀ], C = E[x_q yᵀ] and V = E[y²], of shapes (n_groups, n_terms, n_terms), (n_groups, n_terms,
-n_outputs) and (n_groups, n_outputs)."""
+"""A = E[x_q x_qᵀ], C = E[x_q yᵀ] and V = E[y²].
+
+Their shapes are (n_groups, n_terms, n_terms), (n_groups, n_terms, n_outputs) and (n_groups, n_outputs).
+"""
 
 _Rows: TypeAlias = tuple[Array, Array, Array]
-"""Outputs, inputs and shares of some rows."""
+"""Outputs, inputs and weights of some rows."""
 
 
 @dataclass(frozen=True)
 class OutputNonlinearity:
-    """The function of each output alone through which a layer acts on the rest of the network.
+    """The elementwise function through which a layer acts on the rest of the network.
 
     Parameters
     ----------
     function : callable
-        Of outputs of shape (n_groups, n_rows, n_outputs), bias included.
+        Maps outputs of shape (n_groups, n_rows, n_outputs), bias included.
     bias : ndarray of shape (n_groups, n_outputs)
     """
 
@@ -48,8 +50,10 @@ class OutputNonlinearity:
     bias: Array
 
     def slopes(self, outputs: Array, steps: Array) -> Array:
-        """Of the function at each output (without bias), over steps of shape (n_groups, 1, n_outputs); 0
-        where it has none."""
+        """Return the slope of the function at each output (without bias), 0 where it is not finite.
+
+        ``steps``, of shape (n_groups, 1, n_outputs), are those of the finite differences.
+        """
         z = outputs + self.bias[:, None, :]
         with np.errstate(invalid="ignore", over="ignore"):
             slope = (self.function(z + steps) - self.function(z - steps)) / (2 * steps)
@@ -57,27 +61,30 @@ class OutputNonlinearity:
 
 
 class Moments:
-    """Streaming second moments of a layer's quantized inputs and float outputs, of two halves of the batches
-    apart.
+    """Streaming second moments of a layer's quantized inputs and float outputs.
+
+    Two halves of the batches are kept separate.
 
     Parameters
     ----------
     weight : ndarray of shape (n_groups, n_outputs, n_terms)
-        Makes the float outputs of the float inputs; without a bias.
+        Maps float inputs to float outputs; without a bias.
     centred : bool
-        True if a bias takes up the means: errors in them then count nothing.
-    reader : OutputNonlinearity, optional
-        Rows then count, for each output, by how steep its function is there: errors where it is flat are not
-        seen. As no two outputs have the same moments, each is a group of its own.
+        True if a bias absorbs the means, so that errors of the means count nothing.
+    nonlinearity : OutputNonlinearity, optional
+        If given, rows are weighted, for each output, by the slope of its function: errors do not pass where
+        it is flat. Since no two outputs then have the same moments, each becomes a group of its own.
     """
 
-    def __init__(self, weight: Array, centred: bool = True, reader: OutputNonlinearity | None = None) -> None:
+    def __init__(
+        self, weight: Array, centred: bool = True, nonlinearity: OutputNonlinearity | None = None
+    ) -> None:
         self._centred = centred
-        self._reader = reader
+        self._nonlinearity = nonlinearity
         self._steps: Array | None = None
         self._steepest = 1.0
-        self.apart = weight.shape[1] if reader is not None else 1
-        """Outputs of each group that stand apart from each other."""
+        self.apart = weight.shape[1] if nonlinearity is not None else 1
+        """Outputs of each group that have separate moments."""
         self._turned = np.ascontiguousarray(weight.swapaxes(1, 2))
         self._batches = 0
         self._shifts: tuple[Array, Array] | None = None
@@ -85,38 +92,37 @@ class Moments:
         self._halves: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 
     def add(self, exact: Array, quantized: Array, weights: Array | None = None) -> None:
-        """Take rows of inputs of both networks, of shape (n_groups, n_rows, n_terms); each counts ``weights``
-        times."""
+        """Add rows of inputs of both networks, of shape (n_groups, n_rows, n_terms), with row ``weights``."""
         outputs = np.matmul(exact, self._turned)
         if self._shifts is None:
-            # Sums of values whose mean is far from 0 would lose the variance to float32.
+            # Without a shift, sums of values whose mean is far from 0 would lose the variance in float32.
             shifts = outputs.mean(axis=1), quantized.mean(axis=1)
             self._shifts = shifts if self._centred else (np.zeros_like(shifts[0]), np.zeros_like(shifts[1]))
         y, q = (x - shift[:, None, :] for x, shift in zip((outputs, quantized), self._shifts, strict=True))
         half = self._batches % 2
         shares = np.ones((1, q.shape[1], 1), np.float32) if weights is None else weights[None, :, None]
         self._waiting[half].append(
-            (y, q, shares if self._reader is None else shares * self._seen(self._reader, outputs))
+            (y, q, shares if self._nonlinearity is None else shares * self._seen(self._nonlinearity, outputs))
         )
         self._batches += 1
         if sum(q.size for _, q, _ in self._waiting[half]) >= _VALUES_AT_ONCE:
             self._settle(half)
 
-    def _seen(self, reader: OutputNonlinearity, outputs: Array) -> Array:
-        """How much errors of each output count; shape (n_groups, n_rows, n_outputs)."""
+    def _seen(self, nonlinearity: OutputNonlinearity, outputs: Array) -> Array:
+        """Return the weight of errors of each output, of shape (n_groups, n_rows, n_outputs)."""
         if self._steps is None:
-            # One row alone has no deviation.
+            # A single row has no standard deviation.
             steps = np.float32(_STEP) * (
                 outputs.std(axis=1, keepdims=True) if outputs.shape[1] > 1 else np.abs(outputs)
             )
             largest = float(steps.max())
             self._steps = np.maximum(steps, _LEAST_STEP * largest) if largest > 0 else np.ones_like(steps)
-            self._steepest = float(np.abs(reader.slopes(outputs, self._steps)).max()) or 1.0
-        relative = reader.slopes(outputs, self._steps) / np.float32(self._steepest)
+            self._steepest = float(np.abs(nonlinearity.slopes(outputs, self._steps)).max()) or 1.0
+        relative = nonlinearity.slopes(outputs, self._steps) / np.float32(self._steepest)
         return np.asarray((1 - _SEEN_SHARE) + np.float32(_SEEN_SHARE) * np.square(relative), np.float32)
 
     def _settle(self, half: int) -> None:
-        """Add the rows that wait to the sums."""
+        """Add the waiting rows to the sums."""
         if not self._waiting[half]:
             return
         y, q, shares = (np.concatenate(parts, axis=1) for parts in zip(*self._waiting[half], strict=True))
@@ -138,12 +144,12 @@ class Moments:
 
     @property
     def is_empty(self) -> bool:
-        """True if there was no row of numbers."""
+        """Return True if no row was added."""
         return not self._batches
 
     @property
     def means(self) -> tuple[Float64, Float64]:
-        """Mean float outputs (n_groups, n_outputs) and mean quantized inputs (n_groups, n_terms)."""
+        """Return mean float outputs (n_groups, n_outputs) and mean quantized inputs (n_groups, n_terms)."""
         rows, y, q = (self._total(name) for name in ("rows", "y", "q"))
         shift_y, shift_q = self._shifts or (np.zeros_like(y), np.zeros_like(q))
         return y / rows + shift_y.reshape(y.shape), q / rows + np.repeat(
@@ -151,21 +157,23 @@ class Moments:
         )
 
     def mean_error(self, rows: Array) -> Array:
-        """Mean float outputs less those of a rounded weight of such rows: what the bias must take up; of
-        shape (n_channels,)."""
+        """Return mean float outputs minus those of rounded weight rows, of shape (n_channels,).
+
+        This is what the bias must absorb.
+        """
         outputs, inputs = self.means
         return np.asarray((outputs - np.einsum("gnt,gt->gn", rows, inputs)).reshape(-1), np.float32)
 
     @property
     def covariances(self) -> Covariances:
-        """Of all rows."""
+        """Return the covariances of all rows."""
         return self._covariances({name: self._total(name) for name in self._settled()[0]})
 
     @property
     def halves(self) -> tuple[Covariances, ...]:
-        """Of each half of the batches; empty where there is one batch only.
+        """Return the covariances of each half of the batches; empty if there is only one batch.
 
-        Where outputs stand apart, those of a group have the mean of their A.
+        If outputs have separate moments, those of a group get the mean of their A.
         """
         return (
             tuple(self._pooled(*self._covariances(sums)) for sums in self._settled())
@@ -200,10 +208,10 @@ class Moments:
 
 
 def _sums(y: Array, q: Array, shares: Array) -> dict[str, Any]:
-    """Sums over rows of products of outputs (n_groups, n_rows, n_outputs) and inputs (n_groups, n_rows,
-    n_terms).
+    """Return sums over rows of products of outputs and inputs.
 
-    Each row counts by ``shares`` of shape (n_groups or 1, n_rows, 1).
+    Outputs have shape (n_groups, n_rows, n_outputs), inputs (n_groups, n_rows, n_terms). Each row is weighted
+    by ``shares`` of shape (n_groups or 1, n_rows, 1).
     """
     share = shares.swapaxes(1, 2)
     turned = q.swapaxes(1, 2) * share
@@ -225,23 +233,26 @@ def sampled_moments(
     rng: np.random.Generator,
     importance: Sequence[Array | None] | None = None,
 ) -> Moments:
-    """Moments with about ``wanted`` random rows of a layer's inputs, of the same positions in both networks.
+    """Add about ``wanted`` random rows of a layer's inputs to the moments.
+
+    Rows are taken at the same positions in both networks.
 
     Parameters
     ----------
     form : LinearForm
     moments : Moments
-        What the rows are added to.
+        Receives the rows.
     inputs : pair of sequences of ndarray
-        The layer's input in the float and in the quantized network, batch by batch; not all are empty.
+        The layer's input in the float and in the quantized network, batch by batch; some may be empty, not
+        all.
     wanted : int
     rng : Generator
     importance : sequence of (ndarray of shape (n_positions,) or None), optional
-        How much each position counts, batch by batch, about 1 on average; by default all count the same.
-        Positions that count more are drawn more often.
+        Weight of each position, batch by batch, about 1 on average; by default all are equal. Positions with
+        a larger weight are drawn more often.
     """
     exact, quantized = inputs
-    # Of rows that are chosen by value there may be none.
+    # Rows chosen by value may be missing altogether.
     some = [k for k, x in enumerate(exact) if x.size]
     exact, quantized = [exact[k] for k in some], [quantized[k] for k in some]
     importance = None if importance is None else [importance[k] for k in some]
@@ -269,14 +280,14 @@ def sampled_moments(
         )
 
     for parts in ordered_map(rows, zip(exact, quantized, places(), strict=True)):
-        known = _numbers(*parts)
+        known = _finite_rows(*parts)
         if known[0].shape[1]:
             moments.add(*known)
     return moments
 
 
-def _numbers(exact: Array, quantized: Array, weights: Array) -> tuple[Array, Array, Array]:
-    """The rows (n_groups, n_rows, n_terms) that are finite in both networks."""
+def _finite_rows(exact: Array, quantized: Array, weights: Array) -> tuple[Array, Array, Array]:
+    """Return the rows (n_groups, n_rows, n_terms) that are finite in both networks."""
     finite = np.isfinite(exact) & np.isfinite(quantized)
     if finite.all():
         return exact, quantized, weights

@@ -13,7 +13,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def copy_into(arrays: Mapping[Key, Array], values: Mapping[Key, Array]) -> None:
-    """Change arrays in place to the values of the same names."""
+    """Overwrite arrays in place with the values of the same names."""
     for name, array in arrays.items():
         array[...] = values[name]
 
@@ -38,7 +38,7 @@ class Adam:
         self._time = 0
 
     def step(self, gradients: Mapping[str, Array], rate: float) -> None:
-        """One update of the parameters that have a gradient."""
+        """Update the parameters that have a gradient."""
         self._time += 1
         correction = 1 - self._beta1**self._time
         for name, gradient in gradients.items():
@@ -50,11 +50,11 @@ class Adam:
             self.parameters[name][...] -= np.float32(rate / correction) * self._direction(m, v)
 
     def saved(self) -> dict[str, Any]:
-        """What it knows of the steps so far, the parameters apart."""
+        """Return the optimizer state, without the parameters."""
         return {"first": self._first, "second": self._second, "time": self._time}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `saved` gave."""
+        """Restore what `saved` returned."""
         copy_into(self._first, saved["first"])
         copy_into(self._second, saved["second"])
         self._time = saved["time"]
@@ -66,14 +66,14 @@ class Adam:
 
 
 class MovingAverage(Generic[Key]):
-    """Where parameters go, while single steps wander about it (Polyak and Juditsky 1992).
+    """Moving average of parameters, around which single steps fluctuate (Polyak and Juditsky 1992).
 
     Parameters
     ----------
     parameters : mapping of hashable to ndarray of float32
-        Followed, never changed.
+        Averaged, never changed.
     steps : float
-        Steps that count, about; of fewer all count alike.
+        Length of the average, about; while there are fewer steps, all have the same weight.
     """
 
     def __init__(self, parameters: Mapping[Key, Array], steps: float) -> None:
@@ -81,7 +81,7 @@ class MovingAverage(Generic[Key]):
         self.values: dict[Key, Array] = {n: p.copy() for n, p in parameters.items()}
 
     def update(self) -> None:
-        """Take the current values in."""
+        """Add the current values."""
         self._seen += 1
         pace = np.float32(1 / min(self._seen, self._steps))
         for name, value in self._parameters.items():
@@ -89,20 +89,20 @@ class MovingAverage(Generic[Key]):
             mean += pace * (value - mean)
 
     def saved(self) -> dict[str, Any]:
-        """The averages, and what they know of the steps so far."""
+        """Return the averages and their state."""
         return {"values": self.values, "seen": self._seen}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `saved` gave."""
+        """Restore what `saved` returned."""
         copy_into(self.values, saved["values"])
         self._seen = saved["seen"]
 
 
 class RAdam(Adam):
-    """Rectified Adam (Liu et al. 2020): no update until the variance of the step size is tractable (five
-    steps).
+    """Rectified Adam (Liu et al. 2020).
 
-    The original falls back to plain momentum there, whose step depends on the scale of the loss.
+    There is no update until the variance of the step size is tractable (five steps). The original falls back
+    to plain momentum there, whose step depends on the scale of the loss.
     """
 
     def _direction(self, m: Array, v: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Quantization arithmetic: grids, ranges, soft rounding. Pure numpy, no ONNX.
+"""Quantization arithmetic: scales, zero points, ranges, units. Pure numpy, no ONNX.
 
 Everywhere ``q(x) = (clip(round(x / s) + z, qmin, qmax) - z) * s`` with half-to-even rounding, as ONNX
 QuantizeLinear and DequantizeLinear compute it.
@@ -21,16 +21,13 @@ from eptq_onnx.parallel import ordered_map
 
 Number = TypeVar("Number", bound=np.generic)
 
-ZETA, GAMMA = 1.1, -0.1
-"""Stretch of the rectified sigmoid (AdaRound, Nagel et al. 2020, equation 23)."""
-
 _TINY = np.float32(1e-30)
 
 _OCTAVES = 6
-"""How far below the range that clips nothing powers of two are tried."""
+"""Powers of two tried below the scale that clips nothing."""
 
 _BIAS_LIMIT = np.float32(2.0**30)
-"""Largest integer that a bias may need: half of int32, so that learned scales and biases keep room."""
+"""Largest integer that a bias may need: half of int32's range, so that learned values have room."""
 
 
 # ---- channels ----------------------------------------------------------------------------------------------
@@ -42,7 +39,7 @@ def channel_rows(values: NDArray[np.floating], axis: int | None) -> NDArray[np.f
 
 
 def channel_sum(values: Array, axis: int | None) -> Array:
-    """Sum over everything but the channel axis; returns shape (n_channels,), or a scalar without axis."""
+    """Sum over all axes but the channel axis; returns shape (n_channels,), or a scalar without axis."""
     if axis is None:
         return np.asarray(values.sum(dtype=np.float64), np.float32)
     others = tuple(i for i in range(values.ndim) if i != axis)
@@ -51,7 +48,7 @@ def channel_sum(values: Array, axis: int | None) -> Array:
 
 # ---- quantizers --------------------------------------------------------------------------------------------
 def grid(params: QuantParams, spec: QuantSpec) -> Grid:
-    """The grid of a tensor."""
+    """Return the quantization grid of a tensor."""
     granularity = PerTensor() if spec.axis is None else PerAxis(spec.axis)
     signed = not spec.container.startswith("u")
     return Grid(
@@ -60,20 +57,18 @@ def grid(params: QuantParams, spec: QuantSpec) -> Grid:
 
 
 def quantize(x: Array, params: QuantParams, spec: QuantSpec) -> IntArray:
-    """Round to the integer grid, in the container's type (ONNX QuantizeLinear, clipped to the spec's
-    range)."""
+    """Round to the integer grid, in the container's type (ONNX QuantizeLinear with the spec's range)."""
     integers: IntArray = np.asarray(grid(params, spec).quantize(x, spec.container))
     return integers
 
 
 def dequantize(integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
-    """Back to real values (ONNX DequantizeLinear)."""
+    """Return the real values of integers (ONNX DequantizeLinear)."""
     return grid(params, spec).dequantize(integers)
 
 
 def folded(integers: IntArray, params: QuantParams, spec: QuantSpec) -> tuple[IntArray, QuantParams]:
-    """The same weights with zero point 0: the integers less their zero point, inside what the container
-    holds."""
+    """Fold the zero point into the integers, so that the zero point is 0."""
     if not np.any(params.zero_point):
         return integers, params
     _, zero = grid(params, spec).spread(integers.shape)
@@ -84,7 +79,7 @@ def folded(integers: IntArray, params: QuantParams, spec: QuantSpec) -> tuple[In
 
 
 def limits(zero: IntArray | Array, spec: QuantSpec) -> tuple[Array, Array]:
-    """Least and largest integer less the zero point, of the zero point's shape."""
+    """Return the smallest and largest integer minus the zero point, of the zero point's shape."""
     return np.asarray(spec.qmin - zero, np.float32), np.asarray(spec.qmax - zero, np.float32)
 
 
@@ -94,26 +89,29 @@ def fake_quantize(x: Array, params: QuantParams, spec: QuantSpec) -> Array:
 
 
 def bias_integers(bias: Array, activation_scale: Array, weight_scale: Array) -> IntArray:
-    """A bias as integer kernels want it: int32, zero point 0, scale s_x * s_w (`bias_scale`)."""
+    """Return a bias as integer kernels expect it: int32, zero point 0, scale s_x * s_w (`bias_scale`)."""
     limits = np.iinfo(np.int32)
     steps = nearest(bias.astype(np.float64) / bias_scale(activation_scale, weight_scale))
     return np.asarray(np.clip(steps, limits.min, limits.max), np.int32)
 
 
 def round_bias(bias: Array, activation_scale: Array, weight_scale: Array) -> Array:
-    """A bias after the round trip through `bias_integers`."""
+    """Return a bias after the round trip through `bias_integers`."""
     integers = bias_integers(bias, activation_scale, weight_scale)
     return np.asarray(integers.astype(np.float32) * bias_scale(activation_scale, weight_scale), np.float32)
 
 
 def bias_scale(activation_scale: Array, weight_scale: Array) -> Array:
-    """The product of the scales of a layer's input and weight, in float32."""
+    """Return the product of the scales of a layer's input and weight, in float32."""
     return np.asarray(np.float32(activation_scale) * weight_scale, np.float32)
 
 
 def smallest_weight_scale(bias: Array, activation_scale: Array) -> Array:
-    """Weight scale of each channel below which the int32 bias might overflow, shape (n_channels,)."""
-    # Divided by what is beyond float32, a bias is no limit.
+    """Return the weight scale of each channel below which the int32 bias may overflow.
+
+    The shape is (n_channels,).
+    """
+    # If the denominator overflows float32, the bias is no limit.
     with np.errstate(over="ignore"):
         return np.asarray(np.abs(bias) / (activation_scale * _BIAS_LIMIT), np.float32)
 
@@ -127,21 +125,21 @@ def weight_scales(
     points: int = 40,
     rounds: int = 3,
 ) -> Array:
-    """Scales that minimise ``sum H * (W - q(W))**2`` per channel (HMSE, paper section 3.3).
+    """Return scales that minimize ``sum H * (W - q(W))**2`` per channel (HMSE, paper section 3.3).
 
     Parameters
     ----------
     weight : ndarray
     spec : QuantSpec
-        ``axis`` is the channel axis. Where it allows zero points, each scale is tried with those of
+        ``axis`` is the channel axis. If it allows zero points, each scale is tried with those of
         `zero_points`.
     importance : ndarray of the weight's shape, optional
-        H; without it every element counts the same (MSE).
+        H; without it, all elements have the same weight (MSE).
     damping : float
-        H is replaced by ``H + damping * mean(H)`` per tensor: with few probes an undamped H clips weights
-        that only look insensitive.
+        H is replaced by ``H + damping * mean(H)`` per tensor: with few probes, an undamped H clips weights
+        that only appear insensitive.
     points, rounds : int
-        Clipping ratios tried in a round, and how often the grid is refined around the best.
+        Clipping ratios tried per round, and rounds of refining the search around the best ratio.
 
     Returns
     -------
@@ -160,8 +158,9 @@ def weight_scales(
 def zero_points(
     weight: Array, scale: Array, spec: QuantSpec, importance: Array | None = None, damping: float = 0.1
 ) -> IntArray:
-    """The zero point of each scale that centres the grid on the channel's extremes, of the two nearest the
-    better.
+    """Return the zero point of each scale that centres the grid on the channel's extremes.
+
+    Of the two nearest integers, the one with the smaller error is taken.
 
     Parameters
     ----------
@@ -191,7 +190,7 @@ def zero_points(
 def _rows_and_importance(
     weight: Array, spec: QuantSpec, importance: Array | None, damping: float
 ) -> tuple[NDArray[np.floating], Array]:
-    """One row a channel, and what its elements count, or one column where all count the same."""
+    """Return one row per channel and the weights of its elements, or a single column if all are equal."""
     rows = channel_rows(weight, spec.axis)
     h: Array = np.ones((len(rows), 1), np.float32)
     if importance is not None and importance.any():
@@ -201,7 +200,7 @@ def _rows_and_importance(
 
 
 def _row_scales(rows: Array, h: Array, spec: QuantSpec, points: int, rounds: int) -> Array:
-    """The best scale of each row, with an importance of each element or each row."""
+    """Return the best scale of each row; importance is given per element or per row."""
     largest = max_scales(rows, spec)
     if spec.scales is ScaleRule.POWER_OF_TWO:
         return _row_powers(rows, h, spec, spec.scales.above(largest))
@@ -221,7 +220,7 @@ def _row_scales(rows: Array, h: Array, spec: QuantSpec, points: int, rounds: int
 
 
 def _row_powers(rows: Array, h: Array, spec: QuantSpec, largest: Array) -> Array:
-    """The best power of two of each row, from the one that clips nothing on."""
+    """Return the best power of two of each row, starting from the one that clips nothing."""
     best, best_error = largest, np.full(len(rows), np.inf, np.float32)
     for octave in range(_OCTAVES + 1):
         scale = np.ldexp(largest, -octave)
@@ -232,7 +231,7 @@ def _row_powers(rows: Array, h: Array, spec: QuantSpec, largest: Array) -> Array
 
 
 def max_scales(rows: NDArray[np.floating], spec: QuantSpec) -> Array:
-    """Smallest scale of each row that clips nothing; a tiny positive number for a row of zeros."""
+    """Return the smallest scale of each row that clips nothing; tiny but positive for a row of zeros."""
     least, most = spec.zero_points
     up = rows.max(axis=1, initial=0) / (spec.qmax - least)
     down = rows.min(axis=1, initial=0) / (spec.qmin - most) if spec.qmin < most else np.zeros(len(rows))
@@ -244,7 +243,7 @@ def max_scales(rows: NDArray[np.floating], spec: QuantSpec) -> Array:
 
 
 def _best_grid(rows: Array, h: Array, scales: Array, spec: QuantSpec) -> tuple[Array, Array]:
-    """Weighted squared error of each row on the best of its grids, and the zero point of that."""
+    """Return the weighted squared error of each row on its best grid, and that grid's zero point."""
     steps = rows / scales[:, None]
     squares = np.square(scales, dtype=None if unit(scales) == 1 else np.float64)
     best: Array = np.full(len(rows), np.inf, np.float32)
@@ -261,20 +260,20 @@ def _best_grid(rows: Array, h: Array, scales: Array, spec: QuantSpec) -> tuple[A
 
 
 def _grids(rows: Array, scales: Array, spec: QuantSpec) -> list[Array]:
-    """Zero points to try for each row."""
+    """Return the zero points to try for each row."""
     if spec.symmetric or not rows.shape[1]:
         return [np.zeros(len(rows), np.float32)]
     middle = (spec.qmin + spec.qmax) / 2 - (rows.max(axis=1) + rows.min(axis=1)) / (2 * scales)
     return [np.clip(side(middle), *spec.zero_points).astype(np.float32) for side in (np.floor, np.ceil)]
 
 
-# ---- numbers beyond float32's squares, and none ------------------------------------------------------------
+# ---- units for values whose squares float32 does not hold --------------------------------------------------
 _LEAST_SQUARED, _MOST_SQUARED = 1e-15, 1e15
-"""Magnitudes whose squares float32 holds, and many of them in sum."""
+"""Magnitudes between which float32 holds squares and sums of many squares."""
 
 
 def finite_extremes(values: NDArray[np.floating]) -> tuple[float, float]:
-    """Least and largest finite value; inf and -inf where there is none."""
+    """Return the smallest and largest finite value; inf and -inf if there is none."""
     if not values.size:
         return float("inf"), float("-inf")
     low, high = float(values.min()), float(values.max())
@@ -285,8 +284,10 @@ def finite_extremes(values: NDArray[np.floating]) -> tuple[float, float]:
 
 
 def unit(*arrays: NDArray[np.floating]) -> np.float32:
-    """The power of two that brings extreme values near 1, so that float32 holds their squares; 1 where it
-    does as they are."""
+    """Return a power of two that brings extreme values near 1, so that float32 holds their squares.
+
+    It is 1 if float32 holds the squares anyway.
+    """
     largest = max((max(-low, high) for low, high in map(finite_extremes, arrays) if low <= high), default=0.0)
     if largest == 0 or _LEAST_SQUARED < largest < _MOST_SQUARED:
         return np.float32(1)
@@ -296,8 +297,10 @@ def unit(*arrays: NDArray[np.floating]) -> np.float32:
 def layer_units(
     inputs: Iterable[NDArray[np.floating]], weight: NDArray[np.floating]
 ) -> tuple[np.float32, np.float32]:
-    """Units of a layer's input and weight in which float32 holds the squares of both and of what they make; 1
-    where it does anyway."""
+    """Return units of a layer's input and weight in which float32 holds their squares and their products'.
+
+    Both are 1 if float32 holds the squares anyway.
+    """
     reaches = [
         max((max(-low, high) for low, high in map(finite_extremes, part) if low <= high), default=0.0)
         for part in (inputs, [weight])
@@ -312,14 +315,14 @@ def layer_units(
 
 
 def square_sum(values: NDArray[np.floating]) -> float:
-    """Sum of the squares of finite values; in float64 where float32 would not hold them."""
+    """Return the sum of the squares of finite values, in float64 if float32 would overflow."""
     found = float(np.dot(values, values)) if unit(values) == 1 else float("inf")
     return found if np.isfinite(found) else float(np.square(values, dtype=np.float64).sum())
 
 
 # ---- activation ranges -------------------------------------------------------------------------------------
 def stride(size: int, limit: int) -> int:
-    """A step that picks about ``limit`` of ``size`` values and is coprime to the usual image sizes."""
+    """Return a step that picks about ``limit`` of ``size`` values and is coprime to the usual image sizes."""
     step = max(1, size // limit)
     while step > 1 and any(step % p == 0 for p in (2, 3, 5, 7)):
         step += 1
@@ -329,7 +332,7 @@ def stride(size: int, limit: int) -> int:
 def activation_params(
     low: float, high: float, spec: QuantSpec, bounds: tuple[float, float] | None = None
 ) -> QuantParams:
-    """Scale and zero point that cover ``[low, high]`` and 0.
+    """Return scale and zero point that cover ``[low, high]`` and 0.
 
     Parameters
     ----------
@@ -337,8 +340,8 @@ def activation_params(
         Range to represent.
     spec : QuantSpec
     bounds : tuple of float, optional
-        Limits that no representable value may pass, so that the Relu or Clip in front of the quantizer can be
-        dropped; see `inside_bounds`.
+        Limits that no representable value may exceed, so that the Relu or Clip in front of the quantizer can
+        be dropped; see `inside_bounds`.
 
     Returns
     -------
@@ -360,14 +363,14 @@ def activation_params(
 
 
 def _reaching(scale: float, spec: QuantSpec) -> Array:
-    """The least allowed scale that is no smaller; 1 for next to nothing."""
+    """Return the smallest allowed scale that is at least ``scale``; 1 if that is next to nothing."""
     return spec.scales.above(np.asarray(scale if scale > 1e-30 else 1.0, np.float32))
 
 
 def keeps_bounds(spec: QuantSpec, bounds: tuple[float, float]) -> bool:
-    """True if a quantizer can do all that a Relu or Clip with these limits does in front of it.
+    """Return True if a quantizer can replace a Relu or Clip with these limits in front of it.
 
-    One whose zero point is always 0 cannot, and powers of two do not end at other limits than 0.
+    It cannot if its zero point is always 0. If its scales are powers of two, it can only keep limits of 0.
     """
     low, high = bounds
     ends = all(end == 0 or np.isinf(end) for end in bounds)
@@ -377,8 +380,7 @@ def keeps_bounds(spec: QuantSpec, bounds: tuple[float, float]) -> bool:
 def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, float]) -> QuantParams:
     """Shrink the scale until every representable value, in float32, lies within ``bounds``.
 
-    The quantizer then does all that a Relu or Clip with these limits does in front of it, if it can
-    (`keeps_bounds`).
+    The quantizer then replaces a Relu or Clip with these limits in front of it, if it can (`keeps_bounds`).
     """
     low, high = bounds
     if not keeps_bounds(spec, bounds):
@@ -398,57 +400,19 @@ def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, flo
 
 
 def continuous(target: Array, integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
-    """A continuous copy of rounded weights, in integer steps: on the side of ``target``, but safely rounding
-    to ``integers``."""
+    """Return a continuous copy of rounded weights, in integer steps.
+
+    Each element lies on the side of ``target``, but safely rounds to ``integers``.
+    """
     scale, zero = grid(params, spec).spread(target.shape)
     steps = target / scale + zero
     near = integers.astype(np.int32)
     return np.asarray(near + np.clip(steps - near, -0.45, 0.45), np.float32)
 
 
-# ---- soft rounding -----------------------------------------------------------------------------------------
-def rectified_sigmoid(alpha: Array) -> Array:
-    """``h(a) = clip((zeta - gamma) * sigmoid(a) + gamma, 0, 1)`` (paper equation 9)."""
-    result: Array = np.clip((ZETA - GAMMA) * _sigmoid(alpha) + GAMMA, 0, 1).astype(np.float32)
-    return result
-
-
-def rectified_sigmoid_slope(alpha: Array) -> Array:
-    """``dh/da``; 0 where h is clipped."""
-    s = _sigmoid(alpha)
-    stretched = (ZETA - GAMMA) * s + GAMMA
-    result: Array = ((ZETA - GAMMA) * s * (1 - s) * ((stretched > 0) & (stretched < 1))).astype(np.float32)
-    return result
-
-
-def rectified_sigmoid_inverse(h: Array) -> Array:
-    """The ``a`` with ``h(a) = h`` for h in [0, 1]."""
-    s = np.clip((h - GAMMA) / (ZETA - GAMMA), 1e-4, 1 - 1e-4)
-    result: Array = np.log(s / (1 - s)).astype(np.float32)
-    return result
-
-
-def _sigmoid(x: Array) -> Array:
-    return np.asarray(0.5 * np.tanh(0.5 * x) + 0.5, np.float32)
-
-
-def rounding_penalty(h: Array, exponent: float) -> float:
-    """``sum(1 - |2h - 1|**exponent)`` (AdaRound's regulariser): 0 once every weight is decided."""
-    return float(h.size - (np.abs(2 * h - 1) ** np.float32(exponent)).sum(dtype=np.float64))
-
-
-def rounding_penalty_slope(h: Array, exponent: float) -> Array:
-    """Derivative of `rounding_penalty` with respect to h."""
-    centred = 2 * h - 1
-    result: Array = (-2 * exponent * np.sign(centred) * np.abs(centred) ** np.float32(exponent - 1)).astype(
-        np.float32
-    )
-    return result
-
-
 # ---- measures ----------------------------------------------------------------------------------------------
 def sqnr_db(signal_power: float, noise_power: float) -> float:
-    """Signal-to-quantization-noise ratio in dB; infinite without noise."""
+    """Return the signal-to-quantization-noise ratio in dB; infinite without noise."""
     if noise_power <= 0:
         return float("inf")
     return float(10 * np.log10(max(signal_power, 1e-45) / noise_power))

@@ -1,5 +1,7 @@
-"""Weights that are being rounded: what an optimizer changes, and the weight that it stands for. Pure numpy,
-no ONNX."""
+"""Weights during optimization: the variable that the optimizer changes, and the weight it stands for.
+
+Pure numpy, no ONNX.
+"""
 
 from __future__ import annotations
 
@@ -13,41 +15,84 @@ from eptq_onnx.numerics.grid import nearest
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
 
+ZETA, GAMMA = 1.1, -0.1
+"""Stretch of the rectified sigmoid (AdaRound, Nagel et al. 2020, equation 23)."""
+
+
+def rectified_sigmoid(alpha: Array) -> Array:
+    """Return ``h(a) = clip((zeta - gamma) * sigmoid(a) + gamma, 0, 1)`` (paper equation 9)."""
+    result: Array = np.clip((ZETA - GAMMA) * _sigmoid(alpha) + GAMMA, 0, 1).astype(np.float32)
+    return result
+
+
+def rectified_sigmoid_slope(alpha: Array) -> Array:
+    """Return ``dh/da``, which is 0 where h is clipped."""
+    s = _sigmoid(alpha)
+    stretched = (ZETA - GAMMA) * s + GAMMA
+    result: Array = ((ZETA - GAMMA) * s * (1 - s) * ((stretched > 0) & (stretched < 1))).astype(np.float32)
+    return result
+
+
+def rectified_sigmoid_inverse(h: Array) -> Array:
+    """Return the ``a`` with ``h(a) = h`` for h in [0, 1]."""
+    s = np.clip((h - GAMMA) / (ZETA - GAMMA), 1e-4, 1 - 1e-4)
+    result: Array = np.log(s / (1 - s)).astype(np.float32)
+    return result
+
+
+def _sigmoid(x: Array) -> Array:
+    return np.asarray(0.5 * np.tanh(0.5 * x) + 0.5, np.float32)
+
+
+def rounding_penalty(h: Array, exponent: float) -> float:
+    """Return ``sum(1 - |2h - 1|**exponent)`` (AdaRound's regularizer): 0 once every weight is decided."""
+    return float(h.size - (np.abs(2 * h - 1) ** np.float32(exponent)).sum(dtype=np.float64))
+
+
+def rounding_penalty_slope(h: Array, exponent: float) -> Array:
+    """Return the derivative of `rounding_penalty` with respect to h."""
+    centred = 2 * h - 1
+    result: Array = (-2 * exponent * np.sign(centred) * np.abs(centred) ** np.float32(exponent - 1)).astype(
+        np.float32
+    )
+    return result
+
 
 class RoundedWeight(Protocol):
-    """A weight that is being rounded; ``variable`` is what the optimizer changes."""
+    """A weight whose rounding is learned; ``variable`` is what the optimizer changes."""
 
     variable: Array
     scale: Array
     gamma: Array
 
     def forward(self) -> Array:
-        """The weight to run the network with."""
+        """Return the weight to run the network with."""
         ...
 
     def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
-        """Gradients of ``variable`` and ``gamma``, given dL/dW and the strength and exponent of the
-        penalty."""
+        """Return the gradients of ``variable`` and ``gamma``, given dL/dW and the penalty's parameters."""
         ...
 
     def penalty(self, exponent: float) -> float:
-        """Penalty on undecided elements."""
+        """Return the penalty on undecided elements."""
         ...
 
     def harden(self) -> tuple[IntArray, QuantParams]:
-        """Integers, scales and zero points with every element decided."""
+        """Return integers, scales and zero points with every element decided."""
         ...
 
 
 def _gamma_slope(gradient: Array, level: Array, scale: Array, spec: QuantSpec) -> Array:
-    """Gradient of gamma; 0 where the runtime does not take any scale, so that integers are learned for the
-    scale that is written."""
+    """Return the gradient of gamma; 0 if the runtime restricts scales.
+
+    The integers are then learned for the scale that is written.
+    """
     slope = quant_math.channel_sum(gradient * level * scale, spec.axis)
     return slope if spec.scales is ScaleRule.ANY else np.zeros_like(slope)
 
 
 class StraightThroughWeight:
-    """A weight that is rounded in every forward pass; its gradient passes the rounding unchanged.
+    """A weight that is rounded in every forward pass, with a straight-through gradient.
 
     ``W = (clip(round(u), qmin, qmax) - z) * s * gamma`` with a continuous copy u of the weight in integer
     steps.
@@ -62,20 +107,20 @@ class StraightThroughWeight:
         self._level: Array = np.zeros(0, np.float32)
 
     def forward(self) -> Array:
-        """The rounded weight."""
+        """Return the rounded weight."""
         self._level = np.clip(nearest(self.variable), self.spec.qmin, self.spec.qmax) - self._z
         return self._level * self._factor()
 
     def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
-        """Gradients of u and gamma, given dL/dW."""
+        """Return the gradients of u and gamma, given dL/dW."""
         return gradient * self._factor(), _gamma_slope(gradient, self._level, self._s, self.spec)
 
     def penalty(self, exponent: float) -> float:
-        """0: every weight is always decided."""
+        """Return 0: every element is always decided."""
         return 0.0
 
     def harden(self) -> tuple[IntArray, QuantParams]:
-        """Integers, scales and zero points."""
+        """Return integers, scales and zero points."""
         integers = np.clip(nearest(self.variable), self.spec.qmin, self.spec.qmax).astype(self.spec.container)
         return integers, self.spec.params(self.scale * self.gamma, self._zero_point)
 
@@ -84,7 +129,7 @@ class StraightThroughWeight:
 
 
 class SoftWeight:
-    """A weight whose elements are between rounding down and rounding up.
+    """A weight whose elements lie between rounding down and rounding up.
 
     ``W = (clip(floor(u) + h(alpha), qmin, qmax) - z) * s * gamma`` per channel (AdaRound; gamma is the
     learned factor).
@@ -94,7 +139,7 @@ class SoftWeight:
     position : ndarray
         u, the weight in integer steps.
     params : QuantParams
-        Gives s and z.
+        Provides s and z.
     spec : QuantSpec
     """
 
@@ -103,33 +148,33 @@ class SoftWeight:
         self.scale, self._zero_point = params.scale, params.zero_point
         self._s, self._z = quant_math.grid(params, spec).spread(position.shape)
         self.floor: Array = np.floor(position)
-        self.variable: Array = quant_math.rectified_sigmoid_inverse(position - self.floor)
+        self.variable: Array = rectified_sigmoid_inverse(position - self.floor)
         self.gamma: Array = np.ones_like(params.scale)
         self._h: Array = np.zeros(0, np.float32)
         self._level: Array = np.zeros(0, np.float32)
 
     def forward(self) -> Array:
-        """The soft weight."""
-        self._h = quant_math.rectified_sigmoid(self.variable)
+        """Return the soft weight."""
+        self._h = rectified_sigmoid(self.variable)
         self._level = np.clip(self.floor + self._h, self.spec.qmin, self.spec.qmax) - self._z
         return self._level * self._factor()
 
     def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
-        """Gradients of alpha and gamma, given dL/dW and the strength and exponent of the rounding penalty."""
+        """Return the gradients of alpha and gamma, given dL/dW and the penalty's strength and exponent."""
         d_gamma = _gamma_slope(gradient, self._level, self._s, self.spec)
         raw = self.floor + self._h
         inside = (raw >= self.spec.qmin) & (raw <= self.spec.qmax)
         d_h = gradient * self._factor() * inside
         if penalty:
-            d_h += np.float32(penalty) * quant_math.rounding_penalty_slope(self._h, exponent)
-        return d_h * quant_math.rectified_sigmoid_slope(self.variable), d_gamma
+            d_h += np.float32(penalty) * rounding_penalty_slope(self._h, exponent)
+        return d_h * rectified_sigmoid_slope(self.variable), d_gamma
 
     def penalty(self, exponent: float) -> float:
-        """Rounding penalty of the current soft weight."""
-        return quant_math.rounding_penalty(self._h, exponent)
+        """Return the rounding penalty of the current soft weight."""
+        return rounding_penalty(self._h, exponent)
 
     def harden(self) -> tuple[IntArray, QuantParams]:
-        """Integers, scales and zero points with every element decided: up where alpha >= 0."""
+        """Return integers, scales and zero points with every element decided: up where alpha >= 0."""
         up = self.variable >= 0
         integers = np.clip(self.floor + up, self.spec.qmin, self.spec.qmax).astype(self.spec.container)
         return integers, self.spec.params(self.scale * self.gamma, self._zero_point)

@@ -1,8 +1,7 @@
-"""Rows in free order: outputs of networks that choose by value are compared after the rows of one are laid
-beside those of the other.
+"""Match the rows of outputs whose order is arbitrary, before two networks are compared.
 
-What TopK or NonMaxSuppression chooses comes in an order, and often in a number, that a small error changes,
-and that nobody who reads the outputs relies on.
+TopK and NonMaxSuppression return rows in an order, and often in a number, that small errors change and that
+no reader of the outputs relies on.
 """
 
 from __future__ import annotations
@@ -17,24 +16,22 @@ from scipy.optimize import linear_sum_assignment
 from eptq_onnx.numerics.types import Feeds
 
 _MOST = 4096
-"""Rows, at most: matching takes their cube."""
+"""Largest number of rows to match: the cost of matching grows with its cube."""
 
 Pair = tuple[NDArray[Any], NDArray[Any]]
 
 
 def laid_beside(expected: Feeds, got: Feeds, axes: Mapping[str, int]) -> dict[str, Pair]:
-    """Both networks' outputs with matching rows beside each other; a row without a counterpart stands beside
-    zeros.
+    """Return both networks' outputs with matching rows side by side; unmatched rows are paired with zeros.
 
-    Outputs that have as many rows as each other, in each network, are matched together: boxes with their
-    scores.
+    Outputs with equal numbers of rows, in each network, are matched together: boxes with their scores.
 
     Parameters
     ----------
     expected, got : mapping of str to ndarray
         Outputs of the float network and of another.
     axes : mapping of str to int
-        Axis of the rows of each output that has any.
+        Row axis of each output that has rows.
     """
     result: dict[str, Pair] = {name: (value, got[name]) for name, value in expected.items()}
     groups: dict[tuple[int, int], list[str]] = {}
@@ -57,7 +54,7 @@ def laid_beside(expected: Feeds, got: Feeds, axes: Mapping[str, int]) -> dict[st
 
 
 def rows_axis(value: NDArray[Any], counts: set[int]) -> int | None:
-    """The axis of an output along which there are as many rows as some choice made; None if there is none.
+    """Return the axis of an output whose size is the number of rows of some choice; None if there is none.
 
     Parameters
     ----------
@@ -65,7 +62,7 @@ def rows_axis(value: NDArray[Any], counts: set[int]) -> int | None:
     counts : set of int
         Numbers of rows that the network chose.
     """
-    # The first axis may be that of the batch.
+    # The first axis comes last, because it may be the batch.
     order = [*range(1, value.ndim), 0] if value.ndim else []
     return next((k for k in order if value.shape[k] in counts), None)
 
@@ -83,13 +80,13 @@ def _rows(value: NDArray[Any], axis: int) -> NDArray[np.float64]:
 def _assignment(
     rows: list[tuple[NDArray[np.float64], NDArray[np.float64]]], count: int, others: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places of the rows of both sides in the common order; those without a counterpart last."""
+    """Return the indices of both sides' rows in a common order, unmatched rows last."""
     cost = np.zeros((count, others))
     for ours, theirs in rows:
         unit = float(np.square(ours).mean()) if ours.size else 0.0
         distance = np.square(ours).sum(1)[:, None] + np.square(theirs).sum(1) - 2 * ours @ theirs.T
         cost += distance / (unit or 1.0)
-    # In exact ties the order stays.
+    # Keep the order in exact ties.
     cost += 1e-9 * np.abs(np.arange(count)[:, None] - np.arange(others))
     matched = [np.asarray(places, np.int64) for places in linear_sum_assignment(cost)]
     alone = [np.setdiff1d(np.arange(n), m) for n, m in zip((count, others), matched, strict=True)]

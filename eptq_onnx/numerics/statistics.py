@@ -1,9 +1,8 @@
-"""How far outputs of the quantized model are from the float model's, in figures that tell what it does to a
-task.
+"""Statistics of the difference between quantized and float outputs, chosen to reflect the effect on a task.
 
-The signal-to-noise ratio of an output alone tells little: what decides between classes is the distance of the
-two largest scores, and of outputs with a large mean (box coordinates, say) the spread about it. Both are
-measured here.
+The signal-to-noise ratio of an output alone says little: a classification depends on the distance between the
+two largest scores, and an output with a large mean (box coordinates, for instance) on its spread about that
+mean. Both are measured here.
 """
 
 from __future__ import annotations
@@ -29,23 +28,23 @@ class OutputStatistics:
     sqnr_db : float
         Signal-to-noise ratio of all values, in dB.
     centred_sqnr_db : float
-        The same with the spread of each channel about its mean as the signal.
+        The same, with the variance of each channel about its mean as the signal.
     channel_sqnr_db : float
-        The lower quartile, over channels, of each channel's own `centred_sqnr_db`.
+        Lower quartile, over channels, of each channel's own `centred_sqnr_db`.
     sample_sqnr_db : float
         `sqnr_db` of the worst sample.
     decisions : int
-        Places at which the largest channel of the float output was compared with that of the quantized
-        output; 0 for an output that is no set of scores: too few channels, or always the same one is largest.
+        Positions at which the largest channel of both outputs was compared; 0 for an output that is not a set
+        of scores, because it has too few channels or the same channel is always largest.
     disagreement : float
-        Share of these places at which another channel is the largest.
+        Share of these positions at which the largest channel differs.
     expected_disagreement : float
-        Share at which another channel would be the largest on ordinary samples, given the noise and the mean
-        distance between the two largest channels. It tells something where few decisions were compared, or
-        where the calibration samples are those that the network was trained on.
+        Share at which the largest channel would differ on ordinary samples, given the noise and the mean
+        distance between the two largest channels. It helps where few decisions were compared, or where the
+        network was trained on the calibration samples.
     mismatched, not_finite : int
-        Samples whose quantized output has another shape, or NaN or Inf where the float output has none: all
-        of it counts as noise.
+        Samples whose quantized output has another shape, or NaN or Inf where the float output has none; all
+        of such an output counts as noise.
     """
 
     samples: int
@@ -61,19 +60,17 @@ class OutputStatistics:
 
 
 _MOST_VALUES = 2**18
-"""Values of a sample that are kept to look at channels; positions of larger outputs are taken evenly."""
+"""Values kept of each sample for the channel statistics; positions of larger outputs are sampled evenly."""
 _CLEARLY = 0.05
-"""Share of the variance that the last axis must explain beyond axis 1, where most models have their
-channels."""
+"""Share of the variance that the last axis must explain beyond axis 1, where most models have channels."""
 _NEGLIGIBLE = 1e-12
-"""Share of the power below which the spread of values is rounding."""
+"""Share of the power below which a variance is float rounding."""
 
 Rows = NDArray[np.float64]
 
 
 class Comparison:
-    """Collects what one output is on each sample, in both models; keeps no more than it needs of large
-    outputs."""
+    """Collects one output of both models, sample by sample, without keeping all of a large output."""
 
     def __init__(self) -> None:
         self._power: list[float] = []
@@ -82,20 +79,20 @@ class Comparison:
         self._mismatched = self._not_finite = 0
 
     def add(self, reference: NDArray[Any], other: NDArray[Any]) -> None:
-        """Take note of one sample.
+        """Add one sample.
 
         Parameters
         ----------
         reference, other : ndarray
-            Output of the float and of the quantized model, batch axis and all. Where they differ in shape, or
-            where the quantized one is not finite, all of the reference counts as noise.
+            Output of the float and of the quantized model, including the batch axis. If they differ in shape,
+            or if the quantized one is not finite, all of the reference counts as noise.
         """
         exact = np.asarray(reference).astype(np.float64)
         finite = np.isfinite(exact)
         self._power.append(float(np.square(exact[finite]).sum()))
         got = np.asarray(other).astype(np.float64)
         mismatched = got.shape != exact.shape
-        # What is infinite in both, as masked logits are, does not differ.
+        # Values that are infinite in both, as masked logits are, do not differ.
         if mismatched or not (
             np.isfinite(got[finite]).all() and np.array_equal(got[~finite], exact[~finite], equal_nan=True)
         ):
@@ -109,7 +106,7 @@ class Comparison:
             self._rows.setdefault(axis, []).append((_rows(exact, axis), _rows(got, axis)))
 
     def result(self) -> OutputStatistics:
-        """The figures of all samples."""
+        """Return the statistics of all samples."""
         pooled = sqnr_db(sum(self._power), sum(self._noise))
         worst = min(
             (sqnr_db(p, n) for p, n in zip(self._power, self._noise, strict=True)), default=float("inf")
@@ -131,8 +128,10 @@ class Comparison:
         )
 
     def _by_channel(self) -> tuple[Rows, Rows] | None:
-        """Values as (positions, channels), along the axis whose indices differ most; the last one must do so
-        clearly."""
+        """Return values as (positions, channels), along the axis whose indices differ most.
+
+        The last axis must do so clearly.
+        """
         found = []
         for pairs in self._rows.values():
             if len({exact.shape[1] for exact, _ in pairs}) == 1:
@@ -145,12 +144,12 @@ class Comparison:
 
 
 def compare(references: Iterable[NDArray[Any]], others: Iterable[NDArray[Any]]) -> OutputStatistics:
-    """Statistics of one output over samples.
+    """Return the statistics of one output over samples.
 
     Parameters
     ----------
     references, others : iterable of ndarray
-        One array a sample, of the float and of the quantized model, in the same order.
+        One array per sample, of the float and of the quantized model, in the same order.
     """
     comparison = Comparison()
     for reference, other in zip(references, others, strict=True):
@@ -159,14 +158,14 @@ def compare(references: Iterable[NDArray[Any]], others: Iterable[NDArray[Any]]) 
 
 
 def channel_axes(rank: int) -> Sequence[int]:
-    """Axes that may be the channels of an output; the first is the batch, if there are several."""
+    """Return the axes that may be the channels of an output; the first of several axes is the batch."""
     if rank < 2:
         return range(rank)
     return (1,) if rank == 2 else (1, rank - 1)
 
 
 def _rows(value: Rows, axis: int) -> Rows:
-    """The value as (positions, channels); evenly chosen positions, if there are many."""
+    """Return the value as (positions, channels), with evenly sampled positions if there are many."""
     channels = value.shape[axis]
     rows = np.moveaxis(value, axis, -1).reshape(-1, channels) if channels else np.zeros((0, 0))
     most = max(1, _MOST_VALUES // max(channels, 1))
@@ -174,8 +173,7 @@ def _rows(value: Rows, axis: int) -> Rows:
 
 
 def _explained(rows: Rows) -> float:
-    """Share of the variance that lies between the means of channels, less what chance makes of it (adjusted R
-    squared)."""
+    """Return the share of the variance between channel means, corrected for chance (adjusted R squared)."""
     total, within = (
         float(np.square(rows - rows.mean()).sum()),
         float(np.square(rows - rows.mean(axis=0)).sum()),
@@ -187,8 +185,10 @@ def _explained(rows: Rows) -> float:
 
 
 def _spread_ratios(exact: Rows, got: Rows, pooled: float) -> tuple[float, float]:
-    """The ratio of the channels' spread to the noise in dB, of all together and the lower quartile of each;
-    else the pooled one."""
+    """Return the ratio of the channels' variance to the noise in dB: of all together, and the lower quartile.
+
+    If no channel varies, both are the pooled ratio.
+    """
     spread = np.square(exact - exact.mean(axis=0)).sum(axis=0)
     noise = np.square(exact - got).sum(axis=0)
     alive = spread > _NEGLIGIBLE * np.square(exact).sum()
@@ -199,8 +199,10 @@ def _spread_ratios(exact: Rows, got: Rows, pooled: float) -> tuple[float, float]
 
 
 def _decisions(exact: Rows, got: Rows) -> tuple[int, float, float]:
-    """Decisions compared, the share that differs, and the share expected to differ; see
-    `OutputStatistics`."""
+    """Return the number of decisions, and the shares that differ and are expected to differ.
+
+    See `OutputStatistics`.
+    """
     count, channels = exact.shape
     winners = exact.argmax(axis=1) if channels else np.zeros(0, np.int64)
     if channels < 2 or len(np.unique(winners)) < 2:
@@ -217,7 +219,7 @@ def _decisions(exact: Rows, got: Rows) -> tuple[int, float, float]:
     gain = float(margin @ kept / (margin @ margin))
     if gain <= 0:
         return count, disagreement, max(disagreement, 1 - 1 / channels)
-    # Scores that all grow or shrink alike decide as before. Distances near zero, which few samples show, are
-    # as frequent as an exponential distribution of the same mean has them.
+    # A common factor of all scores changes no decision. Distances near zero, which few samples show, are
+    # taken to be as frequent as in an exponential distribution of the same mean.
     fall = np.maximum(margin - kept / gain, 0)
     return count, disagreement, float((1 - np.exp(-fall / margin.mean())).mean())

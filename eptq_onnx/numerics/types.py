@@ -1,4 +1,4 @@
-"""Arrays, and how a tensor is quantized."""
+"""Array types, and the quantization parameters of a tensor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class QuantSpec:
     bits : int
         Nominal bit width.
     qmin, qmax : int
-        Integer range that the values are kept in; it may be narrower than the container's.
+        Integer range of the values, which may be narrower than the container's.
     container : str
         Integer type that the runtime stores: ``"int8"``, ``"uint8"``, ``"int16"`` or ``"uint16"``.
     symmetric : bool
@@ -33,10 +33,11 @@ class QuantSpec:
     axis : int or None
         Axis with one scale per index (per-channel), or None for one scale per tensor.
     zero_points : tuple of int
-        Least and largest zero point of a weight. It is folded into the stored integers, which have the zero
-        point 0 that integer kernels want: the limits keep them in the range that the target stores.
+        Smallest and largest zero point of a weight. It is folded into the stored integers, whose own zero
+        point is 0, as integer kernels expect; the limits keep these integers in the range that the target
+        stores.
     scales : ScaleRule
-        Which scales the runtime takes.
+        The scales that the runtime accepts.
     """
 
     bits: int
@@ -50,18 +51,19 @@ class QuantSpec:
 
     @property
     def width(self) -> int:
-        """Bits of the container."""
+        """Return the bits of the container."""
         return 16 if self.container.endswith("16") else 8
 
     @property
     def narrower_than_container(self) -> bool:
-        """True if the container can hold integers outside ``[qmin, qmax]``."""
+        """Return True if the container can hold integers outside ``[qmin, qmax]``."""
         info = np.iinfo(self.container)
         return bool(self.qmin > info.min or self.qmax < info.max)
 
     def params(self, scale: Array, zero_point: int | IntArray = 0) -> QuantParams:
-        """The parameters with the allowed scale nearest to a given one: all parameters are made here, so that
-        no scale is off the rule.
+        """Return parameters with the allowed scale nearest to the given one.
+
+        All parameters are made here, so that every scale follows the rule.
 
         Parameters
         ----------
@@ -79,7 +81,7 @@ class QuantParams:
     ----------
     scale : ndarray of float32, scalar or of shape (n_channels,)
     zero_point : int, or ndarray of the scale's shape
-        One in all for activations.
+        A single one for activations.
     """
 
     scale: Array

@@ -1,4 +1,4 @@
-"""What a run tells: a frozen record, as a console table or as JSON."""
+"""The result of a run: a frozen record, printed as a console table or written as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from eptq_onnx.report.speed import in_words, operator_table, warning
 from eptq_onnx.report.verdict import Assurance, Verdict, judge
 
 _NAME = 200
-"""Characters of a node's name in a table."""
+"""Characters of a node's name shown in a table."""
 
 
 @dataclass(frozen=True)
@@ -44,36 +44,36 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a user may want to know of a run.
+    """Everything a user may want to know about a run.
 
     Parameters
     ----------
     version : str
     model, target, engine : str
-        Names; the engine is empty where no gradient was needed.
+        Names; the engine is empty if no gradient was needed.
     config : dict
         All options, defaults included.
     opset : int
         Default-domain opset of the written model.
     samples, unused_samples : int
     batching : dict of str to str
-        What was made of the axes of each input's array.
+        How the axes of each input's array were interpreted.
     layers : tuple of LayerReport
     kept_float : tuple of KeptFloat
         Nodes that stay float, each with the reason.
     notes : tuple of str
-        What could not be done as asked, each with the reason.
+        What could not be done as requested, each with the reason.
     rotated : dict of str to int
-        Tensors whose channels were mixed, and how many at a time.
+        Tensors whose channels were mixed, and how many were mixed together.
     equalized : dict of str to float
-        Quantized tensors whose channels were scaled to fit a common range, and by how much at the most, up or
+        Quantized tensors whose channels were scaled to fit a common range, and the largest factor, up or
         down.
     optimization : OptimizationTrace or None
     verification : Verification
     speed : Speed or None
-        None if it was not measured; a note says why, unless it was not asked for.
+        None if it was not measured; unless it was not requested, a note says why.
     estimate : Estimate
-        What the run was expected to take, as it was told before it started.
+        What the run was expected to take, as shown before it started.
     seconds : dict of str to float
         Time of each step.
     peak_memory_bytes : int
@@ -102,11 +102,11 @@ class Report:
 
     @property
     def verdict(self) -> Verdict:
-        """What to expect of the written model."""
+        """Return what to expect of the written model."""
         return judge(self.verification)
 
     def to_json(self) -> str:
-        """The whole report as JSON, the verdict first; infinite ratios are null."""
+        """Return the whole report as JSON, with the verdict first; infinite ratios are null."""
         return (
             json.dumps(
                 _plain({"verdict": dataclasses.asdict(self.verdict), **dataclasses.asdict(self)}), indent=2
@@ -115,7 +115,7 @@ class Report:
         )
 
     def render(self) -> Group:
-        """The summary for a console."""
+        """Return the summary for a console."""
         v, verdict = self.verification, self.verdict
         head = Table.grid(padding=(0, 2))
         head.add_row(Text("verdict", style="bold"), Text(str(verdict), style=_STYLES[verdict.assurance]))
@@ -257,7 +257,7 @@ def _size(count: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON types only."""
+    """Return the value with JSON types only."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What is shown: on any terminal or none, in any encoding, whatever names are in it."""
+"""Console output: on any terminal or none, in any encoding, whatever names contain."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ from eptq_onnx.report.progress import Remaining
 _REPLACE = "eptq-onnx.replace"
 _SUBSTITUTES = {"→": "->", "×": "x", "…": "...", "–": "-", "µ": "u", "≥": ">=", "≤": "<="}
 _ANSWER_SECONDS = 10.0
-"""Between two lines of a long step, where there is no terminal."""
+"""Time between two lines about a long step, without a terminal."""
 _WORTH_TELLING = 1.0
-"""Seconds of a step below which a plain line does not tell that it ended."""
+"""Duration of a step below which no line reports its end, without a terminal."""
 _MOST = 2000
 """Characters of a name or message that are shown."""
 
 
 def shown(text: object, most: int = _MOST) -> str:
-    """A text for one line of a console: control, format and surrogate characters escaped, shortened in the
-    middle if very long."""
+    """Return a text for one line of a console.
+
+    Control, format and surrogate characters are escaped, and very long texts are shortened in the middle.
+    """
     result = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in str(text)[: 2 * most]
@@ -43,13 +45,13 @@ def shown(text: object, most: int = _MOST) -> str:
 
 
 class _Stream:
-    """A text stream that never fails for what it is given or for a reader that went away.
+    """A text stream that survives any text, and a reader that has gone away.
 
     Parameters
     ----------
     stream : text stream
     name : str
-        To name in errors; empty: errors of the device are passed over, too.
+        Name for error messages; if empty, errors of the device are ignored as well.
     """
 
     def __init__(self, stream: IO[str], name: str = "") -> None:
@@ -79,7 +81,7 @@ class _Stream:
             act()
         except OSError as e:
             self._gone = True
-            with suppress(OSError, ValueError):  # what is buffered would fail once more at the exit
+            with suppress(OSError, ValueError):  # buffered text would fail again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
             if self._name and not isinstance(e, BrokenPipeError):
                 raise OutputError(f"{self._name} cannot be written: {e.strerror or e}.") from e
@@ -96,12 +98,11 @@ codecs.register_error(_REPLACE, _replaced)
 
 
 def tolerant_streams() -> None:
-    """Make stdout and stderr replace what they cannot encode, for all that is written to them, and open them
-    where they are closed."""
+    """Make stdout and stderr replace characters that they cannot encode, and open closed streams."""
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # the next file that is opened would take its place, and messages end up there
+        except OSError:  # the next opened file would get this number and receive the messages
             os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -109,7 +110,7 @@ def tolerant_streams() -> None:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console on stdout or stderr."""
+    """Return a console on stdout or stderr."""
     stream = sys.stderr if stderr else sys.stdout
     if stream is None:
         return Console(file=io.StringIO())
@@ -117,20 +118,20 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def line(text: object, style: str = "", *, most: int = _MOST) -> Text:
-    """A text as it is: no markup, no emoji codes, nothing that a terminal would obey."""
+    """Return a text without markup, emoji codes, or anything that a terminal would obey."""
     return Text(shown(text, most), style=style)
 
 
 class Display(Protocol):
-    """Called as the work goes on; see `eptq_onnx.passes.base.Progress`."""
+    """Progress display; see `eptq_onnx.passes.base.Progress`."""
 
     def __call__(self, step: str, done: int, total: int, detail: object = "") -> None:
-        """Take note."""
+        """Report progress."""
         ...
 
 
 def duration(seconds: float) -> str:
-    """Rounded as people tell it."""
+    """Return a duration in words, rounded."""
     if seconds < 10:
         return "less than 10 seconds"
     if seconds < 60:
@@ -143,7 +144,7 @@ def duration(seconds: float) -> str:
 
 
 class _Table(Progress):
-    """A bar for each step, and what is left of the whole run below them."""
+    """A bar for each step, and the remaining time of the run below them."""
 
     def __init__(self, console: Console, remaining: Remaining) -> None:
         self.remaining, self._screen, self.over = remaining, console, False
@@ -165,14 +166,14 @@ class _Table(Progress):
 
 
 class _Bars:
-    """A terminal: a bar for each step as it begins."""
+    """Display for a terminal: a bar for each step once it begins."""
 
     def __init__(self, table: _Table, preset: str) -> None:
         self._table, self._preset = table, preset
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, step: str, done: int, total: int, detail: object = "") -> None:
-        self._table.start()  # not before: an error in the first check has no bar above it
+        self._table.start()  # not earlier, so that an error in the first check appears without bars
         if isinstance(detail, Estimate):
             self._table.remaining.expect(detail.shares)
             self._table.console.print(line(f"preset {self._preset}: {detail}"))
@@ -185,7 +186,7 @@ class _Bars:
 
 
 class _Lines:
-    """No terminal: a line when a step begins, when it ends, and now and then while it goes on."""
+    """Display without a terminal: a line when a step begins and ends, and occasionally in between."""
 
     def __init__(self, console: Console, preset: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._console, self._preset, self._clock = console, preset, clock
@@ -225,13 +226,13 @@ class _Lines:
 
 @contextmanager
 def display(console: Console, preset: str) -> Iterator[Display]:
-    """Show how a run goes on: bars on a terminal that can move its cursor, else plain lines.
+    """Show the progress of a run: bars on a terminal that can move its cursor, else plain lines.
 
     Parameters
     ----------
     console : Console
     preset : str
-        To name beside the estimate.
+        Name of the preset, shown with the estimate.
     """
     if not _has_cursor(console):
         yield _Lines(console, preset)
@@ -247,8 +248,10 @@ def display(console: Console, preset: str) -> Iterator[Display]:
 
 
 def _has_cursor(console: Console) -> bool:
-    """True for a terminal; colours may be forced into a pipe, a cursor is not there. A log of a CI service is
-    none either."""
+    """Return True for a terminal that can move its cursor.
+
+    Colours may be forced into a pipe, which has no cursor; the log of a CI service has none either.
+    """
     if os.environ.get("CI", "").lower() not in ("", "0", "false"):
         return False
     return console.file.isatty() and console.is_terminal and not console.is_dumb_terminal

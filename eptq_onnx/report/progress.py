@@ -1,4 +1,4 @@
-"""How long a run still takes: the estimate of each step, corrected by what the steps take."""
+"""Estimate the remaining time of a run, from the expected time of each step and the progress so far."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 _HALF = 0.07
-"""Share of a step after which its own pace counts half: the first units take longer than the others, or are
-too few to tell."""
+"""Share of a step after which its own pace has half the weight.
+
+The first units take longer than the others, or are too few.
+"""
 
 _MOST = 20.0
-"""Largest correction: a step that should have taken no time tells nothing."""
+"""Largest correction: a step expected to take no time gives no information."""
 
 
 @dataclass
 class _Current:
-    """The step that runs."""
+    """The running step."""
 
     name: str
     began: float
@@ -30,17 +32,17 @@ class _Current:
 
 
 class Remaining:
-    """The time that is left of a run.
+    """Remaining time of a run.
 
-    A step has an expected time, or none where the estimate does not know it. A step that runs is extrapolated
-    from its own pace, the more the further it is; before that, and for the steps to come, the expected time
-    counts, times how much longer the finished steps took than expected, the more of the run they were. A step
-    that is skipped counts no more as soon as a later one begins.
+    A step has an expected time, or none if the estimate does not include it. A running step is extrapolated
+    from its own pace, with a weight that grows with its progress. The rest of it, and the steps to come, take
+    their expected time, corrected by how much longer the finished steps took than expected; the correction
+    grows with their share of the run. A skipped step stops counting once a later one begins.
 
     Parameters
     ----------
     clock : callable, optional
-        Gives seconds.
+        Returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -53,17 +55,17 @@ class Remaining:
         self._spent = self._foreseen = 0.0
 
     def expect(self, seconds: Mapping[str, float]) -> None:
-        """Take the expected times of the steps to come, in seconds, in order."""
+        """Set the expected times of the steps to come, in seconds, in order."""
         self._expected = {name: max(0.0, float(value)) for name, value in seconds.items()}
         self._pending = list(self._expected)
         self._ended = self._clock()
 
     def update(self, step: str, done: float, total: float) -> None:
-        """Take note of how far a step is, in any unit."""
+        """Report the progress of a step, in any unit."""
         now = self._clock()
         if self._current is None or self._current.name != step:
             self._finish(now)
-            # Its first report comes when its first unit is done.
+            # The first report of a step comes after its first unit, so it began when the previous step ended.
             self._current = _Current(step, now if self._ended is None else self._ended)
             if step in self._pending:
                 self._pending = self._pending[self._pending.index(step) + 1 :]
@@ -73,11 +75,11 @@ class Remaining:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return self._clock() - self._began
 
     def seconds(self) -> float | None:
-        """Seconds that are left, or None if there is nothing to tell them from."""
+        """Return the remaining seconds, or None if there is nothing to estimate them from."""
         now = self._clock()
         factor = self._factor()
         left = factor * sum(self._expected[name] for name in self._pending)
@@ -94,8 +96,10 @@ class Remaining:
         return left + weight * own + (1 - weight) * planned
 
     def _factor(self) -> float:
-        """How much longer steps take than expected: the load of the machine is common to all, other errors
-        are not."""
+        """Return how much longer steps take than expected.
+
+        The load of the machine affects all steps, while other errors do not, so the ratio is damped.
+        """
         if not self._foreseen or not self._spent:
             return 1.0
         current = self._expected.get(self._current.name, 0.0) if self._current is not None else 0.0
@@ -110,5 +114,5 @@ class Remaining:
         self._ended = now
         if current.name in self._expected:
             self._spent += now - current.began
-            # The optimization may end early, which says nothing of the pace.
+            # The optimization may end early, which says nothing about its pace.
             self._foreseen += self._expected[current.name] * current.share

@@ -8,18 +8,20 @@ from rich.text import Text
 from eptq_onnx.records import OperatorTime, Pace, Speed
 
 _NAMED, _SMALL = 3, 0.05
-"""At most so many operators are named, those with at least this share of the run time or of what it grew
-by."""
+"""Most operators to name, and their smallest share of the total increase in run time."""
 
 
 def in_words(speed: Speed | None) -> str:
-    """One line, such as ``1.6× faster than the float model: 1.11 ms → 0.66 ms (…)``."""
+    """Return one line such as ``1.6× faster than the float model: 1.11 ms → 0.66 ms (…)``."""
     if speed is None:
         return "not measured"
-    batch = f"a run of {speed.samples} sample{'s' * (speed.samples > 1)}"
+    batch = f"per run of {speed.samples} sample{'s' * (speed.samples > 1)}"
     times = f"{_time(speed.float_seconds)} → {_time(speed.quantized_seconds)} {batch}"
     bounds = (speed.low, speed.high) if speed.pace is not Pace.FASTER else (1 / speed.high, 1 / speed.low)
-    interval = f"between {bounds[0]:.2f}× and {bounds[1]:.2f}× in {speed.pairs} pairs of measurements on this machine"
+    interval = (
+        f"between {bounds[0]:.2f}× and {bounds[1]:.2f}× "
+        f"in {speed.pairs} pairs of measurements on this machine"
+    )
     if speed.pace is Pace.FASTER:
         return f"{1 / speed.ratio:.2f}× faster than the float model: {times} ({interval})"
     if speed.pace is Pace.SLOWER:
@@ -28,22 +30,23 @@ def in_words(speed: Speed | None) -> str:
 
 
 def warning(speed: Speed | None) -> str:
-    """What to say first of all of a model that runs slower; empty for others."""
+    """Return a warning for a model that runs slower; empty for others."""
     if speed is None or speed.pace is not Pace.SLOWER:
         return ""
     named = ", ".join(_cost(o, speed) for o in costly(speed))
-    return f"runs {speed.ratio:.2f}× slower than the float model on this machine{f'; the time goes to {named}' if named else ''}"
+    cause = f"; the time goes to {named}" if named else ""
+    return f"runs {speed.ratio:.2f}× slower than the float model on this machine{cause}"
 
 
 def costly(speed: Speed) -> list[OperatorTime]:
-    """Operators that take longer than in the float model, those that cost most first."""
+    """Return the operators that take longer than in the float model, largest increase first."""
     grown = [o for o in speed.operators if o.quantized_seconds > o.float_seconds]
     lost = sum(o.quantized_seconds - o.float_seconds for o in grown)
     return [o for o in grown if o.quantized_seconds - o.float_seconds >= _SMALL * lost][:_NAMED]
 
 
 def operator_table(speed: Speed) -> Table:
-    """Where the time of both models goes; what takes next to nothing in both is left out."""
+    """Return a table of both models' time by operator, without operators that take next to nothing."""
     table = Table(
         "operator",
         "float",
@@ -67,7 +70,7 @@ def _cost(operator: OperatorTime, speed: Speed) -> str:
 
 
 def _time(seconds: float) -> str:
-    """With a unit that suits it."""
+    """Return a time with a suitable unit."""
     if seconds <= 0:
         return "none"
     for unit, name in ((1, "s"), (1e-3, "ms")):

@@ -1,10 +1,9 @@
-"""What the comparison of both models lets a user expect: safe, check, or expect loss, with the reasons in
-words.
+"""Judge what to expect of the written model: safe, check, or expect loss, with reasons in words.
 
 The limits were set on files of nine networks (classifiers, detectors, segmenters, a sentence encoder), at 8
-to 2 bits, each scored on labelled data; ``tools/bench_verdict.py`` prints such a table for others. Where a
-score fell by more than a point, no file met the conditions of `Assurance.SAFE`. How the limits do on networks
-that they were not set on is not known.
+to 2 bits, each scored on labelled data; ``tools/bench_verdict.py`` prints such a table for others. No file
+whose score fell by more than a point met the conditions of `Assurance.SAFE`. How well the limits work for
+other networks is not known.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.records import Verification
 
 SAFE_DB, VERY_HIGH_DB = 30.0, 40.0
-"""SQNR of an output that is safe, whatever it is for; and one that few samples, or samples seen before, are
-enough to tell."""
+"""SQNR at which an output is safe whatever its use, and at which few or already seen samples suffice."""
 SAFE_CHANGES, LOSSY_CHANGES = 0.035, 0.06
-"""Share of decisions that change: below the first a score loses less than a point, above the second it did
-lose more."""
+"""Shares of changed decisions: below the first, scores fell by less than a point; above the second, more."""
 SAFE_PLACES = 0.005
-"""The same as `SAFE_CHANGES` where a sample has many decisions, as a map of classes: scores of classes that
-cover little lose several times the share of places that change."""
+"""`SAFE_CHANGES` for samples with many decisions, such as a map of classes.
+
+Scores of classes with small areas fall by several times the share of changed positions.
+"""
 SAFE_CENTRED_DB = 15.0
-"""Outputs whose noise is larger beside their spread are more than the choice of a class: that alone does not
-make them safe."""
+"""Centred SQNR below which few changed decisions do not make an output safe."""
 LOSSY_CENTRED_DB = 8.0
-"""Below, noise is a sixth of the spread of the outputs and more: every task loses."""
+"""Centred SQNR below which every task loses: noise is a sixth of the outputs' variance or more."""
 WORST_SAMPLE_DB = 10.0
-"""Below, a sample has outputs of its own."""
+"""SQNR below which a sample's outputs have little to do with the float model's."""
 MISMATCHED = 0.1
-"""Share of samples whose output has another size, above which it does not do what the float model's does."""
+"""Share of samples with outputs of another size above which the model behaves differently."""
 FEW_SAMPLES = 16
+"""Number of samples below which a verdict is uncertain."""
 
 
 class Assurance(str, Enum):
@@ -49,13 +48,15 @@ _ORDER = (Assurance.SAFE, Assurance.CHECK, Assurance.LOSS)
 _ADVICE = {
     Assurance.SAFE: "",
     Assurance.CHECK: "score both models on labelled data before you rely on it",
-    Assurance.LOSS: "give more bits (--weight-bits, --activation-bits, --budget), --preset best, or more samples",
+    Assurance.LOSS: (
+        "give more bits (--weight-bits, --activation-bits, --budget), --preset best, or more samples"
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to expect, why, and what to do.
+    """What to expect, why, and what to do about it.
 
     Parameters
     ----------
@@ -74,7 +75,7 @@ class Verdict:
 
 
 def judge(verification: Verification) -> Verdict:
-    """Verdict on the written model; that of its worst output.
+    """Return the verdict on the written model, which is that of its worst output.
 
     Parameters
     ----------
@@ -84,12 +85,12 @@ def judge(verification: Verification) -> Verdict:
 
 
 def judge_outputs(statistics: Mapping[str, OutputStatistics], samples: int, held_out: bool) -> Verdict:
-    """Verdict on outputs.
+    """Return the verdict on a set of outputs.
 
     Parameters
     ----------
     statistics : mapping of str to OutputStatistics
-        Per output.
+        Statistics of each output.
     samples : int
         Samples compared.
     held_out : bool
@@ -108,9 +109,8 @@ def judge_outputs(statistics: Mapping[str, OutputStatistics], samples: int, held
     least = min(s.sqnr_db for s in statistics.values())
     doubts = []
     if samples < FEW_SAMPLES:
-        doubts.append(
-            f"{samples} sample{'s' if samples > 1 else ''} {'are' if samples > 1 else 'is'} too few to tell more"
-        )
+        few = f"{samples} samples are" if samples > 1 else f"{samples} sample is"
+        doubts.append(f"{few} too few to tell more")
     if not held_out:
         doubts.append("calibration has seen the samples, so other samples may fare worse")
     if worst is Assurance.SAFE and doubts and least < VERY_HIGH_DB:
@@ -123,11 +123,11 @@ def _verdict(assurance: Assurance, reasons: list[str]) -> Verdict:
 
 
 def _judge_output(s: OutputStatistics) -> tuple[Assurance, str]:
-    """Verdict on one output, and what it says about it."""
+    """Return the verdict on one output, and a description of its deviation."""
     if s.not_finite:
         return Assurance.LOSS, f"has NaN or Inf on {s.not_finite} of {s.samples} samples"
     if s.mismatched:
-        # As many boxes above a threshold, say: one more or less is no loss yet.
+        # The number of boxes above a threshold, for instance, may differ by one without a loss.
         return (
             Assurance.LOSS if s.mismatched > MISMATCHED * s.samples else Assurance.CHECK,
             f"has another number of values on {s.mismatched} of {s.samples} samples",
@@ -135,7 +135,8 @@ def _judge_output(s: OutputStatistics) -> tuple[Assurance, str]:
     changes, limit = _changes(s)
     text = f"keeps {s.sqnr_db:.1f} dB" if s.sqnr_db < 100 else "is the same"
     if changes is not None:
-        text += f", another channel is largest on {changes:.1%} of {'samples' if s.decisions <= s.samples else 'positions'}"
+        where = "samples" if s.decisions <= s.samples else "positions"
+        text += f", another channel is largest on {changes:.1%} of {where}"
     if s.sqnr_db >= VERY_HIGH_DB:
         return Assurance.SAFE, text
     spread = f"{text}, noise is {_noise(s.centred_sqnr_db)} of its spread"
@@ -152,11 +153,11 @@ def _judge_output(s: OutputStatistics) -> tuple[Assurance, str]:
 
 
 def _changes(s: OutputStatistics) -> tuple[float | None, float]:
-    """Share of decisions that change, None where there are none, and the largest share that is safe."""
+    """Return the share of changed decisions, None if there are none, and the largest safe share."""
     if not s.decisions:
         return None, 0.0
     if s.decisions > s.samples:
-        # So many were seen that nothing needs to be expected.
+        # With so many decisions, the observed share is reliable.
         return s.disagreement, SAFE_PLACES
     return max(s.disagreement, s.expected_disagreement), SAFE_CHANGES
 

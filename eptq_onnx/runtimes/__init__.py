@@ -1,1 +1,1 @@
-"""What a runtime makes of a written model."""
+"""Measurements of a written model in its runtime."""

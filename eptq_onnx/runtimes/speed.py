@@ -1,9 +1,8 @@
-"""Whether the written model runs faster than the float model on this machine, and if not, which operators
-cost the time.
+"""Measure whether the written model is faster than the float model here, and which operators cost time.
 
-Both models run in onnxruntime with the options that a user gets by default, in turn, so that whatever else
-the machine does falls on both. The ratio is the median over pairs of measurements; what it is told from is
-noise, by the interval of that median.
+Both models run in onnxruntime with default options, in turn, so that other load on the machine affects both.
+The ratio is the median over pairs of measurements; the interval of that median says whether it differs from
+noise.
 """
 
 from __future__ import annotations
@@ -32,17 +31,18 @@ from eptq_onnx.runtime import Session
 LONGEST_RUN = 2.0
 """Seconds of one run above which nothing is measured."""
 _BUDGET = 1.5
-"""Seconds of measurement, warm-up not counted; a pair that has begun is finished."""
+"""Seconds of measurement without warm-up; a pair that has begun is finished."""
 _PAIRS = (10, 41)
-"""Fewest and most pairs. Ten are the fewest whose range encloses the median at the confidence wanted."""
+"""Fewest and most pairs; the range of ten is the first to enclose the median with enough confidence."""
 _TAIL = 0.001
-"""Probability that the median lies beyond one end of its interval. Small, for the interval is looked at after
-every pair."""
+"""Probability that the median lies beyond one end of its interval; small because every pair is a new test."""
 _TURN, _REPEATS = 0.02, 20
-"""Seconds that a turn of one model lasts about, and the most runs in it. The fastest counts: others were
-interrupted."""
+"""Approximate seconds of one model's turn, and the most runs in it.
+
+The fastest run counts, since others were interrupted.
+"""
 _MARGIN = 1.05
-"""A ratio within this factor of 1 is no difference to a user."""
+"""Factor around 1 within which a ratio makes no difference to a user."""
 _PROFILED = 0.1
 """Seconds of profiled runs of each model."""
 
@@ -58,7 +58,7 @@ _KERNELS = {
     "ReorderInput": "layout",
     "ReorderOutput": "layout",
 }
-"""Float operator that onnxruntime's own operators stand for; QLinearX, FusedX and QX stand for X."""
+"""Float operators that onnxruntime's own operators implement; QLinearX, FusedX and QX implement X."""
 
 Run = Callable[[], object]
 
@@ -69,11 +69,11 @@ def measure(model: ModelProto, quantized: ModelProto, feeds: Feeds, samples: int
     Parameters
     ----------
     model, quantized : ModelProto
-        The model as it was given, and as it is written.
+        The original and the written model.
     feeds : dict of str to ndarray
-        What one run takes.
+        Feeds of one run.
     samples : int
-        Samples in it.
+        Samples in these feeds.
 
     Raises
     ------
@@ -83,7 +83,7 @@ def measure(model: ModelProto, quantized: ModelProto, feeds: Feeds, samples: int
     sessions = [Session(m, threads=0) for m in (model, quantized)]
     run_float, run_quantized = (_bound(session, feeds) for session in sessions)
     speed = compare(run_float, run_quantized, samples)
-    # Profiles come from sessions of their own: timing operators slows a session down.
+    # Profiles come from separate sessions, because timing operators slows a session down.
     del sessions, run_float, run_quantized
     if speed.pace is Pace.FASTER:
         return speed
@@ -100,9 +100,9 @@ def compare(
     run_float, run_quantized : callable
         One run each.
     samples : int
-        Samples in a run.
+        Samples per run.
     clock : callable
-        Seconds.
+        Returns seconds.
 
     Raises
     ------
@@ -111,12 +111,12 @@ def compare(
     """
     longest = 0.0
     for run in (run_float, run_quantized):
-        first = _seconds(run, 1, clock)  # allocates, and packs weights
+        first = _seconds(run, 1, clock)  # allocates memory and packs weights
         second = _seconds(run, 1, clock) if first < LONGEST_RUN else first
         if second > LONGEST_RUN:
             raise ModelError(f"one run takes {second:.1f} s, and at most {LONGEST_RUN:g} s are spent on each")
         longest = max(longest, second)
-    # As many for both: the fastest of more runs is faster.
+    # The same number for both, because the minimum of more runs is smaller.
     repeats = min(_REPEATS, math.ceil(_TURN / longest))
     times: list[tuple[float, float]] = []
     began = clock()
@@ -125,9 +125,9 @@ def compare(
     ):
         turns = [(0, run_float), (1, run_quantized)]
         pair = [0.0, 0.0]
-        # Who goes first changes: a clock that slows down, say, favours neither.
+        # The order alternates, so that a drifting clock frequency, for instance, favours neither.
         for k, run in turns if len(times) % 2 == 0 else reversed(turns):
-            run()  # threads of the other session still spin, and its weights are in the caches
+            run()  # warm-up: the other session's threads still spin, and its weights fill the caches
             pair[k] = _seconds(run, repeats, clock)
         times.append((pair[0], pair[1]))
     low, high = _interval(times)
@@ -150,7 +150,7 @@ def _bound(session: Session, feeds: Feeds) -> Run:
 
 
 def _seconds(run: Run, repeats: int, clock: Callable[[], float]) -> float:
-    """Time of the fastest of several runs in a row."""
+    """Return the time of the fastest of several consecutive runs."""
     times = []
     for _ in range(repeats):
         began = clock()
@@ -160,8 +160,10 @@ def _seconds(run: Run, repeats: int, clock: Callable[[], float]) -> float:
 
 
 def _interval(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Interval of the median ratio: the order statistics that enclose it at a confidence of at least 99.8
-    %."""
+    """Return the interval of the median ratio.
+
+    Its ends are the order statistics that enclose the median with a confidence of at least 99.8 %.
+    """
     ratios = sorted(q / f for f, q in times)
     n, left, tail = len(ratios), 0, 0.5 ** len(ratios)
     while left + 1 < n / 2 and tail + math.comb(n, left + 1) * 0.5**n <= _TAIL:
@@ -171,7 +173,7 @@ def _interval(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _pace(low: float, high: float) -> Pace | None:
-    """What an interval of the ratio says; None if it does not decide."""
+    """Return the pace that an interval of the ratio implies; None if it is undecided."""
     if low > _MARGIN:
         return Pace.SLOWER
     if high < 1 / _MARGIN:
@@ -180,7 +182,7 @@ def _pace(low: float, high: float) -> Pace | None:
 
 
 def profile(model: ModelProto, feeds: Feeds) -> dict[str, float]:
-    """Seconds of one run by operator, as `operator_seconds` names them."""
+    """Return the seconds per run of each operator, with the names of `operator_seconds`."""
     with scratch.folder() as folder:
         optimized = Path(folder) / "optimized.onnx"
         session = Session(model, threads=0, profile=Path(folder) / "profile", save_optimized=optimized)
@@ -188,7 +190,7 @@ def profile(model: ModelProto, feeds: Feeds) -> dict[str, float]:
         while count < 3 or time.perf_counter() - began < _PROFILED:
             run()
             count += 1
-        # onnxruntime writes the names of nodes as they are, control characters and all.
+        # onnxruntime writes node names unescaped, including control characters.
         events = json.loads(
             session.end_profiling().read_text(encoding="utf-8", errors="replace"), strict=False
         )
@@ -199,14 +201,14 @@ def profile(model: ModelProto, feeds: Feeds) -> dict[str, float]:
 def operator_seconds(
     events: Iterable[Mapping[str, Any]], labels: Mapping[str, str], runs: int
 ) -> dict[str, float]:
-    """Seconds of one run by operator.
+    """Return the seconds per run of each operator.
 
     Parameters
     ----------
     events : iterable of mappings
         onnxruntime's profile.
     labels : mapping of str to str
-        What to call some nodes, by node name; others by the float operator that they stand for.
+        Labels of some nodes, by node name; other nodes are named after the float operator they implement.
     runs : int
         Runs of the model in this profile.
     """
@@ -219,15 +221,17 @@ def operator_seconds(
         spent[node, labels.get(node, stands_for(kind))].append(seconds)
     found: dict[str, float] = defaultdict(float)
     for (_, label), times in spent.items():
-        # A median a node: one that another process interrupted does not count. In a loop a node runs several
-        # times a run.
+        # Use the median of each node, which ignores interruptions by other processes. In a loop, a node runs
+        # several times per run.
         found[label] += float(np.median(times)) * len(times) / runs
     return dict(found)
 
 
 def _own_seconds(events: Sequence[Mapping[str, Any]]) -> Iterable[tuple[Mapping[str, Any], float]]:
-    """Each event with its time less that of the events inside it: an If, Loop or Scan contains the nodes of
-    its body."""
+    """Yield each event with its time minus that of the events nested in it.
+
+    An If, Loop or Scan contains the nodes of its body.
+    """
     threads: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:
         threads[event.get("tid")].append(event)
@@ -248,13 +252,15 @@ def _own_seconds(events: Sequence[Mapping[str, Any]]) -> Iterable[tuple[Mapping[
 
 
 def stands_for(kind: str) -> str:
-    """Float operator that a kernel of onnxruntime's stands for."""
+    """Return the float operator that a kernel of onnxruntime implements."""
     return _QUANTIZERS if kind in QUANTIZERS else _KERNELS.get(kind) or _PREFIX.sub("", kind)
 
 
 def quantizer_labels(graph: onnx.GraphProto) -> dict[str, str]:
-    """What to call each quantizer, by node name: after the operators that it quantizes the results of, or
-    dequantizes for."""
+    """Return a label for each quantizer, by node name.
+
+    It names the operators whose results are quantized, or for which values are dequantized.
+    """
     nodes = list(all_nodes(graph))
     makers = {o: n for n in nodes for o in n.output}
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
@@ -278,7 +284,7 @@ def quantizer_labels(graph: onnx.GraphProto) -> dict[str, str]:
 
 
 def operator_times(exact: Mapping[str, float], quantized: Mapping[str, float]) -> tuple[OperatorTime, ...]:
-    """Both profiles side by side, what the quantized model spends more on first."""
+    """Return both profiles side by side, largest increase first."""
     rows = [
         OperatorTime(name, exact.get(name, 0.0), quantized.get(name, 0.0)) for name in {**exact, **quantized}
     ]

@@ -1,5 +1,4 @@
-"""Weights of the loss: sample-layer attention (paper section 3.2), and what the parts of the outputs
-count."""
+"""Weights of the loss: sample-layer attention (paper section 3.2) and weights of the output parts."""
 
 from __future__ import annotations
 
@@ -15,10 +14,10 @@ from eptq_onnx.records import Calibration, Plan, Scores
 
 
 def layer_attention(plan: Plan, scores: Scores | None, count: int) -> Array:
-    """Sample-layer attention w[l, n] (paper section 3.2) divided by its largest layer mean; shape (n_layers,
-    n_samples).
+    """Return the sample-layer attention w[l, n] (paper section 3.2) divided by its largest layer mean.
 
-    Layers that no gradient reaches count like the average layer; without scores all count the same.
+    The shape is (n_layers, n_samples). Layers that no gradient reaches get the average layer's attention;
+    without scores all weights are equal.
     """
     if scores is None or not any(layer.output in scores.channels for layer in plan.layers):
         return np.ones((len(plan.layers), count), np.float32)
@@ -35,7 +34,7 @@ def layer_attention(plan: Plan, scores: Scores | None, count: int) -> Array:
 def channel_attention(
     plan: Plan, scores: Scores | None, channels: Sequence[int], count: int, config: Config
 ) -> Array:
-    """The weight of every sample and channel in the loss; shape (n_samples, sum of channels)."""
+    """Return the weight of every sample and channel in the loss; shape (n_samples, sum of channels)."""
     layers = layer_attention(plan, None if config.attention is Attention.NONE else scores, count)
     columns = []
     for layer, row, n in zip(plan.layers, layers, channels, strict=True):
@@ -49,6 +48,5 @@ def channel_attention(
 
 
 def part_weights(graph: TrainingGraph, calibration: Calibration) -> Array:
-    """What the squared errors of each part of the outputs count: it is seen in units of its spread; shape
-    (n_parts,)."""
+    """Return the weight of each part of the outputs, the inverse of its variance; shape (n_parts,)."""
     return np.array([1 / calibration.variance[name] for name in graph.outputs], np.float32)

@@ -1,8 +1,7 @@
-"""More samples than there are: distillation needs no labels, so that any input will do on which the networks
-can differ.
+"""Augment samples: distillation needs no labels, so any input on which the networks can differ will do.
 
-A few hundred samples are soon learned by heart by a network-wise optimization (ResNet-20, W2A8, 230 samples:
-the training loss falls to a tenth while the held-out error stays). Pure numpy, no ONNX.
+A network-wise optimization soon overfits a few hundred samples (ResNet-20, W2A8, 230 samples: the training
+loss falls to a tenth while the held-out error stays). Pure numpy, no ONNX.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ import numpy as np
 from eptq_onnx.numerics.types import Array, Feeds
 
 _LEAST_EXTENT = 8
-"""Smaller maps are no images."""
+"""Smallest extent of an image; smaller maps are not augmented."""
 _REACH = 8
-"""Images shift by at most one part in so many of their extent."""
+"""Images shift by at most their extent divided by this."""
 
 
 def moved(feeds: Feeds, axes: Mapping[str, int], rng: np.random.Generator) -> Feeds:
-    """Mirror and shift images: float inputs of rank 4, sample by sample; the others stay as they are.
+    """Mirror and shift images (float inputs of rank 4), sample by sample; other inputs stay unchanged.
 
     Parameters
     ----------
     feeds : Feeds
         A batch, samples along the first axis.
     axes : mapping of str to int
-        The channel axis of each input: height and width are the two others.
+        The channel axis of each input; height and width are the other two.
     rng : Generator
     """
     result = {}
@@ -38,13 +37,15 @@ def moved(feeds: Feeds, axes: Mapping[str, int], rng: np.random.Generator) -> Fe
 
 
 def can_mix(feeds: Feeds, size: int) -> bool:
-    """True if every input is float and has ``size`` samples along its first axis: a mixture of token numbers
-    means nothing."""
+    """Return True if every input is float and has ``size`` samples along its first axis.
+
+    Mixtures of integers, such as token ids, are meaningless.
+    """
     return all(value.dtype.kind == "f" and value.ndim > 1 and len(value) == size for value in feeds.values())
 
 
 def mixed(feeds: Feeds, others: Feeds, share: Array) -> Feeds:
-    """``share * feeds + (1 - share) * others`` (mixup, Zhang et al. 2018).
+    """Return ``share * feeds + (1 - share) * others`` (mixup, Zhang et al. 2018).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What the training graph is fed with, and the errors of candidates on held-out samples."""
+"""Feeds of the training graph, and errors of candidates on held-out samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eptq_onnx.runtime import Session
 from eptq_onnx.training import augment
 
 _VARIATIONS = 3
-"""Of each held-out sample, that candidates are judged on beside itself."""
+"""Augmented variants of each held-out sample that candidates are judged on, besides the sample itself."""
 
 
 class Batches:
@@ -28,7 +28,7 @@ class Batches:
     samples : Samples
     indices : ndarray of shape (n_samples,)
     attention : ndarray of shape (n_samples, n_columns)
-        What the mean squares of each column count.
+        Weight of the mean squared error in each column.
     """
 
     def __init__(
@@ -46,10 +46,9 @@ class Batches:
         session: Session,
         rng: np.random.Generator | None = None,
     ) -> Iterator[Feeds]:
-        """What to feed the session with, run by run, for the samples at ``places``; fillers of the last run
-        weigh nothing.
+        """Yield the feeds of each run for the samples at ``places``; padding of the last run has weight 0.
 
-        With ``rng`` the samples are varied at random, and mixed with each other.
+        With ``rng``, samples are augmented at random and mixed with each other.
         """
         size = self._graph.micro_batch
         padded = np.concatenate([places, np.full(-len(places) % size, -1, np.int64)])
@@ -77,11 +76,12 @@ class Batches:
 
 
 class HeldOut:
-    """The weighted errors of hard-rounded candidates, one a held-out sample; shape (3, n_samples).
+    """Weighted errors of hard-rounded candidates for each held-out sample; shape (3, n_samples).
 
-    First those of all layers, then those of the outputs: where the optimization sees varied samples, so does
-    the judge, always the same, for a few held-out samples alone tell little apart. Last those of the outputs
-    on the samples as they are: what is gained must reach them, and not on varied samples only.
+    The rows are the errors of all layers, of the outputs, and of the outputs on unaugmented samples. If the
+    optimization sees augmented samples, the first two rows do so too, always with the same variants, because
+    a few held-out samples alone distinguish little. The last row ensures that gains reach the original
+    samples as well.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class HeldOut:
         self._layers = sum(graph.channels)
 
     def __call__(self, parameters: Feeds) -> Array:
-        """The errors of a candidate, given what it feeds the graph with; see `Learned.hard_parameters`."""
+        """Return the errors of a candidate, given its feeds; see `Learned.hard_parameters`."""
         rng = np.random.default_rng(self._seed)
         views = [None] + [rng] * self._variations
         runs = (
@@ -109,7 +109,7 @@ class HeldOut:
         return np.stack([*rows.mean(axis=1), rows[1, 0]])
 
     def _errors(self, feeds: Feeds) -> Array:
-        # Errors beyond float32 are infinite, and no candidate's.
+        # Errors that overflow float32 become infinite, which rejects the candidate.
         with np.errstate(over="ignore", invalid="ignore"):
             errors = self._session.run(feeds, [ERRORS])[ERRORS] * feeds[ATTENTION]
             return np.stack([part.sum(axis=1) for part in np.split(errors, [self._layers], axis=1)])

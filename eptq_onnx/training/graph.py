@@ -1,9 +1,8 @@
 """Build the training graph (paper sections 3.4 and 4).
 
-One graph holds the float model (teacher, constant weights) and the quantized model (student, weights, biases
-and activation scales as inputs), and compares the outputs of every layer, and those of the networks. Soft
-rounding itself is elementwise in the weights and independent of the batch; it stays in numpy, outside the
-graph.
+One graph holds the float model (teacher, constant weights) and the quantized model (student, with weights,
+biases and activation scales as inputs), and compares the outputs of every layer and of the networks. Soft
+rounding is elementwise in the weights and independent of the batch, so it stays in numpy, outside the graph.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from eptq_onnx.proto.bodies import node_reads
 from eptq_onnx.records import Network, Plan, Rounding
 
 _LEAST_SPREAD = 1e-30
-"""Variance of a part of the outputs that float32 can be divided by, and times."""
+"""Smallest variance of an output part that float32 can divide and multiply by."""
 
 
 def training_graph(
@@ -54,13 +53,13 @@ def training_graph(
     Parameters
     ----------
     network : Network
-        Parts of the outputs that its calibration knows no spread of are not compared.
+        Output parts without a variance in its calibration are not compared.
     start : Rounding
-        Gives zero points and the constants' ranges.
+        Provides zero points and the constants' ranges.
     samples : Samples
     config : Config
-        ``batch_size``: the graph takes fewer samples at a time if the model prescribes it; what is not
-        learned or not gradual costs nothing.
+        The graph takes ``batch_size`` samples at a time, or fewer if the model prescribes it; disabled
+        options cost nothing.
     engine : Engine
 
     Raises
@@ -74,7 +73,7 @@ def training_graph(
     private = fold_sizes(specialize(model, samples.two_batches(size)), kept)
     empty = empty_tensor(private)
     if empty is not None:
-        raise GradientError(f"{empty} has no elements on any of the samples that gradients are taken on.")
+        raise GradientError(f"{empty} has no elements in any of the samples used for gradients.")
     outputs = [layer.output for layer in plan.layers]
     points = ops.output_parts(GraphView(model))
     alike = samples.alike()
@@ -92,13 +91,13 @@ def training_graph(
         if _LEAST_SPREAD < spreads.get(p, 0.0) < 1 / _LEAST_SPREAD and view.static_shape(p) is not None
     ]
     last = last_layers(view, plan.layers)
-    # A scale is learned where x has a gradient too (onnxruntime-training's builder needs both) and a layer
-    # reads it.
+    # A scale is learned if x has a gradient too (onnxruntime-training's builder needs both) and a layer reads
+    # it.
     moving = view.downstream(outputs, ops.without_gradient(view))
     needed = view.upstream([*outputs, *parts])
     read = {name for node in view.nodes if any(o in needed for o in node.output) for name in node_reads(node)}
-    # At 8 bits learning it brings nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a sixth
-    # of the step.
+    # At 8 bits, learning scales gains nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a
+    # sixth of the step.
     low = [
         q for q in plan.activations if q.spec.bits < 8 and q.spec.scales is ScaleRule.ANY and not q.constant
     ]
@@ -116,10 +115,10 @@ def training_graph(
         evaluate, [LOSS, ERRORS, *(side + layer.output for layer in last for side in (TEACHER, ""))]
     )
     gradient = engine.differentiate(train, LOSS, [*parameters, *([ACTIVATION_SCALES] if learned else [])])
-    # Weights that no gradient reaches are fed too: the student is quantized everywhere.
+    # Weights that no gradient reaches are fed as well, so that the whole student is quantized.
     edit.promote_to_inputs(gradient.model, parameters)
     edit.set_outputs(gradient.model, [LOSS, ERRORS, *gradient.gradients.values()])
-    # Gradients that nobody asked for (of scales that are not learned) would cost a fifth of the step.
+    # Unused gradients (of scales that are not learned) would cost a fifth of the step.
     edit.prune(gradient.model)
     return TrainingGraph(
         train=faster(gradient.model),
@@ -143,7 +142,7 @@ def training_graph(
 
 @dataclass(frozen=True)
 class _Compared:
-    """A tensor of both networks: sums of squares a sample, and elements of each."""
+    """A tensor compared between both networks: its number of columns, and the elements summed in each."""
 
     channels: int
     positions: float
@@ -151,12 +150,12 @@ class _Compared:
 
 @dataclass(frozen=True)
 class _Student:
-    """What the quantized network is made of.
+    """Ingredients of the quantized network.
 
     Parameters
     ----------
     lowered : ModelProto
-        The float network in operators that have gradients.
+        The float network, lowered to operators that have gradients.
     plan : Plan
     start : Rounding
     learned : tuple of str
@@ -172,11 +171,11 @@ class _Student:
 def _compose(
     model: ModelProto, made_of: _Student, parts: Sequence[str], size: int, *, masked: bool, gradual: bool
 ) -> tuple[ModelProto, list[_Compared]]:
-    """Both networks and their losses; for ``size`` samples."""
+    """Return both networks and their losses in one model, for ``size`` samples."""
     lowered, plan, start, learned = made_of.lowered, made_of.plan, made_of.start, made_of.learned
     view, b = GraphView(lowered), edit.Builder(lowered, "eptq/")
     student, infos, stands_for = _student(view, b, made_of, gradual)
-    # The teacher needs no gradient: it keeps the operators that were lowered, which run faster.
+    # The teacher needs no gradient, so it keeps the original operators, which run faster.
     teacher, teacher_constants = _teacher(
         GraphView(model), [*(layer.output for layer in plan.layers), *parts]
     )
@@ -209,9 +208,9 @@ def _compose(
 def _student(
     view: GraphView, b: edit.Builder, made_of: _Student, gradual: bool
 ) -> tuple[list[NodeProto], list[ValueInfoProto], dict[str, str]]:
-    """The model's nodes with quantizers on the tensors of the plan, added to the builder.
+    """Add the model's nodes to the builder, with quantizers on the tensors of the plan.
 
-    Also the types of the new tensors, and which of them stands for which tensor.
+    Returns the nodes, the types of the new tensors, and the replacement of each quantized tensor.
     """
     plan, start, learned = made_of.plan, made_of.start, made_of.learned
     quantizers = {q.name: q for q in plan.activations if not q.constant}
@@ -234,8 +233,7 @@ def _student(
         if tensor in scales or quantizer.spec.narrower_than_container:
             scale = scales.get(tensor)
             if scale is None:
-                # Not b.constant: engines may give each scale a gradient, so that no two quantizers can share
-                # one.
+                # Not b.constant, which shares equal constants: engines may give each scale a gradient.
                 scale = b.unique("eptq/fixed_scale")
                 b.keep(params.scale.reshape(1), scale)
             zero = b.constant(np.array([params.zero_point], np.float32), "zero_point")
@@ -248,7 +246,8 @@ def _student(
                 quant_max=quantizer.spec.qmax,
             )
         else:
-            # Six times as fast. So wide a range clips next to nothing: the gradient passes it unmasked.
+            # Six times as fast. With such a wide range next to nothing is clipped, so the gradient passes
+            # unmasked.
             fixed = [
                 b.constant(params.scale.reshape(()), "scale"),
                 b.constant(np.array(params.zero_point, quantizer.spec.container), "zero"),
@@ -260,7 +259,7 @@ def _student(
                 "Add", [b.add("Mul", [tensor, FLOAT_SHARE]), b.add("Mul", [exact, "eptq/integer_share"])]
             )
         renamed[tensor] = exact
-        # The engine must know the shape: nobody infers it behind a quantizer.
+        # The engine needs the shape, which cannot be inferred behind a quantizer.
         infos.append(helper.make_tensor_value_info(exact, TensorProto.FLOAT, view.shape(tensor)))
 
     for name in view.inputs:
@@ -279,7 +278,7 @@ def _student(
 
 
 def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list[TensorProto]]:
-    """A copy of the nodes that compute ``outputs``, under other names, with constants of its own."""
+    """Copy the nodes that compute ``outputs`` under other names, with constants of their own."""
     needed = view.upstream(outputs)
     nodes, constants = [], []
     used: set[str] = set()
@@ -300,11 +299,10 @@ def _teacher(view: GraphView, outputs: list[str]) -> tuple[list[NodeProto], list
 def _losses(
     view: GraphView, b: edit.Builder, tensors: Iterable[tuple[str, str, int | None]], size: int, masked: bool
 ) -> list[_Compared]:
-    """Sums of squared errors of every sample, and channel if tensors have an axis of channels, and their
-    weighted sum.
+    """Add the squared errors of every sample, and their weighted sum.
 
-    Each tensor comes with what stands for it in the student, and with that axis. Masked, positions that are
-    no numbers in the teacher are left out.
+    Each tensor comes with its replacement in the student and, if its errors are summed per channel, its
+    channel axis. If ``masked``, positions that are not finite in the teacher are left out.
     """
     columns, compared = [], []
     for name, ours, axis in tensors:
@@ -327,7 +325,7 @@ def _losses(
             "Reshape", [error, b.constant(np.array([size if per_sample else 1, channels], np.int64), "rows")]
         )
         if not per_sample:
-            # Samples are mixed: each gets its share of the whole error.
+            # If the tensor mixes samples, each sample gets an equal share of the error.
             all_rows = b.constant(np.array([size, channels], np.int64), "rows")
             error = b.add("Expand", [b.add("Mul", [error, b.constant(1.0 / size, "share")]), all_rows])
         columns.append(error)
@@ -342,14 +340,16 @@ def _losses(
 
 
 def _zero_biases(plan: Plan, start: Rounding) -> list[TensorProto]:
-    """Initializers for the biases that the float model does not have."""
+    """Return initializers for the biases that the float model lacks."""
     return [
-        numpy_helper.from_array(start.biases[x.bias], x.bias) for x in plan.layers if x.bias is not None and not x.has_bias
-    ]  # fmt: skip
+        numpy_helper.from_array(start.biases[x.bias], x.bias)
+        for x in plan.layers
+        if x.bias is not None and not x.has_bias
+    ]
 
 
 def _constant_operands(view: GraphView, plan: Plan, start: Rounding) -> list[TensorProto]:
-    """Constant operands of integer operators, as the written model will hold them."""
+    """Return the constant operands of integer operators as the written model will hold them."""
     folder = store.folder_of(view.model)
     return [
         store.constant(

@@ -1,4 +1,4 @@
-"""Everything that the optimization learns, and how it is updated."""
+"""The parameters that the optimization learns, and their updates."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ from eptq_onnx.runtime import Session
 from eptq_onnx.training.batches import Batches
 
 _RISE = 0.1
-"""Share of the steps in which the learning rates rise to their full size."""
+"""Share of the steps in which the learning rates rise to their full values."""
 
 _MEMORY = 0.05
-"""Share of the steps that a candidate is the average of: the single steps wander about where they go."""
+"""Length of the moving average that candidates are taken from, as a share of the steps.
+
+Single steps fluctuate around it.
+"""
 
 _KINDS: dict[RoundingVariable, type[SoftWeight] | type[StraightThroughWeight]] = {
     RoundingVariable.SOFT: SoftWeight,
@@ -34,7 +37,7 @@ _KINDS: dict[RoundingVariable, type[SoftWeight] | type[StraightThroughWeight]] =
 
 
 class Learned:
-    """Everything that is learned, and how it is updated."""
+    """All learned parameters, and their updates."""
 
     def __init__(
         self,
@@ -98,7 +101,7 @@ class Learned:
         step: int,
         rng: np.random.Generator,
     ) -> float:
-        """One update from the samples at places ``chosen``; returns the loss."""
+        """Update all parameters from the samples at ``chosen``; return the loss."""
         steps = {n: p.scale for n, p in self._start.weights.items()} | {
             n: w.scale * w.gamma for n, w in self.weights.items()
         }
@@ -134,7 +137,7 @@ class Learned:
             alphas[name], gammas[name] = weight.backward(gradients[name], factor, exponent)
             if factor:
                 penalty += factor * weight.penalty(exponent)
-        # Adam's first steps are as long as the others and know the least.
+        # Adam's first steps are as long as the others but based on the least information.
         cosine = 0.5 * (1 + np.cos(np.pi * step / total)) * min(1.0, (step + 1) / (_RISE * total))
         self._rounding.step(alphas, config.rounding_rate * self._pace * cosine)
         self._factors.step(gammas, config.scale_lr * cosine)
@@ -150,7 +153,7 @@ class Learned:
         return penalty
 
     def saved(self) -> dict[str, Any]:
-        """All that the steps so far have changed."""
+        """Return the state that the steps have changed."""
         return {
             "variables": self._variables,
             "pace": self._pace,
@@ -158,7 +161,7 @@ class Learned:
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from what `saved` gave."""
+        """Restore what `saved` returned."""
         copy_into(self._variables, saved["variables"])
         self._pace = saved["pace"]
         for follower, known in zip(self._followers, saved["optimizers"], strict=True):
@@ -169,12 +172,11 @@ class Learned:
         return self._rounding, self._factors, self._biases, self._scales, self._means
 
     def slow_down(self) -> None:
-        """Halve the steps of the rounding variables: weights that flip to and fro are noise to all the
-        others."""
+        """Halve the step size of the rounding variables: weights that flip back and forth disturb others."""
         self._pace /= 2
 
     def harden(self) -> Rounding:
-        """Where the parameters are going, with every weight decided."""
+        """Return the rounding at the moving average of the parameters, with every weight decided."""
         means = self._means.values
         integers, params = dict(self._start.integers), dict(self._start.weights)
         for name, weight in self.weights.items():
@@ -194,7 +196,7 @@ class Learned:
         return Rounding(integers, params, activations, {**self._start.biases, **biases}, self._start.targets)
 
     def hard_parameters(self, rounding: Rounding) -> Feeds:
-        """Feeds of the evaluation graph for a hard-rounded candidate."""
+        """Return the feeds of the evaluation graph for a hard-rounded candidate."""
         weights = {
             n: quant_math.dequantize(rounding.integers[n], rounding.weights[n], s)
             for n, s in self._plan.weight_specs.items()
@@ -207,8 +209,7 @@ class Learned:
     def _parameters(
         self, weights: dict[str, Array], steps: dict[str, Array], biases: dict[str, Array], scales: Array
     ) -> Feeds:
-        """Feeds for weights with integer steps of the given sizes; biases are rounded as they will be
-        written."""
+        """Return feeds for weights with the given step sizes; biases are rounded as they will be written."""
         feeds: Feeds = {**self._frozen, **weights, **self._start.biases, **biases}
         if self._plan.integer_bias:
             activations = {n: p.scale for n, p in self._start.activations.items()}

@@ -1,14 +1,13 @@
-"""Optimize the rounding over the whole network (paper section 4): weights, biases, weight and activation
-scales at once.
+"""Optimize weights, biases, and weight and activation scales of the whole network (paper section 4).
 
-The loss is that of the layers, weighed by sample-layer attention, and that of the network's outputs, half of
-it at the start. Attention is of first order: where errors add up it misleads. The outputs alone want to be
-smaller than they should be. The result is the best of the hard-rounded candidates on samples that the
-optimization has not seen, the start among them. A candidate is the moving average of the parameters: single
-steps wander about where they go. It must beat the start sample by sample, by more than chance would, and not
-buy that with larger errors of the outputs. What has least squared errors is smaller than it should be, rare
-strong responses most of all: in the end the last layers get back the slope that they have in the float
-network, if the result then still beats the start.
+The loss is the sum of the layers' errors, weighted by sample-layer attention, and the errors of the network's
+outputs, which make up half of it at the start. Attention is of first order and misleads where errors add up;
+the outputs alone favour values that are too small. The result is the best hard-rounded candidate on samples
+that the optimization has not seen, including the start. A candidate is the moving average of the parameters,
+around which single steps fluctuate. It must beat the start sample by sample, by more than chance, and without
+larger errors of the outputs. Minimizing squared errors shrinks outputs, rare strong responses most of all;
+finally the last layers get back the slope that they have in the float network, if the result still beats the
+start.
 """
 
 from __future__ import annotations
@@ -42,27 +41,30 @@ from eptq_onnx.training.learned import Learned
 from eptq_onnx.workdir import Partial
 
 FLOAT_PASSES = 9.0
-"""What a step costs, in float passes over its samples; checks included."""
+"""Cost of a step including checks, in float passes over its samples."""
 _CHECKPOINTS = 10
+"""Number of checks."""
 _BYTES_A_WEIGHT = 40
-"""Of a weight element: its value, target and float twin, what the optimizer keeps, its average, its rounded
-form and its gradients."""
+"""Bytes per weight element.
+
+They hold its value, target, float copy, optimizer state, average, rounded value and gradients.
+"""
 _BYTES_A_CONSTANT = 9
-"""Of an element of a table: its value, its integer, and what that stands for."""
+"""Bytes per element of a table: its value, its integer, and the dequantized value."""
 _COPIES_OF_TENSORS = 3
-"""Of each tensor while a batch is worked on: in the float network, in the quantized one, and its gradient."""
+"""Copies of each tensor per batch in progress: float network, quantized network, and gradient."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls while it runs.
+    """Callbacks of the loop.
 
     Parameters
     ----------
     progress : callable
-        With steps done, steps in all and the loss.
+        Called with the number of steps done, the total, and the loss.
     partial : Partial
-        Keeps the state of the loop at its checks.
+        Saves the state of the loop at its checks.
     """
 
     progress: Callable[[int, int, float], None]
@@ -70,7 +72,7 @@ class Hooks:
 
 
 def needed_bytes(model: ModelProto, plan: Plan, samples: Samples) -> int:
-    """Memory that `optimize` takes, about.
+    """Return the approximate memory that `optimize` needs, in bytes.
 
     Parameters
     ----------
@@ -104,14 +106,14 @@ def optimize(
     Parameters
     ----------
     network : Network
-        Without scores, or with ``config.attention`` none, every layer and sample counts the same.
+        Without scores, or if ``config.attention`` is none, all layers and samples have the same weight.
     start : Rounding
     graph : TrainingGraph
     selection : Selection
-        The scored samples: rows of the tables of ``scores.channels``.
+        The scored samples, which are the rows of the tables in ``scores.channels``.
     held : ndarray of shape (n_held,)
-        Places in the selection of the samples to choose by; the others are optimized on, or these too, if
-        there are none.
+        Positions in the selection of the samples that candidates are judged on. The others are trained on, or
+        these as well if there are no others.
     config : Config
     hooks : Hooks
 
@@ -131,7 +133,7 @@ def optimize(
         selection.samples,
         selection.indices,
     )
-    # What the layers multiply is what a step takes its time for.
+    # The multiplications of the layers determine the time of a step.
     total = config.step_count(
         sum(start.integers[x.weight].size * n for x, n in zip(plan.layers, graph.positions, strict=True))
     )
@@ -167,7 +169,7 @@ def optimize(
         if (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total:
             candidate = state.harden()
             fruitless = kept.offer(step + 1, candidate, balance(judge(state.hard_parameters(candidate))))
-            # Undecided weights need all the steps, and full ones.
+            # Undecided weights need all the steps at full size.
             if config.rounding is not RoundingVariable.SOFT:
                 if fruitless:
                     state.slow_down()
@@ -195,8 +197,7 @@ def optimize(
 def _resumed(
     partial: Partial, state: Learned, kept: Kept, rng: np.random.Generator
 ) -> tuple[list[int], list[float], float]:
-    """Go on from the work that was kept: the samples to come, the losses and the seconds so far; at first
-    there are none."""
+    """Restore saved work; return the queued samples, the losses and the seconds so far, empty at first."""
     work = partial.load()
     if work is None:
         return [], [], 0.0
@@ -209,10 +210,9 @@ def _resumed(
 def _restored(
     plan: Plan, graph: TrainingGraph, session: Session, runs: Iterable[Feeds], count: int, rounding: Rounding
 ) -> Rounding:
-    """The rounding with the slopes and means of the float network in the last layers, by their weights'
-    scales and biases.
+    """Return the rounding with the float network's slopes and means restored in the last layers.
 
-    The runs are those of ``rounding`` for ``count`` samples.
+    Only the weights' scales and the biases change. The runs are those of ``rounding`` for ``count`` samples.
     """
     shared = plan.shared_weights
     layers = [x for x, last in zip(plan.layers, graph.last, strict=True) if last and x.weight not in shared]
@@ -232,23 +232,23 @@ def _restored(
 
     weights, biases = dict(rounding.weights), dict(rounding.biases)
     for layer, parts in zip(layers, zip(*ordered_map(compared, runs), strict=True), strict=True):
-        # Without the fillers of the last run.
+        # Leave out the padding of the last run.
         seen = Comparison.joined(parts, count / (len(parts) * graph.micro_batch))
-        params, (exact, rough) = weights[layer.weight], seen.means
-        # Where all channels, or those of several groups, have one scale, they have one gain.
+        params, (exact, quantized) = weights[layer.weight], seen.means
+        # If all channels, or those of several groups, share a scale, they share a gain.
         gain = seen.gains if params.scale.shape == exact.shape else seen.gains.mean()
         weights[layer.weight] = layer.weight_spec.params(params.scale * gain, params.zero_point)
         if layer.weight_spec.scales is not ScaleRule.ANY:
             gain = weights[layer.weight].scale / params.scale
         if layer.bias is not None:
-            biases[layer.bias] = np.asarray(gain * biases[layer.bias] + exact - gain * rough, np.float32)
+            biases[layer.bias] = np.asarray(gain * biases[layer.bias] + exact - gain * quantized, np.float32)
     return replace(rounding, weights=weights, biases=biases)
 
 
-def _both_finite(exact: Array, rough: Array) -> tuple[Array, Array]:
-    """Both, where both are numbers; elsewhere 0 in both, so that they agree."""
-    known = np.isfinite(exact) & np.isfinite(rough)
-    return (exact, rough) if known.all() else (np.where(known, exact, 0), np.where(known, rough, 0))
+def _both_finite(exact: Array, quantized: Array) -> tuple[Array, Array]:
+    """Return both arrays, with 0 in both where either is not finite, so that they agree there."""
+    known = np.isfinite(exact) & np.isfinite(quantized)
+    return (exact, quantized) if known.all() else (np.where(known, exact, 0), np.where(known, quantized, 0))
 
 
 def _flipped(start: Rounding, end: Rounding) -> float:

@@ -39,7 +39,7 @@ def zipped(path, members, method=zipfile.ZIP_DEFLATED):
 
 
 def patched(path, edits):
-    """Bytes of a file replaced: places found by a marker, at an offset behind it."""
+    """Return a file's content with bytes replaced at an offset behind a marker."""
     data = bytearray(path.read_bytes())
     for marker, offset, new in edits:
         place = data.rindex(marker) + offset
@@ -105,7 +105,7 @@ def test_an_absurd_header_is_refused_before_anything_is_allocated(tmp_path, monk
         path = tmp_path / "d.npy"
         path.write_bytes(data)
     with pytest.raises(DataError) as e:
-        readers.opened(path)
+        readers.open_source(path)
     assert str(path) in str(e.value)
     assert ("bad.npy" in str(e.value)) == (container == "npz")
     assert "\n" not in str(e.value)
@@ -115,18 +115,18 @@ def test_pickled_arrays_are_never_loaded(tmp_path):
     value = np.array([{"a": 1}, None], dtype=object)
     np.savez(tmp_path / "d.npz", x=images(2), o=value)
     with pytest.raises(DataError, match=r"d\.npz: the member o\.npy holds pickled Python objects"):
-        readers.opened(tmp_path / "d.npz")
+        readers.open_source(tmp_path / "d.npz")
     np.save(tmp_path / "d.npy", value)
     with pytest.raises(DataError, match=r"d\.npy holds pickled Python objects"):
-        readers.opened(tmp_path / "d.npy")
+        readers.open_source(tmp_path / "d.npy")
     value.dump(tmp_path / "p.npz")
     with pytest.raises(DataError, match=r"p\.npz is not a readable .* pickled Python objects"):
-        readers.opened(tmp_path / "p.npz")
+        readers.open_source(tmp_path / "p.npz")
 
 
 @pytest.mark.parametrize("share", [1, 3])
 def test_what_unpacks_to_more_than_the_free_memory_is_refused(tmp_path, monkeypatch, share):
-    """One large member, or several that are too large together; 4 MB of zeros are 4 kB here."""
+    """One member is too large, or several are together; 4 MB of zeros compress to 4 kB."""
     path = tmp_path / "d.npz"
     np.savez_compressed(path, **{f"a{k}": np.zeros(3_000_000 // share, np.float32) for k in range(share)})
     assert path.stat().st_size < 50_000
@@ -135,7 +135,7 @@ def test_what_unpacks_to_more_than_the_free_memory_is_refused(tmp_path, monkeypa
     with pytest.raises(
         DataError, match=r"d\.npz unpacks to 12000000 bytes, and 10000000 bytes of memory are free"
     ):
-        readers.opened(path)
+        readers.open_source(path)
 
 
 CENTRAL = b"PK\1\2"
@@ -189,8 +189,8 @@ def damaged(tmp_path, kind):
 
 KINDS = [
     "bad checksum", "bad data", "encrypted", "declared small", "declared large", "unknown method", "version",
-    "header elsewhere", "bad name", "directory elsewhere", "huge directory", "two members of one name", "no array",
-    "short", "long", "nothing", "no members", "many members", "lzma", "bzip2",
+    "header elsewhere", "bad name", "directory elsewhere", "huge directory", "two members of one name",
+    "no array", "short", "long", "nothing", "no members", "many members", "lzma", "bzip2",
 ]  # fmt: skip
 
 
@@ -199,7 +199,7 @@ KINDS = [
 def test_a_damaged_archive_is_told_in_one_sentence(tmp_path, kind):
     path = damaged(tmp_path, kind)
     with pytest.raises(DataError, match=r"d\.npz") as e:
-        readers.opened(path)
+        readers.open_source(path)
     assert str(path) in str(e.value)
     assert "\n" not in str(e.value)
     assert str(e.value).endswith(".")
@@ -207,8 +207,7 @@ def test_a_damaged_archive_is_told_in_one_sentence(tmp_path, kind):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_drawn_damage_is_an_error_or_changes_nothing(tmp_path, seed):
-    """Bytes flipped, left out or put in anywhere: never another exception, never other values without a
-    word."""
+    """Flipped, missing or inserted bytes never cause another exception or silently change values."""
     rng = np.random.default_rng(seed)
     values = {"x": images(2), "y": np.arange(5)}
     (np.savez if seed % 2 else np.savez_compressed)(tmp_path / "d.npz", **values)
@@ -231,4 +230,4 @@ def test_a_file_in_a_folder_of_feeds_that_is_no_feed_is_told(tmp_path):
     np.savez(tmp_path / "a.npz", x=images(1))
     (tmp_path / "b.npz").write_bytes(saved(images(1)))
     with pytest.raises(DataError, match=r"b\.npz holds one array without a name"):
-        readers.opened(tmp_path)
+        readers.open_source(tmp_path)

@@ -52,24 +52,24 @@ def test_what_is_wrong_with_some_is_counted_and_the_first_named(kind, places, fa
         array[order] = array[source]
         (note,) = notes_of(array)
         copies = [k for k in sorted([*order, source])][1:]
+        verb = "is" if len(places) == 1 else "are"
         assert note.startswith(
-            f"{len(places)} of {COUNT} samples {'is' if len(places) == 1 else 'are'} copies of others (sample {copies[0]} is "
+            f"{len(places)} of {COUNT} samples {verb} copies of others (sample {copies[0]} is "
         )
         assert "give each sample once" in note
         return
     for n, k in enumerate(order):
         array[k] = 0 if fault == "zero" else n + 1  # none is a copy of another
     note = notes_of(array)[0]
-    assert note.startswith(
-        f"{len(order)} of {COUNT} samples (the first: sample {order[0]}) {'is' if len(order) == 1 else 'are'} "
-    )
+    verb = "is" if len(order) == 1 else "are"
+    assert note.startswith(f"{len(order)} of {COUNT} samples (the first: sample {order[0]}) {verb} ")
     assert ("all zero" if fault == "zero" else "constant (one value") in note
     assert "leave them out" in note
     assert len(notes_of(array)) == 1 + (fault == "zero" and len(order) > 1)
 
 
 def test_masks_and_types_are_no_faults():
-    """Inputs of a language model: a mask of ones, types of zeros, ids that differ."""
+    """Inputs of a language model are a mask of ones, types of zeros, and varying ids."""
     mask, types = np.ones((COUNT, 12), np.int64), np.zeros((COUNT, 12), np.int64)
     assert notes_of(inputs("int"), mask, types) == []
     assert len(notes_of(np.zeros_like(inputs("int")), mask, types)) == 2  # and copies of each other
@@ -78,7 +78,7 @@ def test_masks_and_types_are_no_faults():
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
 def test_a_float_input_that_never_varies_is_named(value):
-    """The state of a recurrent network, given as zeros throughout."""
+    """The state of a recurrent network is often zero throughout."""
     (note,) = notes_of(inputs("float"), h0=np.full((COUNT, 2, 8), value, np.float32))
     assert note.startswith("input 'h0' is constant in every sample")
     other = np.full((COUNT, 2, 8), value, np.float32)

@@ -1,4 +1,4 @@
-"""Each form of data has one reader, and the first in order that takes a source reads it."""
+"""Each form of data has one reader; the first reader that takes a source reads it."""
 
 from __future__ import annotations
 

@@ -125,7 +125,8 @@ def test_inputs_without_a_batch_are_checked_too():
     good = {"x": normal(5, 4), "state": normal(5, 2, 3), "rate": np.int64(16000)}
     with pytest.raises(
         DataError,
-        match=r"'rate' has shape \(5, 1\), but the model wants \(samples\), the same value for all samples, or",
+        match=r"'rate' has shape \(5, 1\), but the model wants \(samples\), "
+        r"the same value for all samples, or",
     ):
         data.read({**good, "rate": np.full((5, 1), 16000)}, VAD)
     with pytest.raises(
@@ -228,7 +229,8 @@ def test_a_feed_is_never_cut_up(tmp_path, monkeypatch):
     for k, feed in enumerate(feeds):
         np.savez(tmp_path / f"{k}.npz", **feed)
     (tmp_path / "my_reader.py").write_text(
-        "import numpy as np\ndef samples():\n    for k in range(5):\n        yield dict(np.load(f'{k}.npz'))\n"
+        "import numpy as np\ndef samples():\n    for k in range(5):\n"
+        "        yield dict(np.load(f'{k}.npz'))\n"
     )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
@@ -264,12 +266,13 @@ def test_samples_that_cannot_be_told_apart_are_grouped():
         ([{"y": images(1)}], "feed 0 has no array for the model input 'x'"),
         (
             [{"x": PICTURES[0][None]}, {"x": PICTURES[1][None, :2]}],
-            r"feed 1: input 'x' has shape \(1, 2, 6, 6\), but the model wants \(any, 3, any, any\) in one run",
+            r"feed 1: input 'x' has shape \(1, 2, 6, 6\), "
+            r"but the model wants \(any, 3, any, any\) in one run",
         ),
         ({"x": [PICTURES[0], np.full((3, 2, 2), np.nan, np.float32)]}, "sample 1: input 'x' has NaN or Inf"),
         ("nowhere:samples", "data function nowhere:samples cannot be imported"),
         ("os:nothing", "data function os:nothing cannot be imported"),
-        ("os:sep", "is no function"),
+        ("os:sep", "is not a function"),
     ],
 )
 def test_bad_sources_are_told(source, message):

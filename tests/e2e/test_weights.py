@@ -154,7 +154,7 @@ def test_an_embedding_is_stored_in_8_bits_with_a_scale_for_each_row(options):
     result = eptq_onnx.quantize(EMBEDDING, {"x": ids}, Config(**options))
     onnx.checker.check_model(result.model, full_check=True)
     assert [k.reason for k in result.report.kept_float if k.op_type == "Gather"] == [
-        "its table is stored in 8 bits, one scale a row; what is looked up is float"
+        "its table is stored in 8 bits with one scale per row; looked-up rows are float"
     ]
     assert result.report.verification.quantized_bytes < 0.4 * result.report.verification.float_bytes
     got = Session(result.model).run({"x": ids - 400})  # counted from the end, as Gather allows

@@ -100,7 +100,7 @@ def test_the_branch_that_samples_take_is_quantized_and_the_other_is_not(options)
     )
     assert result.report.verification.outputs["y"] > 20
     assert [k.reason for k in result.report.kept_float if k.op_type == "If"][-1] == (
-        "no sample takes its else_branch: what is in there stays float (2 Conv)"
+        "no sample takes its else_branch: its contents stay float (2 Conv)"
     )
     low = {"x": images(3, size=4), "rate": np.array(8000)}
     expected, got = Session(model).run(low), Session(result.model).run(low)
@@ -119,7 +119,7 @@ def test_branches_that_depend_on_the_sample_are_left_alone():
     x = images(16) * np.repeat([0.7, 2], 8).astype(np.float32)[:, None, None, None]
     assert counts(normalize(model, 13, Samples({"x": Column(x, 0)}, None)).graph)["If"] == 1
     result = eptq_onnx.quantize(model, {"x": x}, Config(preset="fast"))
-    assert ("If", "samples take different branches: what is in them stays float (1 Conv)") in [
+    assert ("If", "samples take different branches: their contents stay float (1 Conv)") in [
         (k.op_type, k.reason) for k in result.report.kept_float
     ]
     for sign in (x[:4], x[-4:]):
@@ -137,7 +137,7 @@ def test_layers_in_the_body_of_a_loop_are_reported():
         {"w": normal(4, 4), "v": normal(4, 4, seed=1)},
     )
     result = eptq_onnx.quantize(model, {"x": normal(16, 4)}, Config(preset="fast"))
-    assert [k.reason for k in result.report.kept_float] == ["what it repeats stays float (1 MatMul)"]
+    assert [k.reason for k in result.report.kept_float] == ["its body stays float (1 MatMul)"]
     expected, got = (
         Session(model).run({"x": normal(4, 4, seed=3)})["y"],
         Session(result.model).run({"x": normal(4, 4, seed=3)})["y"],

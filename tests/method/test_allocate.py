@@ -93,8 +93,8 @@ def test_effects_are_those_on_samples_that_the_rounding_has_not_seen():
         ).values()
         effects[count] = found.effects
     for bits in (2, 3, 4):
-        # 96 terms can be made to fit 64 rows: measured on these, the error would be less than half of what it
-        # is.
+        # With 96 terms, 64 rows can be fitted: measured on these rows, the error would be less than half its
+        # value.
         assert 0.9 < effects[64][bits] / effects[2048][bits] < 2
 
 
@@ -111,7 +111,7 @@ def test_errors_that_add_up_over_positions_are_counted_as_such():
             Network(model, p, calibration), Selection(samples, np.arange(64)), TARGET, config, silent
         ).values()
         effects.append(found.effects)
-    # The error is the same at all positions of a flat image: their mean has all of it.
+    # The error is the same at all positions of a flat image, so their mean keeps all of it.
     for bits in (2, 4, 8):
         assert effects[1][bits] == pytest.approx(effects[0][bits], rel=0.2)
 
@@ -128,7 +128,7 @@ def test_a_weight_that_fits_the_grid_at_the_measured_width_needs_no_more():
         Network(model, p, calibration), Selection(samples, np.arange(64)), TARGET, config, silent
     ).values()
     assert found.effects[4] < 1e-6
-    # In units of the variance of the output: 4 levels of 16 do some harm.
+    # Relative to the variance of the output, 4 levels of 16 do some harm.
     assert 1e-3 < found.effects[2] < 1
 
 

@@ -65,7 +65,7 @@ def test_a_prescribed_batch_whose_order_matters_is_one_sample():
 
 
 def test_the_axis_that_runs_is_the_batchs():
-    """The first open axis is time: samples go along the second."""
+    """The first open axis is time; samples lie along the second."""
     text = "g (float[time,lot,6] x) => (float[time,lot,6] y) { y = CumSum (x, zero) }"
     _, found = arranged(text, zero=np.array(0))
     assert found.samples.layout == {"x": "batch axis 1"}
@@ -80,7 +80,8 @@ def test_one_array_may_be_one_run():
 def test_what_runs_nowhere_is_told_in_a_sentence_about_batches():
     with pytest.raises(
         DataError,
-        match=r"does not run on one sample of the calibration data \(x: \(1, 4, 6\)\).*--batch-axis NAME=AXIS",
+        match=r"does not run on one sample of the calibration data \(x: \(1, 4, 6\)\)"
+        r".*--batch-axis NAME=AXIS",
     ):
         arranged(
             "g (float[N,4,6] x) => (float[M,5] y) { r = Reshape (x, odd)  y = MatMul (r, w) }",
@@ -104,7 +105,8 @@ CHOICES = {
     "unique": "y = Unique (x)  z = Exp (y)",
 }
 CONSTANTS = {
-    "ratio": np.float32(0.3), "yes": np.array(True), "two": np.array([2]), "one": np.float32(1), "flat": np.array([-1]),
+    "ratio": np.float32(0.3), "yes": np.array(True), "two": np.array([2]), "one": np.float32(1),
+    "flat": np.array([-1]),
 }  # fmt: skip
 
 

@@ -102,8 +102,11 @@ def test_left_over_samples_are_counted():
 
 
 def test_the_range_of_a_tensor_looks_through_the_function_that_reads_it():
-    """SiLU flattens what is far below zero: no range is spent on it."""
-    text = "g (float[N,3,8,8] x) => (float[N,4,6,6] y) { a = Conv (x, w)  s = Sigmoid (a)  m = Mul (a, s)  y = Conv (m, v) }"
+    """SiLU flattens what is far below zero, so no range is spent on it."""
+    text = (
+        "g (float[N,3,8,8] x) => (float[N,4,6,6] y) {"
+        " a = Conv (x, w)  s = Sigmoid (a)  m = Mul (a, s)  y = Conv (m, v) }"
+    )
     model = normalize(parse(text, {"w": normal(4, 3, 3, 3, scale=4), "v": normal(4, 4, 1, 1)}), 13)
     p = plan(model, targets.load("ort-x64"), Config())
     assert p.quantizer_of["a"].through == "m"
@@ -131,7 +134,7 @@ def test_a_tensor_with_two_ways_out_counts_by_itself():
 
 
 def test_important_channels_get_the_range_that_suits_them():
-    """A loud channel that does not matter is clipped for the sake of a quiet one that does."""
+    """A large channel that does not matter is clipped in favour of a small one that does."""
     values = np.random.default_rng(0).normal(size=(16, 2, 20, 20)).astype(np.float32) * np.array(
         [10, 0.1], np.float32
     ).reshape(1, 2, 1, 1)

@@ -1,5 +1,4 @@
-"""What choices by value are made from stays float where other choices would spoil the outputs, and that costs
-little."""
+"""Tensors that choices by value depend on stay float where that saves the outputs and costs little."""
 
 from __future__ import annotations
 
@@ -29,10 +28,11 @@ CHOICES = {
 
 
 def chooser(kind: str, seed: int, *, behind: bool = True):
-    """Dense layers score places; what is chosen goes through further ones, or not."""
+    """Dense layers score positions; the chosen ones pass through further layers, or not."""
     head = "d = MatMul (q, w3)  e = Relu (d)  y = MatMul (e, w4)" if behind else "y = Tanh (q)"
     text = f"""g (float[N,{PLACES},{WIDTH}] x) => (float[] y) {{
-        a = MatMul (x, w0)  b = Relu (a)  h = MatMul (b, w1)  s = MatMul (h, w2)  {CHOICES[kind]}  {head} }}"""
+        a = MatMul (x, w0)  b = Relu (a)  h = MatMul (b, w1)  s = MatMul (h, w2)
+        {CHOICES[kind]}  {head} }}"""
     sizes = [(WIDTH, 24), (24, WIDTH), (WIDTH, 6), (WIDTH, 24), (24, 4)]
     constants = {
         f"w{k}": normal(*size, seed=5 * seed + k, scale=size[0] ** -0.5) for k, size in enumerate(sizes)
@@ -47,7 +47,7 @@ def chooser(kind: str, seed: int, *, behind: bool = True):
 
 
 def ratios(model, quantized, feeds):
-    """SQNR in dB about the mean, with own choices and with those of the float network."""
+    """SQNR in dB about the mean, with the network's own choices and with those of the float network."""
     plain = normalize(model, 13)
     samples, found, _ = record(flattened(plain), data.read(feeds, model), seed=7)
     pairing = Pairing(plain, samples, [np.array([k]) for k in range(samples.count)], found)
@@ -84,7 +84,7 @@ def test_where_the_path_is_most_of_a_large_network_a_note_says_what_choices_cost
     result = eptq_onnx.quantize(chooser(kind, 0), samples_of(128, 100), FAST, progress=silent)
     assert len(result.report.layers) >= 5
     assert any(
-        "dB noisier than with those of the float model: what they are made from is most" in n
+        "dB noisier than with those of the float model: the tensors that they depend on are most" in n
         for n in result.report.notes
     )
 
@@ -98,7 +98,7 @@ def test_choices_that_nothing_is_computed_from_are_left_as_they_are(kind):
 
 def test_choices_of_large_distance_are_left_as_they_are():
     model, given = chooser("ArgMax", 0), samples_of(64, 100)
-    # Six clusters, each with a place of its own in the table.
+    # Six clusters, each at its own position in the table.
     centres = normal(6, WIDTH, seed=9, scale=3.0)
     given["x"] = centres[np.random.default_rng(0).integers(6, size=(64, PLACES))] + 0.01 * given["x"]
     result = eptq_onnx.quantize(model, given, FAST, progress=silent)

@@ -15,16 +15,19 @@ from eptq_onnx.method.equalize import equalize
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.score import score
+from eptq_onnx.numerics import magnitudes
 from eptq_onnx.records import Network
 from eptq_onnx.runtime import Session
 
 SPREAD = np.geomspace(0.02, 2, 8).astype(np.float32)
-"""How loud the channels are."""
+"""Magnitude of each channel."""
 
 
 def uneven(depthwise: bool = True):
-    """Loud and faint channels, to which the last layer listens all the same if that in the middle takes each
-    on its own."""
+    """Return a model with large and small channels, all of which the last layer reads.
+
+    A depthwise layer in the middle reads each channel on its own.
+    """
     middle = normal(8, 1, 3, 3, seed=2) if depthwise else normal(8, 8, 3, 3, seed=2, scale=0.2)
     return parse(
         "g (float[N,3,8,8] x) => (float[N,4,6,6] y) {"
@@ -96,8 +99,7 @@ def test_faint_channels_are_widened(case):
 
 
 def test_scores_are_those_of_the_scaled_model(case):
-    """The signs are drawn alike, so that the scores of the new model are the rescaled ones up to float
-    rounding."""
+    """With the same random signs, the scores of the new model are the rescaled ones, up to float rounding."""
     model, rescaled, _, _ = case.equalized()
     anew = case.scored(model)
     for name in case.scores.channels:
@@ -118,8 +120,7 @@ def test_scores_are_those_of_the_scaled_model(case):
 
 
 def test_weights_with_few_bits_pay_and_are_spared(engine):
-    """A dense layer reads the channels: at 2 bits their steps cost more than the rounding of 8-bit
-    activations."""
+    """A dense layer reads the channels: at 2 bits, its steps cost more than rounding 8-bit activations."""
     factors = {}
     for bits in (8, 2):
         case = Case(
@@ -146,7 +147,7 @@ def test_nothing_to_gain_changes_nothing(engine):
 
 def test_slopes_agree_with_differences():
     rng = np.random.default_rng(0)
-    tensor = step._Tensor(np.arange(6), 1)
+    tensor = magnitudes.ChannelMagnitudes(np.arange(6), 1)
     for _ in range(3):
         tensor.add(rng.normal(size=(4, 6, 9, 9)) * np.geomspace(0.1, 3, 6).reshape(6, 1, 1), 4)
     activations = step._Activations(tensor.sets, [tensor.side(0), tensor.side(1)], rng.uniform(0.5, 2, 6), 15)
@@ -164,7 +165,7 @@ def test_slopes_agree_with_differences():
 def test_what_is_cut_off_is_measured():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(2, 3, 60, 60)).astype(np.float32)
-    tensor = step._Tensor(np.arange(3), 1)
+    tensor = magnitudes.ChannelMagnitudes(np.arange(3), 1)
     tensor.add(x, 2)
     cut, _ = tensor.side(1).beyond(np.full(3, 1.0))
     exact = np.square(np.maximum(x - 1, 0)).mean(axis=(0, 2, 3))

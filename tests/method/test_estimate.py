@@ -26,7 +26,7 @@ def case():
 def test_multiplications_are_those_of_one_sample(case):
     model, p, samples = case
     sizes = {i.name: tuple(i.dims) for i in model.graph.initializer}
-    # Every position of an output takes the whole weight.
+    # Every position of an output uses the whole weight.
     outputs = Session(edit.exposing(model, [x.output for x in p.layers])).run(samples.take(np.arange(4)))
     wanted = {
         x.node: np.prod(sizes[x.weight]) * outputs[x.output][0].size / outputs[x.output].shape[x.output_axis]

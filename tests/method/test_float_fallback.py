@@ -23,12 +23,11 @@ from eptq_onnx.runtime import Session
 DEPTH = 12
 
 AS_IT_IS = SimpleNamespace(executed=lambda written, read_as: written)
-"""The part of a context that tells what the samples run of a model: all of it."""
+"""Part of a context that returns what the samples run of a model: here, all of it."""
 
 
 def unbalanced():
-    """A chain in which one tensor has a channel a thousand times louder than the others, that nobody listens
-    to."""
+    """Return a chain with one channel a thousand times larger than the others, which nothing reads."""
     body, x = [], "x"
     constants = {}
     for k in range(DEPTH):
@@ -92,7 +91,7 @@ def test_some_layer_is_quantized_whatever_the_noise():
 
 
 class Noise:
-    """The noise of groups whose members add up; counts its runs."""
+    """Noise of groups as the sum of their members; counts its runs."""
 
     def __init__(self, ratio):
         self.ratio, self.runs = ratio, 0
@@ -128,8 +127,8 @@ def test_noise_all_over_names_nobody():
 
 
 def test_no_more_are_named_than_it_takes_where_noise_does_not_add_up():
-    # Together only the loudest is heard: alone all three stand out, and without the first the others are
-    # quiet enough.
+    # Together only the noisiest shows: alone all three stand out, and without the first the others are quiet
+    # enough.
     def noise(names):
         return max(
             [*({"q3": 0.6, "q17": 0.09, "q25": 0.08}.get(n, 0.0001) for n in names), 0.0]
@@ -148,7 +147,7 @@ def test_an_overflow_counts_as_the_loudest():
 
 def test_it_stays_float_with_the_reason_and_the_outputs_are_saved(case):
     model = case[0]
-    # Equalization would quiet the loud channel.
+    # Equalization would scale the large channel down.
     options = {"preset": "fast", "start": "nearest", "equalize": False}
     results = {
         m: eptq_onnx.quantize(unbalanced(), images(16), Config(max_noise=m, **options)) for m in (0.0, 0.1)

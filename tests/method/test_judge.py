@@ -18,7 +18,7 @@ COUNT = 8
 
 @pytest.fixture(scope="module")
 def chain():
-    """A plan of eight products, nearest rounding (zeros) and another (ones)."""
+    """Return a plan of eight products, nearest rounding (zeros) and another rounding (ones)."""
     body = "  ".join(f"h{k + 1} = MatMul (h{k}, w{k})" for k in range(COUNT))
     weights = {f"w{k}": normal(4, 4, seed=k) for k in range(COUNT)}
     model = normalize(parse(f"g (float[N,4] h0) => (float[N,4] h{COUNT}) {{ {body} }}", weights), 13)
@@ -95,7 +95,7 @@ def test_the_optimization_may_lose_neither_to_its_start_nor_to_nearest_rounding(
 )
 def test_what_may_be_better_by_chance_alone_does_not_replace_nearest_rounding(chain, spread, runs, kept):
     made, nearest, rounded = chain
-    # Some runs are better, some worse; a little better on average.
+    # Some runs are better, some worse; slightly better on average.
     ours = np.ones((runs, 1)) - 0.05 + spread * np.resize([-1.0, 1.0], (runs, 1))
     rounding, _ = better_than_nearest(lambda r: ours, limit(runs, 1), made, nearest, rounded, targets=False)
     assert kept_layers(chain, rounding) == kept

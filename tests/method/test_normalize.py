@@ -41,11 +41,12 @@ def test_batch_normalization_and_constants_are_folded():
 @pytest.mark.parametrize("group", [1, 2])
 def test_batch_normalization_behind_conv_transpose(group):
     model = parse(
-        f"g (float[N,4,5,5] x) => (float[N,6,h,w] y) {{ c = ConvTranspose <strides = [2,2], group = {group}> (x, w, b) "
+        f"g (float[N,4,5,5] x) => (float[N,6,h,w] y) {{"
+        f" c = ConvTranspose <strides = [2,2], group = {group}> (x, w, b) "
         "y = BatchNormalization (c, s, o, m, v) }",
         {
-            "w": normal(4, 6 // group, 3, 3), "b": normal(6, seed=1), "s": normal(6, seed=2), "o": normal(6, seed=3),
-            "m": normal(6, seed=4), "v": np.abs(normal(6, seed=5)) + 0.1,
+            "w": normal(4, 6 // group, 3, 3), "b": normal(6, seed=1), "s": normal(6, seed=2),
+            "o": normal(6, seed=3), "m": normal(6, seed=4), "v": np.abs(normal(6, seed=5)) + 0.1,
         },
     )  # fmt: skip
     normalized = normalize(model, 13)
@@ -56,7 +57,8 @@ def test_batch_normalization_behind_conv_transpose(group):
 @pytest.mark.parametrize("trans", [0, 1])
 def test_batch_normalization_behind_gemm(trans):
     model = parse(
-        f"g (float[N,4] x) => (float[N,6] y) {{ c = Gemm <transB = {trans}> (x, w)  y = BatchNormalization (c, s, o, m, v) }}",
+        f"g (float[N,4] x) => (float[N,6] y) {{"
+        f" c = Gemm <transB = {trans}> (x, w)  y = BatchNormalization (c, s, o, m, v) }}",
         {
             "w": normal(6, 4) if trans else normal(4, 6), "s": normal(6, seed=2), "o": normal(6, seed=3),
             "m": normal(6, seed=4), "v": np.abs(normal(6, seed=5)) + 0.1,
@@ -91,7 +93,8 @@ def test_weights_shared_by_two_layers_are_not_changed_for_one_of_them():
 
 def test_padding_in_front_of_a_convolution_is_folded():
     model = parse(
-        "g (float[N,3,8,8] x) => (float[N,4,h,w] y) { p = Pad (x, pads)  y = Conv <strides = [2,2], pads = [1,0,0,1]> (p, w) }",
+        "g (float[N,3,8,8] x) => (float[N,4,h,w] y) {"
+        " p = Pad (x, pads)  y = Conv <strides = [2,2], pads = [1,0,0,1]> (p, w) }",
         {"pads": np.array([0, 0, 0, 1, 0, 0, 2, 1]), "w": normal(4, 3, 3, 3)},
     )
     normalized = normalize(model, 13)
@@ -115,7 +118,8 @@ def test_padding_that_a_convolution_cannot_do_stays(pads, value):
 
 def test_shared_and_scalar_biases_become_one_per_layer():
     model = parse(
-        "g (float[N,3,8,8] x) => (float[N,3,6,6] y, float[N,3,6,6] z) { y = Conv (x, w, b)  z = Conv (x, v, b) }",
+        "g (float[N,3,8,8] x) => (float[N,3,6,6] y, float[N,3,6,6] z) {"
+        " y = Conv (x, w, b)  z = Conv (x, v, b) }",
         {"w": normal(3, 3, 3, 3), "v": normal(3, 3, 3, 3, seed=1), "b": normal(3, seed=2)},
     )
     normalized = normalize(model, 13)
@@ -132,7 +136,8 @@ def test_shared_and_scalar_biases_become_one_per_layer():
 
 def test_old_opset_is_really_converted():
     model = parse(
-        "g (float[N,3,8,8] x) => (float[N,12,1,1] y) { c = Conv (x, w)  s = Softmax <axis = 1> (c)  p = GlobalAveragePool (s)"
+        "g (float[N,3,8,8] x) => (float[N,12,1,1] y) {"
+        " c = Conv (x, w)  s = Softmax <axis = 1> (c)  p = GlobalAveragePool (s)"
         " u = Squeeze <axes = [2,3]> (p)  y = Unsqueeze <axes = [2,3]> (u) }",
         {"w": normal(12, 3, 3, 3)},
         opset=11,
@@ -195,7 +200,8 @@ def test_a_constant_condition_takes_its_branch_and_another_is_left_alone(flag):
 
 FOLDED = {
     "conv and norm": (
-        "g (float[N,4,6,6] x) => (float[N,6,h,w] y) { c = Conv (x, w, b)  y = BatchNormalization (c, s, o, m, v) }",
+        "g (float[N,4,6,6] x) => (float[N,6,h,w] y) {"
+        " c = Conv (x, w, b)  y = BatchNormalization (c, s, o, m, v) }",
         {
             "w": normal(6, 4, 3, 3),
             "b": normal(6),
@@ -206,7 +212,8 @@ FOLDED = {
         },
     ),
     "transposed": (
-        "g (float[N,4,6,6] x) => (float[N,6,h,w] y) { c = ConvTranspose (x, w)  y = BatchNormalization (c, s, o, m, v) }",
+        "g (float[N,4,6,6] x) => (float[N,6,h,w] y) {"
+        " c = ConvTranspose (x, w)  y = BatchNormalization (c, s, o, m, v) }",
         {
             "w": normal(4, 6, 3, 3),
             "s": normal(6),

@@ -60,7 +60,7 @@ def test_activations_at_the_edges_are_no_narrower_than_the_others():
 def test_eight_bit_weights_leave_room_for_machines_without_vnni():
     dense, depthwise, *_ = (x.weight_spec for x in make(small_convnet()).layers)
     assert (dense.qmin, dense.qmax) == (-64, 63)
-    # Its kernel adds in 32 bits everywhere.
+    # Its kernel always accumulates in 32 bits.
     assert (depthwise.qmin, depthwise.qmax) == (-127, 127)
     assert (TARGET.weight_spec(4, 0).qmin, TARGET.weight_spec(4, 0).qmax) == (-8, 7)
 
@@ -78,7 +78,8 @@ def test_a_weight_that_a_dense_layer_reads_too_is_no_depthwise_one():
 def test_the_head_behind_the_last_layer_stays_float():
     p = make(
         parse(
-            "g (float[N,3,8,8] x) => (float[N,8,36] y) { a = Conv (x, w)  b = Conv (x, v)  s = Sigmoid (b)  c = Concat <axis = 1> (a, s)"
+            "g (float[N,3,8,8] x) => (float[N,8,36] y) {"
+            " a = Conv (x, w)  b = Conv (x, v)  s = Sigmoid (b)  c = Concat <axis = 1> (a, s)"
             " y = Reshape (c, shape) }",
             {"w": normal(4, 3, 3, 3), "v": normal(4, 3, 3, 3), "shape": np.array([0, 8, 36])},
         )
@@ -92,7 +93,8 @@ def test_reasons():
     p = make(
         parse(
             "g (float[N,3,8,8] x, float[4,3,3,3] k) => (float[N,h] y) {"
-            " a = Conv (x, w)  e = Elu (a)  d = Conv (x, k)  u = Add (d, e)  z = Conv (u, v)  t = com.microsoft.Gelu (z)"
+            " a = Conv (x, w)  e = Elu (a)  d = Conv (x, k)  u = Add (d, e)  z = Conv (u, v)"
+            "  t = com.microsoft.Gelu (z)"
             " r = Relu (t)  y = Flatten (z) }",
             {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 3, 3)},
         )
@@ -116,7 +118,8 @@ def test_an_operator_without_a_row_stays_float():
 
 def test_pooling_shares_the_scale_of_its_input_and_resize_only_without_interpolation():
     text = (
-        "g (float[N,3,8,8] x) => (float[N,4,h,w] y) {{ a = Conv (x, w)  m = MaxPool <kernel_shape = [2,2], strides = [2,2]> (a)"
+        "g (float[N,3,8,8] x) => (float[N,4,h,w] y) {{"
+        " a = Conv (x, w)  m = MaxPool <kernel_shape = [2,2], strides = [2,2]> (a)"
         ' r = Resize <mode = "{mode}"> (m, , s)  y = Conv (r, v) }}'
     )
     constants = {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 3, 3), "s": np.array([1, 1, 2, 2], np.float32)}
@@ -130,7 +133,8 @@ def test_pooling_shares_the_scale_of_its_input_and_resize_only_without_interpola
 def test_a_relu_with_another_reader_is_not_absorbed():
     p = make(
         parse(
-            "g (float[N,3,8,8] x) => (float[N,4,4,4] y, float[N,4,6,6] z) { a = Conv (x, w)  r = Relu (a)  y = Conv (r, v)  z = Tanh (a) }",
+            "g (float[N,3,8,8] x) => (float[N,4,4,4] y, float[N,4,6,6] z) {"
+            " a = Conv (x, w)  r = Relu (a)  y = Conv (r, v)  z = Tanh (a) }",
             {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 3, 3)},
         )
     )
@@ -141,7 +145,8 @@ def test_a_relu_with_another_reader_is_not_absorbed():
 def test_a_shared_weight_has_one_spec_and_is_wide_if_any_of_its_layers_is_an_edge():
     p = make(
         parse(
-            "g (float[N,3,8,8] x) => (float[N,3,h,w] y) { a = Conv (x, w)  b = Conv (a, v)  y = Conv (b, w) }",
+            "g (float[N,3,8,8] x) => (float[N,3,h,w] y) {"
+            " a = Conv (x, w)  b = Conv (a, v)  y = Conv (b, w) }",
             {"w": normal(3, 3, 3, 3), "v": normal(3, 3, 3, 3)},
         ),
         weight_bits=4,
@@ -152,7 +157,8 @@ def test_a_shared_weight_has_one_spec_and_is_wide_if_any_of_its_layers_is_an_edg
 def test_layers_of_a_residual_stream_are_not_all_first_and_last():
     p = make(
         parse(
-            "g (float[N,4] x) => (float[N,4] y) { a = MatMul (x, u)  r = Add (x, a)  b = MatMul (r, v)  s = Add (r, b)"
+            "g (float[N,4] x) => (float[N,4] y) {"
+            " a = MatMul (x, u)  r = Add (x, a)  b = MatMul (r, v)  s = Add (r, b)"
             " c = MatMul (s, w)  y = Add (s, c) }",
             {n: normal(4, 4) for n in "uvw"},
         ),
@@ -199,7 +205,10 @@ def test_channel_axes_are_those_of_the_layers():
 
 def test_a_relu_behind_a_float_layer_is_float_unless_a_quantizer_cuts_off_the_same():
     constants = {"w": normal(3, 4, 3, 3), "v": normal(4, 4, 1, 1), "u": normal(4, 3, 1, 1)}
-    text = "g (float[N,3,8,8] x) => (float[N,4,h,w] y, float[N,4,8,8] z) {{ a = ConvTranspose (x, w)  r = Relu (a)  {} z = Conv (x, u) }}"
+    text = (
+        "g (float[N,3,8,8] x) => (float[N,4,h,w] y, float[N,4,8,8] z) {{"
+        " a = ConvTranspose (x, w)  r = Relu (a)  {} z = Conv (x, u) }}"
+    )
     read = make(parse(text.format("y = Conv (r, v)"), constants))
     assert set(reasons(read)) == {"ConvTranspose"}
     assert list(read.absorbed.values()) == ["Relu"]
@@ -209,7 +218,7 @@ def test_a_relu_behind_a_float_layer_is_float_unless_a_quantizer_cuts_off_the_sa
 
 
 def test_an_infinite_operand_keeps_its_operator_float():
-    """Attention masks hold minus infinity; that is no reason to refuse the model."""
+    """Attention masks contain minus infinity, which is no reason to refuse the model."""
     mask = np.array([0, 0, -np.inf, 0], np.float32)
     body = "a = MatMul (x, w1)  b = Add (a, mask)  y = MatMul (b, w2)"
     model = normalize(
@@ -224,15 +233,18 @@ def test_an_infinite_operand_keeps_its_operator_float():
     assert len(p.layers) == 2
 
 
-CONDITION = """m = ReduceMean <axes = [1, 2, 3], keepdims = 0> (b)  t = ReduceMax <keepdims = 0> (m)  p = Greater (t, limit)"""
+CONDITION = (
+    "m = ReduceMean <axes = [1, 2, 3], keepdims = 0> (b)"
+    "  t = ReduceMax <keepdims = 0> (m)  p = Greater (t, limit)"
+)
 
 
 @pytest.mark.parametrize("data", ["other", "same"])
 def test_what_an_if_computes_with_does_more_than_choose(data):
     body = """z = If (p) <then_branch = t () => (float[N,4,8,8] u) { u = Tanh (IN) },
         else_branch = e () => (float[N,4,8,8] v) { v = Neg (IN) }>"""
-    text = f"""g (float[N,3,8,8] x) => (float[N,4,8,8] y) {{ a = Conv (x, w)  b = Sigmoid (a)  s = Softplus (a)
-        {CONDITION}  {body}  y = Conv (z, k) }}"""
+    text = f"""g (float[N,3,8,8] x) => (float[N,4,8,8] y) {{
+        a = Conv (x, w)  b = Sigmoid (a)  s = Softplus (a)  {CONDITION}  {body}  y = Conv (z, k) }}"""
     model = parse(
         text.replace("IN", "s" if data == "other" else "b"),
         {"w": normal(4, 3, 1, 1), "k": normal(4, 4, 1, 1), "limit": np.float32(0.5)},
@@ -255,7 +267,7 @@ def test_a_convolution_without_spatial_axes_stays_float():
 
 @pytest.mark.parametrize("bias", ["w", "m", "c"])
 def test_a_gemm_whose_bias_is_a_matrix_stays_float(bias):
-    """onnxruntime adds what broadcasts: one row a sample, or one value a sample."""
+    """onnxruntime adds operands that broadcast: one row per sample, or one value per sample."""
     text = (
         f"g (float[6,6] x) => (float[6,8] y) {{ a = Gemm (x, w, {bias})  r = Relu (a)  y = MatMul (r, v) }}"
     )
@@ -269,13 +281,14 @@ def test_a_gemm_whose_bias_is_a_matrix_stays_float(bias):
         parse(text, constants), normal(24, 6), Config(preset="fast", measure_speed=False)
     )
     assert [x.op_type for x in result.report.layers] == ["MatMul"]
-    assert "its bias has not one value for each output channel" in [
+    assert "its bias does not have one value per output channel" in [
         k.reason for k in result.report.kept_float
     ]
 
 
 TWO_PATHS = (
-    "g (float[N,8] x) => (float[N,8] y) { a = MatMul (x, w1)  r = Relu (a)  b = MatMul (r, w2)  c = MatMul (r, w3)  s = Add (b, c)"
+    "g (float[N,8] x) => (float[N,8] y) {"
+    " a = MatMul (x, w1)  r = Relu (a)  b = MatMul (r, w2)  c = MatMul (r, w3)  s = Add (b, c)"
     "  t = Sigmoid (s)  y = MatMul (t, w4) }"
 )
 

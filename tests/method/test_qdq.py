@@ -122,7 +122,8 @@ def test_a_quantized_graph_output_keeps_its_name():
 def test_an_output_that_is_also_read_inside():
     _model, _, _, quantized, _ = written(
         parse(
-            "g (float[N,3,8,8] x) => (float[N,4,6,6] y, float[N,4,6,6] z) { y = Conv (x, w)  z = Conv (y, v) }",
+            "g (float[N,3,8,8] x) => (float[N,4,6,6] y, float[N,4,6,6] z) {"
+            " y = Conv (x, w)  z = Conv (y, v) }",
             {"w": normal(4, 3, 3, 3), "v": normal(4, 4, 1, 1)},
         ),
         {"x": images()},
@@ -134,7 +135,8 @@ def test_an_output_that_is_also_read_inside():
 def test_a_weight_read_in_float_elsewhere_is_kept_in_float_for_that_reader():
     model, _p, _, quantized, _ = written(
         parse(
-            "g (float[N,3,8,8] x, float[4,3,3,3] k) => (float[N,4,6,6] y, float[4,3,3,3] t) { y = Conv (x, w)  t = Add (w, k) }",
+            "g (float[N,3,8,8] x, float[4,3,3,3] k) => (float[N,4,6,6] y, float[4,3,3,3] t) {"
+            " y = Conv (x, w)  t = Add (w, k) }",
             {"w": normal(4, 3, 3, 3)},
         ),
         {"x": images(4), "k": np.zeros((4, 3, 3, 3), np.float32)},
@@ -160,7 +162,7 @@ def test_shared_weights_are_stored_once():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_target_is_data(tmp_path, symmetric):
-    """Another target file gives other types and a float bias."""
+    """Another target file selects other types and a float bias."""
     text = (targets.resources.files("eptq_onnx.targets") / "ort-x64.toml").read_text()
     text = text.replace("integer = true", "integer = false").replace(
         'container = "uint8"', 'container = "int8"'
@@ -212,8 +214,10 @@ def test_a_subgraph_reads_what_the_quantizer_makes_of_an_absorbed_activation(siz
 
 @pytest.mark.parametrize(("function", "clips"), [("Relu", True), ("Tanh", False)])
 def test_what_chooses_reads_exact_values_unless_a_quantizer_clips_them(function, clips):
-    text = f"""g (float[N,4,6] x) => (float[N,4,5] y) {{ h = MatMul (x, w)  r = {function} (h)  m = ReduceMax <axes = [1]> (r)
-        i = ArgMax <axis = 2, keepdims = 0> (m)  q = Gather (table, i)  d = MatMul (r, v)  y = Add (d, q) }}"""
+    text = f"""g (float[N,4,6] x) => (float[N,4,5] y) {{
+        h = MatMul (x, w)  r = {function} (h)  m = ReduceMax <axes = [1]> (r)
+        i = ArgMax <axis = 2, keepdims = 0> (m)  q = Gather (table, i)
+        d = MatMul (r, v)  y = Add (d, q) }}"""
     constants = {"w": normal(6, 8), "v": normal(8, 5, seed=1), "table": normal(8, 5, seed=2)}
     _, p, _, quantized, stands_for = written(parse(text, constants), {"x": normal(64, 4, 6, seed=3)})
     largest = next(n for n in quantized.graph.node if n.op_type == "ReduceMax")

@@ -1,4 +1,4 @@
-"""The closed-form start: closer to the float model than nearest rounding, on samples that it has not seen."""
+"""Layer-wise reconstruction comes closer to the float model than nearest rounding, on unseen samples."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run(model, scores=None, make=images, **options):
 
 
 def smooth(count: int, seed: int = 0) -> np.ndarray:
-    """Images whose neighbours are alike, so that errors can make up for each other."""
+    """Return images with similar neighbouring pixels, so that errors can compensate each other."""
     return images(count, size=2, seed=seed).repeat(4, axis=2).repeat(4, axis=3)
 
 
@@ -103,7 +103,8 @@ def test_grouped_transposed_convolutions_share_the_scales_of_their_channels():
 def test_outputs_of_a_group_make_up_for_each_others_errors_where_they_are_added():
     weight = normal(16, 2, 3, 3)
     model = parse(
-        "g (float[N,4,8,8] x) => (float[N,1,8,8] y) { c = Conv <group = 2, pads = [1,1,1,1]> (x, w)  y = ReduceSum (c, channels) }",
+        "g (float[N,4,8,8] x) => (float[N,1,8,8] y) {"
+        " c = Conv <group = 2, pads = [1,1,1,1]> (x, w)  y = ReduceSum (c, channels) }",
         {"w": weight, "channels": np.array([1])},
     )
     added = Scores(channels={}, weights={}, outputs={"c": np.ones((16, 16))}, output_size=64)
@@ -118,8 +119,7 @@ def test_outputs_of_a_group_make_up_for_each_others_errors_where_they_are_added(
 
 
 def halves(count: int, seed: int = 0) -> np.ndarray:
-    """Images that are smooth on the left and rough on the right: roundings that serve one do not serve the
-    other."""
+    """Images are smooth on the left and rough on the right, and need different roundings."""
     return np.concatenate(
         [smooth(count, seed)[..., :4], images(count, size=8, seed=seed + 1)[..., 4:]], axis=3
     )
@@ -147,7 +147,8 @@ def test_errors_are_least_where_the_outputs_look():
 @pytest.mark.parametrize("function", ["Relu (c)", "Mul (c, s)", "PRelu (c, slopes)"])
 def test_errors_are_least_where_the_function_behind_a_layer_is_steep(function, monkeypatch):
     model = parse(
-        f"g (float[N,3,8,8] x) => (float[N,8,6,6] y) {{ c = Conv (x, w, b)  s = Sigmoid (c)  y = {function} }}",
+        f"g (float[N,3,8,8] x) => (float[N,8,6,6] y) {{"
+        f" c = Conv (x, w, b)  s = Sigmoid (c)  y = {function} }}",
         {
             "w": normal(8, 3, 3, 3),
             "b": np.linspace(-6, 0, 8, dtype=np.float32),

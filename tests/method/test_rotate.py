@@ -15,7 +15,7 @@ from eptq_onnx.runtime import Session
 
 
 def bottleneck(kernel: int = 1):
-    """Two inverted residuals, joined by a sum; some weights are much larger than others."""
+    """Return two inverted residuals joined by a sum, with some weights much larger than others."""
     rng = np.random.default_rng(0)
 
     def weight(*shape: int) -> np.ndarray:
@@ -29,7 +29,8 @@ def bottleneck(kernel: int = 1):
         f" c3 = Conv {pads} (s, w5, b5)  r3 = Relu (c3)  y = Conv (r3, w6) }}",
         {
             "w1": weight(24, 3, 1, 1), "b1": normal(24), "w2": weight(12, 24, 1, 1), "b2": normal(12),
-            "w3": weight(48, 12, kernel, kernel), "b3": normal(48), "w4": weight(12, 48, 1, 1), "b4": normal(12),
+            "w3": weight(48, 12, kernel, kernel), "b3": normal(48),
+            "w4": weight(12, 48, 1, 1), "b4": normal(12),
             "w5": weight(48, 12, kernel, kernel), "b5": normal(48), "w6": weight(5, 48, 1, 1),
         },
     )  # fmt: skip
@@ -66,15 +67,15 @@ def test_rows_are_spread_over_their_ranges():
 
 
 def residual(seed: int):
-    """Three inverted residuals on a stream of 32 channels, with weights as those of trained networks are
-    distributed."""
+    """Return three inverted residuals on 32 channels, with weights distributed like trained ones."""
     rng, constants = np.random.default_rng(seed), {}
 
     def weight(name: str, *shape: int) -> str:
         constants[name] = (rng.laplace(size=shape) / np.sqrt(shape[1])).astype(np.float32)
         return name
 
-    body = f"c0 = Conv (x, {weight('w0', 96, 8, 1, 1)})  r0 = Relu (c0)  s0 = Conv (r0, {weight('v0', 32, 96, 1, 1)})"
+    first, second = weight("w0", 96, 8, 1, 1), weight("v0", 32, 96, 1, 1)
+    body = f"c0 = Conv (x, {first})  r0 = Relu (c0)  s0 = Conv (r0, {second})"
     for k in (1, 2, 3):
         body += f"  c{k} = Conv (s{k - 1}, {weight(f'w{k}', 96, 32, 1, 1)})  r{k} = Relu (c{k})"
         body += f"  p{k} = Conv (r{k}, {weight(f'v{k}', 32, 96, 1, 1)})  s{k} = Add (s{k - 1}, p{k})"
@@ -105,7 +106,7 @@ def test_too_many_channels_are_told(monkeypatch):
     whole, model, tensors, notes = rotated(bottleneck())
     assert model is whole
     assert not tensors
-    assert notes == ["12 channels that could be mixed stay as they are: at most 8 are"]
+    assert notes == ["12 channels that could be mixed are left unmixed: the most is 8"]
 
 
 def test_an_option_turns_it_off():

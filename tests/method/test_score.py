@@ -60,7 +60,7 @@ def case(engine):
         config,
         silent,
     )
-    # Both outputs count alike, whatever their sizes.
+    # Both outputs have the same weight, whatever their sizes.
     mean = (3 + 16) / 2
     spread = {
         o: np.sqrt(calibration.variance[o] * size / mean) for o, size in (("logits", 3), ("features", 16))
@@ -69,7 +69,7 @@ def case(engine):
 
 
 def _outputs(model: onnx.ModelProto, feeds: dict[str, np.ndarray], spread: dict[str, float]) -> np.ndarray:
-    """All outputs of one sample as one vector, each divided by its spread."""
+    """Return all outputs of one sample as one vector, each divided by its standard deviation."""
     values = Session(model).run(feeds)
     return np.concatenate([(values[o] / spread[o]).reshape(-1) for o in spread]).astype(np.float64)
 
@@ -146,8 +146,8 @@ def test_positions_are_scored_for_the_small_layers_where_memory_is_short(case, e
         "logits": (6, 1),
     }
     samples = data.read({"image": images}, model)
-    # A sixteenth is for tensors of a batch: 180 bytes, enough for 6 x 1 and 6 x 4 positions, but not for 6 x
-    # 16 more.
+    # A sixteenth of the memory is for the tensors of a batch: 180 bytes hold 6 x 1 and 6 x 4 positions, but
+    # not another 6 x 16.
     config = Config(probes=1, max_memory=16 * 180)
     less = score(
         Network(model, the_plan, calibrate(model, the_plan, samples, config, silent)),
@@ -161,7 +161,7 @@ def test_positions_are_scored_for_the_small_layers_where_memory_is_short(case, e
 
 
 def test_a_short_last_batch_counts_no_sample_twice(case, engine):
-    """Six samples in batches of four and of three give the same estimate."""
+    """Six samples give the same estimate in batches of four and of three."""
     model, images, the_plan, scores, _ = case
     samples = data.read({"image": images}, model)
     config = Config(probes=1500, batch_size=3, seed=5)

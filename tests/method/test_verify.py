@@ -16,7 +16,7 @@ from eptq_onnx.runtime import Session
 
 
 def test_the_report_measures_what_a_user_would():
-    """Output SQNR over the held-out samples, recomputed by hand."""
+    """The output SQNR over the held-out samples agrees with one recomputed by hand."""
     x = images(40)
     shares = share_out(data.read(x, small_convnet()), Config())
     result = eptq_onnx.quantize(small_convnet(), x, Config(preset="fast"))
@@ -33,8 +33,9 @@ def test_the_report_measures_what_a_user_would():
 
 
 def test_kernels_are_counted_by_the_operator_that_they_stand_for():
+    kinds = ["QLinearConv", "QLinearConv", "MatMulIntegerToFloat", "Conv"]
     graph = onnx.helper.make_graph(
-        [onnx.helper.make_node(t, [], [f"o{k}"]) for k, t in enumerate(["QLinearConv", "QLinearConv", "MatMulIntegerToFloat", "Conv"])],
+        [onnx.helper.make_node(t, [], [f"o{k}"]) for k, t in enumerate(kinds)],
         "g", [], [],
     )  # fmt: skip
     assert count_kernels(onnx.helper.make_model(graph), targets.load("ort-x64")) == {"Conv": 2, "MatMul": 1}
@@ -55,7 +56,8 @@ def test_an_invalid_model_is_not_passed_on():
 
 def test_outputs_whose_size_depends_on_values_are_compared():
     model = parse(
-        "g (float[N,4] x) => (float[K] y) { h = MatMul (x, w)  zero = Constant <value_float = 0.0> ()  c = Greater (h, zero)"
+        "g (float[N,4] x) => (float[K] y) {"
+        " h = MatMul (x, w)  zero = Constant <value_float = 0.0> ()  c = Greater (h, zero)"
         " last = Constant <value_ints = [-1]> ()  d = Reshape (c, last)  y = Compress (h, d) }",
         {"w": normal(4, 6)},
     )

@@ -26,7 +26,7 @@ def _inputs(rows: int, terms: int, groups: int = 1, seed: int = 0) -> np.ndarray
 def _moments(
     exact: np.ndarray, quantized: np.ndarray, parts: int = 3, weight: np.ndarray | None = None
 ) -> Moments:
-    """By default of outputs that are the inputs."""
+    """Return the moments of these rows; by default, the outputs are the inputs."""
     terms = exact.shape[2]
     moments = Moments(np.stack([np.eye(terms, dtype=np.float32)] * len(exact)) if weight is None else weight)
     for f, q in zip(
@@ -73,7 +73,7 @@ def test_rows_count_for_each_output_by_the_slope_of_what_reads_it(groups):
     weight = np.random.default_rng(2).normal(size=(groups, 3, 4)).astype(np.float32)
     outputs = exact @ weight.swapaxes(1, 2)
     bias = -np.median(outputs, axis=1)
-    apart = Moments(weight, reader=OutputNonlinearity(_relu, bias))
+    apart = Moments(weight, nonlinearity=OutputNonlinearity(_relu, bias))
     apart.add(exact, quantized)
     assert apart.apart == 3
     steps = 0.25 * outputs.std(axis=1, keepdims=True)
@@ -93,7 +93,7 @@ def test_a_function_of_slope_one_sees_all_rows_alike():
     exact, weight = _inputs(60, 4), np.random.default_rng(2).normal(size=(1, 3, 4)).astype(np.float32)
     plain, read = (
         Moments(weight),
-        Moments(weight, reader=OutputNonlinearity(lambda z: z + 1, np.zeros((1, 3)))),
+        Moments(weight, nonlinearity=OutputNonlinearity(lambda z: z + 1, np.zeros((1, 3)))),
     )
     for moments in (plain, read):
         for part in np.array_split(exact, 3, axis=1):
@@ -216,8 +216,10 @@ def test_inputs_that_never_vary_do_no_harm():
 
 
 def _output_moments(groups: int, channels: int, rng: np.random.Generator) -> np.ndarray:
-    """Of outputs that the rest of the network adds up in three ways, of shape (groups, channels,
-    channels)."""
+    """Return G of outputs that the rest of the network adds up in three ways.
+
+    The shape is (groups, channels, channels).
+    """
     mixing = rng.normal(size=(groups, channels, 3))
     return mixing @ mixing.swapaxes(1, 2) + 0.1 * np.eye(channels)
 
@@ -314,7 +316,8 @@ def test_slopes_that_differ_by_chance_are_one_slope():
     noisy = _compared(np.full(50, 0.95), 0.5)
     np.testing.assert_allclose(noisy.gains, 1 / 0.95, atol=0.015)
     single = (
-        noisy.product.sum(axis=0) - noisy.exact.sum(axis=0) * noisy.rough.sum(axis=0) / noisy.positions.sum()
+        noisy.product.sum(axis=0)
+        - noisy.exact.sum(axis=0) * noisy.quantized.sum(axis=0) / noisy.positions.sum()
     )
     power = noisy.power.sum(axis=0) - noisy.exact.sum(axis=0) ** 2 / noisy.positions.sum()
     assert (single / power).std() > 3 * (1 / noisy.gains).std(), "one by one, they are mostly noise"
@@ -329,13 +332,13 @@ def test_slopes_that_differ_keep_apart():
 def test_slopes_of_batches_are_those_of_their_samples():
     rng = np.random.default_rng(0)
     exact = rng.normal(size=(9, 4, 6)).astype(np.float32)
-    rough = 0.95 * exact + 0.1 * rng.normal(size=exact.shape).astype(np.float32)
-    whole = Comparison.of(exact[:7], rough[:7])
-    parts = [Comparison.of(exact[a : a + 3], rough[a : a + 3]) for a in (0, 3, 6)]
+    quantized = 0.95 * exact + 0.1 * rng.normal(size=exact.shape).astype(np.float32)
+    whole = Comparison.of(exact[:7], quantized[:7])
+    parts = [Comparison.of(exact[a : a + 3], quantized[a : a + 3]) for a in (0, 3, 6)]
     joined = Comparison.joined(parts, 7 / 9)
     np.testing.assert_allclose(joined.gains, whole.gains)
     np.testing.assert_allclose(joined.means[0], exact[:7].mean(axis=(0, 1)), rtol=1e-5)
-    np.testing.assert_allclose(joined.means[1], rough[:7].mean(axis=(0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(joined.means[1], quantized[:7].mean(axis=(0, 1)), rtol=1e-5)
 
 
 def test_what_never_varies_has_no_slope():

@@ -1,5 +1,4 @@
-"""Formats, granularities and storage against onnx's reference evaluator, and against exact rational
-arithmetic."""
+"""Formats, granularities and storage against onnx's reference evaluator and exact rational arithmetic."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ def grid(form, granularity, seed: int = 0) -> Grid:
 
 
 def in_fractions(x: float, g: Grid, place: tuple[int, ...]) -> Fraction:
-    """The value of the format, in exact arithmetic on what float32 division gives."""
+    """Return the value of the format, in exact arithmetic on the result of the float32 division."""
     scale = np.broadcast_to(g.granularity.spread(g.scale, SHAPE), SHAPE)[place]
     zero = np.broadcast_to(g.granularity.spread(np.asarray(g.zero_point), SHAPE), SHAPE)[place]
     steps = Fraction(float(np.float32(x) / np.float32(scale)))
@@ -62,7 +61,7 @@ def in_fractions(x: float, g: Grid, place: tuple[int, ...]) -> Fraction:
     codes = np.arange(2**g.format.bits, dtype=np.uint16)
     numbers = g.format.values(codes)
     known = [(Fraction(float(v)), int(c)) for v, c in zip(numbers, codes, strict=True) if np.isfinite(v)]
-    # Halves go to the pattern with an even last bit.
+    # Ties go to the pattern with an even last bit.
     return min(known, key=lambda k: (abs(k[0] - steps), k[1] & 1))[0]
 
 
@@ -88,7 +87,7 @@ TYPES = {
 
 
 def reference(kind: int, g: Grid, x: np.ndarray) -> np.ndarray:
-    """QuantizeLinear and DequantizeLinear of onnx's reference evaluator."""
+    """Run QuantizeLinear and DequantizeLinear in onnx's reference evaluator."""
     attributes = {}
     if isinstance(g.granularity, PerAxis):
         attributes = {"axis": g.granularity.axis}
@@ -123,7 +122,7 @@ def reference(kind: int, g: Grid, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("label", TYPES)
 def test_onnx_computes_the_same(label, granularity):
     kind, form = TYPES[label]
-    # The evaluator casts what is far beyond the range to garbage.
+    # The evaluator casts values far beyond the range to garbage.
     g, x = grid(form, granularity), np.clip(values(form), -4 * form.largest, 4 * form.largest)
     np.testing.assert_array_equal(g.round(x), reference(kind, g, x))
 

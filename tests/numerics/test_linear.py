@@ -1,4 +1,4 @@
-"""Layers as matrix products: rows of inputs times rows of weights are what onnxruntime computes."""
+"""Layers as matrix products: rows of inputs times rows of weights equal onnxruntime's results."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def _groups(y: np.ndarray, node, count: int) -> list[np.ndarray]:
 def test_what_is_no_plain_matrix_product_has_no_form():
     stacked = parse("g (float[2,3,4] x) => (float[2,3,5] y) { y = MatMul (x, w) }", {"w": normal(2, 4, 5)})
     sized = parse(
-        "g (float[1,2,4,4] x) => (float[1,3,9,9] y) { y = ConvTranspose <output_shape = [9,9], strides=[2,2]> (x, w) }",
+        "g (float[1,2,4,4] x) => (float[1,3,9,9] y) {"
+        " y = ConvTranspose <output_shape = [9,9], strides=[2,2]> (x, w) }",
         {"w": normal(2, 3, 3, 3)},
     )
     for model in (stacked, sized):

@@ -121,34 +121,6 @@ def test_inside_bounds_leaves_no_value_outside(high, low, stretch):
     assert ends[1] <= np.float32(high)
 
 
-def test_rectified_sigmoid_and_its_inverse():
-    h = np.linspace(0.001, 0.999, 101, dtype=np.float32)
-    np.testing.assert_allclose(qm.rectified_sigmoid(qm.rectified_sigmoid_inverse(h)), h, atol=1e-5)
-    assert qm.rectified_sigmoid(np.array([-10, 10], np.float32)).tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("exponent", [2.0, 5.0, 20.0])
-def test_slopes_agree_with_finite_differences(exponent):
-    a = np.linspace(-2.0, 2.0, 41).astype(np.float32) + np.float32(0.013)
-    step = np.float32(1e-2)
-    numeric = (qm.rectified_sigmoid(a + step) - qm.rectified_sigmoid(a - step)) / (2 * step)
-    np.testing.assert_allclose(qm.rectified_sigmoid_slope(a), numeric, atol=2e-4)
-    h = np.linspace(0.05, 0.95, 10).astype(np.float32)
-    for k in range(len(h)):
-        up, down = h.copy(), h.copy()
-        up[k] += 1e-3
-        down[k] -= 1e-3
-        slope = (qm.rounding_penalty(up, exponent) - qm.rounding_penalty(down, exponent)) / float(
-            up[k] - down[k]
-        )
-        assert qm.rounding_penalty_slope(h, exponent)[k] == pytest.approx(slope, abs=2e-2)
-
-
-def test_penalty_is_zero_once_all_is_decided():
-    assert qm.rounding_penalty(np.array([0, 1, 1], np.float32), 2.0) == 0
-    assert qm.rounding_penalty(np.array([0.5], np.float32), 2.0) == 1
-
-
 @pytest.mark.parametrize("size", [100, 1000, 12345])
 def test_stride_avoids_image_sizes(size):
     step = qm.stride(size, 10)

@@ -1,11 +1,11 @@
-"""Weights being rounded: where they start, and their gradients against finite differences."""
+"""Weights during optimization: their starting points, and gradients against finite differences."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics import quant_math, rounding
 from eptq_onnx.numerics.rounding import SoftWeight, StraightThroughWeight
 from eptq_onnx.numerics.types import QuantParams, QuantSpec
 
@@ -51,3 +51,33 @@ def test_a_soft_weight_starts_at_the_float_weight_and_its_gradients_are_right():
         assert float((gradient * along).sum()) == pytest.approx(
             (ends[0] - ends[1]) / 2e-3, rel=3e-2, abs=1e-2
         )
+
+
+def test_rectified_sigmoid_and_its_inverse():
+    h = np.linspace(0.001, 0.999, 101, dtype=np.float32)
+    np.testing.assert_allclose(
+        rounding.rectified_sigmoid(rounding.rectified_sigmoid_inverse(h)), h, atol=1e-5
+    )
+    assert rounding.rectified_sigmoid(np.array([-10, 10], np.float32)).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("exponent", [2.0, 5.0, 20.0])
+def test_slopes_agree_with_finite_differences(exponent):
+    a = np.linspace(-2.0, 2.0, 41).astype(np.float32) + np.float32(0.013)
+    step = np.float32(1e-2)
+    numeric = (rounding.rectified_sigmoid(a + step) - rounding.rectified_sigmoid(a - step)) / (2 * step)
+    np.testing.assert_allclose(rounding.rectified_sigmoid_slope(a), numeric, atol=2e-4)
+    h = np.linspace(0.05, 0.95, 10).astype(np.float32)
+    for k in range(len(h)):
+        up, down = h.copy(), h.copy()
+        up[k] += 1e-3
+        down[k] -= 1e-3
+        slope = (rounding.rounding_penalty(up, exponent) - rounding.rounding_penalty(down, exponent)) / float(
+            up[k] - down[k]
+        )
+        assert rounding.rounding_penalty_slope(h, exponent)[k] == pytest.approx(slope, abs=2e-2)
+
+
+def test_penalty_is_zero_once_all_is_decided():
+    assert rounding.rounding_penalty(np.array([0, 1, 1], np.float32), 2.0) == 0
+    assert rounding.rounding_penalty(np.array([0.5], np.float32), 2.0) == 1

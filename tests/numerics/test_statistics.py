@@ -53,7 +53,7 @@ def test_equal_outputs_differ_in_nothing(shape):
 @pytest.mark.parametrize("mean", [10.0, -1000.0])
 @pytest.mark.parametrize("shape", [(1, 6), (1, 6, 8, 8), (1, 50, 6)])
 def test_a_large_mean_hides_no_noise(shape, mean):
-    """Coordinates of 1000 ± 1 with noise of 1 look good, and are worth nothing."""
+    """Coordinates of 1000 ± 1 with noise of 1 have a high SQNR and are useless."""
     exact, got = _draw(shape, 64, 1.0)
     s = compare([a + mean for a in exact], [b + mean for b in got])
     assert s.sqnr_db > 15
@@ -77,7 +77,7 @@ def test_channels_are_where_means_differ(shape, axis):
 @pytest.mark.parametrize("shape", [(1, 8), (1, 8, 5, 4)])
 @pytest.mark.parametrize("noise", [0.05, 0.2, 0.6])
 def test_the_expected_disagreement_foretells_that_of_other_samples(shape, noise):
-    """Of 16 samples it tells what 4000 do, within a factor of two."""
+    """From 16 samples it predicts the result of 4000, within a factor of two."""
     few = compare(*_draw(shape, 16, noise, seed=1))
     many = compare(*_draw(shape, 4000 // int(np.prod(shape[2:])), noise, seed=2))
     assert many.decisions >= 4000
@@ -102,8 +102,8 @@ def test_scores_that_turn_around_disagree():
 
 @pytest.mark.parametrize(
     "exact",
-    [[np.ones((1, 1))] * 4, [np.array([[0.0, 5, 1]]) + k for k in range(4)], [np.zeros((1, 7))] * 3, [np.zeros((0, 4))] * 3,
-     [np.array(2.0)] * 3, [np.zeros((1, 0, 4))] * 2],
+    [[np.ones((1, 1))] * 4, [np.array([[0.0, 5, 1]]) + k for k in range(4)], [np.zeros((1, 7))] * 3,
+     [np.zeros((0, 4))] * 3, [np.array(2.0)] * 3, [np.zeros((1, 0, 4))] * 2],
     ids=["one channel", "always the same", "zero", "no rows", "scalar", "no positions"],
 )  # fmt: skip
 def test_what_decides_nothing_is_no_decision(exact):

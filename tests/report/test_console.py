@@ -1,4 +1,4 @@
-"""What is shown: any name, any encoding, a terminal of 80 columns or none."""
+"""Console output: any name, any encoding, a terminal of 80 columns or none."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ from eptq_onnx.report.console import _Lines, _Stream, duration, line, shown
 pytestmark = pytest.mark.once
 
 NASTY = [
-    "[/red]", "[bold]", "[link=http://x]y[/link]", "[/]", "[[", "\\[", ":smile:", "a\nb", "a\r\nb", "\x1b[31mred\x1b[0m",
-    "\x1b]0;title\x07", "\x00", "\x07\x08", "\x7f", "\x9b31m", "\u202egnp.exe", "\u2028", "\ud800", "日本語" * 40, "e\u0301" * 30,
+    "[/red]", "[bold]", "[link=http://x]y[/link]", "[/]", "[[", "\\[", ":smile:", "a\nb", "a\r\nb",
+    "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x00", "\x07\x08", "\x7f", "\x9b31m",
+    "\u202egnp.exe", "\u2028", "\ud800", "日本語" * 40, "e\u0301" * 30,
     "🙂👩\u200d👧", "x" * 100_000, "", " ", "→×ü", "%s {0} {x}",
 ]  # fmt: skip
 names = st.one_of(
@@ -44,7 +45,7 @@ names = st.one_of(
 
 
 def slow(*values: object) -> list[Any]:
-    """More of the same: each takes a process."""
+    """More such names, in slow tests because each takes a process."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
@@ -68,7 +69,7 @@ def renamed(report, name: str):
 
 
 def assert_harmless(text: str) -> None:
-    """A terminal that is sent this text shows it and obeys nothing."""
+    """Check that a terminal shows this text and obeys no control sequence in it."""
     odd = {c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
     assert not odd, odd
 
@@ -142,8 +143,9 @@ def test_a_reader_that_went_away_is_no_error_and_a_full_device_is_told():
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "less than 10 seconds"), (9.9, "less than 10 seconds"), (10, "about 10 seconds"), (58, "about 60 seconds"), (61, "about 1 min"),
-        (100, "about 1 min 40 s"), (599, "about 10 min"), (3000, "about 50 min"), (3599, "about 1 h 0 min"), (8000, "about 2 h 13 min"),
+        (0, "less than 10 seconds"), (9.9, "less than 10 seconds"), (10, "about 10 seconds"),
+        (58, "about 60 seconds"), (61, "about 1 min"), (100, "about 1 min 40 s"), (599, "about 10 min"),
+        (3000, "about 50 min"), (3599, "about 1 h 0 min"), (8000, "about 2 h 13 min"),
     ],
 )  # fmt: skip
 def test_durations_are_rounded(seconds, text):
@@ -222,7 +224,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def on_terminal(folder: Path, *extra: str, columns: int = 80, **variables: str) -> tuple[int, str]:
-    """Exit code and what a terminal of so many columns was sent."""
+    """Return the exit code and the text sent to a terminal of this width."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(
@@ -248,7 +250,7 @@ def on_terminal(folder: Path, *extra: str, columns: int = 80, **variables: str) 
 
 
 def screen_lines(sent: str) -> list[str]:
-    """The lines that were on the screen at any time."""
+    """Return all lines that were ever on the screen."""
     return [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", part) for part in re.split(r"[\r\n]+", sent)]
 
 
@@ -337,7 +339,8 @@ def test_names_in_a_model_and_in_errors_are_shown_as_they_are(folder, name, enco
 
 @pytest.mark.parametrize("both", [False, True])
 def test_a_reader_that_leaves_early_costs_nothing(folder, both):
-    command = f"{' '.join(COMMAND)} --preset fast {'2>&1' if both else '2>errors'} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    errors = "2>&1" if both else "2>errors"
+    command = f"{' '.join(COMMAND)} --preset fast {errors} | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""The remaining time of a run: right when the estimate is, corrected when it is not, and never nonsense."""
+"""The remaining time is right when the estimate is, corrected when it is not, and never nonsense."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Clock:
 
 
 def run(expected: dict[str, float], taken: dict[str, float], units: int = 50):
-    """Yields, as the run goes on, the time that is left, and what is told of it."""
+    """Yield the actual and the estimated remaining time as the run goes on."""
     clock = Clock()
     remaining = Remaining(clock)
     remaining.update("estimate", 1, 1)
@@ -43,7 +43,7 @@ def test_a_right_estimate_is_right_throughout():
 
 @pytest.mark.parametrize("factor", [0.2, 0.5, 2.0, 5.0])
 def test_a_wrong_estimate_is_corrected(factor):
-    """On a machine that is as much slower in all steps, the first step and a part of the second tell."""
+    """If all steps are slower by the same factor, the first step and part of the second reveal it."""
     taken = {step: factor * seconds for step, seconds in PLAN.items()}
     for left, told, step in run(PLAN, taken):
         if step == "optimize" and left < 0.5 * taken["optimize"]:

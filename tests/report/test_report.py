@@ -15,7 +15,8 @@ from eptq_onnx.report.speed import costly, in_words, warning
 
 SLOW = Speed(
     Pace.SLOWER, 0.0071, 0.0121, 1.7, 1.6, 1.85, 9, 1,
-    (OperatorTime("QuantizeLinear/DequantizeLinear around Resize", 0.0, 0.0042), OperatorTime("Softmax", 0.001, 0.0022),
+    (OperatorTime("QuantizeLinear/DequantizeLinear around Resize", 0.0, 0.0042),
+     OperatorTime("Softmax", 0.001, 0.0022),
      OperatorTime("Conv", 0.006, 0.0056)),
 )  # fmt: skip
 FAST = Speed(Pace.FASTER, 0.0012, 0.0006, 0.5, 0.4, 0.625, 7, 4)
@@ -36,11 +37,12 @@ def shown(report, width: int = 400) -> list[str]:
 def test_what_runs_slower_is_said_first(report):
     lines = shown(replace(report, speed=SLOW))
     assert lines[0].startswith(
-        "runs 1.70× slower than the float model on this machine; the time goes to QuantizeLinear/DequantizeLinear around Resize"
+        "runs 1.70× slower than the float model on this machine; "
+        "the time goes to QuantizeLinear/DequantizeLinear around Resize"
     )
     assert (
-        "(35%, 4.2 ms where the float model takes none), Softmax (18%, 2.2 ms where the float model takes 1 ms)"
-        in lines[0]
+        "(35%, 4.2 ms where the float model takes none), "
+        "Softmax (18%, 2.2 ms where the float model takes 1 ms)" in lines[0]
     )
     assert "Conv" not in lines[0]
     assert any("Time of one run" in line for line in lines)
@@ -59,10 +61,11 @@ def test_then_verdict_then_size_then_speed(report, speed):
 
 def test_speed_in_words():
     assert in_words(FAST).startswith(
-        "2.00× faster than the float model: 1.2 ms → 600 µs a run of 4 samples (between 1.60× and 2.50×"
+        "2.00× faster than the float model: 1.2 ms → 600 µs per run of 4 samples (between 1.60× and 2.50×"
     )
     assert in_words(SAME).startswith(
-        "about as fast as the float model: 500 ms → 500 ms a run of 1 sample (its time between 0.97× and 1.10×"
+        "about as fast as the float model: 500 ms → 500 ms per run of 1 sample "
+        "(its time between 0.97× and 1.10×"
     )
     assert in_words(None) == "not measured"
     assert [warning(s) for s in (None, FAST, SAME)] == ["", "", ""]

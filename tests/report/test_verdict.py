@@ -12,7 +12,7 @@ from eptq_onnx.report.verdict import FEW_SAMPLES, VERY_HIGH_DB, Assurance, judge
 SCORES = OutputStatistics(
     32, 31.0, 30.5, 29.0, 25.0, decisions=32, disagreement=0.0, expected_disagreement=0.012
 )
-"""Of a classifier at 8 bits."""
+"""Statistics of a classifier at 8 bits."""
 VALUES = OutputStatistics(32, 31.0, 25.0, 22.0, 25.0)
 ORDER = [Assurance.SAFE, Assurance.CHECK, Assurance.LOSS]
 
@@ -75,7 +75,7 @@ def test_reasons_are_told_in_words(statistics, assurance, words):
 
 
 def test_a_map_of_classes_must_change_less():
-    """Of 400,000 pixels a share of 2 % is whole objects."""
+    """In 400,000 pixels, 2 % are whole objects."""
     places = replace(SCORES, decisions=400_000, sqnr_db=18.0, centred_sqnr_db=17.0, expected_disagreement=0.2)
     found = [verdict(replace(places, disagreement=share)).assurance for share in (0.001, 0.02)]
     assert found == [Assurance.SAFE, Assurance.CHECK]
@@ -112,9 +112,11 @@ def test_many_outputs_are_summed_up():
 
 FIGURES = st.builds(
     lambda sqnr, below, worst, decisions, seen, expected: OutputStatistics(
-        32, sqnr, sqnr - below, sqnr - below, sqnr - worst, decisions, seen * (decisions > 0), expected * (decisions > 0)
+        32, sqnr, sqnr - below, sqnr - below, sqnr - worst,
+        decisions, seen * (decisions > 0), expected * (decisions > 0),
     ),
-    st.floats(-5, 60), st.floats(0, 30), st.floats(0, 20), st.sampled_from([0, 32, 5000]), st.floats(0, 1), st.floats(0, 1),
+    st.floats(-5, 60), st.floats(0, 30), st.floats(0, 20),
+    st.sampled_from([0, 32, 5000]), st.floats(0, 1), st.floats(0, 1),
 )  # fmt: skip
 
 

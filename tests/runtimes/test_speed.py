@@ -1,4 +1,4 @@
-"""No assertion here depends on this machine's speed: clocks and profiles are given."""
+"""Speed measurement with given clocks and profiles, so that no assertion depends on this machine's speed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from eptq_onnx.runtimes import speed
 
 
 class Machine:
-    """A clock that two models advance by what they take, times noise."""
+    """A clock that two models advance by their run times, with noise."""
 
     def __init__(self, seconds: tuple[float, float], noise: float = 0.0, seed: int = 0) -> None:
         self.now, self._noise, self._random = 0.0, noise, np.random.default_rng(seed)
@@ -55,7 +55,7 @@ def test_the_pace_is_that_of_the_models(ratio, pace, seconds, noise):
 
 @pytest.mark.parametrize("noise", [0.05, 0.3, 1.0])
 def test_noise_is_not_taken_for_a_difference(noise):
-    """Equal models on a busy machine are told apart in few of a hundred measurements."""
+    """Equal models on a busy machine are rarely found to differ."""
     found = [Machine((0.01, 0.01), noise, seed).measure().pace for seed in range(300)]
     assert np.mean([pace is Pace.SLOWER for pace in found]) < 0.03
     assert np.mean([pace is Pace.FASTER for pace in found]) < 0.03
@@ -129,7 +129,7 @@ def test_a_recorded_profile_is_summed_up_by_the_float_operator():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 40), st.integers(1, 4))
 def test_what_runs_inside_a_loop_counts_once(bodies, own, runs):
-    """The node of a Loop lasts as long as the nodes of its body, and what it does itself."""
+    """The time of a Loop node includes the nodes of its body and its own work."""
     events, now = [], 0
     for _ in range(runs):
         events.append(_event("loop", "Loop", now, sum(bodies) + own))
@@ -143,8 +143,9 @@ def test_what_runs_inside_a_loop_counts_once(bodies, own, runs):
 
 @pytest.mark.parametrize(
     ("kernel", "operator"),
-    [("QLinearConv", "Conv"), ("FusedConv", "Conv"), ("QGemm", "Gemm"), ("QLinearSigmoid", "Sigmoid"), ("MatMulIntegerToFloat", "MatMul"),
-     ("QLinearGlobalAveragePool", "GlobalAveragePool"), ("QuickGelu", "QuickGelu"), ("Softmax", "Softmax"), ("ReorderOutput", "layout")],
+    [("QLinearConv", "Conv"), ("FusedConv", "Conv"), ("QGemm", "Gemm"), ("QLinearSigmoid", "Sigmoid"),
+     ("MatMulIntegerToFloat", "MatMul"), ("QLinearGlobalAveragePool", "GlobalAveragePool"),
+     ("QuickGelu", "QuickGelu"), ("Softmax", "Softmax"), ("ReorderOutput", "layout")],
 )  # fmt: skip
 def test_kernels_go_by_the_operator_that_they_stand_for(kernel, operator):
     assert speed.stands_for(kernel) == operator
@@ -153,8 +154,10 @@ def test_kernels_go_by_the_operator_that_they_stand_for(kernel, operator):
 def test_quantizers_are_called_after_the_operators_around_them():
     graph = parse(
         "g (float[1,2,4,4] x, float s) => (float[1,2,4,4] y) {"
-        " xq = QuantizeLinear (x, s)  xd = DequantizeLinear (xq, s)  r = Resize (xd, s, s)  rq = QuantizeLinear (r, s)"
-        " rd = DequantizeLinear (rq, s)  a = Softmax (rd)  b = Erf (rd)  c = Add (a, b)  cq = QuantizeLinear (c, s)"
+        " xq = QuantizeLinear (x, s)  xd = DequantizeLinear (xq, s)  r = Resize (xd, s, s)"
+        "  rq = QuantizeLinear (r, s)"
+        " rd = DequantizeLinear (rq, s)  a = Softmax (rd)  b = Erf (rd)  c = Add (a, b)"
+        "  cq = QuantizeLinear (c, s)"
         " y = DequantizeLinear (cq, s) }"
     ).graph
     for node in graph.node:
@@ -178,7 +181,7 @@ def test_what_costs_most_beside_the_float_model_comes_first():
 
 
 def test_both_models_are_run_and_profiled(monkeypatch):
-    """On this machine, with its onnxruntime; whatever is faster."""
+    """Both models are profiled with this machine's onnxruntime, whichever is faster."""
     result = eptq_onnx.quantize(small_convnet(), images(8), Config(preset="fast", measure_speed=False))
     assert result.report.speed is None
     monkeypatch.setattr(speed, "_pace", lambda low, high: Pace.SLOWER)

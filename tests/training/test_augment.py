@@ -1,4 +1,4 @@
-"""Varied samples: what may change changes, what must not does not."""
+"""Augmented samples change only where they may."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_images_move_sample_by_sample_and_other_inputs_stay():
         assert moved[name].shape == feeds[name].shape
         assert moved[name].dtype == np.float32
         assert not np.array_equal(moved[name], feeds[name])
-        # Reflected borders hold no new values, and channels never swap.
+        # Reflected borders add no new values, and channels are never swapped.
         for n in range(len(feeds[name])):
             assert set(moved[name][n].ravel()) <= set(feeds[name][n].ravel())
     channel = moved["last"][0, :, :, 0]

@@ -55,7 +55,7 @@ def test_only_what_beats_chance_is_better():
 
 
 def replayed(losses, outputs, noise=0.0, count=26, seed=0):
-    """What the checks of a run find: errors of held-out samples that are so many times those of the start."""
+    """Return the errors that a run's checks find on held-out samples, as multiples of the start's."""
     rng = np.random.default_rng(seed)
     start = rng.uniform(1, 2, (2, count)).astype(np.float32)
     kept = Kept("start", start)
@@ -98,7 +98,8 @@ def replayed(losses, outputs, noise=0.0, count=26, seed=0):
             [0.999, 1.3, 1.3],
             [1.1, 0.9, 1.1],
             3,
-            "error on held-out samples by more than chance without raising that of the outputs (best -0.1 % in 3 of 3 steps)",
+            "error on held-out samples by more than chance without raising that of the outputs "
+            "(best -0.1 % in 3 of 3 steps)",
         ),
     ],
 )
@@ -110,8 +111,7 @@ def test_the_loop_ends_when_the_start_will_be_kept(losses, outputs, ends, why):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_loop_goes_on_while_errors_fall_and_after_a_gain(seed):
-    """A late gain is found if the errors fell, and a run that has gained is not ended by this rule, whatever
-    comes."""
+    """A late gain is found if the errors fell, and the rule never ends a run that has gained."""
     rng = np.random.default_rng(seed)
     falling = np.sort(rng.uniform(1.0, 1.5, 5))[::-1] * np.array([1, 1, 1, 1, 0.5])
     kept, ran = replayed(falling, falling, seed=seed)
@@ -122,8 +122,7 @@ def test_the_loop_goes_on_while_errors_fall_and_after_a_gain(seed):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_loop_ends_early_only_where_the_start_is_kept(seed):
-    """In drawn runs, what the rule ends had no gain up to there; without the rule the same checks find none
-    up to there either."""
+    """Random runs that the rule ends had no gain so far, and would have had none without the rule."""
     rng = np.random.default_rng(seed)
     losses, outputs = rng.uniform(0.8, 1.2, (2, 10))
     kept, ran = replayed(losses, outputs, noise=0.1, seed=seed)

@@ -1,5 +1,4 @@
-"""The training graph and the loop: gradients of everything that is learned, and a result never worse than the
-start."""
+"""The training graph and the loop: all gradients are right, and no result is worse than the start."""
 
 from __future__ import annotations
 
@@ -99,7 +98,7 @@ def _run(session: Session, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def test_without_quantization_errors_the_loss_is_zero(engine):
-    """With p = 1 and float weights, student and teacher are the same network."""
+    """With p = 1 and float weights, student and teacher compute the same."""
     case = Case(engine, gradual_activations=True)
     view = GraphView(case.model)
     feeds = {
@@ -121,7 +120,7 @@ def test_the_training_graph_evaluates_to_the_same_loss(case):
 
 
 def test_the_loss_is_the_weighted_error_of_the_written_model(case):
-    """Layer errors of the training graph, against the dequantized written model run by hand."""
+    """The training graph's layer errors equal those of the dequantized written model."""
     quantized, _ = write(case.model, case.plan, case.start)
     last = case.plan.layers[-1]
     feeds = case.feeds()
@@ -234,12 +233,12 @@ def test_slopes_that_cost_more_than_the_loop_brought_are_left(engine, monkeypatc
 
 
 def test_the_outputs_count_part_by_part_in_units_of_their_spread(engine):
-    """Of a detector that joins boxes in pixels with probabilities, the probabilities count as much as the
-    boxes."""
+    """If a detector concatenates boxes in pixels and probabilities, both have the same weight."""
     from graphs import normal, parse
 
     model = parse(
-        "g (float[N,3,8,8] image) => (float[N,6,8,8] y) { a = Conv (image, w)  b = Conv (a, v)  s = Conv (a, u)"
+        "g (float[N,3,8,8] image) => (float[N,6,8,8] y) {"
+        " a = Conv (image, w)  b = Conv (a, v)  s = Conv (a, u)"
         "  p = Sigmoid (s)  y = Concat <axis = 1> (b, p) }",
         {"w": normal(4, 3, 1, 1), "v": normal(2, 4, 1, 1, scale=100), "u": normal(4, 4, 1, 1)},
     )
@@ -263,7 +262,7 @@ def test_the_outputs_count_part_by_part_in_units_of_their_spread(engine):
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_any_share_of_the_outputs_lowers_their_error(engine, share):
-    """Measured on the written files: the loop brings the outputs closer to the float network's."""
+    """In the written files, the loop brings the outputs closer to the float network's."""
     case = Case(engine, weight_bits=2, steps=60, output_share=share)
     best, trace = case.run()
     assert trace.checkpoints[0][1] == pytest.approx(1)
@@ -291,7 +290,8 @@ def test_an_optimization_that_brings_nothing_ends_early_and_says_so(engine):
     assert best is case.start
     assert trace.steps == len(trace.losses) < 10
     found = re.fullmatch(
-        r"the start was kept: no step lowered the error on held-out samples \(best \+[\d.]+ % in (\d+) of 20 steps; stopped early\)",
+        r"the start was kept: no step lowered the error on held-out samples "
+        r"\(best \+[\d.]+ % in (\d+) of 20 steps; stopped early\)",
         trace.reason,
     )
     assert found, trace.reason
@@ -304,7 +304,8 @@ def test_a_step_that_is_kept_is_named(engine):
     change = dict(trace.checkpoints)[trace.best_step] / trace.checkpoints[0][1] - 1
     assert trace.best_step
     assert trace.reason == (
-        f"step {trace.best_step} was kept: it lowered the error on held-out samples ({100 * change:+.1f} %; {trace.steps} of 60 steps)"
+        f"step {trace.best_step} was kept: it lowered the error on held-out samples "
+        f"({100 * change:+.1f} %; {trace.steps} of 60 steps)"
     )
 
 
@@ -340,13 +341,14 @@ def test_attention_of_channels_peaks_at_that_of_the_layer(case):
 
 
 def test_a_layer_behind_an_operator_without_gradient_is_said_not_to_be_optimized(engine):
-    """Round passes no gradient: what only it reads keeps its own output's loss, and the run goes on."""
+    """Round passes no gradient: layers that only it reads keep their own loss, and the run continues."""
     from graphs import normal, parse
 
     import eptq_onnx
 
     model = parse(
-        "g (float[N,3,8,8] image) => (float[N,4,6,6] y) { a = Conv (image, w)  r = Round (a)  y = Conv (r, v) }",
+        "g (float[N,3,8,8] image) => (float[N,4,6,6] y) {"
+        " a = Conv (image, w)  r = Round (a)  y = Conv (r, v) }",
         {"w": normal(4, 3, 3, 3, scale=2), "v": normal(4, 4, 1, 1)},
     )
     result = eptq_onnx.quantize(model, images(16), Config(steps=4, weight_bits=4, batch_size=4))
@@ -370,13 +372,14 @@ def test_weights_move_half_as_fast_after_every_check_that_finds_nothing_better(
     monkeypatch.setattr("eptq_onnx.training.learned.Adam", Watched)
     _, trace = case.run()
     assert trace.best_step == 0
-    # Three optimizers take turns, that of the rounding first; the last step is the ninth check's second.
+    # Three optimizers take turns, the one of the rounding first; the last step is the second of the ninth
+    # check.
     full = 30.0 * 0.5 * (1 + np.cos(np.pi * 19 / 20))
     assert rates[0::3][-1] == pytest.approx(full / 2**halvings)
 
 
 def test_what_is_masked_with_minus_infinity_is_left_out_of_the_loss(engine):
-    """The differences of infinities are no numbers."""
+    """Differences of infinities are not finite."""
     from graphs import normal, parse
 
     import eptq_onnx

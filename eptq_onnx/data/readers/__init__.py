@@ -1,4 +1,4 @@
-"""Where calibration data comes from: one file a form, each found by itself."""
+"""Readers of calibration data: one file per form, each discovered automatically."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from eptq_onnx.data.readers.base import Arrays, Data, Feed, Reader, Source
 from eptq_onnx.discovery import classes
 
-__all__ = ["Arrays", "Data", "Feed", "Reader", "Source", "files_of", "forms", "opened", "registered"]
+__all__ = ["Arrays", "Data", "Feed", "Reader", "Source", "files_of", "forms", "open_source", "registered"]
 
 
 @cache
 def registered() -> tuple[Reader, ...]:
-    """One reader for each form, in the order in which they are asked."""
+    """Return one reader for each form, in the order in which they are asked."""
     return tuple(sorted((found() for found in classes(__name__, Reader)), key=lambda reader: reader.order))  # type: ignore[type-abstract]
 
 
-def opened(source: Source) -> tuple[Data, str]:
-    """The data behind a source, and what to call it in messages.
+def open_source(source: Source) -> tuple[Data, str]:
+    """Return the data of a source, and its name for messages.
 
     Parameters
     ----------
@@ -33,8 +33,8 @@ def opened(source: Source) -> tuple[Data, str]:
           included;
         - the path of a .npz (a mapping), of a .npy (an array), or of a folder of .npz files, each of them a
           feed;
-        - ``"module:function"``, a function without arguments that gives any of these;
-        - what a further reader in this package takes.
+        - ``"module:function"``, a function without arguments that returns any of these;
+        - what any other reader in this package takes.
 
     Raises
     ------
@@ -45,16 +45,15 @@ def opened(source: Source) -> tuple[Data, str]:
 
 
 def files_of(source: Any) -> list[tuple[str, Path]]:
-    """The files that calibration data is read from, each with what it is; none of what cannot be read."""
+    """Return the files that calibration data is read from, each with a label; empty if they are unknown."""
     return _reader(source).files(source)
 
 
 def forms(*, on_command_line: bool) -> list[str]:
-    """What each reader takes, in one line: of those that a command can name, or of those that only Python
-    has."""
+    """Return one line on each form: those available on the command line, or those only in Python."""
     return [reader.form for reader in reversed(registered()) if reader.on_command_line is on_command_line]
 
 
 def _reader(source: Any) -> Reader:
-    """The first that takes the source; feeds and files leave nothing over."""
+    """Return the first reader that takes the source; the readers of feeds and files take everything else."""
     return next(reader for reader in registered() if reader.takes(source))

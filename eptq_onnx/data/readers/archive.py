@@ -1,4 +1,4 @@
-"""A file that numpy wrote."""
+"""Reader of files written by numpy."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from eptq_onnx.data.readers.base import Data, Reader, is_path
 class ArchiveReader(Reader):
     """Reads a .npz (a mapping) or a .npy (an array); see `eptq_onnx.data.archives`."""
 
-    form = "a .npz file with one array for each model input, samples along the first axis, or a .npy file for a model with one input"
-    order = 90  # whatever is left is a file, or a name that is told to be none
+    form = (
+        "a .npz file with one array for each model input, samples along the first axis, "
+        "or a .npy file for a model with one input"
+    )
+    order = 90  # anything left is a file name, or reported as a missing file
 
     def takes(self, source: Any) -> bool:
-        """True for all paths."""
+        """Return True for all paths."""
         return is_path(source)
 
     def open(self, source: Any) -> tuple[Data, str]:
-        """All arrays of the file."""
+        """Return all arrays of the file."""
         path = Path(source)
         return archives.read_file(path), str(path)

@@ -1,4 +1,4 @@
-"""What a form of calibration data is."""
+"""Interface of the readers of calibration data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Arrays: TypeAlias = Mapping[str, NDArray[np.generic] | Sequence[NDArray[np.gener
 Feed: TypeAlias = Mapping[str, NDArray[np.generic]]
 Source: TypeAlias = str | os.PathLike[str] | Arrays | NDArray[np.generic] | Iterable[Feed]
 Data: TypeAlias = NDArray[np.generic] | Arrays | Sequence[Feed]
-"""What all forms come to: one array, arrays by input, or feeds."""
+"""What every reader returns: one array, arrays by input, or feeds."""
 
 
 class Reader(ABC):
@@ -26,9 +26,9 @@ class Reader(ABC):
     form : str
         The form in one line, for help and the documentation.
     on_command_line : bool
-        False for what only Python can hand over.
+        False for forms that only Python can pass.
     order : int
-        Readers are asked in this order, and the first that takes a source reads it.
+        Readers are asked in this order; the first that takes a source reads it.
     """
 
     form: ClassVar[str]
@@ -37,11 +37,11 @@ class Reader(ABC):
 
     @abstractmethod
     def takes(self, source: Any) -> bool:
-        """True if the source has this form; the file behind it may be missing or damaged."""
+        """Return True if the source has this form, even if the file behind it is missing or damaged."""
 
     @abstractmethod
     def open(self, source: Any) -> tuple[Data, str]:
-        """The data, and what to call it in messages.
+        """Return the data, and its name for messages.
 
         Raises
         ------
@@ -50,11 +50,13 @@ class Reader(ABC):
         """
 
     def files(self, source: Any) -> list[tuple[str, Path]]:
-        """The files that it reads, each with what it is, so that no output overwrites them: by default the
-        one that the source names."""
+        """Return the files it reads, each with a label, so that no output overwrites them.
+
+        By default, that is the file named by the source.
+        """
         return [("the calibration data", Path(os.path.abspath(source)))]
 
 
 def is_path(source: Any) -> bool:
-    """True for text and paths."""
+    """Return True for strings and paths."""
     return isinstance(source, (str, os.PathLike))

@@ -1,4 +1,4 @@
-"""Feeds in memory: each is what the model takes in one run."""
+"""Reader of feeds in memory, each of which is what the model takes in one run."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ class FeedReader(Reader):
     order = 20
 
     def takes(self, source: Any) -> bool:
-        """True for all that is no path."""
+        """Return True for everything that is not a path."""
         return not is_path(source)
 
     def open(self, source: Any) -> tuple[Data, str]:
-        """All feeds; none may be anything but a mapping."""
+        """Return all feeds; every item must be a mapping."""
         feeds = list(source)
         odd = [k for k, feed in enumerate(feeds) if not isinstance(feed, Mapping)]
         if odd:
+            kind = type(feeds[odd[0]]).__name__
             raise DataError(
-                f"the calibration data: item {odd[0]} is a {type(feeds[odd[0]]).__name__}, not a mapping from input name to array."
+                f"the calibration data: item {odd[0]} is a {kind}, not a mapping from input name to array."
             )
         if not feeds:
             raise DataError("the calibration data has no samples.")
         return feeds, "the calibration data"
 
     def files(self, source: Any) -> list[tuple[str, Path]]:
-        """None that anybody knows of."""
+        """Return nothing: the files behind feeds, if any, are unknown."""
         return []

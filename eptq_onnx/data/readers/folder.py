@@ -1,4 +1,4 @@
-"""A folder of feeds."""
+"""Reader of a folder of feeds."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from eptq_onnx.errors import DataError
 
 
 class FolderReader(Reader):
-    """Reads a folder of .npz files, each of them a feed, in the order of their names."""
+    """Reads a folder of .npz files, each a feed, in the order of their names."""
 
     form = "a folder of .npz files, each what the model takes in one run"
     order = 40
 
     def takes(self, source: Any) -> bool:
-        """True for folders."""
+        """Return True for folders."""
         return is_path(source) and Path(source).is_dir()
 
     def open(self, source: Any) -> tuple[Data, str]:
-        """One feed a file."""
+        """Return one feed per file."""
         path = Path(source)
         feeds = []
         files = sorted(path.glob("*.npz"))
@@ -32,13 +32,14 @@ class FolderReader(Reader):
         for file, feed in read:
             if not isinstance(feed, dict):
                 raise DataError(
-                    f"data file {file} holds one array without a name: in a folder each file is a feed, saved with numpy.savez."
+                    f"data file {file} holds one array without a name: "
+                    "in a folder each file is a feed, saved with numpy.savez."
                 )
             feeds.append(feed)
         return feeds, str(path)
 
     def files(self, source: Any) -> list[tuple[str, Path]]:
-        """All .npz files of the folder."""
+        """Return all .npz files of the folder."""
         return [
             ("the calibration data", file) for file in sorted(Path(os.path.abspath(source)).glob("*.npz"))
         ]

@@ -1,4 +1,4 @@
-"""A function that gives the data."""
+"""Reader that calls a function which returns the data."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from eptq_onnx.data.readers import opened
+from eptq_onnx.data.readers import open_source
 from eptq_onnx.data.readers.base import Data, Reader, is_path
 from eptq_onnx.errors import DataError
 
 
 class FunctionReader(Reader):
-    """Reads what a function without arguments gives, named as ``module:function``."""
+    """Reads what a function without arguments returns, named as ``module:function``."""
 
     form = "module:function, a function without arguments that returns any of these or yields feeds"
     order = 30
 
     def takes(self, source: Any) -> bool:
-        """True for two names with a colon between them, unless there is a file of that name."""
+        """Return True for two names joined by a colon, unless a file has that name."""
         if not is_path(source):
             return False
         module, colon, name = str(source).partition(":")
@@ -29,13 +29,13 @@ class FunctionReader(Reader):
         return bool(colon) and all(part.isidentifier() for part in names) and not Path(source).exists()
 
     def open(self, source: Any) -> tuple[Data, str]:
-        """Call the function, and read what it gives."""
+        """Call the function and read what it returns."""
         module, _, name = str(source).partition(":")
-        given, _ = opened(_function(module, name, str(source))())
+        given, _ = open_source(_function(module, name, str(source))())
         return given, f"what {source} gives"
 
     def files(self, source: Any) -> list[tuple[str, Path]]:
-        """The module, if it stands in the working folder."""
+        """Return the module's file, assuming that it lies in the working folder."""
         module = str(source).partition(":")[0]
         return [("the calibration script", Path(os.path.abspath(module.replace(".", os.sep) + ".py")))]
 
@@ -43,11 +43,11 @@ class FunctionReader(Reader):
 def _function(module: str, name: str, label: str) -> Callable[[], Any]:
     here = os.getcwd()
     if here not in sys.path:
-        sys.path.insert(0, here)  # a script's own folder is there, a command's is not
+        sys.path.insert(0, here)  # Python adds a script's own folder, but not a command's working folder
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as e:
         raise DataError(f"data function {label} cannot be imported: {e}.") from e
     if not callable(function):
-        raise DataError(f"{label} is no function.")
+        raise DataError(f"{label} is not a function.")
     return function  # type: ignore[no-any-return]

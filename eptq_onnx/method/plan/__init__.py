@@ -1,0 +1,254 @@
+"""Decide which tensors are quantized and how, and state why the others stay float.
+
+The rules, in terms of the operator table (`ops.TABLE`) and the target:
+
+- a layer (constant weight) that the target runs on integers is quantized: its input, its weight, and its
+  output behind the clipping function that the target absorbs;
+- arithmetic and equal-scale operators are quantized if a quantized node reads their result. Everything behind
+  the last layers thus stays float: nothing there would use the integers, and the outputs keep full precision;
+- tensors joined by equal-scale operators share one scale.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+from onnx import AttributeProto, ModelProto, NodeProto
+
+from eptq_onnx.config import Config
+from eptq_onnx.errors import ModelError
+from eptq_onnx.graph.branches import settled_branch
+from eptq_onnx.graph.patterns import matching
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.method.plan.activations import activation_quantizers, table_quantizers
+from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, reads, weight_of
+from eptq_onnx.method.plan.layers import layers_of
+from eptq_onnx.numerics.quant_math import keeps_bounds
+from eptq_onnx.ops import OpSpec, Role, is_known, output_channels, recorded, spec_of
+from eptq_onnx.proto.bodies import all_nodes, node_reads, subgraphs
+from eptq_onnx.records import ActivationQuantizer, KeptFloat, Plan
+from eptq_onnx.runtime import OWN_DOMAINS
+from eptq_onnx.targets import Target
+
+
+def plan(
+    model: ModelProto, target: Target, config: Config, sensitive: Mapping[str, str] | None = None
+) -> Plan:
+    """Make the plan for a normalized model.
+
+    Parameters
+    ----------
+    model : ModelProto
+    target : Target
+    config : Config
+    sensitive : mapping of str to str, optional
+        Tensors that must not be quantized, each with the reason.
+
+    Raises
+    ------
+    ModelError
+        If there is nothing to quantize.
+    ConfigError
+        If a pattern matches no node.
+    """
+    view = GraphView(model)
+    excluded = {
+        name: f"excluded by the pattern {pattern}"
+        for pattern in config.exclude
+        for name in matching(view, pattern)
+    }
+    bits = {name: (w, a) for pattern, w, a in config.node_bits for name in matching(view, pattern)}
+    draft = Draft(view, target, sensitive=sensitive or {}, excluded=excluded, bits=bits)
+    _absorb(draft)
+    _choose(draft)
+    layers = layers_of(draft, config, model)
+    if not layers:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(draft.reasons.items())[:3])
+        raise ModelError(
+            f"there is nothing to quantize: no {', '.join(sorted(target.ops.layers))} "
+            f"with a constant float32 weight{' (' + reasons + ')' if reasons else ''}."
+        )
+    activations = (*activation_quantizers(draft, layers, config), *table_quantizers(draft, layers))
+    absorbed = _absorbed_nodes(draft, activations)
+    integer, left = _integer_nodes(draft), _kept_float(draft, absorbed)
+    return Plan(layers, activations, integer, absorbed, left, target.bias.integer, _choosing(draft, integer))
+
+
+def _absorb(draft: Draft) -> None:
+    view = draft.view
+    for node in view.nodes:
+        spec = spec_of(node)
+        if (
+            spec.role is not Role.CLIPPING
+            or node.op_type not in draft.target.ops.absorbed
+            or node.name in draft.excluded
+        ):
+            continue
+        source = view.producer.get(node.input[0])
+        if source is None or spec_of(source).role not in (Role.LAYER, Role.ARITHMETIC, Role.CLIPPING):
+            continue
+        low, high = spec.bounds(node, view) if spec.bounds else NO_BOUNDS
+        private = len(view.consumers[node.input[0]]) == 1 and node.input[0] not in view.outputs
+        if private and spec.objection(node, view) is None and low <= 0 <= high:
+            draft.absorbed[node.input[0]] = node.output[0]
+
+
+def _choose(draft: Draft) -> None:
+    """Decide which nodes run on integers.
+
+    Nodes are visited backwards, so that a node knows whether its readers run on integers.
+    """
+    for node in reversed(draft.view.nodes):
+        spec = spec_of(node)
+        reason = _objection(node, spec, draft)
+        if reason is None:
+            draft.quantized[node.name] = spec
+        else:
+            draft.reasons[node.name] = reason
+    for node in draft.view.nodes:
+        # An absorbed function belongs to the node in front of it, and is float only if that node is.
+        if (
+            node.input
+            and node.input[0] in draft.absorbed
+            and draft.view.producer[node.input[0]].name not in draft.reasons
+        ):
+            del draft.reasons[node.name]
+
+
+def _objection(node: NodeProto, spec: OpSpec, draft: Draft) -> str | None:
+    """Return why a node stays float, or None."""
+    view, rules = draft.view, draft.target.ops
+    if node.name in draft.excluded:
+        return draft.excluded[node.name]
+    if subgraphs(node):
+        return _inside(node, rules.layers)
+    if not is_known(node) and node.domain not in OWN_DOMAINS:
+        return f"{node.op_type} is a custom operator, of the domain {node.domain}"
+    if not is_known(node):
+        return f"{node.op_type} is not in the operator table"
+    if spec.role is Role.FLOAT or spec.role is Role.CLIPPING:
+        return f"{draft.target.name} has no integer kernel for {node.op_type}"
+    allowed = {
+        Role.LAYER: rules.layers,
+        Role.ARITHMETIC: rules.arithmetic,
+        Role.EQUAL_SCALE: rules.equal_scale,
+    }[spec.role]
+    if node.op_type not in allowed:
+        return f"{draft.target.name} has no integer kernel for {node.op_type}"
+    special = spec.objection(node, view)
+    if special:
+        return special
+    data = spec.data_inputs(node)
+    weighted = (
+        spec.role is Role.LAYER and spec.weight is not None and view.is_constant(node.input[spec.weight])
+    )
+    if weighted:
+        weight = weight_of(node)
+        data = [d for d in data if d != weight]
+        if view.shape(weight) is not None and len(view.shape(weight) or ()) < 2:
+            return "its weight is a vector"
+        bias = node.input[spec.bias] if spec.bias is not None and len(node.input) > spec.bias else ""
+        if bias and not view.is_constant(bias):
+            return "its bias is computed at run time"
+        if bias and view.constant_shape(bias) != (output_channels(node, view),):
+            return "its bias does not have one value per output channel"
+        constants = [weight, bias]
+        infinite = [c for c in constants if c and view.is_float(c) and not view.is_finite(c)]
+        if infinite:
+            return f"its weight {infinite[0]} has NaN or Inf"
+    elif spec.role is Role.LAYER and spec.weight not in (spec.data or ()):
+        return "its weight is computed at run time"
+    if not all(view.is_float(d) for d in (*data, *node.output)):
+        return "its values are not float32"
+    for tensor in (*data, *(draft.final(o) for o in node.output)):
+        if tensor in draft.sensitive:
+            return draft.sensitive[tensor]
+    if weighted:
+        return None
+    infinite = [d for d in data if view.is_constant(d) and not view.is_finite(d)]
+    if infinite:
+        return f"its operand {infinite[0]} has infinite values"
+    if all(view.is_constant(d) for d in data):
+        return "all its inputs are constant"
+    if not any(
+        reader.name in draft.quantized and reads(reader, draft.final(o))
+        for o in node.output
+        for reader in draft.readers(o)
+    ):
+        return "no integer operator reads its result"
+    return None
+
+
+def _inside(node: NodeProto, layers: frozenset[str]) -> str:
+    """Return why a node with subgraphs stays float, and which layers stay float with it."""
+    bodies = {a.name: a.g for a in node.attribute if a.type == AttributeProto.GRAPH}
+    settled = settled_branch(node)
+    if settled is not None:
+        del bodies[settled]
+    counts = Counter(n.op_type for graph in bodies.values() for n in all_nodes(graph) if n.op_type in layers)
+    left = f" ({', '.join(f'{n} {op}' for op, n in sorted(counts.items()))})" if counts else ""
+    if settled is not None:
+        return f"no sample takes its {next(iter(bodies))}: its contents stay float{left}"
+    if len(bodies) > 1:
+        return f"samples take different branches: their contents stay float{left}"
+    return f"its body stays float{left}"
+
+
+def _integer_nodes(draft: Draft) -> dict[str, str]:
+    return {n.name: n.op_type for n in draft.view.nodes if n.name in draft.quantized}
+
+
+def _choosing(draft: Draft, integer: Mapping[str, str]) -> frozenset[str]:
+    """Return the float nodes whose results only serve choices by value.
+
+    An example is the mean of an image that is compared with a threshold.
+    """
+    view = draft.view
+    found: set[str] = set()
+    for node in reversed(view.nodes):
+        if node.name in integer or any(o in view.outputs for o in node.output):
+            continue
+        rule = recorded(node)
+        chooses = rule is not None and not rule.draws and not rule.inputs and rule.applies(node, view)
+        readers = [(n, o) for o in node.output for n in view.consumers[o]]
+        if chooses or (readers and all(n.name in found or _only_decides(n, o, view) for n, o in readers)):
+            found.add(node.name)
+    return frozenset(found)
+
+
+def _only_decides(node: NodeProto, tensor: str, view: GraphView) -> bool:
+    """Return True if a node reads a tensor only as its condition (If, Compress)."""
+    rule = recorded(node)
+    if rule is None or rule.draws or not rule.applies(node, view):
+        return False
+    reads = node_reads(node)
+    for k in rule.inputs:
+        reads.remove(node.input[k])
+    return tensor not in reads
+
+
+def _absorbed_nodes(draft: Draft, activations: tuple[ActivationQuantizer, ...]) -> dict[str, str]:
+    """Return the absorbed clipping nodes that are followed by a quantizer with the same limits.
+
+    Not every quantizer can reproduce the limits.
+    """
+    specs = {tensor: q.spec for q in activations for tensor in q.tensors}
+    return {
+        n.name: n.op_type
+        for n in draft.view.nodes
+        if n.input
+        and n.input[0] in draft.absorbed
+        and n.output[0] == draft.absorbed[n.input[0]]
+        and (spec := specs.get(draft.final(n.output[0])))
+        and keeps_bounds(spec, bounds_of(draft, n.output[0]))
+    }
+
+
+def _kept_float(draft: Draft, absorbed: Mapping[str, str]) -> tuple[KeptFloat, ...]:
+    view = draft.view
+    return tuple(
+        KeptFloat(n.name, n.op_type, draft.reasons[n.name])
+        for n in view.nodes
+        if n.name in draft.reasons and n.name not in absorbed and any(view.is_float(o) for o in n.output)
+    )

@@ -1,0 +1,124 @@
+"""Plan the activation quantizers, and which tensors share one."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+from eptq_onnx.config import Config
+from eptq_onnx.graph.view import GraphView, last_layers
+from eptq_onnx.method.plan.draft import Draft, bounds_of, reads
+from eptq_onnx.numerics.types import QuantSpec
+from eptq_onnx.ops import Role, channel_axes_of, pointwise, spec_of
+from eptq_onnx.records import ActivationQuantizer, Layer
+
+_LEAST_TABLE = 16_384
+"""Values of a table below which storing it as integers does not pay."""
+
+
+def activation_quantizers(
+    draft: Draft, layers: tuple[Layer, ...], config: Config
+) -> tuple[ActivationQuantizer, ...]:
+    """Return the quantizers of activations and constant operands, in topological order."""
+    view, rules = draft.view, draft.target.ops
+    weights = {layer.weight for layer in layers}
+    parent: dict[str, str] = {}
+
+    def root(tensor: str) -> str:
+        parent.setdefault(tensor, tensor)
+        while parent[tensor] != tensor:
+            tensor = parent[tensor]
+        return tensor
+
+    for node in view.nodes:
+        spec = draft.quantized.get(node.name)
+        if spec is None:
+            continue
+        inputs = [i for i in spec.data_inputs(node) if i not in weights]
+        outputs = [draft.final(o) for o in node.output if o]
+        for name in inputs:
+            root(name)
+        if spec.role is Role.EQUAL_SCALE:
+            for name in outputs:
+                parent[root(name)] = root(inputs[0])
+        elif not (node.op_type in rules.float_output and not _read_as_integer(draft, outputs)):
+            for name in outputs:
+                root(name)
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in _topological(view, parent):
+        groups[root(name)].append(name)
+    wide, axes = _edge_tensors(draft, layers), channel_axes_of(view)
+    result = []
+    for members in groups.values():
+        edge = any(m in wide for m in members)
+        bits = max(config.edge_bits, config.activation_bits) if edge else config.activation_bits
+        readers = {
+            n.name for m in members for n in view.consumers[m] if n.name in draft.quantized and reads(n, m)
+        }
+        if readers & draft.bits.keys():
+            bits = max(draft.bits[name][1] if name in draft.bits else bits for name in readers)
+        spec_q: QuantSpec = draft.target.activation_spec(bits)
+        first = members[0]
+        constant = view.is_constant(first)
+        through = first if constant else pointwise(view, first, lambda shape: math.prod(shape) == 1)[1]
+        result.append(
+            ActivationQuantizer(
+                first, tuple(members), spec_q, bounds_of(draft, first), constant, through, axes.get(first)
+            )
+        )
+    return tuple(result)
+
+
+def table_quantizers(draft: Draft, layers: tuple[Layer, ...]) -> list[ActivationQuantizer]:
+    """Return the quantizers of lookup tables of float nodes: 8-bit integers with one scale per row."""
+    view, weights = draft.view, {layer.weight for layer in layers}
+    found: dict[str, None] = {}
+    for node in view.nodes:
+        row = spec_of(node)
+        place = row.table(node) if row.table is not None and node.op_type in draft.target.ops.stored else None
+        if place is None or node.name in draft.quantized or not view.is_constant(node.input[place]):
+            continue
+        table = node.input[place]
+        shape = view.constant_shape(table)
+        if not view.is_float(table) or len(shape) < 2 or not view.is_finite(table):
+            continue
+        if math.prod(shape) < _LEAST_TABLE:
+            draft.reasons[node.name] = (
+                f"its table has fewer than {_LEAST_TABLE} values: storing it as integers would not pay"
+            )
+            continue
+        if table in weights:
+            draft.reasons[node.name] = "its table is the weight of a layer too"
+            continue
+        draft.reasons[node.name] = (
+            "its table is stored in 8 bits with one scale per row; looked-up rows are float"
+        )
+        found[table] = None
+    return [ActivationQuantizer(t, (t,), draft.target.table_spec(), constant=True, through=t) for t in found]
+
+
+def _read_as_integer(draft: Draft, tensors: list[str]) -> bool:
+    return any(r.name in draft.quantized for t in tensors for r in draft.view.consumers[t])
+
+
+def _topological(view: GraphView, wanted: dict[str, str]) -> list[str]:
+    """Return the wanted tensors in topological order; constants come where they are first read."""
+    order = [i for i in view.inputs if i in wanted]
+    seen = set(order)
+    for node in view.nodes:
+        for name in (*node.input, *node.output):
+            if name in wanted and name not in seen:
+                seen.add(name)
+                order.append(name)
+    return order
+
+
+def _edge_tensors(draft: Draft, layers: tuple[Layer, ...]) -> set[str]:
+    """Return the tensors with the bit width of first and last layers.
+
+    They are the model's inputs, and the inputs and outputs of the last layers.
+    """
+    wide = set(draft.view.inputs)
+    for layer in last_layers(draft.view, layers):
+        wide.update((layer.input, draft.final(layer.output)))
+    return wide

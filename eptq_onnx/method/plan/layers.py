@@ -1,0 +1,90 @@
+"""Plan the layers: their tensors, weight specs and biases."""
+
+from __future__ import annotations
+
+from onnx import ModelProto, NodeProto
+
+from eptq_onnx.config import Config
+from eptq_onnx.graph.view import GraphView, int_attribute
+from eptq_onnx.method.plan.draft import Draft, weight_of
+from eptq_onnx.ops import Role, spec_of
+from eptq_onnx.proto.bodies import all_names
+from eptq_onnx.records import Layer
+
+
+def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, ...]:
+    """Return the layers that are quantized, in topological order."""
+    view, taken = draft.view, all_names(model.graph)
+    nodes = _layer_nodes(draft)
+    # A path that bypasses all other layers does not make a layer the first: residual streams bypass every
+    # layer.
+    behind = view.downstream(o for n in nodes for o in n.output)
+    before = view.upstream(n.input[0] for n in nodes)
+    layers: list[Layer] = []
+    axes: dict[str, int] = {}
+    edges = {weight_of(n) for n in nodes if n.input[0] not in behind or n.output[0] not in before}
+    dense = {weight_of(n) for n in nodes if not _is_depthwise(n, view)}
+    # A weight shared by several layers gets the largest bit width that any of them asks for.
+    wanted: dict[str, int] = {}
+    for node in nodes:
+        if node.name in draft.bits:
+            wanted[weight_of(node)] = max(wanted.get(weight_of(node), 0), draft.bits[node.name][0])
+    for node in nodes:
+        spec, weight = spec_of(node), weight_of(node)
+        rank = len(view.constant_shape(weight))
+        axis = spec.weight_axis(node) % rank
+        if axes.setdefault(weight, axis) != axis:
+            draft.reasons[node.name] = (
+                f"its weight {weight} is shared with a layer that has other output channels"
+            )
+            del draft.quantized[node.name]
+            continue
+        bias: str | None = None
+        has_bias = spec.bias is not None and len(node.input) > spec.bias and bool(node.input[spec.bias])
+        if spec.bias is not None:
+            bias = node.input[spec.bias] if has_bias else f"{node.name}_bias"
+            while not has_bias and bias in taken:
+                bias += "_"
+            taken.add(bias)
+        edge, depthwise = weight in edges, weight not in dense
+        bits = wanted.get(weight, config.edge_bits if edge else config.weight_bits)
+        layers.append(
+            Layer(
+                node=node.name,
+                op_type=node.op_type,
+                weight=weight,
+                input=node.input[0],
+                output=node.output[0],
+                result=draft.final(node.output[0]),
+                bias=bias,
+                has_bias=has_bias,
+                # Integer kernels for stacked matrices take a single scale.
+                weight_spec=draft.target.weight_spec(
+                    bits, None if spec.weight in (spec.data or ()) and rank > 2 else axis, depthwise
+                ),
+                output_axis=-1 if spec.output_axis is None else spec.output_axis,
+                edge=edge,
+                depthwise=depthwise,
+            )
+        )
+    return tuple(layers)
+
+
+def _layer_nodes(draft: Draft) -> list[NodeProto]:
+    view = draft.view
+    return [
+        node
+        for node in view.nodes
+        if (spec := draft.quantized.get(node.name))
+        and spec.role is Role.LAYER
+        and spec.weight is not None
+        and view.is_constant(node.input[spec.weight])
+    ]
+
+
+def _is_depthwise(node: NodeProto, view: GraphView) -> bool:
+    """Return True for a convolution with one input and one output channel per group."""
+    return node.op_type == "Conv" and view.constant_shape(weight_of(node))[:2] == (
+        int_attribute(node, "group", 1),
+        1,
+    )
