@@ -33,3 +33,8 @@ def test_an_import_that_points_up_or_sideways_breaks_the_contract(tmp_path, file
     found = contracts(tmp_path)
     assert found.returncode == 1
     assert "BROKEN" in found.stdout
+
+
+def test_no_file_is_too_long_to_read():
+    files = [*(ROOT / "eptq_onnx").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+    assert {str(f): n for f in files if (n := len(f.read_text(encoding="utf-8").splitlines())) > 450} == {}
