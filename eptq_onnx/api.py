@@ -22,7 +22,7 @@ from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.external import files_of as files_of_model
 from eptq_onnx.method.estimate import multiplications
 from eptq_onnx.method.plan import plan as make_plan
-from eptq_onnx.ops import executed
+from eptq_onnx.ops import check_roles, executed
 from eptq_onnx.passes.base import Context, Progress, State
 from eptq_onnx.prepare import final, prepare
 from eptq_onnx.proto import store
@@ -137,6 +137,7 @@ def _quantize(
     """Quantize a model; see `quantize`."""
     runner = pipeline.Runner(pipeline.PIPELINE)
     target = targets.load(given.target)
+    check_roles(target)
     chosen = engines.choose(given.engine)
     engine = chosen() if given.needs_gradients else None
     with runner.timed("normalize"):

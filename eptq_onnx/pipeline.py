@@ -130,29 +130,24 @@ class Runner:
         EptqError
             From a pass.
         """
-        taken = []
         for step in self._enabled(ctx):
-            found = self.resume.take(step, state, ctx) if self.resume is not None else None
-            if found is not None:
-                state, self.seconds[step.name] = found
-                taken.append(step.name)
-                ctx.progress(step.name, 1, 1, "from the workdir")
-                _LOGGER.info("%s: taken from the workdir", step.name)
-                continue
             with self.timed(step.name):
-                state = (
-                    self.resume.run(step, state, ctx, step_of(step))
-                    if self.resume is not None
-                    else step_of(step)(state, ctx)
-                )
+                state = self._after(step, state, ctx)
             _LOGGER.info("%s: %.1f s", step.name, self.seconds[step.name])
-        if self.resume is not None:
-            state = self.resume.loaded(state)
-        return (
-            state.noting(f"taken from the workdir, with the times that they took before: {', '.join(taken)}")
-            if taken
-            else state
-        )
+        if self.resume is None:
+            return state
+        taken, state = self.resume.taken, self.resume.loaded(state)
+        return state.noting(f"taken from the workdir: {', '.join(taken)}") if taken else state
+
+    def _after(self, step: Pass, state: State, ctx: Context) -> State:
+        """Return the state after a pass, from the workdir if it has the result."""
+        if self.resume is None:
+            return step_of(step)(state, ctx)
+        found = self.resume.take(step, state, ctx)
+        if found is None:
+            return self.resume.run(step, state, ctx, step_of(step))
+        ctx.progress(step.name, 1, 1, "from the workdir")
+        return found
 
     def _enabled(self, ctx: Context) -> list[Pass]:
         return [step for step in self.passes if step.enabled(ctx)]

@@ -42,6 +42,8 @@ class Resume:
         self._workdir, self._folder = workdir, ctx.folder
         self._base = _base_of(ctx)
         self._digests = {name: encode(getattr(state, name), HashOnly()) for name in FIELDS}
+        self.taken: list[str] = []
+        """What this run took from the workdir."""
         self._absent: set[str] = set()
         """Fields whose values are only in the workdir."""
 
@@ -56,14 +58,15 @@ class Resume:
             found.add(step.name)
         return found
 
-    def take(self, step: Pass, state: State, ctx: Context) -> tuple[State, float] | None:
-        """Return the state after a pass, and the seconds that it took to run; None if it must run."""
+    def take(self, step: Pass, state: State, ctx: Context) -> State | None:
+        """Return the state after a pass whose result the workdir has; None if the pass must run."""
         entry = self._find(step, ctx, self._digests)
         if entry is None:
             return None
         self._digests.update(entry["provides"])
         self._absent |= set(entry["provides"])
-        return state.noting(*entry["notes"]), entry["seconds"]
+        self.taken.append(step.name)
+        return state.noting(*entry["notes"])
 
     def loaded(self, state: State) -> State:
         """Load all values that are only in the workdir."""
@@ -89,9 +92,7 @@ class Resume:
         state = self.loaded(state)
         reads = Reads(ctx, state)
         partial = _KeptPartial(self._workdir, f"{step.name} (partial)", self._base, reads, self._digests)
-        began = time.perf_counter()
         after = work(reads.state, reads.context(partial))
-        seconds = time.perf_counter() - began
         made = {name: vars(after)[name] for name in FIELDS if vars(after)[name] is not vars(state)[name]}
         undeclared = made.keys() - set(step.provides)
         if undeclared:
@@ -105,14 +106,11 @@ class Resume:
         self._digests.update(provides)
         if not step.repeats:
             notes = list(after.notes[len(state.notes) :])
-            kept = {
-                "provides": provides,
-                "notes": notes,
-                "seconds": round(seconds, 3),
-                "values": sorted(set(provides.values())),
-            }
+            kept = {"provides": provides, "notes": notes, "values": sorted(set(provides.values()))}
             self._workdir.add(step.name, {"base": self._base, **told, **kept})
             partial.forget()
+        if partial.start:
+            self.taken.append(f"{step.name} (its first {partial.start} steps)")
         return state.changed(**made, notes=after.notes)
 
     def _find(self, step: Pass, ctx: Context, digests: Mapping[str, str]) -> dict[str, Any] | None:
@@ -134,15 +132,12 @@ class _KeptPartial(Partial):
     def __init__(
         self, workdir: Workdir, name: str, base: str, reads: Reads, digests: Mapping[str, str]
     ) -> None:
-        self._workdir, self._name, self._base, self._reads, self._digests = (
-            workdir,
-            name,
-            base,
-            reads,
-            dict(digests),
-        )
+        self._workdir, self._name, self._base = workdir, name, base
+        self._reads, self._digests = reads, dict(digests)
         self._last: dict[str, Any] | None = None
         self._due = 0.0
+        self.start = 0
+        """Progress that an earlier run had saved."""
 
     def load(self) -> Any:
         fitting = [
@@ -151,7 +146,10 @@ class _KeptPartial(Partial):
             if _applies(e, self._base, self._reads.ctx, self._digests)
         ]
         self._last = max(fitting, key=lambda entry: entry["progress"], default=None)
-        return None if self._last is None else decode(self._last["values"][0], self._workdir)
+        if self._last is None:
+            return None
+        self.start = self._last["progress"]
+        return decode(self._last["values"][0], self._workdir)
 
     def save(self, progress: int, value: dict[str, Any]) -> None:
         began = time.perf_counter()

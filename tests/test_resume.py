@@ -38,7 +38,7 @@ ALL = [
     "write",
     "verify",
 ]
-_TAKEN = "taken from the workdir, with the times that they took before: "
+_TAKEN = "taken from the workdir: "
 
 
 def run(workdir: Path | None, seed: int = 0, **options: object) -> eptq_onnx.Result:
@@ -74,9 +74,7 @@ def test_a_run_that_ended_is_taken_whole(tmp_path, alone):
         for r in (first, again)
     )
     assert ours == theirs
-    assert {n: again.report.seconds[n] for n in ALL} == pytest.approx(
-        {n: first.report.seconds[n] for n in ALL}, abs=0.2
-    )
+    assert again.report.seconds["reconstruct"] < first.report.seconds["reconstruct"]
     assert again.report.estimate.steps == 0
 
 
@@ -161,9 +159,10 @@ def test_the_optimization_goes_on_from_its_last_check(tmp_path, options, last):
         config,
         progress=lambda *told: steps.append(told[1]) if told[0] == "optimize" else None,
     )
-    # Two checks a step pair; the first is always kept, later ones as time allows.
+    # A check every second step; the first is always kept, later ones as time allows.
     assert 1 <= steps[0] <= last + 1
     assert (steps[0] > 1) is (last > 1)
+    assert taken(again)[-1] == (f"optimize (its first {steps[0] - 1} steps)" if last > 1 else "reconstruct")
     assert content(again) == content(run(None, patience=0, **options))
     assert len(again.report.optimization.losses) == 20
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from eptq_onnx import Config, ConfigError, targets
 from eptq_onnx.cli.options import help_of
 from eptq_onnx.numerics.scales import ScaleRule
-from eptq_onnx.ops import TABLE, Role
+from eptq_onnx.ops import TABLE, Role, check_roles
 from eptq_onnx.targets import OpRules, Target
 
 
@@ -26,6 +26,18 @@ def test_shipped_targets_name_operators_in_their_roles(name):
     assert target.ops.float_output <= target.ops.layers
     # Of another runtime than onnxruntime no kernels are counted.
     assert not target.kernels or set(target.kernels) == target.ops.layers | target.ops.arithmetic
+
+
+@pytest.mark.parametrize(
+    "name", ["layers", "arithmetic", "equal_scale", "absorbed", "float_output", "stored"]
+)
+@pytest.mark.parametrize("wrong", ["Softmaxx", "Elu", "Conv"])
+def test_a_list_holds_only_operators_of_its_role(tmp_path, name, wrong):
+    if (name, wrong) in (("layers", "Conv"), ("float_output", "Conv")):
+        pytest.skip("that is its role")
+    target = targets.load(str(saved(tmp_path, HEAD + f'[ops]\n{name} = ["{wrong}"]\n')))
+    with pytest.raises(ConfigError, match=rf"target mine: ops.{name} lists {wrong}: choose among \w"):
+        check_roles(target)
 
 
 def test_specs_stay_inside_the_container():

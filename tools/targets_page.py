@@ -1,4 +1,4 @@
-"""The table of docs/targets.md, made from the target files whenever the documentation is built.
+"""The tables of docs/targets.md, made from the code whenever the documentation is built.
 
 ``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself.
 """
@@ -9,15 +9,24 @@ from typing import Any
 
 from eptq_onnx import targets
 from eptq_onnx.numerics.scales import ScaleRule
+from eptq_onnx.ops import operators_by_list
 from eptq_onnx.targets import Target
 
 PLACE = "<!-- the table of all shipped targets -->"
-"""Stands in the page where the table goes."""
+"""Marks where the table of targets goes."""
+PLACE_OF_OPERATORS = "<!-- the table of operators by list -->"
+"""Marks where the table of operators goes."""
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The hook: put the table into the page that asks for it."""
-    return markdown.replace(PLACE, table()) if PLACE in markdown else markdown
+    """Put the tables into the page that asks for them; a hook of MkDocs."""
+    return markdown.replace(PLACE, table()).replace(PLACE_OF_OPERATORS, operators())
+
+
+def operators() -> str:
+    """Return a table with one row for each list of ``[ops]``."""
+    rows = [(f"`{name}`", ", ".join(sorted(known))) for name, known in operators_by_list().items()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (("list", "operators"), ("---", "---"), *rows))
 
 
 def table() -> str:

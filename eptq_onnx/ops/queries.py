@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 
 from onnx import ModelProto, NodeProto
 
+from eptq_onnx.errors import ConfigError
 from eptq_onnx.graph import channel_axes, channels, replay
 from eptq_onnx.graph.branches import flattened
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import STOP, GraphView, int_attribute
-from eptq_onnx.ops.spec import Gradient
-from eptq_onnx.ops.table import spec_of
+from eptq_onnx.ops.spec import Gradient, Role
+from eptq_onnx.ops.table import TABLE, spec_of
+from eptq_onnx.targets import Target
 
 _BRANCHES = replay.Recorded(False, inputs=(0,), applies=replay.decides)
 
@@ -36,6 +38,35 @@ def executed(model: ModelProto, found: replay.Replay, read_as: Mapping[str, str]
     flat = flattened(model)
     result = found(flat, recorded, read_as)
     return result if result is flat else infer_shapes(result)
+
+
+def check_roles(target: Target) -> None:
+    """Check that a target lists only operators that the table knows in that role.
+
+    Raises
+    ------
+    ConfigError
+        If it lists another; the message names it.
+    """
+    allowed = {**operators_by_list(), "float_output": set(target.ops.layers)}
+    for name, known in allowed.items():
+        wrong = sorted(getattr(target.ops, name) - known)
+        if wrong:
+            choices = ", ".join(sorted(known)) or "none"
+            raise ConfigError(f"target {target.name}: ops.{name} lists {wrong[0]}: choose among {choices}.")
+
+
+def operators_by_list() -> dict[str, set[str]]:
+    """Return for each list of `OpRules` the operators that it may hold, by their roles."""
+    roles = {
+        "layers": Role.LAYER,
+        "arithmetic": Role.ARITHMETIC,
+        "equal_scale": Role.EQUAL_SCALE,
+        "absorbed": Role.CLIPPING,
+    }
+    found = {name: {op for (_, op), row in TABLE.items() if row.role is role} for name, role in roles.items()}
+    stored = {op for (_, op), row in TABLE.items() if row.table is not None}
+    return {**found, "float_output": found["layers"], "stored": stored}
 
 
 def is_elementwise(node: NodeProto) -> bool:

@@ -27,6 +27,10 @@ class Measure(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Time both models, or note why that is not possible."""
+        if not ctx.target.kernels:
+            return state.noting(
+                f"speed is not measured: {ctx.target.name} is another runtime than onnxruntime"
+            )
         quantized = sink(state.written.marked)
         if store.folder_of(quantized) is not None:
             return state.noting("speed is not measured: both models together would take too much memory")

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import MODELS
-from graphs import images
+from graphs import images, silent, small_convnet
 from obeyed import obeyed
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
@@ -60,6 +60,8 @@ def test_the_target_that_the_page_shows_works(example, options, least):
     assert counts["weight"] == len(result.report.layers)
     assert counts["bias"] == 0
     assert counts["float bias"] == counts["weight"]
+    why = {kept.op_type: kept.reason for kept in result.report.kept_float}
+    assert why["Relu"] == "no quantizer behind it clips as it does"
     written, exact = Session(result.model), Session(onnx.load(model))
     feeds = {exact.inputs[0]: unseen}
     expected, got = exact.run(feeds)[exact.outputs[0]], written.run(feeds)[exact.outputs[0]]
@@ -222,3 +224,11 @@ def test_tables_obey_the_rule_for_weights(tmp_path):
     assert (np.frexp(values["table_scale"])[0] == 0.5).all()
     expected, got = (Session(m).run({"x": samples})["y"] for m in (model, result.model))
     assert sqnr(expected, got) > 25
+
+
+def test_the_speed_of_another_runtime_is_not_measured(example, measured_speed):
+    result = eptq_onnx.quantize(
+        small_convnet(), images(8), Config(target=example, preset="fast"), progress=silent
+    )
+    assert result.report.speed is None
+    assert "speed is not measured: mine is another runtime than onnxruntime" in result.report.notes

@@ -52,6 +52,11 @@ def test_lists_and_whole_numbers_are_constants():
             "F <scale> (x) => (y) { s = Constant <value_float: float = @scale> ()  y = Mul (x, s) }",
             "attribute scale is absent",
         ),
+        (
+            "y = F <norm = 2> (x)",
+            "F (x) => (y) { y = Abs (x) }",
+            "does not know the attribute norm",
+        ),
         ("y = F (x)", "F (x, z) => (y) { y = Add (x, z) }", "input z is absent"),
         ("t, y = F (x)", "F (x) => (y) { y = Abs (x) }", "output y is used"),
     ],

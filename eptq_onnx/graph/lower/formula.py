@@ -33,9 +33,13 @@ def formula(text: str) -> Lowering:
     except parser.ParseError as e:
         raise ValueError(f"{text}: {e}") from e
     defaults = {a.name: helper.get_attribute_value(a) for a in body.attribute_proto}
+    known = {*body.attribute, *defaults}
 
     def rule(node: NodeProto, view: GraphView, b: Builder) -> None:
         unused(node, len(body.output))
+        unknown = next((a.name for a in node.attribute if a.name not in known), None)
+        if unknown is not None:
+            raise NotLowerable(f"its formula does not know the attribute {unknown}")
         values = defaults | {a.name: helper.get_attribute_value(a) for a in node.attribute}
         names = {formal: given(node, k) for k, formal in enumerate(body.input)}
         absent = next((formal for formal, name in names.items() if not name), None)

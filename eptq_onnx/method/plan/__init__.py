@@ -127,6 +127,8 @@ def _objection(node: NodeProto, spec: OpSpec, draft: Draft) -> str | None:
         return f"{node.op_type} is a custom operator, of the domain {node.domain}"
     if not is_known(node):
         return f"{node.op_type} is not in the operator table"
+    if spec.role is Role.CLIPPING and node.op_type in rules.absorbed:
+        return "no quantizer behind it clips as it does"
     if spec.role is Role.FLOAT or spec.role is Role.CLIPPING:
         return f"{draft.target.name} has no integer kernel for {node.op_type}"
     allowed = {
