@@ -59,7 +59,14 @@ def make_sound(model: ModelProto, name: str) -> None:
 
 
 def _objection(model: ModelProto) -> str | None:
-    """Return the error of onnx's strict inference on a model, or None."""
+    """Return the error of onnx's strict inference on a model, or None.
+
+    Inference stops at unknown operators, and would miss what is wrong behind them.
+    """
+    opset = opset_of(model)
+    for node in all_nodes(model.graph):
+        if not node.domain and not onnx.defs.has(node.op_type, opset):
+            return f"opset {opset} has no operator {node.op_type}"
     try:
         onnx.shape_inference.infer_shapes(light(model)[0], check_type=True, strict_mode=True)
     except Exception as e:

@@ -17,7 +17,7 @@ n_terms), scales (n_groups, n_outputs).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -40,6 +40,8 @@ DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1000.0)
 """Candidates of `best_damping`."""
 
 
+_RIDGES, _TINY = (1e-14, 1e-12, 1e-10, 1e-8, 1e-6), 1e-30
+"""Ridges for matrices that are numerically singular, in units of the largest diagonal element, and its minimum."""
 _BLOCK = 64
 """Columns corrected one by one before the rest is corrected in one matrix product."""
 
@@ -74,7 +76,7 @@ def corrected_target(
     """
     ridge = _ridge(moment, damping)
     pull = cross + np.einsum("gii->gi", ridge)[:, :, None] * weight.swapaxes(1, 2)
-    target = np.linalg.solve(moment + ridge, pull).swapaxes(1, 2)
+    target = _solved(moment + ridge, pull).swapaxes(1, 2)
     reached = (target * cross.swapaxes(1, 2)).sum(axis=2)
     gain = np.where(reached > 0, power / np.where(reached > 0, reached, 1), 1.0)
     return np.asarray(target * np.clip(gain, 1 / MOST_GAIN, MOST_GAIN)[:, :, None], np.float32)
@@ -137,8 +139,42 @@ class Feedback:
         """
         order = np.argsort(-np.einsum("gii->gi", moment), axis=1, kind="stable")
         ordered = np.take_along_axis(np.take_along_axis(moment, order[:, :, None], 1), order[:, None, :], 2)
-        factor = np.linalg.cholesky(np.linalg.inv(ordered)).swapaxes(1, 2)
+        factor = _inverse_factor(ordered).swapaxes(1, 2)
         return cls(order, (factor / np.einsum("gii->gi", factor)[:, :, None]).astype(np.float32))
+
+
+def _inverse_factor(moment: Float64) -> Float64:
+    """Return the lower Cholesky factor of the inverse of a positive definite moment."""
+    for raised in _raised(moment):
+        try:
+            return np.linalg.cholesky(np.linalg.inv(raised))
+        except np.linalg.LinAlgError:
+            continue
+    # Without numbers to go by, no error is spread.
+    return np.broadcast_to(np.eye(moment.shape[1]), moment.shape).copy()
+
+
+def _solved(moment: Float64, right: Float64) -> Float64:
+    """Solve linear systems with a positive semidefinite matrix."""
+    for raised in _raised(moment):
+        try:
+            return np.linalg.solve(raised, right)
+        except np.linalg.LinAlgError:
+            continue
+    return np.zeros_like(right)
+
+
+def _raised(moment: Float64) -> Iterator[Float64]:
+    """Yield a matrix, and then the same with its diagonal raised more and more.
+
+    Where terms differ by more than float64 can tell apart, a matrix is numerically singular or not positive
+    definite.
+    """
+    yield moment
+    size = moment.shape[-1]
+    largest = np.maximum(np.einsum("...ii->...i", moment).max(axis=-1), _TINY)[..., None, None]
+    for ridge in _RIDGES:
+        yield moment + ridge * largest * np.eye(size)
 
 
 def compensated_rounding(target: Array, scale: Array, feedback: Feedback, limits: Limits) -> Array:
@@ -266,7 +302,7 @@ def jointly_refitted_scale(
     # Scales that hardly matter stay, and none moves far.
     diagonal = np.diag(system)
     ridge = np.where(diagonal > 0, _SCALE_DAMPING * diagonal, 1.0)
-    fitted = np.linalg.solve(system + np.diag(ridge), right + ridge * scale)
+    fitted = _solved(system + np.diag(ridge), right + ridge * scale)
     return np.clip(fitted, scale / _MOST_REFIT, scale * _MOST_REFIT).astype(np.float32)
 
 

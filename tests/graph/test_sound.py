@@ -36,11 +36,17 @@ def _shape(model: ModelProto, *dims: int) -> None:
     model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, dims))
 
 
+def _unknown(model: ModelProto) -> None:
+    """onnx's inference stops at what it does not know."""
+    model.graph.node[1].op_type, model.ir_version = "/../x", 2
+
+
 DEADLY = {
     "an axis too few": lambda m: _dims(m, 8, 3),
     "an axis too many": lambda m: _dims(m, 1, 4, 2, 3),
     "stride 0": lambda m: _ints(m, "strides", 0),
     "an input of two axes": lambda m: _shape(m, 4, 8),
+    "an axis too many behind an unknown operator": lambda m: (_dims(m, 1, 4, 2, 3), _unknown(m)),
 }
 
 

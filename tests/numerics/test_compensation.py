@@ -349,3 +349,24 @@ def test_what_never_varies_has_no_slope():
     np.testing.assert_allclose(some.gains, 1 / 0.95)
     lone = Comparison.of(exact[:1], exact[:1] * [0.92, 1, 1])
     assert len(set(lone.gains.tolist())) == 1, "one sample cannot tell channels apart"
+
+
+@pytest.mark.parametrize("spread", [0, 10, 20, 30, 60])
+@pytest.mark.parametrize("dead", [False, True])
+def test_moments_beyond_the_precision_of_float64_are_no_errors(spread, dead):
+    """Terms whose second moments differ by many orders of magnitude, some the same, some dead."""
+    rng = np.random.default_rng(spread)
+    rows = rng.normal(size=(2, 500, 6)) * 10.0 ** np.linspace(0, -spread, 6)
+    rows[:, :, 3] = rows[:, :, 2]
+    if dead:
+        rows[1] = 0
+    moment = rows.swapaxes(1, 2) @ rows / 500
+    feedback = compensation.Feedback.of(moment)
+    assert np.isfinite(feedback.weights).all()
+    weight = rng.normal(size=(2, 3, 6)).astype(np.float32)
+    limits = np.full((2, 3), -8, np.float32), np.full((2, 3), 7, np.float32)
+    integers = compensation.compensated_rounding(weight, np.full((2, 3), 0.25, np.float32), feedback, limits)
+    assert np.isfinite(integers).all()
+    assert np.isfinite(
+        compensation.corrected_target(weight, moment, moment[:, :, :] @ weight.swapaxes(1, 2), np.ones((2, 3)), 0)
+    ).all()
