@@ -41,7 +41,7 @@ DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1000.0)
 
 
 _RIDGES, _TINY = (1e-14, 1e-12, 1e-10, 1e-8, 1e-6), 1e-30
-"""Ridges for matrices that are numerically singular, in units of the largest diagonal element, and its minimum."""
+"""Ridges for numerically singular matrices, in units of the largest diagonal element, and its minimum."""
 _BLOCK = 64
 """Columns corrected one by one before the rest is corrected in one matrix product."""
 

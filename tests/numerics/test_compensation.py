@@ -368,5 +368,7 @@ def test_moments_beyond_the_precision_of_float64_are_no_errors(spread, dead):
     integers = compensation.compensated_rounding(weight, np.full((2, 3), 0.25, np.float32), feedback, limits)
     assert np.isfinite(integers).all()
     assert np.isfinite(
-        compensation.corrected_target(weight, moment, moment[:, :, :] @ weight.swapaxes(1, 2), np.ones((2, 3)), 0)
+        compensation.corrected_target(
+            weight, moment, moment[:, :, :] @ weight.swapaxes(1, 2), np.ones((2, 3)), 0
+        )
     ).all()

@@ -128,7 +128,7 @@ def _objection(node: NodeProto, spec: OpSpec, draft: Draft) -> str | None:
     if not is_known(node):
         return f"{node.op_type} is not in the operator table"
     if spec.role is Role.CLIPPING and node.op_type in rules.absorbed:
-        return "no quantizer behind it clips as it does"
+        return "nothing that runs on integers absorbs it"
     if spec.role is Role.FLOAT or spec.role is Role.CLIPPING:
         return f"{draft.target.name} has no integer kernel for {node.op_type}"
     allowed = {
