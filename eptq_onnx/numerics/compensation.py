@@ -147,7 +147,7 @@ def _inverse_factor(moment: Float64) -> Float64:
     """Return the lower Cholesky factor of the inverse of a positive definite moment."""
     for raised in _raised(moment):
         try:
-            return np.linalg.cholesky(np.linalg.inv(raised))
+            return np.asarray(np.linalg.cholesky(np.linalg.inv(raised)), np.float64)
         except np.linalg.LinAlgError:
             continue
     # Without numbers to go by, no error is spread.
@@ -158,7 +158,7 @@ def _solved(moment: Float64, right: Float64) -> Float64:
     """Solve linear systems with a positive semidefinite matrix."""
     for raised in _raised(moment):
         try:
-            return np.linalg.solve(raised, right)
+            return np.asarray(np.linalg.solve(raised, right), np.float64)
         except np.linalg.LinAlgError:
             continue
     return np.zeros_like(right)
