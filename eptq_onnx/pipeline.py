@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -142,10 +142,10 @@ class Runner:
     def _after(self, step: Pass, state: State, ctx: Context) -> State:
         """Return the state after a pass, from the workdir if it has the result."""
         if self.resume is None:
-            return step_of(step)(state, ctx)
+            return run_pass(step, state, ctx)
         found = self.resume.take(step, state, ctx)
         if found is None:
-            return self.resume.run(step, state, ctx, step_of(step))
+            return self.resume.run(step, state, ctx, run_pass)
         ctx.progress(step.name, 1, 1, "from the workdir")
         return found
 
@@ -153,18 +153,14 @@ class Runner:
         return [step for step in self.passes if step.enabled(ctx)]
 
 
-def step_of(step: Pass) -> Callable[[State, Context], State]:
-    """Return a function that runs a pass, or notes that it is skipped for lack of gradients."""
-
-    def work(state: State, ctx: Context) -> State:
-        missing = [name for name in step.requires if getattr(state, name) is None]
-        if missing:
-            raise RuntimeError(f"the pass {step.name} stands before what provides {', '.join(missing)}")
-        try:
-            return step.run(state, ctx)
-        except GradientError as e:
-            if not step.without:
-                raise
-            return state.noting(f"{step.without}: {e}")
-
-    return work
+def run_pass(step: Pass, state: State, ctx: Context) -> State:
+    """Run a pass, or note that it is skipped for lack of gradients."""
+    missing = [name for name in step.requires if getattr(state, name) is None]
+    if missing:
+        raise RuntimeError(f"the pass {step.name} stands before what provides {', '.join(missing)}")
+    try:
+        return step.run(state, ctx)
+    except GradientError as e:
+        if not step.without:
+            raise
+        return state.noting(f"{step.without}: {e}")

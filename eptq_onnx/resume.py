@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,8 @@ from eptq_onnx.passes.base import Context, Pass, State
 from eptq_onnx.watched import FIELDS, Reads, options
 from eptq_onnx.workdir import HashOnly, Partial, Workdir, decode, encode
 
+Work = Callable[[Pass, State, Context], State]
+"""Runs a pass."""
 _DISTRIBUTIONS = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "onnxruntime-training-cpu", "scipy")
 """Distributions whose versions results may depend on."""
 _SHARE_OF_TIME = 0.1
@@ -78,7 +80,7 @@ class Resume:
         self._absent = set()
         return state.changed(**values)
 
-    def run(self, step: Pass, state: State, ctx: Context, work: Callable[[State, Context], State]) -> State:
+    def run(self, step: Pass, state: State, ctx: Context, work: Work) -> State:
         """Run a pass, and keep what it provides.
 
         Parameters
@@ -87,12 +89,12 @@ class Resume:
         state : State
         ctx : Context
         work : callable
-            Runs the pass.
+            Runs the pass on the watched state and context.
         """
         state = self.loaded(state)
         reads = Reads(ctx, state)
         partial = _KeptPartial(self._workdir, f"{step.name} (partial)", self._base, reads, self._digests)
-        after = work(reads.state, reads.context(partial))
+        after = work(step, reads.state, reads.context(partial))
         made = {name: vars(after)[name] for name in FIELDS if vars(after)[name] is not vars(state)[name]}
         undeclared = made.keys() - set(step.provides)
         if undeclared:
@@ -116,14 +118,7 @@ class Resume:
     def _find(self, step: Pass, ctx: Context, digests: Mapping[str, str]) -> dict[str, Any] | None:
         if step.repeats:
             return None
-        return next(
-            (
-                entry
-                for entry in self._workdir.entries(step.name)
-                if _applies(entry, self._base, ctx, digests)
-            ),
-            None,
-        )
+        return next(_applying(self._workdir.entries(step.name), self._base, ctx, digests), None)
 
 
 class _KeptPartial(Partial):
@@ -140,12 +135,8 @@ class _KeptPartial(Partial):
         """Progress that an earlier run had saved."""
 
     def load(self) -> Any:
-        fitting = [
-            e
-            for e in self._workdir.entries(self._name)
-            if _applies(e, self._base, self._reads.ctx, self._digests)
-        ]
-        self._last = max(fitting, key=lambda entry: entry["progress"], default=None)
+        found = _applying(self._workdir.entries(self._name), self._base, self._reads.ctx, self._digests)
+        self._last = max(found, key=lambda entry: entry["progress"], default=None)
         if self._last is None:
             return None
         self.start = self._last["progress"]
@@ -174,14 +165,18 @@ class _KeptPartial(Partial):
             self._workdir.remove(self._name, self._last)
 
 
-def _applies(entry: Mapping[str, Any], base: str, ctx: Context, digests: Mapping[str, str]) -> bool:
-    """Return True if everything that an entry depends on is unchanged."""
-    return bool(
-        entry["base"] == base
-        and all(digests.get(name) == digest for name, digest in entry["fields"].items())
-        and entry["config"] == options(ctx.config, entry["config"])
-        and entry["given"] == options(ctx.given, entry["given"])
-    )
+def _applying(
+    entries: Iterable[dict[str, Any]], base: str, ctx: Context, digests: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the entries of which everything that they depend on is unchanged."""
+    for entry in entries:
+        if (
+            entry["base"] == base
+            and all(digests.get(name) == digest for name, digest in entry["fields"].items())
+            and entry["config"] == options(ctx.config, entry["config"])
+            and entry["given"] == options(ctx.given, entry["given"])
+        ):
+            yield entry
 
 
 def _base_of(ctx: Context) -> str:

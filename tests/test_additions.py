@@ -56,12 +56,12 @@ def test_it_is_quantized():
 """,
     "a target": """
 from eptq_onnx.cli.options import help_of
-from targets_page import table
+from pages import shipped_targets
 from obeyed import obeyed
 
 def test_it_is_offered_and_obeyed():
     assert "npu (An accelerator: " in help_of("target", Config.model_fields["target"])
-    assert "| `npu` | An accelerator: " in table()
+    assert "| `npu` | An accelerator: " in shipped_targets()
     result = quantize(small_convnet(), images(32), Config(steps=4, weight_bits=4, target="npu"), progress=silent)
     assert obeyed(result.model, eptq_onnx.targets.load("npu"))["weight"] == 4
     assert result.report.target == "npu"
@@ -77,7 +77,7 @@ def test_it_stands_in_the_help():
 import onnx
 from typer.testing import CliRunner
 from eptq_onnx.cli import app
-from options_page import forms
+from pages import forms
 
 def test_it_stands_in_the_help_and_is_read(tmp_path):
     words = " ".join(CliRunner().invoke(app, ["quantize", "--help"]).stdout.split())
@@ -88,7 +88,7 @@ def test_it_stands_in_the_help_and_is_read(tmp_path):
     assert report.samples == 16
 """,
     "a pass": """
-from options_page import passes
+from pages import passes
 
 def test_it_runs_in_its_place():
     seconds = list(quantize(small_convnet(), images(8), Config(preset="fast"), progress=silent).report.seconds)
@@ -96,7 +96,7 @@ def test_it_runs_in_its_place():
     assert "**Tally.** Count the layers whose weights are quantized." in passes()
 """,
     "a gradient engine": """
-from options_page import tables
+from pages import tables
 from eptq_onnx.engines.slim import SlimEngine
 
 def test_it_is_chosen_by_its_name():
@@ -161,8 +161,7 @@ def copy(tmp_path: Path) -> Path:
     for name in ("eptq_onnx", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy2(ROOT / "pyproject.toml", tmp_path)
-    for name in ("options_page.py", "targets_page.py"):
-        shutil.copy2(ROOT / "tools" / name, tmp_path)
+    shutil.copy2(ROOT / "tools" / "pages.py", tmp_path)
     return tmp_path
 
 

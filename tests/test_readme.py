@@ -58,11 +58,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def options_page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "tools")
-    import options_page
+    import pages
 
-    return options_page
+    return pages
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,8 @@ def test_presets_and_defaults_are_those_of_the_code():
         assert f"| `--{name.replace('_', '-')}` | {getattr(config, name)} |" in PAGES["docs/choosing-bits.md"]
 
 
-def test_the_page_of_options_holds_all_of_them(options_page, help_text):
-    page = options_page.on_page_markdown(PAGES["docs/options.md"])
+def test_the_page_of_options_holds_all_of_them(pages, help_text):
+    page = pages.on_page_markdown(PAGES["docs/options.md"])
     assert "<!--" not in page
     for section in SECTIONS.values():
         assert f"Table `[{section}]`" in page
@@ -140,8 +140,8 @@ def test_the_page_of_options_holds_all_of_them(options_page, help_text):
         assert default in ("required", "none") or f"[default: {default}]" in words, flags
 
 
-def test_the_page_of_options_is_left_alone_elsewhere(options_page):
-    assert options_page.on_page_markdown(README) == README
+def test_the_page_of_options_is_left_alone_elsewhere(pages):
+    assert pages.on_page_markdown(README) == README
 
 
 def test_options_that_pages_name_exist(help_text):
@@ -156,9 +156,9 @@ def test_options_that_pages_name_exist(help_text):
         assert named <= known, page
 
 
-def test_the_list_of_passes_is_that_of_the_pipeline(options_page):
+def test_the_list_of_passes_is_that_of_the_pipeline(pages):
     """It is made from the code; sections of their own, which some passes have, stand in the same order."""
-    page = options_page.on_page_markdown(PAGES["docs/how-it-works.md"])
+    page = pages.on_page_markdown(PAGES["docs/how-it-works.md"])
     listed = re.findall(r"^(\d+)\. \*\*(.+)\.\*\* (\w.+\.)$", page, re.MULTILINE)
     assert [(int(number), name.lower()) for number, name, _ in listed] == [
         (k, step.name) for k, step in enumerate(PIPELINE, 1)
@@ -170,8 +170,8 @@ def test_the_list_of_passes_is_that_of_the_pipeline(options_page):
     assert headings == [step.name for step in PIPELINE if step.name in headings]
 
 
-def test_the_forms_of_data_are_those_that_are_read(options_page, help_text):
-    page = options_page.on_page_markdown(PAGES["docs/data.md"])
+def test_the_forms_of_data_are_those_that_are_read(pages, help_text):
+    page = pages.on_page_markdown(PAGES["docs/data.md"])
     assert "<!--" not in page
     words = " ".join(help_text.split())
     for reader in readers.registered():

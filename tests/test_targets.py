@@ -193,12 +193,13 @@ def test_all_fields_are_described():
 @pytest.mark.parametrize("name", targets.names())
 def test_the_page_and_the_help_have_all_shipped_targets(monkeypatch, name):
     monkeypatch.syspath_prepend(MODELS.parent / "tools")
-    import targets_page
+    import pages
 
     source = (MODELS.parent / "docs" / "targets.md").read_text(encoding="utf-8")
-    page = targets_page.on_page_markdown(source)
-    assert targets_page.PLACE in source
-    assert targets_page.PLACE not in page
+    page = pages.on_page_markdown(source)
+    [place] = [place for place, make in pages.PLACES.items() if make is pages.shipped_targets]
+    assert place in source
+    assert place not in page
     assert f"| `{name}` | {targets.load(name).title} | " in page
-    assert targets_page.on_page_markdown("# Other") == "# Other"
+    assert pages.on_page_markdown("# Other") == "# Other"
     assert name in help_of("target", Config.model_fields["target"])

@@ -17,9 +17,10 @@ n_terms), scales (n_groups, n_outputs).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,36 +146,33 @@ class Feedback:
 
 def _inverse_factor(moment: Float64) -> Float64:
     """Return the lower Cholesky factor of the inverse of a positive definite moment."""
-    for raised in _raised(moment):
-        try:
-            return np.asarray(np.linalg.cholesky(np.linalg.inv(raised)), np.float64)
-        except np.linalg.LinAlgError:
-            continue
+    factor = _regularized(moment, lambda raised: np.linalg.cholesky(np.linalg.inv(raised)))
     # Without numbers to go by, no error is spread.
-    return np.broadcast_to(np.eye(moment.shape[1]), moment.shape).copy()
+    return np.broadcast_to(np.eye(moment.shape[1]), moment.shape).copy() if factor is None else factor
 
 
 def _solved(moment: Float64, right: Float64) -> Float64:
     """Solve linear systems with a positive semidefinite matrix."""
-    for raised in _raised(moment):
-        try:
-            return np.asarray(np.linalg.solve(raised, right), np.float64)
-        except np.linalg.LinAlgError:
-            continue
-    return np.zeros_like(right)
+    found = _regularized(moment, lambda raised: np.linalg.solve(raised, right))
+    return np.zeros_like(right) if found is None else found
 
 
-def _raised(moment: Float64) -> Iterator[Float64]:
-    """Yield a matrix, and then the same with its diagonal raised more and more.
+def _regularized(
+    moment: Float64, work: Callable[[Float64], NDArray[np.floating[Any]]]
+) -> NDArray[np.float64] | None:
+    """Return ``work`` of a matrix, its diagonal raised as little as helps; None if nothing helps.
 
     Where terms differ by more than float64 can tell apart, a matrix is numerically singular or not positive
     definite.
     """
-    yield moment
+    with suppress(np.linalg.LinAlgError):
+        return np.asarray(work(moment), np.float64)
     size = moment.shape[-1]
     largest = np.maximum(np.einsum("...ii->...i", moment).max(axis=-1), _TINY)[..., None, None]
     for ridge in _RIDGES:
-        yield moment + ridge * largest * np.eye(size)
+        with suppress(np.linalg.LinAlgError):
+            return np.asarray(work(moment + ridge * largest * np.eye(size)), np.float64)
+    return None
 
 
 def compensated_rounding(target: Array, scale: Array, feedback: Feedback, limits: Limits) -> Array:

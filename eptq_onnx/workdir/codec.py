@@ -126,9 +126,12 @@ def decode(digest: str, source: Source, folder: str | None = None) -> Any:
     try:
         return _value(tree, source, folder)
     except (LookupError, AttributeError, TypeError, ImportError) as e:
-        raise OutputError(
-            f"the value {digest} of the workdir is damaged: remove the folder, and run again."
-        ) from e
+        raise damaged(f"value {digest}") from e
+
+
+def damaged(what: str) -> OutputError:
+    """Return the error for a part of a workdir that is not what it was."""
+    return OutputError(f"the {what} of the workdir is damaged: remove the folder, and run again.")
 
 
 def objects_of(digest: str, source: Source) -> set[str]:
@@ -224,12 +227,10 @@ def _array(tree: dict[str, Any], source: Source) -> Any:
         values = np.empty(len(tree["values"]), dtype)
         values[:] = [_value(v, source, None) for v in tree["values"]]
         return values.reshape(shape)
-    is_apart = "object" in tree
-    flat = (
-        source.mapped(tree["object"], dtype)
-        if is_apart
-        else np.frombuffer(bytearray(base64.b64decode(tree["data"])), dtype)
-    )
+    if "object" in tree:
+        flat = source.mapped(tree["object"], dtype)
+    else:  # a bytearray, so that the array can be written to
+        flat = np.frombuffer(bytearray(base64.b64decode(tree["data"])), dtype)
     axes = tree.get("axes", list(range(len(shape))))
     array = flat.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes))
     return array[()] if tree.get("scalar") else array

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from eptq_onnx import scratch
 from eptq_onnx.errors import OutputError
-from eptq_onnx.workdir.codec import digest_of, hash_of_file, objects_of
+from eptq_onnx.workdir.codec import damaged, digest_of, hash_of_file, objects_of
 
 _HAS_LOCKS = os.name == "posix"
 if _HAS_LOCKS:
@@ -53,12 +53,14 @@ class Workdir:
         self._lock = -1
 
     def __enter__(self) -> Workdir:
-        if self.path.is_dir():
-            if not (self.path / _MARK).exists() and any(self.path.iterdir()):
-                raise OutputError(f"workdir {self.path} holds other files: give an empty or a new folder.")
-        elif os.path.lexists(self.path):
-            raise OutputError(f"workdir {self.path} is no folder: give another name.")
         with self._errors():
+            if self.path.is_dir():
+                if not (self.path / _MARK).exists() and any(self.path.iterdir()):
+                    raise OutputError(
+                        f"workdir {self.path} holds other files: give an empty or a new folder."
+                    )
+            elif os.path.lexists(self.path):
+                raise OutputError(f"workdir {self.path} is no folder: give another name.")
             for folder in (self._objects, self._entries):
                 folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / _MARK, os.O_RDWR | os.O_CREAT, 0o600)
@@ -81,7 +83,7 @@ class Workdir:
         try:
             if error is None:
                 # What is damaged, and was not needed, does no harm.
-                with suppress(OutputError):
+                with suppress(OutputError), self._errors():
                     self._sweep()
         finally:
             os.close(self._lock)
@@ -167,10 +169,7 @@ class Workdir:
 
     def _check(self, digest: str, found: str) -> None:
         if found != digest:
-            raise OutputError(
-                f"the file {self._objects / digest} of the workdir is damaged: remove the folder, "
-                "and run again."
-            )
+            raise damaged(f"file {self._objects / digest}")
         self._sound.add(digest)
 
     # ---- entries -------------------------------------------------------------------------------------------
@@ -204,7 +203,7 @@ class Workdir:
         with self._errors():
             content = path.read_bytes()
         if digest_of(content) != path.stem:
-            raise OutputError(f"the file {path} of the workdir is damaged: remove the folder, and run again.")
+            raise damaged(f"file {path}")
         return json.loads(content)  # type: ignore[no-any-return]
 
     def _sweep(self) -> None:
@@ -216,10 +215,9 @@ class Workdir:
             for digest in entry["values"]
         }
         kept = set().union(*(objects_of(digest, self) for digest in named))
-        with self._errors():
-            for file in self._objects.iterdir():
-                if file.name not in kept:
-                    file.unlink()
+        for file in self._objects.iterdir():
+            if file.name not in kept:
+                file.unlink()
 
     def _write(self, path: Path, content: Any) -> None:
         """Write a file completely; a file that exists already has this content."""

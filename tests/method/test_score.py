@@ -43,6 +43,14 @@ def tiny() -> onnx.ModelProto:
     return model
 
 
+def _scored(model, the_plan, samples, engine, config):
+    """Return the calibration and the scores of the first six samples."""
+    calibration = calibrate(model, the_plan, samples, config, silent)
+    selection = Selection(samples, np.arange(6))
+    network = Network(model, the_plan, calibration)
+    return calibration, score(network, selection, the_plan.weight_specs, engine, config, silent)
+
+
 @pytest.fixture(scope="module")
 def case(engine):
     model = normalize(tiny(), 13)
@@ -51,15 +59,7 @@ def case(engine):
     target = targets.load("ort-x64")
     the_plan = plan(model, target, config)
     samples = data.read({"image": images}, model)
-    calibration = calibrate(model, the_plan, samples, config, silent)
-    scores = score(
-        Network(model, the_plan, calibration),
-        Selection(samples, np.arange(6)),
-        the_plan.weight_specs,
-        engine,
-        config,
-        silent,
-    )
+    calibration, scores = _scored(model, the_plan, samples, engine, config)
     # Both outputs have the same weight, whatever their sizes.
     mean = (3 + 16) / 2
     spread = {
@@ -165,15 +165,7 @@ def test_a_short_last_batch_counts_no_sample_twice(case, engine):
     model, images, the_plan, scores, _ = case
     samples = data.read({"image": images}, model)
     config = Config(probes=1500, batch_size=3, seed=5)
-    calibration = calibrate(model, the_plan, samples, config, silent)
-    other = score(
-        Network(model, the_plan, calibration),
-        Selection(samples, np.arange(6)),
-        the_plan.weight_specs,
-        engine,
-        config,
-        silent,
-    )
+    _, other = _scored(model, the_plan, samples, engine, config)
     for name in scores.weights:
         assert float(other.weights[name].mean()) == pytest.approx(float(scores.weights[name].mean()), rel=0.1)
 

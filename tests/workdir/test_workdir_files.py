@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -68,6 +69,12 @@ def test_what_no_entry_names_is_removed_at_the_end(path):
         [entry] = workdir.entries("pass")
         workdir.remove("pass", entry)
     assert not list((path / "objects").iterdir())
+
+
+def test_a_folder_that_is_gone_at_the_end_does_not_cost_the_result(path):
+    with Workdir(path) as workdir:
+        encode(np.arange(60000), workdir)
+        shutil.rmtree(path)
 
 
 def test_after_an_error_everything_stays(path):

@@ -1,7 +1,8 @@
 """What the documentation takes from the code whenever it is built.
 
-The tables of docs/options.md come from the fields of `Config` and the command's own parameters, the forms of
-data in docs/data.md from the readers, and the list of passes in docs/how-it-works.md from `PIPELINE`.
+The tables of docs/options.md come from the fields of `Config` and the command's own parameters, those of
+docs/targets.md from the target files and the operator table, the forms of data in docs/data.md from the
+readers, and the list of passes in docs/how-it-works.md from `PIPELINE`.
 
 ``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself.
 """
@@ -9,18 +10,26 @@ data in docs/data.md from the readers, and the list of passes in docs/how-it-wor
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import Any, get_args
 
 import typer.main
 from pydantic.fields import FieldInfo
 
+from eptq_onnx import targets
 from eptq_onnx.cli import app
 from eptq_onnx.cli.options import default_of, flags_of, help_of
 from eptq_onnx.config import Config, option_of
 from eptq_onnx.data import readers
+from eptq_onnx.numerics.scales import ScaleRule
+from eptq_onnx.ops import operators_by_list
 from eptq_onnx.passes.base import Pass
 from eptq_onnx.pipeline import PIPELINE
+from eptq_onnx.targets import Target
+
+_OPTIONS = ("option", "default", "")
+"""Head of the tables of options."""
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -36,12 +45,18 @@ def tables() -> str:
     sections: dict[str, list[tuple[str, FieldInfo]]] = {}
     for name, field in Config.model_fields.items():
         sections.setdefault(option_of(field).section, []).append((name, field))
-    parts = ["## Files", *_table(_files())]
+    parts = ["## Files", "", *_table(_OPTIONS, _files())]
     for section, fields in sections.items():
-        parts += ["", f"## {section.capitalize()}", "", f"Table `[{section}]` of a configuration file.", ""]
-        parts += _table(
-            [(_flag(name, field), default_of(field), _help(name, field)) for name, field in fields]
-        )
+        parts += [
+            "",
+            f"## {section.capitalize()}",
+            "",
+            f"Table `[{section}]` of a configuration file.",
+            "",
+            "",
+        ]
+        rows = [(_flag(name, field), default_of(field), _help(name, field)) for name, field in fields]
+        parts += _table(_OPTIONS, rows)
     return "\n".join(parts)
 
 
@@ -55,6 +70,18 @@ def forms_of_python() -> str:
     return "\n".join(f"- {form}" for form in readers.forms(on_command_line=False))
 
 
+def shipped_targets() -> str:
+    """Return a table with one row for each shipped target."""
+    head = ("name", "runtime", "weights at 8 bits", "activations at 8 bits", "bias")
+    return "\n".join(_table(head, [_row(targets.load(name)) for name in targets.names()]))
+
+
+def operators() -> str:
+    """Return a table with one row for each list of ``[ops]`` in a target file."""
+    rows = [(f"`{name}`", ", ".join(sorted(known))) for name, known in operators_by_list().items()]
+    return "\n".join(_table(("list", "operators"), rows))
+
+
 def passes() -> str:
     """One numbered item for each pass: its name, and the first line of its class."""
     return "\n".join(
@@ -66,8 +93,9 @@ def _first_line(step: Pass) -> str:
     return (inspect.getdoc(type(step)) or "").partition("\n")[0]
 
 
-def _table(rows: list[tuple[str, str, str]]) -> list[str]:
-    return ["", "| option | default | |", "| --- | --- | --- |", *(f"| {' | '.join(row)} |" for row in rows)]
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
 def _files() -> list[tuple[str, str, str]]:
@@ -106,10 +134,40 @@ def _help(name: str, field: FieldInfo) -> str:
     return text
 
 
+def _row(target: Target) -> list[str]:
+    weight, activation = target.weight, target.activation
+    weights = [
+        _range(weight.range_8_bits) + _rule(weight.scale),
+        "one scale a channel" if weight.per_channel else "one scale",
+    ]
+    if weight.depthwise_range_8_bits is not None:
+        weights.insert(1, f"depthwise convolutions {_range(weight.depthwise_range_8_bits)}")
+    activations = (
+        f"{activation.container}{', symmetric' if activation.symmetric else ''}{_rule(activation.scale)}"
+    )
+    return [
+        f"`{target.name}`",
+        target.title,
+        "; ".join(weights),
+        activations,
+        "int32" if target.bias.integer else "float",
+    ]
+
+
+def _range(ends: tuple[int, int]) -> str:
+    return " to ".join(str(end).replace("-", "−") for end in ends)
+
+
+def _rule(rule: ScaleRule) -> str:
+    return "" if rule is ScaleRule.ANY else f", scales that are a {rule.value}"
+
+
 PLACES = {
     "<!-- the tables of all options -->": tables,
     "<!-- the forms of data -->": forms,
     "<!-- the forms of data in Python -->": forms_of_python,
     "<!-- the list of passes -->": passes,
+    "<!-- the table of all shipped targets -->": shipped_targets,
+    "<!-- the table of operators by list -->": operators,
 }
 """What stands in pages, and what is put there instead."""
