@@ -124,7 +124,7 @@ def _make_root(mine: _Process) -> str:
         mine.handle = os.open(mine.root, os.O_RDONLY)
         # Held by a process that takes this folder for a dead one's, the lock fails, or there is no folder any
         # more.
-        if _lock(mine.handle) is not False and os.path.isdir(mine.root):
+        if lock(mine.handle) is not False and os.path.isdir(mine.root):
             return mine.root
         os.close(mine.handle)
         mine.handle = -1
@@ -138,8 +138,13 @@ def _remove_root(mine: _Process) -> None:
         os.close(handle)
 
 
-def _lock(handle: int) -> bool | None:
-    """Return True if the lock is now ours, False if another process has it, None without file locks."""
+def lock(handle: int) -> bool | None:
+    """Lock an open file or folder until it is closed.
+
+    Returns True if the lock is now ours, False if another process has it, None without file locks.
+    """
+    if not _HAS_LOCKS:
+        return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -164,7 +169,7 @@ def _remove_if_dead(path: str) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         state = os.fstat(handle)
-        if state.st_uid == os.getuid() and time.time() - state.st_mtime > _NEWBORN and _lock(handle):
+        if state.st_uid == os.getuid() and time.time() - state.st_mtime > _NEWBORN and lock(handle):
             shutil.rmtree(path, ignore_errors=True)
     finally:
         os.close(handle)

@@ -6,7 +6,6 @@ when it is read.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -22,10 +21,6 @@ from numpy.typing import NDArray
 from eptq_onnx import scratch
 from eptq_onnx.errors import OutputError
 from eptq_onnx.workdir.codec import damaged, digest_of, hash_of_file, objects_of
-
-_HAS_LOCKS = os.name == "posix"
-if _HAS_LOCKS:
-    import fcntl
 
 _MARK = "eptq-onnx.workdir"
 """File that marks a workdir, and that a run locks while it uses the folder."""
@@ -65,7 +60,10 @@ class Workdir:
                 folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / _MARK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            self._take(lock)
+            if scratch.lock(lock) is False:
+                raise OutputError(
+                    f"workdir {self.path} is in use by another run: wait for it, or give another name."
+                )
             with self._errors():
                 # Of runs that were killed while they wrote.
                 for folder in (self._objects, *self._entries.iterdir()):
@@ -87,20 +85,6 @@ class Workdir:
                     self._sweep()
         finally:
             os.close(self._lock)
-
-    def _take(self, lock: int) -> None:
-        """Lock the folder."""
-        if not _HAS_LOCKS:
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            raise OutputError(
-                f"workdir {self.path} is in use by another run: wait for it, or give another name."
-            ) from e
-        except OSError as e:
-            if e.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-                raise
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
