@@ -11,27 +11,41 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from eptq_onnx.numerics.grid import Grid
+from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.numerics.statistics import OutputStatistics
-from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
+from eptq_onnx.numerics.types import Array, IntArray
 
 
 @dataclass(frozen=True)
-class ActivationQuantizer:
-    """One scale and zero point, shared by every tensor of an equal-scale group.
+class Quantizer:
+    """What is quantized with one grid.
 
     Parameters
     ----------
     name : str
-        The most upstream tensor of the group, which is calibrated.
+        The most upstream tensor.
     tensors : tuple of str
-        All tensors that get a QuantizeLinear/DequantizeLinear pair with these parameters.
+        All tensors with this grid.
     spec : QuantSpec
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    spec: QuantSpec
+
+
+@dataclass(frozen=True)
+class ActivationQuantizer(Quantizer):
+    """Tensors that share one scale and zero point, each with its QuantizeLinear/DequantizeLinear pair.
+
+    The first is calibrated; the others are made from it by equal-scale operators.
+
+    Parameters
+    ----------
     bounds : tuple of float
         Limits that the activation function guarantees; the quantized range stays inside, so that the function
         can be dropped. Infinite where there are none.
-    constant : bool
-        True for a constant operand of an integer operator, whose range is known without calibration, and for
-        a table stored as integers with one scale per row (``spec.axis`` 0).
     through : str
         Tensor at which the quantization error is measured: ``name``, or the result of the scalar function
         that is its only reader. For instance, values that SiLU flattens need no range in front of it.
@@ -40,13 +54,19 @@ class ActivationQuantizer:
         `eptq_onnx.ops.channel_axes_of`. None for a tensor of unknown rank or without axes.
     """
 
-    name: str
-    tensors: tuple[str, ...]
-    spec: QuantSpec
     bounds: tuple[float, float] = (-np.inf, np.inf)
-    constant: bool = False
     through: str = ""
     channel_axis: int | None = None
+
+
+@dataclass(frozen=True)
+class ConstantOperand(Quantizer):
+    """A constant that an integer operator reads like an activation; its range is known."""
+
+
+@dataclass(frozen=True)
+class LookupTable(Quantizer):
+    """A table that float operators look rows up in, stored as integers with one scale per row."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,9 @@ class Plan:
         In topological order.
     activations : tuple of ActivationQuantizer
         In topological order of their first tensor.
+    operands : tuple of ConstantOperand
+        In the order of their first readers.
+    tables : tuple of LookupTable
     integer_nodes : dict of str to str
         Name and operator of every node that should run on integers, layers included.
     absorbed : dict of str to str
@@ -127,6 +150,8 @@ class Plan:
 
     layers: tuple[Layer, ...]
     activations: tuple[ActivationQuantizer, ...]
+    operands: tuple[ConstantOperand, ...]
+    tables: tuple[LookupTable, ...]
     integer_nodes: Mapping[str, str]
     absorbed: Mapping[str, str]
     kept_float: tuple[KeptFloat, ...]
@@ -134,9 +159,14 @@ class Plan:
     exact: frozenset[str] = frozenset()
 
     @property
-    def quantizer_of(self) -> dict[str, ActivationQuantizer]:
-        """Return the quantizer of each quantized tensor."""
-        return {tensor: q for q in self.activations for tensor in q.tensors}
+    def quantizers(self) -> tuple[Quantizer, ...]:
+        """Return all quantizers but those of weights."""
+        return (*self.activations, *self.operands, *self.tables)
+
+    @property
+    def quantizer_of(self) -> dict[str, Quantizer]:
+        """Return the quantizer of each quantized tensor that is no weight."""
+        return {tensor: q for q in self.quantizers for tensor in q.tensors}
 
     @property
     def weight_specs(self) -> dict[str, QuantSpec]:
@@ -155,8 +185,8 @@ class Calibration:
 
     Parameters
     ----------
-    activations : dict of str to QuantParams
-        Parameters of each activation quantizer, by its name.
+    grids : dict of str to Grid
+        Grid of each quantizer, by its name.
     power : dict of str to float
         Mean square of the finite values of each layer output, and of each tensor from which the model's
         outputs are assembled.
@@ -168,7 +198,7 @@ class Calibration:
         Tensors with NaN or infinite values, and the share of these values; they enter no statistic.
     """
 
-    activations: Mapping[str, QuantParams]
+    grids: Mapping[str, Grid]
     power: Mapping[str, float]
     variance: Mapping[str, float]
     unused_samples: int = 0
@@ -229,15 +259,16 @@ class Network:
 
 @dataclass(frozen=True)
 class Rounding:
-    """The integers and quantization parameters to be written.
+    """The integers and grids to be written.
 
     Parameters
     ----------
     integers : dict of str to ndarray
         Per weight tensor, in the container's type, before zero points are folded in.
-    weights : dict of str to QuantParams
-    activations : dict of str to QuantParams
-        Per activation quantizer, by its name.
+    weights : dict of str to Grid
+        Grids of the weights, by their names.
+    grids : dict of str to Grid
+        Grids of the other quantizers, by their names.
     biases : dict of str to ndarray
         Per layer bias, float.
     targets : dict of str to ndarray
@@ -246,8 +277,8 @@ class Rounding:
     """
 
     integers: Mapping[str, IntArray]
-    weights: Mapping[str, QuantParams]
-    activations: Mapping[str, QuantParams]
+    weights: Mapping[str, Grid]
+    grids: Mapping[str, Grid]
     biases: Mapping[str, Array]
     targets: Mapping[str, Array]
 

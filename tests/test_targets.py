@@ -54,8 +54,8 @@ def test_specs_stay_inside_the_container():
         -127,
         127,
     )
-    assert target.activation_spec(4).narrower_than_container
-    assert not target.activation_spec(8).narrower_than_container
+    assert target.activation_spec(4).format.narrower_than_container
+    assert not target.activation_spec(8).format.narrower_than_container
 
 
 HEAD = 'name = "mine"\ntitle = "Mine"\nextends = "ort-x64"\n'

@@ -30,7 +30,8 @@ from eptq_onnx.numerics import compensation, quant_math
 from eptq_onnx.numerics.formats import along_axis
 from eptq_onnx.numerics.linear import LinearForm, scale_places
 from eptq_onnx.numerics.moments import Moments, sampled_moments
-from eptq_onnx.numerics.types import Array, QuantSpec
+from eptq_onnx.numerics.spec import QuantSpec
+from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import linear_form
 from eptq_onnx.records import Layer, Network, Plan, Scores
 from eptq_onnx.targets import Target

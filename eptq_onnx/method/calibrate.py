@@ -21,10 +21,10 @@ from eptq_onnx.execute.finite import has_infinite_source
 from eptq_onnx.execute.pieces import function_of
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
-from eptq_onnx.numerics.grid import nearest
-from eptq_onnx.numerics.types import Array, QuantParams
+from eptq_onnx.numerics.grid import Grid, nearest
+from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import output_parts
-from eptq_onnx.records import ActivationQuantizer, Calibration, Plan
+from eptq_onnx.records import ActivationQuantizer, Calibration, ConstantOperand, LookupTable, Plan
 
 FLOAT_PASSES = 3.0
 """Cost of a calibration, in float passes over the samples."""
@@ -139,11 +139,10 @@ def mse_range(
     exact = function(centres)
 
     def error(low: float, high: float) -> float:
-        params = quant_math.activation_params(low, high, quantizer.spec, quantizer.bounds)
-        steps = centres / float(params.scale)
-        spec = quantizer.spec
-        rounded = np.clip(nearest(steps), spec.qmin - params.zero_point, spec.qmax - params.zero_point)
-        return float((counts * (function(rounded * float(params.scale)) - exact) ** 2).sum())
+        grid, spec = quant_math.activation_grid(low, high, quantizer.spec, quantizer.bounds), quantizer.spec
+        steps = centres / float(grid.scale)
+        rounded = np.clip(nearest(steps), spec.qmin - grid.zero_point, spec.qmax - grid.zero_point)
+        return float((counts * (function(rounded * float(grid.scale)) - exact) ** 2).sum())
 
     extremes = (min(histogram.low, 0.0), max(histogram.high, 0.0))
     # First scale both ends together, over decades: with one end at an outlier, the position of the other
@@ -182,7 +181,7 @@ def calibrate(
     config: Config,
     progress: Callable[[int, int], None],
     scores: Mapping[str, Array] | None = None,
-    known: Mapping[str, QuantParams] | None = None,
+    known: Mapping[str, Grid] | None = None,
 ) -> Calibration:
     """Choose the range of every activation quantizer.
 
@@ -198,8 +197,8 @@ def calibrate(
     scores : mapping of str to ndarray of shape (n_samples, n_channels), optional
         Hessian scores; if given, squared errors are weighted by the damped scores of their channels, as in
         HMSE.
-    known : mapping of str to QuantParams, optional
-        Parameters chosen earlier; constants keep theirs.
+    known : mapping of str to Grid, optional
+        Grids chosen earlier; constants keep theirs.
 
     Raises
     ------
@@ -207,7 +206,7 @@ def calibrate(
         If an output of the float model is NaN, or is infinite although the model does not mask it so.
     """
     view = GraphView(model)
-    observed = {q.name: Histogram() for q in plan.activations if not q.constant}
+    observed = {q.name: Histogram() for q in plan.activations}
     measured = [layer.output for layer in plan.layers]
     measured += [o for o in output_parts(view) if o not in measured]
     # Outputs are always checked for NaN and infinity, even if nothing else is measured of them.
@@ -241,14 +240,13 @@ def calibrate(
         done += len(parts[k])
         progress(done, len(blocks) * samples.count)
     known = known or {}
-    params = {
-        q.name: known[q.name] if q.constant and q.name in known else _params(q, observed, view, config)
-        for q in plan.activations
-    }
+    grids = {q.name: _activation_grid(q, observed[q.name], view, config) for q in plan.activations}
+    grids |= {q.name: known.get(q.name) or _operand_grid(q, view) for q in plan.operands}
+    grids |= {q.name: known.get(q.name) or _table_grid(q, view) for q in plan.tables}
     power = {n: float(t[2] / max(t[0], 1)) for n, t in sums.items()}
     variance = {n: max(power[n] - float(t[1] / max(t[0], 1)) ** 2, 0.0) for n, t in sums.items()}
     shares = {name: count / sizes[name] for name, count in none.items() if count}
-    return Calibration(params, power, variance, samples.count - sum(map(len, parts)), shares)
+    return Calibration(grids, power, variance, samples.count - sum(map(len, parts)), shares)
 
 
 def _not_finite(value: NDArray[np.floating]) -> int:
@@ -311,24 +309,25 @@ def _damped(channels: Array, damping: float) -> Array:
     return (channels / mean + damping).astype(np.float32) if mean > 0 else np.ones_like(channels)
 
 
-def _params(
-    quantizer: ActivationQuantizer, observed: dict[str, Histogram], view: GraphView, config: Config
-) -> QuantParams:
-    if quantizer.spec.axis is not None:
-        # One search round only: tables are large, and at 8 bits a finer search gains nothing.
-        scales = [
-            quant_math.weight_scales(rows, quantizer.spec, rounds=1)
-            for _, rows in view.constant_parts(quantizer.name)
-        ]
-        return quantizer.spec.params(np.concatenate(scales))
-    if quantizer.constant:
-        value = view.constant(quantizer.name)
-        low, high = float(value.min()), float(value.max())
-    else:
-        histogram = observed[quantizer.name]
-        if not np.isfinite(histogram.low):
-            return quant_math.activation_params(0.0, 0.0, quantizer.spec, quantizer.bounds)
-        low, high = _METHODS[config.activation_range](
-            histogram, quantizer, config, scalar_function(view.model, quantizer)
-        )
-    return quant_math.activation_params(low, high, quantizer.spec, quantizer.bounds)
+def _activation_grid(
+    quantizer: ActivationQuantizer, histogram: Histogram, view: GraphView, config: Config
+) -> Grid:
+    if not np.isfinite(histogram.low):
+        return quant_math.activation_grid(0.0, 0.0, quantizer.spec, quantizer.bounds)
+    low, high = _METHODS[config.activation_range](
+        histogram, quantizer, config, scalar_function(view.model, quantizer)
+    )
+    return quant_math.activation_grid(low, high, quantizer.spec, quantizer.bounds)
+
+
+def _operand_grid(operand: ConstantOperand, view: GraphView) -> Grid:
+    value = view.constant(operand.name)
+    return quant_math.activation_grid(float(value.min()), float(value.max()), operand.spec)
+
+
+def _table_grid(table: LookupTable, view: GraphView) -> Grid:
+    # One search round only: tables are large, and at 8 bits a finer search gains nothing.
+    scales = [
+        quant_math.weight_scales(rows, table.spec, rounds=1) for _, rows in view.constant_parts(table.name)
+    ]
+    return table.spec.grid(np.concatenate(scales))

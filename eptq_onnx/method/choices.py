@@ -88,7 +88,7 @@ def deciding_activations(
     if not choices:
         return {}, None
     before = GraphView(model).upstream(source for sources in choices.values() for source in sources)
-    path = [q for q in plan.activations if not q.constant and not before.isdisjoint(q.tensors)]
+    path = [q for q in plan.activations if not before.isdisjoint(q.tensors)]
     operations = {layer.node: multiplications[layer.node] for layer in plan.layers}
     count = np.clip(_MULTIPLICATIONS / max(sum(operations.values()), 1), _LEAST_SAMPLES, SAMPLES)
     chosen = spread(samples.count, int(count))

@@ -34,7 +34,8 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.linear import LinearForm
 from eptq_onnx.numerics.magnitudes import ChannelMagnitudes, Side
-from eptq_onnx.numerics.types import Array, Float64, QuantSpec
+from eptq_onnx.numerics.spec import QuantSpec
+from eptq_onnx.numerics.types import Array, Float64
 from eptq_onnx.ops import channels_of, linear_form
 from eptq_onnx.records import Plan, Scores
 
@@ -254,8 +255,6 @@ def _groups(plan: Plan, channels: Channels, sets: Slots) -> list[_Group]:
     """Return the quantizers with channels that may be scaled, with all their tensors."""
     found = []
     for quantizer in plan.activations:
-        if quantizer.constant:
-            continue
         known = {name: channels.of(name) for name in quantizer.tensors}
         tensors = {name: ChannelMagnitudes(sets[k[0]], k[1]) for name, k in known.items() if k is not None}
         # A tensor without known channels shares the range, and its reach is unknown here.

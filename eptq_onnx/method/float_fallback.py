@@ -70,7 +70,7 @@ def sensitive_activations(
         Noise-to-signal power ratio at the outputs, each part normalized by its variance.
     """
     plan = network.plan
-    names = [q.name for q in plan.activations if not q.constant]
+    names = [q.name for q in plan.activations]
     if not names or config.max_noise == 0:
         return {}
     deviation = Deviation(

@@ -18,9 +18,11 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from eptq_onnx.graph import branches, edit
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
-from eptq_onnx.numerics.types import IntArray, QuantParams, QuantSpec
+from eptq_onnx.numerics.formats import Granularity, IntFormat, PerAxis, PerTensor
+from eptq_onnx.numerics.grid import Grid
+from eptq_onnx.numerics.types import IntArray
 from eptq_onnx.ops import spec_of
-from eptq_onnx.records import ActivationQuantizer, Layer, Plan, Rounding
+from eptq_onnx.records import ConstantOperand, Layer, LookupTable, Plan, Rounding
 
 PRODUCER = "eptq-onnx"
 
@@ -136,42 +138,36 @@ class _Writer:
     def _pair(self, tensor: str, source: str) -> None:
         """Add QuantizeLinear and DequantizeLinear, with a Clip between for ranges narrower than the type."""
         b, quantizer = self._b, self._quantizers[tensor]
-        params = self._rounding.activations[quantizer.name]
-        scale, zero = self._scale_names(quantizer.name, params, quantizer.spec)
+        scale, zero = self._scale_names(quantizer.name, self._rounding.grids[quantizer.name])
+        form = quantizer.spec.format
         q = b.add("QuantizeLinear", [source, scale, zero], b.unique(f"{tensor}_quantized"))
-        if quantizer.spec.narrower_than_container and tensor == quantizer.name:
-            limits = [
-                b.constant(np.array(v, quantizer.spec.container), "limit")
-                for v in (quantizer.spec.qmin, quantizer.spec.qmax)
-            ]
+        if form.narrower_than_container and tensor == quantizer.name:
+            limits = [b.constant(np.array(v, form.container), "limit") for v in (form.qmin, form.qmax)]
             q = b.add("Clip", [q, *limits], b.unique(f"{tensor}_clipped"))
         made = tensor in self._view.outputs and tensor in self._view.producer
         target_name = tensor if made else b.unique(f"{tensor}_dequantized")
         b.add("DequantizeLinear", [q, scale, zero], target_name)
         self.read_as[tensor] = target_name
 
-    def _scale_names(self, stem: str, params: QuantParams, spec: QuantSpec) -> tuple[str, str]:
+    def _scale_names(self, stem: str, grid: Grid) -> tuple[str, str]:
         b = self._b
-        zero = np.full(np.shape(params.scale), params.zero_point, spec.container)
-        return b.constant(np.asarray(params.scale, np.float32), f"{stem}_scale"), b.constant(
+        zero = np.full(np.shape(grid.scale), grid.zero_point, _integers(grid).container)
+        return b.constant(np.asarray(grid.scale, np.float32), f"{stem}_scale"), b.constant(
             zero, f"{stem}_zero_point"
         )
 
     # ---- constants -----------------------------------------------------------------------------------------
     def _constants(self) -> None:
-        for weight, spec in self._plan.weight_specs.items():
+        for weight in self._plan.weight_specs:
             readers = [layer.node for layer in self._plan.layers if layer.weight == weight]
-            integers, params = quant_math.folded(
-                self._rounding.integers[weight], self._rounding.weights[weight], spec
-            )
-            name = self._dequantized(weight, integers, params, spec, readers)
+            folded = quant_math.folded(self._rounding.integers[weight], self._rounding.weights[weight])
+            name = self._dequantized(weight, *folded, readers)
             for node in readers:
                 self._layer_reads[node, weight] = name
-        for quantizer in self._plan.activations:
-            if quantizer.spec.axis is not None:
-                self._table(quantizer)
-            elif quantizer.constant:
-                self._constant_operand(quantizer)
+        for operand in self._plan.operands:
+            self._constant_operand(operand)
+        for table in self._plan.tables:
+            self._table(table)
         if self._plan.integer_bias:
             for layer in self._plan.layers:
                 if layer.bias is not None and (layer.has_bias or self._rounding.biases[layer.bias].any()):
@@ -179,16 +175,14 @@ class _Writer:
         else:
             self._float_biases()
 
-    def _dequantized(
-        self, tensor: str, integers: IntArray, params: QuantParams, spec: QuantSpec, readers: list[str]
-    ) -> str:
+    def _dequantized(self, tensor: str, integers: IntArray, grid: Grid, readers: list[str]) -> str:
         """Add the initializers and DequantizeLinear of a constant; return the name to read."""
         b = self._b
         stored = b.unique(f"{tensor}_quantized")
-        b.keep(integers.astype(spec.container), stored)
-        scale, zero = self._scale_names(tensor, params, spec)
+        b.keep(integers.astype(_integers(grid).container), stored)
+        scale, zero = self._scale_names(tensor, grid)
         name = self._take_over(tensor, readers)
-        b.add("DequantizeLinear", [stored, scale, zero], name, **_axis(spec.axis))
+        b.add("DequantizeLinear", [stored, scale, zero], name, **_axis(grid.granularity))
         return name
 
     def _take_over(self, tensor: str, readers: list[str]) -> str:
@@ -199,17 +193,15 @@ class _Writer:
         self._replaced.add(tensor)
         return tensor
 
-    def _table(self, quantizer: ActivationQuantizer) -> None:
+    def _table(self, table: LookupTable) -> None:
         """Store the integers and scales of a table under new names, for `_written` to look rows up in."""
-        b, tensor = self._b, quantizer.name
-        shape, params = self._view.constant_shape(tensor), self._rounding.activations[tensor]
+        b, tensor = self._b, table.name
+        shape, grid = self._view.constant_shape(tensor), self._rounding.grids[tensor]
         names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
-        integers = np.empty(shape, quantizer.spec.container)
+        integers = np.empty(shape, _integers(grid).container)
         for part, rows in self._view.constant_parts(tensor):
-            integers[part] = quant_math.quantize(
-                rows, replace(params, scale=params.scale[part]), quantizer.spec
-            )
-        scale = params.scale.reshape(-1, *(1,) * (len(shape) - 1))
+            integers[part] = replace(grid, scale=grid.scale[part]).integers(rows)
+        scale = grid.scale.reshape(-1, *(1,) * (len(shape) - 1))
         for value, name in zip((integers, scale), names, strict=True):
             b.keep(value, name)
         self._tables[tensor] = names
@@ -243,12 +235,12 @@ class _Writer:
             helper.make_node("Mul", [as_float, parts[1].output[0]], list(node.output), name=node.name),
         ]
 
-    def _constant_operand(self, quantizer: ActivationQuantizer) -> None:
-        view, tensor = self._view, quantizer.name
-        params = self._rounding.activations[tensor]
-        integers = quant_math.quantize(np.asarray(view.constant(tensor), np.float32), params, quantizer.spec)
+    def _constant_operand(self, operand: ConstantOperand) -> None:
+        view, tensor = self._view, operand.name
+        grid = self._rounding.grids[tensor]
+        integers = grid.integers(np.asarray(view.constant(tensor), np.float32))
         readers = [n.name for n in view.consumers[tensor] if n.name in self._plan.integer_nodes]
-        name = self._dequantized(tensor, integers, params, quantizer.spec, readers)
+        name = self._dequantized(tensor, integers, grid, readers)
         for node in readers:
             self._layer_reads[node, tensor] = name
 
@@ -256,7 +248,7 @@ class _Writer:
         """Add a bias as int32 with scale s_x * s_w and zero point 0, which QLinearConv and QGemm assume."""
         b, name = self._b, layer.bias or ""
         scales = (
-            self._rounding.activations[self._quantizers[layer.input].name].scale,
+            self._rounding.grids[self._quantizers[layer.input].name].scale,
             self._rounding.weights[layer.weight].scale,
         )
         scale = quant_math.bias_scale(*scales)
@@ -268,7 +260,7 @@ class _Writer:
             b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point"),
         ]
         output = self._take_over(name, [layer.node])
-        b.add("DequantizeLinear", inputs, output, **_axis(0 if scale.ndim else None))
+        b.add("DequantizeLinear", inputs, output, **_axis(PerAxis(0) if scale.ndim else PerTensor()))
         self._layer_reads[layer.node, name] = output
 
     def _float_biases(self) -> None:
@@ -288,6 +280,12 @@ class _Writer:
                 info.name = name
 
 
-def _axis(axis: int | None) -> dict[str, Any]:
+def _axis(granularity: Granularity) -> dict[str, Any]:
     """Return the axis attribute if there is one scale per channel."""
-    return {} if axis is None else {"axis": axis}
+    return {"axis": granularity.axis} if isinstance(granularity, PerAxis) else {}
+
+
+def _integers(grid: Grid) -> IntFormat:
+    """Return the format of a grid of integers."""
+    assert isinstance(grid.format, IntFormat)
+    return grid.format

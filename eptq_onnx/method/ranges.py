@@ -10,7 +10,8 @@ from onnx import ModelProto
 from eptq_onnx.config import Config, WeightRange
 from eptq_onnx.graph.view import Constants, GraphView
 from eptq_onnx.numerics import quant_math
-from eptq_onnx.numerics.types import Array, QuantSpec
+from eptq_onnx.numerics.spec import QuantSpec
+from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import output_channels
 from eptq_onnx.records import Calibration, Plan, Rounding, Scores
 
@@ -45,7 +46,7 @@ def weight_ranges(
         Nearest rounding with the chosen ranges, the starting point of the optimization.
     """
     view = GraphView(model)
-    params, integers = {}, {}
+    grids, integers = {}, {}
     smallest = _smallest_scales(view, plan, calibration)
     for name, spec in plan.weight_specs.items():
         weight: Array = np.asarray(view.constant(name), np.float32)
@@ -56,13 +57,9 @@ def weight_ranges(
             _scales(weight, spec, weighed, method, config.damping), smallest.get(name, np.float32(0))
         )
         scale = spec.scales.above(scale)
-        params[name] = spec.params(
-            scale, quant_math.zero_points(weight, scale, spec, weighed, config.damping)
-        )
-        integers[name] = quant_math.quantize(weight, params[name], spec)
-    return Rounding(
-        integers, params, dict(calibration.activations), biases(view, plan), Constants(view, integers)
-    )
+        grids[name] = spec.grid(scale, quant_math.zero_points(weight, scale, spec, weighed, config.damping))
+        integers[name] = grids[name].integers(weight)
+    return Rounding(integers, grids, dict(calibration.grids), biases(view, plan), Constants(view, integers))
 
 
 def biases(view: GraphView, plan: Plan) -> dict[str, Array]:
@@ -99,9 +96,7 @@ def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> d
         bias, axis = np.asarray(view.constant(layer.bias), np.float32), layer.weight_spec.axis
         if axis is not None and bias.size != view.constant_shape(layer.weight)[axis]:
             continue
-        limit = quant_math.smallest_weight_scale(
-            bias, calibration.activations[quantizers[layer.input].name].scale
-        )
+        limit = quant_math.smallest_weight_scale(bias, calibration.grids[quantizers[layer.input].name].scale)
         limit = limit if axis is not None else limit.max(initial=0)
         result[layer.weight] = np.maximum(result.get(layer.weight, np.float32(0)), limit)
     return result

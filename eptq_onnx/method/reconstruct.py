@@ -101,7 +101,7 @@ def reconstruct(
     exact, quantized_walk = Walk(model, feeds), Walk(student, feeds)
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    integers, params, biases = dict(start.integers), dict(start.weights), dict(start.biases)
+    integers, grids, biases = dict(start.integers), dict(start.weights), dict(start.biases)
     targets: dict[str, Array] = {}
     skipped = unsolved(model, plan)
     for k, layer in enumerate(plan.layers):
@@ -109,7 +109,7 @@ def reconstruct(
         reached = exact.reach(layer.input), quantized_walk.reach(inputs[layer.node])
         form = linear_form(nodes[layer.node], view)
         problem: LayerProblem | None = None
-        input_scale = start.activations[plan.quantizer_of[layer.input].name].scale
+        input_scale = start.grids[plan.quantizer_of[layer.input].name].scale
         if form is not None:
             importance = _importance(scores, layer, batches, [form.positions(x.shape) for x in reached[0]])
             # Work in units in which float32 holds the squares.
@@ -148,21 +148,21 @@ def reconstruct(
                 least: Array = np.zeros(1, np.float32)
                 if layer.bias is not None and plan.integer_bias:
                     least = quant_math.smallest_weight_scale(biases[layer.bias], input_scale)
-                integers[layer.weight], params[layer.weight], target = problem.solve(least)
+                integers[layer.weight], grids[layer.weight], target = problem.solve(least)
                 if config.optimizes:
                     targets[layer.weight] = target
-        rounded = quant_math.dequantize(integers[layer.weight], params[layer.weight], layer.weight_spec)
+        rounded = grids[layer.weight].dequantize(integers[layer.weight])
         quantized_walk.set_constant(names[layer.node][0], rounded)
         if layer.bias is not None:
             shift = 0 if problem is None else problem.mean_error(rounded)
             bias = biases[layer.bias] = biases[layer.bias] + shift
-            grid = input_scale, params[layer.weight].scale
+            grid = input_scale, grids[layer.weight].scale
             quantized_walk.set_constant(
                 names[layer.node][1], quant_math.round_bias(bias, *grid) if plan.integer_bias else bias
             )
         progress(k + 1, len(plan.layers))
     corrected: Mapping[str, Array] = ChainMap(targets, start.targets)  # type: ignore[arg-type]  # it is only read
-    return replace(start, integers=integers, weights=params, biases=biases, targets=corrected), skipped
+    return replace(start, integers=integers, weights=grids, biases=biases, targets=corrected), skipped
 
 
 def operations(model: ModelProto, plan: Plan, config: Config) -> float:

@@ -10,7 +10,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from eptq_onnx.numerics.types import Array
+from eptq_onnx.numerics.types import Array, IntArray
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -53,6 +53,21 @@ class IntFormat:
     def largest(self) -> float:
         """Return the largest magnitude that both signs can represent."""
         return float(self.qmax if not self.signed else min(-self.qmin, self.qmax))
+
+    @property
+    def container(self) -> str:
+        """Return the smallest integer type of numpy that holds the values."""
+        return f"{'' if self.signed else 'u'}int{8 if self.bits <= 8 else 16}"
+
+    @property
+    def narrower_than_container(self) -> bool:
+        """Return True if the container can hold integers outside ``[qmin, qmax]``."""
+        info = np.iinfo(self.container)
+        return bool(self.qmin > info.min or self.qmax < info.max)
+
+    def clipped(self, values: Array) -> IntArray:
+        """Return whole numbers, clipped to the range, in the container's type."""
+        return np.asarray(np.clip(values, self.qmin, self.qmax), self.container)
 
     def codes(self, values: Array) -> NDArray[np.uint16]:
         """Return the bit patterns of values; negative values are in two's complement."""

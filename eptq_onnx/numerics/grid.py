@@ -78,6 +78,12 @@ class Grid:
             result[part] = (values[part].astype(np.float32) - part_of(zero, part)) * part_of(scale, part)
         return result
 
+    def integers(self, x: Array) -> IntArray:
+        """Return the integers of an integer format, in its container's type."""
+        assert isinstance(self.format, IntFormat)
+        result: IntArray = self.quantize(x, self.format.container)
+        return result
+
     def round(self, x: Array) -> Array:
         """Return the real values rounded to the grid."""
         return self.dequantize(self.quantize(x))

@@ -13,10 +13,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from eptq_onnx.numerics.formats import IntFormat, PerAxis, PerTensor
+from eptq_onnx.numerics.formats import IntFormat
 from eptq_onnx.numerics.grid import Grid, nearest, part_of, slices
 from eptq_onnx.numerics.scales import ScaleRule
-from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
+from eptq_onnx.numerics.spec import QuantSpec
+from eptq_onnx.numerics.types import Array, IntArray
 from eptq_onnx.parallel import ordered_map
 
 Number = TypeVar("Number", bound=np.generic)
@@ -47,45 +48,25 @@ def channel_sum(values: Array, axis: int | None) -> Array:
 
 
 # ---- quantizers --------------------------------------------------------------------------------------------
-def grid(params: QuantParams, spec: QuantSpec) -> Grid:
-    """Return the quantization grid of a tensor."""
-    granularity = PerTensor() if spec.axis is None else PerAxis(spec.axis)
-    signed = not spec.container.startswith("u")
-    return Grid(
-        IntFormat(spec.width, signed, spec.qmin, spec.qmax), granularity, params.scale, params.zero_point
-    )
+def folded(integers: IntArray, grid: Grid) -> tuple[IntArray, Grid]:
+    """Fold the zero point into the integers, so that the zero point is 0.
 
-
-def quantize(x: Array, params: QuantParams, spec: QuantSpec) -> IntArray:
-    """Round to the integer grid, in the container's type (ONNX QuantizeLinear with the spec's range)."""
-    integers: IntArray = np.asarray(grid(params, spec).quantize(x, spec.container))
-    return integers
-
-
-def dequantize(integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
-    """Return the real values of integers (ONNX DequantizeLinear)."""
-    return grid(params, spec).dequantize(integers)
-
-
-def folded(integers: IntArray, params: QuantParams, spec: QuantSpec) -> tuple[IntArray, QuantParams]:
-    """Fold the zero point into the integers, so that the zero point is 0."""
-    if not np.any(params.zero_point):
-        return integers, params
-    _, zero = grid(params, spec).spread(integers.shape)
-    steps: IntArray = np.empty(integers.shape, spec.container)
+    The integers then have the range of the container.
+    """
+    if not np.any(grid.zero_point):
+        return integers, grid
+    assert isinstance(grid.format, IntFormat)
+    _, zero = grid.spread(integers.shape)
+    steps: IntArray = np.empty(integers.shape, grid.format.container)
     for part in slices(integers):
         steps[part] = integers[part] - part_of(zero, part)
-    return steps, replace(params, zero_point=0)
+    whole = IntFormat.full(8 * steps.itemsize, signed=grid.format.signed)
+    return steps, replace(grid, format=whole, zero_point=0)
 
 
 def limits(zero: IntArray | Array, spec: QuantSpec) -> tuple[Array, Array]:
     """Return the smallest and largest integer minus the zero point, of the zero point's shape."""
     return np.asarray(spec.qmin - zero, np.float32), np.asarray(spec.qmax - zero, np.float32)
-
-
-def fake_quantize(x: Array, params: QuantParams, spec: QuantSpec) -> Array:
-    """Quantize and dequantize."""
-    return dequantize(quantize(x, params, spec), params, spec)
 
 
 def bias_integers(bias: Array, activation_scale: Array, weight_scale: Array) -> IntArray:
@@ -329,10 +310,10 @@ def stride(size: int, limit: int) -> int:
     return step
 
 
-def activation_params(
+def activation_grid(
     low: float, high: float, spec: QuantSpec, bounds: tuple[float, float] | None = None
-) -> QuantParams:
-    """Return scale and zero point that cover ``[low, high]`` and 0.
+) -> Grid:
+    """Return the grid that covers ``[low, high]`` and 0.
 
     Parameters
     ----------
@@ -345,21 +326,21 @@ def activation_params(
 
     Returns
     -------
-    QuantParams
+    Grid
         With a scalar scale; 0 is exactly representable.
     """
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     if spec.symmetric:
         reach = max(high / spec.qmax, low / spec.qmin if spec.qmin < 0 else 0.0)
-        params = spec.params(_reaching(reach, spec))
+        grid = spec.grid(_reaching(reach, spec))
     else:
         scale = (high - low) / (spec.qmax - spec.qmin)
         scale = scale if scale > 1e-30 else 1.0
         if spec.scales is not ScaleRule.ANY:
             scale = float(_reaching(scale, spec))
         zero = int(np.clip(nearest(spec.qmin - low / scale), spec.qmin, spec.qmax))
-        params = spec.params(np.asarray(scale, np.float32), zero)
-    return params if bounds is None else inside_bounds(params, spec, bounds)
+        grid = spec.grid(np.asarray(scale, np.float32), zero)
+    return grid if bounds is None else inside_bounds(grid, spec, bounds)
 
 
 def _reaching(scale: float, spec: QuantSpec) -> Array:
@@ -377,17 +358,17 @@ def keeps_bounds(spec: QuantSpec, bounds: tuple[float, float]) -> bool:
     return not spec.symmetric and low <= 0 <= high and low < high and (ends or spec.scales is ScaleRule.ANY)
 
 
-def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, float]) -> QuantParams:
+def inside_bounds(grid: Grid, spec: QuantSpec, bounds: tuple[float, float]) -> Grid:
     """Shrink the scale until every representable value, in float32, lies within ``bounds``.
 
     The quantizer then replaces a Relu or Clip with these limits in front of it, if it can (`keeps_bounds`).
     """
     low, high = bounds
     if not keeps_bounds(spec, bounds):
-        return params
-    zero = spec.qmin if low == 0 else spec.qmax if high == 0 else params.zero_point
+        return grid
+    zero = spec.qmin if low == 0 else spec.qmax if high == 0 else grid.zero_point
     reach_low, reach_high = spec.qmin - zero, spec.qmax - zero
-    scale = np.float32(params.scale)
+    scale = np.float32(grid.scale)
     if np.isfinite(high) and reach_high > 0:
         scale = min(scale, np.float32(high / reach_high))
     if np.isfinite(low) and low < 0 and reach_low < 0:
@@ -396,15 +377,15 @@ def inside_bounds(params: QuantParams, spec: QuantSpec, bounds: tuple[float, flo
         scale = np.nextafter(scale, np.float32(0))
     while np.isfinite(low) and np.float32(reach_low) * scale < np.float32(low):
         scale = np.nextafter(scale, np.float32(0))
-    return replace(params, scale=np.asarray(scale, np.float32), zero_point=zero)
+    return replace(grid, scale=np.asarray(scale, np.float32), zero_point=zero)
 
 
-def continuous(target: Array, integers: IntArray, params: QuantParams, spec: QuantSpec) -> Array:
+def continuous(target: Array, integers: IntArray, grid: Grid) -> Array:
     """Return a continuous copy of rounded weights, in integer steps.
 
     Each element lies on the side of ``target``, but safely rounds to ``integers``.
     """
-    scale, zero = grid(params, spec).spread(target.shape)
+    scale, zero = grid.spread(target.shape)
     steps = target / scale + zero
     near = integers.astype(np.int32)
     return np.asarray(near + np.clip(steps - near, -0.45, 0.45), np.float32)

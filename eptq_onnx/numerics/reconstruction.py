@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.numerics import compensation, quant_math
+from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.linear import WeightForm, scale_places
 from eptq_onnx.numerics.moments import Moments
 from eptq_onnx.numerics.scales import ScaleRule
-from eptq_onnx.numerics.types import Array, Float64, IntArray, QuantParams, QuantSpec
+from eptq_onnx.numerics.spec import QuantSpec
+from eptq_onnx.numerics.types import Array, Float64, IntArray
 
 RATIOS = {ScaleRule.ANY: (1.0, 0.85, 0.7, 0.55), ScaleRule.POWER_OF_TWO: (1.0, 0.5)}
 """Scales to try, relative to the scale with the least squared error of the corrected weight."""
@@ -60,8 +62,8 @@ class LayerProblem:
     damping: Damping
     passes: int
 
-    def solve(self, least: Array) -> tuple[IntArray, QuantParams, Array]:
-        """Return the integers, scales of at least ``least``, and the real weights that were rounded."""
+    def solve(self, least: Array) -> tuple[IntArray, Grid, Array]:
+        """Return the integers, their grid, with scales of at least ``least``, and the unrounded weights."""
         moment, cross, power = self.moments.covariances
         unit = self.units[1]
         rows, least = self.form.weight_rows(self.weight / unit), least / unit
@@ -103,9 +105,9 @@ class LayerProblem:
                 lambda q, s: compensation.jointly_refitted_scale(target, q, s, moment, effect, owners),
             )
         places = ... if self.spec.axis is not None else 0
-        params = self.spec.params(scale[places] * unit, best.zero[places])
+        grid = self.spec.grid(scale[places] * unit, best.zero[places])
         stored = self.form.weight_from_rows(integers + best.zero[owners][:, :, None])
-        return stored.astype(self.spec.container), params, full * unit
+        return stored.astype(self.spec.format.container), grid, full * unit
 
     def mean_error(self, rounded: Array) -> Array:
         """Return the mean float output minus the mean quantized output, for the bias to absorb.

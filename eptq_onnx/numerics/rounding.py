@@ -11,9 +11,10 @@ import numpy as np
 
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.formats import along_axis
-from eptq_onnx.numerics.grid import nearest
+from eptq_onnx.numerics.grid import Grid, nearest
 from eptq_onnx.numerics.scales import ScaleRule
-from eptq_onnx.numerics.types import Array, IntArray, QuantParams, QuantSpec
+from eptq_onnx.numerics.spec import QuantSpec
+from eptq_onnx.numerics.types import Array, IntArray
 
 ZETA, GAMMA = 1.1, -0.1
 """Stretch of the rectified sigmoid (AdaRound, Nagel et al. 2020, equation 23)."""
@@ -77,8 +78,8 @@ class RoundedWeight(Protocol):
         """Return the penalty on undecided elements."""
         ...
 
-    def harden(self) -> tuple[IntArray, QuantParams]:
-        """Return integers, scales and zero points with every element decided."""
+    def harden(self) -> tuple[IntArray, Grid]:
+        """Return the integers and their grid with every element decided."""
         ...
 
 
@@ -98,12 +99,12 @@ class StraightThroughWeight:
     steps.
     """
 
-    def __init__(self, position: Array, params: QuantParams, spec: QuantSpec) -> None:
+    def __init__(self, position: Array, grid: Grid, spec: QuantSpec) -> None:
         self.spec = spec
-        self.scale, self._zero_point = params.scale, params.zero_point
-        self._s, self._z = quant_math.grid(params, spec).spread(position.shape)
+        self.scale, self._zero_point = grid.scale, grid.zero_point
+        self._s, self._z = grid.spread(position.shape)
         self.variable: Array = position
-        self.gamma: Array = np.ones_like(params.scale)
+        self.gamma: Array = np.ones_like(grid.scale)
         self._level: Array = np.zeros(0, np.float32)
 
     def forward(self) -> Array:
@@ -119,10 +120,10 @@ class StraightThroughWeight:
         """Return 0: every element is always decided."""
         return 0.0
 
-    def harden(self) -> tuple[IntArray, QuantParams]:
-        """Return integers, scales and zero points."""
-        integers = np.clip(nearest(self.variable), self.spec.qmin, self.spec.qmax).astype(self.spec.container)
-        return integers, self.spec.params(self.scale * self.gamma, self._zero_point)
+    def harden(self) -> tuple[IntArray, Grid]:
+        """Return the integers and their grid."""
+        integers = self.spec.format.clipped(nearest(self.variable))
+        return integers, self.spec.grid(self.scale * self.gamma, self._zero_point)
 
     def _factor(self) -> Array:
         return self._s * along_axis(self.gamma, self.spec.axis, self.variable.ndim)
@@ -138,18 +139,18 @@ class SoftWeight:
     ----------
     position : ndarray
         u, the weight in integer steps.
-    params : QuantParams
+    grid : Grid
         Provides s and z.
     spec : QuantSpec
     """
 
-    def __init__(self, position: Array, params: QuantParams, spec: QuantSpec) -> None:
+    def __init__(self, position: Array, grid: Grid, spec: QuantSpec) -> None:
         self.spec = spec
-        self.scale, self._zero_point = params.scale, params.zero_point
-        self._s, self._z = quant_math.grid(params, spec).spread(position.shape)
+        self.scale, self._zero_point = grid.scale, grid.zero_point
+        self._s, self._z = grid.spread(position.shape)
         self.floor: Array = np.floor(position)
         self.variable: Array = rectified_sigmoid_inverse(position - self.floor)
-        self.gamma: Array = np.ones_like(params.scale)
+        self.gamma: Array = np.ones_like(grid.scale)
         self._h: Array = np.zeros(0, np.float32)
         self._level: Array = np.zeros(0, np.float32)
 
@@ -173,11 +174,11 @@ class SoftWeight:
         """Return the rounding penalty of the current soft weight."""
         return rounding_penalty(self._h, exponent)
 
-    def harden(self) -> tuple[IntArray, QuantParams]:
-        """Return integers, scales and zero points with every element decided: up where alpha >= 0."""
+    def harden(self) -> tuple[IntArray, Grid]:
+        """Return the integers and their grid with every element decided: up where alpha >= 0."""
         up = self.variable >= 0
-        integers = np.clip(self.floor + up, self.spec.qmin, self.spec.qmax).astype(self.spec.container)
-        return integers, self.spec.params(self.scale * self.gamma, self._zero_point)
+        integers = self.spec.format.clipped(self.floor + up)
+        return integers, self.spec.grid(self.scale * self.gamma, self._zero_point)
 
     def _factor(self) -> Array:
         return self._s * along_axis(self.gamma, self.spec.axis, self.floor.ndim)

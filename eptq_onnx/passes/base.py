@@ -349,7 +349,7 @@ def leave_float(state: State, ctx: Context, tensors: Mapping[str, str]) -> State
     left = {**state.left_float, **tensors}
     plan = make_plan(state.model, ctx.target, ctx.config, left)
     calibration = state.calibration
-    if not set(plan.activations) <= set(state.plan.activations):
+    if not set(plan.quantizers) <= set(state.plan.quantizers):
         # What is left of a group may want another range.
         channels = state.scores.channels if state.scores is not None else None
         tell = ctx.tell("recalibrate")
@@ -360,6 +360,6 @@ def leave_float(state: State, ctx: Context, tensors: Mapping[str, str]) -> State
             ctx.config,
             tell,
             scores=channels,
-            known=calibration.activations,
+            known=calibration.grids,
         )
     return state.changed(plan=plan, calibration=calibration, left_float=left)

@@ -46,10 +46,10 @@ class Recalibrate(Pass):
         """Observe all tensors of the plan again if anything changed."""
         if state.scores is None and not state.equalized:
             return state
-        known = state.calibration.activations
+        known = state.calibration.grids
         if state.equalized:
             # No channels of tables are scaled.
-            known = {q.name: known[q.name] for q in state.plan.activations if q.spec.axis is not None}
+            known = {q.name: known[q.name] for q in state.plan.tables}
         channels = state.scores.channels if state.scores is not None else None
         tell = ctx.tell(self.name)
         return state.changed(

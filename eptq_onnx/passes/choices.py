@@ -65,6 +65,4 @@ class _Tried:
             self._nearest = weight_ranges(
                 state.executed, state.plan, state.calibration, state.scores, self._ctx.config
             )
-        return write(
-            state.model, state.plan, replace(self._nearest, activations=state.calibration.activations)
-        )
+        return write(state.model, state.plan, replace(self._nearest, grids=state.calibration.grids))

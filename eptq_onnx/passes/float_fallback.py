@@ -52,6 +52,8 @@ def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[
     """
     wanted = set(names)
     chosen = tuple(q for q in state.plan.activations if q.name in wanted)
-    plan = replace(state.plan, layers=(), activations=chosen, integer_nodes={}, absorbed={})
-    marked, stands_for = write(state.model, plan, Rounding({}, {}, state.calibration.activations, {}, {}))
+    plan = replace(
+        state.plan, layers=(), activations=chosen, operands=(), tables=(), integer_nodes={}, absorbed={}
+    )
+    marked, stands_for = write(state.model, plan, Rounding({}, {}, state.calibration.grids, {}, {}))
     return ctx.executed(marked, stands_for), stands_for

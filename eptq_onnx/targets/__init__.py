@@ -23,8 +23,9 @@ from pydantic import (
 
 from eptq_onnx.config import describe
 from eptq_onnx.errors import ConfigError
+from eptq_onnx.numerics.formats import IntFormat, PerAxis, PerTensor
 from eptq_onnx.numerics.scales import ScaleRule
-from eptq_onnx.numerics.types import QuantSpec
+from eptq_onnx.numerics.spec import QuantSpec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -154,20 +155,12 @@ class Target(_Row):
         least, most = special or self.weight.range_8_bits
         low, high = max(-(2 ** (bits - 1)), least), min(2 ** (bits - 1) - 1, most)
         zero_points = high - most, low - least
-        return QuantSpec(
-            bits=bits,
-            qmin=low,
-            qmax=high,
-            container=self.weight.container,
-            symmetric=zero_points == (0, 0),
-            axis=axis if self.weight.per_channel else None,
-            zero_points=zero_points,
-            scales=self.weight.scale,
-        )
+        granularity = PerAxis(axis) if axis is not None and self.weight.per_channel else PerTensor()
+        return QuantSpec(IntFormat(bits, True, low, high), granularity, zero_points, self.weight.scale)
 
     def table_spec(self) -> QuantSpec:
         """Spec of a stored table: one scale a row, by the rule of weights, however many scales these have."""
-        return QuantSpec(8, -127, 127, "int8", symmetric=True, axis=0, scales=self.weight.scale)
+        return QuantSpec(IntFormat(8, True, -127, 127), PerAxis(0), scales=self.weight.scale)
 
     def opset_for(self, activation_bits: int) -> int:
         """Lowest opset that can write these activations."""
@@ -175,11 +168,9 @@ class Target(_Row):
 
     def activation_spec(self, bits: int) -> QuantSpec:
         """Spec of an activation; more than 8 bits are stored in 16."""
-        container = self.activation.container.replace("8", "16" if bits > 8 else "8")
-        low, high = (
-            (0, 2**bits - 1) if container.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        )
-        return QuantSpec(bits, low, high, container, self.activation.symmetric, scales=self.activation.scale)
+        form = IntFormat.full(bits, signed=self.activation.container == "int8")
+        zero_points = (0, 0) if self.activation.symmetric else (form.qmin, form.qmax)
+        return QuantSpec(form, zero_points=zero_points, scales=self.activation.scale)
 
 
 def names() -> list[str]:

@@ -34,7 +34,6 @@ from eptq_onnx.graph.kernels import faster
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.shapes import empty_tensor, specialize
 from eptq_onnx.graph.view import GraphView, last_layers
-from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.ops import LSQ_DOMAIN
 from eptq_onnx.proto import store
@@ -69,7 +68,7 @@ def training_graph(
     """
     model, plan = network.model, network.plan
     size = samples.micro_batch(config.batch_size)
-    kept = {*plan.weight_specs, *(q.name for q in plan.activations if q.constant)}
+    kept = {*plan.weight_specs, *(q.name for q in (*plan.operands, *plan.tables))}
     private = fold_sizes(specialize(model, samples.two_batches(size)), kept)
     empty = empty_tensor(private)
     if empty is not None:
@@ -98,9 +97,7 @@ def training_graph(
     read = {name for node in view.nodes if any(o in needed for o in node.output) for name in node_reads(node)}
     # At 8 bits, learning scales gains nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a
     # sixth of the step.
-    low = [
-        q for q in plan.activations if q.spec.bits < 8 and q.spec.scales is ScaleRule.ANY and not q.constant
-    ]
+    low = [q for q in plan.activations if q.spec.bits < 8 and q.spec.scales is ScaleRule.ANY]
     learned = tuple(q.name for q in low if q.name in moving & read and config.activation_scale_lr)
     student = _Student(lowered, plan, start, learned)
     train, compared = _compose(
@@ -188,7 +185,7 @@ def _compose(
         *_zero_biases(plan, start),
         *_constant_operands(view, plan, start),
     ]
-    replaced = {q.name for q in plan.activations if q.constant}
+    replaced = {q.name for q in (*plan.operands, *plan.tables)}
     result = edit.with_nodes(lowered, [*teacher, *student, *losses], constants, drop=replaced)
     if learned:
         result.graph.input.append(
@@ -213,7 +210,7 @@ def _student(
     Returns the nodes, the types of the new tensors, and the replacement of each quantized tensor.
     """
     plan, start, learned = made_of.plan, made_of.start, made_of.learned
-    quantizers = {q.name: q for q in plan.activations if not q.constant}
+    quantizers = {q.name: q for q in plan.activations}
     with_new_bias = {x.node: x.bias for x in plan.layers if x.bias is not None and not x.has_bias}
     renamed: dict[str, str] = {}
     infos: list[ValueInfoProto] = []
@@ -228,29 +225,29 @@ def _student(
         b.add("Sub", [b.constant(np.ones(1, np.float32), "one"), FLOAT_SHARE], "eptq/integer_share")
 
     def fake_quantize(tensor: str) -> None:
-        quantizer, params = quantizers[tensor], start.activations[tensor]
+        form, grid = quantizers[tensor].spec.format, start.grids[tensor]
         exact = b.unique(f"{tensor}/quantized")
-        if tensor in scales or quantizer.spec.narrower_than_container:
+        if tensor in scales or form.narrower_than_container:
             scale = scales.get(tensor)
             if scale is None:
                 # Not b.constant, which shares equal constants: engines may give each scale a gradient.
                 scale = b.unique("eptq/fixed_scale")
-                b.keep(params.scale.reshape(1), scale)
-            zero = b.constant(np.array([params.zero_point], np.float32), "zero_point")
+                b.keep(grid.scale.reshape(1), scale)
+            zero = b.constant(np.array([grid.zero_point], np.float32), "zero_point")
             b.add(
                 "FakeQuant",
                 [tensor, scale, zero],
                 outputs=[exact, b.unique(f"{tensor}/mask")],
                 domain=LSQ_DOMAIN,
-                quant_min=quantizer.spec.qmin,
-                quant_max=quantizer.spec.qmax,
+                quant_min=form.qmin,
+                quant_max=form.qmax,
             )
         else:
             # Six times as fast. With such a wide range next to nothing is clipped, so the gradient passes
             # unmasked.
             fixed = [
-                b.constant(params.scale.reshape(()), "scale"),
-                b.constant(np.array(params.zero_point, quantizer.spec.container), "zero"),
+                b.constant(grid.scale.reshape(()), "scale"),
+                b.constant(np.array(grid.zero_point, form.container), "zero"),
             ]
             b.add("DequantizeLinear", [b.add("QuantizeLinear", [tensor, *fixed]), *fixed], exact)
         if gradual:
@@ -349,12 +346,9 @@ def _zero_biases(plan: Plan, start: Rounding) -> list[TensorProto]:
 
 
 def _constant_operands(view: GraphView, plan: Plan, start: Rounding) -> list[TensorProto]:
-    """Return the constant operands of integer operators as the written model will hold them."""
+    """Return the constant operands of integer operators, and tables, as the written model will hold them."""
     folder = store.folder_of(view.model)
     return [
-        store.constant(
-            quant_math.fake_quantize(view.constant(q.name), start.activations[q.name], q.spec), q.name, folder
-        )
-        for q in plan.activations
-        if q.constant
+        store.constant(start.grids[q.name].round(view.constant(q.name)), q.name, folder)
+        for q in (*plan.operands, *plan.tables)
     ]

@@ -53,9 +53,7 @@ class Learned:
         kind = _KINDS[config.rounding]
         self.weights: dict[str, RoundedWeight] = {
             n: kind(
-                quant_math.continuous(
-                    start.targets[n], start.integers[n], start.weights[n], plan.weight_specs[n]
-                ),
+                quant_math.continuous(start.targets[n], start.integers[n], start.weights[n]),
                 start.weights[n],
                 plan.weight_specs[n],
             )
@@ -63,8 +61,8 @@ class Learned:
         }
         self._quantizers = plan.quantizer_of
         self._frozen = {
-            n: quant_math.dequantize(start.integers[n], start.weights[n], spec)
-            for n, spec in plan.weight_specs.items()
+            n: start.weights[n].dequantize(start.integers[n])
+            for n in plan.weight_specs
             if n not in self.weights
         }
         self._bias_unit = {
@@ -75,9 +73,7 @@ class Learned:
         self._bias_shift: dict[str, Array] = {n: np.zeros_like(start.biases[n]) for n in self._bias_unit}
         self._log_scales: Array = np.zeros(len(graph.quantizers), np.float32)
         self._pace = 1.0
-        self._first_scales = np.array(
-            [float(start.activations[q].scale) for q in graph.quantizers], np.float32
-        )
+        self._first_scales = np.array([float(start.grids[q].scale) for q in graph.quantizers], np.float32)
         self._layers_of = {n: [k for k, x in enumerate(plan.layers) if x.weight == n] for n in self.weights}
         rounding = RAdam if config.optimizer is Optimizer.RADAM else Adam
         self._rounding = rounding({n: w.variable for n, w in self.weights.items()})
@@ -178,30 +174,25 @@ class Learned:
     def harden(self) -> Rounding:
         """Return the rounding at the moving average of the parameters, with every weight decided."""
         means = self._means.values
-        integers, params = dict(self._start.integers), dict(self._start.weights)
+        integers, weights = dict(self._start.integers), dict(self._start.weights)
         for name, weight in self.weights.items():
             settled = copy(weight)
             settled.variable, settled.gamma = means["variable", name], means["gamma", name]
-            integers[name], params[name] = settled.harden()
-        activations = dict(self._start.activations)
+            integers[name], weights[name] = settled.harden()
+        grids = dict(self._start.grids)
         quantizers = {q.name: q for q in self._plan.activations}
         for name, scale in zip(
             self._graph.quantizers, self._scales_of(means["scales", ACTIVATION_SCALES]), strict=True
         ):
             spec, bounds = quantizers[name].spec, quantizers[name].bounds
-            activations[name] = quant_math.inside_bounds(
-                spec.params(scale, activations[name].zero_point), spec, bounds
-            )
+            grids[name] = quant_math.inside_bounds(spec.grid(scale, grids[name].zero_point), spec, bounds)
         biases = self._biases_of({n: means["bias", n] for n in self._bias_shift})
-        return Rounding(integers, params, activations, {**self._start.biases, **biases}, self._start.targets)
+        return Rounding(integers, weights, grids, {**self._start.biases, **biases}, self._start.targets)
 
     def hard_parameters(self, rounding: Rounding) -> Feeds:
         """Return the feeds of the evaluation graph for a hard-rounded candidate."""
-        weights = {
-            n: quant_math.dequantize(rounding.integers[n], rounding.weights[n], s)
-            for n, s in self._plan.weight_specs.items()
-        }
-        scales = np.array([float(rounding.activations[q].scale) for q in self._graph.quantizers], np.float32)
+        weights = {n: rounding.weights[n].dequantize(rounding.integers[n]) for n in self._plan.weight_specs}
+        scales = np.array([float(rounding.grids[q].scale) for q in self._graph.quantizers], np.float32)
         return self._parameters(
             weights, {n: p.scale for n, p in rounding.weights.items()}, dict(rounding.biases), scales
         )
@@ -212,7 +203,7 @@ class Learned:
         """Return feeds for weights with the given step sizes; biases are rounded as they will be written."""
         feeds: Feeds = {**self._frozen, **weights, **self._start.biases, **biases}
         if self._plan.integer_bias:
-            activations = {n: p.scale for n, p in self._start.activations.items()}
+            activations = {n: p.scale for n, p in self._start.grids.items()}
             activations.update(zip(self._graph.quantizers, scales, strict=True))
             for layer in self._plan.layers:
                 if layer.bias is not None:

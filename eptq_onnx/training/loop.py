@@ -83,7 +83,7 @@ def needed_bytes(model: ModelProto, plan: Plan, samples: Samples) -> int:
     """
     view = GraphView(model)
     weights = sum(math.prod(view.constant_shape(name)) for name in plan.weight_specs)
-    constants = sum(math.prod(view.constant_shape(q.name)) for q in plan.activations if q.constant)
+    constants = sum(math.prod(view.constant_shape(q.name)) for q in (*plan.operands, *plan.tables))
     tensors = tensor_bytes(specialize(model, samples.two_batches(samples.micro_batch())))
     return (
         _BYTES_A_WEIGHT * weights
@@ -234,12 +234,12 @@ def _restored(
     for layer, parts in zip(layers, zip(*ordered_map(compared, runs), strict=True), strict=True):
         # Leave out the padding of the last run.
         seen = Comparison.joined(parts, count / (len(parts) * graph.micro_batch))
-        params, (exact, quantized) = weights[layer.weight], seen.means
+        grid, (exact, quantized) = weights[layer.weight], seen.means
         # If all channels, or those of several groups, share a scale, they share a gain.
-        gain = seen.gains if params.scale.shape == exact.shape else seen.gains.mean()
-        weights[layer.weight] = layer.weight_spec.params(params.scale * gain, params.zero_point)
+        gain = seen.gains if grid.scale.shape == exact.shape else seen.gains.mean()
+        weights[layer.weight] = layer.weight_spec.grid(grid.scale * gain, grid.zero_point)
         if layer.weight_spec.scales is not ScaleRule.ANY:
-            gain = weights[layer.weight].scale / params.scale
+            gain = weights[layer.weight].scale / grid.scale
         if layer.bias is not None:
             biases[layer.bias] = np.asarray(gain * biases[layer.bias] + exact - gain * quantized, np.float32)
     return replace(rounding, weights=weights, biases=biases)

@@ -23,7 +23,6 @@ from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.method.score import score
-from eptq_onnx.numerics import quant_math
 from eptq_onnx.records import Network
 from eptq_onnx.runtime import Session
 from eptq_onnx.training.graph import training_graph
@@ -68,13 +67,10 @@ def gradients(name: str, choice: str) -> Found:
         session = Session(graph.train, integers=False)
         feeds = {
             **samples.take(indices[: graph.micro_batch]),
-            **{
-                n: quant_math.dequantize(start.integers[n], start.weights[n], s)
-                for n, s in the_plan.weight_specs.items()
-            },
+            **{n: start.weights[n].dequantize(start.integers[n]) for n in the_plan.weight_specs},
             **start.biases,
             ATTENTION: np.ones((graph.micro_batch, graph.columns), np.float32),
-            ACTIVATION_SCALES: np.array([start.activations[q].scale for q in graph.quantizers], np.float32),
+            ACTIVATION_SCALES: np.array([start.grids[q].scale for q in graph.quantizers], np.float32),
             FLOAT_SHARE: np.zeros(1, np.float32),
         }
         values = session.run({k: v for k, v in feeds.items() if k in session.inputs})

@@ -10,12 +10,17 @@ from eptq_onnx.method.calibrate import Histogram, calibrate, mse_range, percenti
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.numerics import quant_math
-from eptq_onnx.numerics.types import QuantSpec
+from eptq_onnx.numerics.formats import IntFormat
+from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.records import ActivationQuantizer
 from eptq_onnx.runtime import Session
 
-UINT8 = ActivationQuantizer("t", ("t",), QuantSpec(8, 0, 255, "uint8", False))
-UINT4 = ActivationQuantizer("t", ("t",), QuantSpec(4, 0, 15, "uint8", False))
+UINT8, UINT4 = (
+    ActivationQuantizer(
+        "t", ("t",), QuantSpec(IntFormat.full(bits, signed=False), zero_points=(0, 2**bits - 1))
+    )
+    for bits in (8, 4)
+)
 
 
 def filled(*parts: np.ndarray) -> Histogram:
@@ -45,8 +50,8 @@ def test_mse_range_is_near_the_best_by_brute_force():
     histogram = filled(values[None])
 
     def error(low: float, high: float) -> float:
-        params = quant_math.activation_params(low, high, UINT4.spec)
-        return float(np.square(values - quant_math.fake_quantize(values, params, UINT4.spec)).mean())
+        grid = quant_math.activation_grid(low, high, UINT4.spec)
+        return float(np.square(values - grid.round(values)).mean())
 
     best = min(
         error(values.min() * a, values.max() * b)
@@ -66,11 +71,11 @@ def test_percentile_cuts_the_tails():
 
 
 def test_values_of_one_sign_start_at_zero():
-    params = quant_math.activation_params(
+    grid = quant_math.activation_grid(
         *mse_range(filled(np.abs(np.random.default_rng(0).normal(size=(1, 5000)))), UINT8, Config()),
         UINT8.spec,
     )
-    assert params.zero_point == 0
+    assert grid.zero_point == 0
 
 
 @pytest.mark.parametrize("method", list(ActivationRange))
@@ -83,8 +88,8 @@ def test_ranges_of_a_network(method):
     calls: list[tuple[int, int]] = []
     result = calibrate(model, p, samples, config, lambda done, total: calls.append((done, total)))
     assert calls[-1] == (20, 20)
-    assert set(result.activations) == {q.name for q in p.activations}
-    a1 = result.activations["a1"]
+    assert set(result.grids) == {q.name for q in p.activations}
+    a1 = result.grids["a1"]
     assert a1.zero_point == 0
     assert float(np.float32(255) * a1.scale) <= 6.0
     logits = Session(model).run({"image": images(20)})["logits"]
@@ -112,10 +117,10 @@ def test_the_range_of_a_tensor_looks_through_the_function_that_reads_it():
     assert p.quantizer_of["a"].through == "m"
     assert p.quantizer_of["m"].through == "m"
     result = calibrate(model, p, data.read(images(20), model), Config(), silent)
-    a = result.activations["a"]
+    a = result.grids["a"]
     plain = calibrate(
         model, p, data.read(images(20), model), Config(activation_range="minmax"), silent
-    ).activations["a"]
+    ).grids["a"]
     assert float((0 - a.zero_point) * a.scale) > 0.5 * float((0 - plain.zero_point) * plain.scale)
     assert float(a.scale) < 0.75 * float(plain.scale)
 

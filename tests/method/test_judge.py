@@ -10,7 +10,8 @@ from eptq_onnx.method.judge import Limit, better_than_nearest, still_better
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.ranges import biases
-from eptq_onnx.numerics.types import QuantParams
+from eptq_onnx.numerics.formats import IntFormat, PerTensor
+from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.records import Rounding
 
 COUNT = 8
@@ -26,8 +27,11 @@ def chain():
 
     def rounding(value: int) -> Rounding:
         integers = {x.weight: np.full((4, 4), value, np.int8) for x in made.layers}
-        params = {x.weight: QuantParams(np.float32(1 + value)) for x in made.layers}
-        return Rounding(integers, params, {}, biases(GraphView(model), made), weights)
+        grids = {
+            x.weight: Grid(IntFormat.full(8, signed=True), PerTensor(), np.float32(1 + value))
+            for x in made.layers
+        }
+        return Rounding(integers, grids, {}, biases(GraphView(model), made), weights)
 
     return made, rounding(0), rounding(1)
 

@@ -59,14 +59,13 @@ def test_what_is_stored_dequantizes_to_what_was_decided_bit_for_bit():
             probe.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     values = Session(probe, optimize=False).run({"image": images(1)})
     view = GraphView(quantized)
-    for name, spec in p.weight_specs.items():
-        np.testing.assert_array_equal(
-            values[name], quant_math.dequantize(rounding.integers[name], rounding.weights[name], spec)
-        )
+    for name in p.weight_specs:
+        real = rounding.weights[name].dequantize(rounding.integers[name])
+        np.testing.assert_array_equal(values[name], real)
         stored = view.constant(f"{name}_quantized")
         assert stored.dtype == np.int8
         np.testing.assert_array_equal(
-            stored, quant_math.folded(rounding.integers[name], rounding.weights[name], spec)[0]
+            stored, quant_math.folded(rounding.integers[name], rounding.weights[name])[0]
         )
         assert not view.constant(view.producer[name].input[2]).any()
     assert any(np.any(rounding.weights[name].zero_point) for name in p.weight_specs)
@@ -77,7 +76,7 @@ def test_bias_is_int32_with_the_product_of_the_scales():
     view = GraphView(quantized)
     for layer in p.layers:
         scale = view.constant(view.producer[layer.bias].input[1])
-        activation = rounding.activations[p.quantizer_of[layer.input].name].scale
+        activation = rounding.grids[p.quantizer_of[layer.input].name].scale
         np.testing.assert_array_equal(scale, activation * rounding.weights[layer.weight].scale)
         stored = view.constant(f"{layer.bias}_quantized")
         assert stored.dtype == np.int32

@@ -10,7 +10,6 @@ from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.ranges import weight_ranges
-from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.formats import along_axis
 from eptq_onnx.records import Scores
 
@@ -32,16 +31,15 @@ def test_nearest_rounding_with_positive_scales():
         assert (rounding.weights[name].scale > 0).all()
         assert rounding.integers[name].min() >= spec.qmin
         assert rounding.integers[name].max() <= spec.qmax
-        np.testing.assert_array_equal(
-            rounding.integers[name], quant_math.quantize(view.constant(name), rounding.weights[name], spec)
-        )
+        nearest = rounding.weights[name].integers(view.constant(name))
+        np.testing.assert_array_equal(rounding.integers[name], nearest)
 
 
 def test_minmax_clips_nothing():
     config = Config(weight_range=WeightRange.MINMAX)
     model, p, _, rounding = start(small_convnet(), {"image": images()}, config)
     for name, spec in p.weight_specs.items():
-        back = quant_math.dequantize(rounding.integers[name], rounding.weights[name], spec)
+        back = rounding.weights[name].dequantize(rounding.integers[name])
         half = along_axis(rounding.weights[name].scale, spec.axis, back.ndim) / 2
         assert (np.abs(back - GraphView(model).constant(name)) <= half * 1.001).all()
 
@@ -68,7 +66,7 @@ def test_a_large_bias_on_tiny_weights_does_not_overflow_int32():
         },
     )
     _, _p, calibration, rounding = start(model, {"x": images() * 1e-3}, Config(weight_range=WeightRange.MSE))
-    scale = calibration.activations["x"].scale * rounding.weights["w"].scale
+    scale = calibration.grids["x"].scale * rounding.weights["w"].scale
     assert (np.abs([1, 1000, 50, 0]) / scale < 2**31).all()
 
 

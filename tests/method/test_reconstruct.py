@@ -110,10 +110,8 @@ def test_outputs_of_a_group_make_up_for_each_others_errors_where_they_are_added(
     added = Scores(channels={}, weights={}, outputs={"c": np.ones((16, 16))}, output_size=64)
     errors = {}
     for name, scores in (("apart", None), ("together", added)):
-        _, p, _, rounding, _ = run(model, scores, partial(images, channels=4))
-        off = (
-            quant_math.dequantize(rounding.integers["w"], rounding.weights["w"], p.weight_specs["w"]) - weight
-        )
+        _, _, _, rounding, _ = run(model, scores, partial(images, channels=4))
+        off = rounding.weights["w"].dequantize(rounding.integers["w"]) - weight
         errors[name] = np.square(off.reshape(2, 8, -1).sum(axis=1)).sum()
     assert errors["together"] < 0.3 * errors["apart"]
 
@@ -181,6 +179,6 @@ def test_large_biases_keep_the_scales_that_int32_needs():
         },
     )
     _, _, _, rounding, _ = run(model)
-    scale = rounding.activations["x"].scale
+    scale = rounding.grids["x"].scale
     back = quant_math.round_bias(rounding.biases["b"], scale, rounding.weights["w"].scale)
     np.testing.assert_allclose(back, [1, 1000, 50, 0], atol=0.5)

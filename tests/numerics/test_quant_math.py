@@ -12,14 +12,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from eptq_onnx.numerics import quant_math as qm
+from eptq_onnx.numerics.formats import IntFormat, PerAxis, PerTensor
 from eptq_onnx.numerics.scales import ScaleRule
-from eptq_onnx.numerics.types import QuantParams, QuantSpec
+from eptq_onnx.numerics.spec import QuantSpec
 
-INT4 = QuantSpec(4, -8, 7, "int8", True, 0)
-UINT8 = QuantSpec(8, 0, 255, "uint8", False)
-INT8 = QuantSpec(8, -128, 127, "int8", True)
+
+def unsigned(bits: int) -> QuantSpec:
+    return QuantSpec(IntFormat.full(bits, signed=False), zero_points=(0, 2**bits - 1))
+
+
+INT4 = QuantSpec(IntFormat.full(4, signed=True), PerAxis(0))
+UINT8, INT8 = unsigned(8), QuantSpec(IntFormat.full(8, signed=True))
 POWER = ScaleRule.POWER_OF_TWO
-SHIFTED = QuantSpec(4, -8, 7, "int8", False, 0, (-56, 56))
+SHIFTED = replace(INT4, zero_points=(-56, 56))
 
 
 def test_quantize_is_what_onnx_computes():
@@ -30,9 +35,9 @@ def test_quantize_is_what_onnx_computes():
     """)
     x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32) * 3
     s = np.array([0.01, 0.1, 0.5], np.float32)
-    spec = QuantSpec(8, -128, 127, "int8", True, 0)
+    spec = replace(INT8, granularity=PerAxis(0))
     y = onnx.reference.ReferenceEvaluator(model).run(None, {"x": x, "s": s, "z": np.zeros(3, np.int8)})[0]
-    np.testing.assert_array_equal(qm.fake_quantize(x, QuantParams(s), spec), y)
+    np.testing.assert_array_equal(spec.grid(s).round(x), y)
 
 
 @given(
@@ -40,17 +45,14 @@ def test_quantize_is_what_onnx_computes():
     st.sampled_from([2, 3, 4, 8]),
 )
 def test_mse_scales_are_never_worse_than_the_maximum(weight, bits):
-    spec = QuantSpec(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, "int8", True, 0)
+    spec = QuantSpec(IntFormat.full(bits, signed=True), PerAxis(0))
     scales = qm.weight_scales(weight, spec)
     assert scales.shape == (4,)
     assert (scales > 0).all()
     largest = np.where(weight.any(axis=1), qm.max_scales(weight, spec), 1).astype(np.float32)
     for row, chosen, plain in zip(weight, scales, largest, strict=True):
-        spec_row = QuantSpec(bits, spec.qmin, spec.qmax, "int8", True)
-        errors = [
-            np.square(row - qm.fake_quantize(row, QuantParams(np.float32(s).reshape(())), spec_row)).sum()
-            for s in (chosen, plain)
-        ]
+        of_row = QuantSpec(spec.format)
+        errors = [np.square(row - of_row.grid(s.reshape(())).round(row)).sum() for s in (chosen, plain)]
         assert errors[0] <= errors[1] * (1 + 1e-4) + 1e-12
 
 
@@ -69,13 +71,13 @@ def test_importance_moves_the_scale_and_damping_holds_it():
 def test_a_channel_of_zeros_has_scale_one(spec):
     zeros = np.zeros((2, 3), np.float32)
     np.testing.assert_array_equal(qm.weight_scales(zeros, spec), [1, 1])
-    params = QuantParams(np.ones(2, np.float32), qm.zero_points(zeros, np.ones(2, np.float32), spec))
-    np.testing.assert_array_equal(qm.fake_quantize(zeros, params, spec), zeros)
+    ones = np.ones(2, np.float32)
+    np.testing.assert_array_equal(spec.grid(ones, qm.zero_points(zeros, ones, spec)).round(zeros), zeros)
 
 
 def _on_best_grid(weight: np.ndarray, spec: QuantSpec) -> np.ndarray:
     scale = qm.weight_scales(weight, spec)
-    return qm.fake_quantize(weight, QuantParams(scale, qm.zero_points(weight, scale, spec)), spec)
+    return spec.grid(scale, qm.zero_points(weight, scale, spec)).round(weight)
 
 
 def test_zero_points_serve_lopsided_channels():
@@ -88,35 +90,31 @@ def test_zero_points_serve_lopsided_channels():
 @given(hnp.arrays(np.float32, (4, 6), elements=st.floats(-100, 100, width=32)), st.sampled_from([2, 3, 4]))
 def test_folded_weights_are_the_same_and_fit_the_target(weight, bits):
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    spec = QuantSpec(bits, low, high, "int8", False, 0, (high - 63, low + 64))
+    spec = QuantSpec(IntFormat(bits, True, low, high), PerAxis(0), (high - 63, low + 64))
     scale = qm.weight_scales(weight, spec)
-    params = QuantParams(scale, qm.zero_points(weight, scale, spec))
-    integers = qm.quantize(weight, params, spec)
+    grid = spec.grid(scale, qm.zero_points(weight, scale, spec))
+    integers = grid.integers(weight)
     assert low <= integers.min() <= integers.max() <= high
-    stored, symmetric = qm.folded(integers, params, spec)
+    stored, symmetric = qm.folded(integers, grid)
     assert -64 <= stored.min() <= stored.max() <= 63
     assert not np.any(symmetric.zero_point)
-    np.testing.assert_array_equal(
-        qm.dequantize(stored, symmetric, spec), qm.dequantize(integers, params, spec)
-    )
+    np.testing.assert_array_equal(symmetric.dequantize(stored), grid.dequantize(integers))
     largest = np.abs(weight).max(axis=1, keepdims=True)
     assert (np.abs(_on_best_grid(weight, spec) - weight) <= largest + 1e-6).all()
 
 
-@given(
-    st.floats(-50, 0), st.floats(0, 50), st.sampled_from([UINT8, INT8, QuantSpec(4, 0, 15, "uint8", False)])
-)
+@given(st.floats(-50, 0), st.floats(0, 50), st.sampled_from([UINT8, INT8, unsigned(4)]))
 def test_zero_is_always_representable(low, high, spec):
-    params = qm.activation_params(low, high, spec)
-    assert float(params.scale) > 0
-    assert spec.qmin <= params.zero_point <= spec.qmax
-    assert qm.fake_quantize(np.zeros(1, np.float32), params, spec)[0] == 0
+    grid = qm.activation_grid(low, high, spec)
+    assert float(grid.scale) > 0
+    assert spec.qmin <= grid.zero_point <= spec.qmax
+    assert grid.round(np.zeros(1, np.float32))[0] == 0
 
 
 @given(st.floats(0.125, 20, width=32), st.sampled_from([0.0, -1.0, -2.5]), st.floats(0.1, 3))
 def test_inside_bounds_leaves_no_value_outside(high, low, stretch):
-    params = qm.activation_params(low * stretch, high * stretch, UINT8, (low, high))
-    ends = qm.dequantize(np.array([0, 255], np.int32), params, UINT8)
+    grid = qm.activation_grid(low * stretch, high * stretch, UINT8, (low, high))
+    ends = grid.dequantize(np.array([0, 255], np.int32))
     assert ends[0] >= np.float32(low)
     assert ends[1] <= np.float32(high)
 
@@ -135,7 +133,9 @@ def test_stride_avoids_image_sizes(size):
             st.just(0.0), st.floats(2.0**-30, 100, width=32), st.floats(-100, -(2.0**-30), width=32)
         ),
     ),
-    st.sampled_from([INT4, SHIFTED, replace(INT8, axis=0), replace(INT4, axis=None)]),
+    st.sampled_from(
+        [INT4, SHIFTED, replace(INT8, granularity=PerAxis(0)), replace(INT4, granularity=PerTensor())]
+    ),
 )
 def test_weights_get_the_power_of_two_of_least_error(weight, spec):
     spec = replace(spec, scales=POWER)
@@ -144,8 +144,8 @@ def test_weights_get_the_power_of_two_of_least_error(weight, spec):
     assert (np.frexp(scales)[0] == 0.5).all()
 
     def errors(scale: np.ndarray) -> np.ndarray:
-        params = QuantParams(scale, qm.zero_points(weight, scale, spec))
-        squares = np.square((weight - qm.fake_quantize(weight, params, spec)).astype(np.float64))
+        grid = spec.grid(scale, qm.zero_points(weight, scale, spec))
+        squares = np.square((weight - grid.round(weight)).astype(np.float64))
         return squares.sum() if spec.axis is None else squares.sum(axis=1)
 
     chosen = errors(scales)
@@ -162,7 +162,7 @@ def test_powers_of_two_survive_zeros_and_extreme_numbers(value):
             scale = (
                 qm.weight_scales(weight, powers)
                 if spec is not UINT8
-                else qm.activation_params(value, value, powers).scale
+                else qm.activation_grid(value, value, powers).scale
             )
         assert np.isfinite(scale).all()
         assert (np.frexp(scale)[0] == 0.5).all()
@@ -171,16 +171,14 @@ def test_powers_of_two_survive_zeros_and_extreme_numbers(value):
 @given(
     st.floats(-50, 0),
     st.floats(0, 50),
-    st.sampled_from([UINT8, INT8, QuantSpec(16, -(2**15), 2**15 - 1, "int16", True)]),
+    st.sampled_from([UINT8, INT8, QuantSpec(IntFormat.full(16, signed=True))]),
 )
 def test_activations_get_a_power_of_two_that_covers_their_range(low, high, spec):
-    params = qm.activation_params(low, high, replace(spec, scales=POWER))
-    assert np.frexp(params.scale)[0] == 0.5
-    ends = qm.fake_quantize(np.array([low, high], np.float32), params, spec)
-    np.testing.assert_allclose(ends, [low, high], rtol=0, atol=float(params.scale) * 0.5001)
-    assert float(params.scale) < 2 * max(float(qm.activation_params(low, high, spec).scale), 1e-30) * (
-        1 + 1e-6
-    )
+    grid = qm.activation_grid(low, high, replace(spec, scales=POWER))
+    assert np.frexp(grid.scale)[0] == 0.5
+    ends = grid.round(np.array([low, high], np.float32))
+    np.testing.assert_allclose(ends, [low, high], rtol=0, atol=float(grid.scale) * 0.5001)
+    assert float(grid.scale) < 2 * max(float(qm.activation_grid(low, high, spec).scale), 1e-30) * (1 + 1e-6)
 
 
 def test_only_zero_and_infinity_are_kept_by_powers_of_two():
@@ -189,5 +187,5 @@ def test_only_zero_and_infinity_are_kept_by_powers_of_two():
     assert not qm.keeps_bounds(powers, (0.0, 6.0))
     assert qm.keeps_bounds(UINT8, (0.0, 6.0))
     assert not qm.keeps_bounds(INT8, (0.0, np.inf)), "its zero point cannot move"
-    assert qm.activation_params(0.0, 6.0, powers, (0.0, 6.0)) == qm.activation_params(0.0, 6.0, powers)
-    assert float(qm.activation_params(0.0, 6.0, powers, (0.0, 6.0)).scale) == 2.0**-5
+    assert qm.activation_grid(0.0, 6.0, powers, (0.0, 6.0)) == qm.activation_grid(0.0, 6.0, powers)
+    assert float(qm.activation_grid(0.0, 6.0, powers, (0.0, 6.0)).scale) == 2.0**-5

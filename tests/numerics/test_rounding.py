@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 
 from eptq_onnx.numerics import quant_math, rounding
+from eptq_onnx.numerics.formats import IntFormat, PerAxis
 from eptq_onnx.numerics.rounding import SoftWeight, StraightThroughWeight
-from eptq_onnx.numerics.types import QuantParams, QuantSpec
+from eptq_onnx.numerics.spec import QuantSpec
 
-SPEC = QuantSpec(4, -8, 7, "int8", False, 0, (-56, 56))
+SPEC = QuantSpec(IntFormat.full(4, signed=True), PerAxis(0), (-56, 56))
 ZERO = np.array([0, 5, -3], np.int32)
 
 
 @pytest.mark.parametrize("kind", [SoftWeight, StraightThroughWeight])
 def test_a_weight_starts_at_the_given_integers(kind):
     weight = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
-    params = QuantParams(np.array([0.1, 0.2, 0.05], np.float32), ZERO)
+    grid = SPEC.grid(np.array([0.1, 0.2, 0.05], np.float32), ZERO)
     start = np.random.default_rng(1).integers(-8, 8, weight.shape).astype(np.int32)
-    integers, hard = kind(quant_math.continuous(weight, start, params, SPEC), params, SPEC).harden()
+    integers, hard = kind(quant_math.continuous(weight, start, grid), grid, SPEC).harden()
     np.testing.assert_array_equal(integers, start)
-    np.testing.assert_array_equal(hard.scale, params.scale)
+    np.testing.assert_array_equal(hard.scale, grid.scale)
     np.testing.assert_array_equal(hard.zero_point, ZERO)
 
 
@@ -28,7 +29,7 @@ def test_a_soft_weight_starts_at_the_float_weight_and_its_gradients_are_right():
     weight = np.random.default_rng(0).normal(0, 0.3, (3, 20)).astype(np.float32)
     scale = np.array([0.1, 0.2, 0.15], np.float32)
     weight -= (ZERO * scale)[:, None]
-    soft = SoftWeight(weight / scale[:, None] + ZERO[:, None], QuantParams(scale, ZERO), SPEC)
+    soft = SoftWeight(weight / scale[:, None] + ZERO[:, None], SPEC.grid(scale, ZERO), SPEC)
     np.testing.assert_allclose(soft.forward(), weight, atol=2e-3)
     v = np.random.default_rng(1).normal(size=weight.shape).astype(np.float32)
 

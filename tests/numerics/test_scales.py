@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from eptq_onnx.numerics.formats import IntFormat, PerAxis
 from eptq_onnx.numerics.scales import ScaleRule
-from eptq_onnx.numerics.types import QuantSpec
+from eptq_onnx.numerics.spec import QuantSpec
 
 POWER = ScaleRule.POWER_OF_TWO
 SCALES = st.floats(2.0**-140, 2.0**127, width=32, allow_subnormal=True)
@@ -42,8 +43,8 @@ def test_the_largest_numbers_stay_finite():
     assert POWER.above(most) == POWER.nearest(most) == np.float32(2.0**127)
 
 
-def test_parameters_obey_the_rule_of_their_spec():
-    spec = QuantSpec(8, -127, 127, "int8", True, 0, scales=POWER)
-    params = spec.params(np.float32([0.3, 0.5, 0.7]))
-    np.testing.assert_array_equal(params.scale, [0.25, 0.5, 0.5])
-    assert params.scale.dtype == np.float32
+def test_grids_obey_the_rule_of_their_spec():
+    spec = QuantSpec(IntFormat(8, True, -127, 127), PerAxis(0), scales=POWER)
+    grid = spec.grid(np.float32([0.3, 0.5, 0.7]))
+    np.testing.assert_array_equal(grid.scale, [0.25, 0.5, 0.5])
+    assert grid.scale.dtype == np.float32

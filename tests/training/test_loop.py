@@ -57,10 +57,9 @@ class Case:
 
     def feeds(self) -> dict[str, np.ndarray]:
         weights = {
-            n: quant_math.dequantize(self.start.integers[n], self.start.weights[n], s)
-            for n, s in self.plan.weight_specs.items()
+            n: self.start.weights[n].dequantize(self.start.integers[n]) for n in self.plan.weight_specs
         }
-        scales = np.array([float(self.start.activations[q].scale) for q in self.graph.quantizers], np.float32)
+        scales = np.array([float(self.start.grids[q].scale) for q in self.graph.quantizers], np.float32)
         attention = (
             np.random.default_rng(0)
             .uniform(0.5, 1, (self.graph.micro_batch, self.graph.columns))
@@ -69,7 +68,7 @@ class Case:
         quantizers = self.plan.quantizer_of
         biases = {}
         for x in self.plan.layers:
-            grid = self.start.activations[quantizers[x.input].name].scale, self.start.weights[x.weight].scale
+            grid = self.start.grids[quantizers[x.input].name].scale, self.start.weights[x.weight].scale
             biases[x.bias] = quant_math.round_bias(self.start.biases[x.bias], *grid)
         return {
             **self.samples.take(np.arange(self.graph.micro_batch)), **weights, **biases,
@@ -196,7 +195,7 @@ def test_optimization_lowers_the_held_out_error(engine, rounding):
     for name, spec in case.plan.weight_specs.items():
         assert best.integers[name].min() >= spec.qmin
         assert best.integers[name].max() <= spec.qmax
-    a1 = best.activations["a1"]
+    a1 = best.grids["a1"]
     assert float(np.float32(255) * a1.scale) <= 6.0, "a learned scale must not bring back the absorbed Clip"
 
 

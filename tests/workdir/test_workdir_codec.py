@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from types import MappingProxyType
 
 import numpy as np
@@ -14,7 +15,9 @@ from onnx import numpy_helper
 
 from eptq_onnx.config import Preset
 from eptq_onnx.errors import OutputError
-from eptq_onnx.numerics.types import QuantParams, QuantSpec
+from eptq_onnx.numerics.formats import E4M3, IntFormat, PerAxis, PerBlock, PerTensor
+from eptq_onnx.numerics.grid import Grid
+from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.proto import store
 from eptq_onnx.records import KeptFloat, Plan
 from eptq_onnx.workdir import HashOnly, Workdir, decode, encode
@@ -43,13 +46,15 @@ NUMBERS = (
     | st.builds(np.int64, st.integers(-99, 99))
 )
 KEYS = st.text() | st.integers() | st.tuples(st.text(), st.integers())
+FORMATS = st.sampled_from([IntFormat.full(4, signed=True), E4M3])
+GRANULARITIES = st.sampled_from([PerTensor(), PerAxis(1), PerBlock(0, 32)])
 VALUES = st.recursive(
     SCALARS | NUMBERS | arrays() | st.frozensets(st.text()) | st.sampled_from(Preset),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(KEYS, inner, max_size=4)
         | st.tuples(inner, inner)
-        | st.builds(QuantParams, arrays(), st.integers(0, 255))
+        | st.builds(Grid, FORMATS, GRANULARITIES, arrays(), st.integers(0, 255))
     ),
     max_leaves=12,
 )
@@ -76,8 +81,8 @@ def same(a, b) -> bool:
         return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, QuantParams):
-        return same(a.scale, b.scale) and same(a.zero_point, b.zero_point)
+    if isinstance(a, Grid):
+        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
     return a == b
 
 
@@ -117,8 +122,10 @@ def test_a_set_has_one_digest_whatever_its_order():
 
 
 def test_a_record_comes_back(workdir):
-    spec = QuantSpec(4, -8, 7, "int8", True, 0, (-1, 1))
-    plan = Plan((), (), {"n": "Conv"}, {}, (KeptFloat("k", "Exp", "no kernel"),), True, frozenset({"e"}))
+    spec = QuantSpec(IntFormat.full(4, signed=True), PerAxis(0), (-1, 1))
+    plan = Plan(
+        (), (), (), (), {"n": "Conv"}, {}, (KeptFloat("k", "Exp", "no kernel"),), True, frozenset({"e"})
+    )
     assert decode(encode((spec, plan), workdir), workdir) == (spec, plan)
 
 

@@ -21,7 +21,7 @@ from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.patterns import matching
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.method.plan.activations import activation_quantizers, table_quantizers
+from eptq_onnx.method.plan.activations import lookup_tables, quantizers_of
 from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, reads, weight_of
 from eptq_onnx.method.plan.layers import layers_of
 from eptq_onnx.numerics.quant_math import keeps_bounds
@@ -69,10 +69,21 @@ def plan(
             f"there is nothing to quantize: no {', '.join(sorted(target.ops.layers))} "
             f"with a constant float32 weight{' (' + reasons + ')' if reasons else ''}."
         )
-    activations = (*activation_quantizers(draft, layers, config), *table_quantizers(draft, layers))
+    activations, operands = quantizers_of(draft, layers, config)
+    tables = lookup_tables(draft, layers)
     absorbed = _absorbed_nodes(draft, activations)
     integer, left = _integer_nodes(draft), _kept_float(draft, absorbed)
-    return Plan(layers, activations, integer, absorbed, left, target.bias.integer, _choosing(draft, integer))
+    return Plan(
+        layers,
+        activations,
+        operands,
+        tables,
+        integer,
+        absorbed,
+        left,
+        target.bias.integer,
+        _choosing(draft, integer),
+    )
 
 
 def _absorb(draft: Draft) -> None:

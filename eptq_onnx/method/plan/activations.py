@@ -1,4 +1,4 @@
-"""Plan the activation quantizers, and which tensors share one."""
+"""Plan the quantizers of activations, constant operands and tables, and which tensors share one."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from collections import defaultdict
 from eptq_onnx.config import Config
 from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.method.plan.draft import Draft, bounds_of, reads
-from eptq_onnx.numerics.types import QuantSpec
 from eptq_onnx.ops import Role, channel_axes_of, pointwise, spec_of
-from eptq_onnx.records import ActivationQuantizer, Layer
+from eptq_onnx.records import ActivationQuantizer, ConstantOperand, Layer, LookupTable
 
 _LEAST_TABLE = 16_384
 """Values of a table below which storing it as integers does not pay."""
 
 
-def activation_quantizers(
+def quantizers_of(
     draft: Draft, layers: tuple[Layer, ...], config: Config
-) -> tuple[ActivationQuantizer, ...]:
-    """Return the quantizers of activations and constant operands, in topological order."""
+) -> tuple[tuple[ActivationQuantizer, ...], tuple[ConstantOperand, ...]]:
+    """Return the quantizers of activations and of constant operands, both in topological order."""
     view, rules = draft.view, draft.target.ops
     weights = {layer.weight for layer in layers}
     parent: dict[str, str] = {}
@@ -48,7 +47,7 @@ def activation_quantizers(
     for name in _topological(view, parent):
         groups[root(name)].append(name)
     wide, axes = _edge_tensors(draft, layers), channel_axes_of(view)
-    result = []
+    activations, operands = [], []
     for members in groups.values():
         edge = any(m in wide for m in members)
         bits = max(config.edge_bits, config.activation_bits) if edge else config.activation_bits
@@ -57,20 +56,19 @@ def activation_quantizers(
         }
         if readers & draft.bits.keys():
             bits = max(draft.bits[name][1] if name in draft.bits else bits for name in readers)
-        spec_q: QuantSpec = draft.target.activation_spec(bits)
-        first = members[0]
-        constant = view.is_constant(first)
-        through = first if constant else pointwise(view, first, lambda shape: math.prod(shape) == 1)[1]
-        result.append(
-            ActivationQuantizer(
-                first, tuple(members), spec_q, bounds_of(draft, first), constant, through, axes.get(first)
-            )
+        own, first = draft.target.activation_spec(bits), members[0]
+        if view.is_constant(first):
+            operands.append(ConstantOperand(first, tuple(members), own))
+            continue
+        through = pointwise(view, first, lambda shape: math.prod(shape) == 1)[1]
+        activations.append(
+            ActivationQuantizer(first, tuple(members), own, bounds_of(draft, first), through, axes.get(first))
         )
-    return tuple(result)
+    return tuple(activations), tuple(operands)
 
 
-def table_quantizers(draft: Draft, layers: tuple[Layer, ...]) -> list[ActivationQuantizer]:
-    """Return the quantizers of lookup tables of float nodes: 8-bit integers with one scale per row."""
+def lookup_tables(draft: Draft, layers: tuple[Layer, ...]) -> tuple[LookupTable, ...]:
+    """Return the lookup tables of float nodes: 8-bit integers with one scale per row."""
     view, weights = draft.view, {layer.weight for layer in layers}
     found: dict[str, None] = {}
     for node in view.nodes:
@@ -94,7 +92,7 @@ def table_quantizers(draft: Draft, layers: tuple[Layer, ...]) -> list[Activation
             "its table is stored in 8 bits with one scale per row; looked-up rows are float"
         )
         found[table] = None
-    return [ActivationQuantizer(t, (t,), draft.target.table_spec(), constant=True, through=t) for t in found]
+    return tuple(LookupTable(t, (t,), draft.target.table_spec()) for t in found)
 
 
 def _read_as_integer(draft: Draft, tensors: list[str]) -> bool:

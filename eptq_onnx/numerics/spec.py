@@ -1,0 +1,72 @@
+"""How a tensor is quantized, before its range is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from eptq_onnx.numerics.formats import Granularity, IntFormat, PerAxis, PerTensor
+from eptq_onnx.numerics.grid import Grid
+from eptq_onnx.numerics.scales import ScaleRule
+from eptq_onnx.numerics.types import Array, IntArray
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What a runtime allows for one tensor; a scale and a zero point make it a `Grid`.
+
+    Parameters
+    ----------
+    format : IntFormat
+    granularity : PerTensor, PerAxis or PerBlock
+    zero_points : tuple of int
+        Smallest and largest zero point allowed. That of a weight is folded into the stored integers, whose
+        own zero point is 0, as integer kernels expect; the limits keep these integers in the range that the
+        target stores.
+    scales : ScaleRule
+        The scales that the runtime accepts.
+    """
+
+    format: IntFormat
+    granularity: Granularity = field(default_factory=PerTensor)
+    zero_points: tuple[int, int] = (0, 0)
+    scales: ScaleRule = ScaleRule.ANY
+
+    @property
+    def bits(self) -> int:
+        """Return the bit width."""
+        return self.format.bits
+
+    @property
+    def qmin(self) -> int:
+        """Return the smallest integer."""
+        return self.format.qmin
+
+    @property
+    def qmax(self) -> int:
+        """Return the largest integer."""
+        return self.format.qmax
+
+    @property
+    def axis(self) -> int | None:
+        """Return the axis with one scale per index; None for one scale per tensor."""
+        return self.granularity.axis if isinstance(self.granularity, PerAxis) else None
+
+    @property
+    def symmetric(self) -> bool:
+        """Return True if the zero point is always 0."""
+        return self.zero_points == (0, 0)
+
+    def grid(self, scale: Array, zero_point: int | IntArray = 0) -> Grid:
+        """Return the grid with the allowed scale nearest to the given one.
+
+        All grids are made here, so that every scale follows the rule.
+
+        Parameters
+        ----------
+        scale : ndarray of float32, scalar or of shape (n_channels,)
+        zero_point : int, or ndarray of the scale's shape
+        """
+        allowed = self.scales.nearest(np.asarray(scale, np.float32))
+        return Grid(self.format, self.granularity, allowed, zero_point)
