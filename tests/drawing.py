@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -72,7 +73,7 @@ class Drawing:
         return name
 
     def node(
-        self, op_type: str, inputs: Iterable[str], *, domain: str = "", outputs: int = 1, **attributes: object
+        self, op_type: str, inputs: Iterable[str], *, domain: str = "", outputs: int = 1, **attributes: Any
     ) -> str:
         names = [f"t{len(self.nodes)}_{k}" for k in range(outputs)]
         self.nodes.append(helper.make_node(op_type, list(inputs), names, domain=domain, **attributes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -77,5 +79,5 @@ def images(count: int = 24, channels: int = 3, size: int = 8, seed: int = 0) -> 
     return np.random.default_rng(seed).normal(size=(count, channels, size, size)).astype(np.float32)
 
 
-def silent(*_: object) -> None:
+def silent(*_: Any) -> None:
     """Progress that nobody looks at."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
@@ -35,7 +36,7 @@ class Net:
     def normal(self, *shape: int, gain: float = 1.0) -> str:
         return self.constant((gain * self.rng.standard_normal(shape)).astype(np.float32))
 
-    def node(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: object) -> str:
+    def node(self, op_type: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
         names = [f"t{len(self.nodes)}_{k}" for k in range(outputs)]
         self.nodes.append(helper.make_node(op_type, list(inputs), names, **attributes))
         return names[0]

@@ -6,6 +6,7 @@ Values keep away from the kinks of piecewise functions, so that finite differenc
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ class Sample:
 
     op_type: str
     inputs: tuple[np.ndarray | None, ...]
-    attributes: dict[str, object] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
     varying: tuple[int, ...] = (0,)
     outputs: int = 1
     domain: str = ""
@@ -93,7 +94,7 @@ def scalar(value: float) -> np.ndarray:
     return np.array(value, np.float32)
 
 
-def unary(op_type: str, low: float = -2.0, high: float = 2.0, **attributes: object) -> list[Sample]:
+def unary(op_type: str, low: float = -2.0, high: float = 2.0, **attributes: Any) -> list[Sample]:
     return [Sample(op_type, (grid(2, 3, 4, low=low, high=high),), attributes)]
 
 
@@ -107,7 +108,7 @@ def binary(op_type: str, low: float = -2.0) -> list[Sample]:
 
 
 def conv(
-    k: int = 3, group: int = 1, rank: int = 2, c_in: int = 4, c_out: int = 6, **attributes: object
+    k: int = 3, group: int = 1, rank: int = 2, c_in: int = 4, c_out: int = 6, **attributes: Any
 ) -> Sample:
     size = (7, 6, 5)[:rank]
     weight = grid(c_out, c_in // group, *([k] * rank), seed=1)
@@ -119,7 +120,7 @@ def conv(
     )
 
 
-def conv_transpose(group: int = 1, bias: bool = True, **attributes: object) -> Sample:
+def conv_transpose(group: int = 1, bias: bool = True, **attributes: Any) -> Sample:
     inputs: tuple[np.ndarray | None, ...] = (grid(2, 4, 5, 4), grid(4, 6 // group, 3, 3, seed=1))
     varying: tuple[int, ...] = (0, 1)
     if bias:
@@ -133,7 +134,7 @@ def resize(
     roi: tuple[float, ...] = (),
     *,
     opset: int = OPSET,
-    **attributes: object,
+    **attributes: Any,
 ) -> Sample:
     told = f(*scales) if scales else None
     inputs = (grid(2, 3, 4, 5), f(*roi) if roi else None, told, ints(*sizes) if sizes else None)
@@ -165,7 +166,7 @@ def recurrent(
     lengths: tuple[int, ...] = (),
     states: bool = False,
     peepholes: bool = False,
-    **attributes: object,
+    **attributes: Any,
 ) -> Sample:
     """Four steps of three sequences of two features, three hidden units."""
     inputs: list[np.ndarray | None] = [
@@ -192,6 +193,6 @@ def recurrent(
 
 
 def ms(
-    op_type: str, *inputs: np.ndarray | None, varying: tuple[int, ...] = (0,), **attributes: object
+    op_type: str, *inputs: np.ndarray | None, varying: tuple[int, ...] = (0,), **attributes: Any
 ) -> Sample:
     return Sample(op_type, inputs, attributes, varying=varying, domain=MS)

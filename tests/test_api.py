@@ -4,6 +4,7 @@ import logging
 import os
 import subprocess
 import sys
+from typing import Any
 
 import onnx
 import pytest
@@ -46,7 +47,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
     result.save(tmp_path / "a.onnx")
     kept = (tmp_path / "a.onnx").read_bytes()
 
-    def full(*_: object) -> None:
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -179,7 +180,7 @@ def failing(name: str, nth: int, error: BaseException, monkeypatch: pytest.Monke
     """Let the nth call of a function of ``os`` fail."""
     real, calls = getattr(os, name), []
 
-    def fail(*args: object, **options: object) -> object:
+    def fail(*args: object, **options: Any) -> object:
         calls.append(1)
         if len(calls) == nth:
             raise error

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ ALL = [
 _TAKEN = "taken from the workdir: "
 
 
-def run(workdir: Path | None, seed: int = 0, **options: object) -> eptq_onnx.Result:
+def run(workdir: Path | None, seed: int = 0, **options: Any) -> eptq_onnx.Result:
     return eptq_onnx.quantize(
         small_convnet(),
         images(40, seed=seed),
@@ -128,7 +129,7 @@ def test_a_run_that_ends_inside_a_pass_goes_on_before_it(tmp_path, monkeypatch, 
     if step.name not in ALL:
         pytest.skip("this network has no use for it")
 
-    def stop(*_: object) -> None:
+    def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -169,7 +170,7 @@ def test_the_optimization_goes_on_from_its_last_check(tmp_path, options, last):
 
 
 def test_passes_that_are_left_out_for_want_of_gradients_stay_left_out(tmp_path, monkeypatch):
-    def refuse(*_: object) -> None:
+    def refuse(*_: Any) -> None:
         raise GradientError("none of this is differentiable.")
 
     monkeypatch.setattr(Score, "run", refuse)
@@ -287,7 +288,7 @@ def test_weights_in_files_go_on_too(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "LARGE", 0)
     monkeypatch.setattr(store, "_HEAVY", 256)
 
-    def stop(*_: object) -> None:
+    def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from graphs import images, small_convnet
@@ -151,7 +152,7 @@ with scratch.folder() as mine:
 
 
 def test_no_room_is_told_in_a_sentence(temporary, monkeypatch):
-    def full(*_: object) -> None:
+    def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "mkdir", full)

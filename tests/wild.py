@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -49,7 +50,7 @@ class _Net:
     def ints(self, *values: int) -> str:
         return self.const(values, np.int64)
 
-    def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes: object) -> str:
+    def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
         names = [f"{kind.lower()}{len(self.nodes)}{'abc'[k]}" for k in range(outputs)]
         self.nodes.append(helper.make_node(kind, inputs, names, **attributes))
         return names[0] if outputs == 1 else names[1]
@@ -57,7 +58,7 @@ class _Net:
     def normal(self, *shape: int, fan: int) -> str:
         return self.const(self.rng.normal(0, np.sqrt(1.8 / fan), shape))
 
-    def conv(self, x: str, ins: int, outs: int, rank: int, size: int = 3, **attributes: object) -> str:
+    def conv(self, x: str, ins: int, outs: int, rank: int, size: int = 3, **attributes: Any) -> str:
         weight = self.normal(outs, ins, *[size] * rank, fan=ins * size**rank)
         pads = [size // 2] * (2 * rank)
         return self.op("Conv", x, weight, self.const(self.rng.normal(0, 0.1, outs)), pads=pads, **attributes)
@@ -186,7 +187,7 @@ def wild(seed: int, operators: Sequence[object] = DRAWS + CHOICES, count: int = 
             t = net.op("Add", t, net.dense(net.op("Relu", net.dense(t, WIDTH, 16)), 16, WIDTH))
     logits = net.dense(net.op("Relu", t), WIDTH, 5)
     outputs = {logits: None, net.op("ReduceMean", logits, axes=[1], keepdims=0): None}
-    sign: list[object] = {"none": [], "fixed": [1]}.get(batch, ["batch"])
+    sign: list[Any] = {"none": [], "fixed": [1]}.get(batch, ["batch"])
     graph = helper.make_graph(
         net.nodes,
         "wild",

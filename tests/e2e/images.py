@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from hypothesis import strategies as st
@@ -31,7 +33,7 @@ class Draw:
         self.constants.append(numpy_helper.from_array(value, name))
         return name
 
-    def node(self, op_type: str, inputs: list[str], **attributes: object) -> str:
+    def node(self, op_type: str, inputs: list[str], **attributes: Any) -> str:
         name = f"t{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, inputs, [name], **attributes))
         return name

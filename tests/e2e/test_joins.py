@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from joins import JOINS, WIDTHS, inputs, joined
@@ -19,7 +21,7 @@ def sqnr(model: ModelProto, result: ModelProto, x: np.ndarray) -> float:
     return float(10 * np.log10(np.square(exact).sum() / np.square(exact - got).sum()))
 
 
-def quantized(rank: int, joins: list[str], seed: int, **options: object) -> float:
+def quantized(rank: int, joins: list[str], seed: int, **options: Any) -> float:
     model = joined(seed, rank, joins)
     config = Config(steps=4, batch_size=8, score_samples=16, probes=1, **options)
     return sqnr(model, eptq_onnx.quantize(model, inputs(rank, 24), config).model, inputs(rank, 32, 1))

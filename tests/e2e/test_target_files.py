@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -113,7 +114,7 @@ def drawn_network(rng: np.random.Generator) -> ModelProto:
         constants.append(numpy_helper.from_array(np.asarray(value), f"c{len(constants)}"))
         return constants[-1].name
 
-    def node(op_type: str, *inputs: str, **attributes: object) -> str:
+    def node(op_type: str, *inputs: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(op_type, list(inputs), [f"t{len(nodes)}"], **attributes))
         return nodes[-1].output[0]
 

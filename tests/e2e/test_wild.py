@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def quality(case: Wild, quantized: eptq_onnx.Result) -> dict[str, float]:
     return {n: 10 * np.log10(p / max(noise[n], 1e-30)) for n, p in power.items()}
 
 
-def changed(config: Config, **options: object) -> Config:
+def changed(config: Config, **options: Any) -> Config:
     return Config(**{**config.model_dump(), **options})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -45,7 +47,7 @@ class Net:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
 
-    def add(self, op_type: str, *inputs: str, out: int = 1, **attributes: object) -> str:
+    def add(self, op_type: str, *inputs: str, out: int = 1, **attributes: Any) -> str:
         names = [f"{op_type}_{len(self.nodes)}_{k}" for k in range(out)]
         self.nodes.append(helper.make_node(op_type, list(inputs), names, **attributes))
         return names[0]
@@ -55,13 +57,13 @@ class Net:
         self.constants[name] = np.asarray(value)
         return name
 
-    def either(self, since: int, op_type: str, x: str, **arguments: object) -> str:
+    def either(self, since: int, op_type: str, x: str, **arguments: Any) -> str:
         """Arguments as attributes before ``since``, as inputs from then on, in this order."""
         if self.opset < since:
             return self.add(op_type, x, **{k: v.tolist() for k, v in arguments.items()})  # type: ignore[attr-defined]
         return self.add(op_type, x, *(self.constant(v) for v in arguments.values()))
 
-    def model(self, shape: list[object], output: str, rank: int | None = None) -> ModelProto:
+    def model(self, shape: list[Any], output: str, rank: int | None = None) -> ModelProto:
         initializers = [numpy_helper.from_array(v, k) for k, v in self.constants.items()]
         inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)]
         if IR_VERSIONS[self.opset] < 4:
@@ -158,7 +160,7 @@ def old(
     *inputs: object,
     shape: tuple[int, ...] = (2, 3, 6, 6),
     out: int = 1,
-    **attributes: object,
+    **attributes: Any,
 ) -> ModelProto:
     net = Net(opset)
     net.add(op_type, "x", *(net.constant(v) for v in inputs), out=out, **attributes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -82,7 +84,7 @@ def test_it_takes_seconds_at_most():
     assert long.order == [0]
 
 
-def _event(name: str, kind: str, start: float, length: float, thread: int = 1) -> dict[str, object]:
+def _event(name: str, kind: str, start: float, length: float, thread: int = 1) -> dict[str, Any]:
     args = {"op_name": kind}
     return {
         "cat": "Node",
@@ -202,7 +204,7 @@ def test_measuring_changes_no_byte_and_a_failure_is_a_note(measured_speed, monke
         deterministic=True
     )
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: Any) -> None:
         raise ModelError("one run takes 7.0 s")
 
     monkeypatch.setattr("eptq_onnx.passes.measure.measure", refuse)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_file(path, monkeypatch, func
     _kept(path)
     before = sorted(p.name for p in path.rglob("*"))
 
-    def full(*_: object) -> None:
+    def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def keep() -> None:
