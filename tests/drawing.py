@@ -67,7 +67,7 @@ class Drawing:
         self.tensors: list[tuple[str, int]] = list(INPUTS.items())
         self.used: set[str] = set()
 
-    def constant(self, value: np.ndarray) -> str:
+    def constant(self, value: np.ndarray | np.generic) -> str:
         name = f"c{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.asarray(value), name))
         return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from onnx import ModelProto, numpy_helper
 from eptq_onnx.graph import edit
 
 
-def parse(text: str, constants: dict[str, np.ndarray] | None = None, *, opset: int = 17) -> ModelProto:
+def parse(
+    text: str, constants: Mapping[str, np.ndarray | np.generic] | None = None, *, opset: int = 17
+) -> ModelProto:
     """A model from the body of its graph, with initializers of the given values."""
     model = onnx.parser.parse_model(
         f'<ir_version: 8, opset_import: ["" : {opset}, "com.microsoft" : 1]>\n{text}'
@@ -79,5 +82,5 @@ def images(count: int = 24, channels: int = 3, size: int = 8, seed: int = 0) -> 
     return np.random.default_rng(seed).normal(size=(count, channels, size, size)).astype(np.float32)
 
 
-def silent(*_: Any) -> None:
+def silent(*_: Any, **__: Any) -> None:
     """Progress that nobody looks at."""

@@ -28,7 +28,7 @@ class Net:
         self.nodes: list = []
         self.constants: list[TensorProto] = []
 
-    def constant(self, value: np.ndarray) -> str:
+    def constant(self, value: np.ndarray | np.generic) -> str:
         name = f"c{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.asarray(value), name))
         return name

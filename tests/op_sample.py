@@ -34,6 +34,11 @@ class Sample:
     differentiable: tuple[int, ...] | None = None
     """Positions whose gradient is checked (default: all that vary)."""
 
+    def _given(self, position: int) -> np.ndarray:
+        value = self.inputs[position]
+        assert value is not None
+        return value
+
     def model(self) -> ModelProto:
         names = [f"x{k}" if v is not None else "" for k, v in enumerate(self.inputs)]
         outputs = [f"y{k}" for k in range(self.outputs)]
@@ -42,7 +47,7 @@ class Sample:
         )
         graph_inputs = [
             helper.make_tensor_value_info(
-                names[k], helper.np_dtype_to_tensor_dtype(self.inputs[k].dtype), self.inputs[k].shape
+                names[k], helper.np_dtype_to_tensor_dtype(self._given(k).dtype), self._given(k).shape
             )
             for k in self.varying
         ]
@@ -62,15 +67,15 @@ class Sample:
 
     @property
     def feeds(self) -> dict[str, np.ndarray]:
-        return {f"x{k}": self.inputs[k] for k in self.varying}
+        return {f"x{k}": self._given(k) for k in self.varying}
 
     @property
     def checked(self) -> tuple[str, ...]:
         positions = self.varying if self.differentiable is None else self.differentiable
-        return tuple(f"x{k}" for k in positions if self.inputs[k].dtype == np.float32)
+        return tuple(f"x{k}" for k in positions if self._given(k).dtype == np.float32)
 
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.inputs[0].shape)) if self.inputs else ""
+        shape = "x".join(map(str, self._given(0).shape)) if self.inputs else ""
         return f"{self.op_type}{''.join(f'-{k}={v}' for k, v in self.attributes.items())}-{shape}"
 
 

@@ -643,14 +643,14 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
     ("", "QuantizeLinear"): [
         Sample(
             "QuantizeLinear",
-            (grid(2, 3), np.float32(0.2), np.uint8(7)),
+            (grid(2, 3), np.array(0.2, np.float32), np.array(7, np.uint8)),
             differentiable=(),
         )
     ],
     ("", "DequantizeLinear"): [
         Sample(
             "DequantizeLinear",
-            (np.arange(6, dtype=np.uint8).reshape(2, 3), np.float32(0.2), np.uint8(7)),
+            (np.arange(6, dtype=np.uint8).reshape(2, 3), np.array(0.2, np.float32), np.array(7, np.uint8)),
             differentiable=(),
         )
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -42,7 +43,8 @@ def float_cases() -> list[Case]:
     """Cases with a float32 input of rank 1 or more, and a float32 output that is not empty."""
 
     def wanted(case: Case) -> bool:
-        inputs, outputs = case.data_sets[0]
+        inputs, outputs = _first(case)
+        assert case.model is not None
         arrays = all(isinstance(v, np.ndarray) for v in (*inputs, *outputs))
         arrays &= all(i.type.HasField("tensor_type") for i in case.model.graph.input)
         return (
@@ -54,6 +56,12 @@ def float_cases() -> list[Case]:
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # The cases' own arithmetic overflows here and there.
         return [case for case in collect_testcases(None) if case.data_sets and wanted(case)]
+
+
+def _first(case: Case) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
+    """Inputs and outputs."""
+    assert case.data_sets is not None
+    return case.data_sets[0]
 
 
 def _varies(value: np.ndarray) -> bool:
@@ -71,7 +79,7 @@ def _prepared(case: Case) -> tuple[ModelProto, dict[str, np.ndarray]]:
     parameters = PARAMETERS.get(model.graph.node[0].op_type, ())
     inputs = list(model.graph.input)
     del model.graph.input[:]
-    for position, (info, value) in enumerate(zip(inputs, case.data_sets[0][0], strict=False)):
+    for position, (info, value) in enumerate(zip(inputs, _first(case)[0], strict=False)):
         if _varies(value) and position not in parameters:
             feeds[info.name] = value
             model.graph.input.append(info)
@@ -89,7 +97,7 @@ def outcome(case: Case, engine: Engine) -> str:
         outputs = list(Session(model).run(feeds).values())
     except ModelError:
         return "onnxruntime cannot run it"
-    expected = case.data_sets[0][1]
+    expected = _first(case)[1]
     if not all(
         np.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
         for a, b in zip(outputs, expected, strict=False)

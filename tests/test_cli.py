@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -52,7 +53,7 @@ def test_version(folder):
     assert CliRunner().invoke(app, ["version"]).stdout.strip() == eptq_onnx.__version__
 
 
-def _spoil(**arrays: np.ndarray) -> None:
+def _spoil(**arrays: Any) -> None:
     np.savez("data.npz", **arrays)
 
 

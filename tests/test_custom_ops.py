@@ -29,7 +29,7 @@ def two_layers(operator="Relu", domain=""):
 @pytest.fixture
 def registered(monkeypatch):
     """The libraries that the sessions register, session by session, instead of their being loaded."""
-    options, made = runtime.load().SessionOptions, []
+    options, made = runtime.load().SessionOptions, list[list[str]]()
 
     class Options:
         def __init__(self):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from graphs import images, silent, small_convnet
@@ -10,7 +11,7 @@ from graphs import images, silent, small_convnet
 import eptq_onnx
 from eptq_onnx import Config, pipeline
 from eptq_onnx.errors import GradientError
-from eptq_onnx.passes.base import Pass, State
+from eptq_onnx.passes.base import UNSET, Pass, State
 from eptq_onnx.pipeline import PIPELINE, Runner
 
 FIELDS = {f.name for f in dataclasses.fields(State)}
@@ -34,7 +35,7 @@ def test_names_are_told_apart_and_switches_are_options():
     for step in PIPELINE:
         if step.switch is not None:
             assert step.without
-            assert Config(**dict([step.switch]))
+            assert Config(**dict[str, Any]([step.switch]))
 
 
 @pytest.mark.parametrize("name", ["calibrate", "ranges", "write"])
@@ -90,5 +91,5 @@ def test_the_runner_leaves_out_what_is_not_enabled():
         def run(self, state, ctx):
             raise AssertionError
 
-    state = State(small_convnet(), small_convnet(), plan=None)
-    assert Runner([Never()]).run(state, None) is state
+    state = State(small_convnet(), small_convnet(), plan=UNSET)
+    assert Runner([Never()]).run(state, UNSET) is state

@@ -25,7 +25,7 @@ from eptq_onnx.proto import store
 from eptq_onnx.watched import Reads
 from eptq_onnx.workdir import Workdir
 
-OPTIONS = {"steps": 20, "weight_bits": 4, "measure_speed": False}
+OPTIONS: dict[str, Any] = {"steps": 20, "weight_bits": 4, "measure_speed": False}
 ALL = [
     "rotate",
     "calibrate",
@@ -166,6 +166,7 @@ def test_the_optimization_goes_on_from_its_last_check(tmp_path, options, last):
     before = "ranges" if options.get("start") == "nearest" else "reconstruct"
     assert taken(again)[-1] == (f"optimize (its first {steps[0] - 1} steps)" if last > 1 else before)
     assert content(again) == content(run(None, patience=0, **options))
+    assert again.report.optimization is not None
     assert len(again.report.optimization.losses) == 20
 
 
@@ -211,11 +212,11 @@ def test_every_way_to_read_an_option_is_seen():
 def test_every_way_to_read_a_state_is_seen():
     from dataclasses import replace
 
-    from eptq_onnx.passes.base import Context, State
+    from eptq_onnx.passes.base import UNSET, Context, State
     from eptq_onnx.watched import FIELDS
 
     model = small_convnet()
-    ctx = Context(*[None] * 13)
+    ctx = Context(*[UNSET] * 13)
     digests = dict.fromkeys(FIELDS, "digest")
     ways = {
         "an attribute": (lambda s: s.plan, {"plan"}),
@@ -224,7 +225,7 @@ def test_every_way_to_read_a_state_is_seen():
         "a copy": (lambda s: replace(s, plan=None), set(FIELDS) - {"plan"}),
     }
     for name, (way, wanted) in ways.items():
-        reads = Reads(replace(ctx, config=Config(), given=Config()), State(model, model, plan=None))
+        reads = Reads(replace(ctx, config=Config(), given=Config()), State(model, model, plan=UNSET))
         way(reads.state)
         assert set(reads.told(digests)["fields"]) == wanted, name
 
@@ -256,7 +257,7 @@ main()
 def test_a_run_that_is_killed_while_it_writes_goes_on_to_the_same_bytes(tmp_path, operation, alone):
     model, data, output = tmp_path / "m.onnx", tmp_path / "d.npz", tmp_path / "o.onnx"
     model.write_bytes(small_convnet().SerializeToString())
-    np.savez(data, **{small_convnet().graph.input[0].name: images(40)})
+    np.savez(data, image=images(40))
     package = str(Path(eptq_onnx.__file__).parent.parent)
     command = [
         "quantize",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import sys
 from types import ModuleType
+from typing import Any
 
 import onnx
 import pytest
@@ -51,7 +52,7 @@ def test_two_builds_overwrote_each_other(without_onnxruntime, monkeypatch):
 def _without_builder(monkeypatch) -> None:
     from onnxruntime.capi import _pybind_state
 
-    bare = ModuleType("onnxruntime.capi._pybind_state")
+    bare: Any = ModuleType("onnxruntime.capi._pybind_state")
     bare.InferenceSession = _pybind_state.InferenceSession
     monkeypatch.setattr("onnxruntime.capi._pybind_state", bare)
 
@@ -72,6 +73,7 @@ def test_without_a_gradient_builder_the_standard_engine_is_chosen(monkeypatch):
     monkeypatch.setattr(runtime.load(), "__version__", "1.27.0")
     result = eptq_onnx.quantize(small_convnet(), images(8), eptq_onnx.Config(steps=2))
     assert result.report.engine == "standard"
+    assert result.report.optimization is not None
     assert result.report.optimization.steps == 2
 
 

@@ -182,7 +182,7 @@ def wild(seed: int, operators: Sequence[object] = DRAWS + CHOICES, count: int = 
     fixed = {_fixed_noise}
     order = sorted(chosen, key=lambda f: (f not in fixed, f in (_top, _length)))
     for k, operator in enumerate(dict.fromkeys(order)):
-        t = operator(net, t)  # type: ignore[operator]
+        t = operator(net, t)
         if k == 0 or rng.random() < 0.5:
             t = net.op("Add", t, net.dense(net.op("Relu", net.dense(t, WIDTH, 16)), 16, WIDTH))
     logits = net.dense(net.op("Relu", t), WIDTH, 5)
@@ -202,5 +202,5 @@ def wild(seed: int, operators: Sequence[object] = DRAWS + CHOICES, count: int = 
         coarse = coarse.repeat(2, axis + 2)
     values = (coarse + 0.3 * rng.normal(size=coarse.shape)).astype(np.float32)
     lone = batch == "none"
-    label = f"{batch}, {rank}-d, {', '.join(f.__name__.strip('_') for f in dict.fromkeys(order))}"  # type: ignore[attr-defined]
+    label = f"{batch}, {rank}-d, {', '.join(f.__name__.strip('_') for f in dict.fromkeys(order))}"
     return Wild(model, [{"x": v if lone else v[None]} for v in values], label)

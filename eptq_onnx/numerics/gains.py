@@ -36,7 +36,7 @@ class Comparison:
     product: Float64
 
     @classmethod
-    def of(cls, exact: Array, quantized: Array) -> Comparison:
+    def of(cls, exact: Array | Float64, quantized: Array | Float64) -> Comparison:
         """Build from the outputs of a batch, with channels along the last axis."""
         x, y = (v.reshape(len(v), -1, v.shape[-1]).astype(np.float64) for v in (exact, quantized))
         return cls(

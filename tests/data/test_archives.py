@@ -4,6 +4,7 @@ import io
 import struct
 import zipfile
 import zlib
+from typing import Any
 
 import numpy as np
 import psutil
@@ -128,7 +129,8 @@ def test_pickled_arrays_are_never_loaded(tmp_path):
 def test_what_unpacks_to_more_than_the_free_memory_is_refused(tmp_path, monkeypatch, share):
     """One member is too large, or several are together; 4 MB of zeros compress to 4 kB."""
     path = tmp_path / "d.npz"
-    np.savez_compressed(path, **{f"a{k}": np.zeros(3_000_000 // share, np.float32) for k in range(share)})
+    members: dict[str, Any] = {f"a{k}": np.zeros(3_000_000 // share, np.float32) for k in range(share)}
+    np.savez_compressed(path, **members)
     assert path.stat().st_size < 50_000
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10**7}))
     monkeypatch.setattr(archives, "_array", lambda _: pytest.fail("values were read"))
@@ -209,7 +211,7 @@ def test_a_damaged_archive_is_told_in_one_sentence(tmp_path, kind):
 def test_drawn_damage_is_an_error_or_changes_nothing(tmp_path, seed):
     """Flipped, missing or inserted bytes never cause another exception or silently change values."""
     rng = np.random.default_rng(seed)
-    values = {"x": images(2), "y": np.arange(5)}
+    values: dict[str, Any] = {"x": images(2), "y": np.arange(5)}
     (np.savez if seed % 2 else np.savez_compressed)(tmp_path / "d.npz", **values)
     data = (tmp_path / "d.npz").read_bytes()
     for k in range(20):

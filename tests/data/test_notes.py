@@ -87,7 +87,7 @@ def test_a_float_input_that_never_varies_is_named(value):
 
 
 def test_inputs_without_a_batch_axis_and_samples_of_other_sizes():
-    ragged = [
+    ragged: list[np.ndarray] = [
         np.random.default_rng(k).standard_normal((2 + k % 5, 3)).astype(np.float32) for k in range(COUNT)
     ]
     ragged[7] = ragged[2].copy()

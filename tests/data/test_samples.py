@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from graphs import images, normal, parse, small_convnet
@@ -93,7 +95,8 @@ VAD = parse(
 
 def test_a_batch_on_another_axis_and_an_input_without_one():
     state = normal(5, 2, 3)
-    samples = data.read({"x": normal(5, 4), "state": state, "rate": np.int64(16000)}, VAD)
+    given: dict[str, Any] = {"x": normal(5, 4), "state": state, "rate": np.int64(16000)}
+    samples = data.read(given, VAD)
     assert samples.count == 5
     assert samples.fixed_batch is None
     feeds = samples.take([4, 0])
@@ -122,7 +125,7 @@ def test_where_the_batch_is(inputs, axes):
 
 
 def test_inputs_without_a_batch_are_checked_too():
-    good = {"x": normal(5, 4), "state": normal(5, 2, 3), "rate": np.int64(16000)}
+    good: dict[str, Any] = {"x": normal(5, 4), "state": normal(5, 2, 3), "rate": np.int64(16000)}
     with pytest.raises(
         DataError,
         match=r"'rate' has shape \(5, 1\), but the model wants \(samples\), "
@@ -218,7 +221,7 @@ def test_lists_and_arrays_of_objects_are_samples_of_any_size():
 
 
 def test_a_feed_is_never_cut_up(tmp_path, monkeypatch):
-    feeds = [
+    feeds: list[dict[str, Any]] = [
         {
             "x": normal(2 + k % 2, 4, seed=k),
             "state": normal(2, 2 + k % 2, 3, seed=k),
@@ -236,7 +239,8 @@ def test_a_feed_is_never_cut_up(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     for k in range(5):
         (tmp_path / "folder" / f"{k}.npz").write_bytes((tmp_path / f"{k}.npz").read_bytes())
-    for source in (feeds, iter(feeds), tmp_path / "folder", "my_reader:samples"):
+    sources: list[Any] = [feeds, iter(feeds), tmp_path / "folder", "my_reader:samples"]
+    for source in sources:
         samples = data.read(source, VAD)
         assert (samples.count, samples.micro_batch(16)) == (5, 1)
         assert samples.alike().tolist() == [0, 2, 4]
@@ -282,7 +286,7 @@ def test_bad_sources_are_told(source, message):
 
 
 def test_values_of_an_input_without_a_batch_must_be_as_many_as_the_samples():
-    good = {"x": normal(3, 4), "state": normal(3, 2, 3)}
+    good: dict[str, Any] = {"x": normal(3, 4), "state": normal(3, 2, 3)}
     with pytest.raises(DataError, match="different numbers of samples: x: 3, state: 3, rate: 2"):
         data.read({**good, "rate": [np.int64(1), np.int64(2)]}, VAD)
     assert data.read({**good, "rate": [np.int64(1), np.int64(2), np.int64(1)]}, VAD).fixed_batch == 1

@@ -24,7 +24,7 @@ def test_no_step_sees_what_another_must_not(count, batch, holdout, seed, sizes):
     if batch and count < batch * sizes:
         return
     rng = np.random.default_rng(seed)
-    values = [np.zeros((1 + int(rng.integers(sizes)), 2), np.float32) for _ in range(count)]
+    values: list[np.ndarray] = [np.zeros((1 + int(rng.integers(sizes)), 2), np.float32) for _ in range(count)]
     samples = Samples({"x": Column(values, 0)}, batch)
     shares = share_out(samples, Config(holdout=holdout, seed=seed, score_samples=100))
     training, judged, unseen = set(shares.training), set(shares.judged), set(shares.unseen)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -84,7 +86,7 @@ def test_sequences_of_different_lengths():
         },
     )
     rng = np.random.default_rng(0)
-    feeds = [
+    feeds: list[dict[str, Any]] = [
         {"ids": rng.integers(0, 20, (2, n)), "mask": np.ones((2, n), np.float32)} for n in (5, 9, 5, 7, 5)
     ]
     result = eptq_onnx.quantize(model, feeds, Config(steps=2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,7 +115,7 @@ def test_engines_agree(name):
         expected = gradients(name, "training")
         assert_close(standard, expected)
         REFERENCE.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **summary(expected))
+        np.savez(path, **dict[str, Any](summary(expected)))
     elif path.exists():
         assert_close(summary(standard), dict(np.load(path)))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import onnx
 import pytest
@@ -48,7 +49,7 @@ def test_eight_bits_lose_almost_nothing(name, tmp_path):
 def test_optimized_rounding_beats_nearest_at_low_bits(name, tmp_path):
     """Same ranges, first and last layers 8 bits; only the rounding differs."""
     low = {"weight_bits": 2, "activation_bits": 4}
-    methods = {
+    methods: dict[str, dict[str, Any]] = {
         "nearest": {"start": "nearest", "steps": 0},
         "network-wise": {"start": "nearest", "steps": 150},
         "default": {"steps": 150},

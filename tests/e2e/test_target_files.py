@@ -72,7 +72,7 @@ def drawn_target(rng: np.random.Generator, folder: Path) -> Target:
     """A target of any lines, by its file."""
     signed = bool(rng.integers(2))
     low, high = int(rng.choice([-128, -127, -64, -31, -8])), int(rng.choice([127, 63, 31, 7]))
-    said = {
+    said: dict[str, dict[str, Any]] = {
         "weight": {
             "per_channel": bool(rng.integers(2)),
             "range_8_bits": [low, high],
@@ -108,9 +108,9 @@ def drawn_network(rng: np.random.Generator) -> ModelProto:
     """Convolutions (also depthwise), activation functions, sums, products with constants, joins and pools,
     and a last layer."""
     constants: list[TensorProto] = []
-    nodes = []
+    nodes: list[onnx.NodeProto] = []
 
-    def constant(value: np.ndarray) -> str:
+    def constant(value: np.ndarray | np.generic) -> str:
         constants.append(numpy_helper.from_array(np.asarray(value), f"c{len(constants)}"))
         return constants[-1].name
 
@@ -157,11 +157,9 @@ def drawn_network(rng: np.random.Generator) -> ModelProto:
         constant(rng.normal(0, 0.2, 5).astype(np.float32)),
     )
     nodes.append(helper.make_node("Gemm", [x, *last], ["y"], transB=1))
-    ends = [
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape)]
-        for n, shape in (("x", ["n", 3, 8, 8]), ("y", ["n", 5]))
-    ]
-    graph = helper.make_graph(nodes, "drawn", *ends, constants)
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8])
+    made = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 5])
+    graph = helper.make_graph(nodes, "drawn", [given], [made], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
@@ -170,7 +168,7 @@ def test_what_is_written_obeys_every_line_of_a_drawn_target(seed, tmp_path):
     rng = np.random.default_rng([seed, 7])
     target, model = drawn_target(rng, tmp_path), drawn_network(rng)
     bits = int(rng.choice([2, 3, 4, 5, 6, 7, 8])), int(rng.choice([4, 6, 8, 8, 16]))
-    options = {"preset": "fast"} if rng.integers(2) else {"steps": 6, "batch_size": 4}
+    options: dict[str, Any] = {"preset": "fast"} if rng.integers(2) else {"steps": 6, "batch_size": 4}
     if not rng.integers(4):
         options["budget"] = "weights=5"
     if not rng.integers(4):

@@ -108,9 +108,7 @@ def with_labels():
         ],
         outputs=[helper.make_tensor_value_info("label", TensorProto.STRING, None)],
     )
-    model.graph.initializer.append(
-        helper.make_tensor("names", TensorProto.STRING, [5], [s.encode() for s in "abcde"])
-    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array(list("abcde"), object), "names"))
     return model
 
 
@@ -247,7 +245,7 @@ def branched():
         helper.make_node("ReduceMax", ["x"], ["most"], keepdims=0),
         helper.make_node("Greater", ["most", "limit"], ["flag"]),
     ]
-    model.graph.initializer.append(numpy_helper.from_array(np.float32(1.5), "limit"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(1.5, np.float32), "limit"))
     nodes = [NodeProto.FromString(n.SerializeToString()) for n in (*start, *model.graph.node)]
     del model.graph.node[:]
     model.graph.node.extend(nodes)

@@ -28,7 +28,7 @@ WORSE = 0.5
 """Decibels."""
 
 
-def given(case: Wild, form: str) -> object:
+def given(case: Wild, form: str) -> Any:
     """The calibration samples as arrays, as arrays of runs, or as feeds."""
     feeds = case.samples[:CALIBRATION]
     if form == "feeds":
@@ -70,7 +70,7 @@ def nearest_rounding(case: Wild, form: str, config: Config) -> eptq_onnx.Result:
         return eptq_onnx.quantize(case.model, given(case, form), config, progress=silent)
 
 
-def check(seed: int, operators: object, config: Config, *, form: str = "arrays") -> None:
+def check(seed: int, operators: Any, config: Config, *, form: str = "arrays") -> None:
     case = wild(seed, operators)
     result = eptq_onnx.quantize(case.model, given(case, form), config, progress=silent)
     nearest = nearest_rounding(case, form, config)

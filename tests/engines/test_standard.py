@@ -7,7 +7,8 @@ import onnx
 import pytest
 from gradcheck import check_gradients
 from graphs import parse, scalar
-from op_samples import SAMPLES, Sample
+from op_sample import Sample
+from op_samples import SAMPLES
 
 from eptq_onnx import ops
 from eptq_onnx.engines import rules

@@ -42,9 +42,14 @@ def test_a_model_that_fits_is_one_block():
 
 def test_one_block_draws_batches_as_it_goes():
     drawn = []
-    source = ({"image": images(2, seed=k)} for k in range(100) if not drawn.append(k))
+
+    def source():
+        for k in range(100):
+            drawn.append(k)
+            yield {"image": images(2, seed=k)}
+
     model = normalize(small_convnet(), 13)
-    next(observe(blocks_of(model, batches(2), None), source, [model.graph.node[0].output[0]]))
+    next(observe(blocks_of(model, batches(2), None), source(), [model.graph.node[0].output[0]]))
     assert len(drawn) < 20
 
 

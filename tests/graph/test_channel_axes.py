@@ -62,10 +62,10 @@ class Chain(Net):
             self.shape = [d for k, d in enumerate(shape) if k != other]
             return self.node("Squeeze", x, self.ints(other)), channel - (other < channel)
         if kind == "join" and rank > 2:
-            place = next((k for k in range(rank - 1) if channel not in (k, k + 1)), None)
-            if place is not None:
-                self.shape = [*shape[:place], shape[place] * shape[place + 1], *shape[place + 2 :]]
-                return self.node("Reshape", x, self.ints(*self.shape)), channel - (place < channel)
+            first = next((k for k in range(rank - 1) if channel not in (k, k + 1)), None)
+            if first is not None:
+                self.shape = [*shape[:first], shape[first] * shape[first + 1], *shape[first + 2 :]]
+                return self.node("Reshape", x, self.ints(*self.shape)), channel - (first < channel)
         if kind in ("Reduce", "Gather") and rank > 2:
             self.shape = [d for k, d in enumerate(shape) if k != other]
             made = (

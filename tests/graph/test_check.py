@@ -5,12 +5,13 @@ import time
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 from graphs import images, normal, parse, small_convnet
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx import ModelError
-from eptq_onnx.graph import external, io
+from eptq_onnx.graph import io
 from eptq_onnx.graph.check import labelled_tensors
 from eptq_onnx.proto import store
 from eptq_onnx.runtime import Session
@@ -192,7 +193,7 @@ def test_the_length_is_optional_and_the_file_may_be_longer(tmp_path, length):
 
 def test_the_memory_for_repeated_reads_of_one_file_is_bounded(tmp_path, monkeypatch):
     path = moved_out(plain(), tmp_path)
-    monkeypatch.setattr(external.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 47}))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 47}))
     with pytest.raises(ModelError, match="takes 48 bytes, and 47 are free in memory"):
         io.load(path)
 

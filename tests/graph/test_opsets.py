@@ -60,7 +60,7 @@ class Net:
     def either(self, since: int, op_type: str, x: str, **arguments: Any) -> str:
         """Arguments as attributes before ``since``, as inputs from then on, in this order."""
         if self.opset < since:
-            return self.add(op_type, x, **{k: v.tolist() for k, v in arguments.items()})  # type: ignore[attr-defined]
+            return self.add(op_type, x, **{k: v.tolist() for k, v in arguments.items()})
         return self.add(op_type, x, *(self.constant(v) for v in arguments.values()))
 
     def model(self, shape: list[Any], output: str, rank: int | None = None) -> ModelProto:
@@ -103,7 +103,7 @@ def network(opset: int) -> ModelProto:
     elif opset == 10:
         c = net.add("Resize", c, net.constant(scales))
     else:
-        modes = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        modes: dict[str, Any] = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
         c = net.add("Resize", c, net.constant(np.zeros(0, np.float32)), net.constant(scales), **modes)
     c = net.either(10, "Slice", c, starts=np.array([0, 0]), ends=np.array([8, 8]), axes=np.array([2, 3]))
     c = net.add(
@@ -168,8 +168,8 @@ def old(
 
 
 GROW, SHRINK, PLACES = (
-    np.float32([1, 1, 2.5, 1.5]),
-    np.float32([1, 1, 0.5, 0.7]),
+    np.array([1, 1, 2.5, 1.5], np.float32),
+    np.array([1, 1, 0.5, 0.7], np.float32),
     np.abs(normal(3, 6, 6)) + 0.5,
 )
 
@@ -182,7 +182,7 @@ GROW, SHRINK, PLACES = (
         old(9, "Upsample", GROW, mode="nearest"),
         old(10, "Resize", GROW, mode="nearest"),
         old(10, "Resize", SHRINK, mode="nearest"),
-        old(10, "Resize", np.float32([1, 1, 0.5, 1.7]), mode="linear"),
+        old(10, "Resize", np.array([1, 1, 0.5, 1.7], np.float32), mode="linear"),
         old(11, "Hardmax", axis=1),
         old(11, "Softmax", axis=1),
         old(9, "Softmax"),
@@ -209,7 +209,7 @@ def test_operators_without_a_later_equivalent_are_reported():
     with pytest.raises(
         ModelError, match=r"a Resize of opset 10, may grow and shrink.*export the model with opset 11"
     ):
-        normalize(old(10, "Resize", np.float32([1, 1, 0.5, 2]), mode="nearest"), 13)
+        normalize(old(10, "Resize", np.array([1, 1, 0.5, 2], np.float32), mode="nearest"), 13)
     with pytest.raises(ModelError, match="opset 7 cannot be converted to 13"):
         opsets.converted(old(7, "BatchNormalization", *[PLACES] * 4, spatial=0), 13)
 
@@ -261,7 +261,7 @@ def test_operators_in_subgraphs_that_would_change_their_meaning_are_reported(ops
             else_branch = e () => (float[N,M,H,W] b) {{ b = Neg (h) }}
         >
     }}"""
-    model = parse(graph, {"s": np.float32([1, 1, 2, 2])}, opset=opset)
+    model = parse(graph, {"s": np.array([1, 1, 2, 2], np.float32)}, opset=opset)
     with pytest.raises(ModelError, match=rf"of opset {opset} inside y, has no equal in later opsets there"):
         opsets.within(model, 13, 21, 10)
 

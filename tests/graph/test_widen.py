@@ -83,4 +83,4 @@ def test_the_lowest_double_stays_finite():
         {"fill": np.array([np.finfo(np.float64).min, -np.inf, 1.0])},
     )
     fill = GraphView(widen(model)).constant("fill")
-    np.testing.assert_array_equal(fill, np.float32([np.finfo(np.float32).min, -np.inf, 1]))
+    np.testing.assert_array_equal(fill, np.array([np.finfo(np.float32).min, -np.inf, 1], np.float32))

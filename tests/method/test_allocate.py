@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,10 +135,11 @@ def test_a_weight_that_fits_the_grid_at_the_measured_width_needs_no_more():
 
 def test_mixed_widths_beat_uniform_ones_of_the_same_size(models_folder):
     results = {}
-    for name, options in {
+    widths: dict[str, dict[str, Any]] = {
         "mixed": {"budget": "weights=3"},
         "uniform": {"weight_bits": 3, "edge_bits": 3},
-    }.items():
+    }
+    for name, options in widths.items():
         config = Config(steps=0, activation_bits=8, **options)
         results[name] = eptq_onnx.quantize(
             models_folder / "digits_mobile.onnx", models_folder / "digits_calib.npz", config

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from graphs import normal, parse
@@ -16,7 +18,7 @@ X = normal(12, 4, 6)
 W = {"w": normal(6, 5, seed=1)}
 
 
-def arranged(text: str, source: object = None, given: object = None, **constants: np.ndarray):
+def arranged(text: str, source: Any = None, given: Any = None, **constants: np.ndarray):
     model = parse(text, {**W, **constants})
     plain = normalize(model, 13)
     return plain, arrange(plain, data.candidates({"x": X} if source is None else source, model, given), 0)
@@ -104,7 +106,7 @@ CHOICES = {
     "compress": "q = Exp (x)  g = Greater (q, one)  k = Reshape (g, flat)  y = Compress (x, k)",
     "unique": "y = Unique (x)  z = Exp (y)",
 }
-CONSTANTS = {
+CONSTANTS: dict[str, Any] = {
     "ratio": np.float32(0.3), "yes": np.array(True), "two": np.array([2]), "one": np.float32(1),
     "flat": np.array([-1]),
 }  # fmt: skip

@@ -114,8 +114,9 @@ def test_the_range_of_a_tensor_looks_through_the_function_that_reads_it():
     )
     model = normalize(parse(text, {"w": normal(4, 3, 3, 3, scale=4), "v": normal(4, 4, 1, 1)}), 13)
     p = plan(model, targets.load("ort-x64"), Config())
-    assert p.quantizer_of["a"].through == "m"
-    assert p.quantizer_of["m"].through == "m"
+    through = {t: q.through for q in p.activations for t in q.tensors}
+    assert through["a"] == "m"
+    assert through["m"] == "m"
     result = calibrate(model, p, data.read(images(20), model), Config(), silent)
     a = result.grids["a"]
     plain = calibrate(
@@ -135,7 +136,7 @@ def test_a_tensor_with_two_ways_out_counts_by_itself():
         targets.load("ort-x64"),
         Config(),
     )
-    assert p.quantizer_of["a"].through == "a"
+    assert {t: q.through for q in p.activations for t in q.tensors}["a"] == "a"
 
 
 def test_important_channels_get_the_range_that_suits_them():

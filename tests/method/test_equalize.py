@@ -9,6 +9,7 @@ from graphs import images, normal, parse, silent
 import eptq_onnx
 from eptq_onnx import Config, data, targets
 from eptq_onnx.data.samples import Selection
+from eptq_onnx.graph import edit
 from eptq_onnx.method import equalize as step
 from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.equalize import equalize
@@ -91,7 +92,7 @@ def test_the_model_computes_the_same(case, scores):
 def test_faint_channels_are_widened(case):
     model, _, _, _ = case.equalized()
     feeds = {"x": images(8, seed=3)}
-    probe = [step.edit.exposing(m, ["r", "p"]) for m in (case.model, model)]
+    probe = [edit.exposing(m, ["r", "p"]) for m in (case.model, model)]
     for tensor in ("r", "p"):
         before, after = (np.abs(Session(m).run(feeds, [tensor])[tensor]).max(axis=(0, 2, 3)) for m in probe)
         assert before.max() / before.min() > 30

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from io import StringIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,19 +37,21 @@ def test_multiplications_are_those_of_one_sample(case):
 
 
 def test_the_machine_is_timed(case):
-    assert 0 < seconds_a_pass(*case, Config()) < 1
+    model, p, samples = case
+    assert 0 < seconds_a_pass(model, p, samples, Config()) < 1
     assert 0 < seconds_an_operation() < 1e-6
 
 
 @pytest.mark.parametrize("memory", [None, "20kB"])
 def test_blocks_are_timed_like_the_whole(case, memory):
-    assert seconds_a_pass(*case, Config(max_memory=memory)) > 0
+    model, p, samples = case
+    assert seconds_a_pass(model, p, samples, Config(max_memory=memory)) > 0
 
 
 def test_better_presets_cost_more():
     told = {}
     for preset in ("fast", "balanced", "best"):
-        found = []
+        found: list[Any] = []
         with pytest.raises(Stop):
             eptq_onnx.quantize(
                 small_convnet(), images(24), Config(preset=preset), progress=stopping_at_estimate(found)
@@ -75,6 +78,7 @@ def stopping_at_estimate(found):
 
 def test_the_report_tells_what_was_expected():
     report = eptq_onnx.quantize(small_convnet(), images(24), Config(steps=10, patience=0)).report
+    assert report.optimization is not None
     assert report.estimate.steps == report.optimization.steps == 10
     assert report.estimate.seconds > 0
     console = Console(record=True, width=200, file=StringIO())

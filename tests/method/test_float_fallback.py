@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from eptq_onnx.runtime import Session
 
 DEPTH = 12
 
-AS_IT_IS = SimpleNamespace(executed=lambda written, read_as: written)
+AS_IT_IS: Any = SimpleNamespace(executed=lambda written, read_as: written)
 """Part of a context that returns what the samples run of a model: here, all of it."""
 
 
@@ -148,7 +149,7 @@ def test_an_overflow_counts_as_the_loudest():
 def test_it_stays_float_with_the_reason_and_the_outputs_are_saved(case):
     model = case[0]
     # Equalization would scale the large channel down.
-    options = {"preset": "fast", "start": "nearest", "equalize": False}
+    options: dict[str, Any] = {"preset": "fast", "start": "nearest", "equalize": False}
     results = {
         m: eptq_onnx.quantize(unbalanced(), images(16), Config(max_noise=m, **options)) for m in (0.0, 0.1)
     }

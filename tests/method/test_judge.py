@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from graphs import normal, parse
@@ -28,7 +31,7 @@ def chain():
     def rounding(value: int) -> Rounding:
         integers = {x.weight: np.full((4, 4), value, np.int8) for x in made.layers}
         grids = {
-            x.weight: Grid(IntFormat.full(8, signed=True), PerTensor(), np.float32(1 + value))
+            x.weight: Grid(IntFormat.full(8, signed=True), PerTensor(), np.array(1 + value, np.float32))
             for x in made.layers
         }
         return Rounding(integers, grids, {}, biases(GraphView(model), made), weights)
@@ -38,6 +41,10 @@ def chain():
 
 def limit(runs: int, parts: int) -> Limit:
     return Limit(np.ones((runs, parts)), np.ones(parts, bool))
+
+
+def always(noise: np.ndarray) -> Callable[[Rounding], np.ndarray]:
+    return lambda _: noise
 
 
 def kept_layers(chain, rounding: Rounding) -> int:
@@ -77,7 +84,7 @@ def test_what_was_rounded_is_kept_as_far_as_it_serves(chain, noise, kept):
 
 def test_where_no_output_can_be_compared_nothing_is_run(chain):
     made, nearest, rounded = chain
-    never = pytest.fail
+    never: Any = pytest.fail
     assert better_than_nearest(never, limit(0, 0), made, nearest, rounded, targets=False) == (rounded, None)
     assert still_better(never, limit(0, 0), nearest, rounded)
 
@@ -120,7 +127,5 @@ def test_a_part_that_is_uncertain_counts_by_its_mean_where_all_together_are_clea
     uncertain = 0.9 + np.resize([-0.8, 0.8], 16)
     for others, kept in (0.2, COUNT), (0.9, 0):
         ours = np.stack([*[np.full(16, others)] * 8, uncertain], axis=1)
-        rounding, _ = better_than_nearest(
-            lambda r, ours=ours: ours, limit(16, 9), made, nearest, rounded, targets=False
-        )
+        rounding, _ = better_than_nearest(always(ours), limit(16, 9), made, nearest, rounded, targets=False)
         assert kept_layers(chain, rounding) == kept

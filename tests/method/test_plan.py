@@ -38,8 +38,9 @@ def test_convnet():
     assert sorted(p.absorbed.values()) == ["Clip", "Relu"]
     assert not p.kept_float
     by_name = p.quantizer_of
-    assert by_name["a1"].bounds == (0.0, 6.0)
-    assert by_name["a2"].bounds == (0.0, np.inf)
+    bounds = {t: q.bounds for q in p.activations for t in q.tensors}
+    assert bounds["a1"] == (0.0, 6.0)
+    assert bounds["a2"] == (0.0, np.inf)
     assert "n1" not in by_name, "what an absorbed function cuts off is not quantized in front of it"
     assert "logits" not in by_name, "Gemm needs no quantized output"
     assert by_name["p"] is by_name["f"], "Flatten keeps the scale"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib import resources
 
 import numpy as np
 import onnx
@@ -162,7 +163,7 @@ def test_shared_weights_are_stored_once():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_target_is_data(tmp_path, symmetric):
     """Another target file selects other types and a float bias."""
-    text = (targets.resources.files("eptq_onnx.targets") / "ort-x64.toml").read_text()
+    text = (resources.files("eptq_onnx.targets") / "ort-x64.toml").read_text()
     text = text.replace("integer = true", "integer = false").replace(
         'container = "uint8"', 'container = "int8"'
     )

@@ -12,7 +12,7 @@ from eptq_onnx.numerics.gains import Comparison
 from eptq_onnx.numerics.linear import MatrixForm
 from eptq_onnx.numerics.moments import Moments, OutputNonlinearity, sampled_moments
 
-LIMITS = np.float32([[-4]]), np.float32([[3]])
+LIMITS = np.array([[-4]], np.float32), np.array([[3]], np.float32)
 
 
 def _inputs(rows: int, terms: int, groups: int = 1, seed: int = 0) -> np.ndarray:
@@ -93,7 +93,7 @@ def test_a_function_of_slope_one_sees_all_rows_alike():
     exact, weight = _inputs(60, 4), np.random.default_rng(2).normal(size=(1, 3, 4)).astype(np.float32)
     plain, read = (
         Moments(weight),
-        Moments(weight, nonlinearity=OutputNonlinearity(lambda z: z + 1, np.zeros((1, 3)))),
+        Moments(weight, nonlinearity=OutputNonlinearity(lambda z: z + 1, np.zeros((1, 3), np.float32))),
     )
     for moments in (plain, read):
         for part in np.array_split(exact, 3, axis=1):
@@ -105,8 +105,9 @@ def test_a_function_of_slope_one_sees_all_rows_alike():
 
 
 def test_where_a_function_has_no_value_nothing_is_seen():
-    reader = OutputNonlinearity(lambda z: np.where(z > 0, z, np.nan), np.zeros((1, 1)))
-    np.testing.assert_array_equal(reader.slopes(np.float32([[[-3], [3]]]), np.float32([[[1]]])), [[[0], [1]]])
+    reader = OutputNonlinearity(lambda z: np.where(z > 0, z, np.nan), np.zeros((1, 1), np.float32))
+    inputs, weight = np.array([[[-3], [3]]], np.float32), np.array([[[1]]], np.float32)
+    np.testing.assert_array_equal(reader.slopes(inputs, weight), [[[0], [1]]])
 
 
 def test_important_positions_are_drawn_more_often_and_count_what_they_should():

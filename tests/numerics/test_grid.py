@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -71,10 +72,10 @@ def test_values_are_rounded_as_exact_arithmetic_says(form, granularity):
     g, x = grid(form, granularity), values(form)
     got = g.quantize(x)
     for place in list(np.ndindex(SHAPE))[::5]:
-        assert Fraction(float(got[place])) == in_fractions(x[place], g, place), (x[place], place)
+        assert Fraction(float(got[place])) == in_fractions(float(x[place]), g, place), (x[place], place)
 
 
-TYPES = {
+TYPES: dict[str, tuple[int, IntFormat | FloatFormat]] = {
     "int4": (TensorProto.INT4, IntFormat.full(4, signed=True)),
     "uint4": (TensorProto.UINT4, IntFormat.full(4, signed=False)),
     "int8": (TensorProto.INT8, IntFormat.full(8, signed=True)),
@@ -88,7 +89,7 @@ TYPES = {
 
 def reference(kind: int, g: Grid, x: np.ndarray) -> np.ndarray:
     """Run QuantizeLinear and DequantizeLinear in onnx's reference evaluator."""
-    attributes = {}
+    attributes: dict[str, Any] = {}
     if isinstance(g.granularity, PerAxis):
         attributes = {"axis": g.granularity.axis}
     if isinstance(g.granularity, PerBlock):
@@ -107,7 +108,8 @@ def reference(kind: int, g: Grid, x: np.ndarray) -> np.ndarray:
         helper.make_graph(nodes, "g", ends[:1], ends[1:], constants),
         opset_imports=[helper.make_opsetid("", 21)],
     )
-    return ReferenceEvaluator(model).run(None, {"x": x})[0]
+    (y,) = ReferenceEvaluator(model).run(None, {"x": x})
+    return np.asarray(y)
 
 
 @pytest.mark.skipif(
@@ -165,8 +167,8 @@ def test_a_narrower_range_is_kept(bits, signed, data):
     whole = IntFormat.full(bits, signed=signed)
     low = data.draw(st.integers(whole.qmin, whole.qmax - 1))
     form = IntFormat(bits, signed, low, data.draw(st.integers(low + 1, whole.qmax)))
-    x = np.float32(data.draw(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=5)))
-    q = Grid(form, PerTensor(), np.float32(0.7), form.qmin).quantize(x)
+    x = np.array(data.draw(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=5)), np.float32)
+    q = Grid(form, PerTensor(), np.array(0.7, np.float32), form.qmin).quantize(x)
     assert form.qmin <= q.min() <= q.max() <= form.qmax
 
 

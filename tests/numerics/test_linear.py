@@ -49,12 +49,15 @@ def test_rows_times_weights_is_the_operator(case):
     model.graph.output[0].type.tensor_type.ClearField("shape")
     x, view = normal(*x_shape), GraphView(model)
     node = model.graph.node[0]
-    form = spec_of(node).linear(node, view)
+    linear = spec_of(node).linear
+    assert linear is not None
+    form = linear(node, view)
+    assert form is not None
     y = Session(model).run({"x": x})["y"]
     rows = form.input_rows(x, np.arange(form.positions(x.shape)))
     weight = form.weight_rows(view.constant("w"))
     groups = [
-        np.moveaxis(part, spec_of(node).output_axis, -1).reshape(-1, weight.shape[1])
+        np.moveaxis(part, _output_axis(node), -1).reshape(-1, weight.shape[1])
         for part in _groups(y, node, len(weight))
     ]
     np.testing.assert_allclose(np.matmul(rows, weight.swapaxes(1, 2)), np.stack(groups), rtol=1e-4, atol=1e-5)
@@ -66,8 +69,14 @@ def test_rows_times_weights_is_the_operator(case):
     )
 
 
+def _output_axis(node) -> int:
+    axis = spec_of(node).output_axis
+    assert axis is not None
+    return axis
+
+
 def _groups(y: np.ndarray, node, count: int) -> list[np.ndarray]:
-    return np.split(y, count, axis=spec_of(node).output_axis)
+    return np.split(y, count, axis=_output_axis(node))
 
 
 def test_what_is_no_plain_matrix_product_has_no_form():
@@ -79,4 +88,6 @@ def test_what_is_no_plain_matrix_product_has_no_form():
     )
     for model in (stacked, sized):
         node = model.graph.node[0]
-        assert spec_of(node).linear(node, GraphView(model)) is None
+        linear = spec_of(node).linear
+        assert linear is not None
+        assert linear(node, GraphView(model)) is None

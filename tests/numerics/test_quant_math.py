@@ -36,7 +36,7 @@ def test_quantize_is_what_onnx_computes():
     x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32) * 3
     s = np.array([0.01, 0.1, 0.5], np.float32)
     spec = replace(INT8, granularity=PerAxis(0))
-    y = onnx.reference.ReferenceEvaluator(model).run(None, {"x": x, "s": s, "z": np.zeros(3, np.int8)})[0]
+    (y,) = onnx.reference.ReferenceEvaluator(model).run(None, {"x": x, "s": s, "z": np.zeros(3, np.int8)})
     np.testing.assert_array_equal(spec.grid(s).round(x), y)
 
 

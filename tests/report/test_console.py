@@ -14,7 +14,7 @@ import sys
 import termios
 import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -83,7 +83,7 @@ def assert_harmless(text: str) -> None:
 def test_a_report_of_any_names_is_shown_as_it_is(report, name, encoding, width):
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding=encoding)
-    renamed(report, name).print(Console(file=_Stream(stream, "stdout"), width=width))
+    renamed(report, name).print(Console(file=cast(Any, _Stream(stream, "stdout")), width=width))
     stream.flush()
     text = raw.getvalue().decode(encoding)
     assert_harmless(text)
@@ -118,7 +118,7 @@ def test_what_does_not_encode_is_replaced(encoding, arrow):
     stream = _Stream(io.TextIOWrapper(raw, encoding=encoding, write_through=True))
     stream.write("→ × 漢 ü")
     assert raw.getvalue().decode(encoding).startswith(arrow)
-    assert codecs.lookup_error("eptq-onnx.replace")
+    assert callable(codecs.lookup_error("eptq-onnx.replace"))
 
 
 def test_a_reader_that_went_away_is_no_error_and_a_full_device_is_told():

@@ -29,9 +29,9 @@ def report():
 
 
 def shown(report, width: int = 400) -> list[str]:
-    console = Console(file=io.StringIO(), width=width)
-    report.print(console)
-    return [line.strip() for line in console.file.getvalue().splitlines()]
+    out = io.StringIO()
+    report.print(Console(file=out, width=width))
+    return [line.strip() for line in out.getvalue().splitlines()]
 
 
 def test_what_runs_slower_is_said_first(report):

@@ -10,7 +10,7 @@ from eptq_onnx.training import augment
 
 def test_images_move_sample_by_sample_and_other_inputs_stay():
     rng = np.random.default_rng(0)
-    feeds = {
+    feeds: dict[str, np.ndarray] = {
         "image": rng.normal(size=(16, 3, 24, 16)).astype(np.float32),
         "last": rng.normal(size=(4, 16, 16, 3)).astype(np.float32),
         "tiny": rng.normal(size=(4, 3, 2, 2)).astype(np.float32),

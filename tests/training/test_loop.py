@@ -68,6 +68,7 @@ class Case:
         quantizers = self.plan.quantizer_of
         biases = {}
         for x in self.plan.layers:
+            assert x.bias is not None
             grid = self.start.grids[quantizers[x.input].name].scale, self.start.weights[x.weight].scale
             biases[x.bias] = quant_math.round_bias(self.start.biases[x.bias], *grid)
         return {
@@ -169,7 +170,7 @@ def test_scale_gradient_is_the_lsq_rule(each_engine):
     model.graph.input.append(helper.make_tensor_value_info("v", TensorProto.FLOAT, [2, 3, 4]))
     edit.set_outputs(model, ["loss"])
     gradient = each_engine.differentiate(model, "loss", ["x0", "x1"])
-    x, s, z = sample.inputs
+    x, s, z = (np.asarray(value) for value in sample.inputs)
     v = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
     values = Session(gradient.model).run({"x0": x, "x1": s, "v": v})
     raw = np.rint(x / s) + z

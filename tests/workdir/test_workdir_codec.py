@@ -73,7 +73,7 @@ def same(a, b) -> bool:
             a.dtype == b.dtype
             and a.shape == b.shape
             and a.tobytes() == b.tobytes()
-            and np.array_equal(*orders)
+            and np.array_equal(orders[0], orders[1])
         )
     if isinstance(a, float):
         return np.float64(a).tobytes() == np.float64(b).tobytes() or bool(np.isnan(a) and np.isnan(b))

@@ -28,9 +28,9 @@ class Draw:
         self.constants: list[TensorProto] = []
         self.tensors = ["image"]
 
-    def constant(self, value: np.ndarray) -> str:
+    def constant(self, value: np.ndarray | np.generic) -> str:
         name = f"c{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(value, name))
+        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
     def node(self, op_type: str, inputs: list[str], **attributes: Any) -> str:
@@ -90,7 +90,7 @@ class Draw:
         return self.node(kind, [a, b])
 
     def model(self, outputs: list[str]) -> onnx.ModelProto:
-        shape = ["N", CHANNELS, SIZE, SIZE]
+        shape: list[str | int | None] = ["N", CHANNELS, SIZE, SIZE]
         graph = helper.make_graph(
             self.nodes,
             "drawn",
