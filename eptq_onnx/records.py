@@ -38,6 +38,9 @@ class ActivationQuantizer:
     channel_axis : int or None
         Channel axis, along which Hessian scores are separate although the scale is per tensor; see
         `eptq_onnx.ops.channel_axes_of`. None for a tensor of unknown rank or without axes.
+    others : tuple of str
+        Tensors of the group whose values do not come from ``name``, as the other inputs of a Concat that
+        shares one scale; the range covers them, too.
     """
 
     name: str
@@ -47,6 +50,12 @@ class ActivationQuantizer:
     constant: bool = False
     through: str = ""
     channel_axis: int | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Return the tensors whose values are all that the group holds."""
+        return self.name, *self.others
 
 
 @dataclass(frozen=True)
@@ -123,6 +132,10 @@ class Plan:
     exact : frozenset of str
         Float nodes that only choose by value. Where the original values exist, they read these rather than
         the quantized ones.
+    bias_zero_point : bool
+        True if integer biases are written with their zero point.
+    float_outputs : bool
+        True if outputs of the network have the values before a quantizer.
     """
 
     layers: tuple[Layer, ...]
@@ -132,6 +145,8 @@ class Plan:
     kept_float: tuple[KeptFloat, ...]
     integer_bias: bool
     exact: frozenset[str] = frozenset()
+    bias_zero_point: bool = True
+    float_outputs: bool = False
 
     @property
     def quantizer_of(self) -> dict[str, ActivationQuantizer]:

@@ -251,7 +251,8 @@ class Config(BaseModel):
         values = self.model_dump(mode="json", include=counted - {"target"})
         # Sets come in another order in every process.
         text = json.dumps(
-            [values, target.model_dump()],
+            # What is as by default is left out, so that a new field changes no hash.
+            [values, target.model_dump(exclude_defaults=True)],
             sort_keys=True,
             default=lambda v: sorted(v) if isinstance(v, frozenset) else str(v),
         )

@@ -82,13 +82,15 @@ class _Writer:
             for k, name in enumerate(node.output):
                 final = self._final(name)
                 if final in self._quantizers:
-                    source = b.unique(f"{final}_float") if final in view.outputs else final
+                    source = b.unique(f"{final}_float") if self._is_output(final) else final
                     copy.output[k] = source
                     self._pair(final, source)
                 elif final:
                     copy.output[k] = final
         result = edit.with_nodes(self._model, b.nodes, b.initializers, drop=self._replaced)
         edit.prune(result)
+        made = {o for n in result.graph.node for o in n.output}
+        self.read_as = {tensor: name for tensor, name in self.read_as.items() if name in made}
         self._restore_value_info(result)
         result.producer_name = PRODUCER
         return branches.shielded(result)
@@ -133,19 +135,23 @@ class _Writer:
         )
         return made and tensor not in self._view.outputs
 
+    def _is_output(self, tensor: str) -> bool:
+        """Return True for an output of the network that has dequantized values."""
+        return tensor in self._view.outputs and not self._plan.float_outputs
+
     def _pair(self, tensor: str, source: str) -> None:
         """Add QuantizeLinear and DequantizeLinear, with a Clip between for ranges narrower than the type."""
         b, quantizer = self._b, self._quantizers[tensor]
         params = self._rounding.activations[quantizer.name]
         scale, zero = self._scale_names(quantizer.name, params, quantizer.spec)
         q = b.add("QuantizeLinear", [source, scale, zero], b.unique(f"{tensor}_quantized"))
-        if quantizer.spec.narrower_than_container and tensor == quantizer.name:
+        if quantizer.spec.narrower_than_container and tensor in quantizer.sources:
             limits = [
                 b.constant(np.array(v, quantizer.spec.container), "limit")
                 for v in (quantizer.spec.qmin, quantizer.spec.qmax)
             ]
             q = b.add("Clip", [q, *limits], b.unique(f"{tensor}_clipped"))
-        made = tensor in self._view.outputs and tensor in self._view.producer
+        made = self._is_output(tensor) and tensor in self._view.producer
         target_name = tensor if made else b.unique(f"{tensor}_dequantized")
         b.add("DequantizeLinear", [q, scale, zero], target_name)
         self.read_as[tensor] = target_name
@@ -262,11 +268,9 @@ class _Writer:
         scale = quant_math.bias_scale(*scales)
         stored = b.unique(f"{name}_quantized")
         b.keep(quant_math.bias_integers(self._rounding.biases[name], *scales), stored)
-        inputs = [
-            stored,
-            b.constant(scale, f"{name}_scale"),
-            b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point"),
-        ]
+        inputs = [stored, b.constant(scale, f"{name}_scale")]
+        if self._plan.bias_zero_point:
+            inputs.append(b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point"))
         output = self._take_over(name, [layer.node])
         b.add("DequantizeLinear", inputs, output, **_axis(0 if scale.ndim else None))
         self._layer_reads[layer.node, name] = output
