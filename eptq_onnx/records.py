@@ -24,7 +24,8 @@ class ActivationQuantizer:
     name : str
         The most upstream tensor of the group, which is calibrated.
     tensors : tuple of str
-        All tensors that get a QuantizeLinear/DequantizeLinear pair with these parameters.
+        All tensors with these parameters; each gets a QuantizeLinear/DequantizeLinear pair, unless its values
+        are carried (`Plan.carried`).
     spec : QuantSpec
     bounds : tuple of float
         Limits that the activation function guarantees; the quantized range stays inside, so that the function
@@ -136,6 +137,9 @@ class Plan:
         True if integer biases are written with their zero point.
     float_outputs : bool
         True if outputs of the network have the values before a quantizer.
+    carried : frozenset of str
+        Quantized tensors without a QuantizeLinear/DequantizeLinear pair of their own, because their values
+        are moved from another tensor of the group.
     """
 
     layers: tuple[Layer, ...]
@@ -147,6 +151,7 @@ class Plan:
     exact: frozenset[str] = frozenset()
     bias_zero_point: bool = True
     float_outputs: bool = False
+    carried: frozenset[str] = frozenset()
 
     @property
     def quantizer_of(self) -> dict[str, ActivationQuantizer]:

@@ -81,7 +81,7 @@ class _Writer:
             copy = b.nodes[-1]
             for k, name in enumerate(node.output):
                 final = self._final(name)
-                if final in self._quantizers:
+                if final in self._quantizers and final not in self._plan.carried:
                     source = b.unique(f"{final}_float") if self._is_output(final) else final
                     copy.output[k] = source
                     self._pair(final, source)

@@ -17,7 +17,7 @@ def objection(node: NodeProto, view: GraphView, row: Operator) -> str | None:
         for name, limit in limits.items():
             size = SIZES[name](node, view)
             if size is not None and sign * size < sign * limit:
-                return f"its {_NAMES.get(name, name)} is {size}, and integers pay for {word} {limit}"
+                return f"its {_NAMES.get(name, name)} is {size}, and the target takes {word} {limit}"
     return None
 
 

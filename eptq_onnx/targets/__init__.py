@@ -24,6 +24,7 @@ from eptq_onnx.config import describe
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import QuantSpec
+from eptq_onnx.targets import machine
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,6 +38,8 @@ _OPSET_OF_16_BITS = 21
 """From where QuantizeLinear knows 16-bit integers."""
 ONNXRUNTIME = "onnxruntime"
 """The verifier that is always there."""
+AUTO = "auto"
+"""Name of the shipped target that fits the onnxruntime of this machine."""
 
 Runs = Literal["layer", "arithmetic", "equal scale", "absorbed", "float"]
 """How an operator runs, in the order of the roles of the operator table."""
@@ -264,7 +267,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Target:
-    """Read a shipped target by name, or a target file by path.
+    """Read a shipped target by name, or a target file by path; ``"auto"`` is the one that fits this machine.
 
     A file with a field ``extends``, the name of a shipped target or a path from the file's own folder, takes
     what it does not say from there: tables are merged field by field, lists replaced; an empty table stays
@@ -275,6 +278,8 @@ def load(name: str) -> Target:
     ConfigError
         If there is no such target, if targets extend each other in a circle, or if a file is wrong.
     """
+    if name == AUTO:
+        name = machine.fitting()[0]
     path = Path(name)
     if name.endswith(".toml"):
         if not path.is_file():
@@ -283,13 +288,21 @@ def load(name: str) -> Target:
         path = _shipped(name)
     else:
         raise ConfigError(
-            f"target {name!r} is unknown: choose one of {', '.join(names())}, or give a .toml file."
+            f"target {name!r} is unknown: choose one of {', '.join([AUTO, *names()])}, or give a .toml file."
         )
     content = _content(path, name, ())
     try:
         return Target.model_validate(content)
     except ValidationError as e:
         raise ConfigError(f"target file {name}: {describe(e, 'field')}") from e
+
+
+def choice_of(name: str) -> str | None:
+    """Return which target was chosen and why, or None if the name says it."""
+    if name != AUTO:
+        return None
+    chosen, why = machine.fitting()
+    return f"target {chosen}: {why}"
 
 
 def _shipped(name: str) -> Path:

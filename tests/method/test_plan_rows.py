@@ -146,7 +146,7 @@ def test_a_clip_of_a_pattern_is_not_absorbed(made):
 @pytest.mark.parametrize(
     ("lines", "reasons"),
     [
-        ("least = { input_channels = 4 }", {"a": "its number of input channels is 3, and integers pay"}),
+        ("least = { input_channels = 4 }", {"a": "its number of input channels is 3, and the target takes"}),
         ("least = { input_channels = 4 }\nexcept_first = true", {}),
         (
             "most = { kernel = 2 }\nexcept_first = true",
@@ -156,7 +156,7 @@ def test_a_clip_of_a_pattern_is_not_absorbed(made):
 )
 def test_a_size_beyond_a_limit_is_a_reason(made, lines, reasons):
     p = made(RESIDUAL.replace("OPERANDS", "b, r"), W, f"[operators.Conv]\n{lines}\n")
-    assert {n for n, r in why(p).items() if "integers pay for" in r} == set(reasons)
+    assert {n for n, r in why(p).items() if "the target takes" in r} == set(reasons)
     assert all(why(p)[n].startswith(r) for n, r in reasons.items())
 
 
@@ -228,3 +228,20 @@ def test_weights_shared_by_operators_of_other_rules_belong_to_one_of_them(made):
     p = made(text, {"w": normal(8, 8)}, "operators.Gemm.weight.per_channel = false\n")
     assert [x.op_type for x in p.layers] == ["MatMul"]
     assert why(p)["y"] == "its weight w is shared with a layer whose weights follow other rules"
+
+
+@pytest.mark.parametrize(("output", "pairs"), [("optional", 4), ("float", 3)])
+def test_behind_a_move_no_pair_is_written_where_the_target_wants_none(tmp_path, output, pairs):
+    (tmp_path / "mine.toml").write_text(f'{HEAD}operators.MaxPool.output = "{output}"\n')
+    text = (
+        "g (float[N,3,8,8] x) => (float[N,8,8,8] y) { a = Conv <pads = [1,1,1,1]> (x, w1)"
+        "  m = MaxPool <kernel_shape = [3,3], pads = [1,1,1,1]> (a)  y = Conv <pads = [1,1,1,1]> (m, w2) }"
+    )
+    config = Config(preset="fast", target=str(tmp_path / "mine.toml"))
+    result = eptq_onnx.quantize(parse(text, W), images(8), config, progress=silent)
+    view = GraphView(result.model)
+    assert sum(n.op_type == "QuantizeLinear" for n in view.nodes) == pairs
+    [pool] = [n for n in view.nodes if n.op_type == "MaxPool"]
+    [reader] = view.consumers[pool.output[0]]
+    assert reader.op_type == ("QuantizeLinear" if output == "optional" else "Conv")
+    assert view.producer[pool.input[0]].op_type == "DequantizeLinear"

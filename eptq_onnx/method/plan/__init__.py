@@ -96,6 +96,7 @@ def plan(
         exact=_choosing(draft, integer),
         bias_zero_point=target.bias.zero_point,
         float_outputs=target.outputs == "float",
+        carried=_carried(draft),
     )
 
 
@@ -255,6 +256,19 @@ def _inside(node: NodeProto, layers: frozenset[str]) -> str:
 
 def _integer_nodes(draft: Draft) -> dict[str, str]:
     return {n.name: n.op_type for n in draft.view.nodes if n.name in draft.quantized}
+
+
+def _carried(draft: Draft) -> frozenset[str]:
+    """Return the results of moves behind which the target wants no quantizer; they are on the grid."""
+    return frozenset(
+        draft.final(o)
+        for n in draft.view.nodes
+        if (spec := draft.quantized.get(n.name))
+        and spec.role is Role.EQUAL_SCALE
+        and draft.row(n).output == "float"
+        for o in n.output
+        if o
+    )
 
 
 def _choosing(draft: Draft, integer: Mapping[str, str]) -> frozenset[str]:
