@@ -147,6 +147,8 @@ def _quantize(
     with runner.timed("plan"):
         plan = make_plan(prepared.model, target, given)
         config, state = runner.affordable(given, State(prepared.model, float_model, plan), samples)
+        chosen_target = targets.choice_of(given.target)
+        state = state if chosen_target is None else state.noting(chosen_target)
     ctx = Context(
         given=given,
         config=config,

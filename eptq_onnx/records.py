@@ -37,9 +37,10 @@ class Quantizer:
 
 @dataclass(frozen=True)
 class ActivationQuantizer(Quantizer):
-    """Tensors that share one scale and zero point, each with its QuantizeLinear/DequantizeLinear pair.
+    """Activations that share one scale and zero point.
 
-    The first is calibrated; the others are made from it by equal-scale operators.
+    Each has a QuantizeLinear/DequantizeLinear pair, unless its values are carried (`Plan.carried`). Those in
+    ``sources`` are calibrated; the others are made from them by equal-scale operators.
 
     Parameters
     ----------
@@ -52,11 +53,20 @@ class ActivationQuantizer(Quantizer):
     channel_axis : int or None
         Channel axis, along which Hessian scores are separate although the scale is per tensor; see
         `eptq_onnx.ops.channel_axes_of`. None for a tensor of unknown rank or without axes.
+    others : tuple of str
+        Tensors of the group whose values do not come from ``name``, as the other inputs of a Concat that
+        shares one scale; the range covers them, too.
     """
 
     bounds: tuple[float, float] = (-np.inf, np.inf)
     through: str = ""
     channel_axis: int | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Return the tensors whose values are all that the group holds."""
+        return self.name, *self.others
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,13 @@ class Plan:
     exact : frozenset of str
         Float nodes that only choose by value. Where the original values exist, they read these rather than
         the quantized ones.
+    bias_zero_point : bool
+        True if integer biases are written with their zero point.
+    float_outputs : bool
+        True if outputs of the network have the values before a quantizer.
+    carried : frozenset of str
+        Quantized tensors without a QuantizeLinear/DequantizeLinear pair of their own, because their values
+        are moved from another tensor of the group.
     """
 
     layers: tuple[Layer, ...]
@@ -157,6 +174,9 @@ class Plan:
     kept_float: tuple[KeptFloat, ...]
     integer_bias: bool
     exact: frozenset[str] = frozenset()
+    bias_zero_point: bool = True
+    float_outputs: bool = False
+    carried: frozenset[str] = frozenset()
 
     @property
     def quantizers(self) -> tuple[Quantizer, ...]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from eptq_onnx import engines
+from eptq_onnx import engines, targets
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.passes.measure import Measure
 
@@ -48,6 +48,18 @@ def measured_speed() -> None:
 def _unmeasured_speed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "measured_speed" not in request.fixturenames:
         monkeypatch.setattr(Measure, "enabled", lambda *_: False)
+
+
+@pytest.fixture
+def this_machine() -> None:
+    """Have the default target chosen by the machine, which other tests must not depend on."""
+
+
+@pytest.fixture(autouse=True)
+def _any_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "this_machine" not in request.fixturenames:
+        monkeypatch.setattr(targets.machine, "fitting", lambda: ("ort-x64", "for the tests"))
+        monkeypatch.setattr(targets, "choice_of", lambda name: None)
 
 
 @pytest.fixture(scope="session")

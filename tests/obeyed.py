@@ -8,6 +8,8 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.numerics.scales import ScaleRule
+from eptq_onnx.ops import sizes
+from eptq_onnx.ops.regions import regions
 from eptq_onnx.targets import Target
 
 WEIGHT, BIAS = 1, 2
@@ -28,6 +30,7 @@ class Obeyed:
         container = target.activation.container
         self.activation = np.dtype(container.replace("8", "16") if activation_bits > 8 else container)
         self.counts = {"activation": 0, "constant": 0, "weight": 0, "bias": 0, "float bias": 0}
+        self.counts |= {"shared": 0, "residual": 0}
         for node in model.graph.node:
             if node.op_type == "QuantizeLinear":
                 self._activation(node)
@@ -38,6 +41,77 @@ class Obeyed:
                 self._constant(node)
             elif node.op_type in ("Conv", "Gemm"):
                 self._bias(node)
+            self._operator(node)
+        if target.outputs == "float":
+            assert not any(self._is_made_by(o, "DequantizeLinear") for o in self.view.outputs)
+        kept = regions(self.view, target.patterns.keep)
+        self.counts["whole"] = len(kept)
+
+    def _is_made_by(self, tensor: str, *op_types: str) -> bool:
+        return tensor in self.view.producer and self.view.producer[tensor].op_type in op_types
+
+    def _scale(self, tensor: str) -> bytes | None:
+        """The scale and zero point of the pair that a tensor comes from or goes to."""
+        pairs = [self.view.producer[tensor]] if tensor in self.view.producer else []
+        pairs += self.view.consumers[tensor]
+        return next(
+            (
+                b"".join(self.values[i].tobytes() for i in n.input[1:])
+                for n in pairs
+                if n.op_type in ("QuantizeLinear", "DequantizeLinear")
+            ),
+            None,
+        )
+
+    def _operator(self, node: NodeProto) -> None:
+        """Check a node against the target's row for its operator."""
+        row = self.target.operators.get(node.op_type)
+        if row is None:
+            return
+        read = [self._is_made_by(i, "DequantizeLinear") for i in node.input]
+        layer = row.runs == "layer"
+        weighted = layer and read[1] and self.view.producer[node.input[1]].input[0] in self.values
+        if weighted and not row.except_first:
+            # The sizes are those of the integers.
+            inner = onnx.NodeProto()
+            inner.CopyFrom(node)
+            inner.input[1] = self.view.producer[node.input[1]].input[0]
+            assert sizes.objection(inner, self.view, row) is None
+        if layer and not row.computed and not weighted:
+            assert not all(read)
+        behind = self.view.consumers[node.output[0]]
+        if row.output == "float" and row.runs in ("layer", "arithmetic"):
+            ends = [n for n in behind if n.op_type == "QuantizeLinear"]
+            readers = [
+                r
+                for q in ends
+                for d in self.view.consumers[q.output[0]]
+                for x in ([d] if d.op_type == "DequantizeLinear" else self.view.consumers[d.output[0]])
+                for r in self.view.consumers[x.output[0]]
+            ]
+            assert not ends or any(r.op_type in self.target.operators for r in readers)
+        if row.shared_scale and all(read) and any(n.op_type == "QuantizeLinear" for n in behind):
+            assert len({self._scale(t) for t in (*node.input, node.output[0])}) == 1
+            self.counts["shared"] += 1
+        if row.inputs == "residual" and any(read):
+            # A layer adds the other branch: its own result is not quantized unless others read it, too.
+            alone = [i for i, is_read in zip(node.input, read, strict=True) if not is_read]
+            assert not alone or self._is_made_by(alone[0], *self.target.that_run("layer"))
+            for name in node.input:
+                q = self._source(name)
+                assert q is None or not (
+                    self._is_made_by(q.input[0], *self.target.that_run("layer"))
+                    and self.view.consumers[name] == [node]
+                    and not alone
+                )
+            self.counts["residual"] += 1
+
+    def _source(self, tensor: str) -> NodeProto | None:
+        """The QuantizeLinear whose values a tensor has, or None."""
+        node = self.view.producer.get(tensor)
+        while node is not None and node.op_type in ("DequantizeLinear", "Clip"):
+            node = self.view.producer.get(node.input[0])
+        return node if node is not None and node.op_type == "QuantizeLinear" else None
 
     def _activation(self, node: NodeProto) -> None:
         scale, zero = (self.values[name] for name in node.input[1:])
@@ -48,16 +122,18 @@ class Obeyed:
         assert rules.scale is ScaleRule.ANY or is_power_of_two(scale)
 
     def _constant(self, node: NodeProto) -> None:
-        stored, scale, zero = (self.values[name] for name in node.input)
+        stored, scale = (self.values[name] for name in node.input[:2])
+        zero = self.values[node.input[2]] if len(node.input) > 2 else np.zeros(scale.shape, stored.dtype)
         readers = self.view.consumers[node.output[0]]
         places = {
             list(reader.input).index(node.output[0])
             for reader in readers
-            if reader.op_type in self.target.ops.layers
+            if reader.op_type in self.target.that_run("layer")
         }
         if stored.dtype == np.int32:
             assert places == {BIAS}
             assert not zero.any()
+            assert (len(node.input) > 2) == self.target.bias.zero_point
             self._product(scale, readers[0])
             self.counts["bias"] += 1
         elif places:
@@ -70,7 +146,7 @@ class Obeyed:
             self.counts["constant"] += 1
 
     def _weight(self, stored: np.ndarray, scale: np.ndarray, zero: np.ndarray, layer: NodeProto) -> None:
-        rules = self.target.weight
+        rules = self.target.of(layer.op_type).weight
         assert stored.dtype == np.int8
         assert not zero.any()
         assert scale.size == (zero.size if rules.per_channel else 1)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from conftest import MODELS
@@ -10,33 +11,87 @@ from pydantic import BaseModel
 from eptq_onnx import Config, ConfigError, targets
 from eptq_onnx.cli.options import help_of
 from eptq_onnx.numerics.scales import ScaleRule
-from eptq_onnx.ops import TABLE, Role, check_roles
-from eptq_onnx.targets import OpRules, Target
+from eptq_onnx.ops import check_roles
+from eptq_onnx.ops.sizes import SIZES
+from eptq_onnx.targets import Operator, Target
 
 
 @pytest.mark.parametrize("name", targets.names())
 def test_shipped_targets_name_operators_in_their_roles(name):
     target = targets.load(name)
-    roles = {op: row.role for (_, op), row in TABLE.items()}
     assert target.name == name
-    assert {roles[op] for op in target.ops.layers} == {Role.LAYER}
-    assert {roles[op] for op in target.ops.arithmetic} == {Role.ARITHMETIC}
-    assert {roles[op] for op in target.ops.equal_scale} == {Role.EQUAL_SCALE}
-    assert {roles[op] for op in target.ops.absorbed} == {Role.CLIPPING}
-    assert target.ops.float_output <= target.ops.layers
+    check_roles(target)
     # Of another runtime than onnxruntime no kernels are counted.
-    assert not target.kernels or set(target.kernels) == target.ops.layers | target.ops.arithmetic
+    assert set(target.kernels) == (
+        target.that_run("layer", "arithmetic") if target.verifier == "onnxruntime" else set()
+    )
+    assert all(target.kernels.values())
 
 
 @pytest.mark.parametrize(
-    "name", ["layers", "arithmetic", "equal_scale", "absorbed", "float_output", "stored"]
+    ("op", "lines", "field"),
+    [
+        ("Softmaxx", 'runs = "float"', None),
+        ("Elu", 'runs = "layer"', 'runs = "layer"'),
+        ("Add", 'runs = "layer"', 'runs = "layer"'),
+        ("Conv", 'runs = "arithmetic"', 'runs = "arithmetic"'),
+        ("Relu", 'runs = "arithmetic"', 'runs = "arithmetic"'),
+        ("Softmax", 'runs = "equal scale"', 'runs = "equal scale"'),
+        ("Sigmoid", 'runs = "absorbed"', 'runs = "absorbed"'),
+        ("Mul", 'inputs = "residual"', 'inputs = "residual"'),
+        ("Add", "shared_scale = true", "shared_scale"),
+        ("Conv", "computed = false", "computed"),
+        ("Add", "weight.per_channel = true", "weight"),
+        ("Slice", "stored = true", "stored"),
+    ],
 )
-@pytest.mark.parametrize("wrong", ["Softmaxx", "Elu", "Conv"])
-def test_a_list_holds_only_operators_of_its_role(tmp_path, name, wrong):
-    wrong = "Add" if wrong == "Conv" and name in ("layers", "float_output") else wrong
-    target = targets.load(str(saved(tmp_path, HEAD + f'[ops]\n{name} = ["{wrong}"]\n')))
-    with pytest.raises(ConfigError, match=rf"target mine: ops.{name} lists {wrong}: choose among \w"):
+def test_a_field_is_for_operators_of_its_role(tmp_path, op, lines, field):
+    target = targets.load(saved(tmp_path, HEAD + f"[operators.{op}]\n{lines}\n"))
+    with pytest.raises(ConfigError) as caught:
         check_roles(target)
+    expected = "is no operator of the operator table." if field is None else f"has {field}, which is for "
+    assert str(caught.value).startswith(f"target mine: operators.{op} {expected}")
+    assert str(caught.value).count("\n") == 0
+
+
+def test_an_unknown_pattern_is_told(tmp_path):
+    target = targets.load(saved(tmp_path, HEAD + 'patterns.keep = ["silu", "swoosh"]\n'))
+    with pytest.raises(ConfigError, match=r"patterns.keep names 'swoosh': choose among silu, "):
+        check_roles(target)
+
+
+def test_every_size_that_a_target_may_limit_is_measured():
+    assert set(get_args(targets.Size)) == set(SIZES)
+
+
+def test_a_file_overrides_or_switches_off_one_operator(tmp_path):
+    base = targets.load("ort-x64")
+    text = """[operators]
+        Sigmoid.runs = "float"
+        Gemm.weight.per_channel = false
+        Conv.least = { input_channels = 16 }
+        Gather.stored = false
+        """
+    mine = targets.load(saved(tmp_path, HEAD + text))
+    check_roles(mine)
+    assert mine.that_run("arithmetic") == base.that_run("arithmetic") - {"Sigmoid"}
+    assert set(mine.kernels) == set(base.kernels) - {"Sigmoid"}
+    assert mine.operators["Conv"] == base.operators["Conv"].model_copy(
+        update={"least": {"input_channels": 16}}
+    )
+    assert mine.operators["Gemm"].weight == base.weight.model_copy(update={"per_channel": False})
+    assert mine.of("Gemm").weight_spec(8, 1).axis is None
+    assert mine.of("Conv").weight_spec(8, 1).axis == 1
+    others = base.operators.keys() - {"Sigmoid", "Gemm", "Conv", "Gather"}
+    assert all(mine.operators[op] == base.operators[op] for op in others)
+
+
+def test_rules_for_the_weights_of_an_operator_follow_those_of_the_file(tmp_path):
+    saved(tmp_path, HEAD + "operators.Gemm.weight.per_channel = false\n", "first.toml")
+    text = HEAD.replace("ort-x64", "first.toml") + "weight.range_8_bits = [-127, 127]\n"
+    rules = targets.load(saved(tmp_path, text)).operators["Gemm"].weight
+    assert rules is not None
+    assert (rules.per_channel, rules.range_8_bits) == (False, (-127, 127))
 
 
 def test_specs_stay_inside_the_container():
@@ -101,6 +156,31 @@ WRONG = {
         "a range goes from -128 or more",
     ),
     "an old opset": ("min_opset = 12", "field min_opset=12 is wrong"),
+    "an unknown role": (
+        '[operators.Conv]\nruns = "layers"',
+        "field operators.Conv.runs='layers' is wrong: input should be 'layer', 'arithmetic', 'equal scale', "
+        "'absorbed' or 'float'",
+    ),
+    "a row without a role": ("[operators.Neg]\nkernels = []", "field operators.Neg.runs is missing"),
+    "an unknown field of a row": ("[operators.Conv]\ncolour = 1", "field operators.Conv.colour is unknown"),
+    "an unknown output": ('[operators.Conv]\noutput = "no"', "field operators.Conv.output='no' is wrong"),
+    "an unknown size": ("[operators.Conv]\nleast.L = 3", "field operators.Conv.least.L"),
+    "a size that is no number": (
+        '[operators.Conv]\nleast.M = "x"',
+        "field operators.Conv.least.M='x' is wrong",
+    ),
+    "a wrong rule for one operator": (
+        "[operators.Conv.weight]\nrange_8_bits = [0, 127]",
+        "a range goes from -128 or more",
+    ),
+    "an unknown rule for one operator": (
+        "[operators.Conv.weight]\ncolour = 1",
+        "field operators.Conv.weight.colour is unknown",
+    ),
+    "rows that are no table": ("operators = 3", "field operators=3 is wrong"),
+    "a row that is no table": ('[operators]\nConv = "layer"', "field operators.Conv='layer' is wrong"),
+    "patterns that are no list": ("[patterns]\nkeep = 3", "field patterns.keep=3 is wrong"),
+    "unknown outputs": ('outputs = "none"', "field outputs='none' is wrong"),
 }
 
 
@@ -117,13 +197,16 @@ def test_a_target_takes_what_it_does_not_say_from_another(tmp_path):
     base = targets.load("ort-x64")
     (tmp_path / "base").mkdir()
     saved(
-        tmp_path / "base", HEAD + 'activation.scale = "power of two"\nops.absorbed = ["Relu"]\n', "first.toml"
+        tmp_path / "base",
+        HEAD + 'activation.scale = "power of two"\noperators.Clip.runs = "float"\n',
+        "first.toml",
     )
-    text = 'name = "second"\ntitle = "Second"\nextends = "base/first.toml"\nbias.integer = false\n[kernels]\n'
+    text = 'name = "second"\ntitle = "Second"\nextends = "base/first.toml"\nbias.integer = false\nverifier = "none"\n'
     second = targets.load(saved(tmp_path, text))
     assert (second.name, second.title) == ("second", "Second")
     assert second.activation == base.activation.model_copy(update={"scale": ScaleRule.POWER_OF_TWO})
-    assert second.ops == base.ops.model_copy(update={"absorbed": frozenset({"Relu"})})
+    assert second.that_run("absorbed") == {"Relu"}
+    assert second.that_run("layer") == base.that_run("layer")
     assert second.weight == base.weight
     assert not second.bias.integer
     assert second.kernels == {}
@@ -161,7 +244,6 @@ def test_what_cannot_be_extended_is_told_in_a_sentence(tmp_path, base, message):
 
 def test_rules_count_in_the_hash_of_options_and_their_absence_does_not(tmp_path):
     plain = targets.load("ort-x64")
-    assert "scale" not in plain.model_dump()["weight"]
     powers = targets.load(saved(tmp_path, HEAD + 'weight.scale = "power of two"\n'))
     same = targets.load(saved(tmp_path, HEAD + 'weight.scale = "any"\n'))
     hashes = [
@@ -173,21 +255,19 @@ def test_rules_count_in_the_hash_of_options_and_their_absence_does_not(tmp_path)
 def test_all_fields_are_described():
     page = (MODELS.parent / "docs" / "targets.md").read_text(encoding="utf-8")
     described = set(re.findall(r"`([\w.]+)`", " ".join(re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE))))
-    fields = {"extends"}
+    fields = {"extends", *Operator.model_fields}
     for name, field in Target.model_fields.items():
         whole = (
             field.annotation
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
             else None
         )
-        fields |= (
-            {name}
-            if whole is None or whole is OpRules
-            else {f"{name}.{inner}" for inner in whole.model_fields}
-        )
+        fields |= {name} if whole is None else {f"{name}.{inner}" for inner in whole.model_fields}
     assert fields == described - {"mine.toml"}
-    for role in OpRules.model_fields:
-        assert f"- `{role}`: " in page
+    for value in get_args(targets.Runs):
+        assert f'| `"{value}"` |' in page
+    for size in get_args(targets.Size):
+        assert f"`{size}`" in page
 
 
 @pytest.mark.parametrize("name", targets.names())
@@ -201,5 +281,6 @@ def test_the_page_and_the_help_have_all_shipped_targets(monkeypatch, name):
     assert place in source
     assert place not in page
     assert f"| `{name}` | {targets.load(name).title} | " in page
+    assert '`"silu"`' in page
     assert pages.on_page_markdown("# Other") == "# Other"
     assert name in help_of("target", Config.model_fields["target"])

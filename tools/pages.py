@@ -23,7 +23,8 @@ from eptq_onnx.cli.options import default_of, flags_of, help_of
 from eptq_onnx.config import Config, option_of
 from eptq_onnx.data import readers
 from eptq_onnx.numerics.scales import ScaleRule
-from eptq_onnx.ops import operators_by_list
+from eptq_onnx.ops import operators_by_field
+from eptq_onnx.ops.regions import REGIONS
 from eptq_onnx.passes.base import Pass
 from eptq_onnx.pipeline import PIPELINE
 from eptq_onnx.targets import Target
@@ -77,9 +78,18 @@ def shipped_targets() -> str:
 
 
 def operators() -> str:
-    """Return a table with one row for each list of ``[ops]`` in a target file."""
-    rows = [(f"`{name}`", ", ".join(sorted(known))) for name, known in operators_by_list().items()]
-    return "\n".join(_table(("list", "operators"), rows))
+    """Return a table with one row for each field of an operator that not every operator may have."""
+    rows = [
+        (f"`{field}`", ", ".join(sorted(known)))
+        for field, known in operators_by_field().items()
+        if field != 'runs = "float"'
+    ]
+    return "\n".join(_table(("field", "operators"), rows))
+
+
+def patterns() -> str:
+    """Return the names of all patterns."""
+    return ", ".join(f'`"{name}"`' for name in REGIONS)
 
 
 def passes() -> str:
@@ -168,6 +178,7 @@ PLACES = {
     "<!-- the forms of data in Python -->": forms_of_python,
     "<!-- the list of passes -->": passes,
     "<!-- the table of all shipped targets -->": shipped_targets,
-    "<!-- the table of operators by list -->": operators,
+    "<!-- the table of operators by field -->": operators,
+    "<!-- the names of all patterns -->": patterns,
 }
 """What stands in pages, and what is put there instead."""

@@ -19,6 +19,8 @@ import eptq_onnx
 from eptq_onnx import Config
 from eptq_onnx.config import Preset
 
+TARGET = "ort-x64"
+"""Named, so that all machines write the same bytes."""
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
@@ -35,7 +37,7 @@ def main() -> None:
     """Print one line a model, width and preset."""
     for model, bits, preset in itertools.product(sorted(MODELS.glob("*.onnx")), (8, 4), ("fast", "balanced")):
         samples = MODELS / f"{model.stem.partition('_')[0]}_calib.npz"
-        config = Config(weight_bits=bits, preset=Preset(preset), measure_speed=False)
+        config = Config(target=TARGET, weight_bits=bits, preset=Preset(preset), measure_speed=False)
         result = eptq_onnx.quantize(model, samples, config)
         print(f"{digest(result.model)}  {model.stem} W{bits}A8 {preset}", flush=True)
 

@@ -18,7 +18,10 @@ F = TypeVar("F", bound=Callable[..., None])
 
 _NAMED: dict[str, Callable[[], dict[str, str]]] = {
     "engine": lambda: {name: engine.about for name, engine in engines.registered().items()},
-    "target": lambda: {name: targets.load(name).title for name in targets.names()},
+    "target": lambda: {
+        targets.AUTO: "onnxruntime on this machine",
+        **{name: targets.load(name).title for name in targets.names()},
+    },
 }
 """Options whose values are names of what lower layers find by themselves: each name, and what it is."""
 

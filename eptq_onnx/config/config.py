@@ -61,8 +61,9 @@ class Config(BaseModel):
     )
     """Mixed precision: choose 2 to 8 bits for each weight so that the output error is smallest within a
     budget, such as weights=4 (mean bits), bytes=2e6 or bitops=1e10. Replaces weight_bits."""
-    target: Annotated[str, Option("runtime")] = "ort-x64"
-    """Target runtime: the name of a shipped target, or the path of a target file (.toml)."""
+    target: Annotated[str, Option("runtime")] = "auto"
+    """Target runtime: auto (onnxruntime on this machine), the name of a shipped target, or the path of a
+    target file (.toml)."""
     preset: Annotated[Preset, Option("optimization")] = Preset.BALANCED
     """fast: layer-wise reconstruction only, without gradients. balanced: 200 steps of network-wise
     optimization; best: 1000. Models below 400 million multiplications per sample get up to five times as many
@@ -251,7 +252,8 @@ class Config(BaseModel):
         values = self.model_dump(mode="json", include=counted - {"target"})
         # Sets come in another order in every process.
         text = json.dumps(
-            [values, target.model_dump()],
+            # What is as by default is left out, so that a new field changes no hash.
+            [values, target.model_dump(exclude_defaults=True)],
             sort_keys=True,
             default=lambda v: sorted(v) if isinstance(v, frozenset) else str(v),
         )

@@ -108,7 +108,9 @@ def allocate(
     plan = network.plan
     widths = solve(candidates(network, selection, target, config, progress), budget)
     layers = (
-        replace(x, weight_spec=target.weight_spec(widths[x.weight], x.weight_spec.axis, x.depthwise))
+        replace(
+            x, weight_spec=target.of(x.op_type).weight_spec(widths[x.weight], x.weight_spec.axis, x.depthwise)
+        )
         for x in plan.layers
     )
     return replace(plan, layers=tuple(layers))
@@ -160,7 +162,7 @@ def candidates(
             positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
             known.operations += value.size * positions * quantizers[layer.input].spec.bits
             specs = {
-                bits: target.weight_spec(bits, layer.weight_spec.axis, layer.depthwise)
+                bits: target.of(layer.op_type).weight_spec(bits, layer.weight_spec.axis, layer.depthwise)
                 for bits in known.effects
             }
             errors, rounded = _tried(form, value / of_weight, rows, specs, config)

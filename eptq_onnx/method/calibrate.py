@@ -206,17 +206,18 @@ def calibrate(
         If an output of the float model is NaN, or is infinite although the model does not mask it so.
     """
     view = GraphView(model)
-    observed = {q.name: Histogram() for q in plan.activations}
+    ranges = {q.name: Histogram() for q in plan.activations}
+    observed = {t: ranges[q.name] for q in plan.activations for t in q.sources}
     measured = [layer.output for layer in plan.layers]
     measured += [o for o in output_parts(view) if o not in measured]
     # Outputs are always checked for NaN and infinity, even if nothing else is measured of them.
     measured += [o for o in view.outputs if o in view.producer and view.is_float(o) and o not in measured]
     masked = _masked(view)
-    axes = {q.name: q.channel_axis or 0 for q in plan.activations}
+    axes = {t: q.channel_axis or 0 for q in plan.activations for t in q.sources}
     importance = {
         name: _damped((table / quant_math.unit(table)).mean(axis=0), config.damping)
         for name, table in (scores or {}).items()
-        if name in observed
+        if name in ranges
     }
     sums = {name: np.zeros(3) for name in measured}
     none: Counter[str] = Counter()
@@ -240,7 +241,7 @@ def calibrate(
         done += len(parts[k])
         progress(done, len(blocks) * samples.count)
     known = known or {}
-    grids = {q.name: _activation_grid(q, observed[q.name], view, config) for q in plan.activations}
+    grids = {q.name: _activation_grid(q, ranges[q.name], view, config) for q in plan.activations}
     grids |= {q.name: known.get(q.name) or _operand_grid(q, view) for q in plan.operands}
     grids |= {q.name: known.get(q.name) or _table_grid(q, view) for q in plan.tables}
     power = {n: float(t[2] / max(t[0], 1)) for n, t in sums.items()}

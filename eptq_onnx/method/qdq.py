@@ -53,7 +53,7 @@ class _Writer:
         self._model, self._plan, self._rounding = model, plan, rounding
         self._view = GraphView(model)
         self._b = edit.Builder(model)
-        self._quantizers = plan.quantizer_of
+        self._quantizers = {tensor: q for q in plan.activations for tensor in q.tensors}
         self._layers = {layer.node: layer for layer in plan.layers}
         self.read_as: dict[str, str] = {}
         """Tensor to the one that its readers read instead."""
@@ -83,14 +83,16 @@ class _Writer:
             copy = b.nodes[-1]
             for k, name in enumerate(node.output):
                 final = self._final(name)
-                if final in self._quantizers:
-                    source = b.unique(f"{final}_float") if final in view.outputs else final
+                if final in self._quantizers and final not in self._plan.carried:
+                    source = b.unique(f"{final}_float") if self._is_output(final) else final
                     copy.output[k] = source
                     self._pair(final, source)
                 elif final:
                     copy.output[k] = final
         result = edit.with_nodes(self._model, b.nodes, b.initializers, drop=self._replaced)
         edit.prune(result)
+        made = {o for n in result.graph.node for o in n.output}
+        self.read_as = {tensor: name for tensor, name in self.read_as.items() if name in made}
         self._restore_value_info(result)
         result.producer_name = PRODUCER
         return branches.shielded(result)
@@ -135,16 +137,20 @@ class _Writer:
         )
         return made and tensor not in self._view.outputs
 
+    def _is_output(self, tensor: str) -> bool:
+        """Return True for an output of the network that has dequantized values."""
+        return tensor in self._view.outputs and not self._plan.float_outputs
+
     def _pair(self, tensor: str, source: str) -> None:
         """Add QuantizeLinear and DequantizeLinear, with a Clip between for ranges narrower than the type."""
         b, quantizer = self._b, self._quantizers[tensor]
         scale, zero = self._scale_names(quantizer.name, self._rounding.grids[quantizer.name])
         form = quantizer.spec.format
         q = b.add("QuantizeLinear", [source, scale, zero], b.unique(f"{tensor}_quantized"))
-        if form.narrower_than_container and tensor == quantizer.name:
+        if form.narrower_than_container and tensor in quantizer.sources:
             limits = [b.constant(np.array(v, form.container), "limit") for v in (form.qmin, form.qmax)]
             q = b.add("Clip", [q, *limits], b.unique(f"{tensor}_clipped"))
-        made = tensor in self._view.outputs and tensor in self._view.producer
+        made = self._is_output(tensor) and tensor in self._view.producer
         target_name = tensor if made else b.unique(f"{tensor}_dequantized")
         b.add("DequantizeLinear", [q, scale, zero], target_name)
         self.read_as[tensor] = target_name
@@ -248,17 +254,15 @@ class _Writer:
         """Add a bias as int32 with scale s_x * s_w and zero point 0, which QLinearConv and QGemm assume."""
         b, name = self._b, layer.bias or ""
         scales = (
-            self._rounding.grids[self._quantizers[layer.input].name].scale,
+            self._rounding.grids[self._plan.quantizer_of[layer.input].name].scale,
             self._rounding.weights[layer.weight].scale,
         )
         scale = quant_math.bias_scale(*scales)
         stored = b.unique(f"{name}_quantized")
         b.keep(quant_math.bias_integers(self._rounding.biases[name], *scales), stored)
-        inputs = [
-            stored,
-            b.constant(scale, f"{name}_scale"),
-            b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point"),
-        ]
+        inputs = [stored, b.constant(scale, f"{name}_scale")]
+        if self._plan.bias_zero_point:
+            inputs.append(b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point"))
         output = self._take_over(name, [layer.node])
         b.add("DequantizeLinear", inputs, output, **_axis(PerAxis(0) if scale.ndim else PerTensor()))
         self._layer_reads[layer.node, name] = output

@@ -11,7 +11,8 @@ from eptq_onnx.graph import channel_axes, channels, replay
 from eptq_onnx.graph.branches import flattened
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import STOP, GraphView, int_attribute
-from eptq_onnx.ops.spec import Gradient, Role
+from eptq_onnx.ops.regions import REGIONS
+from eptq_onnx.ops.spec import Gradient, OpSpec, Role
 from eptq_onnx.ops.table import TABLE, spec_of
 from eptq_onnx.targets import Target
 
@@ -41,32 +42,61 @@ def executed(model: ModelProto, found: replay.Replay, read_as: Mapping[str, str]
 
 
 def check_roles(target: Target) -> None:
-    """Check that a target lists only operators that the table knows in that role.
+    """Check that a target's rows are for operators that the table knows in that role.
 
     Raises
     ------
     ConfigError
-        If it lists another; the message names it.
+        If one is not, or if a pattern is unknown; the message names it.
     """
-    allowed = {**operators_by_list(), "float_output": set(target.ops.layers)}
-    for name, known in allowed.items():
-        wrong = sorted(getattr(target.ops, name) - known)
-        if wrong:
-            choices = ", ".join(sorted(known)) or "none"
-            raise ConfigError(f"target {target.name}: ops.{name} lists {wrong[0]}: choose among {choices}.")
+    allowed = operators_by_field()
+    for op, row in sorted(target.operators.items()):
+        if op not in allowed['runs = "float"']:
+            raise ConfigError(f"target {target.name}: operators.{op} is no operator of the operator table.")
+        asked = {
+            f'runs = "{row.runs}"': True,
+            'inputs = "residual"': row.inputs == "residual",
+            "shared_scale": row.shared_scale,
+            "computed": not row.computed,
+            "weight": row.weight is not None,
+            "stored": row.stored,
+        }
+        for field, has in asked.items():
+            if has and op not in allowed[field]:
+                choices = ", ".join(sorted(allowed[field]))
+                raise ConfigError(
+                    f"target {target.name}: operators.{op} has {field}, which is for {choices} alone."
+                )
+    wrong = sorted(target.patterns.keep - REGIONS.keys())
+    if wrong:
+        raise ConfigError(
+            f"target {target.name}: patterns.keep names {wrong[0]!r}: choose among {', '.join(REGIONS)}."
+        )
 
 
-def operators_by_list() -> dict[str, set[str]]:
-    """Return for each list of `OpRules` the operators that it may hold, by their roles."""
-    roles = {
-        "layers": Role.LAYER,
-        "arithmetic": Role.ARITHMETIC,
-        "equal_scale": Role.EQUAL_SCALE,
-        "absorbed": Role.CLIPPING,
+def operators_by_field() -> dict[str, set[str]]:
+    """Return for each field of a target's row the operators that may have it."""
+
+    def those(wanted: Callable[[OpSpec], bool]) -> set[str]:
+        return {op for (_, op), row in TABLE.items() if wanted(row)}
+
+    layers = those(lambda row: row.role is Role.LAYER)
+    return {
+        'runs = "layer"': layers,
+        'runs = "arithmetic"': those(lambda row: row.role is Role.ARITHMETIC),
+        'runs = "equal scale"': those(lambda row: row.role is Role.EQUAL_SCALE),
+        'runs = "absorbed"': those(lambda row: row.role is Role.CLIPPING),
+        'runs = "float"': those(lambda row: True),
+        'inputs = "residual"': those(lambda row: row.role is Role.ARITHMETIC and _is_sum(row)),
+        "shared_scale": those(lambda row: row.role is Role.ARITHMETIC and row.rearranges),
+        "computed": those(lambda row: row.weight is not None and row.weight in (row.data or ())),
+        "weight": layers,
+        "stored": those(lambda row: row.table is not None),
     }
-    found = {name: {op for (_, op), row in TABLE.items() if row.role is role} for name, role in roles.items()}
-    stored = {op for (_, op), row in TABLE.items() if row.table is not None}
-    return {**found, "float_output": found["layers"], "stored": stored}
+
+
+def _is_sum(row: OpSpec) -> bool:
+    return row.elementwise and row.channels is channels.sums
 
 
 def is_elementwise(node: NodeProto) -> bool:

@@ -14,11 +14,10 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
+    model_validator,
 )
 
 from eptq_onnx.config import describe
@@ -26,6 +25,7 @@ from eptq_onnx.errors import ConfigError
 from eptq_onnx.numerics.formats import IntFormat, PerAxis, PerTensor
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.spec import QuantSpec
+from eptq_onnx.targets import machine
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,6 +37,15 @@ _OLDEST_OPSET = 13
 """From where quantizers have an axis, and axes are inputs, as the rewrites of operators write them."""
 _OPSET_OF_16_BITS = 21
 """From where QuantizeLinear knows 16-bit integers."""
+ONNXRUNTIME = "onnxruntime"
+"""The verifier that is always there."""
+AUTO = "auto"
+"""Name of the shipped target that fits the onnxruntime of this machine."""
+
+Runs = Literal["layer", "arithmetic", "equal scale", "absorbed", "float"]
+"""How an operator runs, in the order of the roles of the operator table."""
+Size = Literal["input_channels", "output_channels", "groups", "kernel", "M", "K", "N", "rank"]
+"""What a target may limit; `eptq_onnx.ops.sizes` measures it."""
 
 
 class _Row(BaseModel):
@@ -47,13 +56,6 @@ class _Quantized(_Row):
     """``scale``: which scales the runtime takes."""
 
     scale: ScaleRule = ScaleRule.ANY
-
-    @model_serializer(mode="wrap")
-    def _without_any(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out a rule that is none: the hash of options that a written model names stays as it was
-        before there were rules."""
-        values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if name != "scale" or value != ScaleRule.ANY}
 
 
 class WeightRules(_Quantized):
@@ -102,26 +104,62 @@ class ActivationRules(_Quantized):
 
 
 class BiasRules(_Row):
-    """``integer``: int32 with scale s_x * s_w and zero point 0; else the bias stays float."""
+    """``integer``: int32 with scale s_x * s_w and zero point 0; else the bias stays float.
 
-    integer: bool
-
-
-class OpRules(_Row):
-    """Which operators run on integers.
-
-    ``float_output``: layers that run on integers even if their output is not quantized.
-    ``absorbed``: clipping operators that vanish into the quantizer behind them.
-    ``stored``: operators that look rows up in a constant table: it is stored as int8, one scale a row, and
-    what is looked up is made float again.
+    ``zero_point``: an integer bias is written with its zero point, which DequantizeLinear may do without.
     """
 
-    layers: frozenset[str]
-    arithmetic: frozenset[str]
-    equal_scale: frozenset[str]
-    absorbed: frozenset[str]
-    float_output: frozenset[str]
-    stored: frozenset[str] = frozenset()
+    integer: bool
+    zero_point: bool = True
+
+
+class Operator(_Row):
+    """How the runtime runs one operator; an operator without a row stays float.
+
+    Parameters
+    ----------
+    runs : str
+        Role, which the operator table must give the operator, too; ``"float"`` switches an inherited row off.
+    output : str
+        ``"quantized"``: the output is quantized whoever reads it. ``"optional"``: it is quantized if a node
+        reads it that runs on integers; operators other than layers run on integers only then. ``"float"``:
+        it is quantized only if a reader wants it as its input.
+    inputs : str
+        ``"all"``, or ``"residual"``: of a sum, only the branch that does not come from a layer.
+    shared_scale : bool
+        True if all inputs and the output have one scale.
+    computed : bool
+        False if a layer needs a constant weight: a product of two computed matrices stays float.
+    stored : bool
+        True if the constant table in which the operator looks rows up is stored as int8, one scale a row,
+        where the operator itself stays float.
+    least, most : dict of str to int
+        Limits of sizes; a node beyond them stays float. Sizes that are unknown are not limited.
+    except_first : bool
+        True if layers that no other layer precedes are exempt from the limits.
+    weight : WeightRules or None
+        Rules for this operator's weights, where they are others than the target's.
+    kernels : tuple of str
+        Names of its integer kernels in onnxruntime's optimized graph.
+    """
+
+    runs: Runs
+    output: Literal["quantized", "optional", "float"] = "optional"
+    inputs: Literal["all", "residual"] = "all"
+    shared_scale: bool = False
+    computed: bool = True
+    stored: bool = False
+    least: dict[Size, int] = {}
+    most: dict[Size, int] = {}
+    except_first: bool = False
+    weight: WeightRules | None = None
+    kernels: tuple[str, ...] = ()
+
+
+class PatternRules(_Row):
+    """``keep``: patterns of several operators that the runtime fuses; they stay float inside."""
+
+    keep: frozenset[str] = frozenset()
 
 
 class Target(_Row):
@@ -132,21 +170,60 @@ class Target(_Row):
     name, title : str
     min_opset : int
         Lowest default-domain opset of the written file, at least 13.
-    weight, activation, bias, ops
+    verifier : str
+        The runtime that checks a written file and measures its speed, or ``"none"``.
+    outputs : str
+        ``"shared"``: an output of the network that is quantized for its readers has the dequantized values;
+        ``"float"``: outputs of the network always have the values before a quantizer.
+    weight, activation, bias, patterns
         Rules, see their classes.
-    kernels : dict of str to tuple of str
-        Operator to the names of its integer kernels in onnxruntime's optimized graph; used to verify. None
-        for other runtimes.
+    operators : dict of str to Operator
+        By operator, without its domain.
     """
 
     name: str
     title: str
     min_opset: int = Field(ge=_OLDEST_OPSET)
+    verifier: str = "none"
+    outputs: Literal["shared", "float"] = "shared"
     weight: WeightRules
     activation: ActivationRules
     bias: BiasRules
-    ops: OpRules
-    kernels: dict[str, tuple[str, ...]] = {}
+    patterns: PatternRules = PatternRules()
+    operators: dict[str, Operator]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_whole_rows(cls, value: Any) -> Any:
+        """Complete the weight rules of each operator with those of the target."""
+        if not isinstance(value, dict) or not isinstance(value.get("weight"), dict):
+            return value
+        rows = value.get("operators")
+        if not isinstance(rows, dict):
+            return value
+        whole = {
+            op: {**row, "weight": {**value["weight"], **row["weight"]}}
+            if isinstance(row, dict) and isinstance(row.get("weight"), dict)
+            else row
+            for op, row in rows.items()
+        }
+        return {**value, "operators": whole}
+
+    def that_run(self, *runs: Runs) -> frozenset[str]:
+        """Return the operators that run in one of these ways."""
+        return frozenset(op for op, row in self.operators.items() if row.runs in runs)
+
+    @property
+    def kernels(self) -> dict[str, tuple[str, ...]]:
+        """Operator to the names of its integer kernels; empty if onnxruntime is not the verifier."""
+        if self.verifier != ONNXRUNTIME:
+            return {}
+        return {op: self.operators[op].kernels for op in self.that_run("layer", "arithmetic")}
+
+    def of(self, op_type: str) -> Target:
+        """Return the target as the weights of one operator see it."""
+        row = self.operators.get(op_type)
+        return self if row is None or row.weight is None else self.model_copy(update={"weight": row.weight})
 
     def weight_spec(self, bits: int, axis: int | None, depthwise: bool = False) -> QuantSpec:
         """Spec of a weight with output-channel axis ``axis`` (None for one scale in all), of a depthwise
@@ -181,7 +258,7 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Target:
-    """Read a shipped target by name, or a target file by path.
+    """Read a shipped target by name, or a target file by path; ``"auto"`` is the one that fits this machine.
 
     A file with a field ``extends``, the name of a shipped target or a path from the file's own folder, takes
     what it does not say from there: tables are merged field by field, lists replaced; an empty table stays
@@ -192,6 +269,8 @@ def load(name: str) -> Target:
     ConfigError
         If there is no such target, if targets extend each other in a circle, or if a file is wrong.
     """
+    if name == AUTO:
+        name = machine.fitting()[0]
     path = Path(name)
     if name.endswith(".toml"):
         if not path.is_file():
@@ -200,13 +279,21 @@ def load(name: str) -> Target:
         path = _shipped(name)
     else:
         raise ConfigError(
-            f"target {name!r} is unknown: choose one of {', '.join(names())}, or give a .toml file."
+            f"target {name!r} is unknown: choose one of {', '.join([AUTO, *names()])}, or give a .toml file."
         )
     content = _content(path, name, ())
     try:
         return Target.model_validate(content)
     except ValidationError as e:
         raise ConfigError(f"target file {name}: {describe(e, 'field')}") from e
+
+
+def choice_of(name: str) -> str | None:
+    """Return which target was chosen and why, or None if the name says it."""
+    if name != AUTO:
+        return None
+    chosen, why = machine.fitting()
+    return f"target {chosen}: {why}"
 
 
 def _shipped(name: str) -> Path:

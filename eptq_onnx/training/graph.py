@@ -210,7 +210,7 @@ def _student(
     Returns the nodes, the types of the new tensors, and the replacement of each quantized tensor.
     """
     plan, start, learned = made_of.plan, made_of.start, made_of.learned
-    quantizers = {q.name: q for q in plan.activations}
+    quantizers = {tensor: q for q in plan.activations for tensor in q.sources}
     with_new_bias = {x.node: x.bias for x in plan.layers if x.bias is not None and not x.has_bias}
     renamed: dict[str, str] = {}
     infos: list[ValueInfoProto] = []
@@ -225,10 +225,11 @@ def _student(
         b.add("Sub", [b.constant(np.ones(1, np.float32), "one"), FLOAT_SHARE], "eptq/integer_share")
 
     def fake_quantize(tensor: str) -> None:
-        form, grid = quantizers[tensor].spec.format, start.grids[tensor]
+        quantizer = quantizers[tensor]
+        form, grid = quantizer.spec.format, start.grids[quantizer.name]
         exact = b.unique(f"{tensor}/quantized")
-        if tensor in scales or form.narrower_than_container:
-            scale = scales.get(tensor)
+        if quantizer.name in scales or form.narrower_than_container:
+            scale = scales.get(quantizer.name)
             if scale is None:
                 # Not b.constant, which shares equal constants: engines may give each scale a gradient.
                 scale = b.unique("eptq/fixed_scale")

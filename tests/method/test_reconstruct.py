@@ -20,6 +20,7 @@ from eptq_onnx.method.reconstruct import reconstruct
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.records import Network, Scores
 from eptq_onnx.runtime import Session
+from eptq_onnx.targets import Operator
 
 TARGET = targets.load("ort-x64")
 
@@ -70,9 +71,9 @@ def test_integers_stay_in_range_and_scales_positive():
 
 
 def test_grouped_transposed_convolutions_share_the_scales_of_their_channels():
-    rules = TARGET.ops.model_copy(update={"layers": TARGET.ops.layers | {"ConvTranspose"}})
+    rows = {**TARGET.operators, "ConvTranspose": Operator(runs="layer", output="quantized")}
     target = TARGET.model_copy(
-        update={"ops": rules, "bias": TARGET.bias.model_copy(update={"integer": False})}
+        update={"operators": rows, "bias": TARGET.bias.model_copy(update={"integer": False})}
     )
     model = normalize(
         parse(

@@ -2,17 +2,20 @@
 
 The rules, in terms of the operator table (`ops.TABLE`) and the target:
 
-- a layer (constant weight) that the target runs on integers is quantized: its input, its weight, and its
-  output behind the clipping function that the target absorbs;
-- arithmetic and equal-scale operators are quantized if a quantized node reads their result. Everything behind
-  the last layers thus stays float: nothing there would use the integers, and the outputs keep full precision;
-- tensors joined by equal-scale operators share one scale.
+- a layer (constant weight) that the target runs on integers is quantized: its input, its weight, and, if the
+  target wants it, its output behind the clipping function that the target absorbs;
+- arithmetic and equal-scale operators are quantized if a quantized node reads their result, or if the target
+  quantizes their output in any case. For most targets, everything behind the last layers thus stays float:
+  nothing there would use the integers, and the outputs keep full precision;
+- of a residual sum, some targets quantize only the branch that does not come from a layer;
+- nodes of a pattern that the target keeps whole stay float;
+- tensors joined by equal-scale operators, and by operators whose scale is shared, have one scale.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from onnx import AttributeProto, ModelProto, NodeProto
 
@@ -22,14 +25,18 @@ from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.patterns import matching
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.plan.activations import lookup_tables, quantizers_of
-from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, reads, weight_of
+from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, weight_of
 from eptq_onnx.method.plan.layers import layers_of
 from eptq_onnx.numerics.quant_math import keeps_bounds
-from eptq_onnx.ops import OpSpec, Role, is_known, output_channels, recorded, spec_of
+from eptq_onnx.ops import OpSpec, Role, is_known, output_channels, recorded, sizes, spec_of
+from eptq_onnx.ops.regions import regions
 from eptq_onnx.proto.bodies import all_nodes, node_reads, subgraphs
 from eptq_onnx.records import ActivationQuantizer, KeptFloat, Plan
 from eptq_onnx.runtime import OWN_DOMAINS
-from eptq_onnx.targets import Target
+from eptq_onnx.targets import Operator, Target
+
+_RUNS = {Role.LAYER: "layer", Role.ARITHMETIC: "arithmetic", Role.EQUAL_SCALE: "equal scale"}
+"""What a target's row says of an operator that has a role and runs on integers."""
 
 
 def plan(
@@ -59,14 +66,21 @@ def plan(
         for name in matching(view, pattern)
     }
     bits = {name: (w, a) for pattern, w, a in config.node_bits for name in matching(view, pattern)}
-    draft = Draft(view, target, sensitive=sensitive or {}, excluded=excluded, bits=bits)
+    draft = Draft(
+        view,
+        target,
+        sensitive=sensitive or {},
+        excluded=excluded,
+        bits=bits,
+        whole=regions(view, target.patterns.keep),
+    )
     _absorb(draft)
     _choose(draft)
     layers = layers_of(draft, config, model)
     if not layers:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(draft.reasons.items())[:3])
         raise ModelError(
-            f"there is nothing to quantize: no {', '.join(sorted(target.ops.layers))} "
+            f"there is nothing to quantize: no {', '.join(sorted(target.that_run('layer')))} "
             f"with a constant float32 weight{' (' + reasons + ')' if reasons else ''}."
         )
     activations, operands = quantizers_of(draft, layers, config)
@@ -81,8 +95,11 @@ def plan(
         integer,
         absorbed,
         left,
-        target.bias.integer,
-        _choosing(draft, integer),
+        integer_bias=target.bias.integer,
+        exact=_choosing(draft, integer),
+        bias_zero_point=target.bias.zero_point,
+        float_outputs=target.outputs == "float",
+        carried=_carried(draft),
     )
 
 
@@ -92,8 +109,9 @@ def _absorb(draft: Draft) -> None:
         spec = spec_of(node)
         if (
             spec.role is not Role.CLIPPING
-            or node.op_type not in draft.target.ops.absorbed
+            or draft.row(node).runs != "absorbed"
             or node.name in draft.excluded
+            or node.name in draft.whole
         ):
             continue
         source = view.producer.get(node.input[0])
@@ -129,33 +147,26 @@ def _choose(draft: Draft) -> None:
 
 def _objection(node: NodeProto, spec: OpSpec, draft: Draft) -> str | None:
     """Return why a node stays float, or None."""
-    view, rules = draft.view, draft.target.ops
+    view, row = draft.view, draft.row(node)
     if node.name in draft.excluded:
         return draft.excluded[node.name]
     if subgraphs(node):
-        return _inside(node, rules.layers)
+        return _inside(node, draft.target.that_run("layer"))
     if not is_known(node) and node.domain not in OWN_DOMAINS:
         return f"{node.op_type} is a custom operator, of the domain {node.domain}"
     if not is_known(node):
         return f"{node.op_type} is not in the operator table"
-    if spec.role is Role.CLIPPING and node.op_type in rules.absorbed:
+    if node.name in draft.whole:
+        return f"{draft.target.name} runs {draft.whole[node.name]} as a whole, in float"
+    if spec.role is Role.CLIPPING and row.runs == "absorbed":
         return "nothing that runs on integers absorbs it"
-    if spec.role is Role.FLOAT or spec.role is Role.CLIPPING:
+    if row.runs != _RUNS.get(spec.role):
         return f"{draft.target.name} has no integer kernel for {node.op_type}"
-    allowed = {
-        Role.LAYER: rules.layers,
-        Role.ARITHMETIC: rules.arithmetic,
-        Role.EQUAL_SCALE: rules.equal_scale,
-    }[spec.role]
-    if node.op_type not in allowed:
-        return f"{draft.target.name} has no integer kernel for {node.op_type}"
-    special = spec.objection(node, view)
+    special = spec.objection(node, view) or _beyond(node, row, draft)
     if special:
         return special
-    data = spec.data_inputs(node)
-    weighted = (
-        spec.role is Role.LAYER and spec.weight is not None and view.is_constant(node.input[spec.weight])
-    )
+    data = draft.inputs(node)
+    weighted = draft.is_weighted(node)
     if weighted:
         weight = weight_of(node)
         data = [d for d in data if d != weight]
@@ -170,11 +181,12 @@ def _objection(node: NodeProto, spec: OpSpec, draft: Draft) -> str | None:
         infinite = [c for c in constants if c and view.is_float(c) and not view.is_finite(c)]
         if infinite:
             return f"its weight {infinite[0]} has NaN or Inf"
-    elif spec.role is Role.LAYER and spec.weight not in (spec.data or ()):
+    elif spec.role is Role.LAYER and (spec.weight not in (spec.data or ()) or not row.computed):
         return "its weight is computed at run time"
     if not all(view.is_float(d) for d in (*data, *node.output)):
         return "its values are not float32"
-    for tensor in (*data, *(draft.final(o) for o in node.output)):
+    results = () if row.output == "float" else (draft.final(o) for o in node.output)
+    for tensor in (*data, *results):
         if tensor in draft.sensitive:
             return draft.sensitive[tensor]
     if weighted:
@@ -184,13 +196,50 @@ def _objection(node: NodeProto, spec: OpSpec, draft: Draft) -> str | None:
         return f"its operand {infinite[0]} has infinite values"
     if all(view.is_constant(d) for d in data):
         return "all its inputs are constant"
-    if not any(
-        reader.name in draft.quantized and reads(reader, draft.final(o))
-        for o in node.output
-        for reader in draft.readers(o)
-    ):
+    if row.output != "quantized" and not any(draft.is_read(o) for o in node.output):
         return "no integer operator reads its result"
     return None
+
+
+def _beyond(node: NodeProto, row: Operator, draft: Draft) -> str | None:
+    """Return which of the target's conditions a node does not meet, or None.
+
+    Decides which branch of a residual sum stays float.
+    """
+    view = draft.view
+    if not (row.except_first and draft.is_weighted(node) and node.input[0] not in draft.behind_layers):
+        limit = sizes.objection(node, view, row)
+        if limit is not None:
+            return limit
+    operands = spec_of(node).data_inputs(node)
+    if row.shared_scale and any(view.is_constant(i) for i in operands):
+        return "one of its operands is constant and does not share the scale of the others"
+    if row.inputs == "residual" and node.name not in draft.unread:
+        branch = _layer_branch(node, operands, draft)
+        if branch is None:
+            return "none of its two operands comes from a layer alone, so that no layer adds the other"
+        draft.unread[node.name] = branch
+    return None
+
+
+def _layer_branch(node: NodeProto, operands: Sequence[str], draft: Draft) -> str | None:
+    """Return the operand of a sum that comes from a layer which can add the other one; None if none does.
+
+    If both do, it is the one behind more layers: the other is the shortcut.
+    """
+    view = draft.view
+    shapes = [view.shape(i) for i in operands]
+    if len(set(operands)) != 2 or any(map(view.is_constant, operands)) or shapes[0] != shapes[1]:
+        return None
+    depth: dict[str, int] = {}
+    for tensor in operands:
+        layer = view.producer.get(tensor)
+        if layer is None or not draft.is_weighted(layer) or len(view.consumers[tensor]) > 1:
+            continue
+        if tensor not in view.outputs and _objection(layer, spec_of(layer), draft) is None:
+            before = view.upstream([tensor])
+            depth[tensor] = sum(draft.is_weighted(n) and n.output[0] in before for n in view.nodes)
+    return max(depth, key=lambda tensor: depth[tensor], default=None)
 
 
 def _inside(node: NodeProto, layers: frozenset[str]) -> str:
@@ -210,6 +259,19 @@ def _inside(node: NodeProto, layers: frozenset[str]) -> str:
 
 def _integer_nodes(draft: Draft) -> dict[str, str]:
     return {n.name: n.op_type for n in draft.view.nodes if n.name in draft.quantized}
+
+
+def _carried(draft: Draft) -> frozenset[str]:
+    """Return the results of moves behind which the target wants no quantizer; they are on the grid."""
+    return frozenset(
+        draft.final(o)
+        for n in draft.view.nodes
+        if (spec := draft.quantized.get(n.name))
+        and spec.role is Role.EQUAL_SCALE
+        and draft.row(n).output == "float"
+        for o in n.output
+        if o
+    )
 
 
 def _choosing(draft: Draft, integer: Mapping[str, str]) -> frozenset[str]:

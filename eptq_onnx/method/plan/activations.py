@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from eptq_onnx.config import Config
 from eptq_onnx.graph.view import GraphView, last_layers
-from eptq_onnx.method.plan.draft import Draft, bounds_of, reads
+from eptq_onnx.method.plan.draft import Draft, bounds_of
 from eptq_onnx.ops import Role, channel_axes_of, pointwise, spec_of
 from eptq_onnx.records import ActivationQuantizer, ConstantOperand, Layer, LookupTable
 
@@ -19,8 +19,9 @@ def quantizers_of(
     draft: Draft, layers: tuple[Layer, ...], config: Config
 ) -> tuple[tuple[ActivationQuantizer, ...], tuple[ConstantOperand, ...]]:
     """Return the quantizers of activations and of constant operands, both in topological order."""
-    view, rules = draft.view, draft.target.ops
+    view = draft.view
     weights = {layer.weight for layer in layers}
+    joined: set[str] = set()
     parent: dict[str, str] = {}
 
     def root(tensor: str) -> str:
@@ -33,14 +34,16 @@ def quantizers_of(
         spec = draft.quantized.get(node.name)
         if spec is None:
             continue
-        inputs = [i for i in spec.data_inputs(node) if i not in weights]
+        row = draft.row(node)
+        inputs = [i for i in draft.inputs(node) if i not in weights]
         outputs = [draft.final(o) for o in node.output if o]
         for name in inputs:
             root(name)
-        if spec.role is Role.EQUAL_SCALE:
-            for name in outputs:
+        if spec.role is Role.EQUAL_SCALE or row.shared_scale:
+            joined.update(outputs)
+            for name in (*inputs[1:], *outputs):
                 parent[root(name)] = root(inputs[0])
-        elif not (node.op_type in rules.float_output and not _read_as_integer(draft, outputs)):
+        elif row.output == "quantized" or (row.output == "optional" and any(map(draft.is_read, outputs))):
             for name in outputs:
                 root(name)
     groups: dict[str, list[str]] = defaultdict(list)
@@ -52,7 +55,10 @@ def quantizers_of(
         edge = any(m in wide for m in members)
         bits = max(config.edge_bits, config.activation_bits) if edge else config.activation_bits
         readers = {
-            n.name for m in members for n in view.consumers[m] if n.name in draft.quantized and reads(n, m)
+            n.name
+            for m in members
+            for n in view.consumers[m]
+            if n.name in draft.quantized and m in draft.inputs(n)
         }
         if readers & draft.bits.keys():
             bits = max(draft.bits[name][1] if name in draft.bits else bits for name in readers)
@@ -60,9 +66,12 @@ def quantizers_of(
         if view.is_constant(first):
             operands.append(ConstantOperand(first, tuple(members), own))
             continue
-        through = pointwise(view, first, lambda shape: math.prod(shape) == 1)[1]
+        others = tuple(m for m in members[1:] if m not in joined)
+        through = first if others else pointwise(view, first, lambda shape: math.prod(shape) == 1)[1]
+        lows, highs = zip(*(bounds_of(draft, m) for m in (first, *others)), strict=True)
+        bounds = min(lows), max(highs)
         activations.append(
-            ActivationQuantizer(first, tuple(members), own, bounds_of(draft, first), through, axes.get(first))
+            ActivationQuantizer(first, tuple(members), own, bounds, through, axes.get(first), others)
         )
     return tuple(activations), tuple(operands)
 
@@ -73,7 +82,7 @@ def lookup_tables(draft: Draft, layers: tuple[Layer, ...]) -> tuple[LookupTable,
     found: dict[str, None] = {}
     for node in view.nodes:
         row = spec_of(node)
-        place = row.table(node) if row.table is not None and node.op_type in draft.target.ops.stored else None
+        place = row.table(node) if row.table is not None and draft.row(node).stored else None
         if place is None or node.name in draft.quantized or not view.is_constant(node.input[place]):
             continue
         table = node.input[place]
@@ -93,10 +102,6 @@ def lookup_tables(draft: Draft, layers: tuple[Layer, ...]) -> tuple[LookupTable,
         )
         found[table] = None
     return tuple(LookupTable(t, (t,), draft.target.table_spec()) for t in found)
-
-
-def _read_as_integer(draft: Draft, tensors: list[str]) -> bool:
-    return any(r.name in draft.quantized for t in tensors for r in draft.view.consumers[t])
 
 
 def _topological(view: GraphView, wanted: dict[str, str]) -> list[str]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from onnx import NodeProto
 
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.ops import Bounds, OpSpec, spec_of
-from eptq_onnx.targets import Target
+from eptq_onnx.ops import Bounds, OpSpec, Role, spec_of
+from eptq_onnx.targets import Operator, Target
 
 NO_BOUNDS: Bounds = (-np.inf, np.inf)
+_NO_ROW = Operator(runs="float")
+"""What a target says about an operator that it does not name."""
 
 
 @dataclass
@@ -33,6 +36,10 @@ class Draft:
     """Nodes that the user excludes, each with the reason."""
     bits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Weight and activation bits of nodes for which the user overrides the defaults."""
+    whole: Mapping[str, str] = field(default_factory=dict)
+    """Nodes of patterns that the target keeps whole, each with the pattern's name."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """Sum to the branch that it reads in float."""
 
     def final(self, tensor: str) -> str:
         """Return the tensor behind absorbed clipping operators, which is quantized in place of ``tensor``."""
@@ -40,9 +47,33 @@ class Draft:
             tensor = self.absorbed[tensor]
         return tensor
 
-    def readers(self, tensor: str) -> list[NodeProto]:
-        """Return the nodes that read `final` of the tensor."""
-        return self.view.consumers[self.final(tensor)]
+    def row(self, node: NodeProto) -> Operator:
+        """Return what the target says about a node's operator."""
+        return self.target.operators.get(node.op_type, _NO_ROW)
+
+    def inputs(self, node: NodeProto) -> list[str]:
+        """Return the activations that the node reads as integers if it runs on integers."""
+        return [i for i in spec_of(node).data_inputs(node) if i != self.unread.get(node.name)]
+
+    def is_read(self, tensor: str) -> bool:
+        """Return True if a node that runs on integers reads `final` of the tensor as integers."""
+        final = self.final(tensor)
+        return any(n.name in self.quantized and final in self.inputs(n) for n in self.view.consumers[final])
+
+    def is_weighted(self, node: NodeProto) -> bool:
+        """Return True for a layer with a constant weight."""
+        spec = spec_of(node)
+        return (
+            spec.role is Role.LAYER
+            and spec.weight is not None
+            and len(node.input) > spec.weight
+            and self.view.is_constant(node.input[spec.weight])
+        )
+
+    @cached_property
+    def behind_layers(self) -> set[str]:
+        """Return the tensors that are computed from the output of a layer."""
+        return self.view.downstream(o for n in self.view.nodes if self.is_weighted(n) for o in n.output)
 
 
 def bounds_of(draft: Draft, tensor: str) -> Bounds:
@@ -52,11 +83,6 @@ def bounds_of(draft: Draft, tensor: str) -> Bounds:
         return NO_BOUNDS
     row = spec_of(producer)
     return row.bounds(producer, draft.view) if row.bounds else NO_BOUNDS
-
-
-def reads(node: NodeProto, tensor: str) -> bool:
-    """Return True if the tensor is one of the node's activations (not a shape, for instance)."""
-    return tensor in spec_of(node).data_inputs(node)
 
 
 def weight_of(node: NodeProto) -> str:

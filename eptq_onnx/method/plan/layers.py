@@ -7,9 +7,10 @@ from onnx import ModelProto, NodeProto
 from eptq_onnx.config import Config
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.method.plan.draft import Draft, weight_of
-from eptq_onnx.ops import Role, spec_of
+from eptq_onnx.ops import spec_of
 from eptq_onnx.proto.bodies import all_names
 from eptq_onnx.records import Layer
+from eptq_onnx.targets import WeightRules
 
 
 def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, ...]:
@@ -22,6 +23,7 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
     before = view.upstream(n.input[0] for n in nodes)
     layers: list[Layer] = []
     axes: dict[str, int] = {}
+    rules: dict[str, WeightRules] = {}
     edges = {weight_of(n) for n in nodes if n.input[0] not in behind or n.output[0] not in before}
     dense = {weight_of(n) for n in nodes if not _is_depthwise(n, view)}
     # A weight shared by several layers gets the largest bit width that any of them asks for.
@@ -36,6 +38,13 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
         if axes.setdefault(weight, axis) != axis:
             draft.reasons[node.name] = (
                 f"its weight {weight} is shared with a layer that has other output channels"
+            )
+            del draft.quantized[node.name]
+            continue
+        target = draft.target.of(node.op_type)
+        if rules.setdefault(weight, target.weight) != target.weight:
+            draft.reasons[node.name] = (
+                f"its weight {weight} is shared with a layer whose weights follow other rules"
             )
             del draft.quantized[node.name]
             continue
@@ -59,7 +68,7 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
                 bias=bias,
                 has_bias=has_bias,
                 # Integer kernels for stacked matrices take a single scale.
-                weight_spec=draft.target.weight_spec(
+                weight_spec=target.weight_spec(
                     bits, None if spec.weight in (spec.data or ()) and rank > 2 else axis, depthwise
                 ),
                 output_axis=-1 if spec.output_axis is None else spec.output_axis,
@@ -71,15 +80,7 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
 
 
 def _layer_nodes(draft: Draft) -> list[NodeProto]:
-    view = draft.view
-    return [
-        node
-        for node in view.nodes
-        if (spec := draft.quantized.get(node.name))
-        and spec.role is Role.LAYER
-        and spec.weight is not None
-        and view.is_constant(node.input[spec.weight])
-    ]
+    return [n for n in draft.view.nodes if n.name in draft.quantized and draft.is_weighted(n)]
 
 
 def _is_depthwise(node: NodeProto, view: GraphView) -> bool:

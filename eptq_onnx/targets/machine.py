@@ -1,0 +1,52 @@
+"""Which shipped target fits the onnxruntime of this machine."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+_X86, _ARM = {"x86_64", "amd64"}, {"aarch64", "arm64"}
+"""Names of processors, in lower case."""
+_SAFE = "7-bit weights overflow nowhere"
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def fitting() -> tuple[str, str]:
+    """Return the name of a shipped target and the reason."""
+    processor = platform.machine().lower()
+    if processor in _ARM:
+        return "ort-arm64", "this machine is ARM64"
+    if processor not in _X86:
+        return (
+            "ort-x64",
+            f"{processor or 'this processor'} is neither x86-64 nor ARM64: 7-bit weights overflow nowhere",
+        )
+    vnni = has_vnni()
+    if vnni is None:
+        return (
+            "ort-x64",
+            "this system does not tell whether the processor has VNNI: 7-bit weights overflow nowhere",
+        )
+    return ("ort-x64-vnni", "this machine has VNNI") if vnni else ("ort-x64", "this machine has no VNNI")
+
+
+def has_vnni() -> bool | None:
+    """Return True if an x86-64 processor adds 8-bit products in 32 bits; None if unknown.
+
+    Linux lists features in /proc/cpuinfo, macOS in sysctl. Windows has no interface for them.
+    """
+    listed = ""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            listed = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    elif sys.platform == "darwin":
+        with suppress(OSError, subprocess.SubprocessError):
+            command = ["sysctl", "-n", "machdep.cpu.leaf7_features"]
+            listed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    if not listed.strip():
+        return None
+    return re.search(r"\bavx(512)?_?vnni\b", listed, re.IGNORECASE) is not None
