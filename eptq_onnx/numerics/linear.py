@@ -17,6 +17,11 @@ from numpy.typing import NDArray
 from eptq_onnx.numerics.types import Array
 
 
+def _places(room: int, stride: int) -> int:
+    """Return how many times a kernel with that room to move fits; onnxruntime divides towards zero."""
+    return abs(room) // abs(stride) * (1 if (room < 0) == (stride < 0) else -1) + 1
+
+
 class WeightForm(Protocol):
     """How a weight is laid out as rows, one for each output."""
 
@@ -207,7 +212,7 @@ class ConvForm:
         ]
         strides = (1,) * len(self.kernel) if self.transposed else self.strides
         extents = [
-            (n - (k - 1) * d - 1) // s + 1
+            _places(n - (k - 1) * d - 1, s)
             for n, k, d, s in zip(x.shape[2:], self.kernel, self.dilations, strides, strict=True)
         ]
         pitches = np.cumprod([1, *x.shape[:2:-1]])[::-1]
@@ -224,7 +229,8 @@ class ConvForm:
         for n in range(len(x)):
             here = slice(*np.searchsorted(sample, [n, n + 1]))
             columns[:, :, here] = np.take(flat[n], np.reshape(offset, (-1, 1)) + begin[here], axis=1)
-        return columns.reshape(self.group, -1, len(chosen)).swapaxes(1, 2)
+        terms = columns.shape[0] * columns.shape[1] // self.group
+        return columns.reshape(self.group, terms, len(chosen)).swapaxes(1, 2)
 
     def _spread(self, x: Array) -> Array:
         """Return the input with stride - 1 zeros between its elements."""
@@ -241,7 +247,7 @@ class ConvForm:
         begins, ends = self._pads((*x_shape[:2], *spatial))
         strides = (1,) * len(spatial) if self.transposed else self.strides
         terms = zip(spatial, begins, ends, self.kernel, self.dilations, strides, strict=True)
-        return [(n + a + e - (k - 1) * d - 1) // s + 1 for n, a, e, k, d, s in terms]
+        return [_places(n + a + e - (k - 1) * d - 1, s) for n, a, e, k, d, s in terms]
 
     def _pads(self, shape: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return the zeros before and after each spatial axis of the (spread) input.

@@ -7,7 +7,7 @@ import pytest
 from graphs import normal, parse
 
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.numerics.linear import OutputsApart
+from eptq_onnx.numerics.linear import ConvForm, OutputsApart
 from eptq_onnx.ops import spec_of
 from eptq_onnx.runtime import Session
 
@@ -91,3 +91,31 @@ def test_what_is_no_plain_matrix_product_has_no_form():
         linear = spec_of(node).linear
         assert linear is not None
         assert linear(node, GraphView(model)) is None
+
+
+@pytest.mark.parametrize("stride", [2**62, -(2**63)])
+@pytest.mark.parametrize(("size", "shape"), [(5, "5"), (8, "8,8")])
+def test_strides_that_lead_nowhere_leave_one_position(stride, size, shape):
+    rank = shape.count(",") + 1
+    weight = normal(3, 2, *(3,) * rank)
+    strides = ",".join([str(stride)] * rank)
+    model = parse(
+        f"g (float[2,2,{shape}] x) => (float[2,3,{','.join('1' * rank)}] y) {{ y = Conv <strides = [{strides}]> (x, w) }}",
+        {"w": weight},
+    )
+    x = normal(2, 2, *(size,) * rank, seed=3)
+    node = model.graph.node[0]
+    linear = spec_of(node).linear
+    assert linear is not None
+    form = linear(node, GraphView(model))
+    assert form is not None
+    assert form.positions(x.shape) == 2
+    rows = form.input_rows(x, np.arange(2))
+    y = Session(model).run({"x": x})["y"]
+    product = np.matmul(rows, form.weight_rows(weight).swapaxes(1, 2))
+    np.testing.assert_allclose(product.reshape(2, 3), y.reshape(2, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_no_rows_have_the_shape_of_rows():
+    form = ConvForm((3,), (1,), (1,), None)
+    assert form.input_rows(np.zeros((2, 4, 8), np.float32), np.zeros(0, np.int64)).shape == (1, 0, 12)
