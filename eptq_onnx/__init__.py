@@ -15,7 +15,7 @@ from eptq_onnx.errors import (
 )
 
 if TYPE_CHECKING:
-    from eptq_onnx.api import Result, quantize
+    from eptq_onnx.api import Result, lint, quantize
     from eptq_onnx.config import (
         ActivationRange,
         Attention,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from eptq_onnx.passes.base import Progress
     from eptq_onnx.report import Report
+    from eptq_onnx.rules import Finding, Lint, Severity
 
 __all__ = [
     "ActivationRange",
@@ -40,8 +41,10 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EptqError",
+    "Finding",
     "GradientError",
     "InstallError",
+    "Lint",
     "ModelError",
     "Optimizer",
     "OutputError",
@@ -50,13 +53,24 @@ __all__ = [
     "Report",
     "Result",
     "RoundingVariable",
+    "Severity",
     "Start",
     "WeightRange",
     "__version__",
+    "lint",
     "quantize",
 ]
 
-_PLACES = {"Progress": "passes.base", "Report": "report", "Result": "api", "quantize": "api"}
+_PLACES = {
+    "Finding": "rules",
+    "Lint": "rules",
+    "Progress": "passes.base",
+    "Report": "report",
+    "Result": "api",
+    "Severity": "rules",
+    "lint": "api",
+    "quantize": "api",
+}
 """Modules of what is imported when it is asked for, other than `eptq_onnx.config`: the command has to handle
 signals before the seconds that this takes."""
 

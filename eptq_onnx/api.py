@@ -28,6 +28,8 @@ from eptq_onnx.prepare import final, prepare
 from eptq_onnx.proto import store
 from eptq_onnx.report import Report
 from eptq_onnx.resume import Resume
+from eptq_onnx.rules import Lint
+from eptq_onnx.rules import lint as check_rules
 from eptq_onnx.runtime import custom_operators
 from eptq_onnx.summary import Costs, report_of
 from eptq_onnx.workdir import Workdir
@@ -98,6 +100,33 @@ def quantize(
     kept = Workdir(config.workdir) if config.workdir is not None else nullcontext()
     with custom_operators(config.custom_ops), scratch.folder() as folder, kept as workdir:
         return replace(_quantize(model, data, config, progress, _Places(folder, workdir)), inputs=inputs)
+
+
+def lint(model: str | os.PathLike[str] | bytes | ModelProto, target: str = "auto") -> Lint:
+    """Check a Q/DQ model, from this or any other tool, against the rules of a target.
+
+    Parameters
+    ----------
+    model : path, bytes or ModelProto
+        The quantized model; it is never modified.
+    target : str
+        Name of a shipped target, or path of a target file; see the option ``target`` of `Config`.
+
+    Returns
+    -------
+    Lint
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be read.
+    ConfigError
+        If there is no such target.
+    """
+    rules = targets.load(target)
+    check_roles(rules)
+    with scratch.folder() as folder:
+        return check_rules(io.load(model, folder, quantized=True), rules)
 
 
 def input_files(

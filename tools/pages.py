@@ -1,8 +1,8 @@
 """What the documentation takes from the code whenever it is built.
 
 The tables of docs/options.md come from the fields of `Config` and the command's own parameters, those of
-docs/targets.md from the target files and the operator table, the forms of data in docs/data.md from the
-readers, and the list of passes in docs/how-it-works.md from `PIPELINE`.
+docs/targets.md from the target files, the operator table and the rules of ``lint``, the forms of data in
+docs/data.md from the readers, and the list of passes in docs/how-it-works.md from `PIPELINE`.
 
 ``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself.
 """
@@ -27,6 +27,7 @@ from eptq_onnx.ops import operators_by_field
 from eptq_onnx.ops.regions import REGIONS
 from eptq_onnx.passes.base import Pass
 from eptq_onnx.pipeline import PIPELINE
+from eptq_onnx.rules import RULES
 from eptq_onnx.targets import Target
 
 _OPTIONS = ("option", "default", "")
@@ -90,6 +91,12 @@ def operators() -> str:
 def patterns() -> str:
     """Return the names of all patterns."""
     return ", ".join(f'`"{name}"`' for name in REGIONS)
+
+
+def rules() -> str:
+    """Return a table with one row for each rule of ``lint``."""
+    rows = [(f"`{rule.name}`", rule.severity.value, rule.about) for rule in RULES]
+    return "\n".join(_table(("rule", "severity", "what must hold"), rows))
 
 
 def passes() -> str:
@@ -180,5 +187,6 @@ PLACES = {
     "<!-- the table of all shipped targets -->": shipped_targets,
     "<!-- the table of operators by field -->": operators,
     "<!-- the names of all patterns -->": patterns,
+    "<!-- the table of all rules -->": rules,
 }
 """What stands in pages, and what is put there instead."""

@@ -15,33 +15,33 @@ def infer_shapes(model: ModelProto) -> ModelProto:
 
     For what onnx cannot infer, such as tensors downstream of operators of other domains, onnxruntime is used.
     """
-    inferred = _inferred(model)
+    result = inferred(model)
     known = {
         v.name
-        for v in (*inferred.graph.value_info, *inferred.graph.output)
+        for v in (*result.graph.value_info, *result.graph.output)
         if v.type.WhichOneof("value") is not None
     }
-    unknown = [o for n in inferred.graph.node for o in n.output if o and o not in known]
+    unknown = [o for n in result.graph.node for o in n.output if o and o not in known]
     if not unknown:
-        return inferred
+        return result
     try:
         types = runtime.tensor_types(model, unknown)
     except ModelError:
         # Tensors of unknown type stay float; whatever runs the model reports what is wrong with it.
-        return inferred
-    inferred.graph.value_info.extend(
+        return result
+    result.graph.value_info.extend(
         ValueInfoProto(name=name, type=types[name]) for name in unknown if name in types
     )
-    return _inferred(inferred)
+    return inferred(result)
 
 
-def _inferred(model: ModelProto) -> ModelProto:
+def inferred(model: ModelProto) -> ModelProto:
     """Return a copy with what onnx infers; the weights are not passed to onnx."""
-    inferred = onnx.shape_inference.infer_shapes(light(model)[0], data_prop=True)
+    found = onnx.shape_inference.infer_shapes(light(model)[0], data_prop=True)
     result = without_weights(model)
     result.graph.initializer.extend(model.graph.initializer)
     for name in ("node", "value_info", "output"):
         field = getattr(result.graph, name)
         del field[:]
-        field.extend(getattr(inferred.graph, name))
+        field.extend(getattr(found.graph, name))
     return result

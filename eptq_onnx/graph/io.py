@@ -31,8 +31,10 @@ _QUANTIZED = {
 _RUNTIMES_OWN = {"SimplifiedLayerNormalization"}
 
 
-def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None = None) -> ModelProto:
-    """Read a float model with its external data, and check it.
+def load(
+    model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None = None, *, quantized: bool = False
+) -> ModelProto:
+    """Read a model with its external data, and check it.
 
     Parameters
     ----------
@@ -40,6 +42,8 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None 
         A ModelProto is copied, never changed.
     folder : str, optional
         Folder for the weights of a large model; see `eptq_onnx.proto.store`.
+    quantized : bool
+        True if the model may be quantized, for whichever runtime: onnxruntime is not asked about it.
 
     Raises
     ------
@@ -75,9 +79,12 @@ def load(model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None 
     if folder is not None and _is_large(proto):
         proto = weights.stored(proto, folder)
     repair(proto, name)
-    make_sound(proto, name)
+    if not quantized:
+        make_sound(proto, name)
     make_canonical(proto)
     _check(proto, name)
+    if not quantized:
+        _check_float(proto, name)
     _densify(proto)
     return proto
 
@@ -186,6 +193,9 @@ def _check(proto: ModelProto, name: str) -> None:
         check(light)
     except checker.ValidationError as e:
         raise ModelError(f"{name} is not valid ONNX: {one_line(e)}") from e
+
+
+def _check_float(proto: ModelProto, name: str) -> None:
     constants = {t.name for t in proto.graph.initializer} | {
         o for n in proto.graph.node if n.op_type == "Constant" for o in n.output
     }

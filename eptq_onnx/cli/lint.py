@@ -1,0 +1,64 @@
+"""The command ``lint``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from eptq_onnx import targets
+from eptq_onnx.api import lint as run
+from eptq_onnx.cli.app import app, one_sentence
+from eptq_onnx.config import Config
+from eptq_onnx.report.console import console, line
+from eptq_onnx.rules import Lint, Severity
+
+_SHOWN = 5
+"""Findings of a rule that are listed."""
+_STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow"}
+
+
+@app.command()
+def lint(
+    *,
+    model: Annotated[Path, typer.Argument(help="The Q/DQ model, of any tool.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Option(help=f"Whose rules: {', '.join(targets.names())}, or the path of a target file."),
+    ] = Config().target,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
+    strict: Annotated[bool, typer.Option(help="Let warnings fail, too.")] = False,
+) -> None:
+    """Check MODEL against the rules of a target; exit code 1 if it breaks one.
+
+    An error is what the target refuses or computes otherwise; a warning costs time or accuracy.
+    """
+    with one_sentence(console(stderr=True)):
+        found = run(model, target)
+        if as_json:
+            print(json.dumps({**asdict(found), "counts": found.counts}, indent=2))
+        else:
+            _show(found, model, console())
+    counts = found.counts
+    if counts[Severity.ERROR.value] or (strict and counts[Severity.WARNING.value]):
+        raise typer.Exit(1)
+
+
+def _show(found: Lint, model: Path, out: Console) -> None:
+    for rule, group in groupby(found.findings, key=lambda f: f.rule):
+        findings = list(group)
+        severity = findings[0].severity
+        out.print(line(f"{severity.value} {rule}: {findings[0].remedy}", _STYLES[severity]), soft_wrap=True)
+        for finding in findings[:_SHOWN]:
+            out.print(line(f"  {finding.node}: {finding.message}"), soft_wrap=True)
+        if len(findings) > _SHOWN:
+            out.print(line(f"  and {len(findings) - _SHOWN} more; --json lists all"), soft_wrap=True)
+    for sentence in found.unchecked:
+        out.print(line(f"not checked: {sentence}"), soft_wrap=True)
+    counts = " and ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in found.counts.items())
+    out.print(line(f"{model} for {found.target}: {counts}"), soft_wrap=True)

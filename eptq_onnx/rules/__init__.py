@@ -1,0 +1,102 @@
+"""Check a Q/DQ file, from this or any other tool, against the rules of a target.
+
+Most rules follow from the target's own data: types, zero points, scales, biases, the operators that run on
+integers. Each finding names a node, the rule and a remedy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from onnx import ModelProto
+
+from eptq_onnx.proto.bodies import all_nodes
+from eptq_onnx.rules.numbers import NUMBERS
+from eptq_onnx.rules.places import PLACES
+from eptq_onnx.rules.rule import Rule, Severity
+from eptq_onnx.rules.view import QdqView
+from eptq_onnx.targets import Target
+
+RULES: tuple[Rule, ...] = (*NUMBERS, *PLACES)
+"""All rules, in the order of their findings."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A place where a file breaks a rule.
+
+    Parameters
+    ----------
+    rule : str
+    severity : Severity
+    node : str
+        Name of the node, or of its first output if it has no name.
+    message : str
+        What is wrong there, as a sentence without a full stop.
+    remedy : str
+    """
+
+    rule: str
+    severity: Severity
+    node: str
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Lint:
+    """Findings in a file.
+
+    Parameters
+    ----------
+    target : str
+        Name of the target.
+    pairs : int
+        DequantizeLinear nodes in the file.
+    findings : tuple of Finding
+    unchecked : tuple of str
+        What was not checked, as sentences without a full stop.
+    """
+
+    target: str
+    pairs: int
+    findings: tuple[Finding, ...]
+    unchecked: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Return the number of findings of each severity."""
+        found = Counter(f.severity.value for f in self.findings)
+        return {severity.value: found[severity.value] for severity in Severity}
+
+
+def lint(model: ModelProto, target: Target) -> Lint:
+    """Check a model against the rules of a target.
+
+    Parameters
+    ----------
+    model : ModelProto
+    target : Target
+
+    Returns
+    -------
+    Lint
+        Without findings if the file obeys every rule. Rules apply to the main graph only.
+    """
+    view = QdqView(model)
+    findings = tuple(
+        Finding(rule.name, rule.severity, node, message, rule.remedy)
+        for rule in RULES
+        for node, message in rule.check(view, target)
+    )
+    inside = (
+        sum(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in all_nodes(view.graph.model.graph))
+        - len(view.quantizers)
+        - len(view.dequantizers)
+    )
+    unchecked = (f"{inside} quantizers in the bodies of If, Loop or Scan",) if inside else ()
+    return Lint(target.name, len(view.dequantizers), findings, unchecked)
+
+
+__all__ = ["RULES", "Finding", "Lint", "Rule", "Severity", "lint"]

@@ -1,0 +1,223 @@
+"""Rules about numbers: types, zero points, scales, axes and ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from onnx import TensorProto
+
+from eptq_onnx.graph.view import int_attribute, opset_of
+from eptq_onnx.numerics.quant_math import bias_scale
+from eptq_onnx.numerics.scales import ScaleRule
+from eptq_onnx.rules.roles import activation_of, bias_of, weight_of
+from eptq_onnx.rules.rule import Rule, Severity, rule
+from eptq_onnx.rules.view import QdqView, Quantized
+from eptq_onnx.targets import Target
+
+_OPSETS = {
+    "int16": 21, "uint16": 21, "int4": 21, "uint4": 21, "int2": 25, "uint2": 25, "float4e2m1": 23,
+    "float8e4m3fn": 19, "float8e4m3fnuz": 19, "float8e5m2": 19, "float8e5m2fnuz": 19,
+}  # fmt: skip
+"""Opset from which QuantizeLinear and DequantizeLinear know a type."""
+_PER_AXIS, _BLOCKED = 13, 21
+"""Opsets from which scales may differ along an axis, and between blocks."""
+_PRECISION = 1e-3
+"""Relative difference between a bias scale and the product of scales that no integer kernel notices."""
+
+
+def _activations(view: QdqView) -> list[Quantized]:
+    return [*view.quantizers, *(q for q in view.dequantizers if not q.constant)]
+
+
+@rule(
+    "scale",
+    Severity.ERROR,
+    "Scales are positive, finite constants.",
+    "Calibrate again with samples that reach this tensor, or leave it float.",
+)
+def scale(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnx-tensorrt importers; ONNX QuantizeLinear."""
+    for q in (*view.quantizers, *view.dequantizers):
+        if q.scale is None:
+            yield q.node.name, "its scale is computed at run time"
+        elif not (np.isfinite(q.scale.astype(np.float64)) & (q.scale.astype(np.float64) > 0)).all():
+            yield q.node.name, f"a scale is {np.min(q.scale):g}"
+
+
+@rule(
+    "opset",
+    Severity.ERROR,
+    "Types and granularities exist in the opset that the model imports.",
+    "Convert the model to that opset.",
+)
+def opset(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: ONNX operator changelog, QuantizeLinear."""
+    own = opset_of(view.graph.model)
+    for q in (*view.quantizers, *view.dequantizers):
+        if q.node.domain not in ("", "ai.onnx"):
+            continue
+        needed = _OPSETS.get(q.type_name, 1)
+        needed = max(needed, _PER_AXIS if q.axis is not None else 1)
+        needed = max(needed, _BLOCKED if int_attribute(q.node, "block_size", 0) else 1)
+        if own < needed:
+            yield q.node.name, f"{q.type_name} like this exists from opset {needed}, and the model has {own}"
+
+
+@rule(
+    "type",
+    Severity.ERROR,
+    "Activations, weights and biases have types that the target reads.",
+    "Quantize to the types of the target.",
+)
+def types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnx-tensorrt importers (int8 only, no int32); runtime documentation."""
+    own = target.activation.container
+    wide = own.replace("8", "16")
+    for q in _activations(view):
+        if q.type_name not in (own, wide):
+            yield q.node.name, f"an activation is {q.type_name}, and {target.name} takes {own}"
+    biases = {b.node.name for n in view.nodes if (b := bias_of(n, view)) is not None}
+    for q in view.dequantizers:
+        if not q.constant or q.type_name in (own, target.weight.container):
+            continue
+        if q.type_name == "int32" and q.node.name in biases:
+            if not target.bias.integer:
+                yield q.node.name, f"a bias is int32, and {target.name} takes float biases"
+        else:
+            yield (
+                q.node.name,
+                f"a constant is {q.type_name}, and {target.name} takes {target.weight.container}",
+            )
+
+
+@rule(
+    "zero-point",
+    Severity.ERROR,
+    "Zero points are 0 where the target has symmetric kernels only.",
+    "Quantize symmetrically.",
+)
+def zero_point(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnx-tensorrt importers; onnxruntime qdq_selectors.cc (weights and biases)."""
+    weights = {w[0].node.name for n in view.nodes if (w := weight_of(n, view, target)) is not None}
+    biases = {b.node.name for n in view.nodes if (b := bias_of(n, view)) is not None}
+    for q in (*view.quantizers, *view.dequantizers):
+        fixed = q.node.name in weights or q.node.name in biases
+        if q.is_shifted and (fixed or target.activation.symmetric):
+            what = "a weight" if q.node.name in weights else "a bias" if fixed else "an activation"
+            yield q.node.name, f"the zero point of {what} is not 0"
+
+
+@rule(
+    "bias-zero-point",
+    Severity.ERROR,
+    "DequantizeLinear of int32 has no zero point where the target refuses one.",
+    "Leave the third input of DequantizeLinear out.",
+)
+def bias_zero_point(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnxruntime-web, WebGPU provider."""
+    for q in view.dequantizers:
+        if not target.bias.zero_point and q.elem_type == TensorProto.INT32 and len(q.node.input) > 2:
+            yield q.node.name, f"a bias has a zero point, and {target.name} takes none"
+
+
+@rule(
+    "bias-scale",
+    Severity.ERROR,
+    "The scale of an integer bias is the product of the scales of input and weight.",
+    "Quantize the bias with that product.",
+)
+def bias_scales(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: ONNX QLinearConv."""
+    for node in view.nodes:
+        bias, weight = bias_of(node, view), weight_of(node, view, target)
+        x = activation_of(node.input[0], view, target) if node.input else None
+        if bias is None or weight is None or x is None or bias.elem_type != TensorProto.INT32:
+            continue
+        if bias.scale is None or weight[0].scale is None or x.scale is None or x.scale.size != 1:
+            continue
+        product = bias_scale(x.scale.reshape(()), weight[0].scale)
+        if not np.allclose(bias.scale.reshape(-1), product.reshape(-1), rtol=_PRECISION, atol=0):
+            yield node.name, "the scale of its bias is not that of its input times that of its weight"
+
+
+@rule(
+    "activation-scale",
+    Severity.ERROR,
+    "Activations have one scale per tensor.",
+    "Quantize activations per tensor.",
+)
+def activation_scale(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnx-tensorrt importers; onnxruntime qdq_selectors.cc."""
+    for q in _activations(view):
+        if q.scale is not None and q.scale.size > 1:
+            yield q.node.name, f"an activation has {q.scale.size} scales"
+
+
+@rule(
+    "weight-axis",
+    Severity.ERROR,
+    "Scales of a weight lie along its output channels, or there is one per tensor.",
+    "Quantize weights along the axis of their output channels, or per tensor where the target asks for it.",
+)
+def weight_axis(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: TensorRT, working with quantized types; ONNX QLinearConv."""
+    for node in view.nodes:
+        found = weight_of(node, view, target)
+        if found is None or found[0].axis is None:
+            continue
+        weight, axis = found
+        if not target.of(node.op_type).weight.per_channel:
+            yield node.name, f"its weight has several scales, and {target.name} takes one for {node.op_type}"
+        elif weight.axis != axis:
+            yield (
+                node.name,
+                f"weight scales lie along axis {weight.axis}, and output channels along {axis}",
+            )
+
+
+@rule(
+    "power-of-two",
+    Severity.ERROR,
+    "Scales are powers of two where the target shifts instead of multiplying.",
+    "Choose the nearest power of two that clips nothing, or the one with the least error.",
+)
+def power_of_two(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: AMD Quark, XINT8."""
+    rules = {True: target.weight.scale, False: target.activation.scale}
+    for q in (*view.quantizers, *view.dequantizers):
+        if q.scale is None or q.elem_type == TensorProto.INT32:
+            continue
+        scales = np.abs(q.scale.astype(np.float64))
+        if rules[q.constant] is ScaleRule.POWER_OF_TWO and not (np.frexp(scales)[0] == 0.5).all():
+            yield q.node.name, "a scale is not a power of two"
+
+
+@rule(
+    "weight-range",
+    Severity.WARNING,
+    "Weights stay in the range that the target's kernels add without saturating.",
+    "Quantize weights to that range, or choose a target for machines whose kernels take the full range.",
+)
+def weight_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: vpmaddubsw adds two products of uint8 and int8 in 16 bits; TensorRT uses −127 to 127."""
+    for node in view.nodes:
+        found = weight_of(node, view, target)
+        values = view.value(found[0].integers) if found is not None else None
+        if found is None or values is None or found[0].type_name != "int8" or not values.size:
+            continue
+        shape = view.graph.static_shape(node.input[1])
+        single = (int_attribute(node, "group", 1), 1)
+        depthwise = node.op_type == "Conv" and shape is not None and shape[:2] == single
+        rules = target.of(node.op_type).weight
+        low, high = (rules.depthwise_range_8_bits if depthwise else None) or rules.range_8_bits
+        least, most = int(values.min()), int(values.max())
+        if least < low or most > high:
+            taken = f"{target.name} takes {low} to {high}"
+            yield node.name, f"its weights go from {least} to {most}, and {taken}"
+
+
+NUMBERS: tuple[Rule, ...] = (
+    scale, opset, types, zero_point, bias_zero_point, bias_scales, activation_scale, weight_axis,
+    power_of_two, weight_range,
+)  # fmt: skip

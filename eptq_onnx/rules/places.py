@@ -1,0 +1,246 @@
+"""Rules about places: where quantizers stand, and what they make of the operators around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onnx import NodeProto
+
+from eptq_onnx.ops import spec_of
+from eptq_onnx.ops.regions import regions
+from eptq_onnx.ops.sizes import objection
+from eptq_onnx.rules.roles import activation_of, activations_of, runs_on_integers
+from eptq_onnx.rules.rule import Rule, Severity, rule
+from eptq_onnx.rules.view import DEQUANTIZE, QUANTIZE, QdqView, Quantized
+from eptq_onnx.targets import ONNXRUNTIME, Target
+
+_INTEGER_OPERATORS = (
+    "ConvInteger",
+    "MatMulInteger",
+    "DynamicQuantizeLinear",
+    "DynamicQuantizeMatMul",
+    "QGemm",
+)
+
+
+@rule(
+    "integer-operator",
+    Severity.ERROR,
+    "The file has quantizers around float operators, and no integer operators of a certain runtime.",
+    "Write the file in Q/DQ format.",
+)
+def integer_operators(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnx-tensorrt operators.md."""
+    for node in view.nodes:
+        if target.verifier != ONNXRUNTIME and (
+            node.op_type in _INTEGER_OPERATORS or node.op_type.startswith("QLinear")
+        ):
+            yield node.name, f"{node.op_type} is no float operator"
+
+
+@rule(
+    "between",
+    Severity.ERROR,
+    "Nothing stands between QuantizeLinear and DequantizeLinear.",
+    "Use widths that the integer type holds exactly, and move other operators out.",
+)
+def between(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnx-tensorrt importers; onnxruntime takes a Clip."""
+    for q in view.dequantizers:
+        if q.constant or target.verifier == ONNXRUNTIME:
+            continue
+        for node in view.between(q)[0]:
+            yield node.name, f"{node.op_type} stands between QuantizeLinear and DequantizeLinear"
+
+
+@rule(
+    "layer-input",
+    Severity.WARNING,
+    "A layer whose weight is quantized reads quantized activations, and the other way round.",
+    "Quantize the missing input, or leave all inputs float.",
+)
+def layer_input(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: TensorRT, OpenVINO and onnxruntime: an operator runs on integers if all its inputs are."""
+    for node in view.nodes:
+        row, place = target.operators.get(node.op_type), spec_of(node).weight
+        if row is None or row.runs != "layer" or place is None or len(node.input) <= place:
+            continue
+        x, weight = activation_of(node.input[0], view, target), view.read(node.input[place])
+        if not view.is_constant(node.input[place]) or (x is None) == (weight is None):
+            continue
+        missing = "input" if x is None else "weight"
+        yield node.name, f"its {missing} is float, so that it runs in float"
+
+
+@rule(
+    "layer-output",
+    Severity.WARNING,
+    "The output of an operator is quantized where the target's kernels write integers only.",
+    "Put QuantizeLinear and DequantizeLinear behind the operator, for all its readers.",
+)
+def layer_output(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnxruntime qdq_selectors.cc."""
+    for node in view.nodes:
+        row = target.operators.get(node.op_type)
+        if row is None or row.output != "quantized" or not runs_on_integers(node, view, target):
+            continue
+        tensor = _behind_clipping(node, view, target)
+        readers = view.readers(tensor)
+        if tensor in view.graph.outputs or any(n.op_type != QUANTIZE for n in readers) or not readers:
+            yield node.name, f"its output is read as float, so that {node.op_type} runs in float"
+
+
+def _behind_clipping(node: NodeProto, view: QdqView, target: Target) -> str:
+    """Return the tensor behind clipping operators that the quantizer absorbs."""
+    tensor = str(node.output[0])
+    while len(readers := view.readers(tensor)) == 1 and tensor not in view.graph.outputs:
+        row = target.operators.get(readers[0].op_type)
+        if row is None or row.runs != "absorbed":
+            break
+        tensor = readers[0].output[0]
+    return tensor
+
+
+@rule(
+    "idle-pair",
+    Severity.WARNING,
+    "A tensor is quantized for operators that run on integers.",
+    "Remove the pair: it costs time and accuracy.",
+)
+def idle_pair(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: TensorRT best practices for placing Q/DQ; OpenVINO low-precision transformations."""
+    for q in view.dequantizers:
+        source = view.between(q)[1]
+        if q.constant or source is None:
+            continue
+        producer = view.graph.producer.get(source.node.input[0])
+        wanted = producer is not None and _writes_integers(producer, view, target)
+        readers = view.readers(q.node.output[0])
+        wanted |= any(runs_on_integers(n, view, target) or n.op_type == QUANTIZE for n in readers)
+        if not wanted:
+            kinds = ", ".join(sorted({n.op_type for n in readers})) or "an output of the network"
+            yield q.node.name, f"only {kinds} reads it, and {target.name} runs that in float"
+
+
+def _writes_integers(node: NodeProto, view: QdqView, target: Target) -> bool:
+    """Return True for the producer of a quantized output, through clipping operators."""
+    row = target.operators.get(node.op_type)
+    while row is not None and row.runs == "absorbed":
+        before = view.graph.producer.get(node.input[0])
+        if before is None:
+            return False
+        node, row = before, target.operators.get(before.op_type)
+    return row is not None and row.output != "float" and runs_on_integers(node, view, target)
+
+
+@rule(
+    "residual",
+    Severity.WARNING,
+    "Of a residual sum, only the branch that does not come from a layer is quantized.",
+    "Remove the pair on the branch that comes from the layer: the sum is computed with it.",
+)
+def residual(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: TensorRT, Q/DQ placement for residual sums; modelopt.onnx."""
+    layers = target.that_run("layer")
+    for node in view.nodes:
+        row = target.operators.get(node.op_type)
+        if row is None or row.inputs != "residual":
+            continue
+        reads = [
+            q for i in node.input if (q := activation_of(i, view, target)) is not None and not q.constant
+        ]
+        if len(reads) < 2:
+            continue
+        for q in reads:
+            source = view.between(q)[1]
+            maker = None if source is None else view.graph.producer.get(source.node.input[0])
+            if source is not None and maker is not None and maker.op_type in layers:
+                yield node.name, f"its input from {maker.name} is quantized, too"
+                break
+
+
+@rule(
+    "shared-scale",
+    Severity.WARNING,
+    "Operators that move values have the same scale and zero point at inputs and outputs.",
+    "Give these tensors one scale: that of all their values.",
+)
+def shared_scale(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnxruntime qdq_selectors.cc; TensorRT and OpenVINO for Concat."""
+    for node in view.nodes:
+        row = target.operators.get(node.op_type)
+        if row is None or not (row.runs == "equal scale" or row.shared_scale):
+            continue
+        if not runs_on_integers(node, view, target):
+            continue
+        around: list[Quantized] = [
+            q for i in activations_of(node, view) if (q := activation_of(i, view, target)) is not None
+        ]
+        around += [q for o in node.output if o for q in view.written(o)]
+        if len(around) > 1 and not all(q.same_numbers(around[0]) for q in around):
+            yield node.name, f"{node.op_type} has inputs and outputs with different scales"
+
+
+@rule(
+    "pattern",
+    Severity.WARNING,
+    "No quantizers stand inside patterns that the runtime computes at once.",
+    "Remove these pairs.",
+)
+def pattern(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: TensorRT and OpenVINO fusions; modelopt.onnx."""
+    stripped = view.stripped
+    inside = regions(stripped, target.patterns.keep)
+    for q in view.dequantizers:
+        source = view.between(q)[1]
+        maker = None if source is None else stripped.producer.get(source.node.input[0])
+        name = None if maker is None else inside.get(maker.name)
+        readers = view.readers(q.node.output[0])
+        if name is not None and readers and all(inside.get(n.name) == name for n in readers):
+            yield q.node.name, f"it stands inside a {name}"
+
+
+@rule(
+    "size",
+    Severity.WARNING,
+    "Operators run on integers where their sizes make that worth while.",
+    "Leave this operator float.",
+)
+def size(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: modelopt.onnx; onnxruntime kernels."""
+    stripped = view.stripped
+    for node in stripped.nodes:
+        row = target.operators.get(node.op_type)
+        original = view.graph.producer.get(next((o for o in node.output if o), ""))
+        if row is None or original is None or not runs_on_integers(original, view, target):
+            continue
+        why = objection(node, stripped, row)
+        if why is not None and not (row.except_first and _is_first(original, view, target)):
+            yield node.name, why
+
+
+def _is_first(node: NodeProto, view: QdqView, target: Target) -> bool:
+    """Return True if no other layer precedes a layer."""
+    before = view.graph.upstream([node.input[0]])
+    layers = target.that_run("layer")
+    return not any(n.op_type in layers and any(o in before for o in n.output) for n in view.nodes)
+
+
+@rule(
+    "network-output",
+    Severity.WARNING,
+    "Outputs of the network have float values where the target leaves them float.",
+    "Let the output be the tensor in front of QuantizeLinear.",
+)
+def network_output(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: OpenVINO, hardware configurations of NNCF."""
+    for name in view.graph.outputs:
+        maker = view.graph.producer.get(name)
+        if target.outputs == "float" and maker is not None and maker.op_type == DEQUANTIZE:
+            yield maker.name, f"the output {name} is dequantized"
+
+
+PLACES: tuple[Rule, ...] = (
+    integer_operators, between, layer_input, layer_output, idle_pair, residual, shared_scale, pattern, size,
+    network_output,
+)  # fmt: skip

@@ -1,0 +1,55 @@
+"""What nodes of a Q/DQ file are to a target: layers with weights and biases, and what runs on integers."""
+
+from __future__ import annotations
+
+from onnx import NodeProto
+
+from eptq_onnx.ops import spec_of
+from eptq_onnx.rules.view import QdqView, Quantized
+from eptq_onnx.targets import Target
+
+
+def activation_of(tensor: str, view: QdqView, target: Target) -> Quantized | None:
+    """Return the quantizer of a tensor, or of what it is moved from without a quantizer of its own."""
+    while (read := view.read(tensor)) is None:
+        mover = view.graph.producer.get(tensor)
+        row = None if mover is None else target.operators.get(mover.op_type)
+        if mover is None or row is None or (row.runs, row.output) != ("equal scale", "float"):
+            return None
+        tensor = mover.input[0]
+    return read
+
+
+def weight_of(node: NodeProto, view: QdqView, target: Target) -> tuple[Quantized, int] | None:
+    """Return the quantized constant weight of a layer of the target, and its output-channel axis."""
+    spec, row = spec_of(node), target.operators.get(node.op_type)
+    if row is None or row.runs != "layer" or spec.weight is None or len(node.input) <= spec.weight:
+        return None
+    read = view.read(node.input[spec.weight])
+    shape = view.graph.shape(node.input[spec.weight])
+    if read is None or not read.constant or shape is None or len(shape) < 2:
+        return None
+    return read, spec.weight_axis(node) % len(shape)
+
+
+def bias_of(node: NodeProto, view: QdqView) -> Quantized | None:
+    """Return the quantized constant bias of a layer."""
+    place = spec_of(node).bias
+    read = view.read(node.input[place]) if place is not None and len(node.input) > place else None
+    return read if read is not None and read.constant else None
+
+
+def activations_of(node: NodeProto, view: QdqView) -> list[str]:
+    """Return the inputs of a node that carry activations."""
+    return [i for i in spec_of(node).data_inputs(node) if not view.is_constant(i)]
+
+
+def runs_on_integers(node: NodeProto, view: QdqView, target: Target) -> bool:
+    """Return True if the target runs a node like this on integers, and reads integers here."""
+    row, plain = target.operators.get(node.op_type), view.stripped_nodes.get(node.name)
+    return (
+        row is not None
+        and row.runs in ("layer", "arithmetic", "equal scale")
+        and any(activation_of(i, view, target) is not None for i in activations_of(node, view))
+        and (plain is None or spec_of(node).objection(plain, view.stripped) is None)
+    )
