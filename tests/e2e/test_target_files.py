@@ -231,7 +231,9 @@ def test_what_is_written_obeys_a_shipped_target(name, seed):
         (("portable", {"operators": {"Concat": {"runs": "arithmetic"}}}), "tensorrt"),
         (("portable", {"operators": {"Add": {"runs": "arithmetic"}}}), "tensorrt"),
         (("openvino", {"patterns": {"keep": []}}), "openvino"),
-        (("portable", {"outputs": "shared"}), "tensorrt"),
+        (("tensorrt", {"outputs": "shared"}), "tensorrt"),
+        (("tensorrt", {"operators": {"Conv": {"output": "quantized"}}}), "tensorrt"),
+        (("openvino", {"operators": {"Concat": {"shared_scale": False}}}), "openvino"),
     ],
 )
 def test_a_file_for_another_target_does_not_obey(tmp_path, broken, target):
