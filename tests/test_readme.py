@@ -67,7 +67,10 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def help_text() -> str:
-    return CliRunner().invoke(app, ["quantize", "--help"], env={"COLUMNS": "200"}).output
+    names = [
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    ]
+    return "".join(CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).output for name in names)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -41,16 +41,31 @@ class Pairing:
         self._samples, self._parts, self._found = samples, parts, found
         self._free = _in_free_order(whole, found)
 
-    def outputs(self, model: ModelProto, count: int | None = None) -> Iterator[Feeds]:
-        """Yield the floating-point outputs of each run; ``count`` limits the number of runs."""
+    def outputs(
+        self, model: ModelProto, count: int | None = None, *, integers: bool = True
+    ) -> Iterator[Feeds]:
+        """Yield the floating-point outputs of each run.
+
+        Parameters
+        ----------
+        model : ModelProto
+        count : int, optional
+            Most runs.
+        integers : bool
+            False to compute in float between quantizers, as the ONNX operators are defined.
+        """
         model, names = readable(model)
-        session = Session(model)
+        session = Session(model, integers=integers)
 
         def run(part: NDArray[np.int64]) -> Feeds:
             values = session.run(session.taken(self._samples.take(part)))
             return {name: numbers(values[source]) for name, source in names.items()}
 
         return ordered_map(run, self._parts[:count])
+
+    def samples_of(self, count: int) -> int:
+        """Return the number of samples in the first runs."""
+        return sum(map(len, self._parts[:count]))
 
     def pairs(self, reference: Iterable[Feeds], others: Iterable[Feeds]) -> Iterator[dict[str, Pair]]:
         """Yield output name to the values of both for each run, with rows matched if chosen by value."""

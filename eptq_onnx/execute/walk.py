@@ -32,10 +32,13 @@ class Walk:
         With named nodes and known element types; it is not changed.
     batches : sequence of Feeds
         Inputs of the model, one entry per batch.
+    integers : bool
+        False to compute in float between quantizers, as the ONNX operators are defined.
     """
 
-    def __init__(self, model: ModelProto, batches: Sequence[Feeds]) -> None:
+    def __init__(self, model: ModelProto, batches: Sequence[Feeds], *, integers: bool = True) -> None:
         self._view = GraphView(model)
+        self._integers = integers
         self._live: list[Feeds] = [dict(feeds) for feeds in batches]
         self._waiting: dict[str, NodeProto] = {n.name: n for n in self._view.nodes}
         self._replaced: Feeds = {}
@@ -83,7 +86,8 @@ class Walk:
         read = dict.fromkeys(i for n in nodes for i in node_reads(n) if i not in made)
         inputs = [i for i in read if self._known(i)]
         session = Session(
-            piece(self._view, nodes, {i: self._type(i) for i in inputs}, {o: self._type(o) for o in kept})
+            piece(self._view, nodes, {i: self._type(i) for i in inputs}, {o: self._type(o) for o in kept}),
+            integers=self._integers,
         )
 
         def run(feeds: Feeds) -> Feeds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from eptq_onnx.proto.bodies import all_nodes
 from eptq_onnx.proto.weights import light
 from eptq_onnx.records import Plan, Verification
 from eptq_onnx.runtime import Session
-from eptq_onnx.targets import Target
+from eptq_onnx.targets import ONNXRUNTIME, Target
 
 _LAYER_SAMPLES = 32
 """Samples on which layers are compared."""
@@ -105,13 +105,16 @@ def verify(
         kernels = count_kernels(onnx.load(optimized, load_external_data=False), target)
         del session
     parts = list(samples.batches(shares.unseen, samples.fixed_batch or 1))
-    compared, statistics, notes = _compare_outputs(versions, quantized, samples, parts, found)
+    # The integer kernels of this machine say nothing about another runtime: without VNNI they overflow.
+    integers = target.verifier == ONNXRUNTIME
+    pairing = Pairing(versions.whole, samples, parts, found)
+    compared, statistics, notes = _compare_outputs(versions, quantized, pairing, found, integers=integers)
     sums = _Sums()
     float_model = executed(versions.whole, found)
     flat = executed(versions.marked, found, versions.stands_for)
     walked = list(samples.batches(shares.unseen[:_LAYER_SAMPLES], samples.micro_batch())) or parts
     feeds = [samples.take(part) for part in walked]
-    exact, quantized_walk = Walk(float_model, feeds), Walk(infer_shapes(flat), feeds)
+    exact, quantized_walk = Walk(float_model, feeds), Walk(infer_shapes(flat), feeds, integers=integers)
     for k, layer in enumerate(plan.layers):
         pair = (
             exact.reach(layer.result),
@@ -135,32 +138,28 @@ def verify(
 
 
 def _compare_outputs(
-    versions: Versions,
-    quantized: ModelProto,
-    samples: Samples,
-    parts: Sequence[NDArray[np.int64]],
-    found: Replay,
+    versions: Versions, quantized: ModelProto, pairing: Pairing, found: Replay, *, integers: bool
 ) -> tuple[int, dict[str, OutputStatistics], tuple[str, ...]]:
     """Return the number of samples compared, the statistics of each output, and notes."""
-    pairing = Pairing(versions.whole, samples, parts, found)
     # One session at a time, because each holds all weights.
     reference = within_bytes(pairing.outputs(executed(versions.whole, found.draws)), _MOST_BYTES)
     notes: tuple[str, ...] = ()
     draws = found.draws
     other = executed(versions.marked, draws, versions.stands_for) if draws.places else quantized
     try:
-        results = list(pairing.outputs(other, len(reference)))
+        results = list(pairing.outputs(other, len(reference), integers=integers))
     except ModelError as e:
         if not draws.places:
             raise
         # If lengths differ, so do the numbers of draws.
-        results = list(pairing.outputs(executed(versions.marked, found, versions.stands_for), len(reference)))
+        followed = executed(versions.marked, found, versions.stands_for)
+        results = list(pairing.outputs(followed, len(reference), integers=integers))
         notes = (
             "in the comparison of outputs, lengths and places follow the float model: "
             f"with its own the draws do not fit ({e})",
         )
     compared = comparisons(pairing.pairs(reference, results))
-    return sum(map(len, parts[: len(reference)])), {name: c.result() for name, c in compared.items()}, notes
+    return pairing.samples_of(len(reference)), {name: c.result() for name, c in compared.items()}, notes
 
 
 class _Sums:

@@ -10,13 +10,16 @@ import numpy as np
 import onnx
 import pytest
 from conftest import MODELS
-from graphs import images, silent, small_convnet
+from graphs import images, normal, parse, silent, small_convnet
 from obeyed import obeyed
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import eptq_onnx
 from eptq_onnx import Config, targets
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.method.normalize import normalize
 from eptq_onnx.numerics import quant_math
+from eptq_onnx.ops.regions import regions
 from eptq_onnx.runtime import Session
 from eptq_onnx.targets import Target
 
@@ -133,7 +136,7 @@ def drawn_network(rng: np.random.Generator) -> ModelProto:
 
     x = conv("x", 3)
     for _ in range(3):
-        kind = rng.integers(8)
+        kind = rng.integers(9)
         if kind == 0:
             x = node("Relu", x)
         elif kind == 1:
@@ -148,9 +151,14 @@ def drawn_network(rng: np.random.Generator) -> ModelProto:
             x = node("MaxPool", x, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
         elif kind == 6:
             x = node("Sigmoid", x)
+        elif kind == 7:
+            x = node("Mul", x, node("Sigmoid", x))
         shortcut, x = x, conv(x, 8, int(rng.choice([1, 8])))
-        if rng.integers(2):
+        join = rng.integers(3)
+        if join == 0:
             x = node("Add", x, shortcut)
+        elif join == 1:
+            x = conv(node("Concat", x, shortcut, axis=1), 16)
     x = node("Flatten", node("GlobalAveragePool", node("Relu", x)))
     last = (
         constant(rng.normal(0, 0.4, (5, 8)).astype(np.float32)),
@@ -191,6 +199,84 @@ def test_what_is_written_obeys_every_line_of_a_drawn_target(seed, tmp_path):
         and target.weight.range_8_bits[1] > 60
     ):
         assert sqnr(expected, got) > 12
+
+
+SHIPPED = {name: targets.load(name) for name in targets.names()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_written_obeys_a_shipped_target(name, seed):
+    rng = np.random.default_rng([seed, 28])
+    target, model = SHIPPED[name], drawn_network(rng)
+    options = {"preset": "fast"} if seed else {"steps": 4, "batch_size": 4}
+    result = eptq_onnx.quantize(
+        model, images(24), Config(target=name, max_noise=0, activation_bits=8 - seed, **options)
+    )
+    counts = obeyed(result.model, target)
+    assert counts["weight"] == len(result.report.layers) > 0
+    assert (counts["bias"] > 0) == target.bias.integer
+    kept = regions(GraphView(normalize(model, 13)), target.patterns.keep)
+    assert counts["whole"] == len(kept)
+    expected, got = (Session(m).run({"x": images(16, seed=1)})["y"] for m in (model, result.model))
+    assert sqnr(expected, got) > (8 if seed else 12)
+
+
+@pytest.mark.parametrize(
+    ("broken", "target"),
+    [
+        (("ort-x64", {}), "ort-web"),
+        (("ort-x64", {}), "tensorrt"),
+        (("portable", {"operators": {"Concat": {"runs": "arithmetic"}}}), "tensorrt"),
+        (("portable", {"operators": {"Add": {"runs": "arithmetic"}}}), "tensorrt"),
+        (("openvino", {"patterns": {"keep": []}}), "openvino"),
+        (("tensorrt", {"outputs": "shared"}), "tensorrt"),
+        (("tensorrt", {"operators": {"Conv": {"output": "quantized"}}}), "tensorrt"),
+        (("openvino", {"operators": {"Concat": {"shared_scale": False}}}), "openvino"),
+    ],
+)
+def test_a_file_for_another_target_does_not_obey(tmp_path, broken, target):
+    base, lines = broken
+    (tmp_path / "other.toml").write_text(f'name = "o"\ntitle = "O"\nextends = "{base}"\n{_lines(lines)}')
+    config = Config(target=str(tmp_path / "other.toml"), preset="fast", max_noise=0)
+    model = eptq_onnx.quantize(_all_rules(), images(16), config).model
+    with pytest.raises(AssertionError):
+        assert obeyed(model, targets.load(target))["whole"] == 2 * (target == "openvino")
+    right = eptq_onnx.quantize(
+        _all_rules(), images(16), Config(target=target, preset="fast", max_noise=0)
+    ).model
+    counts = obeyed(right, targets.load(target))
+    assert counts["whole"] == 2 * (target == "openvino")
+    if target in ("tensorrt", "openvino"):
+        assert counts["shared"] == 1
+    if target == "tensorrt":
+        assert counts["residual"] == 1
+
+
+def _lines(fields: dict[str, object], above: str = "") -> str:
+    """Fields of nested tables as lines of a TOML file."""
+    return "".join(
+        _lines(value, f"{above}{name}.") if isinstance(value, dict) else f"{above}{name} = {_toml(value)}\n"
+        for name, value in fields.items()
+    )
+
+
+def _all_rules() -> ModelProto:
+    """A network with a residual sum, a Concat, SiLU, and an output that a layer reads."""
+    weights = {
+        n: normal(8, 3 if n == "w1" else 16 if n == "w4" else 8, 3, 3, seed=int(n[1])) for n in WEIGHTS
+    }
+    text = """
+        g (float[N,3,8,8] x) => (float[N,8,8,8] c, float[N,8,8,8] y) {
+            a = Conv <pads = [1,1,1,1]> (x, w1, b)  r = Relu (a)  d = Conv <pads = [1,1,1,1]> (r, w2)
+            s = Add (d, r)  c = Conv <pads = [1,1,1,1]> (s, w3)  t = Concat <axis = 1> (c, s)
+            u = Conv <pads = [1,1,1,1]> (t, w4)  g = Sigmoid (u)  v = Mul (u, g)
+            y = Conv <pads = [1,1,1,1]> (v, w5)
+        }"""
+    return parse(text, {**weights, "b": normal(8)})
+
+
+WEIGHTS = ("w1", "w2", "w3", "w4", "w5")
 
 
 def test_tables_obey_the_rule_for_weights(tmp_path):

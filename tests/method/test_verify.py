@@ -65,3 +65,20 @@ def test_outputs_whose_size_depends_on_values_are_compared():
         model, {"x": normal(64, 4)}, Config(preset="fast", activation_bits=3, edge_bits=3)
     )
     assert 0 <= result.report.verification.outputs["y"] < 20
+
+
+def test_overflow_of_this_machine_says_nothing_about_another_runtime(tmp_path):
+    """Without VNNI, onnxruntime's kernels overflow with weights of the whole range."""
+    model = parse(
+        "g (float[N,64] x) => (float[N,8] y) { a = MatMul (x, w)  y = MatMul (a, v) }",
+        {"w": np.full((64, 64), 0.1, np.float32), "v": normal(64, 8)},
+    )
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\ntitle = "Mine"\nextends = "ort-x64-vnni"\nverifier = "none"\n'
+    )
+    samples = np.abs(normal(64, 64, scale=3)) + 3
+    config = Config(preset="fast", target=str(tmp_path / "mine.toml"))
+    report = eptq_onnx.quantize(model, {"x": samples}, config).report
+    assert report.verification.outputs["y"] > 30
+    assert min(report.verification.layers.values()) > 30
+    assert report.verification.kernels == {}
