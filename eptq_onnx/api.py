@@ -167,7 +167,7 @@ def _quantize(
         expected = runner.estimate(state, ctx)
     state = runner.run(state, ctx)
     report = report_of(prepared, state, ctx, Costs(expected, runner.seconds, peak_memory()))
-    return Result(store.load_all(final(sink(state.written.marked), prepared)), report)
+    return Result(store.load_all(final(sink(state.packed), prepared)), report)
 
 
 def peak_memory() -> int:

@@ -21,6 +21,7 @@ from eptq_onnx.config.choices import (
     RoundingVariable,
     Start,
     WeightRange,
+    WeightStorage,
 )
 from eptq_onnx.config.option import Option, option_of
 from eptq_onnx.config.options import Options
@@ -63,6 +64,10 @@ class Config(BaseModel):
     budget, such as weights=4 (mean bits), bytes=2e6 or bitops=1e10. Replaces weight_bits."""
     target: Annotated[str, Option("runtime")] = "ort-x64"
     """Target runtime: the name of a shipped target, or the path of a target file (.toml)."""
+    storage: Annotated[WeightStorage, Option("runtime")] = WeightStorage.PACKED
+    """How weights of 2 to 6 bits lie in the file. packed: in bytes, with nodes that any runtime folds into
+    int8 when it loads the model. native: as the types of ONNX, where the target reads them. int8: one byte
+    each."""
     preset: Annotated[Preset, Option("optimization")] = Preset.BALANCED
     """fast: layer-wise reconstruction only, without gradients. balanced: 200 steps of network-wise
     optimization; best: 1000. Models below 400 million multiplications per sample get up to five times as many
