@@ -138,6 +138,7 @@ def _quantize(
     runner = pipeline.Runner(pipeline.PIPELINE)
     target = targets.load(given.target)
     check_roles(target)
+    target.check_storage(given.storage)
     chosen = engines.choose(given.engine)
     engine = chosen() if given.needs_gradients else None
     with runner.timed("normalize"):

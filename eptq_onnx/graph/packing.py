@@ -87,7 +87,7 @@ def packed(model: ModelProto) -> ModelProto:
     """
     view = GraphView(model)
     by_width: dict[int, list[Packing]] = defaultdict(list)
-    for name, axis in _weights(view).items() if opset_of(model) >= _OLDEST_OPSET else ():
+    for name, axis in weights_of(view).items() if opset_of(model) >= _OLDEST_OPSET else ():
         chosen = _chosen(name, view.constant(name), axis)
         if chosen is not None:
             by_width[chosen.layout.bits].append(chosen)
@@ -127,7 +127,7 @@ def _size(scratch: edit.Builder) -> int:
     return int(sum(messages)) + _MESSAGE * len(messages)
 
 
-def _weights(view: GraphView) -> dict[str, int | None]:
+def weights_of(view: GraphView) -> dict[str, int | None]:
     """Return the int8 constants that a DequantizeLinear reads, and the axis of their scales."""
     given = {i.name for i in view.model.graph.input}
     found: dict[str, int | None] = {}
@@ -147,7 +147,7 @@ def _chosen(name: str, values: NDArray[np.int8], axis: int | None) -> Packing | 
     """Return the packing of a weight that takes the fewest bytes; None if that is none."""
     best, least = None, values.size
     for along in dict.fromkeys((None, axis)):
-        bits = bitpacking.offsets(_rows(values, along))[0]
+        bits = bitpacking.offsets(rows_of(values, along))[0]
         if bits in LAYOUTS:
             weight = Packing(name, values.shape, LAYOUTS[bits], along)
             size = packed_bytes(weight)
@@ -156,7 +156,7 @@ def _chosen(name: str, values: NDArray[np.int8], axis: int | None) -> Packing | 
     return best
 
 
-def _rows(values: NDArray[np.int8], axis: int | None) -> NDArray[np.int8]:
+def rows_of(values: NDArray[np.int8], axis: int | None) -> NDArray[np.int8]:
     """Return a weight with one row for each offset."""
     if axis is None:
         return values.reshape(1, -1)
@@ -180,7 +180,7 @@ class _Width:
         """Add initializers and nodes; one weight at a time is in memory."""
         planes, offsets = [], []
         for weight in self._weights:
-            rows = _rows(view.constant(weight.name), weight.axis)
+            rows = rows_of(view.constant(weight.name), weight.axis)
             offsets.append(bitpacking.offsets(rows)[1])
             fields = rows.astype(np.int16) - offsets[-1][:, None]
             low, above = self._layout.pack(fields)

@@ -63,7 +63,11 @@ def _file_sizes(state: State, ctx: Context) -> FileSizes:
     sizes: dict[str, dict[int, int]] = {}
     for layer in plan.layers:
         shape = shapes[layer.weight]
-        sizes[layer.weight] = dict.fromkeys(WIDTHS, math.prod(shape))
+        widths = ctx.target.weight.storage if ctx.config.storage is WeightStorage.NATIVE else ()
+        sizes[layer.weight] = {
+            bits: -(-math.prod(shape) * min((w for w in widths if w >= bits), default=8) // 8)
+            for bits in WIDTHS
+        }
         for bits in LAYOUTS.keys() & set(WIDTHS) if is_packed else ():
             spec = ctx.target.weight_spec(bits, layer.weight_spec.axis, layer.depthwise)
             axis = None if spec.symmetric else spec.axis
