@@ -167,6 +167,7 @@ def _quantize(
     runner = pipeline.Runner(pipeline.PIPELINE)
     target = targets.load(given.target)
     check_roles(target)
+    target.check_storage(given.storage)
     chosen = engines.choose(given.engine)
     engine = chosen() if given.needs_gradients else None
     with runner.timed("normalize"):
@@ -198,7 +199,7 @@ def _quantize(
         expected = runner.estimate(state, ctx)
     state = runner.run(state, ctx)
     report = report_of(prepared, state, ctx, Costs(expected, runner.seconds, peak_memory()))
-    return Result(store.load_all(final(sink(state.written.marked), prepared)), report)
+    return Result(store.load_all(final(sink(state.packed), prepared)), report)
 
 
 def peak_memory() -> int:

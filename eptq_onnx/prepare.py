@@ -81,7 +81,7 @@ def prepare(
     """
     original = io.load(model, folder)
     read = candidates(data, original, config.batch_axes)
-    plain = normalize(original, target.opset_for(config.most_activation_bits))
+    plain = normalize(original, target.opset_for(config.most_activation_bits, config.storage))
     arranged = arrange(plain, read, config.seed)
     whole = settle(plain, arranged.samples)
     samples, found, left = record(flattened(whole), arranged.samples, config.seed)

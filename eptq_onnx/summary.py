@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from eptq_onnx._version import __version__
 from eptq_onnx.graph.branches import sink
+from eptq_onnx.graph.sizes import size_of_parts
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.passes.base import Context, State
 from eptq_onnx.prepare import Prepared
@@ -55,13 +56,14 @@ def report_of(prepared: Prepared, state: State, ctx: Context, costs: Costs) -> R
         *_left_over(state.calibration, ctx),
         *state.verification.notes,
     ]
+    written = sink(state.packed)
     return Report(
         version=__version__,
         model=prepared.name,
         target=ctx.target.name,
         engine=ctx.engine.name if ctx.engine else "",
         config=ctx.given.model_dump(mode="json"),
-        opset=max(opset_of(sink(state.written.marked)), prepared.opset),
+        opset=max(opset_of(written), prepared.opset),
         samples=ctx.samples.count,
         unused_samples=state.calibration.unused_samples,
         batching=ctx.samples.layout,
@@ -76,6 +78,7 @@ def report_of(prepared: Prepared, state: State, ctx: Context, costs: Costs) -> R
         estimate=costs.estimate,
         seconds=costs.seconds,
         peak_memory_bytes=costs.peak_memory,
+        sizes=size_of_parts(written),
     )
 
 

@@ -6,14 +6,32 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
+from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.ops import sizes
 from eptq_onnx.ops.regions import regions
+from eptq_onnx.runtime import Session
 from eptq_onnx.targets import Target
 
 WEIGHT, BIAS = 1, 2
 """Places among the inputs of Conv, Gemm, MatMul."""
+
+
+def constants(model: ModelProto) -> dict[str, np.ndarray]:
+    """The initializers, and the weights that nodes unfold from them."""
+    values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    made = {o for n in model.graph.node for o in n.output if n.op_type not in ("QuantizeLinear", "Clip")}
+    unfolded = [
+        n.input[0] for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in made
+    ]
+    if unfolded:
+        part = edit.with_nodes(model, model.graph.node)
+        del part.graph.output[:], part.graph.input[:]
+        part.graph.output.extend(edit.described(name, onnx.TensorProto.INT8) for name in unfolded)
+        edit.prune(part)
+        values.update(Session(part).run({}, unfolded))
+    return values
 
 
 def is_power_of_two(scale: np.ndarray) -> bool:
@@ -26,7 +44,7 @@ class Obeyed:
     def __init__(self, model: ModelProto, target: Target, *, activation_bits: int = 8) -> None:
         self.model, self.target = model, target
         self.view = GraphView(model)
-        self.values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+        self.values = constants(model)
         container = target.activation.container
         self.activation = np.dtype(container.replace("8", "16") if activation_bits > 8 else container)
         self.counts = {"activation": 0, "constant": 0, "weight": 0, "bias": 0, "float bias": 0}

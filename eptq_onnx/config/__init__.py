@@ -10,6 +10,7 @@ from eptq_onnx.config.choices import (
     RoundingVariable,
     Start,
     WeightRange,
+    WeightStorage,
 )
 from eptq_onnx.config.config import PRESET_STEPS, Config, describe
 from eptq_onnx.config.option import Option, option_of
@@ -27,6 +28,7 @@ __all__ = [
     "RoundingVariable",
     "Start",
     "WeightRange",
+    "WeightStorage",
     "describe",
     "option_of",
 ]

@@ -15,7 +15,7 @@ class Budget(BaseModel):
     Parameters
     ----------
     unit : BudgetUnit
-        ``weights``: mean bits of a weight; ``bytes`` of all weights; ``bitops``: multiplications of one
+        ``weights``: mean bits of a weight; ``bytes`` of the written file; ``bitops``: multiplications of one
         sample, each times the bits of both factors.
     amount : float
     """

@@ -37,6 +37,14 @@ class BudgetUnit(str, Enum):
     BITOPS = "bitops"
 
 
+class WeightStorage(str, Enum):
+    """How weights below 8 bits lie in the written file."""
+
+    PACKED = "packed"
+    NATIVE = "native"
+    INT8 = "int8"
+
+
 class Start(str, Enum):
     """Where the network-wise optimization starts."""
 

@@ -21,6 +21,7 @@ from eptq_onnx.config.choices import (
     RoundingVariable,
     Start,
     WeightRange,
+    WeightStorage,
 )
 from eptq_onnx.config.option import Option, option_of
 from eptq_onnx.config.options import Options
@@ -64,6 +65,10 @@ class Config(BaseModel):
     target: Annotated[str, Option("runtime")] = "auto"
     """Target runtime: auto (onnxruntime on this machine), the name of a shipped target, or the path of a
     target file (.toml)."""
+    storage: Annotated[WeightStorage, Option("runtime")] = WeightStorage.PACKED
+    """How weights of 2 to 6 bits lie in the file. packed: in bytes, with nodes that any runtime folds into
+    int8 when it loads the model. native: as the types of ONNX, where the target reads them. int8: one byte
+    each."""
     preset: Annotated[Preset, Option("optimization")] = Preset.BALANCED
     """fast: layer-wise reconstruction only, without gradients. balanced: 200 steps of network-wise
     optimization; best: 1000. Models below 400 million multiplications per sample get up to five times as many

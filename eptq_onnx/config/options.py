@@ -17,6 +17,7 @@ from eptq_onnx.config.choices import (
     RoundingVariable,
     Start,
     WeightRange,
+    WeightStorage,
 )
 
 
@@ -30,6 +31,7 @@ class Options(TypedDict, total=False):
     exclude: Sequence[str] | str
     budget: Budget | str | None
     target: str
+    storage: WeightStorage | Literal["packed", "native", "int8"]
     preset: Preset | Literal["fast", "balanced", "best"]
     steps: int | None
     engine: str

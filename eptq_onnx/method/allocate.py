@@ -11,6 +11,7 @@ so the best choice is an integer linear program, solved by SciPy's MILP.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -31,7 +32,7 @@ from eptq_onnx.numerics.formats import along_axis
 from eptq_onnx.numerics.linear import LinearForm, scale_places
 from eptq_onnx.numerics.moments import Moments, sampled_moments
 from eptq_onnx.numerics.spec import QuantSpec
-from eptq_onnx.numerics.types import Array
+from eptq_onnx.numerics.types import Array, Float64
 from eptq_onnx.ops import linear_form
 from eptq_onnx.records import Layer, Network, Plan, Scores
 from eptq_onnx.targets import Target
@@ -73,6 +74,25 @@ class Candidates:
     operations: float = 0.0
 
 
+@dataclass(frozen=True)
+class FileSizes:
+    """The bytes of the parts of the written file.
+
+    Parameters
+    ----------
+    rest : int
+        All but the weights.
+    weights : mapping of str to mapping of int to int
+        Weight to bit width to bytes.
+    shared : mapping of int to int
+        Bit width to the bytes that all weights of this width share.
+    """
+
+    rest: int
+    weights: Mapping[str, Mapping[int, int]]
+    shared: Mapping[int, int]
+
+
 def allocate(
     network: Network,
     selection: Selection,
@@ -80,6 +100,7 @@ def allocate(
     budget: Budget,
     config: Config,
     progress: Callable[[int, int], None],
+    sizes: FileSizes | None = None,
 ) -> Plan:
     """Choose the bit width of every weight.
 
@@ -94,6 +115,8 @@ def allocate(
     config : Config
     progress : callable
         Called with the number of layers done and the total.
+    sizes : FileSizes, optional
+        For a budget of bytes.
 
     Returns
     -------
@@ -106,7 +129,7 @@ def allocate(
         If no choice meets the budget.
     """
     plan = network.plan
-    widths = solve(candidates(network, selection, target, config, progress), budget)
+    widths = solve(candidates(network, selection, target, config, progress), budget, sizes)
     layers = (
         replace(
             x, weight_spec=target.of(x.op_type).weight_spec(widths[x.weight], x.weight_spec.axis, x.depthwise)
@@ -183,55 +206,79 @@ def candidates(
     return weights
 
 
-def solve(weights: Mapping[str, Candidates], budget: Budget) -> dict[str, int]:
+def solve(
+    weights: Mapping[str, Candidates], budget: Budget, sizes: FileSizes | None = None
+) -> dict[str, int]:
     """Return the widths that meet the budget with the least total effect.
+
+    Parameters
+    ----------
+    weights : mapping of str to Candidates
+    budget : Budget
+    sizes : FileSizes, optional
+        For a budget of bytes.
 
     Raises
     ------
     ConfigError
         If no choice meets the budget.
     """
-    total = sum(w.size for w in weights.values())
-    names: list[str] = []
-    widths: list[int] = []
-    effects: list[float] = []
-    costs: list[float] = []
-    for name, weight in weights.items():
-        for bits, effect in weight.effects.items():
-            names.append(name)
-            widths.append(bits)
-            effects.append(effect)
-            costs.append(_cost(weight, bits, total, budget))
-    scale = max(*effects, 1e-30)
+    choices = [(name, bits) for name, weight in weights.items() for bits in weight.effects]
+    costs, shared, rest = _costs(choices, weights, budget, sizes)
+    columns = len(choices) + len(shared)
+    once = np.zeros((len(weights), columns))
     rows = {name: i for i, name in enumerate(weights)}
-    once = np.zeros((len(rows), len(names)))
-    once[[rows[n] for n in names], np.arange(len(names))] = 1
+    once[[rows[name] for name, _ in choices], np.arange(len(choices))] = 1
+    # What the weights of a width share is there if any weight has that width.
+    used = np.zeros((len(shared), columns))
+    for k, width in enumerate(shared):
+        used[k, [i for i, (_, bits) in enumerate(choices) if bits == width]] = 1
+        used[k, len(choices) + k] = -len(weights)
+    always = [LinearConstraint(once, 1, 1), *([LinearConstraint(used, -np.inf, 0)] if shared else [])]
+    spent = np.array([*costs, *shared.values()]) / budget.amount
+    effects = np.array([weights[name].effects[bits] for name, bits in choices] + [0.0] * len(shared))
+    scaled = effects / max(float(effects.max()), 1e-30)
+    found = _least(scaled, [*always, LinearConstraint(spent[None], -np.inf, 1 - rest / budget.amount)])
+    if found is None:
+        smallest = _least(spent, always)
+        least = rest + (0.0 if smallest is None else float(spent @ smallest) * budget.amount)
+        amount = f"{math.ceil(least)}" if budget.unit is BudgetUnit.BYTES else f"{least:.4g}"
+        raise ConfigError(
+            f"option budget={budget} cannot be met: the smallest widths ({min(b for _, b in choices)} bits) "
+            f"take {budget.unit.value}={amount}; give at least that."
+        )
+    return {name: bits for (name, bits), x in zip(choices, found, strict=False) if x > 0.5}
+
+
+def _least(objective: Float64, constraints: list[LinearConstraint]) -> Float64 | None:
+    """Return the choice of columns with the smallest objective; None if there is none."""
     found = milp(
-        np.array(effects) / scale,
-        integrality=np.ones(len(names)),
+        objective,
+        integrality=np.ones(len(objective)),
         bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(once, 1, 1),
-            LinearConstraint(np.array(costs)[None] / budget.amount, -np.inf, 1),
-        ],
+        constraints=constraints,
         options={"mip_rel_gap": 0},
     )
-    if found.x is None:
-        least = sum(min(_cost(w, bits, total, budget) for bits in w.effects) for w in weights.values())
-        raise ConfigError(
-            f"option budget={budget} cannot be met: the smallest widths ({min(widths)} bits) take "
-            f"{budget.unit.value}={least:.4g}; give at least that."
-        )
-    return {names[i]: widths[i] for i in np.flatnonzero(found.x > 0.5)}
+    return None if found.x is None else np.asarray(found.x, np.float64)
 
 
-def _cost(weight: Candidates, bits: int, total: int, budget: Budget) -> float:
-    """Return the cost of one weight in the budget's unit."""
-    if budget.unit is BudgetUnit.WEIGHTS:
-        return weight.size * bits / total
+def _costs(
+    choices: list[tuple[str, int]],
+    weights: Mapping[str, Candidates],
+    budget: Budget,
+    sizes: FileSizes | None,
+) -> tuple[list[float], Mapping[int, int], int]:
+    """Return the costs in the budget's unit: of each choice, of each width that is used, and of all else."""
     if budget.unit is BudgetUnit.BYTES:
-        return weight.size * bits / 8
-    return weight.operations * bits
+        if sizes is None:
+            raise ValueError("a budget of bytes needs the sizes of the file's parts")
+        widths = {bits for _, bits in choices}
+        shared = {bits: count for bits, count in sizes.shared.items() if bits in widths}
+        return [float(sizes.weights[name][bits]) for name, bits in choices], shared, sizes.rest
+    if budget.unit is BudgetUnit.WEIGHTS:
+        total = sum(w.size for w in weights.values())
+        return [weights[name].size * bits / total for name, bits in choices], {}, 0
+    return [weights[name].operations * bits for name, bits in choices], {}, 0
 
 
 def _tried(

@@ -48,7 +48,10 @@ class Versions:
     whole : ModelProto
         The normalized float model.
     marked : ModelProto
-        The written model, with resolved Ifs still marked.
+        The written model, with resolved Ifs still marked and weights in int8.
+    packed : ModelProto
+        The same with weights as they are stored. Outputs, kernels and size are those of this one; layers are
+        those of ``marked``, which can be cut anywhere between layers.
     stands_for : dict of str to str
         Quantized tensor to the tensor of the written model that holds its dequantized values.
     float_bytes : int
@@ -57,6 +60,7 @@ class Versions:
 
     whole: ModelProto
     marked: ModelProto
+    packed: ModelProto
     stands_for: Mapping[str, str]
     float_bytes: int
 
@@ -97,7 +101,7 @@ def verify(
     ModelError
         If onnxruntime refuses the written model.
     """
-    quantized = sink(versions.marked)
+    quantized = sink(versions.packed)
     _check(quantized, versions.whole)
     with scratch.folder() as folder:
         optimized = Path(folder) / "optimized.onnx"
@@ -145,14 +149,14 @@ def _compare_outputs(
     reference = within_bytes(pairing.outputs(executed(versions.whole, found.draws)), _MOST_BYTES)
     notes: tuple[str, ...] = ()
     draws = found.draws
-    other = executed(versions.marked, draws, versions.stands_for) if draws.places else quantized
+    other = executed(versions.packed, draws, versions.stands_for) if draws.places else quantized
     try:
         results = list(pairing.outputs(other, len(reference), integers=integers))
     except ModelError as e:
         if not draws.places:
             raise
         # If lengths differ, so do the numbers of draws.
-        followed = executed(versions.marked, found, versions.stands_for)
+        followed = executed(versions.packed, found, versions.stands_for)
         results = list(pairing.outputs(followed, len(reference), integers=integers))
         notes = (
             "in the comparison of outputs, lengths and places follow the float model: "

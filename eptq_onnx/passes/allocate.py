@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from eptq_onnx.method.allocate import SAMPLES, allocate
+import math
+
+import numpy as np
+
+from eptq_onnx.config import BudgetUnit, WeightStorage
+from eptq_onnx.graph.packing import Packing, packed_bytes, shared_bytes
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.method.allocate import SAMPLES, WIDTHS, FileSizes, allocate
+from eptq_onnx.method.qdq import write
+from eptq_onnx.numerics.bitpacking import LAYOUTS
 from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.proto import store
+from eptq_onnx.records import Plan, Rounding
+
+_SIGNATURE = 256
+"""Bytes of the metadata that say what made a file."""
 
 
 class Allocate(Pass):
@@ -29,7 +43,61 @@ class Allocate(Pass):
         budget = ctx.config.budget
         if budget is None:
             return state
-        plan = allocate(
-            state.network, ctx.chosen(ctx.walked), ctx.target, budget, ctx.config, ctx.tell(self.name)
-        )
+        sizes = _file_sizes(state, ctx) if budget.unit is BudgetUnit.BYTES else None
+        selection, tell = ctx.chosen(ctx.walked), ctx.tell(self.name)
+        plan = allocate(state.network, selection, ctx.target, budget, ctx.config, tell, sizes)
         return state.changed(plan=plan)
+
+
+def _file_sizes(state: State, ctx: Context) -> FileSizes:
+    """Return the sizes of the file's parts, from a file that has everything but the values.
+
+    They are upper limits: a bias that may be learned counts as if it were there.
+    """
+    plan, view = state.plan, GraphView(state.model)
+    written, _ = write(state.model, plan, _without_values(plan, view))
+    shapes = {name: view.constant_shape(name) for name in plan.weight_specs}
+    rest = store.model_bytes(written) - sum(math.prod(shape) for shape in shapes.values()) + _SIGNATURE
+    is_packed = ctx.config.storage is WeightStorage.PACKED
+    sizes: dict[str, dict[int, int]] = {}
+    for layer in plan.layers:
+        shape = shapes[layer.weight]
+        widths = ctx.target.weight.storage if ctx.config.storage is WeightStorage.NATIVE else ()
+        sizes[layer.weight] = {
+            bits: -(-math.prod(shape) * min((w for w in widths if w >= bits), default=8) // 8)
+            for bits in WIDTHS
+        }
+        for bits in LAYOUTS.keys() & set(WIDTHS) if is_packed else ():
+            spec = ctx.target.of(layer.op_type).weight_spec(bits, layer.weight_spec.axis, layer.depthwise)
+            axis = None if spec.symmetric else spec.axis
+            found = packed_bytes(Packing(f"{layer.weight}_quantized", shape, LAYOUTS[bits], axis))
+            sizes[layer.weight][bits] = min(found, math.prod(shape))
+    shared = {bits: shared_bytes(bits) for bits in LAYOUTS} if is_packed else {}
+    return FileSizes(rest, sizes, shared)
+
+
+def _without_values(plan: Plan, view: GraphView) -> Rounding:
+    """Return a rounding whose arrays have the right types and shapes, and no meaning."""
+    shapes = {name: view.constant_shape(name) for name in plan.weight_specs}
+    channels = {
+        name: () if spec.axis is None else (shapes[name][spec.axis],)
+        for name, spec in plan.weight_specs.items()
+    }
+    return Rounding(
+        integers={name: np.zeros(shape, np.int8) for name, shape in shapes.items()},
+        weights={n: spec.grid(np.ones(channels[n], np.float32)) for n, spec in plan.weight_specs.items()},
+        grids={
+            **{q.name: q.spec.grid(np.ones((), np.float32)) for q in (*plan.activations, *plan.operands)},
+            **{
+                q.name: q.spec.grid(np.ones(view.constant_shape(q.name)[:1], np.float32)) for q in plan.tables
+            },
+        },
+        biases={
+            x.bias: np.asarray(view.constant(x.bias), np.float32)
+            if x.has_bias
+            else np.ones(channels[x.weight] or shapes[x.weight][:1], np.float32)
+            for x in plan.layers
+            if x.bias is not None
+        },
+        targets={},
+    )

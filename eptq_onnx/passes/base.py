@@ -232,6 +232,8 @@ class State:
     rounding : Rounding
     trace : OptimizationTrace or None
     written : Written
+    packed : ModelProto
+        The written model with weights as the option ``storage`` says, settled Ifs still marked.
     verification : Verification
     speed : Speed or None
     rotated, equalized : mapping
@@ -250,6 +252,7 @@ class State:
     rounding: Rounding = UNSET
     trace: OptimizationTrace | None = None
     written: Written = UNSET
+    packed: ModelProto = UNSET
     verification: Verification = UNSET
     speed: Speed | None = None
     rotated: Mapping[str, int] = field(default_factory=dict)

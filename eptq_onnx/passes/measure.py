@@ -18,7 +18,7 @@ class Measure(Pass):
     """
 
     name = "speed"
-    requires = ("written",)
+    requires = ("packed",)
     provides = ("speed",)
     repeats = True
 
@@ -32,7 +32,7 @@ class Measure(Pass):
             return state.noting(
                 f"speed is not measured: {ctx.target.name} is another runtime than onnxruntime"
             )
-        quantized = sink(state.written.marked)
+        quantized = sink(state.packed)
         if store.folder_of(quantized) is not None:
             return state.noting("speed is not measured: both models together would take too much memory")
         part = next(ctx.samples.parts(range(ctx.samples.count), ctx.samples.fixed_batch or 1))

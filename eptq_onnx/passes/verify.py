@@ -13,12 +13,13 @@ class Verify(Pass):
     """
 
     name = "verify"
-    requires = ("written",)
+    requires = ("written", "packed")
     provides = ("verification",)
 
     def run(self, state: State, ctx: Context) -> State:
         """Compare outputs and layers, and count integer kernels."""
-        versions = Versions(state.model, state.written.marked, state.written.stands_for, ctx.float_bytes)
+        written = state.written
+        versions = Versions(state.model, written.marked, state.packed, written.stands_for, ctx.float_bytes)
         found = verify(
             versions, state.plan, ctx.target, ctx.samples, ctx.shares, ctx.found, ctx.tell(self.name)
         )

@@ -77,6 +77,8 @@ class Report:
     seconds : dict of str to float
         Time of each step.
     peak_memory_bytes : int
+    sizes : dict of str to int
+        Bytes of each part of the written model; see `eptq_onnx.graph.sizes`.
     """
 
     version: str
@@ -99,6 +101,7 @@ class Report:
     estimate: Estimate
     seconds: Mapping[str, float]
     peak_memory_bytes: int
+    sizes: Mapping[str, int]
 
     @property
     def verdict(self) -> Verdict:
@@ -121,6 +124,7 @@ class Report:
         head.add_row(Text("verdict", style="bold"), Text(str(verdict), style=_STYLES[verdict.assurance]))
         for label, text in (
             ("size", _smaller(v.float_bytes, v.quantized_bytes)),
+            ("parts", ", ".join(f"{part} {_size(count)}" for part, count in self.sizes.items() if count)),
             ("speed", in_words(self.speed)),
             ("model", f"{self.model} → {self.target}, opset {self.opset}"),
             ("bits", self._bits()),

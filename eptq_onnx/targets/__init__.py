@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from eptq_onnx.config import describe
+from eptq_onnx.config import WeightStorage, describe
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.numerics.formats import IntFormat, PerAxis, PerTensor
 from eptq_onnx.numerics.scales import ScaleRule
@@ -35,6 +35,8 @@ else:
 
 _OLDEST_OPSET = 13
 """From where quantizers have an axis, and axes are inputs, as the rewrites of operators write them."""
+_OPSET_OF_NATIVE = {4: 21, 2: 25}
+"""From where there are integers of these widths."""
 _OPSET_OF_16_BITS = 21
 """From where QuantizeLinear knows 16-bit integers."""
 ONNXRUNTIME = "onnxruntime"
@@ -63,12 +65,14 @@ class WeightRules(_Quantized):
     range used at 8 bits.
 
     ``depthwise_range_8_bits``: that of convolutions of one channel each, where it is another.
+    ``storage``: widths below 8 bits that the runtime reads as ONNX types of their own.
     """
 
     container: str
     per_channel: bool
     range_8_bits: tuple[int, int]
     depthwise_range_8_bits: tuple[int, int] | None = None
+    storage: tuple[Literal[2, 4], ...] = ()
 
     @field_validator("container")
     @classmethod
@@ -239,9 +243,19 @@ class Target(_Row):
         """Spec of a stored table: one scale a row, by the rule of weights, however many scales these have."""
         return QuantSpec(IntFormat(8, True, -127, 127), PerAxis(0), scales=self.weight.scale)
 
-    def opset_for(self, activation_bits: int) -> int:
-        """Lowest opset that can write these activations."""
-        return max(self.min_opset, _OPSET_OF_16_BITS) if activation_bits > 8 else self.min_opset
+    def opset_for(self, activation_bits: int, storage: WeightStorage = WeightStorage.PACKED) -> int:
+        """Lowest opset that can write these activations, and weights stored like this."""
+        native = self.weight.storage if storage is WeightStorage.NATIVE else ()
+        wide = [_OPSET_OF_16_BITS] if activation_bits > 8 else []
+        return max([self.min_opset, *wide, *(_OPSET_OF_NATIVE[width] for width in native)])
+
+    def check_storage(self, storage: WeightStorage) -> None:
+        """Raise ConfigError if the runtime does not read weights stored like this."""
+        if storage is WeightStorage.NATIVE and not self.weight.storage:
+            raise ConfigError(
+                f"option storage=native is not for target {self.name}, which reads no ONNX type below 8 bits "
+                "(its weight.storage is empty): choose packed or int8."
+            )
 
     def activation_spec(self, bits: int) -> QuantSpec:
         """Spec of an activation; more than 8 bits are stored in 16."""

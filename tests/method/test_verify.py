@@ -51,7 +51,7 @@ def test_an_invalid_model_is_not_passed_on():
     samples = data.read(images(4), model)
     shares = share_out(samples, Config())
     with pytest.raises(OutputError, match="not valid ONNX"):
-        verify(Versions(model, broken, {}, 0), p, target, samples, shares, Replay(), silent)
+        verify(Versions(model, broken, broken, {}, 0), p, target, samples, shares, Replay(), silent)
 
 
 def test_outputs_whose_size_depends_on_values_are_compared():

@@ -1,0 +1,50 @@
+"""The bytes of the parts of a quantized model."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from onnx import ModelProto, TensorProto
+
+from eptq_onnx.proto import store
+from eptq_onnx.proto.bodies import all_nodes, initializers
+
+PARTS = ("weights", "scales and zero points", "biases", "float constants", "graph")
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+_BIASED = ("Conv", "ConvTranspose", "Gemm")
+"""Operators whose third input is a bias."""
+_FLOAT = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+_WHOLE = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
+"""Types of shapes, axes and conditions."""
+
+
+def size_of_parts(model: ModelProto) -> dict[str, int]:
+    """Return the bytes of each of `PARTS`; together they are the model's.
+
+    Weights are the integers behind DequantizeLinear, with what unfolds them, and stored tables. Constants in
+    floating point include the weights of layers that stay float. The graph is the rest: nodes, names, shapes.
+    """
+    nodes = list(all_nodes(model.graph))
+    producers = {o: n for n in nodes for o in n.output}
+    constants = {t.name: t for t in initializers(model.graph)}
+    part: dict[str, str] = {}
+    for node in nodes:
+        if node.op_type in _QUANTIZERS:
+            part.update(dict.fromkeys(node.input[1:], "scales and zero points"))
+            waiting = list(node.input[:1]) if node.op_type == "DequantizeLinear" else []
+            while waiting:
+                name = waiting.pop()
+                if name in constants:
+                    is_bias = name == node.input[0] and constants[name].data_type == TensorProto.INT32
+                    part.setdefault(name, "biases" if is_bias else "weights")
+                elif name in producers and producers[name].op_type not in (*_QUANTIZERS, "Clip"):
+                    waiting.extend(producers[name].input)
+        elif node.op_type in _BIASED:
+            part.update(dict.fromkeys(node.input[2:3], "biases"))
+    sizes = Counter(dict.fromkeys(PARTS, 0))
+    for name, tensor in constants.items():
+        kind = "float constants" if tensor.data_type in _FLOAT else "weights"
+        rest = "graph" if tensor.data_type in _WHOLE else kind
+        sizes[part.get(name, rest)] += store.value_bytes(tensor)
+    sizes["graph"] += store.model_bytes(model) - sum(sizes.values())
+    return dict(sizes)
