@@ -12,7 +12,7 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.allocate import SAMPLES, WIDTHS, FileSizes, allocate
 from eptq_onnx.method.qdq import write
 from eptq_onnx.numerics.bitpacking import LAYOUTS
-from eptq_onnx.numerics.types import QuantParams
+from eptq_onnx.numerics.types import Array, QuantParams
 from eptq_onnx.passes.base import Context, Cost, Pass, State
 from eptq_onnx.proto import store
 from eptq_onnx.records import Plan, Rounding
@@ -85,12 +85,16 @@ def _without_values(plan: Plan, view: GraphView) -> Rounding:
         for name, spec in plan.weight_specs.items()
     }
     rows = {q.name: view.constant_shape(q.name)[:1] for q in plan.activations if q.spec.axis is not None}
+    rng = np.random.default_rng(0)
     return Rounding(
         integers={name: np.zeros(shape, np.int8) for name, shape in shapes.items()},
-        weights={name: QuantParams(np.ones(channels[name], np.float32)) for name in shapes},
+        weights={name: QuantParams(_distinct(rng, channels[name])) for name in shapes},
         activations={
-            q.name: QuantParams(np.ones(() if q.spec.axis is None else rows[q.name], np.float32))
-            for q in plan.activations
+            q.name: QuantParams(
+                _distinct(rng, () if q.spec.axis is None else rows[q.name]),
+                0 if q.spec.symmetric else k % 128,
+            )
+            for k, q in enumerate(plan.activations)
         },
         biases={
             x.bias: np.asarray(view.constant(x.bias), np.float32)
@@ -101,3 +105,8 @@ def _without_values(plan: Plan, view: GraphView) -> Rounding:
         },
         targets={},
     )
+
+
+def _distinct(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Return scales that differ from all others: equal constants would share one initializer."""
+    return np.asarray(rng.uniform(1, 2, shape), np.float32)
