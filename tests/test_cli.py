@@ -98,7 +98,7 @@ CASES = {
     "unknown target": (
         lambda: None,
         ["--target", "toaster"],
-        "target 'toaster' is unknown: choose one of auto, openvino, ort-arm64",
+        "target 'toaster' is unknown: choose one of auto, openvino, openvino-x64",
     ),
     "unknown engine": (
         lambda: None,
