@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from eptq_onnx._version import __version__
 from eptq_onnx.errors import (
+    CapabilityError,
     ConfigError,
     DataError,
     EptqError,
@@ -15,7 +16,7 @@ from eptq_onnx.errors import (
 )
 
 if TYPE_CHECKING:
-    from eptq_onnx.api import Result, quantize
+    from eptq_onnx.api import Result, bench, quantize
     from eptq_onnx.config import (
         ActivationRange,
         Attention,
@@ -30,12 +31,15 @@ if TYPE_CHECKING:
     )
     from eptq_onnx.passes.base import Progress
     from eptq_onnx.report import Report
+    from eptq_onnx.runtimes.bench import Bench
 
 __all__ = [
     "ActivationRange",
     "Attention",
+    "Bench",
     "Budget",
     "BudgetUnit",
+    "CapabilityError",
     "Config",
     "ConfigError",
     "DataError",
@@ -53,10 +57,18 @@ __all__ = [
     "Start",
     "WeightRange",
     "__version__",
+    "bench",
     "quantize",
 ]
 
-_PLACES = {"Progress": "passes.base", "Report": "report", "Result": "api", "quantize": "api"}
+_PLACES = {
+    "Bench": "runtimes.bench",
+    "Progress": "passes.base",
+    "Report": "report",
+    "Result": "api",
+    "bench": "api",
+    "quantize": "api",
+}
 """Modules of what is imported when it is asked for, other than `eptq_onnx.config`: the command has to handle
 signals before the seconds that this takes."""
 
