@@ -15,9 +15,10 @@ from eptq_onnx import Config, ConfigError, EptqError, errors, targets
 
 def test_public_names_are_pinned():
     assert sorted(eptq_onnx.__all__) == [
-        "ActivationRange", "Attention", "Budget", "BudgetUnit", "Config", "ConfigError", "DataError", "EptqError",
+        "ActivationRange", "Attention", "Bench", "Budget", "BudgetUnit", "CapabilityError", "Config", "ConfigError",
+        "DataError", "EptqError",
         "GradientError", "InstallError", "ModelError", "Optimizer", "OutputError", "Preset", "Progress", "Report", "Result",
-        "RoundingVariable", "Start", "WeightRange", "__version__", "quantize",
+        "RoundingVariable", "Start", "WeightRange", "__version__", "bench", "quantize",
     ]  # fmt: skip
     assert all(hasattr(eptq_onnx, name) for name in eptq_onnx.__all__)
 

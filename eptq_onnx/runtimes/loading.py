@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,9 @@ def load_cost(name: str, path: Path, threads: int) -> LoadCost:
     """
     libraries = custom_libraries()
     command = [sys.executable, "-m", __name__, name, str(path), str(threads), *libraries]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The process finds the modules that this one finds, however it was started.
+    places = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    done = subprocess.run(command, env=places, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
         raise ModelError(f"{path} cannot be loaded in a process of its own: {lines[-1]}")
