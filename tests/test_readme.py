@@ -19,6 +19,7 @@ from eptq_onnx.config import PRESET_STEPS, Config, Preset
 from eptq_onnx.config.files import SECTIONS
 from eptq_onnx.data import readers
 from eptq_onnx.pipeline import PIPELINE
+from eptq_onnx.runtimes import bench
 
 ROOT = MODELS.parent
 PAGES = {
@@ -55,6 +56,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(path, tmp_path / "models")
     (tmp_path / "build").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "_LOADS", 1)  # each is a process
     return tmp_path
 
 

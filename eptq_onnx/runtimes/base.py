@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,8 +34,11 @@ CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear", "layout"})
 """Operators of a runtime that only convert a tensor: between integers and floats, or between memory
 layouts."""
 
-PROFILED = 5, 0.3
+PROFILED = 8, 0.3
 """Fewest runs of a profile, and fewest seconds of them."""
+_UNDISTURBED = 0.25
+"""Quantile of the times of a node that counts; profilers read the clock on the wall, and slower runs were
+interrupted."""
 
 _FINE = 1e-4
 """Resolution in seconds that a clock needs to time single runs."""
@@ -245,7 +248,7 @@ class Verifier(ABC):
 
     @abstractmethod
     def profile(self, model: Model, feeds: Feeds, threads: int = 1) -> tuple[NodeTime, ...]:
-        """Return the time of each node in one run: the median over repeated runs.
+        """Return the time of each node in one run, from repeated runs; see `typical`.
 
         Parameters
         ----------
@@ -261,6 +264,11 @@ class Verifier(ABC):
         CapabilityError
             If the runtime cannot time nodes here.
         """
+
+
+def typical(times: Sequence[float]) -> float:
+    """Return the time of a node from those of several runs: the lower quartile."""
+    return float(np.quantile(times, _UNDISTURBED))
 
 
 def graph_of(model: Model) -> GraphProto:

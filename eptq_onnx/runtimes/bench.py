@@ -130,9 +130,10 @@ def loading(verifier: Verifier, pair: tuple[Path, Path], threads: int) -> tuple[
 
 def _file(path: Path, costs: list[LoadCost]) -> FileCost:
     seconds = [cost.seconds for cost in costs]
+    files = {file.resolve() for file in (path, *(file for _, file in files_of(path)))}
     return FileCost(
         path=str(path),
-        bytes=sum(file.stat().st_size for file in {path, *(file for _, file in files_of(path))}),
+        bytes=sum(file.stat().st_size for file in files),
         load_seconds=float(np.median(seconds)),
         load_range=(min(seconds), max(seconds)),
         load_memory=int(np.median([cost.peak_bytes for cost in costs])),

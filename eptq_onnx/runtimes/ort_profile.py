@@ -7,10 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from eptq_onnx.errors import ModelError, one_line
-from eptq_onnx.runtimes.base import Kernel, NodeTime
+from eptq_onnx.runtimes.base import Kernel, NodeTime, typical
 from eptq_onnx.runtimes.ort_graph import FIRST, type_name
 
 Events: TypeAlias = Sequence[Mapping[str, Any]]
@@ -77,9 +75,9 @@ def node_times(events: Events, kernels: Iterable[Kernel], runs: int) -> tuple[No
     spent: dict[str, list[float]] = defaultdict(list)
     for event, seconds in _own_seconds(events):
         spent[node_of(event)].append(seconds)
-    # The median ignores interruptions by other processes. In a loop, a node runs several times per run.
+    # In a loop, a node runs several times per run.
     return tuple(
-        NodeTime(kernel, float(np.median(times)) * len(times) / runs)
+        NodeTime(kernel, typical(times) * len(times) / runs)
         for kernel in kernels
         if (times := spent.get(kernel.node))
     )

@@ -43,7 +43,7 @@ from eptq_onnx.runtimes.ort_graph import Origins, stands_for
 FOLDER = "EPTQ_ONNX_NODE"
 """Environment variable with the folder whose ``node_modules`` holds the packages."""
 _MARK = "\x1eeptq"
-_RUNS = 2 * PROFILED[0]
+_RUNS = PROFILED[0]
 """Runs of a profile."""
 _WARM_UP = 2.0, 10.0
 """Fewest and most seconds of runs before the first one that counts.

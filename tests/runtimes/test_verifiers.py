@@ -12,7 +12,7 @@ from graphs import images, normal, parse, silent, small_convnet
 
 import eptq_onnx
 from eptq_onnx import CapabilityError, Config, ConfigError, DataError, InstallError, ModelError, runtimes
-from eptq_onnx.runtimes import onnxruntime, openvino, reference, tensorrt_rtx, web
+from eptq_onnx.runtimes import onnxruntime, openvino, tensorrt_rtx, web
 from eptq_onnx.runtimes.base import CONVERSIONS, Verifier, clock_of, graph_of, ports_of
 from eptq_onnx.runtimes.feeds import default_feeds
 
@@ -62,7 +62,7 @@ def test_runtimes_are_found_by_themselves():
     )
     assert all(name == verifier.name and verifier.about for name, verifier in found.items())
     assert runtimes.make().name == "onnxruntime"
-    with pytest.raises(ConfigError, match="choose one of node, onnxruntime, openvino"):
+    with pytest.raises(ConfigError, match=r"choose one of .*onnxruntime, openvino"):
         runtimes.choose("tvm")
 
 
@@ -200,10 +200,11 @@ def test_a_run_is_timed_and_loading_has_a_cost(measuring, tmp_path):
 def test_a_model_that_is_refused_is_an_error(each_runtime):
     model = small_convnet()
     model.graph.node[0].op_type = "Nonsense"
-    reads_kernels = not isinstance(each_runtime, reference.Reference)
-    act = each_runtime.kernels if reads_kernels else each_runtime.run
     with pytest.raises(ModelError, match="refuse"):
-        act(model, FEEDS)
+        try:
+            each_runtime.kernels(model)
+        except CapabilityError:
+            each_runtime.run(model, FEEDS)
 
 
 def test_what_cannot_be_run_is_said(monkeypatch, tmp_path):
