@@ -29,7 +29,6 @@ from eptq_onnx.runtimes.base import (
     graph_of,
     on_disk,
     timed,
-    typical,
 )
 from eptq_onnx.runtimes.loading import load_cost
 from eptq_onnx.runtimes.named import Named, with_node_names
@@ -131,7 +130,7 @@ class OpenVino(Verifier):
         with self._compiled(named, threads, PERF_COUNT="YES") as compiled:
             spent = _Compiled(named, compiled, threads).profile(feeds)
             return tuple(
-                NodeTime(kernel, typical(spent[kernel.node]))
+                NodeTime(kernel, min(spent[kernel.node]))
                 for kernel in _kernels(graph_of(named), compiled)
                 if kernel.node in spent
             )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from eptq_onnx.errors import ModelError, one_line
-from eptq_onnx.runtimes.base import Kernel, NodeTime, typical
+from eptq_onnx.runtimes.base import Kernel, NodeTime, fastest
 from eptq_onnx.runtimes.ort_graph import FIRST, type_name
 
 Events: TypeAlias = Sequence[Mapping[str, Any]]
@@ -75,11 +75,8 @@ def node_times(events: Events, kernels: Iterable[Kernel], runs: int) -> tuple[No
     spent: dict[str, list[float]] = defaultdict(list)
     for event, seconds in _own_seconds(events):
         spent[node_of(event)].append(seconds)
-    # In a loop, a node runs several times per run.
     return tuple(
-        NodeTime(kernel, typical(times) * len(times) / runs)
-        for kernel in kernels
-        if (times := spent.get(kernel.node))
+        NodeTime(kernel, fastest(times, runs)) for kernel in kernels if (times := spent.get(kernel.node))
     )
 
 
