@@ -160,7 +160,8 @@ def test_options_that_pages_name_exist(help_text):
         )
     )
     for page, text in PAGES.items():
-        named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", text))
+        own = re.sub(r"^npm .*$", "", text, flags=re.MULTILINE)
+        named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", own))
         assert named <= known, page
 
 

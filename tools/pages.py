@@ -11,7 +11,7 @@ what is found.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from enum import Enum
 from typing import Any, get_args
 
@@ -46,7 +46,7 @@ def tables() -> str:
     sections: dict[str, list[tuple[str, FieldInfo]]] = {}
     for name, field in Config.model_fields.items():
         sections.setdefault(option_of(field).section, []).append((name, field))
-    parts = ["## Files", "", *_table(_OPTIONS, _parameters("quantize"))]
+    parts = ["## Files", "", *_table(_OPTIONS, _parameters("quantize", Config.model_fields))]
     for section, fields in sections.items():
         parts += [
             "",
@@ -113,10 +113,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def _parameters(name: str) -> list[tuple[str, str, str]]:
-    """What a command takes beside the options of `Config`."""
+def _parameters(name: str, others: Container[str] = ()) -> list[tuple[str, str, str]]:
+    """What a command takes beside other parameters."""
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    own = [p for p in command.params if p.name not in Config.model_fields]
+    own = [p for p in command.params if p.name not in others]
     names = [
         ", ".join(f"`{o}`" for o in p.opts)
         if p.param_type_name == "option"
