@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from eptq_onnx._version import __version__
 from eptq_onnx.errors import (
+    CapabilityError,
     ConfigError,
     DataError,
     EptqError,
@@ -15,7 +16,7 @@ from eptq_onnx.errors import (
 )
 
 if TYPE_CHECKING:
-    from eptq_onnx.api import Result, lint, quantize
+    from eptq_onnx.api import Result, bench, lint, quantize
     from eptq_onnx.config import (
         ActivationRange,
         Attention,
@@ -27,16 +28,20 @@ if TYPE_CHECKING:
         RoundingVariable,
         Start,
         WeightRange,
+        WeightStorage,
     )
     from eptq_onnx.passes.base import Progress
     from eptq_onnx.report import Report
     from eptq_onnx.rules import Finding, Lint, Severity
+    from eptq_onnx.runtimes.bench import Bench
 
 __all__ = [
     "ActivationRange",
     "Attention",
+    "Bench",
     "Budget",
     "BudgetUnit",
+    "CapabilityError",
     "Config",
     "ConfigError",
     "DataError",
@@ -56,18 +61,22 @@ __all__ = [
     "Severity",
     "Start",
     "WeightRange",
+    "WeightStorage",
     "__version__",
+    "bench",
     "lint",
     "quantize",
 ]
 
 _PLACES = {
+    "Bench": "runtimes.bench",
     "Finding": "rules",
     "Lint": "rules",
     "Progress": "passes.base",
     "Report": "report",
     "Result": "api",
     "Severity": "rules",
+    "bench": "api",
     "lint": "api",
     "quantize": "api",
 }

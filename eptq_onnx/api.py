@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 from onnx import ModelProto
 
-from eptq_onnx import engines, pipeline, scratch, targets
+from eptq_onnx import engines, pipeline, runtimes, scratch, targets
 from eptq_onnx.config import Config
 from eptq_onnx.data.readers import Source
 from eptq_onnx.data.readers import files_of as files_of_data
 from eptq_onnx.data.splits import share_out
+from eptq_onnx.errors import ConfigError
 from eptq_onnx.files import check_apart, model_outputs
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.external import files_of as files_of_model
+from eptq_onnx.memory import peak_memory
 from eptq_onnx.method.estimate import multiplications
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.ops import check_roles, executed
@@ -31,6 +32,9 @@ from eptq_onnx.resume import Resume
 from eptq_onnx.rules import Lint
 from eptq_onnx.rules import lint as check_rules
 from eptq_onnx.runtime import custom_operators
+from eptq_onnx.runtimes.bench import Bench, effort_of
+from eptq_onnx.runtimes.bench import bench as measured
+from eptq_onnx.runtimes.feeds import inputs_of
 from eptq_onnx.summary import Costs, report_of
 from eptq_onnx.workdir import Workdir
 
@@ -202,10 +206,56 @@ def _quantize(
     return Result(store.load_all(final(sink(state.packed), prepared)), report)
 
 
-def peak_memory() -> int:
-    """Return the peak resident memory of this process, in bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
+def bench(
+    float_model: str | os.PathLike[str],
+    quantized: str | os.PathLike[str],
+    data: Source | None = None,
+    *,
+    runtime: str = runtimes.DEFAULT,
+    threads: int = 1,
+    seconds: float = 10.0,
+    custom_ops: Sequence[str | os.PathLike[str]] = (),
+) -> Bench:
+    """Measure two files of one model side by side in a runtime.
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    They run in turn, in pairs. With one thread, seconds are those of CPU time, which other load on the
+    machine affects little; with more, those of the clock on the wall.
+
+    Parameters
+    ----------
+    float_model, quantized : path
+        Any two ONNX files with the same inputs.
+    data : Source, optional
+        Samples, the first of which is run; see `quantize`. By default inputs are made up, and notes say how.
+    runtime : str
+        Name of the runtime: ``onnxruntime``, ``openvino``, ``openvino-f32``, ``web`` or ``node``.
+    threads : int
+        Threads of one operator; 0 for one per core.
+    seconds : float
+        Seconds to spend on the latency of both files.
+    custom_ops : sequence of path
+        Shared libraries of custom operators, for onnxruntime.
+
+    Returns
+    -------
+    Bench
+
+    Raises
+    ------
+    EptqError
+        If something is wrong; see `eptq_onnx.errors` for the subclasses.
+    """
+    if custom_ops and runtime != runtimes.DEFAULT:
+        raise ConfigError(f"{runtime} takes no libraries of custom operators: leave custom_ops out.")
+    verifier, pair = runtimes.make(runtime), (Path(float_model), Path(quantized))
+    with custom_operators(custom_ops):
+        inputs = inputs_of(verifier, pair, data)
+        return measured(verifier, pair, inputs, threads, effort_of(seconds))
+
+
+def bench_files(
+    float_model: str | os.PathLike[str], quantized: str | os.PathLike[str], data: Source | None
+) -> list[tuple[str, Path]]:
+    """List the files that `bench` reads, with descriptions; none may be overwritten."""
+    read = files_of_data(data) if data is not None else []
+    return [*files_of_model(float_model), *files_of_model(quantized), *read]

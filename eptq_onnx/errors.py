@@ -6,8 +6,9 @@
     ├── ConfigError        an option or a target file is wrong
     ├── ModelError         the float model cannot be read or has nothing to quantize
     ├── DataError          the calibration data does not fit the model
-    ├── InstallError       onnxruntime or its gradient builder is missing or damaged
+    ├── InstallError       a runtime or gradient builder is missing or damaged
     ├── GradientError      a gradient graph could not be built
+    ├── CapabilityError    a runtime cannot do what is asked of it here
     └── OutputError        a result could not be written
 
 The message of each is one sentence that names the node, file or option and says what to do; the command
@@ -32,11 +33,15 @@ class DataError(EptqError):
 
 
 class InstallError(EptqError):
-    """onnxruntime, or the gradient builder of its training build, is missing or damaged."""
+    """A runtime, or the gradient builder of onnxruntime's training build, is missing or damaged."""
 
 
 class GradientError(EptqError):
     """A gradient graph could not be built for the model."""
+
+
+class CapabilityError(EptqError):
+    """A runtime cannot do what is asked of it, on this machine or at all."""
 
 
 class OutputError(EptqError):

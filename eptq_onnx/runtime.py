@@ -241,6 +241,11 @@ def custom_operators(libraries: Sequence[str | os.PathLike[str]]) -> Iterator[No
         _custom_operators.reset(token)
 
 
+def custom_libraries() -> tuple[str, ...]:
+    """Return the libraries of custom operators of the current run; see `custom_operators`."""
+    return _custom_operators.get()
+
+
 def _session_options() -> Any:
     return load().SessionOptions()
 
@@ -291,7 +296,7 @@ class Session:
 
     def __init__(
         self,
-        model: ModelProto | str | Path,
+        model: ModelProto | str | os.PathLike[str],
         *,
         optimize: bool = True,
         save_optimized: Path | None = None,
@@ -317,8 +322,8 @@ class Session:
                 "session.optimized_model_external_initializers_file_name", "optimized.data"
             )
         try:
-            with _source(model) as source:
-                self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            with source(model) as given:
+                self._session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         except EptqError:
             raise
         except OSError as e:
@@ -370,10 +375,10 @@ def survives(model: ModelProto) -> bool:
 
     A model that it rejects with an error returns True.
     """
-    with scratch.folder() as folder, _source(model) as source:
-        path = Path(source) if isinstance(source, str) else Path(folder) / "model.onnx"
-        if not isinstance(source, str):
-            path.write_bytes(source)
+    with scratch.folder() as folder, source(model) as given:
+        path = Path(given) if isinstance(given, str) else Path(folder) / "model.onnx"
+        if not isinstance(given, str):
+            path.write_bytes(given)
         try:
             command = [sys.executable, "-c", _LOADING, str(path), *_custom_operators.get()]
             done = subprocess.run(command, capture_output=True, check=False, timeout=_LOADING_SECONDS)
@@ -418,8 +423,8 @@ def imported_opsets(model: ModelProto) -> dict[str, int]:
 
 
 @contextmanager
-def _source(model: ModelProto | str | Path) -> Iterator[bytes | str]:
-    """Provide a model in the form that onnxruntime reads: bytes, or a temporary file for a large model."""
+def source(model: ModelProto | str | os.PathLike[str]) -> Iterator[bytes | str]:
+    """Provide a model in the form that runtimes read: bytes, or a temporary file for a large model."""
     if not isinstance(model, ModelProto):
         yield str(model)
         return

@@ -105,6 +105,14 @@ def test_it_is_chosen_by_its_name():
     assert not isinstance(engines.make(), SlimEngine)
     assert "slim (as standard, in smaller graphs; needs onnxslim)" in tables()
 """,
+    "a runtime that checks files": """
+from pages import verifiers
+from eptq_onnx import runtimes
+
+def test_it_is_found_and_stands_in_the_table():
+    assert runtimes.make("unfused").name == "unfused"
+    assert "| `unfused` | onnxruntime on the CPU without integer kernels | no |" in verifiers()
+""",
 }
 SECTIONS = {
     "an operator that needs a gradient": "How to add an operator that needs a gradient",
@@ -114,6 +122,7 @@ SECTIONS = {
     "a reader of calibration data": "How to add a data reader",
     "a pass": "How to add a pass",
     "a gradient engine": "How to add a gradient engine",
+    "a runtime that checks files": "How to add a runtime that checks files",
 }
 FURTHER = {
     "an operator that needs a gradient": ["tests/test_ops.py", "-k", "probe or Scaler or every_row"],
@@ -125,6 +134,15 @@ FURTHER = {
     ],
     "a target": ["tests/test_targets.py", "-k", "not page and not described"],
     "a gradient engine": ["tests/engines/test_engines.py::test_an_input_that_a_node_reads_twice[slim]"],
+    "a runtime that checks files": [
+        f"tests/runtimes/test_verifiers.py::{test}[unfused]"
+        for test in (
+            "test_a_runtime_is_there_or_says_what_to_install",
+            "test_outputs_agree_with_onnxruntime",
+            "test_external_data_is_read",
+            "test_a_model_that_is_refused_is_an_error",
+        )
+    ],
 }
 """Tests that are there already and find the addition by themselves."""
 STAND_INS = {"a gradient engine": ("onnxslim.py", "def slim(model):\n    return model\n")}

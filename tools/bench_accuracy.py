@@ -62,9 +62,9 @@ from rich.table import Table
 
 import eptq_onnx
 from eptq_onnx import Config
-from eptq_onnx.api import peak_memory
 from eptq_onnx.data.reading import read
 from eptq_onnx.graph import io
+from eptq_onnx.memory import peak_memory
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 NEAREST: dict[str, Any] = {"start": "nearest", "rotate": False, "equalize": False}

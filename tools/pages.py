@@ -2,7 +2,8 @@
 
 The tables of docs/options.md come from the fields of `Config` and the command's own parameters, those of
 docs/targets.md from the target files, the operator table and the rules of ``lint``, the forms of data in
-docs/data.md from the readers, and the list of passes in docs/how-it-works.md from `PIPELINE`.
+docs/data.md from the readers, the list of passes in docs/how-it-works.md from `PIPELINE`, and the runtimes
+in docs/runtimes.md from what is found.
 
 ``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself.
 """
@@ -10,14 +11,14 @@ docs/data.md from the readers, and the list of passes in docs/how-it-works.md fr
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from enum import Enum
 from typing import Any, get_args
 
 import typer.main
 from pydantic.fields import FieldInfo
 
-from eptq_onnx import targets
+from eptq_onnx import runtimes, targets
 from eptq_onnx.cli import app
 from eptq_onnx.cli.options import default_of, flags_of, help_of
 from eptq_onnx.config import Config, option_of
@@ -47,7 +48,7 @@ def tables() -> str:
     sections: dict[str, list[tuple[str, FieldInfo]]] = {}
     for name, field in Config.model_fields.items():
         sections.setdefault(option_of(field).section, []).append((name, field))
-    parts = ["## Files", "", *_table(_OPTIONS, _files())]
+    parts = ["## Files", "", *_table(_OPTIONS, _parameters("quantize", Config.model_fields))]
     for section, fields in sections.items():
         parts += [
             "",
@@ -99,6 +100,20 @@ def rules() -> str:
     return "\n".join(_table(("rule", "severity", "what must hold"), rows))
 
 
+def bench() -> str:
+    """Return a table with one row for each parameter of the command ``bench``."""
+    return "\n".join(_table(_OPTIONS, _parameters("bench")))
+
+
+def verifiers() -> str:
+    """Return a table with one row for each runtime that checks files."""
+    rows = [
+        (f"`{name}`", found.about, "yes" if found.measures else "no")
+        for name, found in runtimes.registered().items()
+    ]
+    return "\n".join(_table(("name", "runtime", "measured by `bench`"), rows))
+
+
 def passes() -> str:
     """One numbered item for each pass: its name, and the first line of its class."""
     return "\n".join(
@@ -115,17 +130,23 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def _files() -> list[tuple[str, str, str]]:
-    """What the command takes beside the options."""
-    command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
-    own = [p for p in command.params if p.name not in Config.model_fields]
+def _parameters(name: str, others: Container[str] = ()) -> list[tuple[str, str, str]]:
+    """What a command takes beside other parameters."""
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    own = [p for p in command.params if p.name not in others]
     names = [
-        ", ".join(f"`{o}`" for o in p.opts) if p.param_type_name == "option" else f"`{p.name.upper()}`"
+        ", ".join(f"`{o}`" for o in p.opts)
+        if p.param_type_name == "option"
+        else f"`{p.metavar or p.name.upper()}`"
         for p in own
     ]
-    return [
-        (name, "required" if p.required else "none", p.help or "") for name, p in zip(names, own, strict=True)
-    ]
+    return [(name, _default(p), p.help or "") for name, p in zip(names, own, strict=True)]
+
+
+def _default(parameter: Any) -> str:
+    if parameter.required:
+        return "required"
+    return "none" if parameter.default is None else str(parameter.default)
 
 
 def _flag(name: str, field: FieldInfo) -> str:
@@ -184,6 +205,8 @@ PLACES = {
     "<!-- the forms of data -->": forms,
     "<!-- the forms of data in Python -->": forms_of_python,
     "<!-- the list of passes -->": passes,
+    "<!-- the parameters of bench -->": bench,
+    "<!-- the table of runtimes -->": verifiers,
     "<!-- the table of all shipped targets -->": shipped_targets,
     "<!-- the table of operators by field -->": operators,
     "<!-- the names of all patterns -->": patterns,

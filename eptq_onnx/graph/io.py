@@ -63,7 +63,7 @@ def load(
             _leave_out(proto, unread)
     else:
         path = Path(model)
-        name, proto = str(path), _read(path)
+        name, proto = str(path), read_file(path)
         unread = check_declared(proto, name)
         try:
             unread |= _unread_elsewhere(proto, path)
@@ -112,7 +112,7 @@ def _leave_out(proto: ModelProto, names: set[str]) -> None:
             del proto.graph.initializer[k]
 
 
-def _read(path: Path) -> ModelProto:
+def read_file(path: Path) -> ModelProto:
     """Read a model file without its external data."""
     if not path.is_file():
         raise ModelError(f"model file {path} does not exist.")

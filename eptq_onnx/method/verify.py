@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from eptq_onnx import scratch
+from eptq_onnx import runtimes
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.data.splits import Shares
 from eptq_onnx.errors import ModelError, OutputError, one_line
@@ -27,10 +25,9 @@ from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.ops import executed
 from eptq_onnx.proto import store
-from eptq_onnx.proto.bodies import all_nodes
 from eptq_onnx.proto.weights import light
 from eptq_onnx.records import Plan, Verification
-from eptq_onnx.runtime import Session
+from eptq_onnx.runtimes.base import Kernel
 from eptq_onnx.targets import ONNXRUNTIME, Target
 
 _LAYER_SAMPLES = 32
@@ -103,11 +100,7 @@ def verify(
     """
     quantized = sink(versions.packed)
     _check(quantized, versions.whole)
-    with scratch.folder() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        session = Session(quantized, save_optimized=optimized)
-        kernels = count_kernels(onnx.load(optimized, load_external_data=False), target)
-        del session
+    kernels = count_kernels(runtimes.make().kernels(quantized), target)
     parts = list(samples.batches(shares.unseen, samples.fixed_batch or 1))
     # The integer kernels of this machine say nothing about another runtime: without VNNI they overflow.
     integers = target.verifier == ONNXRUNTIME
@@ -197,11 +190,11 @@ def _planned_kernels(plan: Plan, target: Target) -> dict[str, int]:
     return dict(sorted(Counter(t for t in plan.integer_nodes.values() if t in target.kernels).items()))
 
 
-def count_kernels(optimized: ModelProto, target: Target) -> dict[str, int]:
-    """Count the integer kernels in a graph optimized by onnxruntime, by the operator that they implement."""
-    counts = Counter(node.op_type for node in all_nodes(optimized.graph))
-    found = {op: sum(counts[name] for name in names) for op, names in sorted(target.kernels.items())}
-    return {op: n for op, n in found.items() if n}
+def count_kernels(found: Iterable[Kernel], target: Target) -> dict[str, int]:
+    """Count the integer kernels among those that a runtime executes, by the operator that they implement."""
+    counts = Counter(kernel.kernel for kernel in found)
+    by_operator = {op: sum(counts[name] for name in names) for op, names in sorted(target.kernels.items())}
+    return {op: n for op, n in by_operator.items() if n}
 
 
 def _check(quantized: ModelProto, whole: ModelProto) -> None:

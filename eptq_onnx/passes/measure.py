@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from eptq_onnx import runtimes
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import sink
@@ -37,8 +38,7 @@ class Measure(Pass):
             return state.noting("speed is not measured: both models together would take too much memory")
         part = next(ctx.samples.parts(range(ctx.samples.count), ctx.samples.fixed_batch or 1))
         try:
-            return state.changed(
-                speed=measure(io.load(ctx.source, ctx.folder), quantized, ctx.samples.take(part), len(part))
-            )
+            pair = io.load(ctx.source, ctx.folder), quantized
+            return state.changed(speed=measure(runtimes.make(), pair, ctx.samples.take(part), len(part)))
         except ModelError as e:
             return state.noting(f"speed is not measured: {e}")

@@ -16,7 +16,7 @@ def in_words(speed: Speed | None) -> str:
     if speed is None:
         return "not measured"
     batch = f"per run of {speed.samples} sample{'s' * (speed.samples > 1)}"
-    times = f"{_time(speed.float_seconds)} → {_time(speed.quantized_seconds)} {batch}"
+    times = f"{time_text(speed.float_seconds)} → {time_text(speed.quantized_seconds)} {batch}"
     bounds = (speed.low, speed.high) if speed.pace is not Pace.FASTER else (1 / speed.high, 1 / speed.low)
     interval = (
         f"between {bounds[0]:.2f}× and {bounds[1]:.2f}× "
@@ -45,13 +45,13 @@ def costly(speed: Speed) -> list[OperatorTime]:
     return [o for o in grown if o.quantized_seconds - o.float_seconds >= _SMALL * lost][:_NAMED]
 
 
-def operator_table(speed: Speed) -> Table:
+def operator_table(speed: Speed, runtime: str = "onnxruntime") -> Table:
     """Return a table of both models' time by operator, without operators that take next to nothing."""
     table = Table(
         "operator",
         "float",
         "quantized",
-        title="Time of one run, by onnxruntime's profiler",
+        title=f"Time of one run, by the profiler of {runtime}",
         title_justify="left",
     )
     most = max(
@@ -59,17 +59,18 @@ def operator_table(speed: Speed) -> Table:
     )
     for o in speed.operators:
         if max(o.float_seconds, o.quantized_seconds) >= 0.02 * most:
-            table.add_row(Text(o.operator), _time(o.float_seconds), _time(o.quantized_seconds))
+            table.add_row(Text(o.operator), time_text(o.float_seconds), time_text(o.quantized_seconds))
     return table
 
 
 def _cost(operator: OperatorTime, speed: Speed) -> str:
     total = sum(o.quantized_seconds for o in speed.operators)
-    was = f"{_time(operator.quantized_seconds)} where the float model takes {_time(operator.float_seconds)}"
+    now, before = time_text(operator.quantized_seconds), time_text(operator.float_seconds)
+    was = f"{now} where the float model takes {before}"
     return f"{operator.operator} ({operator.quantized_seconds / max(total, 1e-12):.0%}, {was})"
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     """Return a time with a suitable unit."""
     if seconds <= 0:
         return "none"

@@ -1,1 +1,45 @@
-"""Measurements of a written model in its runtime."""
+"""Runtimes that check a written model: one file each, found by itself."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from eptq_onnx.discovery import classes
+from eptq_onnx.errors import ConfigError
+from eptq_onnx.runtimes.base import Verifier
+
+DEFAULT = "onnxruntime"
+"""Name of the runtime that is used unless another one is named."""
+
+
+@cache
+def registered() -> dict[str, type[Verifier]]:
+    """Return all verifiers by name, available or not."""
+    found = classes(__name__, Verifier)  # type: ignore[type-abstract]
+    return {verifier.name: verifier for verifier in sorted(found, key=lambda verifier: verifier.name)}
+
+
+def choose(name: str) -> type[Verifier]:
+    """Return the verifier of a name.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such verifier.
+    """
+    if name not in registered():
+        raise ConfigError(f"runtime {name!r} is unknown: choose one of {', '.join(registered())}.")
+    return registered()[name]
+
+
+def make(name: str = DEFAULT) -> Verifier:
+    """Create a verifier.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such verifier.
+    InstallError
+        If the runtime is missing or damaged.
+    """
+    return choose(name)()

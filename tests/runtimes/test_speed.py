@@ -1,38 +1,41 @@
-"""Speed measurement with given clocks and profiles, so that no assertion depends on this machine's speed."""
+"""Speed measurement with given times and profiles, so that no assertion depends on this machine's speed."""
 
 from __future__ import annotations
 
-from functools import partial
+import json
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from graphs import images, parse, small_convnet
+from graphs import images, small_convnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eptq_onnx
-from eptq_onnx import Config
+from eptq_onnx import Config, runtimes
 from eptq_onnx.errors import ModelError
 from eptq_onnx.records import Pace
-from eptq_onnx.runtimes import speed
+from eptq_onnx.runtimes import ort_profile, speed
+from eptq_onnx.runtimes.base import Kernel
 
 
 class Machine:
-    """A clock that two models advance by their run times, with noise."""
+    """Two models with given run times, with noise."""
 
     def __init__(self, seconds: tuple[float, float], noise: float = 0.0, seed: int = 0) -> None:
-        self.now, self._noise, self._random = 0.0, noise, np.random.default_rng(seed)
+        self.spent, self._noise, self._random = 0.0, noise, np.random.default_rng(seed)
         self.order: list[int] = []
-        self.runs = [partial(self._run, k, seconds[k]) for k in (0, 1)]
+        self.pair = (lambda: self._run(0, seconds[0]), lambda: self._run(1, seconds[1]))
 
-    def _run(self, k: int, seconds: float) -> None:
+    def _run(self, k: int, seconds: float) -> float:
         self.order.append(k)
-        self.now += seconds * float(np.exp(self._noise * self._random.standard_normal()))
+        taken = seconds * float(np.exp(self._noise * self._random.standard_normal()))
+        self.spent += taken
+        return taken
 
-    def measure(self):
-        return speed.compare(self.runs[0], self.runs[1], samples=1, clock=lambda: self.now)
+    def measure(self, effort: speed.Effort = speed.BRIEF):
+        return speed.compare(self.pair, 1, effort)
 
 
 @pytest.mark.parametrize(
@@ -76,13 +79,21 @@ def test_runs_take_turns_and_the_first_changes():
 def test_it_takes_seconds_at_most():
     machine = Machine((0.25, 0.25), noise=0.5)
     machine.measure()
-    assert machine.now < 4 * len(machine.order)
+    assert machine.spent < 4 * len(machine.order)
     with pytest.raises(ModelError, match=r"one run takes 2\.5 s"):
         Machine((0.1, 2.5)).measure()
     long = Machine((60.0, 0.1))
     with pytest.raises(ModelError, match=r"one run takes 60\.0 s"):
         long.measure()
     assert long.order == [0]
+
+
+def test_all_the_time_is_used_where_it_is_asked_for():
+    brief, long = Machine((1e-3, 3e-3), 0.02), Machine((1e-3, 3e-3), 0.02)
+    assert brief.measure().pairs == 10
+    found = long.measure(speed.Effort(longest_run=5, seconds=5, pairs=1000, decided=False))
+    assert found.pairs > 20
+    assert 5 < long.spent < 5.5
 
 
 def _event(name: str, kind: str, start: float, length: float, thread: int = 1) -> dict[str, Any]:
@@ -97,8 +108,12 @@ def _event(name: str, kind: str, start: float, length: float, thread: int = 1) -
     }
 
 
+def _times(events, kernels, runs):
+    return speed.operator_seconds(ort_profile.node_times(events, kernels, runs))
+
+
 def test_a_recorded_profile_is_summed_up_by_the_float_operator():
-    events = [
+    every = [
         {"cat": "Session", "name": "model_run", "ts": 0, "dur": 99, "tid": 1},
         {
             "cat": "Node",
@@ -119,14 +134,32 @@ def test_a_recorded_profile_is_summed_up_by_the_float_operator():
             )
         ],
     ]
-    found = speed.operator_seconds(events, {"q": "QuantizeLinear/DequantizeLinear around Resize"}, runs=3)
-    assert found == pytest.approx(
+    kernels = [
+        Kernel("c", "QLinearConv", "Conv", "uint8"),
+        Kernel("d", "FusedConv", "Conv", "float32"),
+        Kernel("q", "QuantizeLinear", "QuantizeLinear", "float32", around=("Resize",)),
+        Kernel("z", "DequantizeLinear", "DequantizeLinear", "uint8"),
+        Kernel("never", "Relu", "Relu", "float32"),
+    ]
+    assert _times(ort_profile.parse(json.dumps(every)), kernels, runs=3) == pytest.approx(
         {
             "Conv": 110e-6,
             "QuantizeLinear/DequantizeLinear around Resize": 5e-6,
             "QuantizeLinear/DequantizeLinear": 4e-6,
         }
     )
+
+
+def test_only_the_last_runs_of_a_profile_count_where_the_first_are_slow():
+    starts = [{"cat": "Session", "name": "model_run", "ts": 1000 * k, "dur": 9, "tid": 1} for k in range(3)]
+    nodes = [_event("c", "Conv", 1000 * k + 1, 100 if k else 900) for k in range(3)]
+    events = ort_profile.parse(json.dumps([*starts, *nodes]), last=2)
+    assert _times(events, [Kernel("c", "Conv", "Conv", "float32")], runs=2) == pytest.approx({"Conv": 1e-4})
+
+
+def test_what_is_no_profile_is_told():
+    with pytest.raises(ModelError, match="profile cannot be read"):
+        ort_profile.parse('[{"cat": ')
 
 
 @settings(max_examples=50, deadline=None)
@@ -140,39 +173,11 @@ def test_what_runs_inside_a_loop_counts_once(bodies, own, runs):
             events.append(_event(f"n{k}", "MatMulInteger", now, length))
             now += length
         now += own + 1
-    found = speed.operator_seconds(events, {}, runs)
-    assert found == pytest.approx({"Loop": own * 1e-6, "MatMul": sum(bodies) * 1e-6})
-
-
-@pytest.mark.parametrize(
-    ("kernel", "operator"),
-    [("QLinearConv", "Conv"), ("FusedConv", "Conv"), ("QGemm", "Gemm"), ("QLinearSigmoid", "Sigmoid"),
-     ("MatMulIntegerToFloat", "MatMul"), ("QLinearGlobalAveragePool", "GlobalAveragePool"),
-     ("QuickGelu", "QuickGelu"), ("Softmax", "Softmax"), ("ReorderOutput", "layout")],
-)  # fmt: skip
-def test_kernels_go_by_the_operator_that_they_stand_for(kernel, operator):
-    assert speed.stands_for(kernel) == operator
-
-
-def test_quantizers_are_called_after_the_operators_around_them():
-    graph = parse(
-        "g (float[1,2,4,4] x, float s) => (float[1,2,4,4] y) {"
-        " xq = QuantizeLinear (x, s)  xd = DequantizeLinear (xq, s)  r = Resize (xd, s, s)"
-        "  rq = QuantizeLinear (r, s)"
-        " rd = DequantizeLinear (rq, s)  a = Softmax (rd)  b = Erf (rd)  c = Add (a, b)"
-        "  cq = QuantizeLinear (c, s)"
-        " y = DequantizeLinear (cq, s) }"
-    ).graph
-    for node in graph.node:
-        node.name = node.output[0]
-    labels = {
-        name: text.removeprefix("QuantizeLinear/DequantizeLinear ")
-        for name, text in speed.quantizer_labels(graph).items()
-    }
-    assert labels == {
-        "xq": "at an input", "xd": "around Resize", "rq": "around Resize", "rd": "around Erf and Softmax",
-        "cq": "around Add", "y": "at an output"
-    }  # fmt: skip
+    kernels = [
+        Kernel("loop", "Loop", "Loop", ""),
+        *(Kernel(f"n{k}", "MatMulInteger", "MatMul", "uint8") for k in range(len(bodies))),
+    ]
+    assert _times(events, kernels, runs) == pytest.approx({"Loop": own * 1e-6, "MatMul": sum(bodies) * 1e-6})
 
 
 def test_what_costs_most_beside_the_float_model_comes_first():
@@ -188,7 +193,8 @@ def test_both_models_are_run_and_profiled(monkeypatch):
     result = eptq_onnx.quantize(small_convnet(), images(8), Config(preset="fast", measure_speed=False))
     assert result.report.speed is None
     monkeypatch.setattr(speed, "_pace", lambda low, high: Pace.SLOWER)
-    measured = speed.measure(small_convnet(), result.model, {"image": images(1), "unused": images(1)}, 1)
+    feeds = {"image": images(1), "unused": images(1)}
+    measured = speed.measure(runtimes.make(), (small_convnet(), result.model), feeds, 1)
     assert measured.pairs == 10
     operators = {o.operator: o for o in measured.operators}
     assert operators["Conv"].float_seconds > 0

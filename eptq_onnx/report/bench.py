@@ -1,0 +1,44 @@
+"""The console report of two files that were measured side by side."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from eptq_onnx.report.console import line
+from eptq_onnx.report.speed import in_words, operator_table, time_text
+from eptq_onnx.runtimes.bench import Bench, FileCost
+
+
+def print_bench(found: Bench, console: Console) -> None:
+    """Print a measurement: the verdict, both files side by side, operators, notes."""
+    style = "bold red" if found.slower else "bold"
+    console.print(line(in_words(found.speed), style), soft_wrap=True)
+    threads = {0: "one thread a core", 1: "1 thread"}.get(found.threads, f"{found.threads} threads")
+    shapes = ", ".join(f"{name} {shape}" for name, shape in found.shapes.items())
+    console.print(
+        line(f"{found.runtime} {found.version}, {threads}, {found.clock}, inputs: {shapes}"), soft_wrap=True
+    )
+    console.print(_files(found))
+    if found.speed.operators:
+        console.print(operator_table(found.speed, found.runtime))
+    for note in found.notes:
+        console.print(line(f"note: {note}"), soft_wrap=True)
+
+
+def _files(found: Bench) -> Table:
+    table = Table("", "float", "quantized", title="Both files", title_justify="left")
+    both, speed = (found.float_file, found.quantized_file), found.speed
+    table.add_row("latency", time_text(speed.float_seconds), time_text(speed.quantized_seconds))
+    table.add_row("load", *(_load(file) for file in both))
+    table.add_row("memory at load", *(_size(file.load_memory) for file in both))
+    table.add_row("size", *(_size(file.bytes) for file in both))
+    return table
+
+
+def _load(file: FileCost) -> str:
+    return f"{time_text(file.load_seconds)} ({' to '.join(time_text(s) for s in file.load_range)})"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"

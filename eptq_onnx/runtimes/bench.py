@@ -1,0 +1,181 @@
+"""Two files side by side in a runtime: latency, operators, the cost of loading, size."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from eptq_onnx.errors import CapabilityError, ModelError
+from eptq_onnx.graph.external import files_of
+from eptq_onnx.numerics.types import Feeds
+from eptq_onnx.records import Pace, Speed
+from eptq_onnx.runtimes.base import LoadCost, Verifier, clock_name
+from eptq_onnx.runtimes.feeds import Inputs
+from eptq_onnx.runtimes.speed import Effort, by_operator, compare
+
+_LOADS = 5
+"""How often each file is loaded."""
+_PAIRS = 400
+"""Most pairs of measurements."""
+
+
+@dataclass(frozen=True)
+class FileCost:
+    """What a file costs before it runs.
+
+    Parameters
+    ----------
+    path : str
+    bytes : int
+        Size, with the files of external data.
+    load_seconds : float
+        Median time to load it in a fresh process.
+    load_range : tuple of two floats
+        Least and most of these times.
+    load_memory : int
+        Median growth of the resident memory to its peak while it is loaded, in bytes.
+    """
+
+    path: str
+    bytes: int
+    load_seconds: float
+    load_range: tuple[float, float]
+    load_memory: int
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Two files of one model, measured in turn in a runtime.
+
+    Parameters
+    ----------
+    runtime, version : str
+    threads : int
+        0 for one per core.
+    clock : str
+        What the seconds are: ``CPU time`` with one thread, else ``time``.
+    shapes : dict of str to str
+        Shape of each input.
+    notes : tuple of str
+        What was chosen without being asked.
+    speed : Speed
+        Latency of one run, and the time of each kind of operator.
+    float_file, quantized_file : FileCost
+    """
+
+    runtime: str
+    version: str
+    threads: int
+    clock: str
+    shapes: dict[str, str]
+    notes: tuple[str, ...]
+    speed: Speed
+    float_file: FileCost
+    quantized_file: FileCost
+
+    @property
+    def slower(self) -> bool:
+        """Return True if the quantized model is slower, by more than the measurement's interval and 5 %."""
+        return self.speed.pace is Pace.SLOWER
+
+    def to_json(self) -> str:
+        """Return the whole measurement as JSON, with the key ``slower`` for the verdict."""
+        return json.dumps({**asdict(self), "slower": self.slower}, indent=2)
+
+
+def effort_of(seconds: float) -> Effort:
+    """Return how to spend some seconds: all of them, even if it is clear earlier which model is faster."""
+    return Effort(longest_run=seconds, seconds=seconds, pairs=_PAIRS, decided=False)
+
+
+def latency(verifier: Verifier, pair: tuple[Path, Path], feeds: Feeds, threads: int, effort: Effort) -> Speed:
+    """Run both files in turn, and time their operators.
+
+    Raises
+    ------
+    CapabilityError
+        If the runtime cannot run models here.
+    ModelError
+        If the runtime refuses a model, or one run takes longer than the effort allows.
+    """
+    if not verifier.measures:
+        raise CapabilityError(f"{verifier.name} times no models here: choose another runtime.")
+    with verifier.load(pair[0], threads) as exact, verifier.load(pair[1], threads) as quantized:
+        bound = exact.bind(feeds), quantized.bind(feeds)
+        try:
+            speed = compare(bound, 1, effort)
+        except ModelError as e:
+            raise ModelError(f"{e}: give more with --seconds.") from e
+    return by_operator(verifier, pair, feeds, speed, threads)
+
+
+def loading(verifier: Verifier, pair: tuple[Path, Path], threads: int) -> tuple[FileCost, FileCost]:
+    """Load both files in turn, each time in a fresh process.
+
+    Raises
+    ------
+    ModelError
+        If the runtime refuses a file.
+    """
+    costs: tuple[list[LoadCost], list[LoadCost]] = ([], [])
+    for turn in range(_LOADS):
+        # The order alternates, as that of runs does.
+        for k in (0, 1) if turn % 2 == 0 else (1, 0):
+            costs[k].append(verifier.load_cost(pair[k], threads))
+    return _file(pair[0], costs[0]), _file(pair[1], costs[1])
+
+
+def _file(path: Path, costs: list[LoadCost]) -> FileCost:
+    seconds = [cost.seconds for cost in costs]
+    files = {file.resolve() for file in (path, *(file for _, file in files_of(path)))}
+    return FileCost(
+        path=str(path),
+        bytes=sum(file.stat().st_size for file in files),
+        load_seconds=float(np.median(seconds)),
+        load_range=(min(seconds), max(seconds)),
+        load_memory=int(np.median([cost.peak_bytes for cost in costs])),
+    )
+
+
+def bench(
+    verifier: Verifier,
+    pair: tuple[Path, Path],
+    inputs: Inputs,
+    threads: int,
+    effort: Effort,
+) -> Bench:
+    """Measure two files.
+
+    Parameters
+    ----------
+    verifier : Verifier
+    pair : tuple of two paths
+        The float model and the quantized one.
+    inputs : Inputs
+    threads : int
+        0 for one per core.
+    effort : Effort
+
+    Raises
+    ------
+    CapabilityError
+        If the runtime cannot run models here.
+    ModelError
+        If the runtime refuses a model, or one run takes longer than the effort allows.
+    """
+    speed = latency(verifier, pair, inputs.feeds, threads, effort)
+    files = loading(verifier, pair, threads)
+    return Bench(
+        runtime=verifier.name,
+        version=verifier.version,
+        threads=threads,
+        clock=clock_name(threads),
+        shapes=inputs.shapes,
+        notes=inputs.notes,
+        speed=replace(speed, samples=inputs.samples),
+        float_file=files[0],
+        quantized_file=files[1],
+    )

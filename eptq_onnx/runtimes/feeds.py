@@ -1,0 +1,149 @@
+"""What models are fed while they are measured: a sample, or values for a model that comes without samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eptq_onnx.data import candidates
+from eptq_onnx.data.readers import Source
+from eptq_onnx.errors import DataError, ModelError
+from eptq_onnx.graph.io import read_file
+from eptq_onnx.numerics.types import Feeds
+from eptq_onnx.runtimes.base import Port, Verifier, graph_of, ports_of
+
+_BATCH, _PIXELS, _LENGTH = 1, 224, 128
+"""Sizes of axes that a model leaves open: the first one, the last two of an image, any other."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What two models are fed.
+
+    Parameters
+    ----------
+    feeds : dict of str to ndarray
+    shapes : dict of str to str
+        Shape of each, as text.
+    samples : int
+        Samples of one run.
+    notes : tuple of str
+        What was chosen without being asked.
+    """
+
+    feeds: Feeds
+    shapes: dict[str, str]
+    samples: int
+    notes: tuple[str, ...]
+
+
+def inputs_of(verifier: Verifier, pair: tuple[Path, Path], source: Source | None) -> Inputs:
+    """Return the first sample of some data, or values for models without any.
+
+    Parameters
+    ----------
+    verifier : Verifier
+        Tells which reading of the axes the model takes, if there are several.
+    pair : tuple of two paths
+        Two files that take the same inputs.
+    source : Source or None
+
+    Raises
+    ------
+    ModelError
+        If the inputs differ.
+    DataError
+        If the data does not fit, or no values can be made up.
+    """
+    ports, others = (ports_of(graph_of(path)) for path in pair)
+    if (names := {p.name for p in ports}) != {p.name for p in others}:
+        raise ModelError(
+            f"{pair[1]} has the inputs {', '.join(p.name for p in others) or 'none'}, {pair[0]} has "
+            f"{', '.join(sorted(names)) or 'none'}: give two files of one model."
+        )
+    notes: tuple[str, ...] = ()
+    samples = 1
+    if source is None:
+        feeds = default_feeds(ports)
+        chosen = open_sizes(ports, feeds)
+        notes = ("inputs are made up: give samples with --data for real ones",)
+        notes += (f"sizes that the model leaves open: {chosen}",) if chosen else ()
+    else:
+        feeds, samples = _first_sample(verifier, pair[0], source)
+    return Inputs(feeds, {name: shape_text(v.shape) for name, v in feeds.items()}, samples, notes)
+
+
+def _first_sample(verifier: Verifier, path: Path, source: Source) -> tuple[Feeds, int]:
+    """Return the feeds of one run on the first samples, and how many these are."""
+    found = candidates(source, read_file(path))
+    taken = []
+    for samples in found:
+        part = next(samples.parts(range(samples.count), samples.fixed_batch or 1), None)
+        if part is not None:
+            taken.append((samples.take(part), len(part)))
+    if not taken:
+        raise DataError(f"the data has fewer samples than one run takes ({found[0].fixed_batch}): give more.")
+    if len(taken) > 1:
+        with verifier.load(path) as loaded:
+            for feeds, count in taken:
+                with suppress(ModelError):
+                    loaded.run(feeds)
+                    return feeds, count
+    return taken[0]
+
+
+def default_feeds(ports: Sequence[Port]) -> Feeds:
+    """Return values of plausible sizes: random floats, and ones for integers and truth values.
+
+    An axis of unknown size gets 1 if it is the first, 224 if it is one of the last two of an image with
+    four axes, else 128. Axes of one name have one size.
+
+    Parameters
+    ----------
+    ports : sequence of Port
+
+    Raises
+    ------
+    DataError
+        If an input is text or no tensor.
+    """
+    named: dict[str, int] = {}
+    random = np.random.default_rng(0)
+    return {port.name: _values(port, _shape(port, named), random) for port in ports}
+
+
+def open_sizes(ports: Sequence[Port], feeds: Mapping[str, NDArray[np.generic]]) -> str:
+    """Return a list of the inputs whose sizes `default_feeds` has chosen, as ``x: 1×3×224×224``; may be
+    empty."""
+    chosen = [p.name for p in ports if not all(isinstance(size, int) and size > 0 for size in p.shape)]
+    return ", ".join(f"{name}: {shape_text(feeds[name].shape)}" for name in chosen)
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Return a shape as ``1×3×224×224``."""
+    return "×".join(map(str, shape)) or "scalar"
+
+
+def _shape(port: Port, named: dict[str, int]) -> tuple[int, ...]:
+    sizes = []
+    for axis, size in enumerate(port.shape):
+        if isinstance(size, int) and size > 0:
+            sizes.append(size)
+            continue
+        image = len(port.shape) == 4 and axis >= 2
+        plausible = _BATCH if axis == 0 else _PIXELS if image else _LENGTH
+        sizes.append(named.setdefault(size, plausible) if isinstance(size, str) and size else plausible)
+    return tuple(sizes)
+
+
+def _values(port: Port, shape: tuple[int, ...], random: np.random.Generator) -> NDArray[np.generic]:
+    if port.dtype.kind not in "fiub":
+        raise DataError(f"no values can be made up for the input {port.name}: give samples with --data.")
+    if port.dtype.kind == "f":
+        return random.standard_normal(shape).astype(port.dtype)
+    return np.ones(shape, port.dtype)

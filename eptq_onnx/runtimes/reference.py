@@ -1,0 +1,78 @@
+"""onnx's reference evaluator: what the standard says, without any kernel of a runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+from onnx.reference import ReferenceEvaluator
+
+from eptq_onnx.errors import CapabilityError, ModelError, one_line
+from eptq_onnx.numerics.types import Feeds
+from eptq_onnx.proto import store
+from eptq_onnx.runtimes.base import Kernel, LoadCost, Loaded, Model, NodeTime, Timed, Verifier, timed
+from eptq_onnx.runtimes.base import clock_of as clock
+from eptq_onnx.runtimes.loading import load_cost
+
+_NO_KERNELS = "onnx's reference evaluator {}: it computes node by node with numpy, as no product does."
+
+
+class _Evaluator(Loaded):
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
+        whole = store.load_all(model) if isinstance(model, ModelProto) else str(Path(model))
+        try:
+            self._evaluator = ReferenceEvaluator(whole)
+        except Exception as e:
+            # The evaluator raises whatever numpy, protobuf or its own code does.
+            raise ModelError(f"onnx's reference evaluator refuses the model: {one_line(e)}") from e
+
+    def run(self, feeds: Feeds) -> Feeds:
+        own = self.fed(feeds)
+        try:
+            values = self._evaluator.run(None, own)
+        except Exception as e:
+            raise ModelError(f"onnx's reference evaluator cannot run the model: {one_line(e)}") from e
+        return {name: np.asarray(v) for name, v in zip(self._evaluator.output_names, values, strict=True)}
+
+    def bind(self, feeds: Feeds) -> Timed:
+        return timed(lambda: self.run(feeds), clock(1))
+
+
+class Reference(Verifier):
+    """onnx's reference evaluator."""
+
+    name = "reference"
+    about = "onnx's reference evaluator: slow, and its time says nothing"
+    measures = False
+
+    @classmethod
+    def available(cls) -> str | None:
+        """Return None: onnx is always installed."""
+        return None
+
+    @property
+    def version(self) -> str:
+        """Return the version of onnx."""
+        return str(onnx.__version__)
+
+    @contextmanager
+    def load(self, model: Model, threads: int = 1) -> Iterator[Loaded]:
+        """See `Verifier.load`; the number of threads is numpy's."""
+        yield _Evaluator(model)
+
+    def load_cost(self, path: Path, threads: int = 1) -> LoadCost:
+        """See `Verifier.load_cost`."""
+        return load_cost(self.name, path, threads)
+
+    def kernels(self, model: Model, feeds: Feeds | None = None) -> tuple[Kernel, ...]:
+        """Refuse: there are none."""
+        raise CapabilityError(_NO_KERNELS.format("has no kernels"))
+
+    def profile(self, model: Model, feeds: Feeds, threads: int = 1) -> tuple[NodeTime, ...]:
+        """Refuse: its times say nothing."""
+        raise CapabilityError(_NO_KERNELS.format("times no nodes"))
