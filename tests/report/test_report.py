@@ -54,9 +54,9 @@ def test_then_verdict_then_size_then_speed(report, speed):
     first = [line.split()[0] for line in lines]
     place = first.index("verdict")
     assert place == (speed is SLOW)
-    assert first[place : place + 4] == ["verdict", "size", "speed", "model"]
+    assert first[place : place + 5] == ["verdict", "size", "parts", "speed", "model"]
     assert report.verdict.assurance.value in lines[place]
-    assert in_words(speed) in lines[place + 2]
+    assert in_words(speed) in lines[place + 3]
 
 
 def test_speed_in_words():
