@@ -66,6 +66,7 @@ def arrange(model: ModelProto, candidates: Sequence[Samples], seed: int) -> Arra
     probe = _Probe(model, tuple(p for p in places if p.draws), seed)
     errors: list[tuple[Samples, ModelError]] = []
     alone: Samples | None = None
+    why = ""
     for samples in candidates:
         if alone is not None and samples.count == 1:
             # Taking all arrays as a single run is the last resort.
@@ -76,8 +77,9 @@ def arrange(model: ModelProto, candidates: Sequence[Samples], seed: int) -> Arra
             errors.append((samples, e))
             continue
         if fits:
-            return Arranged(samples, _notes(probe.random()))
-        alone = alone or samples
+            return Arranged(samples, _notes(probe.random(samples)))
+        if alone is None:
+            alone, why = samples, probe.why
     if alone is not None:
         size = alone.fixed_batch or 1
         samples = alone.grouped(size) if size > 1 else alone.in_batches_of(1)
@@ -86,7 +88,7 @@ def arrange(model: ModelProto, candidates: Sequence[Samples], seed: int) -> Arra
             if size > 1
             else "samples run one at a time"
         )
-        return Arranged(samples, (f"{what}: {probe.why}", *_notes(probe.random())))
+        return Arranged(samples, (f"{what}: {why}", *_notes(probe.random(alone))))
     for samples, _ in errors:
         for size in _SIZES if samples.fixed_batch is None and samples.count > 1 else ():
             grouped = probe.grouped(samples, size)
@@ -95,7 +97,7 @@ def arrange(model: ModelProto, candidates: Sequence[Samples], seed: int) -> Arra
                     f"samples run {size} at a time: the model takes batches of that size only, "
                     "though its inputs leave it open"
                 )
-                return Arranged(grouped, (note, *_notes(probe.random())))
+                return Arranged(grouped, (note, *_notes(probe.random(grouped))))
     samples, error = errors[0]
     unit = "batch" if (samples.fixed_batch or 1) > 1 else "sample"
     shapes = ", ".join(f"{name}: {value.shape}" for name, value in probe.first(samples).items())
@@ -124,7 +126,6 @@ class _Probe:
             self._recorder = Session(recording), names
         self._session: Session | None = None
         self._memory: dict[tuple[Samples | int, ...], Feeds] = {}
-        self._seen: tuple[Samples, NDArray[np.int64]] | None = None
         self.why = ""
 
     def first(self, samples: Samples) -> Feeds:
@@ -141,7 +142,6 @@ class _Probe:
         """
         alike = samples.alike()
         size = samples.fixed_batch or 1
-        self._seen = samples, alike[:size]
         if size > 1:
             return self._permutes(samples, alike[:size])
         pair = self._two_different(samples, alike)
@@ -156,11 +156,10 @@ class _Probe:
             return False
         return self._same(first, second, both)
 
-    def random(self) -> list[str]:
+    def random(self, samples: Samples) -> list[str]:
         """Return the outputs that differ between two runs on the same samples with the same draws."""
-        if self._seen is None:
-            return []
-        first, second = (self._run(*self._seen) for _ in range(2))
+        places = samples.alike()[: samples.fixed_batch or 1]
+        first, second = (self._run(samples, places) for _ in range(2))
         return [name for name, value in first.items() if _is_array(value) and not agree(value, second[name])]
 
     def grouped(self, samples: Samples, size: int) -> Samples | None:
@@ -173,7 +172,6 @@ class _Probe:
             fits = self._permutes(fixed, places)
         except ModelError:
             return None
-        self._seen = fixed, places
         return fixed if fits else samples.grouped(size)
 
     def _two_different(self, samples: Samples, alike: NDArray[np.int64]) -> NDArray[np.int64]:

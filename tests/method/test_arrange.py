@@ -52,6 +52,17 @@ def test_samples_that_do_run_one_at_a_time(body, why):
     assert any(why in note for note in found.notes)
 
 
+@pytest.mark.parametrize("shape", ["N,4,C", "N,C,6", "N,C,D", "N,4,6", "B,N,6"])
+@pytest.mark.parametrize("count", [4, 6, 12])
+def test_axes_that_are_open_without_being_a_batch_change_nothing(shape, count):
+    """Where the batch matters, other axes are tried as the batch, and the model does not run on these."""
+    body = "m = ReduceMean <axes = [0]> (x)  d = Sub (x, m)  e = MatMul (v, d)  y = MatMul (e, w)"
+    text = f"g (float[{shape}] x) => (float y) {{ {body} }}"
+    _, found = arranged(text, {"x": X[:count]}, v=normal(3, 4, seed=2))
+    assert (found.samples.fixed_batch, found.samples.count) == (1, count)
+    assert "two in one batch give another y than two runs" in found.notes[0]
+
+
 def test_a_batch_that_only_the_graph_prescribes_is_found():
     body = "r = Reshape (x, four)  y = MatMul (r, w)"
     _, found = arranged(f"g (float[N,4,6] x) => (float[4,4,5] y) {{ {body} }}", four=np.array([4, 4, 6]))
