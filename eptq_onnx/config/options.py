@@ -12,6 +12,7 @@ from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
     Attention,
+    Objective,
     Optimizer,
     Preset,
     RoundingVariable,
@@ -30,6 +31,9 @@ class Options(TypedDict, total=False):
     exclude: Sequence[str] | str
     budget: Budget | str | None
     target: str
+    objective: Objective | Literal["integers", "time"]
+    runtime_threads: int
+    timings: str | Path | None
     preset: Preset | Literal["fast", "balanced", "best"]
     steps: int | None
     engine: str

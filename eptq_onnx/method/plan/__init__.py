@@ -33,7 +33,11 @@ from eptq_onnx.targets import Target
 
 
 def plan(
-    model: ModelProto, target: Target, config: Config, sensitive: Mapping[str, str] | None = None
+    model: ModelProto,
+    target: Target,
+    config: Config,
+    sensitive: Mapping[str, str] | None = None,
+    kept: Mapping[str, str] | None = None,
 ) -> Plan:
     """Make the plan for a normalized model.
 
@@ -44,6 +48,8 @@ def plan(
     config : Config
     sensitive : mapping of str to str, optional
         Tensors that must not be quantized, each with the reason.
+    kept : mapping of str to str, optional
+        Nodes that must stay float, each with the reason.
 
     Raises
     ------
@@ -53,7 +59,7 @@ def plan(
         If a pattern matches no node.
     """
     view = GraphView(model)
-    excluded = {
+    excluded = dict(kept or {}) | {
         name: f"excluded by the pattern {pattern}"
         for pattern in config.exclude
         for name in matching(view, pattern)
