@@ -109,6 +109,7 @@ class Placement:
         Regions that could not be timed and stay as planned.
     kept_float : dict of str to str
         Nodes that stay float, each with the reason.
+    notes : tuple of str
     """
 
     runtime: str
@@ -119,6 +120,7 @@ class Placement:
     regions: tuple[RegionTime, ...]
     untimed: int = 0
     kept_float: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

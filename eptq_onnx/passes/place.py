@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from onnx import ModelProto
 
 from eptq_onnx.config import Objective
-from eptq_onnx.errors import ModelError
+from eptq_onnx.errors import ModelError, OutputError
 from eptq_onnx.graph import edit, io
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.method.place.network import Chosen, Cut, reasons
@@ -67,7 +67,7 @@ class Place(Pass):
         except ModelError as e:
             return state.noting(f"{left}: {e}")
         after = leave_float(state, ctx, {}, placement.kept_float).changed(placement=placement)
-        return after.noting(*timed.notes)
+        return after.noting(*placement.notes)
 
 
 @dataclass
@@ -84,16 +84,15 @@ class _Timed:
     state: State
     ctx: Context
     bench: Bench
-    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         state, ctx = self.state, self.ctx
         self._nearest: Rounding = weight_ranges(
             state.executed, state.plan, state.calibration, state.scores, ctx.config, ()
         )
-        samples = ctx.samples
-        self._feeds: Feeds = samples.two_batches(samples.fixed_batch or 1)[0]
-        batches = samples.two_batches(samples.fixed_batch or 1)
+        self._notes: list[str] = []
+        batches = ctx.samples.two_batches(ctx.samples.fixed_batch or 1)
+        self._feeds: Feeds = batches[0]
         exact, written = (specialize(m, batches) for m in (state.executed, self._written(state.plan)))
         self._cut = Cut(exact, written, state.plan)
 
@@ -118,7 +117,13 @@ class _Timed:
 
     def _keep(self, path: Path, found: Timings) -> None:
         if self.ctx.config.timings is None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise OutputError(
+                    f"the cache folder {path.parent} cannot be made ({e.strerror or e}): name a file for "
+                    "what is measured, with the option timings."
+                ) from e
         timings.write(path, found)
 
     def _measured(self, digest: str) -> Timings:
@@ -154,7 +159,7 @@ class _Timed:
             if speed.high < 1 and speed.ratio < least:
                 best, chosen, least = name, choice.on_integers, speed.ratio
         if fast:
-            self.notes.append(
+            self._notes.append(
                 "which operators run on integers is not chosen by time: one float run takes "
                 f"{base.quantized_seconds * 1e3:.2g} ms, most of it for the run itself"
             )
@@ -168,6 +173,7 @@ class _Timed:
             regions=times_of,
             untimed=untimed,
             kept_float=reasons(times_of, cut.nodes(chosen)),
+            notes=tuple(self._notes),
         )
         return Timings(digest, placement, ways, conversions)
 
@@ -204,7 +210,7 @@ class _Timed:
             for region, pair in zip(cut.regions.regions, cut.pieces, strict=True)
         )
         if untimed:
-            self.notes.append(
+            self._notes.append(
                 f"{untimed} regions stay as planned, because they could not be timed in {budget:.0f} s"
             )
         return ways, conversions, untimed

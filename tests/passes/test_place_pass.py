@@ -60,6 +60,12 @@ class Bench:
         return Speed(Pace.SAME, first, second, ratio, 0.98 * ratio, 1.02 * ratio, 10, 1)
 
 
+def test_a_cache_folder_that_cannot_be_made_is_told(bench, tmp_path):
+    (tmp_path / "cache").write_text("a file in its place", encoding="utf-8")
+    with pytest.raises(OutputError, match=r"the cache folder .* cannot be made .*: name a file"):
+        run()
+
+
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     class Own(Bench):
@@ -124,6 +130,7 @@ def test_models_that_take_no_time_are_left_as_planned(bench):
     bench.unit = 1e-5
     result = run()
     assert any("one float run takes" in note for note in result.report.notes)
+    assert run().report.notes == result.report.notes, "what is read says what was measured"
     assert not kept(result)
     assert result.report.placement.regions == ()
 
