@@ -153,7 +153,7 @@ class Report:
         if self.speed is not None and self.speed.operators:
             parts.append(operator_table(self.speed))
         if self.placement is not None:
-            parts += [by_time.candidate_table(self.placement), by_time.operator_table(self.placement)]
+            parts += by_time.tables(self.placement)
         if self.kept_float:
             parts.append(self._float_table())
         parts.extend(line(f"note: {note}", "yellow") for note in self.notes)

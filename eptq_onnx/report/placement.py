@@ -22,7 +22,12 @@ def in_words(placement: Placement) -> str:
     )
 
 
-def candidate_table(placement: Placement) -> Table:
+def tables(placement: Placement) -> list[Table]:
+    """Return what was timed: whole models, and regions by operator unless none was timed."""
+    return [_candidate_table(placement), *([_operator_table(placement)] if placement.regions else [])]
+
+
+def _candidate_table(placement: Placement) -> Table:
     """Return the table of what was timed as whole models."""
     table = Table(
         "choice",
@@ -39,7 +44,7 @@ def candidate_table(placement: Placement) -> Table:
     return table
 
 
-def operator_table(placement: Placement) -> Table:
+def _operator_table(placement: Placement) -> Table:
     """Return the table of times by operator."""
     table = Table(
         "operators",

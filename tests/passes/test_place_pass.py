@@ -216,6 +216,21 @@ def test_the_report_shows_what_was_timed(bench):
     assert "Time of kernels, without conversions" in text
 
 
+def test_the_installed_runtime_is_timed(monkeypatch, tmp_path):
+    """Whatever it finds: the result is a model, and the file gives the same one again."""
+    monkeypatch.setattr("eptq_onnx.passes.place._SHORTEST", 0.0)
+    path = tmp_path / "timings.json"
+    first = run(timings=path)
+    placement = first.report.placement
+    assert placement.untimed == 0
+    assert {r.operators for r in placement.regions} >= {"Conv+Relu", "Conv", "Add"}
+    assert all(r.float_seconds > 0 for r in placement.regions if "Conv" in r.operators)
+    for c in placement.candidates:
+        assert c.predicted > 0
+        assert c.low <= c.ratio <= c.high
+    assert run(timings=path).model.SerializeToString() == first.model.SerializeToString()
+
+
 def test_a_network_with_shapes_made_at_run_time_is_timed(bench):
     """Inputs of a piece that are shapes need their values."""
     model = parse(
