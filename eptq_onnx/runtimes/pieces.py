@@ -30,6 +30,8 @@ _RUNS = (8, 200)
 _BEST = 3
 """One in so many runs counts, those that were interrupted least."""
 _SEED = 0
+_PATIENCE = 5
+"""Whole models are compared so much longer than for the report: choices differ by a few per cent."""
 
 Surround = Callable[[ModelProto, bool], ModelProto | None]
 """Puts a piece between float convolutions, or on integers; None if that is not possible."""
@@ -257,7 +259,8 @@ class Bench:
         sessions = [Session(m, threads=self.threads) for m in (base, other)]
         first, second = (partial(s.run, s.taken(feeds)) for s in sessions)
         # With one thread its own time is what counts, whatever else the machine does.
-        return compare(first, second, 1, time.thread_time if self.threads == 1 else time.perf_counter)
+        clock = time.thread_time if self.threads == 1 else time.perf_counter
+        return compare(first, second, 1, clock, _PATIENCE)
 
 
 @cache

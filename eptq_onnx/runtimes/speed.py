@@ -91,7 +91,11 @@ def measure(model: ModelProto, quantized: ModelProto, feeds: Feeds, samples: int
 
 
 def compare(
-    run_float: Run, run_quantized: Run, samples: int, clock: Callable[[], float] = time.perf_counter
+    run_float: Run,
+    run_quantized: Run,
+    samples: int,
+    clock: Callable[[], float] = time.perf_counter,
+    patience: int = 1,
 ) -> Speed:
     """Time two functions in turn.
 
@@ -103,6 +107,8 @@ def compare(
         Samples per run.
     clock : callable
         Returns seconds.
+    patience : int
+        Factor on the time and the number of pairs that are spent on small differences.
 
     Raises
     ------
@@ -121,7 +127,9 @@ def compare(
     times: list[tuple[float, float]] = []
     began = clock()
     while len(times) < _PAIRS[0] or (
-        len(times) < _PAIRS[1] and clock() - began < _BUDGET and _pace(*_interval(times)) is None
+        len(times) < patience * _PAIRS[1]
+        and clock() - began < patience * _BUDGET
+        and _pace(*_interval(times)) is None
     ):
         turns = [(0, run_float), (1, run_quantized)]
         pair = [0.0, 0.0]
