@@ -195,6 +195,8 @@ class _Timed:
         ways: dict[str, tuple[Way, ...]] = {}
         conversions: dict[str, dict[str, float]] = {}
         for key, piece in tensors.items():
+            if bench.now() - began > budget / 2:
+                break
             conversions[key] = bench.conversions(piece.model, each)
             self.ctx.tell("place")(len(conversions), total)
         for key, piece in pieces.items():
