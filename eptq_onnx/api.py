@@ -16,7 +16,7 @@ from eptq_onnx.data.readers import Source
 from eptq_onnx.data.readers import files_of as files_of_data
 from eptq_onnx.data.splits import share_out
 from eptq_onnx.errors import ConfigError
-from eptq_onnx.files import check_apart, model_outputs
+from eptq_onnx.files import check_apart, check_writable, model_outputs
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.external import files_of as files_of_model
@@ -101,6 +101,8 @@ def quantize(
     """
     config = config or Config()
     inputs = tuple(input_files(model, data, config))
+    if config.timings is not None and not config.timings.exists():
+        check_writable(config.timings)
     kept = Workdir(config.workdir) if config.workdir is not None else nullcontext()
     with custom_operators(config.custom_ops), scratch.folder() as folder, kept as workdir:
         return replace(_quantize(model, data, config, progress, _Places(folder, workdir)), inputs=inputs)
@@ -141,7 +143,8 @@ def input_files(
         [("the target file", Path(os.path.abspath(config.target)))] if config.target.endswith(".toml") else []
     )
     libraries = [("a custom-operator library", path) for path in config.custom_ops]
-    return [*files_of_model(model), *files_of_data(data), *target, *libraries]
+    timings = [("the timings file", config.timings)] if config.timings is not None else []
+    return [*files_of_model(model), *files_of_data(data), *target, *libraries, *timings]
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ def _quantize(
         runner.resume = Resume(places.workdir, state, ctx)
     with runner.timed("estimate"):
         expected = runner.estimate(state, ctx)
-    state = runner.run(state, ctx)
+    state = runner.run(state, replace(ctx, expected=expected.seconds))
     report = report_of(prepared, state, ctx, Costs(expected, runner.seconds, peak_memory()))
     return Result(store.load_all(final(sink(state.packed), prepared)), report)
 

@@ -27,6 +27,7 @@ from eptq_onnx.passes.float_fallback import FloatFallback
 from eptq_onnx.passes.measure import Measure
 from eptq_onnx.passes.optimize import Optimize
 from eptq_onnx.passes.pack import Pack
+from eptq_onnx.passes.place import Place
 from eptq_onnx.passes.ranges import Ranges
 from eptq_onnx.passes.reconstruct import Reconstruct
 from eptq_onnx.passes.rotate import Rotate
@@ -45,6 +46,7 @@ PIPELINE: tuple[Pass, ...] = (
     Recalibrate(),
     FloatFallback(),
     KeepChoices(),
+    Place(),
     Allocate(),
     Ranges(),
     Reconstruct(),

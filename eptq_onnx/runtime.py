@@ -52,6 +52,7 @@ _INSTALL = (
 )
 
 
+@cache  # every session asks, and looking takes ten times as long as making a small session
 def installed_distributions() -> dict[str, str]:
     """Return name and version of every installed distribution that provides the ``onnxruntime`` package."""
     found = {}

@@ -72,6 +72,7 @@ def report_of(prepared: Prepared, state: State, ctx: Context, costs: Costs) -> R
         notes=tuple(notes),
         rotated=state.rotated,
         equalized=state.equalized,
+        placement=state.placement,
         optimization=state.trace,
         verification=state.verification,
         speed=state.speed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -11,6 +11,14 @@ import onnx.parser
 from onnx import ModelProto, numpy_helper
 
 from eptq_onnx.graph import edit
+
+T = TypeVar("T")
+
+
+def known(value: T | None) -> T:
+    """A value that is there."""
+    assert value is not None
+    return value
 
 
 def parse(

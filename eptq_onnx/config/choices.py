@@ -72,3 +72,10 @@ class Attention(str, Enum):
     NONE = "none"
     LAYER = "layer"
     CHANNEL = "channel"
+
+
+class Objective(str, Enum):
+    """What decides which operators run on integers."""
+
+    INTEGERS = "integers"
+    TIME = "time"

@@ -16,6 +16,7 @@ from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
     Attention,
+    Objective,
     Optimizer,
     Preset,
     RoundingVariable,
@@ -69,6 +70,16 @@ class Config(BaseModel):
     """How weights of 2 to 6 bits lie in the file. packed: in bytes, with nodes that any runtime folds into
     int8 when it loads the model. native: as the types of ONNX, where the target reads them. int8: one byte
     each."""
+    objective: Annotated[Objective, Option("runtime")] = Objective.INTEGERS
+    """What decides which operators run on integers. integers: all that the target has integer kernels for.
+    time: those with which the model runs fastest on this machine, measured in the installed onnxruntime."""
+    runtime_threads: Annotated[int, Option("runtime", metavar="N")] = Field(1, ge=1)
+    """Threads with which the model is timed, for objective=time."""
+    timings: Annotated[
+        Path | None, Option("runtime", default="in the user's cache folder", in_result=False)
+    ] = None
+    """File that keeps what objective=time has measured. If it exists, nothing is measured: the same command
+    gives the same bytes on every machine. If not, it is written."""
     preset: Annotated[Preset, Option("optimization")] = Preset.BALANCED
     """fast: layer-wise reconstruction only, without gradients. balanced: 200 steps of network-wise
     optimization; best: 1000. Models below 400 million multiplications per sample get up to five times as many
@@ -241,6 +252,8 @@ class Config(BaseModel):
     def _one_way(self) -> Self:
         if self.budget is not None and self.bits:
             raise ValueError("a budget chooses the bits of all weights: leave bits with patterns out")
+        if self.timings is not None and self.objective is not Objective.TIME:
+            raise ValueError("timings are measured for objective=time only: set that, or leave timings out")
         return self
 
     @field_validator("activation_bits")
@@ -254,6 +267,9 @@ class Config(BaseModel):
         """Hash of the options that change the result, in 16 hexadecimal digits; a target counts by what it
         says, not by its name."""
         counted = {name for name, field in type(self).model_fields.items() if option_of(field).in_result}
+        if self.objective is Objective.INTEGERS:
+            # They change nothing then, and the hash stays what it was before they existed.
+            counted -= {"objective", "runtime_threads"}
         values = self.model_dump(mode="json", include=counted - {"target"})
         # Sets come in another order in every process.
         text = json.dumps(

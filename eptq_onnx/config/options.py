@@ -12,6 +12,7 @@ from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
     Attention,
+    Objective,
     Optimizer,
     Preset,
     RoundingVariable,
@@ -32,6 +33,9 @@ class Options(TypedDict, total=False):
     budget: Budget | str | None
     target: str
     storage: WeightStorage | Literal["packed", "native", "int8"]
+    objective: Objective | Literal["integers", "time"]
+    runtime_threads: int
+    timings: str | Path | None
     preset: Preset | Literal["fast", "balanced", "best"]
     steps: int | None
     engine: str

@@ -20,7 +20,7 @@ _VERSIONS = range(1, 2**31)
 def repair(model: ModelProto, name: str) -> None:
     """Remove, in place, parts of a model that onnxruntime ignores.
 
-    These are second values of tensors, unused functions, negative sizes, types that do not exist, and bytes
+    These are second values of tensors, unused functions, impossible sizes, types that do not exist, and bytes
     in names that are not valid UTF-8.
 
     Raises
@@ -80,24 +80,27 @@ def _repair_declared(graph: GraphProto) -> None:
         copies = [ValueInfoProto.FromString(v.SerializeToString()) for v in known]
         del graph.value_info[:]
         graph.value_info.extend(copies)
-    for info in (*graph.input, *graph.output, *graph.value_info):
-        _open_negative(info.type)
+    for info in (*graph.input, *graph.output):
+        _open_below(info.type, 0)
+    for info in graph.value_info:
+        # Inference finds the size 0 of computed tensors where it is real; onnxruntime does not trust it.
+        _open_below(info.type, 1)
 
 
 def _is_odd(info: ValueInfoProto) -> bool:
     return info.type.HasField("tensor_type") and not is_type(info.type.tensor_type.elem_type)
 
 
-def _open_negative(kind: TypeProto) -> None:
-    """Turn axes of negative size into axes of unknown size, in place."""
+def _open_below(kind: TypeProto, least: int) -> None:
+    """Turn axes of a smaller size into axes of unknown size, in place."""
     if kind.HasField("tensor_type"):
         for axis in kind.tensor_type.shape.dim if kind.tensor_type.HasField("shape") else ():
-            if axis.dim_value < 0:
+            if axis.HasField("dim_value") and axis.dim_value < least:
                 axis.ClearField("dim_value")
     elif kind.HasField("sequence_type"):
-        _open_negative(kind.sequence_type.elem_type)
+        _open_below(kind.sequence_type.elem_type, least)
     elif kind.HasField("optional_type"):
-        _open_negative(kind.optional_type.elem_type)
+        _open_below(kind.optional_type.elem_type, least)
 
 
 # ---- names -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from eptq_onnx.method.judge import SAMPLES, Limit
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.ops import executed
+from eptq_onnx.placement import Placement
 from eptq_onnx.records import (
     Calibration,
     Network,
@@ -85,6 +86,8 @@ class Context:
     progress : Progress
     partial : Partial
         Where the running pass may save its progress.
+    expected : float
+        Seconds that the run is expected to take.
     """
 
     given: Config
@@ -100,6 +103,7 @@ class Context:
     float_bytes: int
     progress: Progress
     partial: Partial = field(default_factory=Partial)
+    expected: float = 0.0
 
     @cached_property
     def training(self) -> Samples:
@@ -240,6 +244,10 @@ class State:
         See `eptq_onnx.report.Report`.
     left_float : mapping of str to str
         Tensors kept in floating point because of measurements, each with the reason.
+    float_nodes : mapping of str to str
+        Nodes kept in floating point because of measurements, each with the reason.
+    placement : Placement or None
+        What was chosen by time.
     notes : tuple of str
     """
 
@@ -258,6 +266,8 @@ class State:
     rotated: Mapping[str, int] = field(default_factory=dict)
     equalized: Mapping[str, float] = field(default_factory=dict)
     left_float: Mapping[str, str] = field(default_factory=dict)
+    float_nodes: Mapping[str, str] = field(default_factory=dict)
+    placement: Placement | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -345,12 +355,14 @@ class Pass(ABC):
         """
 
 
-def leave_float(state: State, ctx: Context, tensors: Mapping[str, str]) -> State:
-    """Replan with further tensors in floating point, each with its reason."""
-    if not tensors:
+def leave_float(
+    state: State, ctx: Context, tensors: Mapping[str, str], nodes: Mapping[str, str] | None = None
+) -> State:
+    """Replan with further tensors and nodes in floating point, each with its reason."""
+    if not tensors and not nodes:
         return state
-    left = {**state.left_float, **tensors}
-    plan = make_plan(state.model, ctx.target, ctx.config, left)
+    left, kept = {**state.left_float, **tensors}, {**state.float_nodes, **(nodes or {})}
+    plan = make_plan(state.model, ctx.target, ctx.config, left, kept)
     calibration = state.calibration
     if not set(plan.quantizers) <= set(state.plan.quantizers):
         # What is left of a group may want another range.
@@ -365,4 +377,4 @@ def leave_float(state: State, ctx: Context, tensors: Mapping[str, str]) -> State
             scores=channels,
             known=calibration.grids,
         )
-    return state.changed(plan=plan, calibration=calibration, left_float=left)
+    return state.changed(plan=plan, calibration=calibration, left_float=left, float_nodes=kept)

@@ -15,7 +15,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from eptq_onnx.placement import Placement
 from eptq_onnx.records import Estimate, KeptFloat, OptimizationTrace, Speed, Verification
+from eptq_onnx.report import placement as by_time
 from eptq_onnx.report.console import console as standard_output
 from eptq_onnx.report.console import line
 from eptq_onnx.report.speed import in_words, operator_table, warning
@@ -68,6 +70,8 @@ class Report:
     equalized : dict of str to float
         Quantized tensors whose channels were scaled to fit a common range, and the largest factor, up or
         down.
+    placement : Placement or None
+        What was chosen by time; None unless that was asked for.
     optimization : OptimizationTrace or None
     verification : Verification
     speed : Speed or None
@@ -95,6 +99,7 @@ class Report:
     notes: tuple[str, ...]
     rotated: Mapping[str, int]
     equalized: Mapping[str, float]
+    placement: Placement | None
     optimization: OptimizationTrace | None
     verification: Verification
     speed: Speed | None
@@ -130,6 +135,7 @@ class Report:
             ("bits", self._bits()),
             ("rotation", self._rotation()),
             ("equalization", self._equalization()),
+            *([("by time", by_time.in_words(self.placement))] if self.placement is not None else []),
             ("optimization", self._optimization()),
             ("time, memory", self._cost()),
         ):
@@ -150,6 +156,8 @@ class Report:
         parts += [head, *([kernels] if v.planned else []), self._fidelity(), self._weakest()]
         if self.speed is not None and self.speed.operators:
             parts.append(operator_table(self.speed))
+        if self.placement is not None:
+            parts += by_time.tables(self.placement)
         if self.kept_float:
             parts.append(self._float_table())
         parts.extend(line(f"note: {note}", "yellow") for note in self.notes)

@@ -13,7 +13,7 @@ from graphs import images, silent, small_convnet
 from typer.testing import CliRunner
 
 import eptq_onnx
-from eptq_onnx import Config
+from eptq_onnx import Config, targets
 from eptq_onnx.cli import app
 from eptq_onnx.config import Option
 from eptq_onnx.config.files import SECTIONS, read_options
@@ -177,3 +177,11 @@ def test_options_have_types_under_strict_mypy_without_a_plugin(tmp_path, wrong, 
     )
     mine = [text for text in found.stdout.splitlines() if text.startswith("user.py")]
     assert bool(mine) == bool(wrong), found.stdout + found.stderr
+
+
+def test_how_time_is_measured_counts_only_where_it_decides():
+    """Files that are not chosen by time name the same hash of options as before there was a choice."""
+    target = targets.load("ort-x64")
+    assert Config(runtime_threads=4).digest(target) == Config().digest(target)
+    timed = {Config(objective="time", runtime_threads=n).digest(target) for n in (1, 4)}
+    assert len(timed | {Config().digest(target)}) == 3

@@ -3,9 +3,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from graphs import images, parse, small_convnet
+from graphs import images, parse, silent, small_convnet
+from onnx import TensorProto, helper
 
-from eptq_onnx import ModelError, OutputError
+import eptq_onnx
+from eptq_onnx import Config, ModelError, OutputError
 from eptq_onnx import files as outputs
 from eptq_onnx.graph import io
 from eptq_onnx.proto import store
@@ -79,3 +81,18 @@ def test_an_operator_of_onnxruntime_inside_a_subgraph_is_not_an_error():
         >
     }"""
     io.load(parse(graph, {"scale": np.ones(3, np.float32)}))
+
+
+@pytest.mark.parametrize("size", [0, -1, -(2**40)])
+@pytest.mark.parametrize("axis", range(4))
+def test_impossible_sizes_of_computed_tensors_change_nothing(size, axis):
+    """onnxruntime infers them anew; onnx would believe them."""
+    plain, declared = small_convnet(), small_convnet()
+    shape = [size if k == axis else (None, 8, 8, 8)[k] for k in range(4)]
+    declared.graph.value_info.append(helper.make_tensor_value_info("a2", TensorProto.FLOAT, shape))
+    first, second = (
+        eptq_onnx.quantize(m, {"image": images(8)}, Config(preset="fast"), progress=silent).model
+        for m in (plain, declared)
+    )
+    assert first.graph.node == second.graph.node
+    assert first.graph.initializer == second.graph.initializer

@@ -76,6 +76,18 @@ def test_runs_take_turns_and_the_first_changes():
     assert turns[:8] == [0, 1, 1, 0, 0, 1, 1, 0]
 
 
+def test_more_effort_tells_smaller_differences_apart():
+    """Models that differ by a tenth, on a busy machine."""
+    found = {}
+    for factor in (1, 8):
+        effort = speed.Effort(seconds=factor * speed.BRIEF.seconds, pairs=factor * speed.BRIEF.pairs)
+        speeds = [Machine((0.02, 0.022), 0.1, seed).measure(effort) for seed in range(40)]
+        found[factor] = sum(s.low > 1 for s in speeds)
+        assert not any(s.high < 1 for s in speeds)
+    assert found[8] > 35
+    assert found[1] < found[8]
+
+
 def test_it_takes_seconds_at_most():
     machine = Machine((0.25, 0.25), noise=0.5)
     machine.measure()

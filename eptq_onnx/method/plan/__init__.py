@@ -40,7 +40,11 @@ _RUNS = {Role.LAYER: "layer", Role.ARITHMETIC: "arithmetic", Role.EQUAL_SCALE: "
 
 
 def plan(
-    model: ModelProto, target: Target, config: Config, sensitive: Mapping[str, str] | None = None
+    model: ModelProto,
+    target: Target,
+    config: Config,
+    sensitive: Mapping[str, str] | None = None,
+    kept: Mapping[str, str] | None = None,
 ) -> Plan:
     """Make the plan for a normalized model.
 
@@ -51,6 +55,8 @@ def plan(
     config : Config
     sensitive : mapping of str to str, optional
         Tensors that must not be quantized, each with the reason.
+    kept : mapping of str to str, optional
+        Nodes that must stay float, each with the reason.
 
     Raises
     ------
@@ -60,7 +66,7 @@ def plan(
         If a pattern matches no node.
     """
     view = GraphView(model)
-    excluded = {
+    excluded = dict(kept or {}) | {
         name: f"excluded by the pattern {pattern}"
         for pattern in config.exclude
         for name in matching(view, pattern)

@@ -1,0 +1,200 @@
+"""The network as it is timed: its regions as pieces, and what joins the measured times to a choice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import ModelProto, helper
+
+from eptq_onnx.graph.view import GraphView, opset_of
+from eptq_onnx.method.place.costs import program_of
+from eptq_onnx.method.place.pieces import Piece, conversions_piece, float_piece, integer_piece
+from eptq_onnx.method.place.program import Choice, solve
+from eptq_onnx.method.place.regions import Region, Regions, regions_of
+from eptq_onnx.placement import RegionTime, Way
+from eptq_onnx.records import Plan
+
+Ways = Mapping[str, tuple[Way, ...]]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A choice for every region.
+
+    Parameters
+    ----------
+    on_integers : tuple of bool
+    predicted : float
+        Its time, in seconds.
+    """
+
+    on_integers: tuple[bool, ...]
+    predicted: float
+
+
+class Cut:
+    """A planned network, cut into regions.
+
+    Parameters
+    ----------
+    exact : ModelProto
+        The float network with the shapes of one run.
+    written : ModelProto
+        The same, quantized by the plan.
+    plan : Plan
+    """
+
+    def __init__(self, exact: ModelProto, written: ModelProto, plan: Plan) -> None:
+        self._exact, self._written, self._plan = GraphView(exact), GraphView(written), plan
+        self.regions: Regions = regions_of(self._exact, plan)
+        self.pieces: list[tuple[Piece | None, Piece | None]] = [
+            (
+                float_piece(self._exact, region.nodes),
+                integer_piece(self._written, region.nodes) if region.movable else None,
+            )
+            for region in self.regions.regions
+        ]
+        container = helper.np_dtype_to_tensor_dtype(np.dtype(plan.activations[0].spec.format.container))
+        shapes = {x.tensor: self._exact.static_shape(x.tensor) for x in self.regions.links}
+        self.conversions: dict[str, Piece] = {
+            tensor: conversions_piece(shape, container, opset_of(exact))
+            for tensor, shape in shapes.items()
+            if shape is not None and 0 not in shape
+        }
+        """Tensor between regions to the model of its conversions."""
+
+    @property
+    def by_work(self) -> list[Piece]:
+        """Return the pieces, each once, those of the regions with the most work first."""
+        work: dict[str, float] = defaultdict(float)
+        found: dict[str, Piece] = {}
+        for region, pair in zip(self.regions.regions, self.pieces, strict=True):
+            for piece in pair:
+                if piece is not None:
+                    found[piece.key] = piece
+                    # Of others only the layouts matter.
+                    work[piece.key] += _work(piece.model) if region.movable else 0.0
+        return sorted(found.values(), key=lambda p: -work[p.key])
+
+    @property
+    def digest(self) -> str:
+        """Return a digest of everything that the choice depends on, but for times."""
+        tree = [
+            [(p.key if p else "", q.key if q else "") for p, q in self.pieces],
+            [(r.nodes, r.movable) for r in self.regions.regions],
+            [(x.tensor, x.maker, x.readers, x.is_output) for x in self.regions.links],
+            [(name, p.key) for name, p in self.conversions.items()],
+            [self.regions.needs, self.regions.bound, sorted(self.regions.layers)],
+        ]
+        return hashlib.sha256(json.dumps(tree).encode()).hexdigest()
+
+    @property
+    def given(self) -> list[str]:
+        """Return the inputs of pieces that need real values: shapes, indices and conditions."""
+        names = {
+            v.name: None
+            for pair in self.pieces
+            for p in pair
+            if p is not None
+            for v in p.model.graph.input
+            if not self._exact.is_float(v.name) and self._exact.elem_type(v.name)
+        }
+        return [name for name in names if name in self._exact.producer]
+
+    @property
+    def as_planned(self) -> tuple[bool, ...]:
+        """Return the choice of the plan."""
+        return tuple(r.movable for r in self.regions.regions)
+
+    def choose(
+        self,
+        ways: Ways,
+        conversions: Mapping[str, Mapping[str, float]],
+        *,
+        layouts: bool = True,
+        fixed: Sequence[bool] | None = None,
+    ) -> Chosen | None:
+        """Return the fastest choice by measured times, or the time of a fixed one; None if the solver fails.
+
+        Parameters
+        ----------
+        ways : dict of str to tuple of Way
+            By the keys of pieces.
+        conversions : dict of str to dict of str to float
+            By the keys of conversion models.
+        layouts : bool
+            False leaves the time of changes of layout out.
+        fixed : sequence of bool, optional
+            Whether each region is on integers.
+        """
+        own = self._ways(ways)
+        times = {name: conversions.get(p.key, {}) for name, p in self.conversions.items()}
+        program = program_of(self.regions, own, times, layouts=layouts, fixed=fixed)
+        found: Choice | None = solve(program)
+        if found is None:
+            return None
+        chosen = tuple(program.options[k][o].on_integers for k, o in enumerate(found.options))
+        return Chosen(chosen, found.amount)
+
+    def _ways(self, ways: Ways) -> list[tuple[tuple[Way, ...], tuple[Way, ...]]]:
+        pairs = []
+        for exact, integers in self.pieces:
+            own = [ways.get(p.key, ()) if p is not None else () for p in (exact, integers)]
+            pairs.append((own[0], own[1]))
+        return pairs
+
+    def times(self, ways: Ways, chosen: Sequence[bool]) -> tuple[RegionTime, ...]:
+        """Return the times of all regions that may be on integers and were timed."""
+        found = []
+        for region, (exact, integers), on_integers in zip(
+            self.regions.regions, self._ways(ways), chosen, strict=True
+        ):
+            if region.movable and exact and integers:
+                first, second = (min(w.seconds for w in own) for own in (exact, integers))
+                found.append(RegionTime(region.nodes, region.operators, first, second, on_integers))
+        return tuple(found)
+
+    def nodes(self, chosen: Sequence[bool]) -> list[Region]:
+        """Return the regions that a choice keeps float although they were planned on integers."""
+        return [r for r, on in zip(self.regions.regions, chosen, strict=True) if r.movable and not on]
+
+
+def _work(model: ModelProto) -> float:
+    """Return about how many numbers a piece multiplies or moves."""
+    outputs = sum(math.prod(d.dim_value for d in v.type.tensor_type.shape.dim) for v in model.graph.output)
+    terms = [math.prod(t.dims[1:]) for t in model.graph.initializer if len(t.dims) > 1]
+    return float(outputs * max([*terms, 1]))
+
+
+def reasons(times: Iterable[RegionTime], kept: Iterable[Region]) -> dict[str, str]:
+    """Return why nodes stay float: the times of all regions of the same operators that do."""
+    wanted = {r.nodes for r in kept}
+    totals: dict[str, list[float]] = {}
+    for time in times:
+        if time.nodes in wanted:
+            total = totals.setdefault(time.operators, [0.0, 0.0])
+            total[0] += time.float_seconds
+            total[1] += time.integer_seconds
+    found = {}
+    for region in kept:
+        exact, integers = totals.get(region.operators, (0.0, 0.0))
+        if integers > exact:
+            why = f"integers would be slower here: {in_ms(integers)} instead of {in_ms(exact)}"
+        else:
+            why = (
+                "integers would not pay here: conversions around would cost more than the "
+                f"{in_ms(exact - integers)} that kernels save"
+            )
+        found.update(dict.fromkeys(region.nodes, why))
+    return found
+
+
+def in_ms(seconds: float) -> str:
+    """Return a time in milliseconds."""
+    return f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,311 @@
+"""The integer program that chooses a way of computing for every region.
+
+Let x[k, o] be 1 if region k is computed by its option o. An option reads and makes its tensors in one
+representation; where a reader wants another one than the maker gives, the tensor is converted, step by step
+(blocked → float → integers → channels last). With y[t, c, r, s] = 1 if tensor t is made as r and reader c
+wants s,
+
+- sum over o of x[k, o] = 1;
+- sum over s of y[t, c, r, s] is what makes t as r, and sum over r what c reads as s;
+- u[t, r, a] ≥ sum over s with step a on the way from r to s of y[t, c, r, s]: readers share conversions;
+- a region whose results are no layer's is on integers only if a reader is (`needs`);
+- a lone node between integers is an integer kernel, whatever the plan says (`bound`).
+
+Costs are amounts of currencies (time, and what else is known of options: noise, bytes): one is minimized, and
+others may be limited. SciPy's MILP solves it exactly.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import coo_array
+
+from eptq_onnx.placement import Representation
+
+TIME = "time"
+Step = tuple[Representation, Representation]
+_SECONDS = 60.0
+"""Time limit of the solver; the best choice found so far counts then."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to compute a region.
+
+    Parameters
+    ----------
+    reads, makes : Representation
+    costs : dict of str to float
+        Currency to amount.
+    """
+
+    reads: Representation
+    makes: Representation
+    costs: Mapping[str, float]
+
+    @property
+    def on_integers(self) -> bool:
+        """Return True if the region is computed on integers."""
+        return self.reads.is_integer
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor between regions.
+
+    Parameters
+    ----------
+    maker : int or None
+        None for an input of the network.
+    readers : tuple of int
+    is_output : bool
+        True if the network returns it.
+    steps : dict of Step to float
+        Seconds of each conversion that there is for it.
+    """
+
+    maker: int | None
+    readers: tuple[int, ...]
+    is_output: bool
+    steps: Mapping[Step, float]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is to be chosen.
+
+    Parameters
+    ----------
+    options : tuple of tuples of Option
+        Of each region.
+    tensors : tuple of Tensor
+    needs : tuple of (int, tuple of int)
+        A region, and those of which one must be on integers if it is.
+    bound : tuple of (int, tuple of int, tuple of int)
+        A region that is on integers if all the makers of its inputs and one of its readers are.
+    layers : frozenset of int
+        Regions of which at least one is on integers.
+    """
+
+    options: tuple[tuple[Option, ...], ...]
+    tensors: tuple[Tensor, ...]
+    needs: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    bound: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
+    layers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A solution.
+
+    Parameters
+    ----------
+    options : tuple of int
+        Option of each region.
+    amount : float
+        Total of the minimized currency.
+    conversions : float
+        Seconds of conversions.
+    """
+
+    options: tuple[int, ...]
+    amount: float
+    conversions: float
+
+
+def solve(program: Program, currency: str = TIME, limits: Mapping[str, float] | None = None) -> Choice | None:
+    """Return the choice with the least total of one currency within limits of others, or None."""
+    model = _Model(program, currency)
+    for name, limit in (limits or {}).items():
+        model.limit(name, limit)
+    return model.solve()
+
+
+def paths(steps: Iterable[tuple[Step, float]]) -> dict[Step, tuple[Step, ...]]:
+    """Return the cheapest sequence of steps between every two representations that are connected."""
+    known = dict(steps)
+    best: dict[Step, tuple[float, tuple[Step, ...]]] = {(r, r): (0.0, ()) for r in Representation}
+    best |= {step: (cost, (step,)) for step, cost in known.items()}
+    for via in Representation:
+        for a in Representation:
+            for b in Representation:
+                if (a, via) in best and (via, b) in best:
+                    cost = best[a, via][0] + best[via, b][0]
+                    if (a, b) not in best or cost < best[a, b][0]:
+                        best[a, b] = cost, best[a, via][1] + best[via, b][1]
+    return {ends: way for ends, (_, way) in best.items()}
+
+
+@dataclass
+class _Model:
+    program: Program
+    currency: str
+    costs: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    """What each variable adds to the time of conversions."""
+    integral: list[int] = field(default_factory=list)
+    rows: list[tuple[dict[int, float], float, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        options = self.program.options
+        self.x = [[self._variable(o.costs.get(self.currency, 0.0), True) for o in own] for own in options]
+        for own in self.x:
+            self.rows.append(({v: 1.0 for v in own}, 1, 1))
+        for tensor in self.program.tensors:
+            self._tensor(tensor)
+        for region, others in self.program.needs:
+            self._row({**self._integers(region), **_minus(self._all(others))}, high=0)
+        for region, makers, readers in self.program.bound:
+            for reader in readers:
+                around = set(makers) | {reader}
+                row = {**self._all(around), **_minus(self._integers(region))}
+                self._row(row, high=len(around) - 1)
+        if self.program.layers:
+            self._row(self._all(self.program.layers), low=1)
+
+    def limit(self, currency: str, amount: float) -> None:
+        """Limit the total of a currency."""
+        options = self.program.options
+        row = {
+            v: o.costs.get(currency, 0.0)
+            for own, variables in zip(options, self.x, strict=True)
+            for o, v in zip(own, variables, strict=True)
+        }
+        if currency == TIME:
+            row |= {v: s for v, s in enumerate(self.steps) if s}
+        self._row(row, high=amount)
+
+    def solve(self) -> Choice | None:
+        count = len(self.costs)
+        places = [(r, v, a) for r, (row, _, _) in enumerate(self.rows) for v, a in row.items()]
+        matrix = coo_array(
+            ([a for _, _, a in places], ([r for r, _, _ in places], [v for _, v, _ in places])),
+            shape=(len(self.rows), count),
+        ).tocsr()
+        unit = max([*map(abs, self.costs), 1e-30])
+        found = milp(
+            np.array(self.costs) / unit,
+            integrality=np.array(self.integral),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(matrix, [r[1] for r in self.rows], [r[2] for r in self.rows]),
+            options={"mip_rel_gap": 0, "time_limit": _SECONDS},
+        )
+        if found.x is None:
+            return None
+        chosen = tuple(int(np.argmax([found.x[v] for v in own])) for own in self.x)
+        return Choice(chosen, float(found.fun * unit), float(np.dot(self.steps, found.x)))
+
+    def _variable(self, cost: float, integral: bool = False, step: float = 0.0) -> int:
+        self.costs.append(cost)
+        self.steps.append(step)
+        self.integral.append(int(integral))
+        return len(self.costs) - 1
+
+    def _converting(self, seconds: float) -> int:
+        return self._variable(seconds if self.currency == TIME else 0.0, step=seconds)
+
+    def _row(self, row: Mapping[int, float], low: float = -np.inf, high: float = np.inf) -> None:
+        self.rows.append((dict(row), low, high))
+
+    def _integers(self, region: int) -> dict[int, float]:
+        own = zip(self.program.options[region], self.x[region], strict=True)
+        return {v: 1.0 for o, v in own if o.on_integers}
+
+    def _all(self, regions: Iterable[int]) -> dict[int, float]:
+        return {v: a for k in sorted(set(regions)) for v, a in self._integers(k).items()}
+
+    def _tensor(self, tensor: Tensor) -> None:
+        """Add what it costs to convert a tensor."""
+        made = self._by_representation(tensor, tensor.maker, made=True)
+        ways = paths(tensor.steps.items())
+        shared: dict[tuple[Representation, Step], int] = {}
+        ends: list[int | None] = [*tensor.readers, *([None] if tensor.is_output else [])]
+        for reader in ends:
+            wanted = self._by_representation(tensor, reader, made=False)
+            used: dict[tuple[Representation, Step], dict[int, float]] = defaultdict(dict)
+            out: dict[Representation, dict[int, float]] = defaultdict(dict)
+            into: dict[Representation, dict[int, float]] = defaultdict(dict)
+            for r in made:
+                for s in wanted:
+                    if (r, s) not in ways:
+                        continue
+                    y = self._variable(0.0)
+                    out[r][y] = into[s][y] = 1.0
+                    for step in ways[r, s]:
+                        used[r, step][y] = 1.0
+            for r, (variables, constant) in made.items():
+                self._row({**out[r], **_minus(variables)}, constant, constant)
+            for s, (variables, constant) in wanted.items():
+                self._row({**into[s], **_minus(variables)}, constant, constant)
+            for key, variables in used.items():
+                if key not in shared:
+                    shared[key] = self._converting(tensor.steps[key[1]])
+                self._row({**variables, shared[key]: -1.0}, high=0)
+        self._read_again(tensor)
+
+    def _read_again(self, tensor: Tensor) -> None:
+        """Add what float readers pay if another reader takes integers: all read the quantized values."""
+        step = (Representation.INTEGERS, Representation.FLOAT)
+        if len(tensor.readers) + tensor.is_output < 2 or step not in tensor.steps:
+            return
+        made = {} if tensor.maker is None else self._integers(tensor.maker)
+        w = self._converting(tensor.steps[step])
+        for a in tensor.readers:
+            others = [self._integers(b) for b in tensor.readers if b != a] + [{}] * tensor.is_output
+            for b in others if self._integers(a) else ():
+                # w ≥ a on integers − b on integers − maker on integers; an output is never on integers.
+                self._row({**self._integers(a), **_minus(b), **_minus(made), w: -1.0}, high=0)
+
+    def _by_representation(
+        self, tensor: Tensor, region: int | None, *, made: bool
+    ) -> dict[Representation, tuple[dict[int, float], float]]:
+        """Return which variables say that a region makes or reads a tensor in each representation.
+
+        Beyond the network everything is float, by a constant.
+        """
+        if region is None:
+            return {Representation.FLOAT: ({}, 1.0)}
+        found: dict[Representation, tuple[dict[int, float], float]] = {}
+        for option, variable in zip(self.program.options[region], self.x[region], strict=True):
+            own = plain(option.makes if made else option.reads, tensor.steps)
+            found.setdefault(own, ({}, 0.0))[0][variable] = 1.0
+        return found
+
+
+def plain(representation: Representation, steps: Mapping[Step, float]) -> Representation:
+    """Return the representation of a tensor, which has other layouts only if it can be converted to them."""
+    if any(representation in step for step in steps):
+        return representation
+    return Representation.INTEGERS if representation.is_integer else Representation.FLOAT
+
+
+def _minus(row: Mapping[int, float]) -> dict[int, float]:
+    return {v: -a for v, a in row.items()}
+
+
+def cost_of(program: Program, options: Sequence[int]) -> float:
+    """Return the time of a choice, computed without a solver."""
+    total = sum(own[o].costs.get(TIME, 0.0) for own, o in zip(program.options, options, strict=True))
+    for tensor in program.tensors:
+        ways = paths(tensor.steps.items())
+        made = Representation.FLOAT
+        if tensor.maker is not None:
+            made = plain(program.options[tensor.maker][options[tensor.maker]].makes, tensor.steps)
+        read = [program.options[k][options[k]] for k in tensor.readers]
+        ends = {plain(o.reads, tensor.steps) for o in read} | (
+            {Representation.FLOAT} if tensor.is_output else set()
+        )
+        steps = {step for end in ends for step in ways[made, end]}
+        total += sum(tensor.steps[step] for step in steps)
+        forms = {o.on_integers for o in read} | ({False} if tensor.is_output else set())
+        maker_on_integers = (
+            tensor.maker is not None and program.options[tensor.maker][options[tensor.maker]].on_integers
+        )
+        if len(tensor.readers) + tensor.is_output > 1 and forms == {True, False} and not maker_on_integers:
+            total += tensor.steps.get((Representation.INTEGERS, Representation.FLOAT), 0.0)
+    return total

@@ -1,0 +1,81 @@
+"""What was chosen by time, as tables."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from rich.table import Table
+
+from eptq_onnx.placement import Candidate, Placement, RegionTime
+from eptq_onnx.report.console import line
+
+
+def in_words(placement: Placement) -> str:
+    """Return one line such as ``least time: 12 of 178 regions on integers, 1.9× as fast as all integers``."""
+    first, *others = placement.candidates
+    taken = next((c for c in others if c.name == placement.chosen), None)
+    if taken is None:
+        return f"{first.name}: no other choice is faster in {_where(placement)}"
+    return (
+        f"{taken.name}: {taken.regions} of {first.regions} regions on integers, "
+        f"{1 / taken.ratio:.2f}× as fast as {first.name} in {_where(placement)}"
+    )
+
+
+def tables(placement: Placement) -> list[Table]:
+    """Return what was timed: whole models, and regions by operator unless none was timed."""
+    return [_candidate_table(placement), *([_operator_table(placement)] if placement.regions else [])]
+
+
+def _candidate_table(placement: Placement) -> Table:
+    """Return the table of what was timed as whole models."""
+    table = Table(
+        "choice",
+        "regions on integers",
+        "predicted",
+        "measured",
+        "beside all integers",
+        title="Integers or float, by time of one run",
+        title_justify="left",
+    )
+    for c in placement.candidates:
+        name = f"{c.name} (taken)" if c.name == placement.chosen else c.name
+        table.add_row(line(name), str(c.regions), _ms(c.predicted), _ms(c.seconds), _beside(c))
+    return table
+
+
+def _operator_table(placement: Placement) -> Table:
+    """Return the table of times by operator."""
+    table = Table(
+        "operators",
+        "regions",
+        "on integers",
+        "float",
+        "integers",
+        title="Time of kernels, without conversions",
+        title_justify="left",
+    )
+    kinds: dict[str, list[RegionTime]] = defaultdict(list)
+    for region in placement.regions:
+        kinds[region.operators].append(region)
+    for kind, own in sorted(kinds.items(), key=lambda item: -sum(r.float_seconds for r in item[1])):
+        table.add_row(
+            line(kind),
+            str(len(own)),
+            str(sum(r.on_integers for r in own)),
+            _ms(sum(r.float_seconds for r in own)),
+            _ms(sum(r.integer_seconds for r in own)),
+        )
+    return table
+
+
+def _where(placement: Placement) -> str:
+    return f"{placement.runtime}, {placement.threads} thread{'s' * (placement.threads > 1)}"
+
+
+def _beside(c: Candidate) -> str:
+    return f"{c.ratio:.2f}× the time ({c.low:.2f} to {c.high:.2f})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds else "-"

@@ -1,0 +1,274 @@
+"""Time small models in onnxruntime, kernel by kernel, and find the layouts that they compute in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, helper
+
+from eptq_onnx import runtimes, scratch
+from eptq_onnx.numerics.types import Feeds
+from eptq_onnx.placement import Representation, Way
+from eptq_onnx.records import Speed
+from eptq_onnx.runtime import Session, load
+from eptq_onnx.runtimes.speed import BRIEF, Effort, compare
+
+_RUNS = (8, 200)
+"""Fewest and most runs of a piece."""
+_BEST = 3
+"""One in so many runs counts, those that were interrupted least."""
+_SEED = 0
+_LONG = Effort(seconds=5 * BRIEF.seconds, pairs=5 * BRIEF.pairs)
+"""Whole models are compared for longer than for the report: choices differ by a few per cent."""
+
+Surround = Callable[[ModelProto, bool], ModelProto | None]
+"""Puts a piece between float convolutions, or on integers; None if that is not possible."""
+_CONVERSIONS = frozenset({"ReorderInput", "ReorderOutput", "Transpose", "QuantizeLinear", "DequantizeLinear"})
+_SMALL = frozenset(
+    {onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT16, onnx.TensorProto.UINT16}
+)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a piece is timed.
+
+    Parameters
+    ----------
+    threads : int
+    seconds : float
+        Time of the runs, but for the fewest.
+    """
+
+    threads: int
+    seconds: float
+
+
+def ways_of(model: ModelProto, surround: Surround, pace: Pace, known: Feeds | None = None) -> tuple[Way, ...]:
+    """Return the ways to compute a piece, with their times; at least one.
+
+    The first is that of the piece alone. If the runtime changes no layout for it, it is also timed between
+    convolutions, whose layout it may take.
+
+    Parameters
+    ----------
+    model : ModelProto
+        With fixed shapes.
+    surround : callable
+    pace : Pace
+    known : dict of str to ndarray, optional
+        Values of inputs that are not to be drawn.
+
+    Raises
+    ------
+    ModelError
+        If onnxruntime refuses the piece.
+    """
+    times, graph = kernel_times(model, pace, known)
+    moves = _count(model.graph, "Transpose") > 0
+    reads, makes = _ends(model, graph, moves)
+    ignored = _ignored(graph, moves)
+    ways = [Way(reads, makes, sum(t for name, t in times.items() if name not in ignored))]
+    if ignored or moves:
+        return tuple(ways)
+    convolutions = _count(model.graph, "Conv")
+    for integers in (False, True):
+        between = surround(model, integers)
+        if between is None or convolutions:
+            continue
+        ends = _count(between.graph, "Conv")
+        times, graph = kernel_times(between, pace, known)
+        plain = {n.name for n in graph.node if n.op_type in _CONVERSIONS or "Conv" in n.op_type}
+        seconds = sum(t for name, t in times.items() if name not in plain)
+        made, reordered = _count(graph, "ReorderOutput"), _count(graph, "ReorderInput")
+        if not integers and made and made + reordered <= ends:
+            ways.append(Way(Representation.FLOAT_BLOCKED, Representation.FLOAT_BLOCKED, seconds))
+        if integers and 0 < _count(graph, "Transpose") <= ends and _holds(graph, reads, makes):
+            ways.append(Way(_LAST[reads], _LAST[makes], seconds))
+    return tuple(ways)
+
+
+def _holds(graph: GraphProto, reads: Representation, makes: Representation) -> bool:
+    """Return False if a float piece has become an integer kernel between quantizers."""
+    return (reads.is_integer and makes.is_integer) or _count(graph, "DequantizeLinear") > 0
+
+
+def kernel_times(
+    model: ModelProto, pace: Pace, known: Feeds | None = None, *, optimize: bool = True
+) -> tuple[dict[str, float], GraphProto]:
+    """Return the time of each node in seconds, and the optimized graph."""
+    with scratch.folder() as folder:
+        path = Path(folder) / "optimized.onnx"
+        session = Session(
+            model,
+            optimize=optimize,
+            threads=pace.threads,
+            profile=Path(folder) / "profile",
+            save_optimized=path,
+        )
+        feeds = session.taken({**drawn(model), **(known or {})})
+        lost: list[float] = []
+        began = time.process_time()
+        while len(lost) < _RUNS[0] or (len(lost) < _RUNS[1] and time.process_time() - began < pace.seconds):
+            start = time.perf_counter(), time.thread_time()
+            session.run(feeds)
+            taken = time.perf_counter() - start[0], time.thread_time() - start[1]
+            # Threads that wait spin, so only the time of a single thread tells how long it was interrupted.
+            lost.append(max(0.0, taken[0] - taken[1]) if pace.threads == 1 else 0.0)
+        events = json.loads(
+            session.end_profiling().read_text(encoding="utf-8", errors="replace"), strict=False
+        )
+        spent: dict[str, list[float]] = defaultdict(list)
+        for event in events:
+            name = str(event.get("name", ""))
+            if event.get("cat") == "Node" and name.endswith("_kernel_time"):
+                spent[name.removesuffix("_kernel_time")].append(float(event["dur"]) * 1e-6)
+        return undisturbed(spent, lost), onnx.load(path, load_external_data=False).graph
+
+
+def undisturbed(spent: Mapping[str, Sequence[float]], lost: Sequence[float]) -> dict[str, float]:
+    """Return the time of each node, in seconds, as it would be without other processes.
+
+    The runs that lost the least time to others count. What they lost was most likely in the longest kernel.
+
+    Parameters
+    ----------
+    spent : dict of str to sequence of float
+        Seconds of each node in each run.
+    lost : sequence of float
+        Seconds that each run was interrupted.
+    """
+    if not spent:
+        return {}
+    names = list(spent)
+    times = np.array([spent[name] for name in names])
+    best = np.argsort(lost, kind="stable")[: max(1, len(lost) // _BEST)]
+    times = times[:, best]
+    longest = times.argmax(axis=0)
+    places = np.arange(len(best))
+    times[longest, places] = np.maximum(times[longest, places] - np.asarray(lost)[best], 0.0)
+    return dict(zip(names, np.median(times, axis=1).tolist(), strict=True))
+
+
+def drawn(model: ModelProto) -> Feeds:
+    """Return random values for all inputs of fixed shape."""
+    random = np.random.default_rng(_SEED)
+    feeds: Feeds = {}
+    for value in model.graph.input:
+        tensor = value.type.tensor_type
+        shape = [d.dim_value for d in tensor.shape.dim]
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        if np.issubdtype(dtype, np.floating):
+            feeds[value.name] = random.standard_normal(shape).astype(dtype)
+        elif dtype == np.bool_:
+            feeds[value.name] = random.random(shape) < 0.5
+        else:
+            low, high = (np.iinfo(dtype).min, np.iinfo(dtype).max) if dtype.itemsize == 1 else (0, 1)
+            feeds[value.name] = random.integers(low, high, shape, endpoint=True).astype(dtype)
+    return feeds
+
+
+def _count(graph: GraphProto, op_type: str) -> int:
+    return sum(n.op_type == op_type for n in graph.node)
+
+
+def _ignored(graph: GraphProto, moves: bool) -> set[str]:
+    """Return the names of the nodes that change layouts; a piece may have Transposes of its own."""
+    kinds = {"ReorderInput", "ReorderOutput", *(() if moves else ("Transpose",))}
+    return {n.name for n in graph.node if n.op_type in kinds}
+
+
+def _ends(model: ModelProto, graph: GraphProto, moves: bool) -> tuple[Representation, Representation]:
+    """Return what a piece reads and makes behind the changes of layout at its ends."""
+    readers: dict[str, set[str]] = defaultdict(set)
+    makers: dict[str, str] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers[name].add(node.op_type)
+        for name in node.output:
+            makers[name] = node.op_type
+    inputs, outputs = model.graph.input, model.graph.output
+    before = {op for v in inputs for op in readers[v.name]}
+    behind = {makers.get(v.name, "") for v in outputs}
+    kinds = [{int(v.type.tensor_type.elem_type) for v in values} for values in (inputs, outputs)]
+    return _representation(kinds[0], before, moves), _representation(kinds[1], behind, moves)
+
+
+def _representation(kinds: set[int], neighbours: set[str], moves: bool) -> Representation:
+    last = "Transpose" in neighbours and not moves
+    if kinds & _SMALL:
+        return Representation.INTEGERS_LAST if last else Representation.INTEGERS
+    if neighbours & {"ReorderInput", "ReorderOutput"}:
+        return Representation.FLOAT_BLOCKED
+    return Representation.FLOAT_LAST if last else Representation.FLOAT
+
+
+_LAST: Mapping[Representation, Representation] = {
+    Representation.FLOAT: Representation.FLOAT_LAST,
+    Representation.INTEGERS: Representation.INTEGERS_LAST,
+}
+
+
+class Bench:
+    """Measures in the installed onnxruntime.
+
+    Parameters
+    ----------
+    threads : int
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    @property
+    def runtime(self) -> str:
+        """Name and version of the runtime."""
+        return f"onnxruntime {load().__version__}"
+
+    @property
+    def machine(self) -> str:
+        """What distinguishes this machine's speed from others'."""
+        return machine()
+
+    def now(self) -> float:
+        """Return seconds of this process, for deadlines: what others do at the time does not count."""
+        return time.process_time()
+
+    def ways(self, model: ModelProto, surround: Surround, seconds: float, known: Feeds) -> tuple[Way, ...]:
+        """See `ways_of`."""
+        return ways_of(model, surround, Pace(self.threads, seconds), known)
+
+    def conversions(self, model: ModelProto, seconds: float) -> dict[str, float]:
+        """Return the seconds of each node of a model as it is written."""
+        return kernel_times(model, Pace(self.threads, seconds), optimize=False)[0]
+
+    def compare(self, base: ModelProto, other: ModelProto, feeds: Feeds) -> Speed:
+        """Time two whole models in turn; see `eptq_onnx.runtimes.speed.compare`."""
+        verifier = runtimes.make()
+        with verifier.load(base, self.threads) as first, verifier.load(other, self.threads) as second:
+            return compare((first.bind(feeds), second.bind(feeds)), 1, _LONG)
+
+
+@cache
+def machine() -> str:
+    """Return the processor's name, its number of cores, and a digest of its instruction sets."""
+    facts = {"model name": platform.processor() or platform.machine(), "flags": ""}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in facts:
+                facts[key.strip()] = value.strip()
+    digest = hashlib.sha256(facts["flags"].encode()).hexdigest()[:8]
+    return f"{facts['model name']}, {os.cpu_count()} cores, instruction sets {digest}"

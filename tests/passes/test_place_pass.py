@@ -1,0 +1,248 @@
+"""The choice by time with given times, so that no assertion depends on this machine's speed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from graphs import images, known, normal, parse, silent, small_convnet
+
+import eptq_onnx
+from eptq_onnx import Config
+from eptq_onnx.errors import ConfigError, ModelError, OutputError
+from eptq_onnx.graph.view import GraphView, int_attribute
+from eptq_onnx.passes.place import Place
+from eptq_onnx.placement import Representation, Way
+from eptq_onnx.records import Pace, Speed
+
+
+class Bench:
+    """A machine on which integers take half the time, but for depthwise convolutions."""
+
+    runtime, machine = "runtime 1.0", "a machine"
+    depthwise = 10.0
+    unit = 2e-3
+    calls = 0
+
+    def __init__(self, threads):
+        self.threads = threads
+
+    def now(self):
+        return 0.0
+
+    def seconds(self, model):
+        """Time of a model by what its nodes read."""
+        type(self).calls += 1
+        view, total = GraphView(model), 0.0
+        for node in view.nodes:
+            makers = [view.producer.get(i) for i in node.input[:2]]
+            on_integers = all(m is not None and m.op_type == "DequantizeLinear" for m in makers)
+            slow = self.depthwise if int_attribute(node, "group", 1) > 1 else 0.5
+            total += self.unit * (slow if on_integers else 1.0) * (node.op_type in ("Conv", "Gemm", "Add"))
+            total += self.unit * 0.01 * (node.op_type in ("QuantizeLinear", "DequantizeLinear"))
+        return total
+
+    def ways(self, model, surround, seconds, known):
+        ends = [
+            Representation.INTEGERS if v[0].type.tensor_type.elem_type == 2 else Representation.FLOAT
+            for v in (model.graph.input, model.graph.output)
+        ]
+        return (Way(ends[0], ends[1], self.seconds(model)),)
+
+    def conversions(self, model, seconds):
+        return {n.name: self.unit * 0.05 for n in model.graph.node}
+
+    def compare(self, base, other, feeds):
+        first, second = self.seconds(base), self.seconds(other)
+        ratio = second / first
+        return Speed(Pace.SAME, first, second, ratio, 0.98 * ratio, 1.02 * ratio, 10, 1)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_told(bench, tmp_path):
+    (tmp_path / "cache").write_text("a file in its place", encoding="utf-8")
+    with pytest.raises(OutputError, match=r"the cache folder .* cannot be made .*: name a file"):
+        run()
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    class Own(Bench):
+        pass
+
+    monkeypatch.setattr(Place, "bench", Own)
+    monkeypatch.setattr("eptq_onnx.runtimes.timings.user_cache_path", lambda name: tmp_path / "cache")
+    return Own
+
+
+def run(**options):
+    options = {"preset": "fast", "objective": "time", "max_noise": 0, **options}
+    return eptq_onnx.quantize(small_convnet(), images(8), Config(**options), progress=silent)
+
+
+def kept(result):
+    return {k.op_type: k.reason for k in result.report.kept_float if "integers would" in k.reason}
+
+
+def test_what_is_slower_on_integers_stays_float_with_both_times(bench):
+    result = run()
+    placement = result.report.placement
+    assert list(kept(result)) == ["Conv", "Relu"]
+    assert kept(result)["Conv"] == "integers would be slower here: 20.1 ms instead of 2 ms"
+    assert placement.chosen == "least time"
+    [taken] = [c for c in placement.candidates if c.name == "least time"]
+    assert taken.high < 1
+    assert taken.predicted < placement.candidates[0].predicted
+    assert len(result.report.layers) == 3
+    onnx.checker.check_model(result.model)
+
+
+def test_the_default_measures_nothing(bench):
+    result = run(objective="integers")
+    assert result.report.placement is None
+    assert bench.calls == 0
+    assert len(result.report.layers) == 4
+
+
+def test_the_plan_stays_where_all_is_faster_on_integers(bench):
+    bench.depthwise = 0.5
+    result = run()
+    assert result.report.placement.chosen == "all integers"
+    assert not kept(result)
+    assert result.model.graph == run(objective="integers").model.graph
+
+
+def test_a_choice_that_is_no_faster_as_a_whole_is_not_taken(bench, monkeypatch):
+    """The times of regions say one thing, those of whole models another: what counts is the whole."""
+
+    def even(self, base, other, feeds):
+        return Speed(Pace.SAME, 0.1, 0.1, 0.99, 0.97, 1.01, 41, 1)
+
+    monkeypatch.setattr(bench, "compare", even)
+    result = run()
+    assert result.report.placement.chosen == "all integers"
+    assert not kept(result)
+    assert [c.name for c in result.report.placement.candidates][2] == "least time"
+
+
+def test_models_that_take_no_time_are_left_as_planned(bench):
+    bench.unit = 1e-5
+    result = run()
+    assert any("one float run takes" in note for note in result.report.notes)
+    assert run().report.notes == result.report.notes, "what is read says what was measured"
+    assert not kept(result)
+    assert result.report.placement.regions == ()
+
+
+def test_what_cannot_be_timed_is_told(bench, monkeypatch):
+    def refuse(self, *_):
+        raise ModelError("one run takes 3.0 s")
+
+    monkeypatch.setattr(bench, "compare", refuse)
+    assert any("is not chosen by time: one run takes 3.0 s" in note for note in run().report.notes)
+
+
+def test_regions_that_are_not_timed_in_time_stay_as_planned(bench, monkeypatch):
+    ticks = iter(np.arange(0, 1e6, 25.0))
+    monkeypatch.setattr(bench, "now", lambda self: float(next(ticks)))
+    result = run()
+    assert any("regions stay as planned" in note for note in result.report.notes)
+    assert result.report.placement.untimed > 0
+
+
+def test_other_runtimes_are_not_timed(bench, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'name = "mine"\ntitle = "Mine"\nextends = "ort-x64"\nverifier = "none"\n', encoding="utf-8"
+    )
+    result = run(target=str(path))
+    assert any("mine is another runtime than onnxruntime" in note for note in result.report.notes)
+
+
+def test_timings_in_a_file_are_read_and_give_the_same_bytes(bench, tmp_path):
+    path = tmp_path / "timings.json"
+    first = run(timings=path)
+    calls, content = bench.calls, path.read_bytes()
+    bench.depthwise = 0.1
+    again = run(timings=path)
+    assert bench.calls == calls
+    assert again.model.SerializeToString() == first.model.SerializeToString()
+    assert again.report.placement == first.report.placement
+    assert path.read_bytes() == content
+
+
+def test_timings_are_kept_for_the_same_machine(bench):
+    first = run()
+    calls = bench.calls
+    assert run().model.SerializeToString() == first.model.SerializeToString()
+    assert bench.calls == calls
+    bench.machine = "another machine"
+    run()
+    assert bench.calls > calls
+
+
+def test_timings_of_another_network_or_number_of_threads_are_refused(bench, tmp_path):
+    path = tmp_path / "timings.json"
+    run(timings=path)
+    with pytest.raises(ConfigError, match=r"timings\.json was measured for another model, other options"):
+        run(timings=path, exclude="op:Gemm")
+    with pytest.raises(ConfigError, match=r"with runtime_threads=1: give that, or remove it"):
+        run(timings=path, runtime_threads=2)
+
+
+def test_timings_are_for_time_only():
+    with pytest.raises(ConfigError, match="timings are measured for objective=time only"):
+        Config(timings="timings.json")
+
+
+def test_a_file_of_timings_that_cannot_be_written_is_told_before_the_work(bench, tmp_path):
+    with pytest.raises(OutputError, match="does not exist"):
+        run(timings=tmp_path / "missing" / "timings.json")
+    assert bench.calls == 0
+
+
+def test_the_report_shows_what_was_timed(bench):
+    report = run().report
+    found = json.loads(report.to_json())["placement"]
+    assert found["chosen"] == "least time"
+    assert {"all integers", "float", "least time"} <= {c["name"] for c in found["candidates"]}
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=None, quiet=False)
+    with console.capture() as capture:
+        console.print(report.render())
+    text = capture.get()
+    assert "least time (taken)" in text
+    assert "regions on integers" in text
+    assert "Time of kernels, without conversions" in text
+
+
+def test_the_installed_runtime_is_timed(monkeypatch, tmp_path):
+    """Whatever it finds: the result is a model, and the file gives the same one again."""
+    monkeypatch.setattr("eptq_onnx.passes.place._SHORTEST", 0.0)
+    path = tmp_path / "timings.json"
+    first = run(timings=path)
+    placement = first.report.placement
+    assert placement.untimed == 0
+    assert {r.operators for r in placement.regions} >= {"Conv+Relu", "Conv", "Add"}
+    assert all(r.float_seconds > 0 for r in placement.regions if "Conv" in r.operators)
+    for c in placement.candidates:
+        assert c.predicted > 0
+        assert c.low <= c.ratio <= c.high
+    assert run(timings=path).model.SerializeToString() == first.model.SerializeToString()
+
+
+def test_a_network_with_shapes_made_at_run_time_is_timed(bench):
+    """Inputs of a piece that are shapes need their values."""
+    model = parse(
+        """
+        g (float[N,8,4,4] x) => (float[N,8,4,4] y) {
+            a = Conv (x, w)  s = Shape (a)  r = Reshape (a, minus)  b = Reshape (r, s)  y = Conv (b, v)
+        }
+        """,
+        {"w": normal(8, 8, 1, 1), "v": normal(8, 8, 1, 1), "minus": np.array([0, -1], np.int64)},
+    )
+    options = Config(preset="fast", objective="time", max_noise=0)
+    result = eptq_onnx.quantize(model, images(8, 8, 4), options, progress=silent)
+    assert known(result.report.placement).candidates
