@@ -174,7 +174,8 @@ def _quantize(
     runner = pipeline.Runner(pipeline.PIPELINE)
     target = targets.load(given.target)
     check_roles(target)
-    target.check_storage(given.storage)
+    target.storage_for(given.storage)
+    target.check_activation_bits(given.least_activation_bits)
     chosen = engines.choose(given.engine)
     engine = chosen() if given.needs_gradients else None
     with runner.timed("normalize"):

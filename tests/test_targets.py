@@ -6,8 +6,10 @@ from typing import get_args
 
 import pytest
 from conftest import MODELS
+from graphs import images, silent, small_convnet
 from pydantic import BaseModel
 
+import eptq_onnx
 from eptq_onnx import Config, ConfigError, targets
 from eptq_onnx.cli.options import help_of
 from eptq_onnx.numerics.scales import ScaleRule
@@ -284,3 +286,24 @@ def test_the_page_and_the_help_have_all_shipped_targets(monkeypatch, name):
     assert '`"silu"`' in page
     assert pages.on_page_markdown("# Other") == "# Other"
     assert name in help_of("target", Config.model_fields["target"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"storage": "packed"}, "storage=packed is not for target tensorrt, which does not unfold weights"),
+        ({"storage": "native"}, "storage=native is not for target tensorrt"),
+        ({"activation_bits": 4}, "activations of 4 bits are not for target tensorrt, which takes no Clip"),
+        ({"bits": "op:Conv=w8a6"}, "activations of 6 bits are not for target tensorrt"),
+    ],
+)
+def test_what_a_runtime_does_not_read_is_refused(options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        eptq_onnx.quantize(small_convnet(), images(8), Config(target="tensorrt", preset="fast", **options))
+
+
+@pytest.mark.parametrize(("target", "told"), [("tensorrt", True), ("ort-x64", False)])
+def test_weights_stay_int8_where_nothing_unfolds_them(target, told):
+    config = Config(target=target, preset="fast", weight_bits=4, edge_bits=4)
+    report = eptq_onnx.quantize(small_convnet(), images(8), config, progress=silent).report
+    assert any("does not unfold packed weights" in note for note in report.notes) == told

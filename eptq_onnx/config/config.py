@@ -66,7 +66,9 @@ class Config(BaseModel):
     target: Annotated[str, Option("runtime")] = "auto"
     """Target runtime: auto (onnxruntime on this machine), the name of a shipped target, or the path of a
     target file (.toml)."""
-    storage: Annotated[WeightStorage, Option("runtime")] = WeightStorage.PACKED
+    storage: Annotated[
+        WeightStorage | None, Option("runtime", default="packed; int8 where the target unfolds no weights")
+    ] = None
     """How weights of 2 to 6 bits lie in the file. packed: in bytes, with nodes that any runtime folds into
     int8 when it loads the model. native: as the types of ONNX, where the target reads them. int8: one byte
     each."""
@@ -289,6 +291,11 @@ class Config(BaseModel):
     def most_activation_bits(self) -> int:
         """Largest number of activation bits that any option asks for."""
         return max([self.activation_bits, *(bits for _, _, bits in self.node_bits)])
+
+    @property
+    def least_activation_bits(self) -> int:
+        """Smallest number of activation bits that any option asks for."""
+        return min([self.activation_bits, *(bits for _, _, bits in self.node_bits)])
 
     @property
     def block_bytes(self) -> int | None:

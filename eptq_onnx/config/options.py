@@ -32,7 +32,7 @@ class Options(TypedDict, total=False):
     exclude: Sequence[str] | str
     budget: Budget | str | None
     target: str
-    storage: WeightStorage | Literal["packed", "native", "int8"]
+    storage: WeightStorage | Literal["packed", "native", "int8"] | None
     objective: Objective | Literal["integers", "time"]
     runtime_threads: int
     timings: str | Path | None

@@ -59,11 +59,12 @@ def _file_sizes(state: State, ctx: Context) -> FileSizes:
     written, _ = write(state.model, plan, _without_values(plan, view))
     shapes = {name: view.constant_shape(name) for name in plan.weight_specs}
     rest = store.model_bytes(written) - sum(math.prod(shape) for shape in shapes.values()) + _SIGNATURE
-    is_packed = ctx.config.storage is WeightStorage.PACKED
+    storage = ctx.target.storage_for(ctx.config.storage)
+    is_packed = storage is WeightStorage.PACKED
     sizes: dict[str, dict[int, int]] = {}
     for layer in plan.layers:
         shape = shapes[layer.weight]
-        widths = ctx.target.weight.storage if ctx.config.storage is WeightStorage.NATIVE else ()
+        widths = ctx.target.weight.storage if storage is WeightStorage.NATIVE else ()
         sizes[layer.weight] = {
             bits: -(-math.prod(shape) * min((w for w in widths if w >= bits), default=8) // 8)
             for bits in WIDTHS

@@ -7,6 +7,9 @@ from eptq_onnx.graph.native import native
 from eptq_onnx.graph.packing import packed
 from eptq_onnx.passes.base import Context, Pass, State
 
+_CONTAINER = 7
+"""Bits from which weights are not packed."""
+
 
 class Pack(Pass):
     """Store weights below 8 bits at their size.
@@ -21,9 +24,16 @@ class Pack(Pass):
     def run(self, state: State, ctx: Context) -> State:
         """Store the weights of the written model as the option says."""
         marked = state.written.marked
-        if ctx.config.storage is WeightStorage.INT8:
-            return state.changed(packed=marked)
-        if ctx.config.storage is WeightStorage.PACKED:
+        storage = ctx.target.storage_for(ctx.config.storage)
+        if storage is WeightStorage.INT8:
+            state = state.changed(packed=marked)
+            narrow = any(spec.bits < _CONTAINER for spec in state.plan.weight_specs.values())
+            if ctx.config.storage is None and narrow:
+                return state.noting(
+                    f"weights below 7 bits take a byte each: {ctx.target.name} does not unfold packed weights"
+                )
+            return state
+        if storage is WeightStorage.PACKED:
             return state.changed(packed=packed(marked))
         stored, left = native(marked, ctx.target.weight.storage)
         state = state.changed(packed=stored)

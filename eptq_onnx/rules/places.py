@@ -47,10 +47,21 @@ def integer_operators(view: QdqView, target: Target) -> Iterator[tuple[str, str]
 def between(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: onnx-tensorrt importers; onnxruntime takes a Clip."""
     for q in view.dequantizers:
-        if q.constant or target.verifier == ONNXRUNTIME:
-            continue
-        for node in view.between(q)[0]:
+        for node in view.between(q)[0] if not q.constant and not target.activation.narrow else ():
             yield node.name, f"{node.op_type} stands between QuantizeLinear and DequantizeLinear"
+
+
+@rule(
+    "packed",
+    Severity.ERROR,
+    "Quantized constants are initializers where the target does not fold the nodes that unfold them.",
+    "Store weights in int8.",
+)
+def packed_constants(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: TensorRT-RTX 1.7, which refuses integer constants without DequantizeLinear."""
+    for q in view.dequantizers:
+        if q.constant and not target.weight.packed and not view.graph.is_constant(q.integers):
+            yield q.node.name, "its integers are computed from other constants"
 
 
 @rule(
@@ -241,6 +252,6 @@ def network_output(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 
 
 PLACES: tuple[Rule, ...] = (
-    integer_operators, between, layer_input, layer_output, idle_pair, residual, shared_scale, pattern, size,
-    network_output,
+    integer_operators, between, packed_constants, layer_input, layer_output, idle_pair, residual,
+    shared_scale, pattern, size, network_output,
 )  # fmt: skip

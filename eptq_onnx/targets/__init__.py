@@ -65,7 +65,8 @@ class WeightRules(_Quantized):
     range used at 8 bits.
 
     ``depthwise_range_8_bits``: that of convolutions of one channel each, where it is another.
-    ``storage``: widths below 8 bits that the runtime reads as ONNX types of their own.
+    ``storage``: widths below 8 bits that the runtime reads as ONNX types of their own. ``packed``: the
+    runtime folds nodes on constants, which unfold weights below 8 bits, before it looks for quantizers.
     """
 
     container: str
@@ -73,6 +74,7 @@ class WeightRules(_Quantized):
     range_8_bits: tuple[int, int]
     depthwise_range_8_bits: tuple[int, int] | None = None
     storage: tuple[Literal[2, 4], ...] = ()
+    packed: bool = True
 
     @field_validator("container")
     @classmethod
@@ -92,10 +94,14 @@ class WeightRules(_Quantized):
 
 class ActivationRules(_Quantized):
     """How the runtime wants activations (always one scale per tensor); ``symmetric``: with the zero point
-    0."""
+    0.
+
+    ``narrow``: a Clip between QuantizeLinear and DequantizeLinear may keep values in fewer than 8 bits.
+    """
 
     container: Literal["int8", "uint8"]
     symmetric: bool
+    narrow: bool = True
 
     @field_validator("symmetric")
     @classmethod
@@ -243,19 +249,41 @@ class Target(_Row):
         """Spec of a stored table: one scale a row, by the rule of weights, however many scales these have."""
         return QuantSpec(IntFormat(8, True, -127, 127), PerAxis(0), scales=self.weight.scale)
 
-    def opset_for(self, activation_bits: int, storage: WeightStorage = WeightStorage.PACKED) -> int:
+    def opset_for(self, activation_bits: int, storage: WeightStorage | None = None) -> int:
         """Lowest opset that can write these activations, and weights stored like this."""
         native = self.weight.storage if storage is WeightStorage.NATIVE else ()
         wide = [_OPSET_OF_16_BITS] if activation_bits > 8 else []
         return max([self.min_opset, *wide, *(_OPSET_OF_NATIVE[width] for width in native)])
 
-    def check_storage(self, storage: WeightStorage) -> None:
-        """Raise ConfigError if the runtime does not read weights stored like this."""
+    def check_activation_bits(self, bits: int) -> None:
+        """Raise ConfigError if the runtime does not take activations of so few bits."""
+        if bits < 8 and not self.activation.narrow:
+            raise ConfigError(
+                f"activations of {bits} bits are not for target {self.name}, which takes no Clip between "
+                "QuantizeLinear and DequantizeLinear (its activation.narrow is false): choose 8 bits."
+            )
+
+    def storage_for(self, storage: WeightStorage | None) -> WeightStorage:
+        """Return how weights are stored: as the option says, or by default as the runtime reads them.
+
+        Raises
+        ------
+        ConfigError
+            If the runtime does not read weights stored like this.
+        """
+        if storage is None:
+            return WeightStorage.PACKED if self.weight.packed else WeightStorage.INT8
+        if storage is WeightStorage.PACKED and not self.weight.packed:
+            raise ConfigError(
+                f"option storage=packed is not for target {self.name}, which does not unfold weights "
+                "(its weight.packed is false): choose int8, or leave the option out."
+            )
         if storage is WeightStorage.NATIVE and not self.weight.storage:
             raise ConfigError(
                 f"option storage=native is not for target {self.name}, which reads no ONNX type below 8 bits "
-                "(its weight.storage is empty): choose packed or int8."
+                "(its weight.storage is empty): leave the option out, or choose int8."
             )
+        return storage
 
     def activation_spec(self, bits: int) -> QuantSpec:
         """Spec of an activation; more than 8 bits are stored in 16."""

@@ -150,7 +150,12 @@ PARSED: dict[str, tuple[str, str]] = {
     "between": (
         "g (float[2,3] x) => (float[2,4] y) { xq = QuantizeLinear (x, s, z)  xc = Clip (xq, low, high)"
         " xd = DequantizeLinear (xc, s, z)  wd = DequantizeLinear (w, s)  y = MatMul (xd, wd) }",
-        'verifier = "none"\n',
+        "[activation]\nnarrow = false\n",
+    ),
+    "packed": (
+        f"g (float[2,3] x) => (float[2,4] y) {{ {PAIR.format('x')}  wi = Transpose (wt)"
+        "  wd = DequantizeLinear (wi, s)  y = MatMul (xd, wd) }",
+        "[weight]\npacked = false\n",
     ),
     "idle-pair": (f"g (float[2,3] x) => (float[2,3] y) {{ {PAIR.format('x')}  y = Softmax (xd) }}", ""),
     "pattern": (
@@ -172,7 +177,7 @@ def broken(rule: str, written: ModelProto) -> tuple[ModelProto, str]:
         text, target = PARSED[rule]
         constants: dict[str, Any] = {
             "s": np.array(ONE), "z": np.array(EIGHT), "low": np.array(0, np.uint8), "high": np.array(15, np.uint8),
-            "w": normal(3, 4, scale=9).astype(np.int8), "eye": np.eye(3, dtype=np.uint8),
+            "w": normal(3, 4, scale=9).astype(np.int8), "wt": normal(4, 3, scale=9).astype(np.int8), "eye": np.eye(3, dtype=np.uint8),
         }  # fmt: skip
         return parse(text, {k: v for k, v in constants.items() if re.search(rf"\b{k}\b", text)}), target
     change, target = CHANGED[rule]
