@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from eptq_onnx import runtimes
+from eptq_onnx.config import Objective
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.passes.base import Context, Pass, State
 from eptq_onnx.proto import store
+from eptq_onnx.records import Pace
 from eptq_onnx.runtimes.speed import measure
 from eptq_onnx.targets import ONNXRUNTIME
 
@@ -39,6 +41,10 @@ class Measure(Pass):
         part = next(ctx.samples.parts(range(ctx.samples.count), ctx.samples.fixed_batch or 1))
         try:
             pair = io.load(ctx.source, ctx.folder), quantized
-            return state.changed(speed=measure(runtimes.make(), pair, ctx.samples.take(part), len(part)))
+            speed = measure(runtimes.make(), pair, ctx.samples.take(part), len(part))
         except ModelError as e:
             return state.noting(f"speed is not measured: {e}")
+        state = state.changed(speed=speed)
+        if speed.pace is Pace.SLOWER and ctx.config.objective is Objective.INTEGERS:
+            return state.noting("with the option objective=time, what is slower on integers here stays float")
+        return state

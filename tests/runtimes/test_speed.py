@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graphs import images, small_convnet
+from graphs import images, silent, small_convnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eptq_onnx
 from eptq_onnx import Config, runtimes
 from eptq_onnx.errors import ModelError
-from eptq_onnx.records import Pace
+from eptq_onnx.records import Pace, Speed
 from eptq_onnx.runtimes import ort_profile, speed
 from eptq_onnx.runtimes.base import Kernel
 
@@ -231,3 +231,11 @@ def test_measuring_changes_no_byte_and_a_failure_is_a_note(measured_speed, monke
     assert failed.report.speed is None
     assert "speed is not measured: one run takes 7.0 s" in failed.report.notes
     assert isinstance(failed.model, onnx.ModelProto)
+
+
+@pytest.mark.parametrize("pace", Pace)
+def test_a_slower_model_names_the_option_that_helps(measured_speed, monkeypatch, pace):
+    found = Speed(pace, 1.0, 2.0, 2.0, 1.9, 2.1, 10, 1)
+    monkeypatch.setattr("eptq_onnx.passes.measure.measure", lambda *_: found)
+    report = eptq_onnx.quantize(small_convnet(), images(8), Config(preset="fast"), progress=silent).report
+    assert any("objective=time" in note for note in report.notes) == (pace is Pace.SLOWER)
