@@ -1,4 +1,4 @@
-"""Records of the choice between integers and floating point by time. Pure data."""
+"""Records of the choice between integers and floating point by measured time. Pure data."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from enum import Enum
 
 
 class Representation(str, Enum):
-    """How a tensor lies in memory.
+    """Number format and memory layout of a tensor.
 
-    Runtimes compute convolutions on blocks of channels (float) or with channels last (integers), and convert
-    between these.
+    Runtimes compute convolutions in blocked (float) or channels-last (integer) layouts, and convert tensors
+    between these and the plain layout, which has channels first.
     """
 
     FLOAT = "float"
@@ -33,6 +33,7 @@ class Way:
     Parameters
     ----------
     reads, makes : Representation
+        Representations of its inputs and of its outputs.
     seconds : float
         Time of the kernels, without conversions at the ends.
     """
@@ -44,7 +45,7 @@ class Way:
 
 @dataclass(frozen=True)
 class RegionTime:
-    """A region, which is what the runtime computes together, in float and on integers.
+    """Times of a region, the nodes that the runtime computes together, in float and on integers.
 
     Parameters
     ----------
@@ -52,9 +53,9 @@ class RegionTime:
     operators : str
         Their operators, joined by "+".
     float_seconds, integer_seconds : float
-        The fastest way of each, without conversions.
+        Time of the fastest way in each form, without conversions.
     on_integers : bool
-        What was chosen.
+        True if integers were chosen.
     """
 
     nodes: tuple[str, ...]
@@ -66,19 +67,19 @@ class RegionTime:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan that was timed as a whole model beside the plan with all integers, in turn.
+    """A choice that was timed as a whole model, in turn with the model that is all integers.
 
     Parameters
     ----------
     name : str
     regions : int
-        Regions on integers.
+        Number of regions on integers.
     predicted : float
         Sum of the times of all regions and conversions, in seconds.
     seconds : float
         Median time of one run of the whole model.
     ratio, low, high : float
-        Its time divided by that of the plan with all integers: median, and the interval of the median.
+        Its time divided by that of the all-integer model: the median and its confidence interval.
     """
 
     name: str
@@ -92,21 +93,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Placement:
-    """What was chosen by time, and the measurements.
+    """The choice by time, and the measurements it is based on.
 
     Parameters
     ----------
     runtime, machine : str
-        What it was measured with.
+        Runtime and machine of the measurements.
     threads : int
     chosen : str
-        Name of the candidate that was taken.
+        Name of the chosen candidate.
     candidates : tuple of Candidate
-        The plan with all integers comes first, the float model second.
+        The all-integer model comes first, the float model second.
     regions : tuple of RegionTime
-        The regions that may be on integers and were timed.
+        The regions that can run on integers and were timed.
     untimed : int
-        Regions that could not be timed and stay as planned.
+        Number of regions that were not timed and stay as planned.
     kept_float : dict of str to str
         Nodes that stay float, each with the reason.
     notes : tuple of str

@@ -41,7 +41,7 @@ def test_windows_does_not_tell(this_machine, monkeypatch):
     [
         ("x86_64", True, "ort-x64-vnni", "this machine has VNNI"),
         ("AMD64", False, "ort-x64", "this machine has no VNNI"),
-        ("AMD64", None, "ort-x64", "this system does not tell"),
+        ("AMD64", None, "ort-x64", "this system does not report"),
         ("aarch64", None, "ort-arm64", "this machine is ARM64"),
         ("ARM64", None, "ort-arm64", "this machine is ARM64"),
         ("riscv64", None, "ort-x64", "riscv64 is neither x86-64 nor ARM64"),

@@ -151,11 +151,11 @@ WRONG = {
     ),
     "a range without negative integers": (
         "[weight]\nrange_8_bits = [0, 127]",
-        "a range goes from -128 or more",
+        "a range starts at -128 to -1",
     ),
     "a range beyond int8": (
         "[weight]\ndepthwise_range_8_bits = [-127, 128]",
-        "a range goes from -128 or more",
+        "a range starts at -128 to -1",
     ),
     "an old opset": ("min_opset = 12", "field min_opset=12 is wrong"),
     "an unknown role": (
@@ -173,7 +173,7 @@ WRONG = {
     ),
     "a wrong rule for one operator": (
         "[operators.Conv.weight]\nrange_8_bits = [0, 127]",
-        "a range goes from -128 or more",
+        "a range starts at -128 to -1",
     ),
     "an unknown rule for one operator": (
         "[operators.Conv.weight]\ncolour = 1",
@@ -291,10 +291,13 @@ def test_the_page_and_the_help_have_all_shipped_targets(monkeypatch, name):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"storage": "packed"}, "storage=packed is not for target tensorrt, which does not unfold weights"),
+        ({"storage": "packed"}, "storage=packed is not for target tensorrt, which does not unpack weights"),
         ({"storage": "native"}, "storage=native is not for target tensorrt"),
-        ({"activation_bits": 4}, "activations of 4 bits are not for target tensorrt, which takes no Clip"),
-        ({"bits": "op:Conv=w8a6"}, "activations of 6 bits are not for target tensorrt"),
+        (
+            {"activation_bits": 4},
+            "target tensorrt does not support 4-bit activations, because it takes no Clip",
+        ),
+        ({"bits": "op:Conv=w8a6"}, "target tensorrt does not support 6-bit activations"),
     ],
 )
 def test_what_a_runtime_does_not_read_is_refused(options, sentence):
@@ -306,4 +309,4 @@ def test_what_a_runtime_does_not_read_is_refused(options, sentence):
 def test_weights_stay_int8_where_nothing_unfolds_them(target, told):
     config = Config(target=target, preset="fast", weight_bits=4, edge_bits=4)
     report = eptq_onnx.quantize(small_convnet(), images(8), config, progress=silent).report
-    assert any("does not unfold packed weights" in note for note in report.notes) == told
+    assert any("does not unpack packed weights" in note for note in report.notes) == told

@@ -33,7 +33,7 @@ def bench(
     data: Annotated[
         str | None,
         typer.Option(
-            help=f"Samples, the first of which is run; without them inputs are made up. Forms: "
+            help=f"Samples, the first of which is run; by default, inputs are made up. Forms: "
             f"{'; '.join(readers.forms(on_command_line=True))}."
         ),
     ] = None,
@@ -47,9 +47,9 @@ def bench(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Where to write the measurement as JSON.")] = None,
 ) -> None:
-    """Measure FLOAT and QUANTIZED side by side: latency, operators, load time, memory, size.
+    """Compare FLOAT and QUANTIZED: latency, time per operator, load time, memory, size.
 
-    The exit code is 1 if QUANTIZED is slower: by more than 5 % in the whole interval of the median ratio.
+    The exit code is 1 if QUANTIZED is slower: the whole interval of the median ratio lies above 1.05.
     """
     messages = console(stderr=True)
     with one_sentence(messages):

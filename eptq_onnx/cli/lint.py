@@ -19,24 +19,25 @@ from eptq_onnx.report.console import console, line
 from eptq_onnx.rules import Lint, Severity
 
 _SHOWN = 5
-"""Findings of a rule that are listed."""
+"""Maximum number of findings printed per rule."""
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow"}
 
 
 @app.command()
 def lint(
     *,
-    model: Annotated[Path, typer.Argument(help="The Q/DQ model, of any tool.", show_default=False)],
+    model: Annotated[Path, typer.Argument(help="The Q/DQ model, from any tool.", show_default=False)],
     target: Annotated[
         str,
-        typer.Option(help=f"Whose rules: {', '.join(targets.names())}, or the path of a target file."),
+        typer.Option(help=f"Target to check for: {', '.join(targets.names())}, or the path of a file."),
     ] = Config().target,
     as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
-    strict: Annotated[bool, typer.Option(help="Let warnings fail, too.")] = False,
+    strict: Annotated[bool, typer.Option(help="Exit with 1 for warnings, too.")] = False,
 ) -> None:
-    """Check MODEL against the rules of a target; exit code 1 if it breaks one.
+    """Check MODEL against the rules of a target. The exit code is 1 if there are errors.
 
-    An error is what the target refuses or computes otherwise; a warning costs time or accuracy.
+    An error means that the target rejects the model or computes something else; a warning costs time or
+    accuracy.
     """
     with one_sentence(console(stderr=True)):
         found = run(model, target)

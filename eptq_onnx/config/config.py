@@ -67,21 +67,21 @@ class Config(BaseModel):
     """Target runtime: auto (onnxruntime on this machine), the name of a shipped target, or the path of a
     target file (.toml)."""
     storage: Annotated[
-        WeightStorage | None, Option("runtime", default="packed; int8 where the target unfolds no weights")
+        WeightStorage | None, Option("runtime", default="packed; int8 if the target unpacks no weights")
     ] = None
-    """How weights of 2 to 6 bits lie in the file. packed: in bytes, with nodes that any runtime folds into
-    int8 when it loads the model. native: as the types of ONNX, where the target reads them. int8: one byte
-    each."""
+    """How weights of 2 to 6 bits are stored. packed: in as many bytes as their bits need, with nodes that
+    unpack them to int8 when the model is loaded. native: in ONNX's own types, if the target supports them.
+    int8: one byte each."""
     objective: Annotated[Objective, Option("runtime")] = Objective.INTEGERS
-    """What decides which operators run on integers. integers: all that the target has integer kernels for.
-    time: those with which the model runs fastest on this machine, measured in the installed onnxruntime."""
+    """Which operators run on integers. integers: all that the target has integer kernels for. time: those
+    with which the model runs fastest on this machine, measured in the installed onnxruntime."""
     runtime_threads: Annotated[int, Option("runtime", metavar="N")] = Field(1, ge=1)
-    """Threads with which the model is timed, for objective=time."""
+    """Number of threads with which objective=time measures the model."""
     timings: Annotated[
         Path | None, Option("runtime", default="in the user's cache folder", in_result=False)
     ] = None
-    """File that keeps what objective=time has measured. If it exists, nothing is measured: the same command
-    gives the same bytes on every machine. If not, it is written."""
+    """File with the measurements of objective=time. If it exists, nothing is measured, so the same command
+    gives the same bytes on every machine. Otherwise it is written."""
     preset: Annotated[Preset, Option("optimization")] = Preset.BALANCED
     """fast: layer-wise reconstruction only, without gradients. balanced: 200 steps of network-wise
     optimization; best: 1000. Models below 400 million multiplications per sample get up to five times as many
@@ -255,7 +255,7 @@ class Config(BaseModel):
         if self.budget is not None and self.bits:
             raise ValueError("a budget chooses the bits of all weights: leave bits with patterns out")
         if self.timings is not None and self.objective is not Objective.TIME:
-            raise ValueError("timings are measured for objective=time only: set that, or leave timings out")
+            raise ValueError("timings are only for objective=time: set that, or leave timings out")
         return self
 
     @field_validator("activation_bits")

@@ -1,4 +1,4 @@
-"""Weights of up to 4 bits in ONNX's own types, for runtimes that read them."""
+"""Store weights of up to 4 bits in ONNX's own types, for runtimes that support them."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ _TYPES = {
     (2, True): TensorProto.INT2,
     (2, False): TensorProto.UINT2,
 }
-"""Width and whether signed to the type."""
+"""(width, signed) to the ONNX type."""
 _SMALL = 6
-"""Largest width, in bits, of weights that count as below 8 bits: 7 bits are 8 that saturate nowhere."""
+"""Largest width, in bits, of weights that should not stay int8.
+
+Weights of 7 bits are 8-bit weights that avoid saturation.
+"""
 
 
 def native(model: ModelProto, widths: Sequence[int]) -> tuple[ModelProto, list[str]]:
-    """Store weights as the types of the given widths.
+    """Store weights in ONNX types of the given widths.
 
     ``DequantizeLinear(X: int8, scale, 0)``  →  ``DequantizeLinear(X: int4, scale, 0: int4)``, or uint4 with a
-    zero point for each channel, where the integers need one.
+    zero point per channel if the integers need one.
 
     Parameters
     ----------
     model : ModelProto
-        Of an opset that has the types; it is not changed.
+        Its opset must have the types; it is not changed.
     widths : sequence of int
-        Widths of the types that the runtime reads, 2 or 4.
+        Widths of the types that the runtime supports, 2 or 4.
 
     Returns
     -------
@@ -86,12 +89,12 @@ def native(model: ModelProto, widths: Sequence[int]) -> tuple[ModelProto, list[s
 
 
 def _fitting(rows: NDArray[np.int16], width: int) -> tuple[int, NDArray[np.int16] | None] | None:
-    """Return a width and the zero points (None if all are 0 and the type is signed); None if nothing fits."""
+    """Return the width and the zero points (None for the signed type); None if the integers do not fit."""
     half, whole = 2 ** (width - 1), 2**width
     least, most = rows.min(axis=1), rows.max(axis=1)
     if least.min() >= -half and most.max() < half:
         return width, None
-    # Unsigned integers minus a zero point: 0 must be among the values.
+    # Zero points of an unsigned type are not negative, so the range of the values must include 0.
     low = np.maximum(most - np.int16(whole - 1), np.int16(1 - whole))
     high = np.minimum(least, 0)
     return (width, -high) if bool((low <= high).all()) else None

@@ -1,15 +1,15 @@
-"""Weights of 2 to 6 bits at their size: bytes, and nodes that unfold them when a session is made.
+"""Pack weights of 2 to 6 bits into bytes, with nodes that unpack them when a session is created.
 
-All inputs of the added nodes are constants, so that a runtime folds them before it looks for integer kernels:
+All inputs of the added nodes are constants, so a runtime folds them before it looks for integer kernels:
 
     X (int8)  →  X = Transpose(Reshape(Gather(table, index)))
-                 index = Cast(X_packed) [+ bits above a byte] [+ place of the channel's offset]
+                 index = Cast(X_packed) [+ bits beyond the byte] [+ first table row of the channel's offset]
 
-A row of the table has the values of all fields of an index, plus an offset: where zero points are folded into
-integers, these lie anywhere in int8. All weights of a width share the table. The nodes are standard operators
-of opset 13 on types for which onnxruntime (1.18 to 1.32, web too) and OpenVINO (2026.4) have kernels: neither
-adds int8, and BitShift gives wrong values in OpenVINO. Unlike a division of every weight in int32, a table
-takes few bytes while it is folded, because an index stands for several weights.
+A row of the table holds the weights that one index encodes, plus an offset: integers with a folded zero point
+can lie anywhere in int8. All weights of the same width share the table. The nodes are standard operators of
+opset 13, on types for which onnxruntime (1.18 to 1.32, web too) and OpenVINO (2026.4) have kernels: neither
+can add int8, and BitShift gives wrong values in OpenVINO. Folding a table takes less memory than dividing
+every weight in int32, because an index encodes several weights.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from eptq_onnx.numerics import bitpacking
 from eptq_onnx.numerics.bitpacking import LAYOUTS, Layout
 
 _PREFIX = "unfold/"
-"""Prefix of new names; short, because names are bytes, too."""
+"""Prefix of new names, kept short because names take bytes too."""
 _MESSAGE = 16
-"""Bytes that a node or initializer takes within a graph, beside its own with the shortest names."""
+"""Bytes that a node or initializer adds to a graph beyond its own size with the shortest names."""
 _OLDEST_OPSET = 13
 _MOST_OFFSETS = 256
-"""Largest number of different offsets of int8."""
+"""Maximum number of distinct int8 offsets."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Packing:
     shape : tuple of int
     layout : Layout
     axis : int or None
-        Axis with an offset for each index; None for one offset in all.
+        Axis with one offset per index; None for a single offset.
     """
 
     name: str
@@ -68,22 +68,22 @@ class Packing:
 
     @property
     def payload(self) -> int:
-        """Return the bytes of values and offsets."""
+        """Return the bytes of the packed values and the offsets."""
         return self.rows * (self.layout.row_bytes(self.columns) + 1)
 
 
 def packed(model: ModelProto) -> ModelProto:
-    """Return a copy in which weights of 2 to 6 bits take the bytes of their bits.
+    """Return a copy in which weights of 2 to 6 bits are packed into the bytes that their bits need.
 
-    Weights are the int8 constants that a DequantizeLinear of the main graph reads. Their integers say how
-    many bits they need, with one offset for each channel if that takes fewer bytes. The unfolded integers are
-    the same, under the same name. A weight stays as it is if the nodes that unfold it are larger than what it
-    saves.
+    Weights are the int8 constants that a DequantizeLinear of the main graph reads. The range of their
+    integers gives the bits that they need; each channel has its own offset if that takes fewer bytes. The
+    unpacked integers are the same, under the same name. A weight stays as it is if the nodes that unpack it
+    take more bytes than packing saves.
 
     Parameters
     ----------
     model : ModelProto
-        It is not changed. Below opset 13 it is returned as it is.
+        It is not changed. It is returned as it is below opset 13, or if nothing is packed.
     """
     view = GraphView(model)
     by_width: dict[int, list[Packing]] = defaultdict(list)
@@ -103,18 +103,18 @@ def packed(model: ModelProto) -> ModelProto:
 
 
 def packed_bytes(weight: Packing) -> int:
-    """Return the most bytes that a packed weight adds to a file: its values, its offsets, and nodes."""
+    """Return an upper bound on the bytes of a packed weight: its values, its offsets and its nodes."""
     scratch = edit.Builder(ModelProto(), _PREFIX)
     planes = ("", "above" if weight.layout.above else None)
     place = scratch.add("Slice", ["places", _sizes(0), _sizes(weight.rows), _sizes(0)])
     _unfold(scratch, weight, planes, place, ("table", "above"))
-    # Each plane is named by the initializer and its reader.
+    # Both the initializer of a plane and the node that reads it hold its name.
     names = 2 * (1 + bool(weight.layout.above)) * (len(f"{weight.name}_packed".encode()) + _MESSAGE)
     return weight.payload + names + _size(scratch)
 
 
 def shared_bytes(bits: int) -> int:
-    """Return the most bytes that all weights of a width share."""
+    """Return an upper bound on the bytes that all weights of a width share."""
     scratch = edit.Builder(ModelProto(), _PREFIX)
     _tables(scratch, LAYOUTS[bits], np.arange(-_MOST_OFFSETS // 2, _MOST_OFFSETS // 2, dtype=np.int8))
     _starts(scratch, LAYOUTS[bits], np.zeros(0, np.uint8))
@@ -122,13 +122,13 @@ def shared_bytes(bits: int) -> int:
 
 
 def _size(scratch: edit.Builder) -> int:
-    """Return the bytes of what a builder has collected."""
+    """Return the bytes of a builder's nodes and initializers."""
     messages = [n.ByteSize() for n in scratch.nodes] + [t.ByteSize() for t in scratch.initializers]
     return int(sum(messages)) + _MESSAGE * len(messages)
 
 
 def weights_of(view: GraphView) -> dict[str, int | None]:
-    """Return the int8 constants that a DequantizeLinear reads, and the axis of their scales."""
+    """Return the int8 constants that a DequantizeLinear reads, each with the axis of its scales or None."""
     given = {i.name for i in view.model.graph.input}
     found: dict[str, int | None] = {}
     for node in view.nodes:
@@ -144,7 +144,7 @@ def weights_of(view: GraphView) -> dict[str, int | None]:
 
 
 def _chosen(name: str, values: NDArray[np.int8], axis: int | None) -> Packing | None:
-    """Return the packing of a weight that takes the fewest bytes; None if that is none."""
+    """Return the packing that takes the fewest bytes; None if int8 takes no more."""
     best, least = None, values.size
     for along in dict.fromkeys((None, axis)):
         bits = bitpacking.offsets(rows_of(values, along))[0]
@@ -157,14 +157,14 @@ def _chosen(name: str, values: NDArray[np.int8], axis: int | None) -> Packing | 
 
 
 def rows_of(values: NDArray[np.int8], axis: int | None) -> NDArray[np.int8]:
-    """Return a weight with one row for each offset."""
+    """Return a weight as a matrix with one row per offset."""
     if axis is None:
         return values.reshape(1, -1)
     return np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
 
 
 class _Width:
-    """Write all weights of one width.
+    """Packs all weights of one width.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ class _Width:
         self._b, self._layout, self._weights = builder, layout, weights
 
     def write(self, view: GraphView) -> None:
-        """Add initializers and nodes; one weight at a time is in memory."""
+        """Add initializers and nodes, with one weight in memory at a time."""
         planes, offsets = [], []
         for weight in self._weights:
             rows = rows_of(view.constant(weight.name), weight.axis)
@@ -198,10 +198,10 @@ class _Width:
         return name
 
     def _places(self, places: NDArray[np.intp], ends: NDArray[np.int64]) -> list[str]:
-        """Return for each weight the first row of the table for each of its offsets, as a column."""
+        """Return for each weight a column with the first table row of each of its offsets."""
         b = self._b
         first = _starts(b, self._layout, places.astype(np.uint8))
-        # Not Split, which OpenVINO does not fold.
+        # OpenVINO does not fold Split.
         return [b.add("Slice", [first, _sizes(i), _sizes(j), _sizes(0)]) for i, j in pairwise(ends.tolist())]
 
 
@@ -212,16 +212,16 @@ def _unfold(
     place: str | None,
     tables: tuple[str, str | None],
 ) -> None:
-    """Add the nodes that unfold one weight.
+    """Add the nodes that unpack one weight.
 
     Parameters
     ----------
     b : Builder
     weight : Packing
     planes : tuple of (str, str or None)
-        The bytes of the indices, and of the bits above them.
+        Names of the plane with the low bytes of the indices and of the plane with the bits above them.
     place : str or None
-        First row of the table for each offset; None if there is one offset.
+        Name of the first table row of each offset; None if the table has only one offset.
     tables : tuple of (str, str or None)
         See `_tables`.
     """
@@ -241,7 +241,7 @@ def _unfold(
             math.prod(part) for part in (weight.shape[: weight.axis], weight.shape[weight.axis + 1 :])
         )
         moved = b.add("Reshape", [values, _sizes(weight.rows, before, after)])
-        # Not at the end, where OpenVINO makes it part of a MatMul that then runs in float.
+        # OpenVINO would fuse a Transpose at the end into a MatMul, which would then run in float.
         values = b.add("Transpose", [moved], perm=[1, 0, 2])
     b.add("Reshape", [values, _sizes(*weight.shape)], weight.name)
 
@@ -252,11 +252,10 @@ def _tables(b: edit.Builder, layout: Layout, offsets: NDArray[np.int8]) -> tuple
     Returns
     -------
     str
-        int8 of shape (offsets * layout.rows, layout.group): the values of an index, for one offset after the
-        other.
+        int8 table of shape (offsets * layout.rows, layout.group): the values of each index, offset by offset.
     str or None
-        int32 of shape (256, layout.indices_at_once): for a byte of the second plane, what to add to each
-        index. None if there is no such plane.
+        int32 table of shape (256, layout.indices_at_once): the numbers that a byte of the second plane adds
+        to its indices. None if there is no second plane.
     """
     fields = _fields(b, layout.rows, layout.bits, layout.group)
     shifts = _as_int32(b, b.constant(offsets.reshape(-1, 1, 1), "offset"))
@@ -269,15 +268,15 @@ def _tables(b: edit.Builder, layout: Layout, offsets: NDArray[np.int8]) -> tuple
 
 
 def _starts(b: edit.Builder, layout: Layout, places: NDArray[np.uint8]) -> str:
-    """Add the first row of the table for the offsets at some places in it, as a column."""
-    # Not a product: OpenVINO does not fold that of a uint8 constant, which could be a weight and its scale.
+    """Add a column with the first table row of the offsets with the given positions among all offsets."""
+    # OpenVINO does not fold a product with a uint8 constant, which could be a weight and its scale.
     limits = [np.array(n, np.int32) for n in (0, _MOST_OFFSETS * layout.rows, layout.rows)]
     column = b.constant(places.reshape(-1, 1), "offsets")
     return b.add("Gather", [b.add("Range", limits), _as_int32(b, column)])
 
 
 def _fields(b: edit.Builder, count: int, bits: int, group: int) -> str:
-    """Add a table of all fields of the numbers below ``count``, the lowest first."""
+    """Add a table that splits each number below ``count`` into its bit fields, lowest bits first."""
     limits = [np.array(n, np.int32) for n in (0, count, 1)]
     numbers = b.add("Reshape", [b.add("Range", limits), _sizes(-1, 1)])
     shifted = b.add("Div", [numbers, np.array([2 ** (bits * k) for k in range(group)], np.int32)])

@@ -21,8 +21,9 @@ _WHOLE = (TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL)
 def size_of_parts(model: ModelProto) -> dict[str, int]:
     """Return the bytes of each of `PARTS`; together they are the model's.
 
-    Weights are the integers behind DequantizeLinear, with what unfolds them, and stored tables. Constants in
-    floating point include the weights of layers that stay float. The graph is the rest: nodes, names, shapes.
+    Weights are the integers that DequantizeLinear reads, with the nodes that unpack them, and stored tables.
+    Constants in floating point include the weights of layers that stay float. The graph is the rest: nodes,
+    names, shapes.
     """
     nodes = list(all_nodes(model.graph))
     producers = {o: n for n in nodes for o in n.output}

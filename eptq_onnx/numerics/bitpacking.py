@@ -1,7 +1,7 @@
-"""Integers of 2 to 6 bits in bytes.
+"""Pack integers of 2 to 6 bits into bytes.
 
-A group of values makes one index: the first value in the lowest bits. The low 8 bits of an index are a byte
-of one plane; the bits above them, where a group has any, share bytes of a second plane.
+A group of values forms one index, with the first value in the lowest bits. The low 8 bits of an index are a
+byte of the first plane; if it has more bits, these share bytes of a second plane.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Layout:
-    """How values of a width lie in bytes.
+    """How values of one width are arranged in bytes.
 
     Parameters
     ----------
     bits : int
         Width of a value.
     group : int
-        Values that make one index.
+        Number of values in one index.
     """
 
     bits: int
@@ -33,26 +33,26 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """Return the number of different indices."""
+        """Return the number of possible indices."""
         return int(2 ** (self.bits * self.group))
 
     @property
     def above(self) -> int:
-        """Return the bits of an index beyond its byte."""
+        """Return the number of bits of an index beyond the low 8."""
         return self.bits * self.group - 8
 
     @property
     def indices_at_once(self) -> int:
-        """Return the indices whose upper bits share a byte; 1 without a second plane."""
+        """Return the number of indices whose upper bits share a byte; 1 without a second plane."""
         return 8 // self.above if self.above else 1
 
     def indices(self, count: int) -> int:
-        """Return the indices of a row of values, with padding."""
+        """Return the number of indices in a row of ``count`` values, with padding."""
         step = self.group * self.indices_at_once
         return -(-count // step) * self.indices_at_once
 
     def row_bytes(self, count: int) -> int:
-        """Return the bytes of a row of values in both planes."""
+        """Return the bytes of a row of ``count`` values in both planes."""
         return self.indices(count) * (8 + self.above) // 8
 
     def pack(self, rows: IntArray) -> tuple[Bytes, Bytes | None]:
@@ -61,7 +61,7 @@ class Layout:
         Parameters
         ----------
         rows : ndarray of shape (n_rows, n_values)
-            From 0 to ``2**bits - 1``.
+            Integers from 0 to ``2**bits - 1``.
 
         Returns
         -------
@@ -81,11 +81,14 @@ class Layout:
 
 
 LAYOUTS = {bits: Layout(bits, group) for bits, group in ((2, 4), (3, 4), (4, 2), (5, 2), (6, 2))}
-"""Layout of each width: 4 values of 2 bits in a byte, 8 of 3 in 3, 2 of 4 in 1, 8 of 5 in 5, 4 of 6 in 3."""
+"""Width to layout.
+
+4 values of 2 bits take 1 byte, 8 of 3 bits 3 bytes, 2 of 4 bits 1, 8 of 5 bits 5, and 4 of 6 bits 3.
+"""
 
 
 def _joined(values: IntArray, group: int, bits: int) -> NDArray[np.uint16]:
-    """Join groups of neighbours in a row, the first in the lowest bits."""
+    """Join groups of adjacent values in each row, the first in the lowest bits."""
     parts = values.reshape(len(values), -1, group)
     joined = np.zeros(parts.shape[:2], np.uint16)
     for k in range(group):
@@ -94,9 +97,9 @@ def _joined(values: IntArray, group: int, bits: int) -> NDArray[np.uint16]:
 
 
 def offsets(rows: IntArray) -> tuple[int, NDArray[np.int16]]:
-    """Return the bits that integers need, and the offset of each row to subtract from them first.
+    """Return the bits that integers need after an offset is subtracted from each row, and the offsets.
 
-    Where there is a choice, the offset is the one nearest to that of a signed integer.
+    If several offsets are possible, the one nearest to that of a signed integer is returned.
 
     Parameters
     ----------

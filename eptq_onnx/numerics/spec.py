@@ -14,15 +14,15 @@ from eptq_onnx.numerics.types import Array, IntArray
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """What a runtime allows for one tensor; a scale and a zero point make it a `Grid`.
+    """Quantization that a runtime allows for one tensor; a scale and a zero point turn it into a `Grid`.
 
     Parameters
     ----------
     format : IntFormat
     granularity : PerTensor, PerAxis or PerBlock
     zero_points : tuple of int
-        Smallest and largest zero point allowed. That of a weight is folded into the stored integers, whose
-        own zero point is 0, as integer kernels expect; the limits keep these integers in the range that the
+        Smallest and largest zero point allowed. A weight's zero point is folded into its stored integers,
+        because integer kernels expect the zero point 0; the limits keep these integers in the range that the
         target stores.
     scales : ScaleRule
         The scales that the runtime accepts.
@@ -61,7 +61,7 @@ class QuantSpec:
     def grid(self, scale: Array, zero_point: int | IntArray = 0) -> Grid:
         """Return the grid with the allowed scale nearest to the given one.
 
-        All grids are made here, so that every scale follows the rule.
+        All grids are made here, so every scale follows the rule.
 
         Parameters
         ----------

@@ -1,7 +1,7 @@
-"""Patterns of several operators that runtimes fuse, found in a graph.
+"""Find patterns of several operators that runtimes fuse.
 
-A target names those that its runtime fuses (``patterns.keep``); their nodes stay float, because quantizers
-inside would keep the runtime from fusing them.
+A target names the patterns that its runtime fuses (``patterns.keep``). Their nodes stay float, because
+quantizers inside a pattern would prevent the fusion.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops.table import spec_of
 
 _MOST = 12
-"""Nodes of the longest gate: tanh-GELU has 8."""
+"""Maximum number of nodes in a gated activation; the GELU with tanh has 8."""
 _GATES: Mapping[str, frozenset[str]] = {
     "silu": frozenset({"Sigmoid"}),
     "hard swish": frozenset({"HardSigmoid", "Clip", "Relu"}),
     "mish": frozenset({"Softplus", "Tanh"}),
     "gelu": frozenset({"Erf", "Tanh"}),
 }
-"""Pattern to the functions that tell a product of x and a function of x."""
+"""Pattern x · f(x) to the operators that identify f."""
 _PLAIN = {"Mul", "Div", "Add", "Sub", "Pow", "Neg"}
-"""Operators that a gate may have beside its function."""
+"""Arithmetic operators that may also occur in f."""
 _SCALES_AND_MASKS = ("Add", "Sub", "Mul", "Div", "Where")
 
 
 def regions(view: GraphView, names: frozenset[str]) -> dict[str, str]:
-    """Return the nodes of all patterns of these names, each with the pattern's name."""
+    """Return the nodes of all patterns with these names, each with the name of its pattern."""
     found: dict[str, str] = {}
     for name in sorted(names):
         for nodes in REGIONS[name](view):
@@ -37,10 +37,10 @@ def regions(view: GraphView, names: frozenset[str]) -> dict[str, str]:
 
 
 def _gate(name: str) -> Callable[[GraphView], Iterator[list[NodeProto]]]:
-    """Return the search for products of x and a function of x.
+    """Return the search for products of x and a function f of x.
 
-    ``x → f → Mul (x, f (x))``, where constants may scale and shift; of a GELU, the scale behind it and the
-    bias in front of it belong to it.
+    The pattern is ``Mul (x, f (x))``, where f may include constant factors and offsets. A GELU also includes
+    the constant factor after it and the bias before it.
     """
 
     def search(view: GraphView) -> Iterator[list[NodeProto]]:
@@ -55,14 +55,17 @@ def _gate(name: str) -> Callable[[GraphView], Iterator[list[NodeProto]]]:
 
 
 def _name_of(functions: set[str]) -> str | None:
-    """Return the first pattern whose functions these are."""
+    """Return the first pattern that these functions identify."""
     if functions == {"Tanh"}:
         return "gelu"
     return next((name for name, known in _GATES.items() if functions <= known), None)
 
 
 def _closed(view: GraphView, end: NodeProto, places: Mapping[str, int]) -> list[NodeProto]:
-    """Return the elementwise nodes between one tensor and ``end`` that nothing else reads, or none."""
+    """Return the elementwise nodes that compute ``end`` from a single tensor, without readers outside.
+
+    The list is empty if there is no such set of nodes.
+    """
     nodes, inside = [end], {end.name}
     frontier = {i for i in end.input if not view.is_constant(i)}
     while len(frontier) > 1:
@@ -82,7 +85,7 @@ def _closed(view: GraphView, end: NodeProto, places: Mapping[str, int]) -> list[
 
 
 def _with_scale_and_bias(view: GraphView, nodes: list[NodeProto]) -> list[NodeProto]:
-    """Add the constant factor behind a GELU and the bias in front of it."""
+    """Add the constant factor after a GELU and the bias before it."""
     inside = {n.name for n in nodes}
     made = {o for n in nodes for o in n.output}
     [x] = {i for n in nodes for i in n.input if not view.is_constant(i)} - made
@@ -129,7 +132,7 @@ def _layer_normalizations(view: GraphView) -> Iterator[list[NodeProto]]:
 
 
 def _attention_scores(view: GraphView) -> Iterator[list[NodeProto]]:
-    """Find what scales and masks a product of two computed matrices in front of a Softmax."""
+    """Find the nodes that scale and mask a matrix product before a Softmax."""
     for softmax in view.nodes:
         if softmax.op_type != "Softmax":
             continue
@@ -148,4 +151,4 @@ REGIONS: Mapping[str, Callable[[GraphView], Iterator[list[NodeProto]]]] = {
     "layer normalization": _layer_normalizations,
     "attention scores": _attention_scores,
 }
-"""Name of a pattern to its search, which gives the nodes of each place."""
+"""Name of a pattern to its search, which yields the nodes of each occurrence."""

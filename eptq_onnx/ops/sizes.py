@@ -12,12 +12,12 @@ from eptq_onnx.targets import Operator
 
 
 def objection(node: NodeProto, view: GraphView, row: Operator) -> str | None:
-    """Return which limit of a target a node exceeds, or None; sizes that are unknown exceed none."""
+    """Return which size limit of a target a node violates, or None; unknown sizes violate none."""
     for limits, word, sign in ((row.least, "at least", 1), (row.most, "at most", -1)):
         for name, limit in limits.items():
             size = SIZES[name](node, view)
             if size is not None and sign * size < sign * limit:
-                return f"its {_NAMES.get(name, name)} is {size}, and the target takes {word} {limit}"
+                return f"its {_NAMES.get(name, name)} is {size}, but the target takes {word} {limit}"
     return None
 
 
@@ -89,10 +89,10 @@ SIZES: Mapping[str, Callable[[NodeProto, GraphView], int | None]] = {
     "N": _columns,
     "rank": _rank,
 }
-"""Name of a size (`eptq_onnx.targets.Size`) to its measure, which gives None if it is unknown.
+"""Name of a size (`eptq_onnx.targets.Size`) to the function that returns it, or None if it is unknown.
 
-``M``, ``K`` and ``N`` are rows, depth and columns of a matrix product; ``kernel`` is the shortest side of a
-convolution's kernel; ``rank`` is that of the first input.
+A matrix product has ``M`` rows, ``N`` columns and the inner dimension ``K``; ``kernel`` is the shortest side
+of a convolution's kernel; ``rank`` is that of the first input.
 """
 _NAMES = {
     "input_channels": "number of input channels",

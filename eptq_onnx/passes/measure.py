@@ -33,7 +33,7 @@ class Measure(Pass):
         """Time both models, or note why that is not possible."""
         if ctx.target.verifier != ONNXRUNTIME:
             return state.noting(
-                f"speed is not measured: {ctx.target.name} is another runtime than onnxruntime"
+                f"speed is not measured: {ctx.target.name} is for a runtime other than onnxruntime"
             )
         quantized = sink(state.packed)
         if store.folder_of(quantized) is not None:
@@ -46,5 +46,5 @@ class Measure(Pass):
             return state.noting(f"speed is not measured: {e}")
         state = state.changed(speed=speed)
         if speed.pace is Pace.SLOWER and ctx.config.objective is Objective.INTEGERS:
-            return state.noting("with the option objective=time, what is slower on integers here stays float")
+            return state.noting("with objective=time, operators that are slower on integers here stay float")
         return state

@@ -1,4 +1,4 @@
-"""Store weights below 8 bits at their size."""
+"""Store weights below 8 bits in the bytes that their bits need."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from eptq_onnx.graph.packing import packed
 from eptq_onnx.passes.base import Context, Pass, State
 
 _CONTAINER = 7
-"""Bits from which weights are not packed."""
+"""Smallest width, in bits, of weights that always stay int8."""
 
 
 class Pack(Pass):
-    """Store weights below 8 bits at their size.
+    """Store weights below 8 bits in the bytes that their bits need.
 
     See `eptq_onnx.graph.packing` and `eptq_onnx.graph.native`.
     """
@@ -22,7 +22,7 @@ class Pack(Pass):
     provides = ("packed",)
 
     def run(self, state: State, ctx: Context) -> State:
-        """Store the weights of the written model as the option says."""
+        """Store the weights of the written model as the option ``storage`` says."""
         marked = state.written.marked
         storage = ctx.target.storage_for(ctx.config.storage)
         if storage is WeightStorage.INT8:
@@ -30,7 +30,7 @@ class Pack(Pass):
             narrow = any(spec.bits < _CONTAINER for spec in state.plan.weight_specs.values())
             if ctx.config.storage is None and narrow:
                 return state.noting(
-                    f"weights below 7 bits take a byte each: {ctx.target.name} does not unfold packed weights"
+                    f"weights below 7 bits take a byte each: {ctx.target.name} does not unpack packed weights"
                 )
             return state
         if storage is WeightStorage.PACKED:

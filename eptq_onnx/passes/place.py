@@ -1,4 +1,4 @@
-"""Keep nodes in floating point where integers would be slower."""
+"""Keep nodes in floating point if integers would be slower."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from eptq_onnx.targets import ONNXRUNTIME
 
 _ALL, _FLOAT = "all integers", "float"
 _SHORTEST = 1e-3
-"""Seconds of one float run below which nothing is chosen: the overhead of a run would be measured."""
+"""Seconds of one float run below which nothing is chosen, because call overhead would dominate."""
 _SHARE, _LEAST = 0.1, 60.0
-"""Share of the expected run that timing takes, and seconds that it takes in any case."""
+"""Time limit of timing, as a share of the expected run and in seconds; the larger one counts."""
 _LONGEST = 0.05
-"""Most seconds to spend on the runs of one piece."""
+"""Maximum seconds for the runs of one piece."""
 
 
 class Place(Pass):
-    """Keep nodes in floating point where integers would be slower.
+    """Keep nodes in floating point if integers would be slower.
 
     See `eptq_onnx.method.place`.
     """
@@ -49,19 +49,19 @@ class Place(Pass):
     repeats = True
 
     bench: ClassVar[Callable[[int], Bench]] = Bench
-    """Makes what measures, from the number of threads."""
+    """Factory of the object that times models, given the number of threads."""
 
     def enabled(self, ctx: Context) -> bool:
-        """Return True if time is the objective."""
+        """Return True for ``objective=time``."""
         return ctx.config.objective is Objective.TIME
 
     def run(self, state: State, ctx: Context) -> State:
-        """Measure, or read what was measured, and replan without what is slower on integers."""
-        left = "which operators run on integers is not chosen by time"
+        """Measure or read timings, and replan with regions that are slower on integers left float."""
+        left = "which operators run on integers was not chosen by time"
         if ctx.target.verifier != ONNXRUNTIME:
-            return state.noting(f"{left}: {ctx.target.name} is another runtime than onnxruntime")
+            return state.noting(f"{left}: {ctx.target.name} is for a runtime other than onnxruntime")
         if store.folder_of(state.model) is not None:
-            return state.noting(f"{left}: both models together would take too much memory")
+            return state.noting(f"{left}: the float and the quantized model together need too much memory")
         timed = _Timed(state, ctx, type(self).bench(ctx.config.runtime_threads))
         try:
             placement = timed.placement()
@@ -98,14 +98,16 @@ class _Timed:
         self._cut = Cut(exact, written, state.plan)
 
     def placement(self) -> Placement:
-        """Return what was chosen, from a file if there is one.
+        """Return the placement, from the timings file if it exists.
 
         Raises
         ------
         ModelError
             If a whole model cannot be timed.
-        ConfigError, OutputError
-            If the file of timings cannot be used or written.
+        ConfigError
+            If the timings file cannot be used.
+        OutputError
+            If it cannot be written.
         """
         threads, digest = self.bench.threads, self._cut.digest
         given = self.ctx.config.timings
@@ -122,8 +124,8 @@ class _Timed:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as e:
                 raise OutputError(
-                    f"the cache folder {path.parent} cannot be made ({e.strerror or e}): name a file for "
-                    "what is measured, with the option timings."
+                    f"the cache folder {path.parent} cannot be created ({e.strerror or e}): name a file for "
+                    "the measurements with the option timings."
                 ) from e
         timings.write(path, found)
 
@@ -137,7 +139,7 @@ class _Timed:
         untimed = 0
         if not fast:
             ways, conversions, untimed = self._pieces()
-        # Predictions of what is known anyway come first.
+        # The first two are fixed; they are predicted only for comparison with their measured times.
         found = {
             _ALL: cut.choose(ways, conversions, fixed=planned),
             _FLOAT: cut.choose(ways, conversions, fixed=[False] * len(planned)),
@@ -161,8 +163,8 @@ class _Timed:
                 best, chosen, least = name, choice.on_integers, speed.ratio
         if fast:
             self._notes.append(
-                "which operators run on integers is not chosen by time: one float run takes "
-                f"{base.quantized_seconds * 1e3:.2g} ms, most of it for the run itself"
+                "which operators run on integers was not chosen by time: one float run takes only "
+                f"{base.quantized_seconds * 1e3:.2g} ms, most of it call overhead"
             )
         times_of = cut.times(ways, chosen)
         placement = Placement(
@@ -185,7 +187,7 @@ class _Timed:
         return Candidate(name, regions, choice.predicted if choice is not None else 0.0, *times)
 
     def _pieces(self) -> tuple[dict[str, tuple[Way, ...]], dict[str, dict[str, float]], int]:
-        """Time all pieces and conversions, each once, until the time is spent."""
+        """Time each distinct piece and conversion once, until the time limit."""
         cut, bench = self._cut, self.bench
         pieces = {p.key: p for p in cut.by_work}
         tensors = {p.key: p for p in cut.conversions.values()}
@@ -214,7 +216,8 @@ class _Timed:
         )
         if untimed:
             self._notes.append(
-                f"{untimed} regions stay as planned, because they could not be timed in {budget:.0f} s"
+                f"{untimed} regions stay as planned, because they could not be timed, or not within "
+                f"{budget:.0f} s"
             )
         return ways, conversions, untimed
 
@@ -232,9 +235,10 @@ class _Timed:
         return self._written(make_plan(state.model, ctx.target, ctx.config, state.left_float, nodes))
 
     def _written(self, plan: Plan) -> ModelProto:
-        """Return the network that the samples execute, quantized by a plan with nearest rounding.
+        """Return the network that the samples run, quantized by a plan with nearest rounding.
 
-        What is left of a group of tensors keeps the group's range: it makes no difference to times.
+        If a plan quantizes only some tensors of a group, they keep the group's range, which does not affect
+        times.
         """
         own = self.state.plan.quantizer_of
         grids = {q.name: self._nearest.grids[own[q.tensors[0]].name] for q in plan.quantizers}

@@ -1,4 +1,4 @@
-"""The console report of two files that were measured side by side."""
+"""The console report of a comparison of two files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def print_bench(found: Bench, console: Console) -> None:
     """Print a measurement: the verdict, both files side by side, operators, notes."""
     style = "bold red" if found.slower else "bold"
     console.print(line(in_words(found.speed), style), soft_wrap=True)
-    threads = {0: "one thread a core", 1: "1 thread"}.get(found.threads, f"{found.threads} threads")
+    threads = {0: "one thread per core", 1: "1 thread"}.get(found.threads, f"{found.threads} threads")
     shapes = ", ".join(f"{name} {shape}" for name, shape in found.shapes.items())
     console.print(
         line(f"{found.runtime} {found.version}, {threads}, {found.clock}, inputs: {shapes}"), soft_wrap=True

@@ -1,4 +1,4 @@
-"""What was chosen by time, as tables."""
+"""The choice by time as tables for the console."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ def in_words(placement: Placement) -> str:
 
 
 def tables(placement: Placement) -> list[Table]:
-    """Return what was timed: whole models, and regions by operator unless none was timed."""
+    """Return the tables of whole models, and of regions by operator if any were timed."""
     return [_candidate_table(placement), *([_operator_table(placement)] if placement.regions else [])]
 
 
 def _candidate_table(placement: Placement) -> Table:
-    """Return the table of what was timed as whole models."""
+    """Return the table of the choices that were timed as whole models."""
     table = Table(
         "choice",
         "regions on integers",
         "predicted",
         "measured",
-        "beside all integers",
+        "relative to all integers",
         title="Integers or float, by time of one run",
         title_justify="left",
     )
     for c in placement.candidates:
-        name = f"{c.name} (taken)" if c.name == placement.chosen else c.name
+        name = f"{c.name} (chosen)" if c.name == placement.chosen else c.name
         table.add_row(line(name), str(c.regions), _ms(c.predicted), _ms(c.seconds), _beside(c))
     return table
 
 
 def _operator_table(placement: Placement) -> Table:
-    """Return the table of times by operator."""
+    """Return the table of kernel times by operator."""
     table = Table(
         "operators",
         "regions",

@@ -1,7 +1,7 @@
 """Check a Q/DQ file, from this or any other tool, against the rules of a target.
 
-Most rules follow from the target's own data: types, zero points, scales, biases, the operators that run on
-integers. Each finding names a node, the rule and a remedy.
+Most rules are derived from the target file: its types, zero points, scales, biases and integer operators.
+Each finding names a node, the rule that it breaks and a remedy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from eptq_onnx.rules.view import QdqView
 from eptq_onnx.targets import Target
 
 RULES: tuple[Rule, ...] = (*NUMBERS, *PLACES)
-"""All rules, in the order of their findings."""
+"""All rules, in the order in which findings are reported."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Finding:
     node : str
         Name of the node, or of its first output if it has no name.
     message : str
-        What is wrong there, as a sentence without a full stop.
+        What is wrong with the node, as a sentence without a full stop.
     remedy : str
     """
 
@@ -46,14 +46,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class Lint:
-    """Findings in a file.
+    """The result of checking one file.
 
     Parameters
     ----------
     target : str
         Name of the target.
     pairs : int
-        DequantizeLinear nodes in the file.
+        Number of DequantizeLinear nodes in the main graph.
     findings : tuple of Finding
     unchecked : tuple of str
         What was not checked, as sentences without a full stop.
@@ -82,7 +82,7 @@ def lint(model: ModelProto, target: Target) -> Lint:
     Returns
     -------
     Lint
-        Without findings if the file obeys every rule. Rules apply to the main graph only.
+        It has no findings if the file follows every rule. Rules apply to the main graph only.
     """
     view = QdqView(model)
     findings = tuple(

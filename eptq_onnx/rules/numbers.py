@@ -19,11 +19,11 @@ _OPSETS = {
     "int16": 21, "uint16": 21, "int4": 21, "uint4": 21, "int2": 25, "uint2": 25, "float4e2m1": 23,
     "float8e4m3fn": 19, "float8e4m3fnuz": 19, "float8e5m2": 19, "float8e5m2fnuz": 19,
 }  # fmt: skip
-"""Opset from which QuantizeLinear and DequantizeLinear know a type."""
+"""First opset in which QuantizeLinear and DequantizeLinear support a type."""
 _PER_AXIS, _BLOCKED = 13, 21
-"""Opsets from which scales may differ along an axis, and between blocks."""
+"""First opsets with per-axis scales and with blocked scales."""
 _PRECISION = 1e-3
-"""Relative difference between a bias scale and the product of scales that no integer kernel notices."""
+"""Relative tolerance between a bias scale and the product of the input and weight scales."""
 
 
 def _activations(view: QdqView) -> list[Quantized]:
@@ -61,13 +61,13 @@ def opset(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         needed = max(needed, _PER_AXIS if q.axis is not None else 1)
         needed = max(needed, _BLOCKED if int_attribute(q.node, "block_size", 0) else 1)
         if own < needed:
-            yield q.node.name, f"{q.type_name} like this exists from opset {needed}, and the model has {own}"
+            yield q.node.name, f"this use of {q.type_name} needs opset {needed}, but the model imports {own}"
 
 
 @rule(
     "type",
     Severity.ERROR,
-    "Activations, weights and biases have types that the target reads.",
+    "Activations, weights and biases have types that the target supports.",
     "Quantize to the types of the target.",
 )
 def types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
@@ -94,7 +94,7 @@ def types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 @rule(
     "zero-point",
     Severity.ERROR,
-    "Zero points are 0 where the target has symmetric kernels only.",
+    "Zero points are 0 where the target has only symmetric kernels.",
     "Quantize symmetrically.",
 )
 def zero_point(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
@@ -111,8 +111,8 @@ def zero_point(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 @rule(
     "bias-zero-point",
     Severity.ERROR,
-    "DequantizeLinear of int32 has no zero point where the target refuses one.",
-    "Leave the third input of DequantizeLinear out.",
+    "DequantizeLinear of int32 has no zero point if the target rejects one.",
+    "Omit the third input of DequantizeLinear.",
 )
 def bias_zero_point(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: onnxruntime-web, WebGPU provider."""
@@ -124,7 +124,7 @@ def bias_zero_point(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 @rule(
     "bias-scale",
     Severity.ERROR,
-    "The scale of an integer bias is the product of the scales of input and weight.",
+    "The scale of an integer bias is the product of the input scale and the weight scale.",
     "Quantize the bias with that product.",
 )
 def bias_scales(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
@@ -138,7 +138,7 @@ def bias_scales(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
             continue
         product = bias_scale(x.scale.reshape(()), weight[0].scale)
         if not np.allclose(bias.scale.reshape(-1), product.reshape(-1), rtol=_PRECISION, atol=0):
-            yield node.name, "the scale of its bias is not that of its input times that of its weight"
+            yield node.name, "the scale of its bias is not its input scale times its weight scale"
 
 
 @rule(
@@ -157,8 +157,8 @@ def activation_scale(view: QdqView, target: Target) -> Iterator[tuple[str, str]]
 @rule(
     "weight-axis",
     Severity.ERROR,
-    "Scales of a weight lie along its output channels, or there is one per tensor.",
-    "Quantize weights along the axis of their output channels, or per tensor where the target asks for it.",
+    "A weight has one scale per output channel, or one for the whole tensor.",
+    "Quantize weights along their output-channel axis, or per tensor where the target requires it.",
 )
 def weight_axis(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: TensorRT, working with quantized types; ONNX QLinearConv."""
@@ -168,11 +168,11 @@ def weight_axis(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
             continue
         weight, axis = found
         if not target.of(node.op_type).weight.per_channel:
-            yield node.name, f"its weight has several scales, and {target.name} takes one for {node.op_type}"
+            yield node.name, f"its weight has several scales, but {target.name} takes one for {node.op_type}"
         elif weight.axis != axis:
             yield (
                 node.name,
-                f"weight scales lie along axis {weight.axis}, and output channels along {axis}",
+                f"its weight scales lie along axis {weight.axis}, but its output channels along axis {axis}",
             )
 
 
@@ -180,7 +180,7 @@ def weight_axis(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     "power-of-two",
     Severity.ERROR,
     "Scales are powers of two where the target shifts instead of multiplying.",
-    "Choose the nearest power of two that clips nothing, or the one with the least error.",
+    "Choose the smallest power of two that clips nothing, or the one with the least error.",
 )
 def power_of_two(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: AMD Quark, XINT8."""
@@ -196,8 +196,8 @@ def power_of_two(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 @rule(
     "weight-range",
     Severity.WARNING,
-    "Weights stay in the range that the target's kernels add without saturating.",
-    "Quantize weights to that range, or choose a target for machines whose kernels take the full range.",
+    "Weights stay in the range in which the target's kernels cannot saturate.",
+    "Quantize weights to that range, or choose a target whose kernels take the full range.",
 )
 def weight_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: vpmaddubsw adds two products of uint8 and int8 in 16 bits; TensorRT uses −127 to 127."""
@@ -214,7 +214,7 @@ def weight_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         least, most = int(values.min()), int(values.max())
         if least < low or most > high:
             taken = f"{target.name} takes {low} to {high}"
-            yield node.name, f"its weights go from {least} to {most}, and {taken}"
+            yield node.name, f"its weights go from {least} to {most}, but {taken}"
 
 
 NUMBERS: tuple[Rule, ...] = (

@@ -1,4 +1,4 @@
-"""Rules about places: where quantizers stand, and what they make of the operators around them."""
+"""Rules about placement: where quantizers sit, and how they affect the operators around them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _INTEGER_OPERATORS = (
 @rule(
     "integer-operator",
     Severity.ERROR,
-    "The file has quantizers around float operators, and no integer operators of a certain runtime.",
+    "The file has quantizers around float operators, not integer operators of one particular runtime.",
     "Write the file in Q/DQ format.",
 )
 def integer_operators(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
@@ -35,30 +35,30 @@ def integer_operators(view: QdqView, target: Target) -> Iterator[tuple[str, str]
         if target.verifier != ONNXRUNTIME and (
             node.op_type in _INTEGER_OPERATORS or node.op_type.startswith("QLinear")
         ):
-            yield node.name, f"{node.op_type} is no float operator"
+            yield node.name, f"{node.op_type} is not a float operator"
 
 
 @rule(
     "between",
     Severity.ERROR,
-    "Nothing stands between QuantizeLinear and DequantizeLinear.",
-    "Use widths that the integer type holds exactly, and move other operators out.",
+    "No operator sits between QuantizeLinear and DequantizeLinear.",
+    "Use the full width of the integer type, and move other operators out of the pair.",
 )
 def between(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: onnx-tensorrt importers; onnxruntime takes a Clip."""
     for q in view.dequantizers:
         for node in view.between(q)[0] if not q.constant and not target.activation.narrow else ():
-            yield node.name, f"{node.op_type} stands between QuantizeLinear and DequantizeLinear"
+            yield node.name, f"{node.op_type} sits between QuantizeLinear and DequantizeLinear"
 
 
 @rule(
     "packed",
     Severity.ERROR,
-    "Quantized constants are initializers where the target does not fold the nodes that unfold them.",
+    "Quantized constants are initializers where the target does not fold the nodes that unpack them.",
     "Store weights in int8.",
 )
 def packed_constants(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
-    """Source: TensorRT-RTX 1.7, which refuses integer constants without DequantizeLinear."""
+    """Source: TensorRT-RTX 1.7, which rejects integer constants without DequantizeLinear."""
     for q in view.dequantizers:
         if q.constant and not target.weight.packed and not view.graph.is_constant(q.integers):
             yield q.node.name, "its integers are computed from other constants"
@@ -67,11 +67,11 @@ def packed_constants(view: QdqView, target: Target) -> Iterator[tuple[str, str]]
 @rule(
     "layer-input",
     Severity.WARNING,
-    "A layer whose weight is quantized reads quantized activations, and the other way round.",
+    "The input and the weight of a layer are either both quantized or both float.",
     "Quantize the missing input, or leave all inputs float.",
 )
 def layer_input(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
-    """Source: TensorRT, OpenVINO and onnxruntime: an operator runs on integers if all its inputs are."""
+    """Source: TensorRT, OpenVINO, onnxruntime: an operator runs on integers if all inputs are quantized."""
     for node in view.nodes:
         row, place = target.operators.get(node.op_type), spec_of(node).weight
         if row is None or row.runs != "layer" or place is None or len(node.input) <= place:
@@ -80,14 +80,14 @@ def layer_input(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         if not view.is_constant(node.input[place]) or (x is None) == (weight is None):
             continue
         missing = "input" if x is None else "weight"
-        yield node.name, f"its {missing} is float, so that it runs in float"
+        yield node.name, f"its {missing} is float, so it runs in float"
 
 
 @rule(
     "layer-output",
     Severity.WARNING,
-    "The output of an operator is quantized where the target's kernels write integers only.",
-    "Put QuantizeLinear and DequantizeLinear behind the operator, for all its readers.",
+    "The output of an operator is quantized if the target's integer kernel can only write integers.",
+    "Put QuantizeLinear and DequantizeLinear after the operator, for all its readers.",
 )
 def layer_output(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: onnxruntime qdq_selectors.cc."""
@@ -98,11 +98,11 @@ def layer_output(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         tensor = _behind_clipping(node, view, target)
         readers = view.readers(tensor)
         if tensor in view.graph.outputs or any(n.op_type != QUANTIZE for n in readers) or not readers:
-            yield node.name, f"its output is read as float, so that {node.op_type} runs in float"
+            yield node.name, f"its output is read as float, so {node.op_type} runs in float"
 
 
 def _behind_clipping(node: NodeProto, view: QdqView, target: Target) -> str:
-    """Return the tensor behind clipping operators that the quantizer absorbs."""
+    """Return the output of a node, or of the clipping operators after it that the quantizer absorbs."""
     tensor = str(node.output[0])
     while len(readers := view.readers(tensor)) == 1 and tensor not in view.graph.outputs:
         row = target.operators.get(readers[0].op_type)
@@ -115,7 +115,7 @@ def _behind_clipping(node: NodeProto, view: QdqView, target: Target) -> str:
 @rule(
     "idle-pair",
     Severity.WARNING,
-    "A tensor is quantized for operators that run on integers.",
+    "A tensor is quantized only if an operator that runs on integers uses it.",
     "Remove the pair: it costs time and accuracy.",
 )
 def idle_pair(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
@@ -130,11 +130,11 @@ def idle_pair(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         wanted |= any(runs_on_integers(n, view, target) or n.op_type == QUANTIZE for n in readers)
         if not wanted:
             kinds = ", ".join(sorted({n.op_type for n in readers})) or "an output of the network"
-            yield q.node.name, f"only {kinds} reads it, and {target.name} runs that in float"
+            yield q.node.name, f"on {target.name} only {kinds} reads it, in float"
 
 
 def _writes_integers(node: NodeProto, view: QdqView, target: Target) -> bool:
-    """Return True for the producer of a quantized output, through clipping operators."""
+    """Return True if a node writes integers, itself or through the clipping operators after it."""
     row = target.operators.get(node.op_type)
     while row is not None and row.runs == "absorbed":
         before = view.graph.producer.get(node.input[0])
@@ -148,7 +148,7 @@ def _writes_integers(node: NodeProto, view: QdqView, target: Target) -> bool:
     "residual",
     Severity.WARNING,
     "Of a residual sum, only the branch that does not come from a layer is quantized.",
-    "Remove the pair on the branch that comes from the layer: the sum is computed with it.",
+    "Remove the pair on the branch that comes from the layer: the layer's kernel computes the sum.",
 )
 def residual(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: TensorRT, Q/DQ placement for residual sums; modelopt.onnx."""
@@ -173,8 +173,8 @@ def residual(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 @rule(
     "shared-scale",
     Severity.WARNING,
-    "Operators that move values have the same scale and zero point at inputs and outputs.",
-    "Give these tensors one scale: that of all their values.",
+    "Operators that only move values have the same scale and zero point at inputs and outputs.",
+    "Give these tensors one scale that covers the values of all of them.",
 )
 def shared_scale(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: onnxruntime qdq_selectors.cc; TensorRT and OpenVINO for Concat."""
@@ -195,7 +195,7 @@ def shared_scale(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 @rule(
     "pattern",
     Severity.WARNING,
-    "No quantizers stand inside patterns that the runtime computes at once.",
+    "No quantizers sit inside patterns that the runtime fuses.",
     "Remove these pairs.",
 )
 def pattern(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
@@ -208,13 +208,13 @@ def pattern(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         name = None if maker is None else inside.get(maker.name)
         readers = view.readers(q.node.output[0])
         if name is not None and readers and all(inside.get(n.name) == name for n in readers):
-            yield q.node.name, f"it stands inside a {name}"
+            yield q.node.name, f"it sits inside a {name} pattern"
 
 
 @rule(
     "size",
     Severity.WARNING,
-    "Operators run on integers where their sizes make that worth while.",
+    "Operators run on integers only at sizes that the target's integer kernels are worth using for.",
     "Leave this operator float.",
 )
 def size(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
@@ -231,7 +231,7 @@ def size(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 
 
 def _is_first(node: NodeProto, view: QdqView, target: Target) -> bool:
-    """Return True if no other layer precedes a layer."""
+    """Return True if no other layer comes before this one."""
     before = view.graph.upstream([node.input[0]])
     layers = target.that_run("layer")
     return not any(n.op_type in layers and any(o in before for o in n.output) for n in view.nodes)
@@ -240,8 +240,8 @@ def _is_first(node: NodeProto, view: QdqView, target: Target) -> bool:
 @rule(
     "network-output",
     Severity.WARNING,
-    "Outputs of the network have float values where the target leaves them float.",
-    "Let the output be the tensor in front of QuantizeLinear.",
+    "Outputs of the network are not quantized if the target keeps them float.",
+    "Make the tensor before QuantizeLinear the output.",
 )
 def network_output(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: OpenVINO, hardware configurations of NNCF."""

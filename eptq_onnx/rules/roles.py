@@ -1,4 +1,4 @@
-"""What nodes of a Q/DQ file are to a target: layers with weights and biases, and what runs on integers."""
+"""Roles of nodes in a Q/DQ file: layers with weights and biases, and operators that run on integers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from eptq_onnx.targets import Target
 
 
 def activation_of(tensor: str, view: QdqView, target: Target) -> Quantized | None:
-    """Return the quantizer of a tensor, or of what it is moved from without a quantizer of its own."""
+    """Return the quantizer of a tensor, looking through operators that only move its values."""
     while (read := view.read(tensor)) is None:
         mover = view.graph.producer.get(tensor)
         row = None if mover is None else target.operators.get(mover.op_type)
@@ -21,7 +21,7 @@ def activation_of(tensor: str, view: QdqView, target: Target) -> Quantized | Non
 
 
 def weight_of(node: NodeProto, view: QdqView, target: Target) -> tuple[Quantized, int] | None:
-    """Return the quantized constant weight of a layer of the target, and its output-channel axis."""
+    """Return a layer's quantized constant weight and its output-channel axis, or None."""
     spec, row = spec_of(node), target.operators.get(node.op_type)
     if row is None or row.runs != "layer" or spec.weight is None or len(node.input) <= spec.weight:
         return None
@@ -33,7 +33,7 @@ def weight_of(node: NodeProto, view: QdqView, target: Target) -> tuple[Quantized
 
 
 def bias_of(node: NodeProto, view: QdqView) -> Quantized | None:
-    """Return the quantized constant bias of a layer."""
+    """Return a layer's quantized constant bias, or None."""
     place = spec_of(node).bias
     read = view.read(node.input[place]) if place is not None and len(node.input) > place else None
     return read if read is not None and read.constant else None
@@ -45,7 +45,7 @@ def activations_of(node: NodeProto, view: QdqView) -> list[str]:
 
 
 def runs_on_integers(node: NodeProto, view: QdqView, target: Target) -> bool:
-    """Return True if the target runs a node like this on integers, and reads integers here."""
+    """Return True if the target has an integer kernel for a node and the node reads quantized inputs."""
     row, plain = target.operators.get(node.op_type), view.stripped_nodes.get(node.name)
     return (
         row is not None

@@ -1,4 +1,4 @@
-"""What a rule is."""
+"""The record of a rule, and the decorator that makes one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from eptq_onnx.rules.view import QdqView
 from eptq_onnx.targets import Target
 
 Check = Callable[[QdqView, Target], Iterator[tuple[str, str]]]
-"""Yields the node and what is wrong there, as a sentence without a full stop."""
+"""Yields the name of each node that breaks the rule, and why as a sentence without a full stop."""
 
 
 class Severity(str, Enum):
-    """What follows if a rule is broken."""
+    """What happens if a rule is broken."""
 
     ERROR = "error"
-    """The runtime refuses the file or computes something else."""
+    """The runtime rejects the file or computes something else."""
     WARNING = "warning"
     """The runtime computes more slowly, or less accurately, than it could."""
 
@@ -33,10 +33,9 @@ class Rule:
     about : str
         What must hold, as a sentence.
     remedy : str
-        What to do otherwise, as a sentence.
+        How to fix a file that breaks it, as a sentence.
     check : callable
-        (view, target) to the places where it does not hold. A rule that does not concern the target finds
-        none.
+        Function of (view, target) that yields the violations; none if the rule does not apply to the target.
     """
 
     name: str
@@ -47,5 +46,5 @@ class Rule:
 
 
 def rule(name: str, severity: Severity, about: str, remedy: str) -> Callable[[Check], Rule]:
-    """Make a rule of a function."""
+    """Return a decorator that turns a check into a rule."""
     return lambda check: Rule(name, severity, about, remedy, check)

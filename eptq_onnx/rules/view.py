@@ -1,4 +1,4 @@
-"""Read-only view of a Q/DQ file: which tensors are integers, with which numbers, and who reads them."""
+"""Read-only view of a Q/DQ file: its quantized tensors, their scales and zero points, and their readers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 @dataclass(frozen=True)
 class Quantized:
-    """A QuantizeLinear or DequantizeLinear node with its numbers.
+    """A QuantizeLinear or DequantizeLinear node with its scale and zero point.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class Quantized:
     elem_type : int
         Type of the integers (TensorProto.DataType).
     scale, zero_point : ndarray or None
-        None for a scale that is computed, or a zero point that is absent or computed.
+        None for a scale computed at run time, or a zero point that is absent or computed at run time.
     axis : int or None
         Axis with one scale per index or block; None for one scale per tensor.
     constant : bool
@@ -61,11 +61,11 @@ class Quantized:
 
     @property
     def is_shifted(self) -> bool:
-        """Return True if a zero point is not 0."""
+        """Return True if any zero point is not 0."""
         return bool(np.any(self.zeros))
 
     def same_numbers(self, other: Quantized) -> bool:
-        """Return True if scale and zero point are those of another tensor."""
+        """Return True if scale and zero point equal those of another tensor."""
         if self.scale is None or other.scale is None:
             return False
         return np.array_equal(self.scale, other.scale) and np.array_equal(self.zeros, other.zeros)
@@ -98,10 +98,10 @@ class QdqView:
             for n in view.nodes
             if n.op_type not in (QUANTIZE, DEQUANTIZE) and not all(o in self._fixed for o in n.output if o)
         ]
-        """Nodes that compute something from the inputs, other than quantizers."""
+        """Nodes that depend on the inputs, without quantizers."""
 
     def read(self, tensor: str) -> Quantized | None:
-        """Return the DequantizeLinear that makes a tensor, or None."""
+        """Return the DequantizeLinear that produces a tensor, or None."""
         return self._dequantized.get(tensor)
 
     def written(self, tensor: str) -> list[Quantized]:
@@ -109,7 +109,7 @@ class QdqView:
         return self._quantized.get(tensor, [])
 
     def between(self, read: Quantized) -> tuple[list[NodeProto], Quantized | None]:
-        """Return the nodes between a DequantizeLinear and its QuantizeLinear, and the latter."""
+        """Return the nodes between a DequantizeLinear and its QuantizeLinear, and the latter or None."""
         nodes: list[NodeProto] = []
         tensor = read.integers
         while (node := self.graph.producer.get(tensor)) is not None and node.op_type != QUANTIZE:
@@ -124,17 +124,17 @@ class QdqView:
         return self.graph.consumers.get(tensor, [])
 
     def value(self, tensor: str) -> NDArray[Any] | None:
-        """Return a constant input of a quantizer, or None if it is computed."""
+        """Return the value of a quantizer's constant input, or None if it is computed at run time."""
         return self._values.get(tensor)
 
     def is_constant(self, tensor: str) -> bool:
-        """Return True if a tensor, or what it is dequantized from, does not depend on the inputs."""
+        """Return True if a tensor, or the integers it is dequantized from, do not depend on the inputs."""
         read = self.read(tensor)
         return tensor in self._fixed or (read is not None and read.constant)
 
     @cached_property
     def stripped(self) -> GraphView:
-        """The float network without quantizers; its constants have shapes but no values."""
+        """Return the float network without quantizers; its constants have shapes but no values."""
         names: dict[str, str] = {}
         for q in self.dequantizers:
             _, source = self.between(q)
@@ -157,7 +157,7 @@ class QdqView:
 
     @cached_property
     def stripped_nodes(self) -> dict[str, NodeProto]:
-        """Nodes of `stripped` by name."""
+        """Return the nodes of `stripped` by name."""
         return {n.name: n for n in self.stripped.nodes}
 
     def _read(self, node: NodeProto) -> Quantized:
@@ -181,7 +181,7 @@ class QdqView:
         )
 
     def _constants(self, wanted: Iterable[str]) -> dict[str, NDArray[Any]]:
-        """Return the values of constants, computing those that nodes make from other constants."""
+        """Return the values of constants, after computing those that nodes derive from other constants."""
         names = {name for name in wanted if name in self._fixed}
         values = {name: self.graph.constant(name) for name in names if self.graph.is_constant(name)}
         made = sorted(names - values.keys())

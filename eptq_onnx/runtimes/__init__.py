@@ -1,4 +1,4 @@
-"""Runtimes that check a written model: one file each, found by itself."""
+"""Runtimes that check a written model, discovered automatically: each is one file."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from eptq_onnx.errors import ConfigError
 from eptq_onnx.runtimes.base import Verifier
 
 DEFAULT = "onnxruntime"
-"""Name of the runtime that is used unless another one is named."""
+"""Name of the default runtime."""
 
 
 @cache
 def registered() -> dict[str, type[Verifier]]:
-    """Return all verifiers by name, available or not."""
+    """Return all verifiers by name, whether or not their runtimes are installed."""
     found = classes(__name__, Verifier)  # type: ignore[type-abstract]
     return {verifier.name: verifier for verifier in sorted(found, key=lambda verifier: verifier.name)}
 
 
 def choose(name: str) -> type[Verifier]:
-    """Return the verifier of a name.
+    """Return the verifier with a name.
 
     Raises
     ------
     ConfigError
-        If there is no such verifier.
+        If no verifier has that name.
     """
     if name not in registered():
         raise ConfigError(f"runtime {name!r} is unknown: choose one of {', '.join(registered())}.")
@@ -38,7 +38,7 @@ def make(name: str = DEFAULT) -> Verifier:
     Raises
     ------
     ConfigError
-        If there is no such verifier.
+        If no verifier has that name.
     InstallError
         If the runtime is missing or damaged.
     """

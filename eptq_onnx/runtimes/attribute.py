@@ -1,7 +1,8 @@
-"""What each operator costs in floating point and on integers, and each conversion between the two.
+"""Attribute run time to operators, in float and on integers, and to the conversions between the two.
 
-A runtime fuses operators, differently in both models. The nodes that any of its kernels computes together
-form a region: only the time of a region can be compared. Conversions belong to the tensor that they convert.
+A runtime fuses operators differently in the two models. Nodes that a kernel of either model computes together
+form a region, and only the times of whole regions can be compared. The time of a conversion is attributed to
+the tensor that it converts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from eptq_onnx.runtimes.base import CONVERSIONS, Model, NodeTime, Verifier, grap
 
 @dataclass(frozen=True)
 class RegionTime:
-    """Time of one run of operators that one of the models computes together.
+    """Time per run of the operators in one region: see the module.
 
     Parameters
     ----------
@@ -27,7 +28,7 @@ class RegionTime:
         Names of their nodes in the float model.
     float_seconds, quantized_seconds : float
     kernels : tuple of str
-        What runs in the quantized model, with its precision: ``QLinearConv uint8``, for instance.
+        Kernels that run in the quantized model, with their precision, such as ``QLinearConv uint8``.
     """
 
     nodes: tuple[str, ...]
@@ -38,13 +39,14 @@ class RegionTime:
 
 @dataclass(frozen=True)
 class BorderTime:
-    """Time of one run of the conversions of a tensor, by their kind: see `CONVERSIONS`.
+    """Time per run of a tensor's conversions, by kind: see `CONVERSIONS`.
 
     Parameters
     ----------
     tensor : str
-        The float tensor; empty for those of unknown tensors.
+        Name of the float tensor; empty for conversions of unknown tensors.
     float_seconds, quantized_seconds : dict of str to float
+        Seconds in the float and in the quantized model, by kind.
     """
 
     tensor: str
@@ -54,7 +56,7 @@ class BorderTime:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Where the time of both models goes.
+    """Where each model spends its time.
 
     Parameters
     ----------
@@ -63,7 +65,7 @@ class Attribution:
     borders : tuple of BorderTime
         Largest increase first.
     float_rest, quantized_rest : dict of str to float
-        Seconds of kernels of which the runtime does not say what they compute, by kernel.
+        Seconds in kernels whose nodes the runtime does not name, by kernel.
     """
 
     regions: tuple[RegionTime, ...]
@@ -72,7 +74,7 @@ class Attribution:
     quantized_rest: dict[str, float]
 
     def region_of(self, node: str) -> RegionTime | None:
-        """Return the region of a node of the float model; None if no kernel computes it, as of constants."""
+        """Return the region of a float model's node; None if no kernel computes it, such as a constant."""
         return next((region for region in self.regions if node in region.nodes), None)
 
 
@@ -92,23 +94,25 @@ def attribute(
         The float model and the quantized one.
     feeds : dict of str to ndarray
     names : dict of str to str, optional
-        Node of the quantized model to the node of the float model that it is the form of; by default that
-        of the same name.
+        Node of the quantized model to its counterpart in the float model; by default the node that has the
+        same name or makes the same first output.
     threads : int
 
     Raises
     ------
-    ModelError, CapabilityError
-        If the runtime refuses a model, or cannot time nodes.
+    ModelError
+        If the runtime rejects a model.
+    CapabilityError
+        If the runtime cannot time nodes.
     """
     exact, quantized = (verifier.profile(model, feeds, threads) for model in pair)
     return joined(exact, quantized, same_nodes(*map(graph_of, pair)) if names is None else names)
 
 
 def same_nodes(graph: GraphProto, quantized: GraphProto) -> dict[str, str]:
-    """Return the nodes of a quantized graph that have another name in the float graph, and that name.
+    """Return the nodes of a quantized graph whose names differ in the float graph, with the float names.
 
-    Nodes without a name are called by their first output.
+    Nodes are matched by their first output, which also stands in for a missing name.
     """
     made = {n.output[0]: n.name or n.output[0] for n in all_nodes(graph) if n.output}
     names = set(made.values())
@@ -150,10 +154,10 @@ def joined(
 
 
 def _claims(times: Iterable[NodeTime], names: Mapping[str, str]) -> list[tuple[tuple[str, ...], NodeTime]]:
-    """Return each kernel that computes something, with its nodes.
+    """Return each kernel other than conversions, with the nodes that it computes.
 
-    A node that several kernels claim, such as a shape that they share, joins none of them, unless they
-    compute nothing else.
+    A node that several kernels claim, such as a shape that they share, belongs to none of them, unless a
+    kernel computes nothing else.
     """
     known = [(tuple(names.get(n, n) for n in t.kernel.stands_for), t) for t in times]
     counts = Counter(name for nodes, _ in known for name in set(nodes))
@@ -165,14 +169,14 @@ def _claims(times: Iterable[NodeTime], names: Mapping[str, str]) -> list[tuple[t
 
 
 class _Regions:
-    """Sets of nodes that grow together."""
+    """Disjoint sets of nodes, merged as kernels are added."""
 
     def __init__(self) -> None:
         self.found: list[list[str]] = []
         self.place: dict[str, int] = {}
 
     def unite(self, nodes: Sequence[str]) -> None:
-        """Put nodes into one region, with all that these are with."""
+        """Merge the regions of some nodes into one."""
         places = {self.place[n] for n in nodes if n in self.place}
         target = min(places, default=len(self.found))
         if target == len(self.found):

@@ -1,4 +1,4 @@
-"""The interface of verifiers: what a runtime makes of a model, and how long each part takes."""
+"""The interface of verifiers: how a runtime executes a model, and how long each part takes."""
 
 from __future__ import annotations
 
@@ -25,46 +25,45 @@ Model: TypeAlias = ModelProto | str | os.PathLike[str]
 """A model in memory, or the path of a file."""
 
 Timed: TypeAlias = Callable[[], float]
-"""Runs a model once, and returns the seconds that this took."""
+"""Runs a model once and returns the seconds it took."""
 
 INTEGERS = frozenset({"uint8", "int8", "uint4", "int4", "uint2", "int2"})
-"""Precisions of integer kernels: their inputs are quantized."""
+"""Precisions of integer kernels, whose inputs are quantized."""
 
 CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear", "layout"})
-"""Operators of a runtime that only convert a tensor: between integers and floats, or between memory
-layouts."""
+"""Operators that only convert a tensor, between integers and floats or between memory layouts."""
 
 PROFILED = 12, 0.3
-"""Fewest runs of a profile, and fewest seconds of them; the fastest run of each node counts."""
+"""Minimum number of runs in a profile, and their minimum total seconds; each node's fastest run counts."""
 
 _FINE = 1e-4
-"""Resolution in seconds that a clock needs to time single runs."""
+"""Coarsest resolution, in seconds, of a clock that times single runs."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One node of the graph that a runtime makes of a model.
+    """One node of a runtime's optimized graph.
 
     Parameters
     ----------
     node : str
-        Its name in the runtime, unique.
+        Unique name in the runtime.
     kernel : str
-        What the runtime executes, ``QLinearConv`` for instance.
+        What the runtime executes, such as ``QLinearConv``.
     operator : str
-        The ONNX operator that this implements, ``Conv`` for instance, or one of `CONVERSIONS`; the
-        runtime's own word where several operators are fused.
+        The ONNX operator that the kernel implements, such as ``Conv``, or one of `CONVERSIONS`; the
+        runtime's own term if several operators are fused.
     precision : str
-        Type that it computes in: ``float32``, ``bfloat16``, ``uint8``, ...; empty if the runtime does not
-        say.
+        Type of the computation, such as ``float32``, ``bfloat16`` or ``uint8``; empty if the runtime does not
+        report it.
     stands_for : tuple of str
-        Names of the model's nodes that it computes, without QuantizeLinear and DequantizeLinear; empty if the
-        runtime does not say.
+        Names of the model's nodes that it computes, except QuantizeLinear and DequantizeLinear; empty if the
+        runtime does not report them.
     border : str
-        For a conversion, the float tensor of the model that is converted; empty if unknown.
+        For a conversion, the model's float tensor that it converts; empty if unknown.
     around : tuple of str or None
-        For a QuantizeLinear, the operators that make what it quantizes, for a DequantizeLinear those that
-        read the result; None if unknown.
+        For a QuantizeLinear, the operators that produce its input; for a DequantizeLinear, the operators that
+        read its output; None if unknown.
     """
 
     node: str
@@ -77,7 +76,7 @@ class Kernel:
 
     @property
     def integer(self) -> bool:
-        """Return True if it computes on integers."""
+        """Return True for an integer kernel."""
         return self.operator not in CONVERSIONS and self.precision in INTEGERS
 
 
@@ -91,7 +90,7 @@ class NodeTime:
 
 @dataclass(frozen=True)
 class Port:
-    """An input of a model: axes of unknown size are names or None."""
+    """An input of a model. Axes of unknown size are names or None."""
 
     name: str
     dtype: np.dtype[np.generic]
@@ -100,8 +99,7 @@ class Port:
 
 @dataclass(frozen=True)
 class LoadCost:
-    """What it costs to load a model in a fresh process: seconds, and the growth of the resident memory to its
-    peak in bytes."""
+    """Cost of loading a model in a fresh process: seconds, and peak growth of resident memory in bytes."""
 
     seconds: float
     peak_bytes: int
@@ -125,7 +123,7 @@ class Loaded(ABC):
 
     @abstractmethod
     def run(self, feeds: Feeds) -> Feeds:
-        """Return all outputs by name; feeds that the model has no input for are ignored.
+        """Return all outputs by name. Feeds without a matching input are ignored.
 
         Raises
         ------
@@ -135,39 +133,40 @@ class Loaded(ABC):
 
     @abstractmethod
     def bind(self, feeds: Feeds) -> Timed:
-        """Return a function that runs the model on these feeds and returns the seconds that this took.
+        """Return a function that runs the model on these feeds and returns the seconds it took.
 
-        They are seconds of CPU time if the model is loaded for one thread, else of the clock on the wall:
-        threads that wait for each other use CPU time, too.
+        It measures CPU time if the model is loaded for one thread, and wall-clock time otherwise, because
+        threads that wait for each other use CPU time too.
         """
 
     def fed(self, feeds: Feeds) -> Feeds:
-        """Return the feeds that the model has inputs for.
+        """Return the feeds that match inputs of the model.
 
         Raises
         ------
         DataError
-            If one is missing.
+            If an input has no feed.
         """
         missing = [port.name for port in self.ports if port.name not in feeds]
         if missing:
             raise DataError(
-                f"the model's input {missing[0]} is not fed: there are values for {', '.join(feeds)}."
+                f"the model's input {missing[0]} has no values: they are given for {', '.join(feeds)}."
             )
         return {port.name: np.asarray(feeds[port.name]) for port in self.ports}
 
 
 class Verifier(ABC):
-    """A runtime that loads models and says what it makes of them; the constructor raises `InstallError`.
+    """A runtime that loads models and reports how it executes them.
 
-    What a runtime cannot do, here or at all, raises `CapabilityError`: no other runtime answers in its name.
+    The constructor raises `InstallError` if the runtime is not available. A method that the runtime does not
+    support raises `CapabilityError`; another runtime never takes its place.
 
     Attributes
     ----------
     name : str
         Name in options and reports.
     about : str
-        A few words for help and documentation: what it is, and what it needs.
+        Short description for help and documentation: what it is and what it needs.
     measures : bool
         True if it can run and time models.
     """
@@ -183,7 +182,7 @@ class Verifier(ABC):
     @classmethod
     @abstractmethod
     def available(cls) -> str | None:
-        """Return None, or in one sentence what is missing and how to install it."""
+        """Return None if the runtime is available, else a sentence that says how to install it."""
 
     @property
     @abstractmethod
@@ -192,7 +191,7 @@ class Verifier(ABC):
 
     @abstractmethod
     def load(self, model: Model, threads: int = 1) -> AbstractContextManager[Loaded]:
-        """Load a model, as a context in which it can be run.
+        """Load a model in a context manager.
 
         Parameters
         ----------
@@ -203,19 +202,19 @@ class Verifier(ABC):
         Raises
         ------
         ModelError
-            If the runtime refuses the model.
+            If the runtime rejects the model.
         CapabilityError
             If the runtime cannot run models here.
         """
 
     @abstractmethod
     def load_cost(self, path: Path, threads: int = 1) -> LoadCost:
-        """Load a model file in a fresh process.
+        """Return the cost of loading a model file in a fresh process.
 
         Raises
         ------
         ModelError
-            If the runtime refuses the model.
+            If the runtime rejects the model.
         CapabilityError
             If the runtime cannot run models here.
         """
@@ -227,20 +226,19 @@ class Verifier(ABC):
 
     @abstractmethod
     def kernels(self, model: Model, feeds: Feeds | None = None) -> tuple[Kernel, ...]:
-        """Return the nodes that the runtime executes, each with the precision that it computes in.
+        """Return the nodes that the runtime executes, each with its precision.
 
         Parameters
         ----------
         model : ModelProto or path
         feeds : dict of str to ndarray, optional
-            Values for a runtime that has to run the model, or to know the sizes of its inputs; by default
-            those of
+            Inputs for a runtime that has to run the model or to know its input sizes; by default those of
             `eptq_onnx.runtimes.feeds.default_feeds`.
 
         Raises
         ------
         ModelError
-            If the runtime refuses the model.
+            If the runtime rejects the model.
         """
 
     @abstractmethod
@@ -257,23 +255,24 @@ class Verifier(ABC):
         Raises
         ------
         ModelError
-            If the runtime refuses the model.
+            If the runtime rejects the model.
         CapabilityError
             If the runtime cannot time nodes here.
         """
 
 
 def fastest(times: Sequence[float], runs: int) -> float:
-    """Return the time of a node in the run in which it took least.
+    """Return the time of a node in its fastest run.
 
-    Profilers read the clock on the wall, and other processes have interrupted the slower runs: on a busy
-    machine nearly all that take longer than a few milliseconds.
+    Profilers measure wall-clock time, so slower runs include interruptions by other processes. On a busy
+    machine these hit nearly every run that takes more than a few milliseconds.
 
     Parameters
     ----------
     times : sequence of float
-        In order of time; a node inside a loop has several in each run.
+        In chronological order; a node inside a loop has several times per run.
     runs : int
+        Number of runs. If it does not divide the number of times, the median time counts instead.
     """
     if len(times) % runs:
         return float(np.median(times)) * len(times) / runs
@@ -281,23 +280,23 @@ def fastest(times: Sequence[float], runs: int) -> float:
 
 
 def graph_of(model: Model) -> GraphProto:
-    """Return the graph of a model, of a file without the weights in other files.
+    """Return the graph of a model; that of a file comes without external data.
 
     Raises
     ------
     ModelError
-        If the file does not exist or is no ONNX model.
+        If the file does not exist or is not an ONNX model.
     """
     return model.graph if isinstance(model, ModelProto) else read_file(Path(model)).graph
 
 
 def ports_of(graph: GraphProto) -> tuple[Port, ...]:
-    """Return the inputs of a graph that are no initializers.
+    """Return the inputs of a graph that are not initializers.
 
     Raises
     ------
     ModelError
-        If one is no tensor.
+        If one is not a tensor.
     """
     weights = {t.name for t in graph.initializer}
     return tuple(_port(value) for value in graph.input if value.name not in weights)
@@ -306,24 +305,24 @@ def ports_of(graph: GraphProto) -> tuple[Port, ...]:
 def _port(value: ValueInfoProto) -> Port:
     tensor = value.type.tensor_type
     if not tensor.elem_type:
-        raise ModelError(f"the input {value.name} is no tensor, and only tensors can be fed.")
+        raise ModelError(f"the input {value.name} is not a tensor, and only tensors are supported.")
     sizes = [d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim]
     return Port(value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type), tuple(sizes))
 
 
 def clock_of(threads: int) -> Callable[[], float]:
-    """Return the clock for a number of threads: CPU time for one, else the wall's; see `Loaded.bind`."""
+    """Return the clock for a number of threads: CPU time for one, else wall-clock time; see `Loaded.bind`."""
     fine = time.get_clock_info("process_time").resolution <= _FINE
     return time.process_time if threads == 1 and fine else time.perf_counter
 
 
 def clock_name(threads: int) -> str:
-    """Return what `clock_of` measures, in words."""
+    """Return the name of what `clock_of` measures."""
     return "CPU time" if clock_of(threads) is time.process_time else "time"
 
 
 def timed(run: Callable[[], object], clock: Callable[[], float]) -> Timed:
-    """Return a function that runs another and returns the seconds that this took."""
+    """Return a function that calls another and returns the seconds it took."""
 
     def once() -> float:
         began = clock()
@@ -335,7 +334,7 @@ def timed(run: Callable[[], object], clock: Callable[[], float]) -> Timed:
 
 @contextmanager
 def on_disk(model: Model) -> Iterator[Path]:
-    """Provide the path of a model, in a temporary folder if it is in memory."""
+    """Provide the path of a model; a model in memory is written to a temporary folder."""
     if not isinstance(model, ModelProto):
         yield Path(model)
         return

@@ -1,4 +1,4 @@
-"""Two files side by side in a runtime: latency, operators, the cost of loading, size."""
+"""Compare two files in a runtime: latency, operator times, load time, memory and size."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from eptq_onnx.runtimes.feeds import Inputs
 from eptq_onnx.runtimes.speed import Effort, by_operator, compare
 
 _LOADS = 5
-"""How often each file is loaded."""
+"""Number of times each file is loaded."""
 _PAIRS = 400
-"""Most pairs of measurements."""
+"""Maximum number of pairs of measurements."""
 
 
 @dataclass(frozen=True)
 class FileCost:
-    """What a file costs before it runs.
+    """Size of a file, and the time and memory to load it.
 
     Parameters
     ----------
     path : str
     bytes : int
-        Size, with the files of external data.
+        Size, including external data.
     load_seconds : float
         Median time to load it in a fresh process.
     load_range : tuple of two floats
-        Least and most of these times.
+        Minimum and maximum of these times.
     load_memory : int
-        Median growth of the resident memory to its peak while it is loaded, in bytes.
+        Median peak growth of resident memory during loading, in bytes.
     """
 
     path: str
@@ -48,7 +48,7 @@ class FileCost:
 
 @dataclass(frozen=True)
 class Bench:
-    """Two files of one model, measured in turn in a runtime.
+    """Measurements of two files of one model, taken in turn in a runtime.
 
     Parameters
     ----------
@@ -56,11 +56,11 @@ class Bench:
     threads : int
         0 for one per core.
     clock : str
-        What the seconds are: ``CPU time`` with one thread, else ``time``.
+        What the seconds measure: ``CPU time`` with one thread, else ``time`` (wall-clock).
     shapes : dict of str to str
         Shape of each input.
     notes : tuple of str
-        What was chosen without being asked.
+        Defaults that were chosen for the user, such as synthetic inputs.
     speed : Speed
         Latency of one run, and the time of each kind of operator.
     float_file, quantized_file : FileCost
@@ -78,16 +78,16 @@ class Bench:
 
     @property
     def slower(self) -> bool:
-        """Return True if the quantized model is slower, by more than the measurement's interval and 5 %."""
+        """Return True if the quantized model is slower: the whole interval of the ratio lies above 1.05."""
         return self.speed.pace is Pace.SLOWER
 
     def to_json(self) -> str:
-        """Return the whole measurement as JSON, with the key ``slower`` for the verdict."""
+        """Return all measurements as JSON, with the verdict under the key ``slower``."""
         return json.dumps({**asdict(self), "slower": self.slower}, indent=2)
 
 
 def effort_of(seconds: float) -> Effort:
-    """Return how to spend some seconds: all of them, even if it is clear earlier which model is faster."""
+    """Return an effort that uses all of the seconds, even if the result is clear earlier."""
     return Effort(longest_run=seconds, seconds=seconds, pairs=_PAIRS, decided=False)
 
 
@@ -99,16 +99,16 @@ def latency(verifier: Verifier, pair: tuple[Path, Path], feeds: Feeds, threads: 
     CapabilityError
         If the runtime cannot run models here.
     ModelError
-        If the runtime refuses a model, or one run takes longer than the effort allows.
+        If the runtime rejects a model, or one run takes longer than the effort allows.
     """
     if not verifier.measures:
-        raise CapabilityError(f"{verifier.name} times no models here: choose another runtime.")
+        raise CapabilityError(f"{verifier.name} cannot time models here: choose another runtime.")
     with verifier.load(pair[0], threads) as exact, verifier.load(pair[1], threads) as quantized:
         bound = exact.bind(feeds), quantized.bind(feeds)
         try:
             speed = compare(bound, 1, effort)
         except ModelError as e:
-            raise ModelError(f"{e}: give more with --seconds.") from e
+            raise ModelError(f"{e}: allow more with --seconds.") from e
     return by_operator(verifier, pair, feeds, speed, threads)
 
 
@@ -118,11 +118,11 @@ def loading(verifier: Verifier, pair: tuple[Path, Path], threads: int) -> tuple[
     Raises
     ------
     ModelError
-        If the runtime refuses a file.
+        If the runtime rejects a file.
     """
     costs: tuple[list[LoadCost], list[LoadCost]] = ([], [])
     for turn in range(_LOADS):
-        # The order alternates, as that of runs does.
+        # The order alternates, as it does for timed runs.
         for k in (0, 1) if turn % 2 == 0 else (1, 0):
             costs[k].append(verifier.load_cost(pair[k], threads))
     return _file(pair[0], costs[0]), _file(pair[1], costs[1])
@@ -164,7 +164,7 @@ def bench(
     CapabilityError
         If the runtime cannot run models here.
     ModelError
-        If the runtime refuses a model, or one run takes longer than the effort allows.
+        If the runtime rejects a model, or one run takes longer than the effort allows.
     """
     speed = latency(verifier, pair, inputs.feeds, threads, effort)
     files = loading(verifier, pair, threads)

@@ -1,4 +1,4 @@
-"""What models are fed while they are measured: a sample, or values for a model that comes without samples."""
+"""Inputs for models that are measured: a real sample, or synthetic values if there is none."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.runtimes.base import Port, Verifier, graph_of, ports_of
 
 _BATCH, _PIXELS, _LENGTH = 1, 224, 128
-"""Sizes of axes that a model leaves open: the first one, the last two of an image, any other."""
+"""Default sizes of dynamic axes: the first axis, the last two axes of an image, any other axis."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What two models are fed.
+    """Inputs that two models are run on.
 
     Parameters
     ----------
     feeds : dict of str to ndarray
     shapes : dict of str to str
-        Shape of each, as text.
+        Shape of each input, as text.
     samples : int
-        Samples of one run.
+        Number of samples per run.
     notes : tuple of str
-        What was chosen without being asked.
+        Defaults that were chosen for the user.
     """
 
     feeds: Feeds
@@ -43,12 +43,12 @@ class Inputs:
 
 
 def inputs_of(verifier: Verifier, pair: tuple[Path, Path], source: Source | None) -> Inputs:
-    """Return the first sample of some data, or values for models without any.
+    """Return the first sample of the data, or synthetic values if there is no data.
 
     Parameters
     ----------
     verifier : Verifier
-        Tells which reading of the axes the model takes, if there are several.
+        Runtime to try interpretations of the data's axes in, if there are several.
     pair : tuple of two paths
         Two files that take the same inputs.
     source : Source or None
@@ -58,13 +58,13 @@ def inputs_of(verifier: Verifier, pair: tuple[Path, Path], source: Source | None
     ModelError
         If the inputs differ.
     DataError
-        If the data does not fit, or no values can be made up.
+        If the data does not fit, or if an input's type has no synthetic values.
     """
     ports, others = (ports_of(graph_of(path)) for path in pair)
     if (names := {p.name for p in ports}) != {p.name for p in others}:
         raise ModelError(
             f"{pair[1]} has the inputs {', '.join(p.name for p in others) or 'none'}, {pair[0]} has "
-            f"{', '.join(sorted(names)) or 'none'}: give two files of one model."
+            f"{', '.join(sorted(names)) or 'none'}: give two files of the same model."
         )
     notes: tuple[str, ...] = ()
     samples = 1
@@ -79,7 +79,7 @@ def inputs_of(verifier: Verifier, pair: tuple[Path, Path], source: Source | None
 
 
 def _first_sample(verifier: Verifier, path: Path, source: Source) -> tuple[Feeds, int]:
-    """Return the feeds of one run on the first samples, and how many these are."""
+    """Return the feeds of one run on the first samples, and the number of these samples."""
     found = candidates(source, read_file(path))
     taken = []
     for samples in found:
@@ -87,7 +87,7 @@ def _first_sample(verifier: Verifier, path: Path, source: Source) -> tuple[Feeds
         if part is not None:
             taken.append((samples.take(part), len(part)))
     if not taken:
-        raise DataError(f"the data has fewer samples than one run takes ({found[0].fixed_batch}): give more.")
+        raise DataError(f"the data has fewer samples than one run needs ({found[0].fixed_batch}): give more.")
     if len(taken) > 1:
         with verifier.load(path) as loaded:
             for feeds, count in taken:
@@ -98,10 +98,10 @@ def _first_sample(verifier: Verifier, path: Path, source: Source) -> tuple[Feeds
 
 
 def default_feeds(ports: Sequence[Port]) -> Feeds:
-    """Return values of plausible sizes: random floats, and ones for integers and truth values.
+    """Return synthetic inputs of plausible shapes: random floats, and ones for integers and booleans.
 
-    An axis of unknown size gets 1 if it is the first, 224 if it is one of the last two of an image with
-    four axes, else 128. Axes of one name have one size.
+    A dynamic axis gets size 1 if it is the first axis, 224 if it is one of the last two of a four-axis input
+    (an image), and 128 otherwise. Axes of the same name get the same size.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def default_feeds(ports: Sequence[Port]) -> Feeds:
     Raises
     ------
     DataError
-        If an input is text or no tensor.
+        If an input is neither numeric nor boolean, such as text.
     """
     named: dict[str, int] = {}
     random = np.random.default_rng(0)
@@ -118,8 +118,8 @@ def default_feeds(ports: Sequence[Port]) -> Feeds:
 
 
 def open_sizes(ports: Sequence[Port], feeds: Mapping[str, NDArray[np.generic]]) -> str:
-    """Return a list of the inputs whose sizes `default_feeds` has chosen, as ``x: 1×3×224×224``; may be
-    empty."""
+    """Return the inputs whose sizes `default_feeds` chose, as ``x: 1×3×224×224, ...``; empty if there are
+    none."""
     chosen = [p.name for p in ports if not all(isinstance(size, int) and size > 0 for size in p.shape)]
     return ", ".join(f"{name}: {shape_text(feeds[name].shape)}" for name in chosen)
 

@@ -1,4 +1,4 @@
-"""The cost of loading a model, in a process of its own.
+"""Measure the cost of loading a model, in a separate process.
 
 ``python -m eptq_onnx.runtimes.loading NAME FILE THREADS LIBRARY ...`` prints it as JSON.
 """
@@ -21,7 +21,7 @@ from eptq_onnx.runtimes.base import LoadCost, clock_of
 
 
 def load_cost(name: str, path: Path, threads: int) -> LoadCost:
-    """Load a model file with a verifier in a fresh process.
+    """Return the cost of loading a model file with a verifier in a fresh process.
 
     Raises
     ------
@@ -30,12 +30,12 @@ def load_cost(name: str, path: Path, threads: int) -> LoadCost:
     """
     libraries = custom_libraries()
     command = [sys.executable, "-m", __name__, name, str(path), str(threads), *libraries]
-    # The process finds the modules that this one finds, however it was started.
+    # The child must import the same modules as this process, however this one was started.
     places = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
     done = subprocess.run(command, env=places, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
-        raise ModelError(f"{path} cannot be loaded in a process of its own: {lines[-1]}")
+        raise ModelError(f"{path} cannot be loaded in a separate process: {lines[-1]}")
     return LoadCost(**json.loads(done.stdout.splitlines()[-1]))
 
 

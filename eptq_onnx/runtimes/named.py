@@ -1,4 +1,4 @@
-"""Names of nodes: one for each node of a model, and those that runtimes give to what they compute."""
+"""Node names: give every node of a model one, and look up the nodes that runtimes name."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from eptq_onnx.runtimes.base import Model, graph_of
 
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _ADDED = re.compile(r"(/WithoutBiases|_\d+)$")
-"""What OpenVINO adds to names."""
+"""Suffixes that OpenVINO adds to names."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What some names stand for.
+    """Nodes found by their names.
 
     Parameters
     ----------
     nodes : tuple of str
         Names of nodes other than quantizers.
     quantizers : tuple of str
-        Operators of the quantizers among them.
+        Operators of the quantizers found.
     border : str
-        The tensor that the last of these quantizes or makes; empty if there is none.
+        Float tensor that the last quantizer found reads or writes; empty if there is none.
     """
 
     nodes: tuple[str, ...]
@@ -37,7 +37,7 @@ class Found:
 
 
 class Named:
-    """The nodes of a graph, by their names and those of their outputs.
+    """Index of a graph's nodes by their own names and the names of their outputs.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class Named:
         self._nodes = {**{o: n for n in nodes for o in n.output if o}, **{n.name: n for n in nodes if n.name}}
 
     def nodes(self, names: Iterable[str]) -> Found:
-        """Return what names stand for; unknown ones are ignored."""
+        """Return the nodes with these names; unknown names are ignored."""
         found, quantizers, border = {}, [], ""
         for name in names:
             plain = _ADDED.sub("", name)
@@ -65,7 +65,7 @@ class Named:
         return Found(tuple(found), tuple(quantizers), border)
 
     def ahead(self, name: str) -> str:
-        """Return the tensor that a conversion is called after: OpenVINO puts it in front of what it does."""
+        """Return the tensor that an OpenVINO conversion is named after, by stripping its suffixes."""
         while name:
             name = name.rpartition("_")[0]
             plain = _ADDED.sub("", name)
@@ -77,14 +77,14 @@ class Named:
         return ""
 
     def operators(self, names: Iterable[str]) -> list[str]:
-        """Return the operators of nodes that `nodes` has found."""
+        """Return the operators of nodes that `nodes` found."""
         return [self._nodes[name].op_type for name in names]
 
 
 def with_node_names(model: Model) -> Model:
-    """Return a model in which each node has a name of its own: the same one if it is so already.
+    """Return a model whose node names are unique and not empty: the same object if they already are.
 
-    Profiles call nodes by name.
+    Profiles identify nodes by name.
     """
     nodes = list(all_nodes(graph_of(model)))
     names = [node.name for node in nodes]
@@ -97,7 +97,7 @@ def with_node_names(model: Model) -> Model:
     for k, node in enumerate(all_nodes(result.graph)):
         if not node.name or node.name in seen:
             name = next((o for o in node.output if o), node.op_type)
-            # The first output is what people call a node by; a number only where that is no name of its own.
+            # People know an unnamed node by its first output; a number is added only to make it unique.
             node.name = name if name not in seen | set(names) else f"{name}_{k}"
             while node.name in seen or (node.name != name and node.name in taken):
                 node.name += "_"

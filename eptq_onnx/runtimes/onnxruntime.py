@@ -97,5 +97,5 @@ class OnnxRuntime(Verifier):
 
 
 def optimized_kernels(model: Model, optimized: Path) -> tuple[Kernel, ...]:
-    """Return the kernels in a file to which onnxruntime has written the optimized graph of a model."""
+    """Return the kernels in the optimized graph of a model, read from the file that onnxruntime wrote."""
     return ort_graph.kernels(graph_of(model), onnx.load(optimized, load_external_data=False).graph)

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: with its default precision, which is bfloat16 where the CPU has it, or in float32."""
+"""OpenVINO on the CPU: at its default precision, which is bfloat16 if the CPU supports it, or in float32."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from eptq_onnx.runtimes.loading import load_cost
 from eptq_onnx.runtimes.named import Named, with_node_names
 
 _IDLE = frozenset({"Input", "Parameter", "Output", "Result", "Const", "Constant"})
-"""Nodes of the runtime model that compute nothing."""
+"""Layer types of OpenVINO's runtime model that compute nothing."""
 _TYPES = {
     "f32": "float32", "f16": "float16", "bf16": "bfloat16", "f64": "float64", "u8": "uint8", "i8": "int8",
     "u4": "uint4", "i4": "int4", "i32": "int32", "i64": "int64", "boolean": "bool",
@@ -48,7 +48,7 @@ _LAYERS = {
     "StridedSlice": "Slice",
     "MHA": "Attention",
 }
-"""ONNX operators of layers that also compute others behind them."""
+"""Layer types that may fuse the operators after them, to the ONNX operator that they implement."""
 
 
 class _Compiled(Loaded):
@@ -77,7 +77,7 @@ class _Compiled(Loaded):
         return timed(lambda: self._infer(own), self._clock)
 
     def profile(self, feeds: Feeds) -> dict[str, list[float]]:
-        """Return the seconds of each executed node in each of some runs."""
+        """Return the seconds of each executed node, one value per run."""
         own, count, began = self._own(feeds), 0, time.perf_counter()
         found: dict[str, list[float]] = defaultdict(list)
         while count < PROFILED[0] or time.perf_counter() - began < PROFILED[1]:
@@ -98,14 +98,14 @@ class OpenVino(Verifier):
 
     @classmethod
     def available(cls) -> str | None:
-        """Return None if openvino is installed."""
+        """Return None if openvino is installed, else how to install it."""
         if find_spec("openvino") is None:
             return 'openvino is not installed: pip install "eptq-onnx[openvino]".'
         return None
 
     @property
     def version(self) -> str:
-        """Return the version of OpenVINO, without the commit."""
+        """Return the version of OpenVINO without the commit hash."""
         return str(import_module("openvino").__version__).partition("-")[0]
 
     @contextmanager
@@ -119,7 +119,7 @@ class OpenVino(Verifier):
         return load_cost(self.name, path, threads)
 
     def kernels(self, model: Model, feeds: Feeds | None = None) -> tuple[Kernel, ...]:
-        """Return the nodes of the runtime model."""
+        """Return the nodes of OpenVINO's runtime model."""
         named = with_node_names(model)
         with self._compiled(named, 1) as compiled:
             return _kernels(graph_of(named), compiled)
@@ -138,7 +138,7 @@ class OpenVino(Verifier):
     @contextmanager
     def _compiled(self, model: Model, threads: int, **more: str) -> Iterator[Any]:
         core = import_module("openvino").Core()
-        # Two models that are compared would be pinned to the same cores.
+        # With pinning, two models that are compared would share the same cores.
         options = {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": "NO", **self.hints, **more}
         if threads:
             options["INFERENCE_NUM_THREADS"] = str(threads)
@@ -185,7 +185,8 @@ def _kernel(name: str, info: dict[str, str], named: Named) -> Kernel:
 
 
 def _operator(layer: str, kinds: Sequence[str]) -> str:
-    """Return the operator of a layer that computes operators of some kinds: the only one, or its own word."""
+    """Return the operator that represents a layer: a matrix product if it has one, the only ONNX operator
+    that it computes, or else OpenVINO's layer type."""
     layers = [kind for kind in kinds if kind in ("MatMul", "Gemm")]
     if layers:
         return layers[0]

@@ -1,9 +1,9 @@
-"""Which nodes of a model the nodes of onnxruntime's optimized graph stand for, and what they compute in.
+"""Map the nodes of onnxruntime's optimized graph to the model's nodes, and find their precision.
 
-onnxruntime says neither. Types follow from the operators' schemas. The nodes of the model are found by the
-tensors: a fused node computes all that lies between its inputs and its output. Some rewrites rename these
-(blocked layouts, transposes that moved); then the names of nodes tell, which contain the old names, or the
-only operator of this kind that reads the same input.
+onnxruntime reports neither. Types follow from the operators' schemas. The model's nodes are found by tensor
+names: a fused node computes everything between its inputs and its output. Some rewrites rename tensors
+(blocked layouts, transposes that moved). Then a node is found by its own name, which contains the old one,
+or as the only operator of its kind that reads the same input.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from eptq_onnx.runtimes.base import CONVERSIONS, Kernel
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _LAYOUTS = frozenset({"ReorderInput", "ReorderOutput"})
 _CARRIERS = QUANTIZERS | _LAYOUTS | {"Transpose", "Identity", "Cast"}
-"""Operators behind which a renamed tensor is still the same."""
+"""Operators that only convert or permute a tensor, so that their output is the same tensor renamed."""
 
 _PREFIX = re.compile(r"^(QLinear|Fused|Nhwc|Q(?=[A-Z]))")
 _KERNELS = {
@@ -35,16 +35,19 @@ _KERNELS = {
     "ReorderInput": "layout",
     "ReorderOutput": "layout",
 }
-"""Float operators that onnxruntime's own operators implement; QLinearX, FusedX, NhwcX and QX implement X."""
+"""onnxruntime's own operators to the float operators that they implement.
+
+QLinearX, FusedX, NhwcX and QX implement X.
+"""
 
 FIRST = {"Where": 1, "QLinearWhere": 1, "QLinearConcat": 1}
-"""Place of the first input that holds data, where that is not 0."""
+"""Index of the first input that holds data, if it is not 0."""
 _FLOAT_RESULT = {"MatMulIntegerToFloat": 3, "DequantizeLinear": 1}
-"""Integer operators with a float result, and which input has its type."""
+"""Integer operators with a float result, to the index of the input that has the type of the result."""
 _INTEGER_INSIDE = {"DynamicQuantizeMatMul": "uint8"}
-"""Operators that quantize their float input themselves, and the type that they compute in."""
+"""Operators that quantize their float input themselves, to the type of their computation."""
 _ADDED = re.compile(r"(_token_\d+|_nchwc|_nhwc|_bn|/duplicated|_out\d+|/\w+Fusion/?)+$")
-"""What onnxruntime adds to names of nodes and tensors."""
+"""Suffixes that onnxruntime adds to names of nodes and tensors."""
 
 
 def stands_for(kind: str) -> str:
@@ -53,12 +56,12 @@ def stands_for(kind: str) -> str:
 
 
 def kernels(model: GraphProto, optimized: GraphProto) -> tuple[Kernel, ...]:
-    """Return what onnxruntime makes of a model.
+    """Return the kernels that onnxruntime runs for a model.
 
     Parameters
     ----------
     model, optimized : GraphProto
-        The graph as given, and as onnxruntime has optimized it.
+        The original graph, and the graph that onnxruntime optimized.
     """
     types, origins, around = _Types(optimized), Origins(model).of(optimized), _around(optimized)
     found = []
@@ -75,7 +78,7 @@ def kernels(model: GraphProto, optimized: GraphProto) -> tuple[Kernel, ...]:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a node of the optimized graph stands for.
+    """What a node of the optimized graph computes, in terms of the model.
 
     Parameters
     ----------
@@ -84,7 +87,7 @@ class Origin:
     border : str
         The float tensor of the model that it converts.
     moved : bool
-        True for a Transpose that the model does not have, between two memory layouts.
+        True for a Transpose that onnxruntime added to change the memory layout.
     """
 
     nodes: tuple[str, ...] = ()
@@ -93,8 +96,10 @@ class Origin:
 
 
 def _around(graph: GraphProto) -> dict[int, tuple[str, ...]]:
-    """Return for each quantizer, by its number among all nodes, the operators whose result it quantizes, or
-    that read what it dequantizes."""
+    """Return for each quantizer, by its index among all nodes, the operators around it.
+
+    These are the producers of a QuantizeLinear's input, or the readers of a DequantizeLinear's output.
+    """
     nodes = list(all_nodes(graph))
     makers = {o: n for n in nodes for o in n.output}
     readers: dict[str, list[NodeProto]] = defaultdict(list)
@@ -114,7 +119,7 @@ def _around(graph: GraphProto) -> dict[int, tuple[str, ...]]:
 
 
 class _Types:
-    """Element types of the tensors of an optimized graph, with numpy's names."""
+    """Element types of the tensors of an optimized graph, by numpy's names."""
 
     def __init__(self, graph: GraphProto) -> None:
         self._known: dict[str, str] = {}
@@ -175,12 +180,12 @@ def _type_name(elem_type: int) -> str:
 
 
 def type_name(name: str) -> str:
-    """Return numpy's name of a type that onnxruntime or ONNX calls by a name; empty if it is unknown."""
+    """Return numpy's name of a type, given its name in onnxruntime or ONNX; empty if it is unknown."""
     return {"undefined": "", "float": "float32", "double": "float64"}.get(name, name)
 
 
 class Origins:
-    """The model's own graph, in which the nodes of an optimized graph are looked up."""
+    """The original graph, in which the nodes of an optimized graph are looked up."""
 
     def __init__(self, graph: GraphProto) -> None:
         nodes = list(graph.node)
@@ -198,7 +203,7 @@ class Origins:
                 self._varying.update(node.output)
 
     def of(self, optimized: GraphProto) -> list[Origin]:
-        """Return what each node stands for, in the order of `all_nodes`."""
+        """Return the origin of each node, in the order of `all_nodes`."""
         placed = _Placed(self, optimized)
         top = {id(node) for node in optimized.node}
         return [
@@ -209,8 +214,11 @@ class Origins:
         ]
 
     def named(self, name: str) -> tuple[tuple[str, ...], str]:
-        """Return the node that a node of the runtime is called after, none if there is no such; for a
-        quantizer, the float tensor that it converts."""
+        """Return the model's node that a runtime node is named after, and the tensor that it converts.
+
+        The tuple is empty if there is no such node or if it is a quantizer. The tensor is the float tensor of
+        a quantizer, and empty otherwise.
+        """
         plain = _ADDED.sub("", name)
         node = self._named.get(name) or self._named.get(plain) or self._maker.get(plain)
         if node is None:
@@ -224,13 +232,13 @@ class Origins:
         return self._maker.get(tensor)
 
     def anchor(self, node: NodeProto, data: str | None) -> str | None:
-        """Return the tensor of the model that a node of the optimized graph computes, None if it is unknown.
+        """Return the model's tensor that a node of the optimized graph computes; None if unknown.
 
         Parameters
         ----------
         node : NodeProto
         data : str or None
-            The tensor of the model that its first input holds.
+            The model's tensor that its first data input holds.
         """
         for output in node.output:
             if output in self._maker:
@@ -247,9 +255,9 @@ class Origins:
         return str(near[0].output[0]) if len(near) == 1 else None
 
     def _ahead(self, tensor: str, node: NodeProto) -> str:
-        """Return the tensor behind the sum and the activation that a convolution computes, too.
+        """Return the output of a convolution including the sum and the activation fused into it.
 
-        Its name is from before they were fused.
+        The node still has the name that the convolution had before the fusion.
         """
         if len(node.input) > 3 and node.input[3] and "Conv" in node.op_type and "Q" not in node.op_type:
             tensor = self._only_reader(tensor, "Add") or tensor
@@ -261,7 +269,7 @@ class Origins:
         return str(readers[0].output[0]) if [n.op_type for n in readers] == [kind] else None
 
     def _next(self, tensor: str, kind: str) -> list[NodeProto]:
-        """Return the readers of a tensor of one kind, also behind operators that carry it."""
+        """Return the readers of a tensor with one operator, also through operators that only pass it on."""
         near, waiting = [], [tensor]
         while waiting:
             for node in self._readers[waiting.pop()]:
@@ -272,8 +280,10 @@ class Origins:
         return near
 
     def between(self, anchor: str, stops: set[str], whole: bool) -> tuple[str, ...]:
-        """Return the names of the nodes that compute a tensor from others; unless ``whole``, only the
-        last one."""
+        """Return the names of the nodes that compute ``anchor`` from the tensors in ``stops``.
+
+        Unless ``whole``, only the last of them is returned.
+        """
         names: list[str] = []
         waiting, seen = [anchor], set()
         while waiting:
@@ -289,7 +299,7 @@ class Origins:
         return tuple(names[::-1])
 
     def dequantized(self, tensor: str) -> str:
-        """Return the float tensor in front of a tensor's quantizers."""
+        """Return the float tensor before a tensor's quantizers."""
         while (maker := self._maker.get(tensor)) is not None and maker.op_type in QUANTIZERS:
             if maker.input[0] not in self._varying:
                 break
@@ -298,7 +308,7 @@ class Origins:
 
 
 class _Placed:
-    """An optimized graph, whose tensors have their places in the model."""
+    """An optimized graph whose tensors are mapped to those of the model."""
 
     def __init__(self, model: Origins, graph: GraphProto) -> None:
         self._model = model
@@ -329,7 +339,7 @@ class _Placed:
                 self._place[output] = anchor
 
     def origin(self, node: NodeProto) -> Origin:
-        """Return what a node stands for."""
+        """Return the origin of a node."""
         first = node.output[0]
         anchor = self._anchors.get(first)
         made = self._model.made(anchor) if anchor is not None else None
@@ -338,7 +348,7 @@ class _Placed:
         if stands_for(node.op_type) in CONVERSIONS:
             return Origin(border=self._border(node))
         if anchor is None:
-            # A part of what its reader computes.
+            # The node is part of the operator that its reader computes.
             readers = self._readers[first]
             known = len(readers) == 1 and readers[0].output[0] in self._anchors
             return self.origin(readers[0]) if known else Origin()
@@ -346,7 +356,7 @@ class _Placed:
         return Origin(self._model.between(anchor, (stops | self._ends) - {anchor}, whole))
 
     def _start(self, node: NodeProto) -> tuple[set[str], bool]:
-        """Return the tensors of the model that a node reads, and whether these are all."""
+        """Return the model's tensors that a node reads, and whether all of its inputs are known."""
         stops, whole = set(), True
         for name in node.input:
             if name in self._place:

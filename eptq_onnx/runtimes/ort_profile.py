@@ -1,4 +1,4 @@
-"""The profiles that onnxruntime writes, as Chrome trace events, in every language."""
+"""Read the profiles that onnxruntime's bindings for all languages write as Chrome trace events."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _RUN, _END = "model_run", "_kernel_time"
 
 
 def parse(text: str, last: int | None = None) -> Events:
-    """Return the events of nodes in a profile.
+    """Return the node events in a profile.
 
     Parameters
     ----------
     text : str
     last : int, optional
-        Number of the last runs that count; by default all of them.
+        Number of runs to keep, counted from the end; by default all runs.
 
     Raises
     ------
     ModelError
-        If the text is no profile.
+        If the text is not a profile.
     """
     try:
         # onnxruntime writes node names unescaped, including control characters.
@@ -49,12 +49,12 @@ def node_of(event: Mapping[str, Any]) -> str:
 
 
 def operator_of(event: Mapping[str, Any]) -> str:
-    """Return the kind of an event's node."""
+    """Return the operator of an event's node."""
     return str(event.get("args", {}).get("op_name", ""))
 
 
 def data_type(event: Mapping[str, Any]) -> str:
-    """Return the type that an event's node computes in; empty if it is unknown."""
+    """Return the type of an event's first data input, as the node's precision; empty if unknown."""
     types = [next(iter(value), "") for value in event.get("args", {}).get("input_type_shape", [])]
     place = FIRST.get(operator_of(event), 0)
     return type_name(types[place]) if place < len(types) else ""
@@ -66,11 +66,11 @@ def node_times(events: Events, kernels: Iterable[Kernel], runs: int) -> tuple[No
     Parameters
     ----------
     events : sequence of mappings
-        Events of nodes; see `parse`.
+        Node events; see `parse`.
     kernels : iterable of Kernel
-        What the nodes are.
+        The nodes to return times for.
     runs : int
-        Runs of the model in this profile.
+        Number of runs in the profile.
     """
     spent: dict[str, list[float]] = defaultdict(list)
     for event, seconds in _own_seconds(events):
@@ -81,9 +81,9 @@ def node_times(events: Events, kernels: Iterable[Kernel], runs: int) -> tuple[No
 
 
 def _own_seconds(events: Events) -> Iterable[tuple[Mapping[str, Any], float]]:
-    """Yield each event with its time minus that of the events nested in it.
+    """Yield each event with its own seconds, without the events nested in it.
 
-    An If, Loop or Scan contains the nodes of its body.
+    The event of an If, Loop or Scan contains those of its body.
     """
     threads: dict[Any, list[Mapping[str, Any]]] = defaultdict(list)
     for event in events:

@@ -1,4 +1,4 @@
-"""Time small models in onnxruntime, kernel by kernel, and find the layouts that they compute in."""
+"""Time small models in onnxruntime kernel by kernel, and find the memory layouts that they use."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from eptq_onnx.runtime import Session, load
 from eptq_onnx.runtimes.speed import BRIEF, Effort, compare
 
 _RUNS = (8, 200)
-"""Fewest and most runs of a piece."""
+"""Minimum and maximum number of runs of a piece."""
 _BEST = 3
-"""One in so many runs counts, those that were interrupted least."""
+"""Only the least interrupted third of the runs counts."""
 _SEED = 0
 _LONG = Effort(seconds=5 * BRIEF.seconds, pairs=5 * BRIEF.pairs)
-"""Whole models are compared for longer than for the report: choices differ by a few per cent."""
+"""Whole models are compared for longer than in the report, because choices differ by only a few per cent."""
 
 Surround = Callable[[ModelProto, bool], ModelProto | None]
-"""Puts a piece between float convolutions, or on integers; None if that is not possible."""
+"""Puts a piece between float convolutions, or integer ones if the flag is True; None if it cannot."""
 _CONVERSIONS = frozenset({"ReorderInput", "ReorderOutput", "Transpose", "QuantizeLinear", "DequantizeLinear"})
 _SMALL = frozenset(
     {onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT16, onnx.TensorProto.UINT16}
@@ -49,7 +49,7 @@ class Pace:
     ----------
     threads : int
     seconds : float
-        Time of the runs, but for the fewest.
+        Time limit of the runs beyond the minimum number.
     """
 
     threads: int
@@ -57,24 +57,24 @@ class Pace:
 
 
 def ways_of(model: ModelProto, surround: Surround, pace: Pace, known: Feeds | None = None) -> tuple[Way, ...]:
-    """Return the ways to compute a piece, with their times; at least one.
+    """Return the ways in which onnxruntime computes a piece, with their times; at least one.
 
-    The first is that of the piece alone. If the runtime changes no layout for it, it is also timed between
-    convolutions, whose layout it may take.
+    The first way is that of the piece alone. If onnxruntime changes no layout in it, the piece is also timed
+    between convolutions, because it may run in their layout.
 
     Parameters
     ----------
     model : ModelProto
-        With fixed shapes.
+        The piece, with fixed shapes.
     surround : callable
     pace : Pace
     known : dict of str to ndarray, optional
-        Values of inputs that are not to be drawn.
+        Values of inputs that must not be random.
 
     Raises
     ------
     ModelError
-        If onnxruntime refuses the piece.
+        If onnxruntime rejects the piece.
     """
     times, graph = kernel_times(model, pace, known)
     moves = _count(model.graph, "Transpose") > 0
@@ -101,7 +101,7 @@ def ways_of(model: ModelProto, surround: Surround, pace: Pace, known: Feeds | No
 
 
 def _holds(graph: GraphProto, reads: Representation, makes: Representation) -> bool:
-    """Return False if a float piece has become an integer kernel between quantizers."""
+    """Return False if onnxruntime turned a float piece between quantizers into an integer kernel."""
     return (reads.is_integer and makes.is_integer) or _count(graph, "DequantizeLinear") > 0
 
 
@@ -125,7 +125,7 @@ def kernel_times(
             start = time.perf_counter(), time.thread_time()
             session.run(feeds)
             taken = time.perf_counter() - start[0], time.thread_time() - start[1]
-            # Threads that wait spin, so only the time of a single thread tells how long it was interrupted.
+            # Waiting threads spin, so only with a single thread does its CPU time show the interruptions.
             lost.append(max(0.0, taken[0] - taken[1]) if pace.threads == 1 else 0.0)
         events = json.loads(
             session.end_profiling().read_text(encoding="utf-8", errors="replace"), strict=False
@@ -139,16 +139,17 @@ def kernel_times(
 
 
 def undisturbed(spent: Mapping[str, Sequence[float]], lost: Sequence[float]) -> dict[str, float]:
-    """Return the time of each node, in seconds, as it would be without other processes.
+    """Estimate the time of each node, in seconds, without interruptions by other processes.
 
-    The runs that lost the least time to others count. What they lost was most likely in the longest kernel.
+    Only the least interrupted runs count. The longest kernel of a run was most likely the interrupted one, so
+    the lost time is subtracted from it.
 
     Parameters
     ----------
     spent : dict of str to sequence of float
         Seconds of each node in each run.
     lost : sequence of float
-        Seconds that each run was interrupted.
+        Seconds for which each run was interrupted.
     """
     if not spent:
         return {}
@@ -185,13 +186,13 @@ def _count(graph: GraphProto, op_type: str) -> int:
 
 
 def _ignored(graph: GraphProto, moves: bool) -> set[str]:
-    """Return the names of the nodes that change layouts; a piece may have Transposes of its own."""
+    """Return the names of the nodes that change layouts, except Transposes if the piece has its own."""
     kinds = {"ReorderInput", "ReorderOutput", *(() if moves else ("Transpose",))}
     return {n.name for n in graph.node if n.op_type in kinds}
 
 
 def _ends(model: ModelProto, graph: GraphProto, moves: bool) -> tuple[Representation, Representation]:
-    """Return what a piece reads and makes behind the changes of layout at its ends."""
+    """Return the representations that a piece reads and produces, inside the layout changes at its ends."""
     readers: dict[str, set[str]] = defaultdict(set)
     makers: dict[str, str] = {}
     for node in graph.node:
@@ -222,7 +223,7 @@ _LAST: Mapping[Representation, Representation] = {
 
 
 class Bench:
-    """Measures in the installed onnxruntime.
+    """Time models in the installed onnxruntime.
 
     Parameters
     ----------
@@ -234,16 +235,16 @@ class Bench:
 
     @property
     def runtime(self) -> str:
-        """Name and version of the runtime."""
+        """Return the name and version of the runtime."""
         return f"onnxruntime {load().__version__}"
 
     @property
     def machine(self) -> str:
-        """What distinguishes this machine's speed from others'."""
+        """Return what identifies the speed of this machine; see `machine`."""
         return machine()
 
     def now(self) -> float:
-        """Return seconds of this process, for deadlines: what others do at the time does not count."""
+        """Return the CPU time of this process, for time limits that other processes do not affect."""
         return time.process_time()
 
     def ways(self, model: ModelProto, surround: Surround, seconds: float, known: Feeds) -> tuple[Way, ...]:
@@ -251,7 +252,7 @@ class Bench:
         return ways_of(model, surround, Pace(self.threads, seconds), known)
 
     def conversions(self, model: ModelProto, seconds: float) -> dict[str, float]:
-        """Return the seconds of each node of a model as it is written."""
+        """Return the seconds of each node of a model that onnxruntime does not optimize."""
         return kernel_times(model, Pace(self.threads, seconds), optimize=False)[0]
 
     def compare(self, base: ModelProto, other: ModelProto, feeds: Feeds) -> Speed:
@@ -263,7 +264,7 @@ class Bench:
 
 @cache
 def machine() -> str:
-    """Return the processor's name, its number of cores, and a digest of its instruction sets."""
+    """Return the processor's name, the number of cores, and a digest of the CPU's feature flags."""
     facts = {"model name": platform.processor() or platform.machine(), "flags": ""}
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():

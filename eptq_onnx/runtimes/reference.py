@@ -1,4 +1,4 @@
-"""onnx's reference evaluator: what the standard says, without any kernel of a runtime."""
+"""onnx's reference evaluator: the standard in numpy, without the kernels of any runtime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eptq_onnx.runtimes.base import Kernel, LoadCost, Loaded, Model, NodeTime, T
 from eptq_onnx.runtimes.base import clock_of as clock
 from eptq_onnx.runtimes.loading import load_cost
 
-_NO_KERNELS = "onnx's reference evaluator {}: it computes node by node with numpy, as no product does."
+_NO_KERNELS = "onnx's reference evaluator {}: it computes node by node with numpy, unlike any product."
 
 
 class _Evaluator(Loaded):
@@ -47,7 +47,7 @@ class Reference(Verifier):
     """onnx's reference evaluator."""
 
     name = "reference"
-    about = "onnx's reference evaluator: slow, and its time says nothing"
+    about = "onnx's reference evaluator: slow, and its times mean nothing"
     measures = False
 
     @classmethod
@@ -62,7 +62,7 @@ class Reference(Verifier):
 
     @contextmanager
     def load(self, model: Model, threads: int = 1) -> Iterator[Loaded]:
-        """See `Verifier.load`; the number of threads is numpy's."""
+        """See `Verifier.load`; numpy chooses the number of threads."""
         yield _Evaluator(model)
 
     def load_cost(self, path: Path, threads: int = 1) -> LoadCost:
@@ -70,9 +70,9 @@ class Reference(Verifier):
         return load_cost(self.name, path, threads)
 
     def kernels(self, model: Model, feeds: Feeds | None = None) -> tuple[Kernel, ...]:
-        """Refuse: there are none."""
+        """Raise CapabilityError: the evaluator has no kernels."""
         raise CapabilityError(_NO_KERNELS.format("has no kernels"))
 
     def profile(self, model: Model, feeds: Feeds, threads: int = 1) -> tuple[NodeTime, ...]:
-        """Refuse: its times say nothing."""
+        """Raise CapabilityError: the evaluator's times mean nothing."""
         raise CapabilityError(_NO_KERNELS.format("times no nodes"))

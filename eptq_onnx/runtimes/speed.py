@@ -1,7 +1,7 @@
-"""Measure whether one model is faster than another in a runtime, and which operators cost time.
+"""Measure whether one model is faster than another in a runtime, and which operators take the time.
 
-Both models run in turn, so that other load on the machine affects both. The ratio is the median over pairs of
-measurements; the interval of that median says whether it differs from noise.
+The models run in turn, so that other load on the machine affects both. The ratio is the median over pairs of
+measurements, and its confidence interval shows whether the difference is more than noise.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from eptq_onnx.records import OperatorTime, Pace, Speed
 from eptq_onnx.runtimes.base import Kernel, Model, NodeTime, Timed, Verifier
 
 _FEWEST = 10
-"""Fewest pairs; the range of ten is the first to enclose the median with enough confidence."""
+"""Minimum number of pairs: the range of fewer values encloses the median with too little confidence."""
 _TAIL = 0.001
-"""Probability that the median lies beyond one end of its interval; small because every pair is a new test."""
-_TURN, _REPEATS = 0.02, 20
-"""Approximate seconds of one model's turn, and the most runs in it.
+"""Probability that the median lies beyond one end of its interval.
 
-The fastest run counts, since others were interrupted.
+It is small because the interval is tested again after every pair.
+"""
+_TURN, _REPEATS = 0.02, 20
+"""Approximate seconds of one model's turn, and the maximum number of runs in it.
+
+Only the fastest run counts, because slower runs were interrupted.
 """
 _MARGIN = 1.05
-"""Factor around 1 within which a ratio makes no difference to a user."""
+"""A ratio within this factor of 1 makes no difference to a user."""
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
@@ -39,13 +42,13 @@ class Effort:
     Parameters
     ----------
     longest_run : float
-        Seconds of one run above which nothing is measured.
+        Maximum seconds of one run; slower models are not measured.
     seconds : float
-        Seconds of all runs together; a pair that has begun is finished.
+        Time limit of all runs together; the last pair may exceed it.
     pairs : int
-        Most pairs.
+        Maximum number of pairs.
     decided : bool
-        True to stop as soon as it is clear which is faster.
+        True to stop as soon as the interval shows which model is faster, or that neither is.
     """
 
     longest_run: float = 2.0
@@ -55,11 +58,11 @@ class Effort:
 
 
 BRIEF = Effort()
-"""A second or two at the end of a run."""
+"""The default effort, at the end of a quantization: a second or two."""
 
 
 def measure(verifier: Verifier, pair: tuple[Model, Model], feeds: Feeds, samples: int) -> Speed:
-    """Run both models in turn on all cores, for a second or two.
+    """Time both models in turn on all cores, for a second or two.
 
     Parameters
     ----------
@@ -74,11 +77,11 @@ def measure(verifier: Verifier, pair: tuple[Model, Model], feeds: Feeds, samples
     Raises
     ------
     ModelError
-        If the runtime refuses a model, or if one run takes longer than `Effort.longest_run`.
+        If the runtime rejects a model, or if one run takes longer than `Effort.longest_run`.
     """
     with verifier.load(pair[0], threads=0) as exact, verifier.load(pair[1], threads=0) as quantized:
         speed = compare((exact.bind(feeds), quantized.bind(feeds)), samples)
-    # Profiles come from separate sessions, because timing operators slows a session down.
+    # Operators are profiled in separate sessions, because profiling slows a session down.
     return speed if speed.pace is Pace.FASTER else by_operator(verifier, pair, feeds, speed, threads=0)
 
 
@@ -100,7 +103,7 @@ def compare(
     Parameters
     ----------
     pair : tuple of two callables
-        Each runs a model once, the float model and the quantized one, and returns the seconds that this took.
+        The first runs the float model once, the second the quantized model; each returns its seconds.
     samples : int
         Samples per run.
     effort : Effort
@@ -115,11 +118,9 @@ def compare(
         first = run()  # allocates memory and packs weights
         second = run() if first < effort.longest_run else first
         if second > effort.longest_run:
-            raise ModelError(
-                f"one run takes {second:.1f} s, and at most {effort.longest_run:g} s are spent on each"
-            )
+            raise ModelError(f"one run takes {second:.1f} s, and the limit is {effort.longest_run:g} s")
         longest = max(longest, second)
-    # The same number for both, because the minimum of more runs is smaller.
+    # Both models get the same number of runs, because the minimum over more runs is smaller.
     repeats = min(_REPEATS, math.ceil(_TURN / max(longest, 1e-9)))
     times: list[tuple[float, float]] = []
     spent = 0.0
@@ -130,9 +131,9 @@ def compare(
     ):
         turns = list(enumerate(pair))
         seconds = [0.0, 0.0]
-        # The order alternates, so that a drifting clock frequency, for instance, favours neither.
+        # The order alternates, so that a drift (of the clock frequency, for example) favours neither model.
         for k, run in turns if len(times) % 2 == 0 else reversed(turns):
-            # The first is a warm-up: the other session's threads still spin, and its weights fill the caches.
+            # The first run is a warm-up: the other session's threads still spin, its weights fill the caches.
             runs = [run() for _ in range(repeats + 1)]
             seconds[k] = max(min(runs[1:]), 1e-9)
             spent += sum(runs)
@@ -152,9 +153,9 @@ def compare(
 
 
 def _interval(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Return the interval of the median ratio.
+    """Return the confidence interval of the median ratio.
 
-    Its ends are the order statistics that enclose the median with a confidence of at least 99.8 %.
+    Its ends are order statistics that enclose the median with a confidence of at least 99.8 %.
     """
     ratios = sorted(q / f for f, q in times)
     n, left, tail = len(ratios), 0, 0.5 ** len(ratios)
@@ -165,7 +166,7 @@ def _interval(times: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def _pace(low: float, high: float) -> Pace | None:
-    """Return the pace that an interval of the ratio implies; None if it is undecided."""
+    """Return the pace that the interval of the ratio implies; None if it is inconclusive."""
     if low > _MARGIN:
         return Pace.SLOWER
     if high < 1 / _MARGIN:
@@ -174,7 +175,7 @@ def _pace(low: float, high: float) -> Pace | None:
 
 
 def operator_seconds(times: Iterable[NodeTime]) -> dict[str, float]:
-    """Return the seconds per run of each kind of operator; see `label`."""
+    """Return the seconds per run of each kind of operator, by `label`."""
     found: dict[str, float] = defaultdict(float)
     for node in times:
         found[label(node.kernel)] += node.seconds
@@ -182,9 +183,9 @@ def operator_seconds(times: Iterable[NodeTime]) -> dict[str, float]:
 
 
 def label(kernel: Kernel) -> str:
-    """Return the operator that a kernel implements; for a quantizer also what is around it.
+    """Return the operator that a kernel implements, for a quantizer together with the operators around it.
 
-    That is the operators whose results it quantizes, or for which it dequantizes values.
+    These are the producers of what it quantizes, or the readers of what it dequantizes.
     """
     if kernel.operator not in _QUANTIZERS:
         return kernel.operator

@@ -1,4 +1,4 @@
-"""TensorRT-RTX: it builds engines without a GPU, and its log tells what these are made of."""
+"""TensorRT-RTX, which builds engines without a GPU and logs their layers."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ _TYPES = {
     "Int64": "int64", "Bool": "bool",
 }  # fmt: skip
 _GENERATED = "kgen"
-"""Type of layers whose code is generated: elementwise arithmetic, quantizers, small matrix products."""
+"""Type of layers with generated code: elementwise arithmetic, quantizers, small matrix products."""
 _WAITS = frozenset({"signal", "wait"})
-"""Types of layers that compute nothing."""
+"""Types of layers that only synchronize."""
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_NO_GPU = "TensorRT-RTX {} on a GPU only: eptq-onnx builds its engines and reads what they are made of."
+_NO_GPU = "TensorRT-RTX {} on a GPU only: eptq-onnx only builds its engines and reads their layers."
 
 
 @dataclass(frozen=True)
@@ -80,24 +80,24 @@ class TensorRtRtx(Verifier):
         return str(import_module("tensorrt_rtx").__version__)
 
     def load(self, model: Model, threads: int = 1) -> AbstractContextManager[Loaded]:
-        """Refuse: engines run on a GPU only."""
+        """Raise CapabilityError: engines run on a GPU only."""
         raise CapabilityError(_NO_GPU.format("runs models"))
 
     def load_cost(self, path: Path, threads: int = 1) -> LoadCost:
-        """Refuse: engines run on a GPU only."""
+        """Raise CapabilityError: engines load on a GPU only."""
         raise CapabilityError(_NO_GPU.format("loads engines"))
 
     def profile(self, model: Model, feeds: Feeds, threads: int = 1) -> tuple[NodeTime, ...]:
-        """Refuse: engines run on a GPU only."""
+        """Raise CapabilityError: engines run on a GPU only."""
         raise CapabilityError(_NO_GPU.format("times models"))
 
     def kernels(self, model: Model, feeds: Feeds | None = None) -> tuple[Kernel, ...]:
-        """Return the layers of the engine that is built, from the builder's log.
+        """Build an engine and return its layers from the builder's log.
 
         Raises
         ------
         ModelError
-            If the parser or the builder refuses the model.
+            If the parser or the builder rejects the model.
         """
         named = with_node_names(model)
         graph = graph_of(named)
@@ -139,7 +139,7 @@ def _build(path: Path, feeds: Feeds) -> list[str]:
 
 
 def _logger(trt: Any) -> tuple[Any, list[tuple[Any, str]]]:
-    """Return a logger, and the list of all that it is told."""
+    """Return a logger, and the list that it appends all messages to."""
     said: list[tuple[Any, str]] = []
 
     class Log(trt.ILogger):  # type: ignore[misc]
@@ -147,7 +147,7 @@ def _logger(trt: Any) -> tuple[Any, list[tuple[Any, str]]]:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, text: str) -> None:
-            """Keep a message."""
+            """Append a message to the list."""
             said.append((severity, text))
 
     return Log(), said
@@ -176,7 +176,7 @@ def _kernels(layers: list[_Layer], graph: GraphProto) -> Iterator[Kernel]:
         n for layer, own in zip(layers, origins, strict=True) if layer.kind != _GENERATED for n in own.nodes
     }
     for layer, own in zip(layers, origins, strict=True):
-        # Generated layers in front of and behind a convolution name it, too, but do not compute it.
+        # Generated layers before and after a convolution also name it, but do not compute it.
         nodes = tuple(n for n in own.nodes if layer.kind != _GENERATED or n not in apart)
         kinds = set(named.operators(nodes))
         linear = [kind for kind in _LINEAR if kind in kinds]

@@ -1,4 +1,4 @@
-"""Keep timings in files: a file that the user names, or one in the user's cache folder."""
+"""Read and write timings files: one that the user names, or one in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ _FILE: TypeAdapter[Timings] = TypeAdapter(Timings)
 
 
 def cached(network: str, runtime: str, machine: str, threads: int) -> Path:
-    """Return the file in the user's cache folder for what is measured here."""
+    """Return the path of the timings file in the user's cache folder for these conditions."""
     key = json.dumps([_FORMAT, network, runtime, machine, threads])
     return user_cache_path("eptq-onnx") / "timings" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 def read(path: Path, network: str, threads: int) -> Timings | None:
-    """Return the timings in a file; None if there is no file.
+    """Return the timings in a file; None if the file does not exist.
 
     Parameters
     ----------
     path : Path
     network : str
-        Digest of the network that they must be of.
+        Digest of the network that the timings must belong to.
     threads : int
+        Number of threads that they must be measured with.
 
     Raises
     ------
     ConfigError
-        If the file cannot be read, is damaged, or is of another network or number of threads.
+        If the file cannot be read, is damaged, or belongs to another network or number of threads.
     """
     if not path.exists():
         return None
@@ -44,7 +45,7 @@ def read(path: Path, network: str, threads: int) -> Timings | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise ValueError("it does not begin as one")
+            raise ValueError("its format is unknown")
         found = _FILE.validate_python(content)
     except OSError as e:
         raise ConfigError(f"timings file {path} cannot be read: {e.strerror or e}.") from e
@@ -53,21 +54,21 @@ def read(path: Path, network: str, threads: int) -> Timings | None:
         place = ".".join(map(str, first["loc"]))
         raise ConfigError(f"timings file {path} is damaged: {place}: {first['msg']}; {again}.") from e
     except ValueError as e:
-        raise ConfigError(f"{path} is no timings file: {e}; name another file, or {again}.") from e
+        raise ConfigError(f"{path} is not a timings file: {e}; name another file, or {again}.") from e
     if found.network != network:
         raise ConfigError(
             f"timings file {path} was measured for another model, other options or other samples: {again}."
         )
     if found.placement.threads != threads:
         raise ConfigError(
-            f"timings file {path} was measured with runtime_threads={found.placement.threads}: give that, "
-            f"or {again}."
+            f"timings file {path} was measured with runtime_threads={found.placement.threads}: use the same "
+            f"number, or {again}."
         )
     return found
 
 
 def write(path: Path, timings: Timings) -> None:
-    """Write timings, in one piece.
+    """Write timings atomically.
 
     Raises
     ------

@@ -1,5 +1,5 @@
 // Runs models in onnxruntime-web or onnxruntime-node, as web.py asks on standard input: one line of JSON each.
-// Answers are lines behind a mark, since onnxruntime-web prints its profile on standard output.
+// Answers are lines with a prefix, because onnxruntime-web prints its profile to standard output.
 import { createRequire } from 'node:module';
 import { createInterface } from 'node:readline';
 import fs from 'node:fs';

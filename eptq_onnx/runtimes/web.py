@@ -1,4 +1,4 @@
-"""onnxruntime for JavaScript, in Node.js: as WebAssembly (onnxruntime-web), and native (onnxruntime-node)."""
+"""onnxruntime for JavaScript in Node.js: WebAssembly (onnxruntime-web) and native (onnxruntime-node)."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ from eptq_onnx.runtimes.onnxruntime import optimized_kernels
 from eptq_onnx.runtimes.ort_graph import Origins, stands_for
 
 FOLDER = "EPTQ_ONNX_NODE"
-"""Environment variable with the folder whose ``node_modules`` holds the packages."""
+"""Environment variable that names the folder whose ``node_modules`` holds the packages."""
 _MARK = "\x1eeptq"
 _RUNS = PROFILED[0]
-"""Runs of a profile."""
+"""Number of runs in a profile."""
 _WARM_UP = 2.0, 10.0
-"""Fewest and most seconds of runs before the first one that counts.
+"""Minimum and maximum seconds of warm-up runs.
 
-WebAssembly is compiled anew while it runs, and gets faster by a factor of ten.
+WebAssembly is recompiled while it runs, which makes it faster by a factor of ten.
 """
 
 
 def folder() -> Path:
-    """Return the folder that npm installs into: the one that the user names, or one in the user's cache."""
+    """Return the folder of the npm packages: the one that the user names, or one in the user's cache."""
     named = os.environ.get(FOLDER)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(named) if named else Path(cache) / "eptq-onnx" / "node"
 
 
 class _Node:
-    """A process of Node.js that runs models; it ends with the context."""
+    """A Node.js process that runs models, as a context manager that ends it."""
 
     def __init__(self, package: str) -> None:
         script = str(resources.files(__package__) / "web.mjs")
@@ -87,19 +87,19 @@ class _Node:
         self._process.wait()
 
     def ask(self, act: str, **given: object) -> dict[str, Any]:
-        """Have something done, and return the answer.
+        """Send a command to the process and return its answer.
 
         Raises
         ------
         ModelError
-            If it fails, or if Node.js ends.
+            If the command fails, or if Node.js ends.
         """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"act": act, **given}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # why it has ended is read below
+            pass  # `_answer` reports why the process ended
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class _Node:
             return found
         lines = self._process.stderr.read().strip().splitlines()
         raise ModelError(
-            f"Node.js has ended: {next((x for x in lines if 'Error' in x), 'no reason given')[:400]}"
+            f"Node.js ended: {next((x for x in lines if 'Error' in x), 'no reason given')[:400]}"
         )
 
 
@@ -125,7 +125,7 @@ class _Session(Loaded):
         self._node, self._clock = node, "cpu" if clock_of(threads) is not clock_of(0) else "wall"
 
     def feed(self, feeds: Feeds) -> None:
-        """Hand over the feeds of the following runs."""
+        """Send the feeds for the runs that follow."""
         with scratch.folder() as place:
             values = []
             for k, (name, value) in enumerate(self.fed(feeds).items()):
@@ -150,7 +150,7 @@ class _Session(Loaded):
         return self.time
 
     def warm_up(self) -> None:
-        """Run the model until it gets no faster."""
+        """Run the model until it stops getting faster."""
         spent: list[float] = []
         while (total := sum(spent)) < _WARM_UP[1]:
             half = len(spent) // 2
@@ -159,7 +159,7 @@ class _Session(Loaded):
             spent.append(self.time())
 
     def time(self) -> float:
-        """Run the model once, and return the seconds that this took."""
+        """Run the model once and return the seconds it took."""
         return float(self._node.ask("time")[self._clock])
 
 
@@ -172,7 +172,7 @@ class Web(Verifier):
 
     @classmethod
     def available(cls) -> str | None:
-        """Return None if Node.js and the package are there."""
+        """Return None if Node.js and the package are installed, else what is missing."""
         if shutil.which("node") is None:
             return "node is not installed: get Node.js 20 or later from https://nodejs.org."
         if not (folder() / "node_modules" / cls.package / "package.json").is_file():
@@ -203,7 +203,7 @@ class Web(Verifier):
             )
 
     def kernels(self, model: Model, feeds: Feeds | None = None) -> tuple[Kernel, ...]:
-        """Return the nodes that run: onnxruntime-web does not give its optimized graph away."""
+        """Return the nodes in a profile, because onnxruntime-web does not expose its optimized graph."""
         named = with_node_names(model)
         graph = graph_of(named)
         return _kernels(graph, self._events(named, feeds or default_feeds(ports_of(graph)), 1))
@@ -269,7 +269,7 @@ class Native(Web):
 
 
 def _kernels(graph: GraphProto, events: ort_profile.Events) -> tuple[Kernel, ...]:
-    """Return the kernels of a profile, whose nodes are known by their names alone."""
+    """Return the kernels in a profile; their origins are found by name only."""
     origins, found = Origins(graph), {}
     for event in events:
         name, kind = ort_profile.node_of(event), ort_profile.operator_of(event)

@@ -1,6 +1,6 @@
 """Runtimes that a model can be quantized for: one TOML file each, read into a frozen `Target`.
 
-A file may extend another and then needs only what differs; see `load`.
+A file can extend another file and then holds only the differences; see `load`.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ else:
 
 
 _OLDEST_OPSET = 13
-"""From where quantizers have an axis, and axes are inputs, as the rewrites of operators write them."""
+"""First opset in which quantizers have an axis, and axes are inputs, as the graph rewrites need them."""
 _OPSET_OF_NATIVE = {4: 21, 2: 25}
-"""From where there are integers of these widths."""
+"""Width to the first opset with integer types of that width."""
 _OPSET_OF_16_BITS = 21
-"""From where QuantizeLinear knows 16-bit integers."""
+"""First opset in which QuantizeLinear supports 16-bit integers."""
 ONNXRUNTIME = "onnxruntime"
-"""The verifier that is always there."""
+"""The verifier that is always installed."""
 AUTO = "auto"
-"""Name of the shipped target that fits the onnxruntime of this machine."""
+"""Name that selects the shipped target for onnxruntime on this machine."""
 
 Runs = Literal["layer", "arithmetic", "equal scale", "absorbed", "float"]
-"""How an operator runs, in the order of the roles of the operator table."""
+"""How an operator runs, in the order of the roles in the operator table."""
 Size = Literal["input_channels", "output_channels", "groups", "kernel", "M", "K", "N", "rank"]
-"""What a target may limit; `eptq_onnx.ops.sizes` measures it."""
+"""Sizes that a target can limit, as computed by `eptq_onnx.ops.sizes`."""
 
 
 class _Row(BaseModel):
@@ -55,18 +55,17 @@ class _Row(BaseModel):
 
 
 class _Quantized(_Row):
-    """``scale``: which scales the runtime takes."""
+    """``scale``: the scales that the runtime accepts."""
 
     scale: ScaleRule = ScaleRule.ANY
 
 
 class WeightRules(_Quantized):
-    """How the runtime wants weights, whose zero point is always 0: container, scales per channel, and the
-    range used at 8 bits.
+    """How the runtime expects weights: container, one scale per channel or tensor, and the 8-bit range.
 
-    ``depthwise_range_8_bits``: that of convolutions of one channel each, where it is another.
-    ``storage``: widths below 8 bits that the runtime reads as ONNX types of their own. ``packed``: the
-    runtime folds nodes on constants, which unfold weights below 8 bits, before it looks for quantizers.
+    Their zero point is always 0. ``depthwise_range_8_bits``: the 8-bit range of depthwise convolutions, if it
+    differs. ``storage``: widths below 8 bits that the runtime supports as ONNX types. ``packed``: the runtime
+    folds the nodes that unpack weights below 8 bits before it looks for quantizers.
     """
 
     container: str
@@ -87,16 +86,16 @@ class WeightRules(_Quantized):
     @classmethod
     def _of_int8(cls, value: tuple[int, int] | None, info: ValidationInfo) -> tuple[int, int] | None:
         if value is not None and not -128 <= value[0] < 0 < value[1] <= 127:
-            raise ValueError("a range goes from -128 or more, below 0, to 127 or less, above 0")
-        # What is no other range is none, however a file says it.
+            raise ValueError("a range starts at -128 to -1 and ends at 1 to 127")
+        # A depthwise range equal to the general one is dropped, so that both ways to say it hash alike.
         return None if info.field_name != "range_8_bits" and value == info.data.get("range_8_bits") else value
 
 
 class ActivationRules(_Quantized):
-    """How the runtime wants activations (always one scale per tensor); ``symmetric``: with the zero point
-    0.
+    """How the runtime expects activations, which always have one scale per tensor.
 
-    ``narrow``: a Clip between QuantizeLinear and DequantizeLinear may keep values in fewer than 8 bits.
+    ``symmetric``: the zero point is 0. ``narrow``: the runtime accepts a Clip between QuantizeLinear and
+    DequantizeLinear, which limits values to fewer than 8 bits.
     """
 
     container: Literal["int8", "uint8"]
@@ -114,9 +113,9 @@ class ActivationRules(_Quantized):
 
 
 class BiasRules(_Row):
-    """``integer``: int32 with scale s_x * s_w and zero point 0; else the bias stays float.
+    """``integer``: the bias is int32 with scale s_x * s_w and zero point 0; otherwise it stays float.
 
-    ``zero_point``: an integer bias is written with its zero point, which DequantizeLinear may do without.
+    ``zero_point``: DequantizeLinear of an integer bias is written with its zero point, which is optional.
     """
 
     integer: bool
@@ -129,26 +128,28 @@ class Operator(_Row):
     Parameters
     ----------
     runs : str
-        Role, which the operator table must give the operator, too; ``"float"`` switches an inherited row off.
+        Role, which must match the operator's role in the operator table, or ``"float"``, which disables an
+        inherited row.
     output : str
-        ``"quantized"``: the output is quantized whoever reads it. ``"optional"``: it is quantized if a node
-        reads it that runs on integers; operators other than layers run on integers only then. ``"float"``:
-        it is quantized only if a reader wants it as its input.
+        ``"quantized"``: the output is always quantized. ``"optional"``: it is quantized if a node that runs
+        on integers reads it; operators other than layers run on integers only then. ``"float"``: it is
+        quantized only if a reader needs it quantized.
     inputs : str
-        ``"all"``, or ``"residual"``: of a sum, only the branch that does not come from a layer.
+        ``"all"``: all inputs are quantized. ``"residual"``: of the branches of a sum, only the one that does
+        not come from a layer is.
     shared_scale : bool
-        True if all inputs and the output have one scale.
+        True if all inputs and the output share one scale.
     computed : bool
-        False if a layer needs a constant weight: a product of two computed matrices stays float.
+        False if a layer needs a constant weight, so that a product of two computed matrices stays float.
     stored : bool
-        True if the constant table in which the operator looks rows up is stored as int8, one scale a row,
-        where the operator itself stays float.
+        True if the operator's constant lookup table is stored as int8 with one scale per row when the
+        operator itself stays float.
     least, most : dict of str to int
-        Limits of sizes; a node beyond them stays float. Sizes that are unknown are not limited.
+        Size limits; a node that violates them stays float. Unknown sizes are not limited.
     except_first : bool
-        True if layers that no other layer precedes are exempt from the limits.
+        True if layers without a layer before them are exempt from the size limits.
     weight : WeightRules or None
-        Rules for this operator's weights, where they are others than the target's.
+        Rules for this operator's weights, if they differ from the target's.
     kernels : tuple of str
         Names of its integer kernels in onnxruntime's optimized graph.
     """
@@ -167,7 +168,7 @@ class Operator(_Row):
 
 
 class PatternRules(_Row):
-    """``keep``: patterns of several operators that the runtime fuses; they stay float inside."""
+    """``keep``: patterns of several operators that the runtime fuses; their nodes stay float."""
 
     keep: frozenset[str] = frozenset()
 
@@ -183,12 +184,12 @@ class Target(_Row):
     verifier : str
         The runtime that checks a written file and measures its speed, or ``"none"``.
     outputs : str
-        ``"shared"``: an output of the network that is quantized for its readers has the dequantized values;
-        ``"float"``: outputs of the network always have the values before a quantizer.
+        ``"shared"``: a network output that is also quantized for its readers holds the dequantized values;
+        ``"float"``: network outputs always hold the values before the quantizer.
     weight, activation, bias, patterns
-        Rules, see their classes.
+        See the classes of these rules.
     operators : dict of str to Operator
-        By operator, without its domain.
+        Operator, without its domain, to its row.
     """
 
     name: str
@@ -205,7 +206,7 @@ class Target(_Row):
     @model_validator(mode="before")
     @classmethod
     def _with_whole_rows(cls, value: Any) -> Any:
-        """Complete the weight rules of each operator with those of the target."""
+        """Fill in the weight rules of each operator from those of the target."""
         if not isinstance(value, dict) or not isinstance(value.get("weight"), dict):
             return value
         rows = value.get("operators")
@@ -225,19 +226,18 @@ class Target(_Row):
 
     @property
     def kernels(self) -> dict[str, tuple[str, ...]]:
-        """Operator to the names of its integer kernels; empty if onnxruntime is not the verifier."""
+        """Return each operator's integer kernels; empty if onnxruntime is not the verifier."""
         if self.verifier != ONNXRUNTIME:
             return {}
         return {op: self.operators[op].kernels for op in self.that_run("layer", "arithmetic")}
 
     def of(self, op_type: str) -> Target:
-        """Return the target as the weights of one operator see it."""
+        """Return the target with the weight rules of one operator."""
         row = self.operators.get(op_type)
         return self if row is None or row.weight is None else self.model_copy(update={"weight": row.weight})
 
     def weight_spec(self, bits: int, axis: int | None, depthwise: bool = False) -> QuantSpec:
-        """Spec of a weight with output-channel axis ``axis`` (None for one scale in all), of a depthwise
-        convolution or not."""
+        """Return the spec of a weight with output-channel axis ``axis`` (None for one scale per tensor)."""
         special = self.weight.depthwise_range_8_bits if depthwise else None
         least, most = special or self.weight.range_8_bits
         low, high = max(-(2 ** (bits - 1)), least), min(2 ** (bits - 1) - 1, most)
@@ -246,36 +246,36 @@ class Target(_Row):
         return QuantSpec(IntFormat(bits, True, low, high), granularity, zero_points, self.weight.scale)
 
     def table_spec(self) -> QuantSpec:
-        """Spec of a stored table: one scale a row, by the rule of weights, however many scales these have."""
+        """Return the spec of a stored lookup table: one scale per row, by the scale rule of weights."""
         return QuantSpec(IntFormat(8, True, -127, 127), PerAxis(0), scales=self.weight.scale)
 
     def opset_for(self, activation_bits: int, storage: WeightStorage | None = None) -> int:
-        """Lowest opset that can write these activations, and weights stored like this."""
+        """Return the lowest opset with the types of these activations and of weights stored like this."""
         native = self.weight.storage if storage is WeightStorage.NATIVE else ()
         wide = [_OPSET_OF_16_BITS] if activation_bits > 8 else []
         return max([self.min_opset, *wide, *(_OPSET_OF_NATIVE[width] for width in native)])
 
     def check_activation_bits(self, bits: int) -> None:
-        """Raise ConfigError if the runtime does not take activations of so few bits."""
+        """Raise ConfigError if the runtime does not support activations of this width."""
         if bits < 8 and not self.activation.narrow:
             raise ConfigError(
-                f"activations of {bits} bits are not for target {self.name}, which takes no Clip between "
-                "QuantizeLinear and DequantizeLinear (its activation.narrow is false): choose 8 bits."
+                f"target {self.name} does not support {bits}-bit activations, because it takes no Clip "
+                "between QuantizeLinear and DequantizeLinear (its activation.narrow is false): choose 8 bits."
             )
 
     def storage_for(self, storage: WeightStorage | None) -> WeightStorage:
-        """Return how weights are stored: as the option says, or by default as the runtime reads them.
+        """Return how weights are stored: by the option, or by default as the runtime supports it.
 
         Raises
         ------
         ConfigError
-            If the runtime does not read weights stored like this.
+            If the runtime does not support the option.
         """
         if storage is None:
             return WeightStorage.PACKED if self.weight.packed else WeightStorage.INT8
         if storage is WeightStorage.PACKED and not self.weight.packed:
             raise ConfigError(
-                f"option storage=packed is not for target {self.name}, which does not unfold weights "
+                f"option storage=packed is not for target {self.name}, which does not unpack weights "
                 "(its weight.packed is false): choose int8, or leave the option out."
             )
         if storage is WeightStorage.NATIVE and not self.weight.storage:
@@ -286,30 +286,30 @@ class Target(_Row):
         return storage
 
     def activation_spec(self, bits: int) -> QuantSpec:
-        """Spec of an activation; more than 8 bits are stored in 16."""
+        """Return the spec of an activation; widths above 8 bits are stored in 16."""
         form = IntFormat.full(bits, signed=self.activation.container == "int8")
         zero_points = (0, 0) if self.activation.symmetric else (form.qmin, form.qmax)
         return QuantSpec(form, zero_points=zero_points, scales=self.activation.scale)
 
 
 def names() -> list[str]:
-    """Names of the shipped targets."""
+    """Return the names of the shipped targets."""
     return sorted(
         p.name.removesuffix(".toml") for p in resources.files(__name__).iterdir() if p.name.endswith(".toml")
     )
 
 
 def load(name: str) -> Target:
-    """Read a shipped target by name, or a target file by path; ``"auto"`` is the one that fits this machine.
+    """Read a shipped target by name, or a target file by path; ``"auto"`` selects one for this machine.
 
-    A file with a field ``extends``, the name of a shipped target or a path from the file's own folder, takes
-    what it does not say from there: tables are merged field by field, lists replaced; an empty table stays
-    empty. Its name and title are always its own.
+    The field ``extends`` names a base: a shipped target, or a path relative to the file's own folder. Fields
+    that the file lacks come from the base, except name and title. Tables are merged field by field, lists are
+    replaced, and an empty table removes that of the base.
 
     Raises
     ------
     ConfigError
-        If there is no such target, if targets extend each other in a circle, or if a file is wrong.
+        If there is no such target, if targets extend each other in a cycle, or if a file is invalid.
     """
     if name == AUTO:
         name = machine.fitting()[0]
@@ -331,7 +331,7 @@ def load(name: str) -> Target:
 
 
 def choice_of(name: str) -> str | None:
-    """Return which target was chosen and why, or None if the name says it."""
+    """Return which target ``"auto"`` selects and why; None for any other name."""
     if name != AUTO:
         return None
     chosen, why = machine.fitting()
@@ -343,9 +343,9 @@ def _shipped(name: str) -> Path:
 
 
 def _content(path: Path, shown: str, above: tuple[Path, ...]) -> dict[str, Any]:
-    """Fields and tables of a file, those of what it extends among them.
+    """Return the fields and tables of a file, merged with those of its base.
 
-    ``above`` are the files that extend it, ``shown`` what errors call it.
+    ``above`` are the files that extend it; ``shown`` is its name in error messages.
     """
     above = (*above, path.resolve())
     try:
@@ -374,7 +374,7 @@ def _content(path: Path, shown: str, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The fields of both, tables merged; of what both have, one's own."""
+    """Return the fields of both; tables are merged, and other fields of ``own`` take precedence."""
     merged = {**base, **own}
     for field in base.keys() & own.keys():
         if isinstance(base[field], dict) and isinstance(own[field], dict) and own[field]:

@@ -1,4 +1,4 @@
-"""Which shipped target fits the onnxruntime of this machine."""
+"""Select the shipped target for onnxruntime on this machine."""
 
 from __future__ import annotations
 
@@ -10,34 +10,33 @@ from contextlib import suppress
 from pathlib import Path
 
 _X86, _ARM = {"x86_64", "amd64"}, {"aarch64", "arm64"}
-"""Names of processors, in lower case."""
-_SAFE = "7-bit weights overflow nowhere"
+"""Names of processor architectures, in lower case."""
 _CPUINFO = Path("/proc/cpuinfo")
 
 
 def fitting() -> tuple[str, str]:
-    """Return the name of a shipped target and the reason."""
+    """Return the name of the shipped target for this machine, and the reason."""
     processor = platform.machine().lower()
     if processor in _ARM:
         return "ort-arm64", "this machine is ARM64"
     if processor not in _X86:
         return (
             "ort-x64",
-            f"{processor or 'this processor'} is neither x86-64 nor ARM64: 7-bit weights overflow nowhere",
+            f"{processor or 'this processor'} is neither x86-64 nor ARM64, and 7-bit weights never overflow",
         )
     vnni = has_vnni()
     if vnni is None:
         return (
             "ort-x64",
-            "this system does not tell whether the processor has VNNI: 7-bit weights overflow nowhere",
+            "this system does not report whether the processor has VNNI, and 7-bit weights never overflow",
         )
     return ("ort-x64-vnni", "this machine has VNNI") if vnni else ("ort-x64", "this machine has no VNNI")
 
 
 def has_vnni() -> bool | None:
-    """Return True if an x86-64 processor adds 8-bit products in 32 bits; None if unknown.
+    """Return True if an x86-64 processor has VNNI, which adds 8-bit products in 32 bits; None if unknown.
 
-    Linux lists features in /proc/cpuinfo, macOS in sysctl. Windows has no interface for them.
+    Linux lists CPU features in /proc/cpuinfo, macOS in sysctl. Windows has no interface for them.
     """
     listed = ""
     if sys.platform == "linux":

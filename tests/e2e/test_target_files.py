@@ -315,4 +315,4 @@ def test_the_speed_of_another_runtime_is_not_measured(example, measured_speed):
         small_convnet(), images(8), Config(target=example, preset="fast"), progress=silent
     )
     assert result.report.speed is None
-    assert "speed is not measured: mine is another runtime than onnxruntime" in result.report.notes
+    assert "speed is not measured: mine is for a runtime other than onnxruntime" in result.report.notes

@@ -311,4 +311,4 @@ def test_the_reason_is_the_time_of_all_that_stay_float_for_it():
 
 def test_what_is_kept_for_its_neighbours_says_so():
     found = reasons([RegionTime(("a",), "Add", 3e-3, 1e-3, False)], [Region(("a",), "Add", True)])
-    assert "conversions around would cost more than the 2 ms that kernels save" in found["a"]
+    assert "the conversions around it would cost more than the 2 ms that the kernels save" in found["a"]

@@ -73,7 +73,7 @@ def test_a_sum_that_no_layer_can_make_stays_float(made, change, operands):
     if "Neg" in change:
         text = text.replace("=> (", "=> (float[N,8,8,8] q, ")
     p = made(text, {**W, "c": normal(8, 1, 1)}, f'{OPEN}\noperators.Add.inputs = "residual"\n')
-    assert why(p)["s"].startswith("none of its two operands comes from a layer alone")
+    assert why(p)["s"].startswith("neither operand comes from a layer alone")
     assert "b" not in p.quantizer_of
 
 
@@ -148,7 +148,7 @@ def test_a_clip_of_a_pattern_is_not_absorbed(made):
 @pytest.mark.parametrize(
     ("lines", "reasons"),
     [
-        ("least = { input_channels = 4 }", {"a": "its number of input channels is 3, and the target takes"}),
+        ("least = { input_channels = 4 }", {"a": "its number of input channels is 3, but the target takes"}),
         ("least = { input_channels = 4 }\nexcept_first = true", {}),
         (
             "most = { kernel = 2 }\nexcept_first = true",

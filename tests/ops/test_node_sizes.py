@@ -50,6 +50,6 @@ def test_sizes_are_measured(text, shape, sizes):
         for field, limit, word in (("least", size + 1, "at least"), ("most", size - 1, "at most")):
             told = objection(node, view, Operator(runs="layer", **{field: {name: limit}}))
             assert told is not None
-            assert told.endswith(f"is {size}, and the target takes {word} {limit}")
+            assert told.endswith(f"is {size}, but the target takes {word} {limit}")
     for name in SIZES.keys() - sizes.keys():
         assert objection(node, view, Operator(runs="layer", least={name: 1000}, most={name: 0})) is None

@@ -62,7 +62,7 @@ class Bench:
 
 def test_a_cache_folder_that_cannot_be_made_is_told(bench, tmp_path):
     (tmp_path / "cache").write_text("a file in its place", encoding="utf-8")
-    with pytest.raises(OutputError, match=r"the cache folder .* cannot be made .*: name a file"):
+    with pytest.raises(OutputError, match=r"the cache folder .* cannot be created .*: name a file"):
         run()
 
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_timed_is_told(bench, monkeypatch):
         raise ModelError("one run takes 3.0 s")
 
     monkeypatch.setattr(bench, "compare", refuse)
-    assert any("is not chosen by time: one run takes 3.0 s" in note for note in run().report.notes)
+    assert any("was not chosen by time: one run takes 3.0 s" in note for note in run().report.notes)
 
 
 def test_regions_that_are_not_timed_in_time_stay_as_planned(bench, monkeypatch):
@@ -157,7 +157,7 @@ def test_other_runtimes_are_not_timed(bench, tmp_path):
         'name = "mine"\ntitle = "Mine"\nextends = "ort-x64"\nverifier = "none"\n', encoding="utf-8"
     )
     result = run(target=str(path))
-    assert any("mine is another runtime than onnxruntime" in note for note in result.report.notes)
+    assert any("mine is for a runtime other than onnxruntime" in note for note in result.report.notes)
 
 
 def test_timings_in_a_file_are_read_and_give_the_same_bytes(bench, tmp_path):
@@ -187,12 +187,12 @@ def test_timings_of_another_network_or_number_of_threads_are_refused(bench, tmp_
     run(timings=path)
     with pytest.raises(ConfigError, match=r"timings\.json was measured for another model, other options"):
         run(timings=path, exclude="op:Gemm")
-    with pytest.raises(ConfigError, match=r"with runtime_threads=1: give that, or remove it"):
+    with pytest.raises(ConfigError, match=r"with runtime_threads=1: use the same number, or remove it"):
         run(timings=path, runtime_threads=2)
 
 
 def test_timings_are_for_time_only():
-    with pytest.raises(ConfigError, match="timings are measured for objective=time only"):
+    with pytest.raises(ConfigError, match="timings are only for objective=time"):
         Config(timings="timings.json")
 
 
@@ -213,7 +213,7 @@ def test_the_report_shows_what_was_timed(bench):
     with console.capture() as capture:
         console.print(report.render())
     text = capture.get()
-    assert "least time (taken)" in text
+    assert "least time (chosen)" in text
     assert "regions on integers" in text
     assert "Time of kernels, without conversions" in text
 

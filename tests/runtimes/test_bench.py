@@ -89,24 +89,26 @@ def test_the_first_sample_is_run(tmp_path, count):
 
 def test_files_of_two_models_are_refused(tmp_path, files):
     onnx.save(small_convnet(), tmp_path / "other.onnx")
-    with pytest.raises(ModelError, match=r"has the inputs image, .* has h0: give two files of one model"):
+    with pytest.raises(ModelError, match=r"has the inputs image, .* has h0: give two files of the same"):
         eptq_onnx.bench(files["quick"], tmp_path / "other.onnx")
 
 
 def test_what_cannot_be_measured_is_said(monkeypatch, files):
     with pytest.raises(ConfigError, match="runtime 'tvm' is unknown"):
         eptq_onnx.bench(files["quick"], files["slow"], runtime="tvm")
-    with pytest.raises(CapabilityError, match="reference times no models here"):
+    with pytest.raises(CapabilityError, match="reference cannot time models here"):
         eptq_onnx.bench(files["quick"], files["slow"], runtime="reference")
     with pytest.raises(ConfigError, match="takes no libraries of custom operators"):
         eptq_onnx.bench(files["quick"], files["slow"], runtime="reference", custom_ops=["x.so"])
     with pytest.raises(DataError, match="h0"):
         eptq_onnx.bench(files["quick"], files["slow"], {"h0": normal(4, 7)})
-    with pytest.raises(ModelError, match=r"one run takes .* s are spent on each: give more with --seconds"):
+    with pytest.raises(
+        ModelError, match=r"one run takes .* s, and the limit is .*: allow more with --seconds"
+    ):
         eptq_onnx.bench(files["quick"], files["slow"], {"h0": normal(64, 192)}, seconds=1e-7)
 
 
 def test_a_file_that_cannot_be_loaded_alone_is_told(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"\xff\xff")
-    with pytest.raises(ModelError, match=r"broken\.onnx cannot be loaded in a process of its own: .*refuses"):
+    with pytest.raises(ModelError, match=r"broken\.onnx cannot be loaded in a separate process: .*refuses"):
         runtimes.make().load_cost(tmp_path / "broken.onnx")

@@ -31,10 +31,10 @@ def test_what_is_written_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: "{", "is no timings file"),
-        (lambda t: "[1]", "is no timings file"),
-        (lambda t: "", "is no timings file"),
-        (lambda t: json.dumps({**t, "format": 99}), "is no timings file"),
+        (lambda t: "{", "is not a timings file"),
+        (lambda t: "[1]", "is not a timings file"),
+        (lambda t: "", "is not a timings file"),
+        (lambda t: json.dumps({**t, "format": 99}), "is not a timings file"),
         (lambda t: json.dumps({**t, "network": "other"}), "was measured for another model"),
         (lambda t: json.dumps({k: v for k, v in t.items() if k != "placement"}), "is damaged: placement"),
         (lambda t: json.dumps({**t, "pieces": {"p": [{"reads": "upside down"}]}}), r"is damaged: pieces\.p"),
@@ -59,7 +59,7 @@ def test_a_folder_is_refused(tmp_path):
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "timings.json"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="is no timings file"):
+    with pytest.raises(ConfigError, match="is not a timings file"):
         timings.read(path, "digest", 1)
 
 

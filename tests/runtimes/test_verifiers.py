@@ -190,7 +190,7 @@ def test_a_run_is_timed_and_loading_has_a_cost(measuring, tmp_path):
         assert [p.name for p in loaded.ports] == ["image"]
         run = loaded.bind(FEEDS)
         assert all(run() >= 0 for _ in range(3))
-        with pytest.raises(DataError, match="the model's input image is not fed"):
+        with pytest.raises(DataError, match="the model's input image has no values"):
             loaded.run({"picture": images(1)})
     cost = measuring.load_cost(path)
     assert cost.seconds > 0

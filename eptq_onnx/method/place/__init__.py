@@ -1,7 +1,8 @@
-"""Choose by time which parts of a network run on integers and which stay float.
+"""Choose by measured time which parts of a network run on integers and which stay float.
 
-The network is cut into regions, the nodes that a runtime computes together (`regions`). Each is timed alone
-in both forms, and so are the conversions between forms and layouts (`pieces`). An integer program (`program`)
-chooses the form of each region so that the total is least (`costs`, `network`). What these times do not tell,
-such as what stays in a cache, is left to a comparison of whole models.
+The network is cut into regions of nodes that a runtime computes together (`regions`). Each region is timed
+alone, in float and on integers, and so are the conversions between number formats and memory layouts
+(`pieces`). An integer program (`program`) chooses the form of each region that minimizes the total time
+(`costs`, `network`). These times miss interactions between kernels, such as cache hits, so whole models are
+compared before a choice is taken.
 """

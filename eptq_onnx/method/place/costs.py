@@ -1,4 +1,4 @@
-"""Join measured times and regions into the program."""
+"""Build the integer program from regions and measured times."""
 
 from __future__ import annotations
 
@@ -19,16 +19,26 @@ STEPS: Mapping[str, Sequence[Step]] = {
     "integers to last": [(_R.INTEGERS, _R.INTEGERS_LAST)],
     "integers from last": [(_R.INTEGERS_LAST, _R.INTEGERS)],
 }
-"""The steps that each measured conversion (see `pieces.CONVERSIONS`) does."""
+"""Measured conversion (see `pieces.CONVERSIONS`) to the steps that it performs."""
 _LAYOUTS = tuple(name for name in STEPS if name not in ("quantize", "dequantize"))
 _REVERSE = {"float to blocked": "float from blocked"}
-"""What stands for a conversion that the runtime has not: some numbers of channels are not blocked."""
+"""Conversion to the one whose time is used if the runtime lacks it.
+
+onnxruntime does not reorder every number of channels into blocks.
+"""
 
 
 def steps_of(times: Mapping[str, float], *, layouts: bool = True) -> dict[Step, float]:
-    """Return the steps of one tensor's conversions; without ``layouts`` those that change layouts are free.
+    """Return the seconds of each conversion step of one tensor.
 
-    A tensor that does not have four axes has only one. What could not be timed is free.
+    A tensor without four axes has one layout only. Quantizers that could not be timed cost nothing.
+
+    Parameters
+    ----------
+    times : dict of str to float
+        Conversion to seconds.
+    layouts : bool
+        False makes changes of layout free.
     """
     known = {"quantize": 0.0, "dequantize": 0.0, **times}
     for name, other in _REVERSE.items():
@@ -51,20 +61,20 @@ def program_of(
     layouts: bool = True,
     fixed: Sequence[bool | None] | None = None,
 ) -> Program:
-    """Return the program.
+    """Return the integer program.
 
     Parameters
     ----------
     regions : Regions
     ways : sequence
-        Of each region the ways in float and on integers. A region that could not be timed has none, and stays
-        what it is.
+        For each region, the ways to compute it in float and on integers. A region that could not be timed has
+        none and stays as planned.
     conversions : dict of str to dict of str to float
         Tensor to the seconds of its conversions.
     layouts : bool
-        False leaves the time of changes of layout out.
+        False ignores the time of layout changes.
     fixed : sequence of bool or None, optional
-        Whether each region is on integers, where that is given.
+        Whether each region is on integers; None leaves it to the solver.
     """
     options = []
     for k, (region, (exact, integers)) in enumerate(zip(regions.regions, ways, strict=True)):

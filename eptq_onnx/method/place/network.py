@@ -1,4 +1,4 @@
-"""The network as it is timed: its regions as pieces, and what joins the measured times to a choice."""
+"""A planned network cut into pieces that can be timed, and the choice that follows from their times."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ Ways = Mapping[str, tuple[Way, ...]]
 
 @dataclass(frozen=True)
 class Chosen:
-    """A choice for every region.
+    """A choice between integers and float for every region.
 
     Parameters
     ----------
     on_integers : tuple of bool
+        True for each region on integers.
     predicted : float
-        Its time, in seconds.
+        Predicted time of one run, in seconds.
     """
 
     on_integers: tuple[bool, ...]
@@ -46,7 +47,7 @@ class Cut:
     exact : ModelProto
         The float network with the shapes of one run.
     written : ModelProto
-        The same, quantized by the plan.
+        The same network, quantized by the plan.
     plan : Plan
     """
 
@@ -67,24 +68,24 @@ class Cut:
             for tensor, shape in shapes.items()
             if shape is not None and 0 not in shape
         }
-        """Tensor between regions to the model of its conversions."""
+        """Tensor between regions to the piece that holds its conversions."""
 
     @property
     def by_work(self) -> list[Piece]:
-        """Return the pieces, each once, those of the regions with the most work first."""
+        """Return the distinct pieces, those with the most work first."""
         work: dict[str, float] = defaultdict(float)
         found: dict[str, Piece] = {}
         for region, pair in zip(self.regions.regions, self.pieces, strict=True):
             for piece in pair:
                 if piece is not None:
                     found[piece.key] = piece
-                    # Of others only the layouts matter.
+                    # The other regions are timed only for their layouts.
                     work[piece.key] += _work(piece.model) if region.movable else 0.0
         return sorted(found.values(), key=lambda p: -work[p.key])
 
     @property
     def digest(self) -> str:
-        """Return a digest of everything that the choice depends on, but for times."""
+        """Return a digest of everything except times that the choice depends on."""
         tree = [
             [(p.key if p else "", q.key if q else "") for p, q in self.pieces],
             [(r.nodes, r.movable) for r in self.regions.regions],
@@ -109,7 +110,7 @@ class Cut:
 
     @property
     def as_planned(self) -> tuple[bool, ...]:
-        """Return the choice of the plan."""
+        """Return the choice that the plan makes."""
         return tuple(r.movable for r in self.regions.regions)
 
     def choose(
@@ -120,18 +121,23 @@ class Cut:
         layouts: bool = True,
         fixed: Sequence[bool] | None = None,
     ) -> Chosen | None:
-        """Return the fastest choice by measured times, or the time of a fixed one; None if the solver fails.
+        """Return the fastest choice by measured times, or a fixed one with its predicted time.
 
         Parameters
         ----------
         ways : dict of str to tuple of Way
-            By the keys of pieces.
+            Key of a piece to the ways to compute it.
         conversions : dict of str to dict of str to float
-            By the keys of conversion models.
+            Key of a conversion piece to the seconds of each conversion.
         layouts : bool
-            False leaves the time of changes of layout out.
+            False ignores the time of layout changes.
         fixed : sequence of bool, optional
             Whether each region is on integers.
+
+        Returns
+        -------
+        Chosen or None
+            None if the solver finds no solution.
         """
         own = self._ways(ways)
         times = {name: conversions.get(p.key, {}) for name, p in self.conversions.items()}
@@ -150,7 +156,7 @@ class Cut:
         return pairs
 
     def times(self, ways: Ways, chosen: Sequence[bool]) -> tuple[RegionTime, ...]:
-        """Return the times of all regions that may be on integers and were timed."""
+        """Return the times of all regions that can run on integers and were timed in both forms."""
         found = []
         for region, (exact, integers), on_integers in zip(
             self.regions.regions, self._ways(ways), chosen, strict=True
@@ -161,19 +167,19 @@ class Cut:
         return tuple(found)
 
     def nodes(self, chosen: Sequence[bool]) -> list[Region]:
-        """Return the regions that a choice keeps float although they were planned on integers."""
+        """Return the regions that were planned on integers and that a choice keeps float."""
         return [r for r, on in zip(self.regions.regions, chosen, strict=True) if r.movable and not on]
 
 
 def _work(model: ModelProto) -> float:
-    """Return about how many numbers a piece multiplies or moves."""
+    """Return the approximate number of multiplications, or of values moved, in a piece."""
     outputs = sum(math.prod(d.dim_value for d in v.type.tensor_type.shape.dim) for v in model.graph.output)
     terms = [math.prod(t.dims[1:]) for t in model.graph.initializer if len(t.dims) > 1]
     return float(outputs * max([*terms, 1]))
 
 
 def reasons(times: Iterable[RegionTime], kept: Iterable[Region]) -> dict[str, str]:
-    """Return why nodes stay float: the times of all regions of the same operators that do."""
+    """Return for each node kept float the reason, with the total times of regions of the same operators."""
     wanted = {r.nodes for r in kept}
     totals: dict[str, list[float]] = {}
     for time in times:
@@ -188,8 +194,8 @@ def reasons(times: Iterable[RegionTime], kept: Iterable[Region]) -> dict[str, st
             why = f"integers would be slower here: {in_ms(integers)} instead of {in_ms(exact)}"
         else:
             why = (
-                "integers would not pay here: conversions around would cost more than the "
-                f"{in_ms(exact - integers)} that kernels save"
+                "integers would not pay off here: the conversions around it would cost more than the "
+                f"{in_ms(exact - integers)} that the kernels save"
             )
         found.update(dict.fromkeys(region.nodes, why))
     return found

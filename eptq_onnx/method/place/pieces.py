@@ -1,4 +1,4 @@
-"""Build the small models whose times are measured: regions in both forms, and conversions of tensors."""
+"""Build the small models that are timed: regions in float and on integers, and conversions of tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from eptq_onnx.runtime import LAYOUT_DOMAIN, channel_block
 
 _KINDS = (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8)
 _SHOWN = 64
-"""Values up to which an integer constant belongs to what a piece is: shapes and axes, not weights."""
+"""Largest integer constant, in values, whose content is part of a piece's key: shapes and axes."""
 _SCALE = np.float32(1 / 64)
 CONVERSIONS = ("quantize", "dequantize", "float to last", "float from last", "integers to last",
                "integers from last", "float to blocked", "float from blocked")  # fmt: skip
@@ -41,7 +41,7 @@ class Piece:
     Parameters
     ----------
     key : str
-        What it is, whatever the names and values in it: pieces with one key take the same time.
+        Digest that does not depend on names and weights: pieces with the same key take the same time.
     model : ModelProto
         With fixed shapes.
     """
@@ -51,23 +51,26 @@ class Piece:
 
 
 def float_piece(view: GraphView, names: Sequence[str]) -> Piece | None:
-    """Return some nodes of the float network as a piece; None if a shape is not fixed.
+    """Return nodes of the float network as a piece; None if they cannot be cut out.
+
+    That is the case if a shape is not fixed, or if a node has a body (If, Loop, Scan).
 
     Parameters
     ----------
     view : GraphView
-        Of the network with fixed shapes.
+        The network with fixed shapes.
     names : sequence of str
-        The nodes.
+        Names of the nodes.
     """
     wanted = set(names)
     return _piece(view, [n for n in view.nodes if n.name in wanted])
 
 
 def integer_piece(view: GraphView, names: Sequence[str]) -> Piece | None:
-    """Return some nodes of the written network with the quantizers around them, from integers to integers.
+    """Return nodes of the written network and the quantizers around them as a piece; see `float_piece`.
 
-    Parameters are as in `float_piece`. Nodes that were absorbed are not there.
+    The piece goes from integers to integers. Absorbed nodes are missing, because the written network does not
+    have them.
     """
     own = [n for n in view.nodes if n.name in set(names)]
     wanted = {n.name for n in own}
@@ -118,7 +121,7 @@ def _type(view: GraphView, name: str) -> TypeProto | None:
 
 
 def _key(model: ModelProto) -> str:
-    """Return a digest of operators, attributes, types and shapes."""
+    """Return a digest of opsets, operators, attributes, types, shapes and small integer constants."""
     graph, numbers = model.graph, dict[str, int]()
 
     def number(name: str) -> int:
@@ -142,9 +145,9 @@ def _key(model: ModelProto) -> str:
 
 
 def between_convolutions(model: ModelProto, integers: bool) -> ModelProto | None:
-    """Return a piece between convolutions, float or on integers; None unless all its ends are images.
+    """Return a piece between convolutions, float or on integers; None unless all its ends have four axes.
 
-    Behind the runtime's optimizer it tells whether the piece computes in their layout.
+    The runtime's optimized graph then shows whether the piece runs in the layout of the convolutions.
     """
     build = _Surrounding(model, integers)
     return build.model() if build.fits else None
@@ -246,12 +249,12 @@ def _dims(value: ValueInfoProto) -> list[int]:
 
 
 def conversions_piece(shape: tuple[int, ...], container: int, opset: int) -> Piece:
-    """Return a model with every conversion of a tensor, side by side, each node named after its conversion.
+    """Return a piece with one node per conversion of a tensor, each named after its conversion.
 
     Parameters
     ----------
     shape : tuple of int
-        Changes of layout are there for four axes only.
+        Shape of the tensor; only tensors with four axes have layout changes.
     container : int
         ONNX type of the integers.
     opset : int

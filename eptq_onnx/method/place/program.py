@@ -1,18 +1,20 @@
-"""The integer program that chooses a way of computing for every region.
+"""The integer program that chooses how each region is computed.
 
-Let x[k, o] be 1 if region k is computed by its option o. An option reads and makes its tensors in one
-representation; where a reader wants another one than the maker gives, the tensor is converted, step by step
-(blocked → float → integers → channels last). With y[t, c, r, s] = 1 if tensor t is made as r and reader c
-wants s,
+Let x[k, o] = 1 if region k is computed by its option o. An option reads its inputs in one representation and
+produces its outputs in one. If a reader needs another representation than the producer gives, the tensor is
+converted step by step (blocked → float → integers → channels last). Let y[t, c, r, s] = 1 if tensor t is
+produced as r and reader c needs it as s, and u[t, r, a] = 1 if t, produced as r, goes through step a. Then
 
 - sum over o of x[k, o] = 1;
-- sum over s of y[t, c, r, s] is what makes t as r, and sum over r what c reads as s;
-- u[t, r, a] ≥ sum over s with step a on the way from r to s of y[t, c, r, s]: readers share conversions;
-- a region whose results are no layer's is on integers only if a reader is (`needs`);
+- sum over s of y[t, c, r, s] = sum of x[k, o] over the options of t's producer k that produce r;
+- sum over r of y[t, c, r, s] = sum of x[c, o] over the options of c that read s;
+- u[t, r, a] ≥ sum of y[t, c, r, s] over all s whose path from r contains step a, for each c, so that readers
+  share conversions;
+- a region with a result other than a layer's is on integers only if one of its readers is (`needs`);
 - a lone node between integers is an integer kernel, whatever the plan says (`bound`).
 
-Costs are amounts of currencies (time, and what else is known of options: noise, bytes): one is minimized, and
-others may be limited. SciPy's MILP solves it exactly.
+Each option has a cost in one or more currencies (time, and possibly noise or bytes). The total of one
+currency is minimized, and those of others can be limited. SciPy's MILP solver is exact within its time limit.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from eptq_onnx.placement import Representation
 TIME = "time"
 Step = tuple[Representation, Representation]
 _SECONDS = 60.0
-"""Time limit of the solver; the best choice found so far counts then."""
+"""Time limit of the solver, which then returns the best choice found so far."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Option:
     ----------
     reads, makes : Representation
     costs : dict of str to float
-        Currency to amount.
+        Currency to cost.
     """
 
     reads: Representation
@@ -61,12 +63,13 @@ class Tensor:
     Parameters
     ----------
     maker : int or None
-        None for an input of the network.
+        Region that produces it; None for an input of the network.
     readers : tuple of int
+        Regions that read it.
     is_output : bool
-        True if the network returns it.
+        True if it is an output of the network.
     steps : dict of Step to float
-        Seconds of each conversion that there is for it.
+        Available conversion steps to their seconds.
     """
 
     maker: int | None
@@ -77,19 +80,20 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Program:
-    """What is to be chosen.
+    """The choice to be made.
 
     Parameters
     ----------
     options : tuple of tuples of Option
-        Of each region.
+        Options of each region.
     tensors : tuple of Tensor
     needs : tuple of (int, tuple of int)
-        A region, and those of which one must be on integers if it is.
+        A region, and its readers, one of which must be on integers if it is.
     bound : tuple of (int, tuple of int, tuple of int)
-        A region that is on integers if all the makers of its inputs and one of its readers are.
+        A region, the producers of its inputs, and its readers. The region is on integers if all producers and
+        one of the readers are.
     layers : frozenset of int
-        Regions of which at least one is on integers.
+        Regions of which at least one must be on integers.
     """
 
     options: tuple[tuple[Option, ...], ...]
@@ -110,7 +114,7 @@ class Choice:
     amount : float
         Total of the minimized currency.
     conversions : float
-        Seconds of conversions.
+        Total seconds of conversions.
     """
 
     options: tuple[int, ...]
@@ -119,7 +123,7 @@ class Choice:
 
 
 def solve(program: Program, currency: str = TIME, limits: Mapping[str, float] | None = None) -> Choice | None:
-    """Return the choice with the least total of one currency within limits of others, or None."""
+    """Return the choice that minimizes one currency within limits on others; None if none is found."""
     model = _Model(program, currency)
     for name, limit in (limits or {}).items():
         model.limit(name, limit)
@@ -127,7 +131,7 @@ def solve(program: Program, currency: str = TIME, limits: Mapping[str, float] | 
 
 
 def paths(steps: Iterable[tuple[Step, float]]) -> dict[Step, tuple[Step, ...]]:
-    """Return the cheapest sequence of steps between every two representations that are connected."""
+    """Return the cheapest sequence of steps between each pair of connected representations."""
     known = dict(steps)
     best: dict[Step, tuple[float, tuple[Step, ...]]] = {(r, r): (0.0, ()) for r in Representation}
     best |= {step: (cost, (step,)) for step, cost in known.items()}
@@ -147,7 +151,7 @@ class _Model:
     currency: str
     costs: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
-    """What each variable adds to the time of conversions."""
+    """Seconds that each variable adds to the time of conversions."""
     integral: list[int] = field(default_factory=list)
     rows: list[tuple[dict[int, float], float, float]] = field(default_factory=list)
 
@@ -220,7 +224,7 @@ class _Model:
         return {v: a for k in sorted(set(regions)) for v, a in self._integers(k).items()}
 
     def _tensor(self, tensor: Tensor) -> None:
-        """Add what it costs to convert a tensor."""
+        """Add the variables and constraints of a tensor's conversions."""
         made = self._by_representation(tensor, tensor.maker, made=True)
         ways = paths(tensor.steps.items())
         shared: dict[tuple[Representation, Step], int] = {}
@@ -249,7 +253,10 @@ class _Model:
         self._read_again(tensor)
 
     def _read_again(self, tensor: Tensor) -> None:
-        """Add what float readers pay if another reader takes integers: all read the quantized values."""
+        """Add the cost of DequantizeLinear for float readers of a tensor that another reader quantizes.
+
+        All readers then read the quantized values.
+        """
         step = (Representation.INTEGERS, Representation.FLOAT)
         if len(tensor.readers) + tensor.is_output < 2 or step not in tensor.steps:
             return
@@ -264,9 +271,9 @@ class _Model:
     def _by_representation(
         self, tensor: Tensor, region: int | None, *, made: bool
     ) -> dict[Representation, tuple[dict[int, float], float]]:
-        """Return which variables say that a region makes or reads a tensor in each representation.
+        """Return for each representation the variables of a region's options that produce or read it.
 
-        Beyond the network everything is float, by a constant.
+        Inputs and outputs of the network are always float, which is a constant instead of a variable.
         """
         if region is None:
             return {Representation.FLOAT: ({}, 1.0)}
@@ -278,7 +285,7 @@ class _Model:
 
 
 def plain(representation: Representation, steps: Mapping[Step, float]) -> Representation:
-    """Return the representation of a tensor, which has other layouts only if it can be converted to them."""
+    """Return a representation without its layout if a tensor has no conversions to and from that layout."""
     if any(representation in step for step in steps):
         return representation
     return Representation.INTEGERS if representation.is_integer else Representation.FLOAT
@@ -289,7 +296,7 @@ def _minus(row: Mapping[int, float]) -> dict[int, float]:
 
 
 def cost_of(program: Program, options: Sequence[int]) -> float:
-    """Return the time of a choice, computed without a solver."""
+    """Return the time of a choice, computed without the solver."""
     total = sum(own[o].costs.get(TIME, 0.0) for own, o in zip(program.options, options, strict=True))
     for tensor in program.tensors:
         ways = paths(tensor.steps.items())

@@ -1,4 +1,4 @@
-"""Cut a planned network into regions, which are on integers or float as a whole."""
+"""Cut a planned network into regions, each of which is either float or on integers as a whole."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from eptq_onnx.ops import Role, spec_of
 from eptq_onnx.records import Plan
 
 _FUSED = frozenset({"LeakyRelu", "Sigmoid"})
-"""Functions that runtimes compute in the kernel of the float convolution in front of them."""
+"""Activation functions that runtimes fuse into the float convolution before them."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """Nodes that are on integers together.
+    """Nodes that are either all float or all on integers.
 
     Parameters
     ----------
@@ -27,7 +27,7 @@ class Region:
     operators : str
         Their operators, joined by "+".
     movable : bool
-        False for a node that is float in any case.
+        False if the plan keeps the nodes float.
     """
 
     nodes: tuple[str, ...]
@@ -43,7 +43,7 @@ class Link:
     ----------
     tensor : str
     maker : int or None
-        Region that makes it; None for an input of the network.
+        Region that produces it; None for an input of the network.
     readers : tuple of int
         Regions that read it.
     is_output : bool
@@ -66,11 +66,11 @@ class Regions:
         In the order of their last nodes.
     links : tuple of Link
     needs : tuple of (int, tuple of int)
-        A region, and others of which at least one must be on integers if it is: its results are no layer's,
-        so nothing would use the integers otherwise.
+        A region with a result that is not a layer's, and the readers of such results. If the region is on
+        integers, at least one reader must be, because nothing would use the integers otherwise.
     bound : tuple of (int, tuple of int, tuple of int)
-        A region of a single node that is no layer, the makers of its inputs, and its readers. Between
-        integers the runtime finds the pattern of an integer kernel, whatever was planned.
+        A region of a single node that is not a layer, the producers of its inputs, and its readers. Between
+        integers, the runtime matches the pattern of an integer kernel, whatever the plan says.
     layers : frozenset of int
         Regions with a constant weight.
     """
@@ -111,7 +111,7 @@ def regions_of(view: GraphView, plan: Plan) -> Regions:
 
 
 def _joined(view: GraphView, plan: Plan) -> dict[str, str]:
-    """Return for each node the first node of its region."""
+    """Return for each node the name of the first node in its region."""
     first: dict[str, str] = {}
     for node in view.nodes:
         first[node.name] = node.name
@@ -126,7 +126,7 @@ def _joined(view: GraphView, plan: Plan) -> dict[str, str]:
 
 
 def _joins(node: NodeProto, view: GraphView, plan: Plan) -> list[NodeProto]:
-    """Return the nodes in front that a node is computed together with."""
+    """Return the producers of a node's inputs that the runtime computes together with it."""
     makers = [view.producer.get(i) for i in node.input]
     own = [m for m in makers if m is not None and _is_private(m.output[0], node, view)]
     if spec_of(node).role is Role.CLIPPING:
@@ -180,7 +180,7 @@ def _needs(
                 if tensor in spec_of(n).data_inputs(n) and regions[place[n.name]].movable
             )
             found.append((k, tuple(readers)))
-    # A node with several results needs one reader, whichever result that reads.
+    # A node with several results needs only one reader on integers, of any of them.
     needs: dict[int, dict[int, None]] = defaultdict(dict)
     for k, readers_of in found:
         needs[k].update(dict.fromkeys(readers_of))

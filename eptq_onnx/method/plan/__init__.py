@@ -223,7 +223,7 @@ def _beyond(node: NodeProto, row: Operator, draft: Draft) -> str | None:
     if row.inputs == "residual" and node.name not in draft.unread:
         branch = _layer_branch(node, operands, draft)
         if branch is None:
-            return "none of its two operands comes from a layer alone, so that no layer adds the other"
+            return "neither operand comes from a layer alone, so no layer can add the other in its kernel"
         draft.unread[node.name] = branch
     return None
 
