@@ -200,7 +200,10 @@ def _rule(rule: ScaleRule) -> str:
     return "" if rule is ScaleRule.ANY else f", scales that are a {rule.value}"
 
 
+_HINT = "*Tables of this page are made from the code: `make docs` builds the page with them.*\n\n"
+"""For readers of the sources."""
 PLACES = {
+    _HINT: lambda: "",
     "<!-- the tables of all options -->": tables,
     "<!-- the forms of data -->": forms,
     "<!-- the forms of data in Python -->": forms_of_python,

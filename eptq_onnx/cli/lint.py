@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -16,7 +17,7 @@ from eptq_onnx.api import lint as run
 from eptq_onnx.cli.app import app, one_sentence
 from eptq_onnx.config import Config
 from eptq_onnx.report.console import console, line
-from eptq_onnx.rules import Lint, Severity
+from eptq_onnx.rules import Finding, Lint, Severity
 
 _SHOWN = 5
 """Maximum number of findings printed per rule."""
@@ -50,12 +51,23 @@ def lint(
         raise typer.Exit(1)
 
 
+def _varied(findings: list[Finding]) -> list[Finding]:
+    """Return findings in an order that starts with one of each kind of message."""
+    kinds: dict[str, int] = {}
+    places = []
+    for finding in findings:
+        kind = re.sub(r"\d+", "", finding.message)
+        kinds[kind] = kinds.get(kind, 0) + 1
+        places.append(kinds[kind])
+    return [finding for _, finding in sorted(zip(places, findings, strict=True), key=lambda item: item[0])]
+
+
 def _show(found: Lint, model: Path, out: Console) -> None:
     for rule, group in groupby(found.findings, key=lambda f: f.rule):
         findings = list(group)
         severity = findings[0].severity
         out.print(line(f"{severity.value} {rule}: {findings[0].remedy}", _STYLES[severity]), soft_wrap=True)
-        for finding in findings[:_SHOWN]:
+        for finding in _varied(findings)[:_SHOWN]:
             out.print(line(f"  {finding.node}: {finding.message}"), soft_wrap=True)
         if len(findings) > _SHOWN:
             out.print(line(f"  and {len(findings) - _SHOWN} more; --json lists all"), soft_wrap=True)

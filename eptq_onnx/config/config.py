@@ -74,7 +74,8 @@ class Config(BaseModel):
     int8: one byte each."""
     objective: Annotated[Objective, Option("runtime")] = Objective.INTEGERS
     """Which operators run on integers. integers: all that the target has integer kernels for. time: those
-    with which the model runs fastest on this machine, measured in the installed onnxruntime."""
+    with which the model runs fastest on this machine, measured in the installed onnxruntime. Models that run
+    for less than a millisecond are left as they are."""
     runtime_threads: Annotated[int, Option("runtime", metavar="N")] = Field(1, ge=1)
     """Number of threads with which objective=time measures the model."""
     timings: Annotated[
@@ -362,4 +363,7 @@ def describe(error: ValidationError, what: str) -> str:
     if first["type"] == "missing":
         return f"{what} {name} is missing."
     message = first["msg"].removeprefix("Value error, ")
+    if not name:
+        # Options that do not go together: the message names them.
+        return f"{message}."
     return f"{what} {name}={first['input']!r} is wrong: {message[0].lower()}{message[1:]}."

@@ -27,14 +27,19 @@ class Pack(Pass):
         storage = ctx.target.storage_for(ctx.config.storage)
         if storage is WeightStorage.INT8:
             state = state.changed(packed=marked)
-            narrow = any(spec.bits < _CONTAINER for spec in state.plan.weight_specs.values())
-            if ctx.config.storage is None and narrow:
+            if ctx.config.storage is None and _has_narrow(state):
                 return state.noting(
                     f"weights below 7 bits take a byte each: {ctx.target.name} does not unpack packed weights"
                 )
             return state
         if storage is WeightStorage.PACKED:
-            return state.changed(packed=packed(marked))
+            stored = packed(marked)
+            state = state.changed(packed=stored)
+            if stored is marked and _has_narrow(state):
+                return state.noting(
+                    "weights below 7 bits take a byte each: nodes that unpack such small ones would be larger"
+                )
+            return state
         stored, left = native(marked, ctx.target.weight.storage)
         state = state.changed(packed=stored)
         if not left:
@@ -43,3 +48,8 @@ class Pack(Pass):
             f"{len(left)} weights below 7 bits stay int8 (the first is {left[0]}): no ONNX type that "
             f"{ctx.target.name} reads holds their integers and zero points"
         )
+
+
+def _has_narrow(state: State) -> bool:
+    """Return True if a weight has so few bits that it may be packed."""
+    return any(spec.bits < _CONTAINER for spec in state.plan.weight_specs.values())

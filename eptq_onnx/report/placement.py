@@ -14,6 +14,8 @@ def in_words(placement: Placement) -> str:
     """Return one line such as ``least time: 12 of 178 regions on integers, 1.9× as fast as all integers``."""
     first, *others = placement.candidates
     taken = next((c for c in others if c.name == placement.chosen), None)
+    if taken is None and not placement.regions:
+        return f"as planned: a run is too short to choose by time in {_where(placement)}"
     if taken is None:
         return f"{first.name}: no other choice is faster in {_where(placement)}"
     return (

@@ -13,7 +13,7 @@ from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.rules.roles import activation_of, bias_of, weight_of
 from eptq_onnx.rules.rule import Rule, Severity, rule
 from eptq_onnx.rules.view import QdqView, Quantized
-from eptq_onnx.targets import Target
+from eptq_onnx.targets import ONNXRUNTIME, Target
 
 _OPSETS = {
     "int16": 21, "uint16": 21, "int4": 21, "uint4": 21, "int2": 25, "uint2": 25, "float4e2m1": 23,
@@ -68,10 +68,28 @@ def opset(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     "type",
     Severity.ERROR,
     "Activations, weights and biases have types that the target supports.",
-    "Quantize to the types of the target.",
+    "Quantize to the types of the target, or leave the tensor float.",
 )
 def types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
-    """Source: onnx-tensorrt importers (int8 only, no int32); runtime documentation."""
+    """Source: onnx-tensorrt importers (int8 only, no int32); OpenVINO low-precision transformations."""
+    if target.verifier != ONNXRUNTIME:
+        yield from _foreign_types(view, target)
+
+
+@rule(
+    "kernel-type",
+    Severity.WARNING,
+    "Activations, weights and biases have the types of the target's fastest integer kernels.",
+    "Quantize to the types of the target, or leave the tensor float.",
+)
+def kernel_types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnxruntime, which runs quantizers of every type, some of them without an integer kernel."""
+    if target.verifier == ONNXRUNTIME:
+        yield from _foreign_types(view, target)
+
+
+def _foreign_types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Yield the tensors whose integers are not of the target's types."""
     own = target.activation.container
     wide = own.replace("8", "16")
     for q in _activations(view):
@@ -84,6 +102,8 @@ def types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         if q.type_name == "int32" and q.node.name in biases:
             if not target.bias.integer:
                 yield q.node.name, f"a bias is int32, and {target.name} takes float biases"
+        elif q.type_name == "int32":
+            yield q.node.name, "an int32 constant is not the bias of a layer"
         else:
             yield (
                 q.node.name,
@@ -189,6 +209,8 @@ def power_of_two(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         if q.scale is None or q.elem_type == TensorProto.INT32:
             continue
         scales = np.abs(q.scale.astype(np.float64))
+        if not np.isfinite(scales).all() or not scales.all():
+            continue  # the rule about scales tells
         if rules[q.constant] is ScaleRule.POWER_OF_TWO and not (np.frexp(scales)[0] == 0.5).all():
             yield q.node.name, "a scale is not a power of two"
 
@@ -211,6 +233,8 @@ def weight_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         depthwise = node.op_type == "Conv" and shape is not None and shape[:2] == single
         rules = target.of(node.op_type).weight
         low, high = (rules.depthwise_range_8_bits if depthwise else None) or rules.range_8_bits
+        # Products of 64 fit where those of 63 do: 2 · 255 · 64 is below 2**15.
+        high = max(high, -low)
         least, most = int(values.min()), int(values.max())
         if least < low or most > high:
             taken = f"{target.name} takes {low} to {high}"
@@ -218,6 +242,6 @@ def weight_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 
 
 NUMBERS: tuple[Rule, ...] = (
-    scale, opset, types, zero_point, bias_zero_point, bias_scales, activation_scale, weight_axis,
-    power_of_two, weight_range,
+    scale, opset, types, kernel_types, zero_point, bias_zero_point, bias_scales, activation_scale,
+    weight_axis, power_of_two, weight_range,
 )  # fmt: skip

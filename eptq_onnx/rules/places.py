@@ -129,8 +129,10 @@ def idle_pair(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         readers = view.readers(q.node.output[0])
         wanted |= any(runs_on_integers(n, view, target) or n.op_type == QUANTIZE for n in readers)
         if not wanted:
-            kinds = ", ".join(sorted({n.op_type for n in readers})) or "an output of the network"
-            yield q.node.name, f"on {target.name} only {kinds} reads it, in float"
+            kinds = sorted({n.op_type for n in readers})
+            kinds += ["an output of the network"] * (q.node.output[0] in view.graph.outputs)
+            which = f"only {' and '.join(kinds)} reads it, in float" if kinds else "nothing reads it"
+            yield q.node.name, f"on {target.name} {which}"
 
 
 def _writes_integers(node: NodeProto, view: QdqView, target: Target) -> bool:
@@ -190,6 +192,22 @@ def shared_scale(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         around += [q for o in node.output if o for q in view.written(o)]
         if len(around) > 1 and not all(q.same_numbers(around[0]) for q in around):
             yield node.name, f"{node.op_type} has inputs and outputs with different scales"
+
+
+@rule(
+    "moved",
+    Severity.WARNING,
+    "No quantizers follow operators that only move values, if the target needs none there.",
+    "Remove the pair behind this operator.",
+)
+def moved(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: TensorRT, which moves quantizers across such operators itself."""
+    for node in view.nodes:
+        row = target.operators.get(node.op_type)
+        if row is None or (row.runs, row.output) != ("equal scale", "float"):
+            continue
+        if runs_on_integers(node, view, target) and any(view.written(o) for o in node.output):
+            yield node.name, f"the output of {node.op_type} is quantized once more"
 
 
 @rule(
@@ -253,5 +271,5 @@ def network_output(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 
 PLACES: tuple[Rule, ...] = (
     integer_operators, between, packed_constants, layer_input, layer_output, idle_pair, residual,
-    shared_scale, pattern, size, network_output,
+    shared_scale, moved, pattern, size, network_output,
 )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from onnx import GraphProto
+from platformdirs import user_cache_path
 
 from eptq_onnx import scratch
 from eptq_onnx.errors import ModelError
@@ -55,8 +56,7 @@ WebAssembly is recompiled while it runs, which makes it faster by a factor of te
 def folder() -> Path:
     """Return the folder of the npm packages: the one that the user names, or one in the user's cache."""
     named = os.environ.get(FOLDER)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(cache) / "eptq-onnx" / "node"
+    return Path(named) if named else user_cache_path("eptq-onnx") / "node"
 
 
 class _Node:

@@ -123,7 +123,8 @@ def _unequal(model: ModelProto) -> None:
 CHANGED: dict[str, tuple[Callable[[ModelProto], None], str]] = {
     "scale": (_scale, ""),
     "opset": (_opset, ""),
-    "type": (_type, ""),
+    "type": (_type, 'verifier = "none"\n'),
+    "kernel-type": (_type, ""),
     "zero-point": (_zero_point, ""),
     "bias-zero-point": (lambda model: None, "[bias]\nzero_point = false\n"),
     "bias-scale": (_bias_scale, ""),
@@ -135,6 +136,7 @@ CHANGED: dict[str, tuple[Callable[[ModelProto], None], str]] = {
     "layer-output": (_float_reader, ""),
     "shared-scale": (_unequal, ""),
     "residual": (lambda model: None, '[operators.Add]\ninputs = "residual"\n'),
+    "moved": (lambda model: None, '[operators.Flatten]\noutput = "float"\n'),
     "size": (lambda model: None, "[operators.Conv]\nleast = { input_channels = 6 }\n"),
 }
 """Rule to a change of the written file that breaks it, and what the target says beyond ort-x64."""
