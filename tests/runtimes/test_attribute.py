@@ -97,4 +97,7 @@ def test_both_forms_of_a_real_model_are_compared_node_by_node():
         assert region.quantized_seconds > 0
         assert any(kernel.endswith("uint8") for kernel in region.kernels)
     assert sum(found.float_rest.values()) == sum(found.quantized_rest.values()) == 0
-    assert {"image", "f"} <= {b.tensor for b in found.borders}
+    borders = {b.tensor for b in found.borders}
+    assert "image" in borders
+    # Newer versions dequantize in front of the Flatten.
+    assert borders & {"f", "p"}
