@@ -31,6 +31,8 @@ from eptq_onnx.method.plan import plan
 from eptq_onnx.placement import RegionTime, Representation, Way
 from eptq_onnx.runtime import Session
 
+pytestmark = pytest.mark.once
+
 R = Representation
 TARGET = targets.load("ort-x64")
 

@@ -16,6 +16,8 @@ from eptq_onnx.method.plan import plan
 from eptq_onnx.records import Plan
 from eptq_onnx.runtime import Session
 
+pytestmark = pytest.mark.once
+
 HEAD = 'name = "mine"\ntitle = "Mine"\nextends = "ort-x64"\nverifier = "none"\n'
 
 

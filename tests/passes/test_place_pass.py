@@ -17,6 +17,8 @@ from eptq_onnx.passes.place import Place
 from eptq_onnx.placement import Representation, Way
 from eptq_onnx.records import Pace, Speed
 
+pytestmark = pytest.mark.once
+
 
 class Bench:
     """A machine on which integers take half the time, but for depthwise convolutions."""

@@ -20,6 +20,8 @@ from eptq_onnx import Config, ModelError, targets
 from eptq_onnx.cli import app
 from eptq_onnx.rules import RULES, Severity, lint
 
+pytestmark = pytest.mark.once
+
 HEAD = 'name = "mine"\ntitle = "Mine"\nextends = "ort-x64"\n'
 
 
