@@ -223,7 +223,7 @@ def bench(
     """Measure two files of one model side by side in a runtime.
 
     They run in turn, in pairs. With one thread, seconds are those of CPU time, which other load on the
-    machine affects little; with more, those of the clock on the wall.
+    machine affects little; with more, they are wall-clock time.
 
     Parameters
     ----------

@@ -44,7 +44,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class RegionTime:
+class TimedRegion:
     """Times of a region, the nodes that the runtime computes together, in float and on integers.
 
     Parameters
@@ -104,7 +104,7 @@ class Placement:
         Name of the chosen candidate.
     candidates : tuple of Candidate
         The all-integer model comes first, the float model second.
-    regions : tuple of RegionTime
+    regions : tuple of TimedRegion
         The regions that can run on integers and were timed.
     untimed : int
         Number of regions that were not timed and stay as planned.
@@ -118,7 +118,7 @@ class Placement:
     threads: int
     chosen: str
     candidates: tuple[Candidate, ...]
-    regions: tuple[RegionTime, ...]
+    regions: tuple[TimedRegion, ...]
     untimed: int = 0
     kept_float: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -22,11 +22,6 @@ _TYPES = {
     (2, False): TensorProto.UINT2,
 }
 """(width, signed) to the ONNX type."""
-_SMALL = 6
-"""Largest width, in bits, of weights that should not stay int8.
-
-Weights of 7 bits are 8-bit weights that avoid saturation.
-"""
 
 
 def native(model: ModelProto, widths: Sequence[int]) -> tuple[ModelProto, list[str]]:
@@ -58,7 +53,8 @@ def native(model: ModelProto, widths: Sequence[int]) -> tuple[ModelProto, list[s
         if found is None or any(
             n.op_type != "DequantizeLinear" or list(n.input).index(name) for n in view.consumers[name]
         ):
-            if int((rows.max(axis=1) - rows.min(axis=1)).max()).bit_length() <= _SMALL:
+            if int((rows.max(axis=1) - rows.min(axis=1)).max()).bit_length() <= max(LAYOUTS):
+                # Weights of 7 bits are 8-bit weights that avoid saturation.
                 left.append(name)
             continue
         width, zero = found

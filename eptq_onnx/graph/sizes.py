@@ -6,11 +6,11 @@ from collections import Counter
 
 from onnx import ModelProto, TensorProto
 
+from eptq_onnx.graph.view import QUANTIZERS
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import all_nodes, initializers
 
 PARTS = ("weights", "scales and zero points", "biases", "float constants", "graph")
-_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _BIASED = ("Conv", "ConvTranspose", "Gemm")
 """Operators whose third input is a bias."""
 _FLOAT = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -30,7 +30,7 @@ def size_of_parts(model: ModelProto) -> dict[str, int]:
     constants = {t.name: t for t in initializers(model.graph)}
     part: dict[str, str] = {}
     for node in nodes:
-        if node.op_type in _QUANTIZERS:
+        if node.op_type in QUANTIZERS:
             part.update(dict.fromkeys(node.input[1:], "scales and zero points"))
             waiting = list(node.input[:1]) if node.op_type == "DequantizeLinear" else []
             while waiting:
@@ -38,7 +38,7 @@ def size_of_parts(model: ModelProto) -> dict[str, int]:
                 if name in constants:
                     is_bias = name == node.input[0] and constants[name].data_type == TensorProto.INT32
                     part.setdefault(name, "biases" if is_bias else "weights")
-                elif name in producers and producers[name].op_type not in (*_QUANTIZERS, "Clip"):
+                elif name in producers and producers[name].op_type not in (*QUANTIZERS, "Clip"):
                     waiting.extend(producers[name].input)
         elif node.op_type in _BIASED:
             part.update(dict.fromkeys(node.input[2:3], "biases"))

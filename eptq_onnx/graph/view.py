@@ -17,6 +17,7 @@ from eptq_onnx.proto.bodies import node_reads
 from eptq_onnx.records import Layer
 
 Shape = tuple[int | None, ...]
+QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 def attribute(node: NodeProto, name: str, default: object = None) -> object:

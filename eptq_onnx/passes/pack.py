@@ -5,10 +5,8 @@ from __future__ import annotations
 from eptq_onnx.config import WeightStorage
 from eptq_onnx.graph.native import native
 from eptq_onnx.graph.packing import packed
+from eptq_onnx.numerics.bitpacking import LAYOUTS
 from eptq_onnx.passes.base import Context, Pass, State
-
-_CONTAINER = 7
-"""Smallest width, in bits, of weights that always stay int8."""
 
 
 class Pack(Pass):
@@ -52,4 +50,4 @@ class Pack(Pass):
 
 def _has_narrow(state: State) -> bool:
     """Return True if a weight has so few bits that it may be packed."""
-    return any(spec.bits < _CONTAINER for spec in state.plan.weight_specs.values())
+    return any(spec.bits in LAYOUTS for spec in state.plan.weight_specs.values())

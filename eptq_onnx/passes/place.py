@@ -25,7 +25,7 @@ from eptq_onnx.proto import store
 from eptq_onnx.records import Plan, Rounding
 from eptq_onnx.runtime import Session
 from eptq_onnx.runtimes import timings
-from eptq_onnx.runtimes.pieces import Bench
+from eptq_onnx.runtimes.pieces import Stopwatch
 from eptq_onnx.targets import ONNXRUNTIME
 
 _ALL, _FLOAT = "all integers", "float"
@@ -48,7 +48,7 @@ class Place(Pass):
     provides = ("plan", "calibration", "left_float", "float_nodes", "placement")
     repeats = True
 
-    bench: ClassVar[Callable[[int], Bench]] = Bench
+    bench: ClassVar[Callable[[int], Stopwatch]] = Stopwatch
     """Factory of the object that times models, given the number of threads."""
 
     def enabled(self, ctx: Context) -> bool:
@@ -79,12 +79,12 @@ class _Timed:
     ----------
     state : State
     ctx : Context
-    bench : Bench
+    bench : Stopwatch
     """
 
     state: State
     ctx: Context
-    bench: Bench
+    bench: Stopwatch
 
     def __post_init__(self) -> None:
         state, ctx = self.state, self.ctx
@@ -94,7 +94,8 @@ class _Timed:
         self._notes: list[str] = []
         batches = ctx.samples.two_batches(ctx.samples.fixed_batch or 1)
         self._feeds: Feeds = batches[0]
-        exact, written = (specialize(m, batches) for m in (state.executed, self._written(state.plan)))
+        self._whole = self._written(state.plan)
+        exact, written = (specialize(m, batches) for m in (state.executed, self._whole))
         self._cut = Cut(exact, written, state.plan)
 
     def placement(self) -> Placement:
@@ -131,7 +132,7 @@ class _Timed:
 
     def _measured(self, digest: str) -> Timings:
         cut, planned = self._cut, self._cut.as_planned
-        whole = self._written(self.state.plan)
+        whole = self._whole
         base = self.bench.compare(whole, io.load(self.ctx.source, self.ctx.folder), self._feeds)
         fast = base.quantized_seconds < _SHORTEST
         ways: dict[str, tuple[Way, ...]] = {}

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from rich.table import Table
 
-from eptq_onnx.placement import Candidate, Placement, RegionTime
+from eptq_onnx.placement import Candidate, Placement, TimedRegion
 from eptq_onnx.report.console import line
 
 
@@ -57,7 +57,7 @@ def _operator_table(placement: Placement) -> Table:
         title="Time of kernels, without conversions",
         title_justify="left",
     )
-    kinds: dict[str, list[RegionTime]] = defaultdict(list)
+    kinds: dict[str, list[TimedRegion]] = defaultdict(list)
     for region in placement.regions:
         kinds[region.operators].append(region)
     for kind, own in sorted(kinds.items(), key=lambda item: -sum(r.float_seconds for r in item[1])):

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from eptq_onnx.graph.view import int_attribute, opset_of
 from eptq_onnx.numerics.quant_math import bias_scale
 from eptq_onnx.numerics.scales import ScaleRule
-from eptq_onnx.rules.roles import activation_of, bias_of, weight_of
+from eptq_onnx.rules.roles import activation_of, bias_of, biases_of, weights_of
 from eptq_onnx.rules.rule import Rule, Severity, rule
 from eptq_onnx.rules.view import QdqView, Quantized
 from eptq_onnx.targets import ONNXRUNTIME, Target
@@ -95,7 +95,7 @@ def _foreign_types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     for q in _activations(view):
         if q.type_name not in (own, wide):
             yield q.node.name, f"an activation is {q.type_name}, and {target.name} takes {own}"
-    biases = {b.node.name for n in view.nodes if (b := bias_of(n, view)) is not None}
+    biases = biases_of(view)
     for q in view.dequantizers:
         if not q.constant or q.type_name in (own, target.weight.container):
             continue
@@ -119,8 +119,7 @@ def _foreign_types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 )
 def zero_point(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: onnx-tensorrt importers; onnxruntime qdq_selectors.cc (weights and biases)."""
-    weights = {w[0].node.name for n in view.nodes if (w := weight_of(n, view, target)) is not None}
-    biases = {b.node.name for n in view.nodes if (b := bias_of(n, view)) is not None}
+    weights, biases = {w.node.name for _, w, _ in weights_of(view, target)}, biases_of(view)
     for q in (*view.quantizers, *view.dequantizers):
         fixed = q.node.name in weights or q.node.name in biases
         if q.is_shifted and (fixed or target.activation.symmetric):
@@ -149,14 +148,13 @@ def bias_zero_point(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 )
 def bias_scales(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: ONNX QLinearConv."""
-    for node in view.nodes:
-        bias, weight = bias_of(node, view), weight_of(node, view, target)
-        x = activation_of(node.input[0], view, target) if node.input else None
-        if bias is None or weight is None or x is None or bias.elem_type != TensorProto.INT32:
+    for node, weight, _ in weights_of(view, target):
+        bias, x = bias_of(node, view), activation_of(node.input[0], view, target)
+        if bias is None or x is None or bias.elem_type != TensorProto.INT32:
             continue
-        if bias.scale is None or weight[0].scale is None or x.scale is None or x.scale.size != 1:
+        if bias.scale is None or weight.scale is None or x.scale is None or x.scale.size != 1:
             continue
-        product = bias_scale(x.scale.reshape(()), weight[0].scale)
+        product = bias_scale(x.scale.reshape(()), weight.scale)
         if not np.allclose(bias.scale.reshape(-1), product.reshape(-1), rtol=_PRECISION, atol=0):
             yield node.name, "the scale of its bias is not its input scale times its weight scale"
 
@@ -182,11 +180,9 @@ def activation_scale(view: QdqView, target: Target) -> Iterator[tuple[str, str]]
 )
 def weight_axis(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: TensorRT, working with quantized types; ONNX QLinearConv."""
-    for node in view.nodes:
-        found = weight_of(node, view, target)
-        if found is None or found[0].axis is None:
+    for node, weight, axis in weights_of(view, target):
+        if weight.axis is None:
             continue
-        weight, axis = found
         if not target.of(node.op_type).weight.per_channel:
             yield node.name, f"its weight has several scales, but {target.name} takes one for {node.op_type}"
         elif weight.axis != axis:
@@ -223,10 +219,9 @@ def power_of_two(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 )
 def weight_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: vpmaddubsw adds two products of uint8 and int8 in 16 bits; TensorRT uses −127 to 127."""
-    for node in view.nodes:
-        found = weight_of(node, view, target)
-        values = view.value(found[0].integers) if found is not None else None
-        if found is None or values is None or found[0].type_name != "int8" or not values.size:
+    for node, weight, _ in weights_of(view, target):
+        values = view.value(weight.integers)
+        if values is None or weight.type_name != "int8" or not values.size:
             continue
         shape = view.graph.static_shape(node.input[1])
         single = (int_attribute(node, "group", 1), 1)

@@ -120,10 +120,7 @@ def _behind_clipping(node: NodeProto, view: QdqView, target: Target) -> str:
 )
 def idle_pair(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: TensorRT best practices for placing Q/DQ; OpenVINO low-precision transformations."""
-    for q in view.dequantizers:
-        source = view.between(q)[1]
-        if q.constant or source is None:
-            continue
+    for source, q in view.pairs:
         producer = view.graph.producer.get(source.node.input[0])
         wanted = producer is not None and _writes_integers(producer, view, target)
         readers = view.readers(q.node.output[0])
@@ -204,7 +201,7 @@ def moved(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: TensorRT, which moves quantizers across such operators itself."""
     for node in view.nodes:
         row = target.operators.get(node.op_type)
-        if row is None or (row.runs, row.output) != ("equal scale", "float"):
+        if row is None or not row.carries:
             continue
         if runs_on_integers(node, view, target) and any(view.written(o) for o in node.output):
             yield node.name, f"the output of {node.op_type} is quantized once more"
@@ -220,9 +217,8 @@ def pattern(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: TensorRT and OpenVINO fusions; modelopt.onnx."""
     stripped = view.stripped
     inside = regions(stripped, target.patterns.keep)
-    for q in view.dequantizers:
-        source = view.between(q)[1]
-        maker = None if source is None else stripped.producer.get(source.node.input[0])
+    for source, q in view.pairs:
+        maker = stripped.producer.get(source.node.input[0])
         name = None if maker is None else inside.get(maker.name)
         readers = view.readers(q.node.output[0])
         if name is not None and readers and all(inside.get(n.name) == name for n in readers):

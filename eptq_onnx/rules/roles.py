@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from onnx import NodeProto
 
 from eptq_onnx.ops import spec_of
@@ -14,22 +16,27 @@ def activation_of(tensor: str, view: QdqView, target: Target) -> Quantized | Non
     while (read := view.read(tensor)) is None:
         mover = view.graph.producer.get(tensor)
         row = None if mover is None else target.operators.get(mover.op_type)
-        if mover is None or row is None or (row.runs, row.output) != ("equal scale", "float"):
+        if mover is None or row is None or not row.carries:
             return None
         tensor = mover.input[0]
     return read
 
 
-def weight_of(node: NodeProto, view: QdqView, target: Target) -> tuple[Quantized, int] | None:
-    """Return a layer's quantized constant weight and its output-channel axis, or None."""
-    spec, row = spec_of(node), target.operators.get(node.op_type)
-    if row is None or row.runs != "layer" or spec.weight is None or len(node.input) <= spec.weight:
-        return None
-    read = view.read(node.input[spec.weight])
-    shape = view.graph.shape(node.input[spec.weight])
-    if read is None or not read.constant or shape is None or len(shape) < 2:
-        return None
-    return read, spec.weight_axis(node) % len(shape)
+def weights_of(view: QdqView, target: Target) -> Iterator[tuple[NodeProto, Quantized, int]]:
+    """Yield the layers with a quantized constant weight, the weight, and its output-channel axis."""
+    for node in view.nodes:
+        spec, row = spec_of(node), target.operators.get(node.op_type)
+        if row is None or row.runs != "layer" or spec.weight is None or len(node.input) <= spec.weight:
+            continue
+        read = view.read(node.input[spec.weight])
+        shape = view.graph.shape(node.input[spec.weight])
+        if read is not None and read.constant and shape is not None and len(shape) >= 2:
+            yield node, read, spec.weight_axis(node) % len(shape)
+
+
+def biases_of(view: QdqView) -> set[str]:
+    """Return the names of the DequantizeLinear nodes that produce biases of layers."""
+    return {b.node.name for n in view.nodes if (b := bias_of(n, view)) is not None}
 
 
 def bias_of(node: NodeProto, view: QdqView) -> Quantized | None:

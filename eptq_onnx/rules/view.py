@@ -90,6 +90,7 @@ class QdqView:
         self.quantizers = [self._read(n) for n in pairs if n.op_type == QUANTIZE]
         self.dequantizers = [self._read(n) for n in pairs if n.op_type == DEQUANTIZE]
         self._dequantized = {q.node.output[0]: q for q in self.dequantizers}
+        self._making = {q.integers: q for q in self.quantizers}
         self._quantized: dict[str, list[Quantized]] = defaultdict(list)
         for q in self.quantizers:
             self._quantized[q.node.input[0]].append(q)
@@ -117,7 +118,16 @@ class QdqView:
                 return nodes, None
             nodes.append(node)
             tensor = node.input[0]
-        return nodes, None if node is None else next(q for q in self.quantizers if q.node is node)
+        return nodes, None if node is None else self._making[tensor]
+
+    @cached_property
+    def pairs(self) -> list[tuple[Quantized, Quantized]]:
+        """The QuantizeLinear and the DequantizeLinear of each activation."""
+        return [
+            (source, q)
+            for q in self.dequantizers
+            if not q.constant and (source := self.between(q)[1]) is not None
+        ]
 
     def readers(self, tensor: str) -> list[NodeProto]:
         """Return the nodes that read a tensor."""
@@ -135,11 +145,7 @@ class QdqView:
     @cached_property
     def stripped(self) -> GraphView:
         """Return the float network without quantizers; its constants have shapes but no values."""
-        names: dict[str, str] = {}
-        for q in self.dequantizers:
-            _, source = self.between(q)
-            if source is not None and not q.constant:
-                names[q.node.output[0]] = source.node.input[0]
+        names = {q.node.output[0]: source.node.input[0] for source, q in self.pairs}
         names = {name: _last(name, names) for name in names}
         nodes = [edit.renamed(n, names) for n in self.nodes]
         model = ModelProto()
@@ -200,11 +206,6 @@ class QdqView:
             )
             values.update(Session(part).run({}))
         return values
-
-
-def name_of(node: NodeProto) -> str:
-    """Return a node's name, or that of its first output."""
-    return node.name or next((o for o in node.output if o), node.op_type)
 
 
 def _last(name: str, names: Mapping[str, str]) -> str:

@@ -18,6 +18,7 @@ from onnx import GraphProto, ModelProto, ValueInfoProto, helper
 from eptq_onnx import scratch
 from eptq_onnx.errors import DataError, InstallError, ModelError
 from eptq_onnx.graph.io import read_file
+from eptq_onnx.graph.view import QUANTIZERS
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.runtime import source
 
@@ -30,7 +31,7 @@ Timed: TypeAlias = Callable[[], float]
 INTEGERS = frozenset({"uint8", "int8", "uint4", "int4", "uint2", "int2"})
 """Precisions of integer kernels, whose inputs are quantized."""
 
-CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear", "layout"})
+CONVERSIONS = frozenset({*QUANTIZERS, "layout"})
 """Operators that only convert a tensor, between integers and floats or between memory layouts."""
 
 PROFILED = 12, 0.3
@@ -259,6 +260,15 @@ class Verifier(ABC):
         CapabilityError
             If the runtime cannot time nodes here.
         """
+
+
+def repeated(run: Callable[[], object]) -> int:
+    """Run a model as often as a profile needs, and return the number of runs."""
+    count, began = 0, time.perf_counter()
+    while count < PROFILED[0] or time.perf_counter() - began < PROFILED[1]:
+        run()
+        count += 1
+    return count
 
 
 def fastest(times: Sequence[float], runs: int) -> float:

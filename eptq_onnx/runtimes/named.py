@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import onnx
 from onnx import GraphProto, ModelProto
 
+from eptq_onnx.graph.view import QUANTIZERS
 from eptq_onnx.proto.bodies import all_names, all_nodes
 from eptq_onnx.runtimes.base import Model, graph_of
 
-_QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _ADDED = re.compile(r"(/WithoutBiases|_\d+)$")
 """Suffixes that OpenVINO adds to names."""
 
@@ -57,7 +57,7 @@ class Named:
             node = self._nodes.get(name) or self._nodes.get(plain) or self._nodes.get(_ADDED.sub("", plain))
             if node is None:
                 continue
-            if node.op_type in _QUANTIZERS:
+            if node.op_type in QUANTIZERS:
                 quantizers.append(node.op_type)
                 border = node.input[0] if node.op_type == "QuantizeLinear" else node.output[0]
             elif node.op_type != "Constant":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ from eptq_onnx.errors import InstallError
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.runtimes import ort_graph, ort_profile
 from eptq_onnx.runtimes.base import (
-    PROFILED,
     Kernel,
     LoadCost,
     Loaded,
@@ -24,6 +22,7 @@ from eptq_onnx.runtimes.base import (
     Verifier,
     clock_of,
     graph_of,
+    repeated,
     timed,
 )
 from eptq_onnx.runtimes.loading import load_cost
@@ -88,10 +87,8 @@ class OnnxRuntime(Verifier):
             session = runtime.Session(
                 named, threads=threads, profile=Path(folder) / "profile", save_optimized=optimized
             )
-            own, count, began = session.taken(feeds), 0, time.perf_counter()
-            while count < PROFILED[0] or time.perf_counter() - began < PROFILED[1]:
-                session.run(own)
-                count += 1
+            own = session.taken(feeds)
+            count = repeated(lambda: session.run(own))
             events = ort_profile.parse(session.end_profiling().read_text(encoding="utf-8", errors="replace"))
             return ort_profile.node_times(events, optimized_kernels(named, optimized), count)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from onnx import GraphProto
 from eptq_onnx.errors import ModelError, one_line
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.runtimes.base import (
-    PROFILED,
     Kernel,
     LoadCost,
     Loaded,
@@ -28,6 +26,7 @@ from eptq_onnx.runtimes.base import (
     clock_of,
     graph_of,
     on_disk,
+    repeated,
     timed,
 )
 from eptq_onnx.runtimes.loading import load_cost
@@ -78,14 +77,16 @@ class _Compiled(Loaded):
 
     def profile(self, feeds: Feeds) -> dict[str, list[float]]:
         """Return the seconds of each executed node, one value per run."""
-        own, count, began = self._own(feeds), 0, time.perf_counter()
+        own = self._own(feeds)
         found: dict[str, list[float]] = defaultdict(list)
-        while count < PROFILED[0] or time.perf_counter() - began < PROFILED[1]:
+
+        def run() -> None:
             self._infer(own)
             for info in self._request.get_profiling_info():
                 if str(info.status).endswith(".EXECUTED"):
                     found[info.node_name].append(info.real_time.total_seconds())
-            count += 1
+
+        repeated(run)
         return found
 
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto
 
+from eptq_onnx.graph.view import QUANTIZERS
 from eptq_onnx.proto.bodies import all_nodes, node_reads
 from eptq_onnx.runtimes.base import CONVERSIONS, Kernel
 
-QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _LAYOUTS = frozenset({"ReorderInput", "ReorderOutput"})
-_CARRIERS = QUANTIZERS | _LAYOUTS | {"Transpose", "Identity", "Cast"}
+_CARRIERS = _LAYOUTS | {*QUANTIZERS} | {"Transpose", "Identity", "Cast"}
 """Operators that only convert or permute a tensor, so that their output is the same tensor renamed."""
 
 _PREFIX = re.compile(r"^(QLinear|Fused|Nhwc|Q(?=[A-Z]))")

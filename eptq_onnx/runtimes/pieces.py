@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +21,9 @@ from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.placement import Representation, Way
 from eptq_onnx.records import Speed
 from eptq_onnx.runtime import Session, load
-from eptq_onnx.runtimes.speed import BRIEF, Effort, compare
+from eptq_onnx.runtimes import ort_profile
+from eptq_onnx.runtimes.speed import BRIEF, Effort, latency
+from eptq_onnx.targets.machine import cpuinfo
 
 _RUNS = (8, 200)
 """Minimum and maximum number of runs of a piece."""
@@ -127,14 +127,10 @@ def kernel_times(
             taken = time.perf_counter() - start[0], time.thread_time() - start[1]
             # Waiting threads spin, so only with a single thread does its CPU time show the interruptions.
             lost.append(max(0.0, taken[0] - taken[1]) if pace.threads == 1 else 0.0)
-        events = json.loads(
-            session.end_profiling().read_text(encoding="utf-8", errors="replace"), strict=False
-        )
+        events = ort_profile.parse(session.end_profiling().read_text(encoding="utf-8", errors="replace"))
         spent: dict[str, list[float]] = defaultdict(list)
         for event in events:
-            name = str(event.get("name", ""))
-            if event.get("cat") == "Node" and name.endswith("_kernel_time"):
-                spent[name.removesuffix("_kernel_time")].append(float(event["dur"]) * 1e-6)
+            spent[ort_profile.node_of(event)].append(float(event["dur"]) * 1e-6)
         return undisturbed(spent, lost), onnx.load(path, load_external_data=False).graph
 
 
@@ -222,7 +218,7 @@ _LAST: Mapping[Representation, Representation] = {
 }
 
 
-class Bench:
+class Stopwatch:
     """Time models in the installed onnxruntime.
 
     Parameters
@@ -256,20 +252,17 @@ class Bench:
         return kernel_times(model, Pace(self.threads, seconds), optimize=False)[0]
 
     def compare(self, base: ModelProto, other: ModelProto, feeds: Feeds) -> Speed:
-        """Time two whole models in turn; see `eptq_onnx.runtimes.speed.compare`."""
-        verifier = runtimes.make()
-        with verifier.load(base, self.threads) as first, verifier.load(other, self.threads) as second:
-            return compare((first.bind(feeds), second.bind(feeds)), 1, _LONG)
+        """Time two whole models in turn; see `eptq_onnx.runtimes.speed.latency`."""
+        return latency(runtimes.make(), (base, other), feeds, self.threads, _LONG)
 
 
 @cache
 def machine() -> str:
     """Return the processor's name, the number of cores, and a digest of the CPU's feature flags."""
     facts = {"model name": platform.processor() or platform.machine(), "flags": ""}
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in facts:
-                facts[key.strip()] = value.strip()
+    for line in cpuinfo().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in facts:
+            facts[key.strip()] = value.strip()
     digest = hashlib.sha256(facts["flags"].encode()).hexdigest()[:8]
     return f"{facts['model name']}, {os.cpu_count()} cores, instruction sets {digest}"

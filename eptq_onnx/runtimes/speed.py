@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from eptq_onnx.errors import ModelError
+from eptq_onnx.graph.view import QUANTIZERS
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.records import OperatorTime, Pace, Speed
 from eptq_onnx.runtimes.base import Kernel, Model, NodeTime, Timed, Verifier
@@ -32,7 +33,6 @@ Only the fastest run counts, because slower runs were interrupted.
 """
 _MARGIN = 1.05
 """A ratio within this factor of 1 makes no difference to a user."""
-_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,15 @@ class Effort:
         Maximum number of pairs.
     decided : bool
         True to stop as soon as the interval shows which model is faster, or that neither is.
+    advice : str
+        End of the error for a slower model.
     """
 
     longest_run: float = 2.0
     seconds: float = 1.5
     pairs: int = 41
     decided: bool = True
+    advice: str = ""
 
 
 BRIEF = Effort()
@@ -79,10 +82,17 @@ def measure(verifier: Verifier, pair: tuple[Model, Model], feeds: Feeds, samples
     ModelError
         If the runtime rejects a model, or if one run takes longer than `Effort.longest_run`.
     """
-    with verifier.load(pair[0], threads=0) as exact, verifier.load(pair[1], threads=0) as quantized:
-        speed = compare((exact.bind(feeds), quantized.bind(feeds)), samples)
+    speed = replace(latency(verifier, pair, feeds, threads=0), samples=samples)
     # Operators are profiled in separate sessions, because profiling slows a session down.
     return speed if speed.pace is Pace.FASTER else by_operator(verifier, pair, feeds, speed, threads=0)
+
+
+def latency(
+    verifier: Verifier, pair: tuple[Model, Model], feeds: Feeds, threads: int, effort: Effort = BRIEF
+) -> Speed:
+    """Load both models and time them in turn; see `compare`."""
+    with verifier.load(pair[0], threads) as exact, verifier.load(pair[1], threads) as quantized:
+        return compare((exact.bind(feeds), quantized.bind(feeds)), 1, effort)
 
 
 def by_operator(
@@ -118,7 +128,9 @@ def compare(
         first = run()  # allocates memory and packs weights
         second = run() if first < effort.longest_run else first
         if second > effort.longest_run:
-            raise ModelError(f"one run takes {second:.1f} s, and the limit is {effort.longest_run:g} s")
+            raise ModelError(
+                f"one run takes {second:.1f} s, and the limit is {effort.longest_run:g} s{effort.advice}"
+            )
         longest = max(longest, second)
     # Both models get the same number of runs, because the minimum over more runs is smaller.
     repeats = min(_REPEATS, math.ceil(_TURN / max(longest, 1e-9)))
@@ -187,9 +199,9 @@ def label(kernel: Kernel) -> str:
 
     These are the producers of what it quantizes, or the readers of what it dequantizes.
     """
-    if kernel.operator not in _QUANTIZERS:
+    if kernel.operator not in QUANTIZERS:
         return kernel.operator
-    both = "/".join(_QUANTIZERS)
+    both = "/".join(QUANTIZERS)
     if kernel.around is None:
         return both
     if kernel.around:

@@ -59,6 +59,11 @@ def folder() -> Path:
     return Path(named) if named else user_cache_path("eptq-onnx") / "node"
 
 
+def _clock(threads: int) -> str:
+    """Return the key of the time that counts in what the process answers; see `clock_of`."""
+    return "cpu" if clock_of(threads) is not clock_of(0) else "wall"
+
+
 class _Node:
     """A Node.js process that runs models, as a context manager that ends it."""
 
@@ -122,7 +127,7 @@ class _Node:
 class _Session(Loaded):
     def __init__(self, node: _Node, model: Model, threads: int) -> None:
         super().__init__(model)
-        self._node, self._clock = node, "cpu" if clock_of(threads) is not clock_of(0) else "wall"
+        self._node, self._clock = node, _clock(threads)
 
     def feed(self, feeds: Feeds) -> None:
         """Send the feeds for the runs that follow."""
@@ -198,9 +203,7 @@ class Web(Verifier):
     def load_cost(self, path: Path, threads: int = 1) -> LoadCost:
         """See `Verifier.load_cost`."""
         with self._loaded(path, threads) as (_, _, cost):
-            return LoadCost(
-                cost["cpu" if clock_of(threads) is not clock_of(0) else "wall"], int(cost["bytes"])
-            )
+            return LoadCost(cost[_clock(threads)], int(cost["bytes"]))
 
     def kernels(self, model: Model, feeds: Feeds | None = None) -> tuple[Kernel, ...]:
         """Return the nodes in a profile, because onnxruntime-web does not expose its optimized graph."""

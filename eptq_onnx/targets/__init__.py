@@ -166,6 +166,11 @@ class Operator(_Row):
     weight: WeightRules | None = None
     kernels: tuple[str, ...] = ()
 
+    @property
+    def carries(self) -> bool:
+        """Return True if its results are on the grid of its input and get no quantizer of their own."""
+        return self.runs == "equal scale" and self.output == "float"
+
 
 class PatternRules(_Row):
     """``keep``: patterns of several operators that the runtime fuses; their nodes stay float."""

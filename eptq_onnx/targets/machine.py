@@ -40,8 +40,7 @@ def has_vnni() -> bool | None:
     """
     listed = ""
     if sys.platform == "linux":
-        with suppress(OSError):
-            listed = _CPUINFO.read_text(encoding="utf-8", errors="replace")
+        listed = cpuinfo()
     elif sys.platform == "darwin":
         with suppress(OSError, subprocess.SubprocessError):
             command = ["sysctl", "-n", "machdep.cpu.leaf7_features"]
@@ -49,3 +48,10 @@ def has_vnni() -> bool | None:
     if not listed.strip():
         return None
     return re.search(r"\bavx(512)?_?vnni\b", listed, re.IGNORECASE) is not None
+
+
+def cpuinfo() -> str:
+    """Return what Linux reports about the processors; empty on other systems."""
+    with suppress(OSError):
+        return _CPUINFO.read_text(encoding="utf-8", errors="replace")
+    return ""

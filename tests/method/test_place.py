@@ -20,7 +20,6 @@ from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.place.costs import STEPS, program_of, steps_of
 from eptq_onnx.method.place.network import reasons
 from eptq_onnx.method.place.pieces import (
-    CONVERSIONS,
     between_convolutions,
     conversions_piece,
     float_piece,
@@ -28,7 +27,7 @@ from eptq_onnx.method.place.pieces import (
 from eptq_onnx.method.place.program import TIME, Option, Program, Tensor, cost_of, paths, solve
 from eptq_onnx.method.place.regions import Region, regions_of
 from eptq_onnx.method.plan import plan
-from eptq_onnx.placement import RegionTime, Representation, Way
+from eptq_onnx.placement import Representation, TimedRegion, Way
 from eptq_onnx.runtime import Session
 
 pytestmark = pytest.mark.once
@@ -127,7 +126,7 @@ def test_other_currencies_are_limits_and_objectives(program, limit, swapped):
 
 
 def test_conversions_go_step_by_step_and_readers_share_them():
-    steps = steps_of({**dict.fromkeys(CONVERSIONS, 1.0), "float to last": 10.0})
+    steps = steps_of({**dict.fromkeys(STEPS, 1.0), "float to last": 10.0})
     ways = paths(steps.items())
     assert ways[R.FLOAT_BLOCKED, R.INTEGERS_LAST] == (
         (R.FLOAT_BLOCKED, R.FLOAT),
@@ -143,7 +142,7 @@ def test_conversions_go_step_by_step_and_readers_share_them():
 def test_tensors_without_layouts_are_quantized_only():
     steps = steps_of({"quantize": 1.0, "dequantize": 2.0})
     assert set(steps) == {(R.FLOAT, R.INTEGERS), (R.INTEGERS, R.FLOAT)}
-    free = steps_of(dict.fromkeys(CONVERSIONS, 1.0), layouts=False)
+    free = steps_of(dict.fromkeys(STEPS, 1.0), layouts=False)
     assert free[R.FLOAT, R.INTEGERS] == 1
     assert free[R.FLOAT, R.FLOAT_BLOCKED] == free[R.INTEGERS, R.INTEGERS_LAST] == 0
 
@@ -294,7 +293,7 @@ def test_a_piece_with_unknown_shapes_or_other_than_images_is_not_put_between_con
 def test_the_model_of_conversions_runs(shape, container):
     piece = conversions_piece(shape, container, 13)
     names = {n.name for n in piece.model.graph.node}
-    assert names <= set(CONVERSIONS)
+    assert names <= set(STEPS)
     assert {"quantize", "dequantize"} <= names
     assert ("integers to last" in names) == (len(shape) == 4)
     assert Session(piece.model, optimize=False).outputs
@@ -305,12 +304,12 @@ def test_the_model_of_conversions_runs(shape, container):
 
 def test_the_reason_is_the_time_of_all_that_stay_float_for_it():
     kept = [Region((name,), "Conv", True) for name in "ab"]
-    times = [RegionTime((name,), "Conv", 0.6e-3, 1.55e-3, False) for name in "ab"]
+    times = [TimedRegion((name,), "Conv", 0.6e-3, 1.55e-3, False) for name in "ab"]
     assert reasons(times, kept) == dict.fromkeys(
         "ab", "integers would be slower here: 3.1 ms instead of 1.2 ms"
     )
 
 
 def test_what_is_kept_for_its_neighbours_says_so():
-    found = reasons([RegionTime(("a",), "Add", 3e-3, 1e-3, False)], [Region(("a",), "Add", True)])
+    found = reasons([TimedRegion(("a",), "Add", 3e-3, 1e-3, False)], [Region(("a",), "Add", True)])
     assert "the conversions around it would cost more than the 2 ms that the kernels save" in found["a"]

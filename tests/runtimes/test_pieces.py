@@ -13,7 +13,7 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.place.pieces import between_convolutions
 from eptq_onnx.placement import Representation
 from eptq_onnx.runtimes import pieces
-from eptq_onnx.runtimes.pieces import Bench, Pace, drawn, undisturbed, ways_of
+from eptq_onnx.runtimes.pieces import Pace, Stopwatch, drawn, undisturbed, ways_of
 
 ONCE = Pace(threads=1, seconds=0.0)
 
@@ -106,8 +106,8 @@ def test_a_piece_that_onnxruntime_refuses_is_told():
 def test_whole_models_are_compared_with_the_clock_of_their_threads():
     model = parse("g (float[4,4] x) => (float[4,4] y) { y = MatMul (x, w) }", {"w": normal(4, 4)})
     for threads in (1, 2):
-        speed = Bench(threads).compare(model, model, {"x": np.ones((4, 4), np.float32)})
+        speed = Stopwatch(threads).compare(model, model, {"x": np.ones((4, 4), np.float32)})
         assert speed.low <= speed.ratio <= speed.high
-    assert Bench(1).runtime.startswith("onnxruntime ")
-    assert Bench(1).machine == Bench(2).machine
+    assert Stopwatch(1).runtime.startswith("onnxruntime ")
+    assert Stopwatch(1).machine == Stopwatch(2).machine
     assert GraphView(model).outputs == ("y",)

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from eptq_onnx.errors import ConfigError
-from eptq_onnx.placement import Candidate, Placement, RegionTime, Representation, Timings, Way
+from eptq_onnx.placement import Candidate, Placement, Representation, TimedRegion, Timings, Way
 from eptq_onnx.runtimes import timings
 
 CANDIDATE = Candidate("all integers", 2, 1e-3, 2e-3, 1.0, 1.0, 1.0)
-REGION = RegionTime(("a", "b"), "Conv+Relu", 1e-3, 2e-3, False)
+REGION = TimedRegion(("a", "b"), "Conv+Relu", 1e-3, 2e-3, False)
 PLACEMENT = Placement("runtime 1", "machine", 1, "all integers", (CANDIDATE,), (REGION,), 0, {"a": "slower"})
 TIMINGS = Timings(
     "digest",

@@ -19,7 +19,7 @@ STEPS: Mapping[str, Sequence[Step]] = {
     "integers to last": [(_R.INTEGERS, _R.INTEGERS_LAST)],
     "integers from last": [(_R.INTEGERS_LAST, _R.INTEGERS)],
 }
-"""Measured conversion (see `pieces.CONVERSIONS`) to the steps that it performs."""
+"""Measured conversion (see `pieces.conversions_piece`) to the steps that it performs."""
 _LAYOUTS = tuple(name for name in STEPS if name not in ("quantize", "dequantize"))
 _REVERSE = {"float to blocked": "float from blocked"}
 """Conversion to the one whose time is used if the runtime lacks it.

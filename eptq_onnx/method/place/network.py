@@ -17,7 +17,7 @@ from eptq_onnx.method.place.costs import program_of
 from eptq_onnx.method.place.pieces import Piece, conversions_piece, float_piece, integer_piece
 from eptq_onnx.method.place.program import Choice, solve
 from eptq_onnx.method.place.regions import Region, Regions, regions_of
-from eptq_onnx.placement import RegionTime, Way
+from eptq_onnx.placement import TimedRegion, Way
 from eptq_onnx.records import Plan
 
 Ways = Mapping[str, tuple[Way, ...]]
@@ -155,7 +155,7 @@ class Cut:
             pairs.append((own[0], own[1]))
         return pairs
 
-    def times(self, ways: Ways, chosen: Sequence[bool]) -> tuple[RegionTime, ...]:
+    def times(self, ways: Ways, chosen: Sequence[bool]) -> tuple[TimedRegion, ...]:
         """Return the times of all regions that can run on integers and were timed in both forms."""
         found = []
         for region, (exact, integers), on_integers in zip(
@@ -163,7 +163,7 @@ class Cut:
         ):
             if region.movable and exact and integers:
                 first, second = (min(w.seconds for w in own) for own in (exact, integers))
-                found.append(RegionTime(region.nodes, region.operators, first, second, on_integers))
+                found.append(TimedRegion(region.nodes, region.operators, first, second, on_integers))
         return tuple(found)
 
     def nodes(self, chosen: Sequence[bool]) -> list[Region]:
@@ -178,7 +178,7 @@ def _work(model: ModelProto) -> float:
     return float(outputs * max([*terms, 1]))
 
 
-def reasons(times: Iterable[RegionTime], kept: Iterable[Region]) -> dict[str, str]:
+def reasons(times: Iterable[TimedRegion], kept: Iterable[Region]) -> dict[str, str]:
     """Return for each node kept float the reason, with the total times of regions of the same operators."""
     wanted = {r.nodes for r in kept}
     totals: dict[str, list[float]] = {}

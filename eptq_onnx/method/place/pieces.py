@@ -30,8 +30,6 @@ _KINDS = (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8)
 _SHOWN = 64
 """Largest integer constant, in values, whose content is part of a piece's key: shapes and axes."""
 _SCALE = np.float32(1 / 64)
-CONVERSIONS = ("quantize", "dequantize", "float to last", "float from last", "integers to last",
-               "integers from last", "float to blocked", "float from blocked")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -272,9 +272,7 @@ def _carried(draft: Draft) -> frozenset[str]:
     return frozenset(
         draft.final(o)
         for n in draft.view.nodes
-        if (spec := draft.quantized.get(n.name))
-        and spec.role is Role.EQUAL_SCALE
-        and draft.row(n).output == "float"
+        if n.name in draft.quantized and draft.row(n).carries
         for o in n.output
         if o
     )
