@@ -26,7 +26,7 @@ from eptq_onnx.targets import Target
 PAGE = MODELS.parent / "docs" / "targets.md"
 pytestmark = pytest.mark.once
 
-BLOCK = re.compile(r"Save it as `(.+?)`:\n\n```toml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"Save it\s+as\s+`(.+?)`:\n\n```toml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def sqnr(exact: np.ndarray, got: np.ndarray) -> float:
