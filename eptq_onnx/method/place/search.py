@@ -27,13 +27,13 @@ from eptq_onnx.runtimes.pieces import Stopwatch
 ALL, FLOAT = "all integers", "float"
 _SHORTEST = 1e-3
 """Seconds of one float run below which nothing is chosen, because call overhead would dominate."""
-_LITTLE = 0.05
+_LITTLE = 0.1
 """Share of the planned model's time that regions must lose on integers for a choice to be worth measuring."""
 _LONGEST = 0.05
 """Maximum seconds for the runs of one piece."""
 _MARGIN = 1.25
 """Factor on integer kernels in the cautious choice."""
-_DOUBT, _MOST_TRIED = 1.1, 3
+_DOUBT, _MOST_TRIED = 1.1, 2
 """Factor on the planned model's predicted time up to which choices are timed as a whole, and how many."""
 _TRIES, _STEP = 5, 0.98
 """Maximum number of choices timed for the least noise, and how far each limit is below the last."""
@@ -185,24 +185,25 @@ class Search:
 
     def _fastest(self, times: Times, ends: tuple[Candidate, Candidate]) -> _Found:
         """Return the fastest choice."""
-        cut, models = self._cut, self._models
-        planned, seen = cut.as_planned, times.seen
+        cut, models, planned = self._cut, self._models, self._cut.as_planned
         choices = {
+            # In order of names for choices that come out alike.
             "least time": cut.choose(times),
             "least time but for layouts": cut.choose(times, layouts=False),
             "least time with a margin": cut.choose(times, margin=_MARGIN),
             "least time as profiled": cut.choose(replace(times, pieces={}), layouts=False),
-            "float where operators are slower": cut.choose(times, fixed=cut.faster_kinds(seen)),
         }
         names = {c.on_integers: name for name, c in reversed(choices.items()) if c is not None}
-        found = [(names[on], cut.choose(times, fixed=on)) for on in names if on != planned]
+        foreseen = [(name, cut.choose(times, fixed=on)) for on, name in names.items() if on != planned]
         # Predictions ignore interactions, so those that look a little slower are tried, too.
         most = _DOUBT * ends[0].predicted
-        likely = sorted(
-            ((c, name) for name, c in found if c is not None and c.predicted <= most),
-            key=lambda pair: pair[0].predicted,
-        )
-        tried = {c.on_integers: self._timed(name, c) for c, name in likely[:_MOST_TRIED]}
+        likely = [(c, name) for name, c in foreseen if c is not None and c.predicted <= most]
+        likely = sorted(likely, key=lambda pair: pair[0].predicted)[:_MOST_TRIED]
+        # This choice rests on whole models alone, and is tried whatever the times of regions predict.
+        kinds = cut.choose(times, fixed=cut.faster_kinds(times.seen))
+        if kinds is not None and kinds.on_integers not in {planned, *(c.on_integers for c, _ in likely)}:
+            likely.append((kinds, "float where operators are slower"))
+        tried = {c.on_integers: self._timed(name, c) for c, name in likely}
         faster = [on for on, candidate in tried.items() if candidate.high < 1]
         if faster:
             chosen = min(faster, key=lambda on: tried[on].ratio)
