@@ -221,7 +221,7 @@ def _sums(y: Array, q: Array, shares: Array) -> dict[str, Any]:
         "qq": np.matmul(roots.swapaxes(1, 2), roots),
         "qy": np.matmul(turned, y),
         "yy": np.matmul(share, np.square(y))[:, 0].astype(np.float64),
-        "q": turned.sum(axis=2, dtype=np.float64),
+        "q": np.matmul(share, q)[:, 0].astype(np.float64),
         "y": np.matmul(share, y)[:, 0].astype(np.float64),
         "rows": share.sum(axis=2, dtype=np.float64),
     }
