@@ -26,7 +26,7 @@ from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.ops import check_roles, executed
 from eptq_onnx.parallel import owned_threads
 from eptq_onnx.passes.base import Context, Progress, State
-from eptq_onnx.prepare import final, prepare
+from eptq_onnx.prepare import counting, final, prepare
 from eptq_onnx.proto import store
 from eptq_onnx.report import Report
 from eptq_onnx.resume import Resume
@@ -190,7 +190,9 @@ def _quantize(
         float_model = executed(prepared.model, prepared.found)
     with runner.timed("plan"):
         plan = make_plan(prepared.model, target, given)
-        config, state = runner.affordable(given, State(prepared.model, float_model, plan), samples)
+        config, state = runner.affordable(
+            counting(given, prepared), State(prepared.model, float_model, plan), samples
+        )
         chosen_target = targets.choice_of(given.target)
         state = state if chosen_target is None else state.noting(chosen_target)
     ctx = Context(

@@ -1,4 +1,4 @@
-"""Records of the choice between integers and floating point by measured time. Pure data."""
+"""Records of the choices by time, noise and size. Pure data."""
 
 from __future__ import annotations
 
@@ -80,6 +80,8 @@ class Candidate:
         Median time of one run of the whole model.
     ratio, low, high : float
         Its time divided by that of the all-integer model: the median and its confidence interval.
+    noise : float or None
+        Noise of its quantized activations at the outputs, as a share of their power; None if not measured.
     """
 
     name: str
@@ -89,6 +91,26 @@ class Candidate:
     ratio: float
     low: float
     high: float
+    noise: float | None = None
+
+
+@dataclass(frozen=True)
+class TimePoint:
+    """A choice with the least noise for its time, both as foreseen.
+
+    Parameters
+    ----------
+    seconds : float
+        Time of one run.
+    noise : float
+        Noise of quantized activations at the outputs, as a share of their power.
+    regions : int
+        Number of regions on integers.
+    """
+
+    seconds: float
+    noise: float
+    regions: int
 
 
 @dataclass(frozen=True)
@@ -107,10 +129,15 @@ class Placement:
     regions : tuple of TimedRegion
         The regions that can run on integers and were timed.
     untimed : int
-        Number of regions that were not timed and stay as planned.
+        Number of regions that can run on integers and were not timed alone.
     kept_float : dict of str to str
         Nodes that stay float, each with the reason.
-    notes : tuple of str
+    front : tuple of TimePoint
+        The least noise at several times of one run, with ``objective=noise``.
+    why : str
+        Why the plan stands without times of regions; empty if they were timed.
+    complete : bool
+        False if the time limit left regions untimed that another run may time.
     """
 
     runtime: str
@@ -121,7 +148,31 @@ class Placement:
     regions: tuple[TimedRegion, ...]
     untimed: int = 0
     kept_float: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    front: tuple[TimePoint, ...] = ()
+    why: str = ""
+    complete: bool = True
+
+
+@dataclass(frozen=True)
+class FrontPoint:
+    """A choice of widths with the least noise for its size.
+
+    Parameters
+    ----------
+    noise : float
+        Noise of all weights at the outputs, as a share of their power, as foreseen.
+    bytes : int
+        Size of the file, at most.
+    bits : float
+        Mean bits of a weight.
+    chosen : bool
+        True for the choice that was taken.
+    """
+
+    noise: float
+    bytes: int
+    bits: float
+    chosen: bool
 
 
 @dataclass(frozen=True)

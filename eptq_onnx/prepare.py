@@ -13,6 +13,7 @@ from eptq_onnx.data import candidates
 from eptq_onnx.data.notes import sample_notes
 from eptq_onnx.data.readers import Source
 from eptq_onnx.data.samples import Samples
+from eptq_onnx.errors import ConfigError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import flattened
 from eptq_onnx.graph.opsets import restored
@@ -95,6 +96,25 @@ def prepare(
     ]
     size = store.model_bytes(original)
     return Prepared(whole, samples, found, name, opset_of(original), original.ir_version, size, tuple(notes))
+
+
+def counting(config: Config, prepared: Prepared) -> Config:
+    """Return the options with the tensors that decide choices by value among the outputs that count.
+
+    Raises
+    ------
+    ConfigError
+        If an output that is named does not exist.
+    """
+    if not config.outputs:
+        return config
+    names = [v.name for v in prepared.model.graph.output]
+    for name in config.outputs:
+        if name not in names:
+            raise ConfigError(
+                f"option outputs: the model has no output {name}; its outputs are {', '.join(names)}."
+            )
+    return config.model_copy(update={"outputs": (*config.outputs, *prepared.found.decisive)})
 
 
 def final(quantized: ModelProto, prepared: Prepared) -> ModelProto:

@@ -73,6 +73,7 @@ def report_of(prepared: Prepared, state: State, ctx: Context, costs: Costs) -> R
         rotated=state.rotated,
         equalized=state.equalized,
         placement=state.placement,
+        front=state.front,
         optimization=state.trace,
         verification=state.verification,
         speed=state.speed,

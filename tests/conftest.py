@@ -8,6 +8,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from hypothesis import settings
 from eptq_onnx import engines, targets
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.passes.measure import Measure
+from eptq_onnx.passes.place import Place
+from eptq_onnx.runtimes import web
 
 # Machines are noisy: how long a draw takes says nothing.
 settings.register_profile("untimed", deadline=None)
@@ -48,6 +51,26 @@ def measured_speed() -> None:
 def _unmeasured_speed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "measured_speed" not in request.fixturenames:
         monkeypatch.setattr(Measure, "enabled", lambda *_: False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the timings of this process and of those that it starts out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(web.FOLDER, str(web.folder()))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def timed() -> None:
+    """Have operators chosen by time, which takes longer than to quantize the small models of most tests."""
+
+
+@pytest.fixture(autouse=True)
+def _untimed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "timed" not in request.fixturenames:
+        monkeypatch.setattr(Place, "enabled", lambda *_: False)
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def _kind(annotation: Any, *, text: bool) -> Any:
     if get_origin(annotation) in (Union, UnionType):
         [annotation] = [a for a in get_args(annotation) if a is not NoneType]
     if get_origin(annotation) is tuple:
-        return GenericAlias(list, get_args(annotation)[:1])
+        return GenericAlias(list, (str,) if text else get_args(annotation)[:1])
     if get_origin(annotation) is dict:
         return list[str]
     return str if text else annotation

@@ -35,6 +35,7 @@ class BudgetUnit(str, Enum):
     WEIGHTS = "weights"
     BYTES = "bytes"
     BITOPS = "bitops"
+    TIME = "time"
 
 
 class WeightStorage(str, Enum):
@@ -75,7 +76,9 @@ class Attention(str, Enum):
 
 
 class Objective(str, Enum):
-    """What decides which operators run on integers."""
+    """What decides which operators run on integers, and on how many bits."""
 
-    INTEGERS = "integers"
     TIME = "time"
+    INTEGERS = "integers"
+    NOISE = "noise"
+    BYTES = "bytes"

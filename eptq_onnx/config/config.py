@@ -16,6 +16,7 @@ from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
     Attention,
+    BudgetUnit,
     Objective,
     Optimizer,
     Preset,
@@ -58,11 +59,15 @@ class Config(BaseModel):
     from:NAME..to:NAME; the last match counts. May be repeated."""
     exclude: Annotated[tuple[str, ...], Option("widths", metavar="PATTERN", default="none")] = ()
     """Keep the nodes that match a pattern (see bits) in floating point. May be repeated."""
-    budget: Annotated[Budget | None, Option("widths", metavar="UNIT=AMOUNT", text=True, default="none")] = (
-        None
-    )
+    budget: Annotated[
+        tuple[Budget, ...], Option("widths", metavar="UNIT=AMOUNT", text=True, default="none")
+    ] = ()
     """Mixed precision: choose 2 to 8 bits for each weight so that the output error is smallest within a
-    budget, such as weights=4 (mean bits), bytes=2e6 or bitops=1e10. Replaces weight_bits."""
+    budget, such as weights=4 (mean bits), bytes=2e6 or bitops=1e10. Replaces weight_bits. time=SECONDS is for
+    objective=noise. May be repeated, once for each unit."""
+    outputs: Annotated[tuple[str, ...], Option("model", metavar="NAME[,NAME]", default="all")] = ()
+    """Outputs of the model that count, separated by commas: for noise, scores, the optimization and the
+    comparison in the report. Auxiliary heads need not count."""
     target: Annotated[str, Option("runtime")] = "auto"
     """Target runtime: auto (onnxruntime on this machine), the name of a shipped target, or the path of a
     target file (.toml)."""
@@ -72,10 +77,13 @@ class Config(BaseModel):
     """How weights of 2 to 6 bits are stored. packed: in as many bytes as their bits need, with nodes that
     unpack them to int8 when the model is loaded. native: in ONNX's own types, if the target supports them.
     int8: one byte each."""
-    objective: Annotated[Objective, Option("runtime")] = Objective.INTEGERS
-    """Which operators run on integers. integers: all that the target has integer kernels for. time: those
-    with which the model runs fastest on this machine, measured in the installed onnxruntime. Models that run
-    for less than a millisecond are left as they are."""
+    objective: Annotated[Objective, Option("runtime")] = Objective.TIME
+    """Which operators run on integers. time: those with which the model runs fastest on this machine,
+    measured in the installed onnxruntime if the target is for it; models that run for less than a millisecond
+    are left as they are. integers: all that the target has integer kernels for. noise: those whose
+    activations add the least noise to the outputs within budget time=SECONDS, measured as for time. bytes: as
+    integers, and each weight gets 2 to 8 bits, so that the file is as small as max_noise and budgets allow;
+    max_noise then limits the noise of weights and activations together."""
     runtime_threads: Annotated[int, Option("runtime", metavar="N")] = Field(1, ge=1)
     """Number of threads with which objective=time measures the model."""
     timings: Annotated[
@@ -251,17 +259,33 @@ class Config(BaseModel):
             widths(rule.rpartition("=")[2])
         return rules
 
-    @field_validator("bits", "exclude", mode="before")
+    @field_validator("outputs", mode="before")
+    @classmethod
+    def _separated(cls, given: object) -> object:
+        items = (given,) if isinstance(given, str) else given
+        if not isinstance(items, (list, tuple)):
+            return items
+        return tuple(name for item in items for name in str(item).split(",") if name)
+
+    @field_validator("bits", "exclude", "budget", mode="before")
     @classmethod
     def _one_or_several(cls, given: object) -> object:
-        return (given,) if isinstance(given, str) else given
+        return (given,) if isinstance(given, (str, Budget)) else given or ()
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if self.budget is not None and self.bits:
-            raise ValueError("a budget chooses the bits of all weights: leave bits with patterns out")
-        if self.timings is not None and self.objective is not Objective.TIME:
-            raise ValueError("timings are only for objective=time: set that, or leave timings out")
+        if self.chooses_widths and self.bits:
+            what = "a budget" if self.width_budgets else "objective=bytes"
+            raise ValueError(f"{what} chooses the bits of all weights: leave bits with patterns out")
+        units = [b.unit.value for b in self.budget]
+        if len(set(units)) < len(units):
+            raise ValueError("a budget is given twice for one unit: leave one out")
+        if (BudgetUnit.TIME.value in units) != (self.objective is Objective.NOISE):
+            raise ValueError("objective=noise and budget time=SECONDS belong together: give both, or neither")
+        if self.objective is Objective.BYTES and self.max_noise == 0:
+            raise ValueError("objective=bytes needs a limit of noise: give max_noise above 0")
+        if self.timings is not None and not self.chooses_by_time:
+            raise ValueError("timings are only for objective=time and objective=noise: leave timings out")
         return self
 
     @field_validator("activation_bits")
@@ -275,9 +299,8 @@ class Config(BaseModel):
         """Hash of the options that change the result, in 16 hexadecimal digits; a target counts by what it
         says, not by its name."""
         counted = {name for name, field in type(self).model_fields.items() if option_of(field).in_result}
-        if self.objective is Objective.INTEGERS:
-            # They change nothing then, and the hash stays what it was before they existed.
-            counted -= {"objective", "runtime_threads"}
+        if not self.chooses_by_time:
+            counted -= {"runtime_threads"}
         values = self.model_dump(mode="json", include=counted - {"target"})
         # Sets come in another order in every process.
         text = json.dumps(
@@ -287,6 +310,26 @@ class Config(BaseModel):
             default=lambda v: sorted(v) if isinstance(v, frozenset) else str(v),
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def chooses_by_time(self) -> bool:
+        """True if measured times decide what runs on integers."""
+        return self.objective in (Objective.TIME, Objective.NOISE)
+
+    @property
+    def seconds(self) -> float | None:
+        """The budget of time, in seconds of one run."""
+        return next((b.amount for b in self.budget if b.unit is BudgetUnit.TIME), None)
+
+    @property
+    def width_budgets(self) -> tuple[Budget, ...]:
+        """The budgets that limit the widths of weights."""
+        return tuple(b for b in self.budget if b.unit is not BudgetUnit.TIME)
+
+    @property
+    def chooses_widths(self) -> bool:
+        """True if each weight gets a width of its own."""
+        return bool(self.width_budgets) or self.objective is Objective.BYTES
 
     @property
     def node_bits(self) -> list[tuple[str, int, int]]:
@@ -362,7 +405,8 @@ def widths(text: str) -> tuple[int, int]:
 def describe(error: ValidationError, what: str) -> str:
     """Describe the first problem of a pydantic error in one sentence."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    # An option may be given several times; which of them is wrong, the value says.
+    name = ".".join(part for part in first["loc"] if isinstance(part, str))
     if first["type"] == "extra_forbidden":
         return f"{what} {name} is unknown."
     if first["type"] == "missing":

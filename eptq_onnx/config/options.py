@@ -30,10 +30,11 @@ class Options(TypedDict, total=False):
     edge_bits: int
     bits: Sequence[str] | str
     exclude: Sequence[str] | str
-    budget: Budget | str | None
+    budget: Sequence[Budget | str] | Budget | str | None
+    outputs: Sequence[str] | str
     target: str
     storage: WeightStorage | Literal["packed", "native", "int8"] | None
-    objective: Objective | Literal["integers", "time"]
+    objective: Objective | Literal["time", "integers", "noise", "bytes"]
     runtime_threads: int
     timings: str | Path | None
     preset: Preset | Literal["fast", "balanced", "best"]

@@ -57,7 +57,7 @@ class Deviation:
         size: int | None = None,
     ) -> None:
         self._config = config
-        self.parts = [p for p in output_parts(GraphView(model)) if variance.get(p, 0.0) > 0]
+        self.parts = [p for p in output_parts(GraphView(model), config.outputs) if variance.get(p, 0.0) > 0]
         """Names of the tensors that are compared."""
         self._variances = [variance[p] for p in self.parts]
         size = size or samples.micro_batch()

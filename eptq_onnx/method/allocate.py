@@ -1,4 +1,4 @@
-"""Mixed precision: choose the bit width of every weight under a budget, as an integer program.
+"""Mixed precision: choose the bit width of every weight within limits, by an integer program.
 
 Each candidate width of each layer is tried on the inputs of the float network: the weight is rounded with
 error compensation, and the error of every output channel, on samples that the rounding has not seen, is
@@ -6,7 +6,7 @@ weighted by the channel's Hessian score. The effect on the network's outputs is 
 running the float network with this one weight rounded; the effects of the other widths follow from the ratios
 of their errors. The measurement is needed because scores treat the errors at all positions as independent,
 although the errors of one weight add up, for instance in a mean over positions. The effects of layers add up,
-so the best choice is an integer linear program, solved by SciPy's MILP.
+so the best choice is an integer linear program; see `eptq_onnx.program`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import ModelProto, NodeProto
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from eptq_onnx.config import Budget, BudgetUnit, Config
 from eptq_onnx.data.samples import Selection, spread
@@ -32,8 +31,11 @@ from eptq_onnx.numerics.formats import along_axis
 from eptq_onnx.numerics.linear import LinearForm, scale_places
 from eptq_onnx.numerics.moments import Moments, sampled_moments
 from eptq_onnx.numerics.spec import QuantSpec
-from eptq_onnx.numerics.types import Array, Float64
+from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import linear_form
+from eptq_onnx.placement import FrontPoint, Representation
+from eptq_onnx.program import NOISE, Option, Program, Shared
+from eptq_onnx.program import solve as least_of
 from eptq_onnx.records import Layer, Network, Plan, Scores
 from eptq_onnx.targets import Target
 
@@ -53,6 +55,11 @@ _LEAST = 1e-6
 Below it the weight fits the grid at that width; errors at other widths are then taken relative to the
 variance of the layer's output.
 """
+
+
+_ON = Representation.INTEGERS
+_POINTS = 9
+"""Sizes of the file at which the least noise is reported."""
 
 
 @dataclass
@@ -93,15 +100,43 @@ class FileSizes:
     shared: Mapping[int, int]
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What widths are chosen for.
+
+    Parameters
+    ----------
+    minimized : str
+        ``noise`` or ``bytes``.
+    budgets : tuple of Budget
+        Limits that the user gave.
+    most_noise : float, optional
+        Limit of the noise of weights and activations together.
+    activation_noise : float
+        What quantized activations cause of it.
+    """
+
+    minimized: str
+    budgets: tuple[Budget, ...] = ()
+    most_noise: float = math.inf
+    activation_noise: float = 0.0
+
+    @property
+    def other_limits(self) -> dict[str, float]:
+        """Return the limit of the weights' noise, if there is one."""
+        left = self.most_noise - self.activation_noise
+        return {NOISE: left} if math.isfinite(left) else {}
+
+
 def allocate(
     network: Network,
     selection: Selection,
     target: Target,
-    budget: Budget,
+    goal: Goal,
     config: Config,
     progress: Callable[[int, int], None],
-    sizes: FileSizes | None = None,
-) -> Plan:
+    sizes: FileSizes,
+) -> tuple[Plan, tuple[FrontPoint, ...]]:
     """Choose the bit width of every weight.
 
     Parameters
@@ -111,32 +146,34 @@ def allocate(
     selection : Selection
         The samples to run.
     target : Target
-    budget : Budget
+    goal : Goal
     config : Config
     progress : callable
         Called with the number of layers done and the total.
-    sizes : FileSizes, optional
-        For a budget of bytes.
+    sizes : FileSizes
 
     Returns
     -------
     Plan
         The same plan with other weight specs. Layers that are not plain matrix products get 8 bits.
+    tuple of FrontPoint
+        The least noise at several sizes of the file.
 
     Raises
     ------
     ConfigError
-        If no choice meets the budget.
+        If no choice keeps within the limits.
     """
     plan = network.plan
-    widths = solve(candidates(network, selection, target, config, progress), budget, sizes)
+    weights = candidates(network, selection, target, config, progress)
+    widths = solve(weights, goal, sizes)
     layers = (
         replace(
             x, weight_spec=target.of(x.op_type).weight_spec(widths[x.weight], x.weight_spec.axis, x.depthwise)
         )
         for x in plan.layers
     )
-    return replace(plan, layers=tuple(layers))
+    return replace(plan, layers=tuple(layers)), front_of(weights, sizes, widths)
 
 
 def candidates(
@@ -206,79 +243,115 @@ def candidates(
     return weights
 
 
-def solve(
-    weights: Mapping[str, Candidates], budget: Budget, sizes: FileSizes | None = None
-) -> dict[str, int]:
-    """Return the widths that meet the budget with the least total effect.
+def program_of(weights: Mapping[str, Candidates], sizes: FileSizes) -> Program:
+    """Return the integer program whose regions are weights, with their widths as options.
 
-    Parameters
-    ----------
-    weights : mapping of str to Candidates
-    budget : Budget
-    sizes : FileSizes, optional
-        For a budget of bytes.
+    What the file has besides weights and the tables of their widths counts in no option.
+    """
+    total = sum(w.size for w in weights.values())
+    options = tuple(
+        tuple(
+            Option(
+                _ON,
+                _ON,
+                {
+                    NOISE: effect,
+                    BudgetUnit.BYTES.value: float(sizes.weights[name][bits]),
+                    BudgetUnit.WEIGHTS.value: weight.size * bits / total,
+                    BudgetUnit.BITOPS.value: weight.operations * bits,
+                },
+                bits,
+            )
+            for bits, effect in weight.effects.items()
+        )
+        for name, weight in weights.items()
+    )
+    shared = []
+    for width, count in sizes.shared.items():
+        users = [(k, o) for k, own in enumerate(options) for o, x in enumerate(own) if x.bits == width]
+        if users:
+            shared.append(Shared(tuple(users), {BudgetUnit.BYTES.value: float(count)}))
+    return Program(options, (), shared=tuple(shared))
+
+
+def solve(weights: Mapping[str, Candidates], goal: Goal, sizes: FileSizes) -> dict[str, int]:
+    """Return the widths that meet the goal.
 
     Raises
     ------
     ConfigError
-        If no choice meets the budget.
+        If no choice keeps within the limits.
     """
-    choices = [(name, bits) for name, weight in weights.items() for bits in weight.effects]
-    costs, shared, rest = _costs(choices, weights, budget, sizes)
-    columns = len(choices) + len(shared)
-    once = np.zeros((len(weights), columns))
-    rows = {name: i for i, name in enumerate(weights)}
-    once[[rows[name] for name, _ in choices], np.arange(len(choices))] = 1
-    # What the weights of a width share is there if any weight has that width.
-    used = np.zeros((len(shared), columns))
-    for k, width in enumerate(shared):
-        used[k, [i for i, (_, bits) in enumerate(choices) if bits == width]] = 1
-        used[k, len(choices) + k] = -len(weights)
-    always = [LinearConstraint(once, 1, 1), *([LinearConstraint(used, -np.inf, 0)] if shared else [])]
-    spent = np.array([*costs, *shared.values()]) / budget.amount
-    effects = np.array([weights[name].effects[bits] for name, bits in choices] + [0.0] * len(shared))
-    scaled = effects / max(float(effects.max()), 1e-30)
-    found = _least(scaled, [*always, LinearConstraint(spent[None], -np.inf, 1 - rest / budget.amount)])
+    program = program_of(weights, sizes)
+    limits = {**{b.unit.value: b.amount for b in goal.budgets}, **goal.other_limits}
+    found = least_of(program, goal.minimized, _without_rest(limits, sizes))
     if found is None:
-        smallest = _least(spent, always)
-        least = rest + (0.0 if smallest is None else float(spent @ smallest) * budget.amount)
-        amount = f"{math.ceil(least)}" if budget.unit is BudgetUnit.BYTES else f"{least:.4g}"
-        raise ConfigError(
-            f"option budget={budget} cannot be met: the smallest widths ({min(b for _, b in choices)} bits) "
-            f"take {budget.unit.value}={amount}; give at least that."
+        raise _unmet(program, goal, sizes)
+    return {name: own[o].bits for name, own, o in zip(weights, program.options, found.options, strict=True)}
+
+
+def _without_rest(limits: Mapping[str, float], sizes: FileSizes) -> dict[str, float]:
+    rest = {BudgetUnit.BYTES.value: float(sizes.rest)}
+    return {name: amount - rest.get(name, 0.0) for name, amount in limits.items()}
+
+
+def _unmet(program: Program, goal: Goal, sizes: FileSizes) -> ConfigError:
+    """Return the error for the first limit that no choice meets alone, or for all together."""
+    smallest = min(x.bits for own in program.options for x in own)
+    for budget in goal.budgets:
+        found = least_of(program, budget.unit.value)
+        is_bytes = budget.unit is BudgetUnit.BYTES
+        least = (0.0 if found is None else found.amount) + (sizes.rest if is_bytes else 0)
+        if least > budget.amount:
+            amount = f"{math.ceil(least - 1e-6)}" if is_bytes else f"{least:.4g}"
+            return ConfigError(
+                f"option budget={budget} cannot be met: the smallest widths ({smallest} bits) "
+                f"take {budget.unit.value}={amount}; give at least that."
+            )
+    noise = least_of(program, NOISE)
+    if noise is not None and noise.amount > goal.other_limits.get(NOISE, math.inf):
+        return ConfigError(
+            f"option max_noise={goal.most_noise:g} leaves weights a noise of "
+            f"{max(goal.other_limits[NOISE], 0.0):.2g} of the outputs' power, and the largest widths cause "
+            f"{noise.amount:.2g}: give more, or leave objective={goal.minimized} out."
         )
-    return {name: bits for (name, bits), x in zip(choices, found, strict=False) if x > 0.5}
+    given = ", ".join([*map(str, goal.budgets), *(f"noise={a:.2g}" for a in goal.other_limits.values())])
+    return ConfigError(f"the limits {given} cannot be met together: raise one of them.")
 
 
-def _least(objective: Float64, constraints: list[LinearConstraint]) -> Float64 | None:
-    """Return the choice of columns with the smallest objective; None if there is none."""
-    found = milp(
-        objective,
-        integrality=np.ones(len(objective)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0},
-    )
-    return None if found.x is None else np.asarray(found.x, np.float64)
+def front_of(
+    weights: Mapping[str, Candidates], sizes: FileSizes, widths: Mapping[str, int]
+) -> tuple[FrontPoint, ...]:
+    """Return the least noise at several sizes of the file, from the smallest to that of the least noise.
 
-
-def _costs(
-    choices: list[tuple[str, int]],
-    weights: Mapping[str, Candidates],
-    budget: Budget,
-    sizes: FileSizes | None,
-) -> tuple[list[float], Mapping[int, int], int]:
-    """Return the costs in the budget's unit: of each choice, of each width that is used, and of all else."""
-    if budget.unit is BudgetUnit.BYTES:
-        if sizes is None:
-            raise ValueError("a budget of bytes needs the sizes of the file's parts")
-        widths = {bits for _, bits in choices}
-        shared = {bits: count for bits, count in sizes.shared.items() if bits in widths}
-        return [float(sizes.weights[name][bits]) for name, bits in choices], shared, sizes.rest
-    if budget.unit is BudgetUnit.WEIGHTS:
-        total = sum(w.size for w in weights.values())
-        return [weights[name].size * bits / total for name, bits in choices], {}, 0
-    return [weights[name].operations * bits for name, bits in choices], {}, 0
+    Parameters
+    ----------
+    weights : mapping of str to Candidates
+    sizes : FileSizes
+    widths : mapping of str to int
+        The choice that was taken, which is one of the points.
+    """
+    program, unit = program_of(weights, sizes), BudgetUnit.BYTES.value
+    smallest, quietest = least_of(program, unit), least_of(program, NOISE)
+    points: dict[tuple[int, ...], bool] = {}
+    if smallest is not None and quietest is not None:
+        for amount in np.linspace(smallest.totals[unit], quietest.totals[unit], _POINTS):
+            found = least_of(program, NOISE, {unit: float(amount)})
+            if found is not None:
+                points[tuple(own[o].bits for own, o in zip(program.options, found.options, strict=True))] = (
+                    False
+                )
+    points[tuple(widths[name] for name in weights)] = True
+    total = sum(w.size for w in weights.values())
+    front = []
+    for bits, chosen in points.items():
+        own = dict(zip(weights, bits, strict=True))
+        noise = sum(weights[name].effects[b] for name, b in own.items())
+        size = sizes.rest + sum(sizes.weights[name][b] for name, b in own.items())
+        size += sum(sizes.shared.get(b, 0) for b in set(bits))
+        mean = sum(weights[name].size * b for name, b in own.items()) / total
+        front.append(FrontPoint(noise, size, mean, chosen))
+    return tuple(sorted(front, key=lambda point: (point.bytes, -point.noise)))
 
 
 def _tried(

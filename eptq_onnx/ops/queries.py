@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from onnx import ModelProto, NodeProto
 
@@ -191,16 +191,22 @@ def pointwise(
     return (nodes, exits[0]) if len(exits) == 1 else ([], tensor)
 
 
-def output_parts(view: GraphView) -> list[str]:
+def output_parts(view: GraphView, counted: Collection[str] = ()) -> list[str]:
     """Return the float tensors that the outputs of a model are assembled from.
 
     The search goes upstream through operators that only rearrange elements, and through operators without a
     gradient. A detector that concatenates boxes and scores has one part of each kind, each with a variance of
     its own.
+
+    Parameters
+    ----------
+    view : GraphView
+    counted : collection of str
+        Names of the outputs that count; empty for all.
     """
     blocked = without_gradient(view)
     parts: dict[str, None] = {}
-    queue, seen = list(view.outputs), set[str]()
+    queue, seen = [o for o in view.outputs if not counted or o in counted], set[str]()
     while queue:
         name = queue.pop(0)
         node = view.producer.get(name)

@@ -1,4 +1,4 @@
-"""Choose the bits of every weight under a budget."""
+"""Choose the bits of every weight within limits."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import math
 
 import numpy as np
 
-from eptq_onnx.config import BudgetUnit, WeightStorage
+from eptq_onnx.config import Objective, WeightStorage
+from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph.packing import Packing, packed_bytes, shared_bytes
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.method.allocate import SAMPLES, WIDTHS, FileSizes, allocate
+from eptq_onnx.method.allocate import SAMPLES, WIDTHS, FileSizes, Goal, allocate
+from eptq_onnx.method.float_fallback import SAMPLES as FALLBACK_SAMPLES
 from eptq_onnx.method.qdq import write
 from eptq_onnx.numerics.bitpacking import LAYOUTS
 from eptq_onnx.numerics.types import Array
-from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.passes.base import Context, Cost, Pass, State, with_activations
+from eptq_onnx.program import BYTES, NOISE
 from eptq_onnx.proto import store
 from eptq_onnx.records import Plan, Rounding
 
@@ -22,18 +25,18 @@ _SIGNATURE = 256
 
 
 class Allocate(Pass):
-    """Choose the bits of every weight under a budget.
+    """Choose the bits of every weight within limits.
 
     See `eptq_onnx.method.allocate`.
     """
 
     name = "allocate"
     requires = ("calibration",)
-    provides = ("plan",)
+    provides = ("plan", "front")
 
     def enabled(self, ctx: Context) -> bool:
-        """True if there is a budget."""
-        return ctx.config.budget is not None
+        """True if there is a budget, or if the file should be as small as possible."""
+        return ctx.config.chooses_widths
 
     def cost(self, state: State, ctx: Context) -> Cost:
         """One run per layer."""
@@ -41,13 +44,25 @@ class Allocate(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Choose the bits of every weight."""
-        budget = ctx.config.budget
-        if budget is None:
-            return state
-        sizes = _file_sizes(state, ctx) if budget.unit is BudgetUnit.BYTES else None
         selection, tell = ctx.chosen(ctx.walked), ctx.tell(self.name)
-        plan = allocate(state.network, selection, ctx.target, budget, ctx.config, tell, sizes)
-        return state.changed(plan=plan)
+        plan, front = allocate(
+            state.network, selection, ctx.target, _goal(state, ctx), ctx.config, tell, _file_sizes(state, ctx)
+        )
+        return state.changed(plan=plan, front=front)
+
+
+def _goal(state: State, ctx: Context) -> Goal:
+    """Return the goal that the options set; the noise of activations is measured if it counts."""
+    config = ctx.config
+    if config.objective is not Objective.BYTES:
+        return Goal(NOISE, config.width_budgets)
+    deviation = Deviation(
+        state.executed, ctx.samples, ctx.walked, FALLBACK_SAMPLES, state.calibration.variance, config
+    )
+    noise = 0.0
+    if deviation.parts:
+        noise = deviation(*with_activations(state, ctx, [q.name for q in state.plan.activations]))
+    return Goal(BYTES, config.width_budgets, config.max_noise, noise)
 
 
 def _file_sizes(state: State, ctx: Context) -> FileSizes:

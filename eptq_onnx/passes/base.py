@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol
 
@@ -25,7 +25,7 @@ from eptq_onnx.method.judge import SAMPLES, Limit
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.ops import executed
-from eptq_onnx.placement import Placement
+from eptq_onnx.placement import FrontPoint, Placement
 from eptq_onnx.records import (
     Calibration,
     Network,
@@ -248,6 +248,8 @@ class State:
         Nodes kept in floating point because of measurements, each with the reason.
     placement : Placement or None
         What was chosen by time.
+    front : tuple of FrontPoint
+        The least noise at several sizes of the file, if the widths of weights were chosen.
     notes : tuple of str
     """
 
@@ -268,6 +270,7 @@ class State:
     left_float: Mapping[str, str] = field(default_factory=dict)
     float_nodes: Mapping[str, str] = field(default_factory=dict)
     placement: Placement | None = None
+    front: tuple[FrontPoint, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -353,6 +356,20 @@ class Pass(ABC):
         GradientError
             If gradients are not available: the pass is skipped, with a note.
         """
+
+
+def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:
+    """Quantize some activations of the float network only.
+
+    Returns the model, and which tensor holds the values of each quantized one.
+    """
+    wanted = set(names)
+    chosen = tuple(q for q in state.plan.activations if q.name in wanted)
+    plan = replace(
+        state.plan, layers=(), activations=chosen, operands=(), tables=(), integer_nodes={}, absorbed={}
+    )
+    marked, stands_for = write(state.model, plan, Rounding({}, {}, state.calibration.grids, {}, {}))
+    return ctx.executed(marked, stands_for), stands_for
 
 
 def leave_float(

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
-from onnx import ModelProto
-
 from eptq_onnx.method.float_fallback import FLOAT_PASSES, SAMPLES, sensitive_activations
-from eptq_onnx.method.qdq import write
-from eptq_onnx.passes.base import Context, Cost, Pass, State, leave_float
-from eptq_onnx.records import Rounding
+from eptq_onnx.passes.base import Context, Cost, Pass, State, leave_float, with_activations
 
 
 class FloatFallback(Pass):
@@ -43,17 +37,3 @@ class FloatFallback(Pass):
             for t, ratio in ratios.items()
         }
         return leave_float(state, ctx, reasons)
-
-
-def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:
-    """Quantize some activations of the float network only.
-
-    Returns the model, and which tensor holds the values of each quantized one.
-    """
-    wanted = set(names)
-    chosen = tuple(q for q in state.plan.activations if q.name in wanted)
-    plan = replace(
-        state.plan, layers=(), activations=chosen, operands=(), tables=(), integer_nodes={}, absorbed={}
-    )
-    marked, stands_for = write(state.model, plan, Rounding({}, {}, state.calibration.grids, {}, {}))
-    return ctx.executed(marked, stands_for), stands_for

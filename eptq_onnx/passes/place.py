@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from onnx import ModelProto
 
-from eptq_onnx.config import Objective
-from eptq_onnx.errors import ModelError, OutputError
+from eptq_onnx.config import WeightRange
+from eptq_onnx.errors import ConfigError, ModelError, OutputError
+from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph import edit, io
 from eptq_onnx.graph.shapes import specialize
-from eptq_onnx.method.place.network import Chosen, Cut, reasons
-from eptq_onnx.method.place.pieces import between_convolutions
+from eptq_onnx.method.float_fallback import SAMPLES
+from eptq_onnx.method.place.network import Cut
+from eptq_onnx.method.place.search import Goal, Models, Search
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
+from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.passes.base import Context, Pass, State, leave_float
-from eptq_onnx.placement import Candidate, Placement, Timings, Way
+from eptq_onnx.passes.base import Context, Pass, State, leave_float, with_activations
+from eptq_onnx.placement import Placement, Timings
 from eptq_onnx.proto import store
 from eptq_onnx.records import Plan, Rounding
 from eptq_onnx.runtime import Session
@@ -28,13 +32,8 @@ from eptq_onnx.runtimes import timings
 from eptq_onnx.runtimes.pieces import Stopwatch
 from eptq_onnx.targets import ONNXRUNTIME
 
-_ALL, _FLOAT = "all integers", "float"
-_SHORTEST = 1e-3
-"""Seconds of one float run below which nothing is chosen, because call overhead would dominate."""
-_SHARE, _LEAST = 0.1, 60.0
-"""Time limit of timing, as a share of the expected run and in seconds; the larger one counts."""
-_LONGEST = 0.05
-"""Maximum seconds for the runs of one piece."""
+_SHARE = 0.1
+"""Time limit of timing regions, as a share of the expected run."""
 
 
 class Place(Pass):
@@ -52,8 +51,8 @@ class Place(Pass):
     """Factory of the object that times models, given the number of threads."""
 
     def enabled(self, ctx: Context) -> bool:
-        """Return True for ``objective=time``."""
-        return ctx.config.objective is Objective.TIME
+        """Return True if the options ask for a choice by time."""
+        return ctx.config.chooses_by_time
 
     def run(self, state: State, ctx: Context) -> State:
         """Measure or read timings, and replan with regions that are slower on integers left float."""
@@ -68,12 +67,11 @@ class Place(Pass):
         except ModelError as e:
             return state.noting(f"{left}: {e}")
         after = leave_float(state, ctx, {}, placement.kept_float).changed(placement=placement)
-        return after.noting(*placement.notes)
+        return after.noting(*timed.notes)
 
 
-@dataclass
 class _Timed:
-    """Measurements of one network.
+    """Measurements of one network, from a file or new.
 
     Parameters
     ----------
@@ -82,21 +80,21 @@ class _Timed:
     bench : Stopwatch
     """
 
-    state: State
-    ctx: Context
-    bench: Stopwatch
-
-    def __post_init__(self) -> None:
-        state, ctx = self.state, self.ctx
+    def __init__(self, state: State, ctx: Context, bench: Stopwatch) -> None:
+        self._state, self._ctx, self._bench = state, ctx, bench
+        # Times do not depend on the scales.
+        config = ctx.config.model_copy(update={"weight_range": WeightRange.MINMAX})
         self._nearest: Rounding = weight_ranges(
-            state.executed, state.plan, state.calibration, state.scores, ctx.config, ()
+            state.executed, state.plan, state.calibration, state.scores, config, ()
         )
-        self._notes: list[str] = []
         batches = ctx.samples.two_batches(ctx.samples.fixed_batch or 1)
         self._feeds: Feeds = batches[0]
-        self._whole = self._written(state.plan)
-        exact, written = (specialize(m, batches) for m in (state.executed, self._whole))
+        self._planned = self._written(state.plan)
+        exact, written = (specialize(m, batches) for m in (state.executed, self._planned))
         self._cut = Cut(exact, written, state.plan)
+        seconds = ctx.config.seconds
+        self._digest = self._cut.digest if seconds is None else f"{self._cut.digest} within {seconds!r} s"
+        self.notes: list[str] = []
 
     def placement(self) -> Placement:
         """Return the placement, from the timings file if it exists.
@@ -106,143 +104,110 @@ class _Timed:
         ModelError
             If a whole model cannot be timed.
         ConfigError
-            If the timings file cannot be used.
+            If the timings file that the user named cannot be used.
         OutputError
             If it cannot be written.
         """
-        threads, digest = self.bench.threads, self._cut.digest
-        given = self.ctx.config.timings
-        path = given or timings.cached(digest, self.bench.runtime, self.bench.machine, threads)
-        known = timings.read(path, digest, threads)
-        if known is None:
-            known = self._measured(digest)
+        bench, digest, given = self._bench, self._digest, self._ctx.config.timings
+        if given is not None:
+            known = timings.read(given, digest, bench.threads)
+            if known is None:
+                timings.write(given, known := self._search(None))
+            return self._told(known)
+        path = timings.cached(digest, bench.runtime, bench.machine, bench.threads)
+        try:
+            known = timings.read(path, digest, bench.threads)
+        except ConfigError as e:
+            self.notes.append(f"measured again: {e}")
+            known = None
+        if known is None or not known.placement.complete:
+            known = self._search(known)
             self._keep(path, known)
-        return known.placement
+        return self._told(known)
+
+    def _told(self, found: Timings) -> Placement:
+        if not found.placement.complete:
+            self.notes.append(
+                f"{found.placement.untimed} regions were timed in whole models only, because timing regions "
+                "may take a tenth of the run: another run goes on from here"
+            )
+        return found.placement
 
     def _keep(self, path: Path, found: Timings) -> None:
-        if self.ctx.config.timings is None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as e:
-                raise OutputError(
-                    f"the cache folder {path.parent} cannot be created ({e.strerror or e}): name a file for "
-                    "the measurements with the option timings."
-                ) from e
-        timings.write(path, found)
-
-    def _measured(self, digest: str) -> Timings:
-        cut, planned = self._cut, self._cut.as_planned
-        whole = self._whole
-        base = self.bench.compare(whole, io.load(self.ctx.source, self.ctx.folder), self._feeds)
-        fast = base.quantized_seconds < _SHORTEST
-        ways: dict[str, tuple[Way, ...]] = {}
-        conversions: dict[str, dict[str, float]] = {}
-        untimed = 0
-        if not fast:
-            ways, conversions, untimed = self._pieces()
-        # The first two are fixed; they are predicted only for comparison with their measured times.
-        found = {
-            _ALL: cut.choose(ways, conversions, fixed=planned),
-            _FLOAT: cut.choose(ways, conversions, fixed=[False] * len(planned)),
-            "least time": None if fast else cut.choose(ways, conversions),
-            "least time but for layouts": None if fast else cut.choose(ways, conversions, layouts=False),
-        }
-        candidates = [
-            self._candidate(_ALL, found[_ALL], (base.float_seconds, 1.0, 1.0, 1.0)),
-            self._candidate(_FLOAT, found[_FLOAT], (base.quantized_seconds, base.ratio, base.low, base.high)),
-        ]
-        best, chosen, least = _ALL, planned, 1.0
-        tried = {planned}
-        for name, choice in found.items():
-            if choice is None or name in (_ALL, _FLOAT) or choice.on_integers in tried:
-                continue
-            tried.add(choice.on_integers)
-            speed = self.bench.compare(whole, self._without(choice.on_integers), self._feeds)
-            times = speed.quantized_seconds, speed.ratio, speed.low, speed.high
-            candidates.append(self._candidate(name, choice, times))
-            if speed.high < 1 and speed.ratio < least:
-                best, chosen, least = name, choice.on_integers, speed.ratio
-        if fast:
-            self._notes.append(
-                "which operators run on integers was not chosen by time: one float run takes only "
-                f"{base.quantized_seconds * 1e3:.2g} ms, most of it call overhead"
+        """Write timings to the cache; a run without one gives the same result, and measures again."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            timings.write(path, found)
+        except (OSError, OutputError) as e:
+            reason = e.strerror or e if isinstance(e, OSError) else e
+            self.notes.append(
+                f"another run may choose other operators to run on integers, because the cache folder "
+                f"{path.parent} cannot be written ({reason}): name a file for the measurements with the "
+                "option timings"
             )
-        times_of = cut.times(ways, chosen)
-        placement = Placement(
-            runtime=self.bench.runtime,
-            machine=self.bench.machine,
-            threads=self.bench.threads,
-            chosen=best,
-            candidates=tuple(candidates),
-            regions=times_of,
-            untimed=untimed,
-            kept_float=reasons(times_of, cut.nodes(chosen)),
-            notes=tuple(self._notes),
+
+    def _search(self, before: Timings | None) -> Timings:
+        ctx = self._ctx
+        models = Models(
+            given=io.load(ctx.source, ctx.folder),
+            exact=self._state.executed,
+            planned=self._planned,
+            without=self._without,
+            noise=self._noise,
+            noises=self._noises,
+            feeds=self._feeds,
+            values=self._values,
         )
-        return Timings(digest, placement, ways, conversions)
+        goal = Goal(_SHARE * ctx.expected, ctx.config.seconds)
+        found = Search(self._cut, self._bench, models, goal, ctx.tell("place")).timings(before)
+        return replace(found, network=self._digest)
 
-    def _candidate(
-        self, name: str, choice: Chosen | None, times: tuple[float, float, float, float]
-    ) -> Candidate:
-        regions = sum(choice.on_integers) if choice is not None else 0
-        return Candidate(name, regions, choice.predicted if choice is not None else 0.0, *times)
-
-    def _pieces(self) -> tuple[dict[str, tuple[Way, ...]], dict[str, dict[str, float]], int]:
-        """Time each distinct piece and conversion once, until the time limit."""
-        cut, bench = self._cut, self.bench
-        pieces = {p.key: p for p in cut.by_work}
-        tensors = {p.key: p for p in cut.conversions.values()}
-        budget = max(_LEAST, _SHARE * self.ctx.expected)
-        each = min(_LONGEST, budget / (2 * max(1, len(pieces) + len(tensors))))
-        began, total = bench.now(), len(pieces) + len(tensors)
-        known = self._given()
-        ways: dict[str, tuple[Way, ...]] = {}
-        conversions: dict[str, dict[str, float]] = {}
-        for key, piece in tensors.items():
-            if bench.now() - began > budget / 2:
-                break
-            conversions[key] = bench.conversions(piece.model, each)
-            self.ctx.tell("place")(len(conversions), total)
-        for key, piece in pieces.items():
-            if bench.now() - began > budget:
-                break
-            try:
-                ways[key] = bench.ways(piece.model, between_convolutions, each, known)
-            except ModelError:
-                ways[key] = ()
-            self.ctx.tell("place")(len(conversions) + len(ways), total)
-        untimed = sum(
-            region.movable and not all(p is not None and ways.get(p.key) for p in pair)
-            for region, pair in zip(cut.regions.regions, cut.pieces, strict=True)
-        )
-        if untimed:
-            self._notes.append(
-                f"{untimed} regions stay as planned, because they could not be timed, or not within "
-                f"{budget:.0f} s"
-            )
-        return ways, conversions, untimed
-
-    def _given(self) -> Feeds:
-        names = self._cut.given
+    def _values(self, names: Sequence[str]) -> Feeds:
         if not names:
             return {}
-        session = Session(edit.exposing(self.state.executed, names))
+        session = Session(edit.exposing(self._state.executed, names))
         return session.run(session.taken(self._feeds), names)
 
     def _without(self, chosen: Sequence[bool]) -> ModelProto:
+        return self._written(self._plan(chosen))
+
+    def _plan(self, chosen: Sequence[bool]) -> Plan:
         kept = {name: "" for region in self._cut.nodes(chosen) for name in region.nodes}
-        state, ctx = self.state, self.ctx
+        state, ctx = self._state, self._ctx
         nodes: Mapping[str, str] = {**state.float_nodes, **kept}
-        return self._written(make_plan(state.model, ctx.target, ctx.config, state.left_float, nodes))
+        return make_plan(state.model, ctx.target, ctx.config, state.left_float, nodes)
+
+    def _noise(self, chosen: Sequence[bool]) -> float | None:
+        state, ctx, plan = self._state, self._ctx, self._plan(chosen)
+        if not self._deviation.parts:
+            return None
+        calibration = replace(state.calibration, grids=self._grids(plan))
+        changed = state.changed(plan=plan, calibration=calibration)
+        return self._deviation(*with_activations(changed, ctx, [q.name for q in plan.activations]))
+
+    def _noises(self) -> Mapping[str, float]:
+        state, ctx = self._state, self._ctx
+        names = [q.name for q in state.plan.activations]
+        if not self._deviation.parts:
+            return dict.fromkeys(names, 1.0)
+        return {name: self._deviation(*with_activations(state, ctx, [name])) for name in names}
+
+    @cached_property
+    def _deviation(self) -> Deviation:
+        state, ctx = self._state, self._ctx
+        return Deviation(
+            state.executed, ctx.samples, ctx.walked, SAMPLES, state.calibration.variance, ctx.config
+        )
 
     def _written(self, plan: Plan) -> ModelProto:
-        """Return the network that the samples run, quantized by a plan with nearest rounding.
+        """Return the network that the samples run, quantized by a plan with nearest rounding."""
+        marked, stands_for = write(self._state.model, plan, replace(self._nearest, grids=self._grids(plan)))
+        return self._ctx.executed(marked, stands_for)
 
-        If a plan quantizes only some tensors of a group, they keep the group's range, which does not affect
-        times.
+    def _grids(self, plan: Plan) -> dict[str, Grid]:
+        """Return the grids of a plan's quantizers.
+
+        If a plan quantizes only some tensors of a group, they keep the group's range here.
         """
-        own = self.state.plan.quantizer_of
-        grids = {q.name: self._nearest.grids[own[q.tensors[0]].name] for q in plan.quantizers}
-        rounding = replace(self._nearest, grids={**self._nearest.grids, **grids})
-        marked, stands_for = write(self.state.model, plan, rounding)
-        return self.ctx.executed(marked, stands_for)
+        own, grids = self._state.plan.quantizer_of, self._nearest.grids
+        return {**grids, **{q.name: grids[own[q.tensors[0]].name] for q in plan.quantizers}}

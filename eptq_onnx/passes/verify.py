@@ -19,7 +19,14 @@ class Verify(Pass):
     def run(self, state: State, ctx: Context) -> State:
         """Compare outputs and layers, and count integer kernels."""
         written = state.written
-        versions = Versions(state.model, written.marked, state.packed, written.stands_for, ctx.float_bytes)
+        versions = Versions(
+            state.model,
+            written.marked,
+            state.packed,
+            written.stands_for,
+            ctx.float_bytes,
+            ctx.config.outputs,
+        )
         found = verify(
             versions, state.plan, ctx.target, ctx.samples, ctx.shares, ctx.found, ctx.tell(self.name)
         )

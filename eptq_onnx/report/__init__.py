@@ -15,11 +15,12 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from eptq_onnx.placement import Placement
+from eptq_onnx.placement import FrontPoint, Placement
 from eptq_onnx.records import Estimate, KeptFloat, OptimizationTrace, Speed, Verification
 from eptq_onnx.report import placement as by_time
 from eptq_onnx.report.console import console as standard_output
 from eptq_onnx.report.console import line
+from eptq_onnx.report.front import front_table
 from eptq_onnx.report.speed import in_words, operator_table, warning
 from eptq_onnx.report.verdict import Assurance, Verdict, judge
 
@@ -71,7 +72,9 @@ class Report:
         Quantized tensors whose channels were scaled to fit a common range, and the largest factor, up or
         down.
     placement : Placement or None
-        What was chosen by time; None unless that was asked for.
+        What was chosen by time; None if nothing was.
+    front : tuple of FrontPoint
+        The least noise of the weights at several sizes of the file; empty if widths were not chosen.
     optimization : OptimizationTrace or None
     verification : Verification
     speed : Speed or None
@@ -100,6 +103,7 @@ class Report:
     rotated: Mapping[str, int]
     equalized: Mapping[str, float]
     placement: Placement | None
+    front: tuple[FrontPoint, ...]
     optimization: OptimizationTrace | None
     verification: Verification
     speed: Speed | None
@@ -158,6 +162,8 @@ class Report:
             parts.append(operator_table(self.speed))
         if self.placement is not None:
             parts += by_time.tables(self.placement)
+        if self.front:
+            parts.append(front_table(self.front))
         if self.kept_float:
             parts.append(self._float_table())
         parts.extend(line(f"note: {note}", "yellow") for note in self.notes)

@@ -14,8 +14,8 @@ def in_words(placement: Placement) -> str:
     """Return one line such as ``least time: 12 of 178 regions on integers, 1.9× as fast as all integers``."""
     first, *others = placement.candidates
     taken = next((c for c in others if c.name == placement.chosen), None)
-    if taken is None and not placement.regions:
-        return f"as planned: a run is too short to choose by time in {_where(placement)}"
+    if placement.why:
+        return f"{first.name}: {placement.why} in {_where(placement)}"
     if taken is None:
         return f"{first.name}: no other choice is faster in {_where(placement)}"
     return (
@@ -26,7 +26,11 @@ def in_words(placement: Placement) -> str:
 
 def tables(placement: Placement) -> list[Table]:
     """Return the tables of whole models, and of regions by operator if any were timed."""
-    return [_candidate_table(placement), *([_operator_table(placement)] if placement.regions else [])]
+    return [
+        _candidate_table(placement),
+        *([_front_table(placement)] if placement.front else []),
+        *([_operator_table(placement)] if placement.regions else []),
+    ]
 
 
 def _candidate_table(placement: Placement) -> Table:
@@ -37,12 +41,29 @@ def _candidate_table(placement: Placement) -> Table:
         "predicted",
         "measured",
         "relative to all integers",
+        "noise of activations",
         title="Integers or float, by time of one run",
         title_justify="left",
     )
     for c in placement.candidates:
         name = f"{c.name} (chosen)" if c.name == placement.chosen else c.name
-        table.add_row(line(name), str(c.regions), _ms(c.predicted), _ms(c.seconds), _beside(c))
+        table.add_row(
+            line(name), str(c.regions), _ms(c.predicted), _ms(c.seconds), _beside(c), _share(c.noise)
+        )
+    return table
+
+
+def _front_table(placement: Placement) -> Table:
+    """Return the table of the least noise at several times."""
+    table = Table(
+        "time",
+        "regions on integers",
+        "noise of activations",
+        title="Noise against time, foreseen",
+        title_justify="left",
+    )
+    for point in placement.front:
+        table.add_row(_ms(point.seconds), str(point.regions), _share(point.noise))
     return table
 
 
@@ -77,6 +98,10 @@ def _where(placement: Placement) -> str:
 
 def _beside(c: Candidate) -> str:
     return f"{c.ratio:.2f}× the time ({c.low:.2f} to {c.high:.2f})"
+
+
+def _share(noise: float | None) -> str:
+    return "-" if noise is None else f"{noise:.2%}"
 
 
 def _ms(seconds: float) -> str:

@@ -73,6 +73,17 @@ class Attribution:
     float_rest: dict[str, float]
     quantized_rest: dict[str, float]
 
+    @property
+    def avoidable(self) -> float:
+        """Return by how much regions and tensors exceed their float times, as a share of the quantized time.
+
+        No choice between float and integers can save more, other kernels being equal.
+        """
+        spent = [(r.float_seconds, r.quantized_seconds) for r in self.regions]
+        spent += [(sum(b.float_seconds.values()), sum(b.quantized_seconds.values())) for b in self.borders]
+        total = sum(q for _, q in spent) + sum(self.quantized_rest.values())
+        return sum(max(0.0, q - f) for f, q in spent) / max(total, 1e-30)
+
     def region_of(self, node: str) -> RegionTime | None:
         """Return the region of a float model's node; None if no kernel computes it, such as a constant."""
         return next((region for region in self.regions if node in region.nodes), None)

@@ -8,7 +8,7 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from eptq_onnx.placement import Representation, Way
 from eptq_onnx.records import Speed
 from eptq_onnx.runtime import Session, load
 from eptq_onnx.runtimes import ort_profile
+from eptq_onnx.runtimes.attribute import Attribution, attribute
 from eptq_onnx.runtimes.speed import BRIEF, Effort, latency
 from eptq_onnx.targets.machine import cpuinfo
 
@@ -30,8 +31,10 @@ _RUNS = (8, 200)
 _BEST = 3
 """Only the least interrupted third of the runs counts."""
 _SEED = 0
-_LONG = Effort(seconds=5 * BRIEF.seconds, pairs=5 * BRIEF.pairs)
-"""Whole models are compared for longer than in the report, because choices differ by only a few per cent."""
+_LONG = Effort(seconds=2 * BRIEF.seconds, pairs=3 * BRIEF.pairs)
+"""Effort of comparing whole models where time allows: choices differ by only a few per cent."""
+_SHORT = BRIEF.seconds / 2
+"""Least seconds of a comparison of whole models."""
 
 Surround = Callable[[ModelProto, bool], ModelProto | None]
 """Puts a piece between float convolutions, or integer ones if the flag is True; None if it cannot."""
@@ -251,9 +254,14 @@ class Stopwatch:
         """Return the seconds of each node of a model that onnxruntime does not optimize."""
         return kernel_times(model, Pace(self.threads, seconds), optimize=False)[0]
 
-    def compare(self, base: ModelProto, other: ModelProto, feeds: Feeds) -> Speed:
-        """Time two whole models in turn; see `eptq_onnx.runtimes.speed.latency`."""
-        return latency(runtimes.make(), (base, other), feeds, self.threads, _LONG)
+    def compare(self, base: ModelProto, other: ModelProto, feeds: Feeds, seconds: float) -> Speed:
+        """Time two whole models in turn, for about some seconds; see `eptq_onnx.runtimes.speed.latency`."""
+        effort = replace(_LONG, seconds=min(_LONG.seconds, max(_SHORT, seconds)))
+        return latency(runtimes.make(), (base, other), feeds, self.threads, effort)
+
+    def profile(self, exact: ModelProto, quantized: ModelProto, feeds: Feeds) -> Attribution:
+        """Profile two whole models; see `eptq_onnx.runtimes.attribute.attribute`."""
+        return attribute(runtimes.make(), (exact, quantized), feeds, threads=self.threads)
 
 
 @cache

@@ -13,7 +13,7 @@ from eptq_onnx.errors import ConfigError
 from eptq_onnx.files import write_atomically
 from eptq_onnx.placement import Timings
 
-_FORMAT = 1
+_FORMAT = 2
 _FILE: TypeAdapter[Timings] = TypeAdapter(Timings)
 
 

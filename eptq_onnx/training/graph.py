@@ -74,7 +74,7 @@ def training_graph(
     if empty is not None:
         raise GradientError(f"{empty} has no elements in any of the samples used for gradients.")
     outputs = [layer.output for layer in plan.layers]
-    points = ops.output_parts(GraphView(model))
+    points = ops.output_parts(GraphView(model), config.outputs)
     alike = samples.alike()
     fed = [
         samples.take(alike[np.arange(begin, begin + size) % len(alike)])

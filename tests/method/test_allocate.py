@@ -15,7 +15,16 @@ from eptq_onnx.config import Budget, Config
 from eptq_onnx.data.samples import Selection
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.method.allocate import Candidates, FileSizes, allocate, candidates, solve
+from eptq_onnx.method.allocate import (
+    WIDTHS,
+    Candidates,
+    FileSizes,
+    Goal,
+    allocate,
+    candidates,
+    front_of,
+    solve,
+)
 from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
@@ -24,9 +33,13 @@ from eptq_onnx.records import Network
 TARGET = targets.load("ort-x64")
 
 
-@pytest.mark.parametrize("text", ["weights=3.1", "bytes=90", "bitops=4000"])
-def test_the_program_is_solved_exactly(text):
-    rng = np.random.default_rng(0)
+def goal(*budgets: str, **options: Any) -> Goal:
+    return Goal(options.pop("minimized", "noise"), tuple(map(Budget.model_validate, budgets)), **options)
+
+
+def drawn(seed=0):
+    """Five weights with three widths each, and the parts of their file."""
+    rng = np.random.default_rng(seed)
     weights = {}
     for k in range(5):
         errors = np.sort(rng.uniform(0, 1, 3))[::-1] * 10.0 ** rng.integers(-2, 3)
@@ -38,27 +51,86 @@ def test_the_program_is_solved_exactly(text):
     sizes = FileSizes(
         20, {n: {b: -(-w.size * b // 8) + 1 for b in (2, 3, 4)} for n, w in weights.items()}, {2: 3, 3: 9}
     )
-    budget = Budget.model_validate(text)
-    total = sum(w.size for w in weights.values())
-    best = np.inf
-    for choice in product((2, 3, 4), repeat=5):
-        pairs = list(zip(weights.values(), choice, strict=True))
-        cost = {
-            "weights": sum(w.size * b for w, b in pairs) / total,
-            "bytes": 20
-            + sum(sizes.weights[n][b] for n, b in zip(weights, choice, strict=True))
-            + sum(sizes.shared.get(b, 0) for b in set(choice)),
-            "bitops": sum(w.operations * b for w, b in pairs),
-        }[budget.unit.value]
-        if cost <= budget.amount:
-            best = min(best, sum(w.effects[b] for w, b in pairs))
-    found = solve(weights, budget, sizes)
-    assert sum(w.effects[found[n]] for n, w in weights.items()) == pytest.approx(best)
+    return weights, sizes
+
+
+def costs_of(weights, sizes, choice):
+    pairs = list(zip(weights.values(), choice, strict=True))
+    return {
+        "noise": sum(w.effects[b] for w, b in pairs),
+        "weights": sum(w.size * b for w, b in pairs) / sum(w.size for w in weights.values()),
+        "bytes": 20
+        + sum(sizes.weights[n][b] for n, b in zip(weights, choice, strict=True))
+        + sum(sizes.shared.get(b, 0) for b in set(choice)),
+        "bitops": sum(w.operations * b for w, b in pairs),
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("minimized", "limits"),
+    [
+        ("noise", {"weights": 0.5}),
+        ("noise", {"bytes": 0.5}),
+        ("noise", {"bitops": 0.5}),
+        ("noise", {"weights": 0.6, "bytes": 0.5, "bitops": 0.7}),
+        ("bytes", {"noise": 0.3}),
+        ("bytes", {"noise": 0.5, "bitops": 0.6}),
+    ],
+)
+def test_the_program_is_solved_exactly(seed, minimized, limits):
+    """Against all choices; a limit is given as a share of the range of its currency."""
+    weights, sizes = drawn(seed)
+    every = [costs_of(weights, sizes, choice) for choice in product((2, 3, 4), repeat=5)]
+    amounts = {}
+    for name, share in limits.items():
+        values = [costs[name] for costs in every]
+        amounts[name] = min(values) + share * (max(values) - min(values))
+    fitting = [c[minimized] for c in every if all(c[name] <= amount for name, amount in amounts.items())]
+    noise = {"most_noise": amounts.pop("noise") + 0.5, "activation_noise": 0.5} if "noise" in amounts else {}
+    wanted = goal(*(f"{name}={amount!r}" for name, amount in amounts.items()), minimized=minimized, **noise)
+    if not fitting:
+        with pytest.raises(ConfigError, match="cannot be met together"):
+            solve(weights, wanted, sizes)
+        return
+    found = solve(weights, wanted, sizes)
+    assert costs_of(weights, sizes, found.values())[minimized] == pytest.approx(min(fitting), rel=1e-5)
+
+
+def test_the_front_has_the_least_noise_at_every_size():
+    weights, sizes = drawn()
+    widths = solve(weights, goal("weights=3"), sizes)
+    front = front_of(weights, sizes, widths)
+    every = [costs_of(weights, sizes, choice) for choice in product((2, 3, 4), repeat=5)]
+    assert [p.bytes for p in front] == sorted(p.bytes for p in front)
+    assert front[0].bytes == min(c["bytes"] for c in every)
+    assert min(p.noise for p in front) == pytest.approx(min(c["noise"] for c in every))
+    for point in front:
+        if not point.chosen:
+            assert point.noise == pytest.approx(
+                min(c["noise"] for c in every if c["bytes"] <= point.bytes), rel=1e-5
+            )
+    [chosen] = [p for p in front if p.chosen]
+    expected = costs_of(weights, sizes, widths.values())
+    assert chosen.bytes == expected["bytes"]
+    assert chosen.bits == pytest.approx(expected["weights"])
+
+
+NO_SIZES = FileSizes(0, {"w": {2: 3, 4: 5}}, {})
 
 
 def test_a_budget_that_is_too_small_is_refused_with_the_smallest_possible():
     with pytest.raises(ConfigError, match=r"budget=weights=1.5 cannot be met.*weights=2"):
-        solve({"w": Candidates(10, {2: 1.0, 4: 0.1})}, Budget.model_validate("weights=1.5"))
+        solve({"w": Candidates(10, {2: 1.0, 4: 0.1})}, goal("weights=1.5"), NO_SIZES)
+
+
+def test_noise_that_no_width_keeps_within_is_refused_with_the_least():
+    with pytest.raises(ConfigError, match=r"max_noise=0\.05 leaves weights a noise of 0\.03 .* cause 0\.1"):
+        solve(
+            {"w": Candidates(10, {2: 1.0, 4: 0.1})},
+            goal(minimized="bytes", most_noise=0.05, activation_noise=0.02),
+            NO_SIZES,
+        )
 
 
 def test_a_file_that_is_too_small_is_refused_with_the_smallest_possible():
@@ -66,8 +138,8 @@ def test_a_file_that_is_too_small_is_refused_with_the_smallest_possible():
     weights = {name: Candidates(10, {2: 1.0, 4: 0.1}) for name in "vw"}
     sizes = FileSizes(20, {name: {2: 3, 4: 5} for name in "vw"}, {2: 5, 4: 5})
     with pytest.raises(ConfigError, match=r"budget=bytes=30 cannot be met.*bytes=31; give"):
-        solve(weights, Budget.model_validate("bytes=30"), sizes)
-    assert solve(weights, Budget.model_validate("bytes=31"), sizes) == {"v": 2, "w": 2}
+        solve(weights, goal("bytes=30"), sizes)
+    assert solve(weights, goal("bytes=31"), sizes) == {"v": 2, "w": 2}
 
 
 def test_a_budget_of_bytes_is_that_of_the_file(models_folder):
@@ -88,16 +160,24 @@ def test_an_unreadable_budget_is_refused(text):
 
 
 def test_widths_meet_the_budget_and_leave_the_rest_of_the_plan_alone():
-    config, budget = Config(), Budget.model_validate("weights=3.5")
+    config = Config()
     model = normalize(small_convnet(), 13)
     p = plan(model, TARGET, config)
     samples = data.read({"image": images(32)}, model)
     calibration = calibrate(model, p, samples, config, silent)
-    mixed = allocate(
-        Network(model, p, calibration), Selection(samples, np.arange(32)), TARGET, budget, config, silent
-    )
     view = GraphView(model)
     sizes = {n: view.constant(n).size for n in p.weight_specs}
+    parts = FileSizes(0, {n: dict.fromkeys(WIDTHS, size) for n, size in sizes.items()}, {})
+    mixed, front = allocate(
+        Network(model, p, calibration),
+        Selection(samples, np.arange(32)),
+        TARGET,
+        goal("weights=3.5"),
+        config,
+        silent,
+        parts,
+    )
+    assert [p.chosen for p in front].count(True) == 1
     mean = sum(sizes[n] * s.bits for n, s in mixed.weight_specs.items()) / sum(sizes.values())
     assert 2.5 < mean <= 3.5
     assert len({s.bits for s in mixed.weight_specs.values()}) > 1
@@ -171,3 +251,16 @@ def test_mixed_widths_beat_uniform_ones_of_the_same_size(models_folder):
         )
     sqnr = {name: next(iter(r.report.verification.outputs.values())) for name, r in results.items()}
     assert sqnr["mixed"] > sqnr["uniform"] + 1
+
+
+def test_the_smallest_file_within_a_limit_of_noise(models_folder):
+    most = 0.02
+    with np.load(models_folder / "digits_calib.npz") as file:
+        samples = {name: values[:64] for name, values in file.items()}
+    config = Config(preset="fast", start="nearest", objective="bytes", max_noise=most)
+    found = eptq_onnx.quantize(models_folder / "digits_resnet.onnx", samples, config)
+    [chosen] = [p for p in found.report.front if p.chosen]
+    assert chosen.noise <= most
+    assert found.model.ByteSize() <= chosen.bytes < 0.9 * max(p.bytes for p in found.report.front)
+    smaller = [p for p in found.report.front if p.bytes < chosen.bytes]
+    assert all(p.noise > chosen.noise for p in smaller)

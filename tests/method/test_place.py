@@ -24,10 +24,10 @@ from eptq_onnx.method.place.pieces import (
     conversions_piece,
     float_piece,
 )
-from eptq_onnx.method.place.program import TIME, Option, Program, Tensor, cost_of, paths, solve
 from eptq_onnx.method.place.regions import Region, regions_of
 from eptq_onnx.method.plan import plan
 from eptq_onnx.placement import Representation, TimedRegion, Way
+from eptq_onnx.program import TIME, Option, Program, Shared, Tensor, cost_of, paths, solve
 from eptq_onnx.runtime import Session
 
 pytestmark = pytest.mark.once
@@ -62,6 +62,11 @@ def programs(draw):
         times = {name: draw(costs) for name in STEPS if layouts or "quantize" in name}
         tensors.append(Tensor(maker, tuple(readers), draw(st.booleans()), steps_of(times)))
     regions = st.integers(0, count - 1)
+    every = [(k, o) for k, own in enumerate(options) for o in range(len(own))]
+    shared = [
+        Shared(tuple(draw(st.lists(st.sampled_from(every), unique=True, max_size=3))), {"noise": draw(costs)})
+        for _ in range(draw(st.integers(0, 3)))
+    ]
     rules: dict[str, Any] = {
         "needs": tuple(
             (k, tuple(draw(st.lists(regions, unique=True, max_size=2))))
@@ -72,6 +77,7 @@ def programs(draw):
             for k in draw(st.lists(regions, unique=True, max_size=1))
         ),
         "layers": frozenset(draw(st.lists(regions, max_size=2))),
+        "shared": tuple(shared),
     }
     return Program(tuple(options), tuple(tensors), **rules)
 
@@ -89,7 +95,9 @@ def allowed(program, options):
 
 
 def noise_of(program, options):
-    return sum(own[o].costs["noise"] for own, o in zip(program.options, options, strict=True))
+    own = sum(own[o].costs["noise"] for own, o in zip(program.options, options, strict=True))
+    taken = set(enumerate(options))
+    return own + sum(s.costs["noise"] for s in program.shared if taken & set(s.options))
 
 
 def every(program):
@@ -123,6 +131,7 @@ def test_other_currencies_are_limits_and_objectives(program, limit, swapped):
     assert (found is None) == (not fitting)
     if found is not None:
         assert found.amount == pytest.approx(min(fitting), abs=1e-5)
+        assert found.totals["noise"] == pytest.approx(noise_of(program, found.options), abs=1e-5)
 
 
 def test_conversions_go_step_by_step_and_readers_share_them():

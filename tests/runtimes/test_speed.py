@@ -237,5 +237,6 @@ def test_measuring_changes_no_byte_and_a_failure_is_a_note(measured_speed, monke
 def test_a_slower_model_names_the_option_that_helps(measured_speed, monkeypatch, pace):
     found = Speed(pace, 1.0, 2.0, 2.0, 1.9, 2.1, 10, 1)
     monkeypatch.setattr("eptq_onnx.passes.measure.measure", lambda *_: found)
-    report = eptq_onnx.quantize(small_convnet(), images(8), Config(preset="fast"), progress=silent).report
+    config = Config(preset="fast", objective="integers")
+    report = eptq_onnx.quantize(small_convnet(), images(8), config, progress=silent).report
     assert any("objective=time" in note for note in report.notes) == (pace is Pace.SLOWER)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from eptq_onnx.method.place.program import TIME, Option, Program, Step, Tensor
 from eptq_onnx.method.place.regions import Regions
 from eptq_onnx.placement import Representation, Way
+from eptq_onnx.program import TIME, Option, Program, Step, Tensor
 
 _R = Representation
 STEPS: Mapping[str, Sequence[Step]] = {

@@ -7,7 +7,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import ModelProto, helper
@@ -15,12 +15,35 @@ from onnx import ModelProto, helper
 from eptq_onnx.graph.view import GraphView, opset_of
 from eptq_onnx.method.place.costs import program_of
 from eptq_onnx.method.place.pieces import Piece, conversions_piece, float_piece, integer_piece
-from eptq_onnx.method.place.program import Choice, solve
 from eptq_onnx.method.place.regions import Region, Regions, regions_of
-from eptq_onnx.placement import TimedRegion, Way
+from eptq_onnx.placement import Representation, TimedRegion, Way
+from eptq_onnx.program import NOISE, TIME, Choice, Program, Shared, solve
 from eptq_onnx.records import Plan
+from eptq_onnx.runtimes.attribute import RegionTime
 
 Ways = Mapping[str, tuple[Way, ...]]
+_FLOAT = tuple(r for r in Representation if not r.is_integer)
+_INTEGERS = tuple(r for r in Representation if r.is_integer)
+
+
+@dataclass(frozen=True)
+class Times:
+    """What was measured of a network.
+
+    Parameters
+    ----------
+    pieces : dict of str to tuple of Way
+        Key of a piece to the ways to compute it.
+    conversions : dict of str to dict of str to float
+        Key of a conversion piece to the seconds of each conversion.
+    seen : sequence of (float, float) or None
+        Seconds of each region in the profiles of the whole float and the whole quantized model; None where
+        kernels span several regions. They stand in for regions whose pieces were not timed.
+    """
+
+    pieces: Ways
+    conversions: Mapping[str, Mapping[str, float]]
+    seen: Sequence[tuple[float, float] | None]
 
 
 @dataclass(frozen=True)
@@ -33,10 +56,29 @@ class Chosen:
         True for each region on integers.
     predicted : float
         Predicted time of one run, in seconds.
+    noise : float
+        Sum of the noise of its quantizers, if that was known.
     """
 
     on_integers: tuple[bool, ...]
     predicted: float
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """A choice with the least noise instead of the least time.
+
+    Parameters
+    ----------
+    noise : dict of str to float
+        Activation quantizer to the noise that it causes alone.
+    seconds : float
+        Maximum predicted time of one run.
+    """
+
+    noise: Mapping[str, float]
+    seconds: float
 
 
 class Cut:
@@ -70,18 +112,25 @@ class Cut:
         }
         """Tensor between regions to the piece that holds its conversions."""
 
-    @property
-    def by_work(self) -> list[Piece]:
-        """Return the distinct pieces, those with the most work first."""
-        work: dict[str, float] = defaultdict(float)
+    def in_order(self, seen: Sequence[tuple[float, float] | None]) -> list[Piece]:
+        """Return the distinct pieces, those first whose regions lose most on integers in the whole models.
+
+        Parameters
+        ----------
+        seen : sequence
+            See `Times`.
+        """
+        lost: dict[str, float] = defaultdict(float)
         found: dict[str, Piece] = {}
-        for region, pair in zip(self.regions.regions, self.pieces, strict=True):
+        movable: set[str] = set()
+        for region, pair, times in zip(self.regions.regions, self.pieces, seen, strict=True):
             for piece in pair:
                 if piece is not None:
                     found[piece.key] = piece
-                    # The other regions are timed only for their layouts.
-                    work[piece.key] += _work(piece.model) if region.movable else 0.0
-        return sorted(found.values(), key=lambda p: -work[p.key])
+                    lost[piece.key] += times[1] - times[0] if times is not None else 0.0
+                    movable |= {piece.key} if region.movable else set()
+        # The other regions are timed only for their layouts.
+        return sorted(found.values(), key=lambda p: (p.key not in movable, -lost[p.key]))
 
     @property
     def digest(self) -> str:
@@ -113,53 +162,136 @@ class Cut:
         """Return the choice that the plan makes."""
         return tuple(r.movable for r in self.regions.regions)
 
-    def choose(
-        self,
-        ways: Ways,
-        conversions: Mapping[str, Mapping[str, float]],
-        *,
-        layouts: bool = True,
-        fixed: Sequence[bool] | None = None,
-    ) -> Chosen | None:
-        """Return the fastest choice by measured times, or a fixed one with its predicted time.
+    def seen(self, profiled: Iterable[RegionTime]) -> tuple[tuple[float, float] | None, ...]:
+        """Return the seconds of each region in the profiles of whole models; see `Times`."""
+        rows = tuple(profiled)
+        spent = {name: k for k, own in enumerate(rows) for name in own.nodes}
+        known = {name for region in self.regions.regions for name in region.nodes}
+        found: list[tuple[float, float] | None] = []
+        for region in self.regions.regions:
+            own = {spent[name] for name in region.nodes if name in spent}
+            if not own or any((set(rows[k].nodes) & known) - set(region.nodes) for k in own):
+                found.append(None)
+            else:
+                found.append(
+                    (sum(rows[k].float_seconds for k in own), sum(rows[k].quantized_seconds for k in own))
+                )
+        return tuple(found)
+
+    def faster_kinds(self, seen: Sequence[tuple[float, float] | None]) -> tuple[bool, ...]:
+        """Return the planned choice without the operators that take longer on integers in the whole models.
 
         Parameters
         ----------
-        ways : dict of str to tuple of Way
-            Key of a piece to the ways to compute it.
-        conversions : dict of str to dict of str to float
-            Key of a conversion piece to the seconds of each conversion.
+        seen : sequence
+            See `Times`.
+        """
+        gained: dict[str, float] = defaultdict(float)
+        for region, times in zip(self.regions.regions, seen, strict=True):
+            gained[region.operators] += times[0] - times[1] if times is not None else 0.0
+        return tuple(r.movable and gained[r.operators] >= 0 for r in self.regions.regions)
+
+    def choose(
+        self,
+        times: Times,
+        *,
+        layouts: bool = True,
+        margin: float = 1.0,
+        fixed: Sequence[bool] | None = None,
+        quiet: Quiet | None = None,
+    ) -> Chosen | None:
+        """Return the fastest choice by measured times, a fixed one with its predicted time, or a quiet one.
+
+        Parameters
+        ----------
+        times : Times
         layouts : bool
             False ignores the time of layout changes.
+        margin : float
+            Factor on the seconds of regions on integers.
         fixed : sequence of bool, optional
             Whether each region is on integers.
+        quiet : Quiet, optional
+            Asks for the least noise within a time.
 
         Returns
         -------
         Chosen or None
             None if the solver finds no solution.
         """
-        own = self._ways(ways)
-        times = {name: conversions.get(p.key, {}) for name, p in self.conversions.items()}
-        program = program_of(self.regions, own, times, layouts=layouts, fixed=fixed)
-        found: Choice | None = solve(program)
+        own = [
+            (exact, tuple(replace(w, seconds=margin * w.seconds) for w in integers))
+            for exact, integers in self._ways(times)
+        ]
+        conversions = {name: self._conversion(p, times) for name, p in self.conversions.items()}
+        program = program_of(self.regions, own, conversions, layouts=layouts, fixed=fixed)
+        if quiet is not None:
+            program = replace(program, shared=self._noise(program, quiet.noise))
+        found: Choice | None = (
+            solve(program) if quiet is None else solve(program, NOISE, {TIME: quiet.seconds})
+        )
         if found is None:
             return None
         chosen = tuple(program.options[k][o].on_integers for k, o in enumerate(found.options))
-        return Chosen(chosen, found.amount)
+        return Chosen(chosen, found.totals[TIME], found.totals.get(NOISE, 0.0))
 
-    def _ways(self, ways: Ways) -> list[tuple[tuple[Way, ...], tuple[Way, ...]]]:
+    def _noise(self, program: Program, noise: Mapping[str, float]) -> tuple[Shared, ...]:
+        """Return the noise of quantizers, each of which is there if a region around it is on integers."""
+        links = {x.tensor: x for x in self.regions.links}
+        place = {name: k for k, region in enumerate(self.regions.regions) for name in region.nodes}
+        found = []
+        for quantizer in self._plan.activations:
+            users: set[int] = set()
+            for tensor in quantizer.tensors:
+                link = links.get(tensor)
+                if link is not None:
+                    users |= {*link.readers, *(() if link.maker is None else (link.maker,))}
+                elif tensor in self._exact.producer:
+                    users.add(place[self._exact.producer[tensor].name])
+            options = [
+                (k, o) for k in sorted(users) for o, x in enumerate(program.options[k]) if x.on_integers
+            ]
+            if options and noise.get(quantizer.name):
+                found.append(Shared(tuple(options), {NOISE: noise[quantizer.name]}))
+        return tuple(found)
+
+    def _conversion(self, piece: Piece, times: Times) -> Mapping[str, float]:
+        """Return the seconds of a tensor's conversions, by those of the largest other tensor if unknown."""
+        known = times.conversions.get(piece.key)
+        if known is not None or not times.conversions:
+            return known or {}
+        timed = [p for p in self.conversions.values() if p.key in times.conversions]
+        other = max(timed, key=lambda p: _elements(p.model), default=None)
+        if other is None:
+            return {}
+        share = _elements(piece.model) / max(_elements(other.model), 1)
+        return {name: share * seconds for name, seconds in times.conversions[other.key].items()}
+
+    def _ways(self, times: Times) -> list[tuple[tuple[Way, ...], tuple[Way, ...]]]:
         pairs = []
-        for exact, integers in self.pieces:
-            own = [ways.get(p.key, ()) if p is not None else () for p in (exact, integers)]
-            pairs.append((own[0], own[1]))
+        for pieces, seen, region in zip(self.pieces, times.seen, self.regions.regions, strict=True):
+            first, second = (times.pieces.get(p.key, ()) if p is not None else () for p in pieces)
+            if seen is not None and not (first and (second or not region.movable)):
+                # In a whole model a region runs in the layout of its neighbours.
+                first, second = (
+                    tuple(Way(r, r, seconds) for r in forms)
+                    for forms, seconds in zip((_FLOAT, _INTEGERS), seen, strict=True)
+                )
+            pairs.append((first, second if region.movable else ()))
         return pairs
 
-    def times(self, ways: Ways, chosen: Sequence[bool]) -> tuple[TimedRegion, ...]:
+    def untimed(self, pieces: Ways) -> int:
+        """Return the number of regions that the plan puts on integers and whose pieces were not timed."""
+        return sum(
+            region.movable and not all(p is not None and pieces.get(p.key) for p in pair)
+            for region, pair in zip(self.regions.regions, self.pieces, strict=True)
+        )
+
+    def times(self, times: Times, chosen: Sequence[bool]) -> tuple[TimedRegion, ...]:
         """Return the times of all regions that can run on integers and were timed in both forms."""
         found = []
         for region, (exact, integers), on_integers in zip(
-            self.regions.regions, self._ways(ways), chosen, strict=True
+            self.regions.regions, self._ways(times), chosen, strict=True
         ):
             if region.movable and exact and integers:
                 first, second = (min(w.seconds for w in own) for own in (exact, integers))
@@ -171,11 +303,9 @@ class Cut:
         return [r for r, on in zip(self.regions.regions, chosen, strict=True) if r.movable and not on]
 
 
-def _work(model: ModelProto) -> float:
-    """Return the approximate number of multiplications, or of values moved, in a piece."""
-    outputs = sum(math.prod(d.dim_value for d in v.type.tensor_type.shape.dim) for v in model.graph.output)
-    terms = [math.prod(t.dims[1:]) for t in model.graph.initializer if len(t.dims) > 1]
-    return float(outputs * max([*terms, 1]))
+def _elements(model: ModelProto) -> int:
+    """Return the number of elements of a model's first input."""
+    return math.prod(d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim)
 
 
 def reasons(times: Iterable[TimedRegion], kept: Iterable[Region]) -> dict[str, str]:
@@ -190,7 +320,9 @@ def reasons(times: Iterable[TimedRegion], kept: Iterable[Region]) -> dict[str, s
     found = {}
     for region in kept:
         exact, integers = totals.get(region.operators, (0.0, 0.0))
-        if integers > exact:
+        if region.operators not in totals:
+            why = "the whole model is faster with it in float"
+        elif integers > exact:
             why = f"integers would be slower here: {in_ms(integers)} instead of {in_ms(exact)}"
         else:
             why = (

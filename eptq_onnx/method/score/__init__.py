@@ -84,7 +84,7 @@ def score(
     empty = empty_tensor(shaped)
     if empty is not None:
         raise GradientError(f"{empty} has no elements in any of the samples used for gradients.")
-    points = ops.output_parts(GraphView(model))
+    points = ops.output_parts(GraphView(model), config.outputs)
     safe = finite.differentiable(
         shaped,
         [*points, *(x.output for x in plan.layers)],

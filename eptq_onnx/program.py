@@ -1,4 +1,4 @@
-"""The integer program that chooses how each region is computed.
+"""The integer program that chooses how each region is computed: in float or on integers, at which widths.
 
 Let x[k, o] = 1 if region k is computed by its option o. An option reads its inputs in one representation and
 produces its outputs in one. If a reader needs another representation than the producer gives, the tensor is
@@ -11,10 +11,11 @@ produced as r and reader c needs it as s, and u[t, r, a] = 1 if t, produced as r
 - u[t, r, a] ≥ sum of y[t, c, r, s] over all s whose path from r contains step a, for each c, so that readers
   share conversions;
 - a region with a result other than a layer's is on integers only if one of its readers is (`needs`);
-- a lone node between integers is an integer kernel, whatever the plan says (`bound`).
+- a lone node between integers is an integer kernel, whatever the plan says (`bound`);
+- what several options share costs once if any of them is taken: v ≥ x[k, o] for each of them (`shared`).
 
-Each option has a cost in one or more currencies (time, and possibly noise or bytes). The total of one
-currency is minimized, and those of others can be limited. SciPy's MILP solver is exact within its time limit.
+Each option has a cost in one or more currencies (time, noise, bytes and others). The total of one currency is
+minimized, and those of others can be limited. SciPy's MILP solver is exact within its time limit.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from scipy.sparse import coo_array
 
 from eptq_onnx.placement import Representation
 
-TIME = "time"
+TIME, NOISE, BYTES = "time", "noise", "bytes"
 Step = tuple[Representation, Representation]
 _SECONDS = 60.0
 """Time limit of the solver, which then returns the best choice found so far."""
@@ -44,11 +45,14 @@ class Option:
     reads, makes : Representation
     costs : dict of str to float
         Currency to cost.
+    bits : int
+        Width of the region's weight; 0 if that is not chosen.
     """
 
     reads: Representation
     makes: Representation
     costs: Mapping[str, float]
+    bits: int = 0
 
     @property
     def on_integers(self) -> bool:
@@ -79,6 +83,22 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Shared:
+    """What several options share.
+
+    Parameters
+    ----------
+    options : tuple of (int, int)
+        Regions and their options.
+    costs : dict of str to float
+        Currency to cost, which arises once if any of the options is taken.
+    """
+
+    options: tuple[tuple[int, int], ...]
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Program:
     """The choice to be made.
 
@@ -94,6 +114,7 @@ class Program:
         one of the readers are.
     layers : frozenset of int
         Regions of which at least one must be on integers.
+    shared : tuple of Shared
     """
 
     options: tuple[tuple[Option, ...], ...]
@@ -101,6 +122,7 @@ class Program:
     needs: tuple[tuple[int, tuple[int, ...]], ...] = ()
     bound: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
     layers: frozenset[int] = frozenset()
+    shared: tuple[Shared, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,11 +137,14 @@ class Choice:
         Total of the minimized currency.
     conversions : float
         Total seconds of conversions.
+    totals : dict of str to float
+        Total of every currency.
     """
 
     options: tuple[int, ...]
     amount: float
     conversions: float
+    totals: Mapping[str, float]
 
 
 def solve(program: Program, currency: str = TIME, limits: Mapping[str, float] | None = None) -> Choice | None:
@@ -171,18 +196,29 @@ class _Model:
                 self._row(row, high=len(around) - 1)
         if self.program.layers:
             self._row(self._all(self.program.layers), low=1)
+        self.shared = [self._variable(s.costs.get(self.currency, 0.0), True) for s in self.program.shared]
+        for variable, shared in zip(self.shared, self.program.shared, strict=True):
+            for region, option in shared.options:
+                self._row({self.x[region][option]: 1.0, variable: -1.0}, high=0)
 
     def limit(self, currency: str, amount: float) -> None:
         """Limit the total of a currency."""
+        row = self._spent(currency)
+        unit = max([*map(abs, row.values()), abs(amount), 1e-30])
+        self._row({v: a / unit for v, a in row.items()}, high=amount / unit)
+
+    def _spent(self, currency: str) -> dict[int, float]:
+        """Return what each variable costs in a currency."""
         options = self.program.options
         row = {
             v: o.costs.get(currency, 0.0)
             for own, variables in zip(options, self.x, strict=True)
             for o, v in zip(own, variables, strict=True)
         }
+        row |= {v: s.costs.get(currency, 0.0) for v, s in zip(self.shared, self.program.shared, strict=True)}
         if currency == TIME:
             row |= {v: s for v, s in enumerate(self.steps) if s}
-        self._row(row, high=amount)
+        return row
 
     def solve(self) -> Choice | None:
         count = len(self.costs)
@@ -202,7 +238,18 @@ class _Model:
         if found.x is None:
             return None
         chosen = tuple(int(np.argmax([found.x[v] for v in own])) for own in self.x)
-        return Choice(chosen, float(found.fun * unit), float(np.dot(self.steps, found.x)))
+        totals = {
+            name: float(sum(a * found.x[v] for v, a in self._spent(name).items()))
+            for name in self._currencies()
+        }
+        return Choice(chosen, float(found.fun * unit), float(np.dot(self.steps, found.x)), totals)
+
+    def _currencies(self) -> set[str]:
+        options = [o.costs for own in self.program.options for o in own]
+        return {
+            TIME,
+            *(name for costs in (*options, *(s.costs for s in self.program.shared)) for name in costs),
+        }
 
     def _variable(self, cost: float, integral: bool = False, step: float = 0.0) -> int:
         self.costs.append(cost)
