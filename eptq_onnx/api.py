@@ -86,7 +86,8 @@ def quantize(
         The float model; it is never modified.
     data : Source
         Calibration samples without labels: one array per model input, samples along the first axis; or feeds,
-        files, or a function that gives them; see `eptq_onnx.data.readers.open_source`.
+        loaders, data sets, files, folders, or a function that gives them. `Data` around it says how to read
+        it, such as ``Data("photos", image="imagenet")``.
     config : Config, optional
     progress : callable, optional
 
@@ -181,6 +182,8 @@ def _quantize(
     with runner.timed("normalize"):
         prepared = prepare(model, data, target, given, places.folder)
         samples = prepared.samples
+        if prepared.origin.recipe or prepared.origin.made_up:
+            progress("data", 1, 1, prepared.origin)
         float_model = executed(prepared.model, prepared.found)
     with runner.timed("plan"):
         plan = make_plan(prepared.model, target, given)

@@ -10,10 +10,11 @@ import typer
 from eptq_onnx.api import Result, input_files
 from eptq_onnx.api import quantize as run
 from eptq_onnx.cli.app import app, one_sentence
-from eptq_onnx.cli.options import with_config_options
-from eptq_onnx.config import Config
+from eptq_onnx.cli.options import options_of, with_options
+from eptq_onnx.config import Config, Reading
 from eptq_onnx.config.files import read_options
 from eptq_onnx.data import readers
+from eptq_onnx.data.readers import Data
 from eptq_onnx.errors import OutputError
 from eptq_onnx.files import check_apart, check_writable, model_outputs, write_atomically
 from eptq_onnx.interrupts import tell_outcome
@@ -21,7 +22,7 @@ from eptq_onnx.report.console import console, display, line, shown
 
 
 @app.command()
-@with_config_options
+@with_options(Reading, Config)
 def quantize(
     *,
     model: Annotated[Path, typer.Argument(help="The float ONNX model.", show_default=False)],
@@ -45,16 +46,17 @@ def quantize(
     """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime."""
     messages = console(stderr=True)
     with one_sentence(messages):
-        chosen = Config(**{**(read_options(config) if config is not None else {}), **options})
+        given = {**(read_options(config) if config is not None else {}), **options}
+        chosen, samples = Config(**options_of(Config, given)), Data(data, **options_of(Reading, given))
         outputs = model_outputs(output) if report is None else {**model_outputs(output), "the report": report}
         for path in filter(None, (output, report)):
             check_writable(path)
-        inputs = input_files(model, data, chosen)
+        inputs = input_files(model, samples, chosen)
         check_apart(outputs, [*inputs, ("the configuration", config)] if config is not None else inputs)
         if chosen.workdir is not None:
             tell_outcome(f"nothing was written; the same command goes on from {shown(chosen.workdir)}")
         with display(messages, chosen.preset.value) as progress:
-            result = run(model, data, chosen, progress=progress)
+            result = run(model, samples, chosen, progress=progress)
         result.save(output)
         tell_outcome(f"wrote {shown(output)}")
         failure = _write_report(result, output, report)
