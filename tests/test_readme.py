@@ -140,8 +140,8 @@ def test_the_page_of_options_holds_all_of_them(pages, help_text):
     for section in SECTIONS.values():
         assert f"Table `[{section}]`" in page
     rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*) \|$", page, re.MULTILINE)
-    assert len(rows) == len(Config.model_fields) + len(Reading.model_fields) + 5, (
-        "the options, the model, its samples, two outputs and a file of options"
+    assert len(rows) == len(Config.model_fields) + len(Reading.model_fields) + 6, (
+        "the options, the model, its samples, three outputs and a file of options"
     )
     listed = re.findall(r"`(--[a-z-]+)", " ".join(flags for flags, _, _ in rows))
     assert set(listed) <= set(re.findall(r"--[a-z-]+", help_text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -206,6 +207,9 @@ def _fits(value: Any, info: Input) -> bool:
     """Return True if a value has the type of an input, and its shape or that of a sample."""
     if _is_picture(value):
         return info.dims is not None and len(info.dims) in (3, 4)
+    if isinstance(value, list):
+        with suppress(DataError):
+            value = as_array(value, "", info)
     if not is_tensor(value) or info.dims is None:
         return False
     shape = tuple(value.shape)

@@ -22,8 +22,10 @@ from eptq_onnx.errors import DataError, InstallError, one_line
 
 _MOST_PIXELS = 178_956_970
 """Pixels of the largest picture that is decoded: half a gigabyte of colours, Pillow's own limit."""
-_SIZE, _YOLO_SIZE, _SHORT_SIDE = 224, 640, 256 / 224
-"""Sizes where neither the model nor the recipe states one; short side relative to what is cut out of it."""
+_SIZE, _YOLO_SIZE = 224, 640
+"""Sizes where neither the model nor the recipe states one."""
+_SHORT_SIDE, _THUMBNAIL = 256 / 224, 64
+"""Short side relative to what is cut out of it, and the size up to which nothing is cut off."""
 _FILL = 114
 _DEPTH_16, _DEPTH_8 = 65535, 255
 _RANGES = {
@@ -175,7 +177,7 @@ def sight_of(model: ModelProto, inputs: tuple[Input, ...], given: ImageRecipe | 
         mean, std = (0.0,), (1.0,)
     recipe = ImageRecipe(
         size=size,
-        resize=(wanted.resize or max(min(size), round(min(size) * _SHORT_SIDE))) if fit is Fit.CROP else None,
+        resize=(wanted.resize or _short_side(min(size))) if fit is Fit.CROP else None,
         fit=fit,
         fill=(_FILL if wanted.fill is None else wanted.fill) if fit in _BOXED else None,
         mean=tuple(round(v, 6) for v in mean),
@@ -269,6 +271,11 @@ def _usual(wanted: ImageRecipe, layout: Layout, color: Color) -> str:
     return "tf" if layout is Layout.NHWC else "imagenet"
 
 
+def _short_side(size: int) -> int:
+    """Return the usual short side before a crop: sets of small pictures are made to be used whole."""
+    return size if size <= _THUMBNAIL else round(size * _SHORT_SIDE)
+
+
 def _values(model: ModelProto, target: Input, facts: Mapping[str, str]) -> tuple[str, str]:
     """Return the recipe whose values a model takes, and what tells so; both empty if nothing does."""
     if target.dtype is not None and target.dtype.kind != "f":
@@ -355,8 +362,9 @@ def _fitted(picture: Any, recipe: ImageRecipe) -> Any:
         )
         return picture.resize((width, height), kernel, box=box)
     scale = min(width / picture.width, height / picture.height)
+    rounded = round if recipe.fit is Fit.LETTERBOX else int  # as Ultralytics does, and as YOLOX does
     inner = [
-        max(1, min(round(side * scale), most))
+        max(1, min(rounded(side * scale), most))
         for side, most in zip(picture.size, (width, height), strict=True)
     ]
     fill = _FILL if recipe.fill is None else recipe.fill

@@ -144,7 +144,9 @@ class Report:
             ("optimization", self._optimization()),
             ("time, memory", self._cost()),
         ):
-            head.add_row(Text(label, style="bold"), line(text))
+            cell = line(text)
+            cell.overflow = "fold"  # a recipe is one long word, and is to be copied
+            head.add_row(Text(label, style="bold"), cell)
         kernels = Table(
             "operator",
             "planned",

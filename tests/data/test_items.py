@@ -155,6 +155,7 @@ def loaded(source: Any, model: Any = MODEL, **options: Any) -> data.Candidates:
         lambda t: Rows([(t(x), k) for k, x in enumerate(X)]),
         lambda t: Table([{"image": t(x), "label": k} for k, x in enumerate(X)]),
         lambda t: Table([{"image": x.tolist(), "label": k} for k, x in enumerate(X)]),
+        lambda t: Table([{"pixels": x.tolist(), "label": k, "boxes": [[1], [2, 3]]} for k, x in enumerate(X)]),
     ],
 )  # fmt: skip
 def test_samples_come_out_whatever_holds_them(tensor, source):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -14,11 +15,13 @@ from graphs import parse, silent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
 
 from eptq_onnx import Config, Data, DataError, InstallError, data, quantize
 from eptq_onnx.config.recipes import ImageRecipe
 from eptq_onnx.data.inputs import inputs_of
 from eptq_onnx.data.pictures import Sight, sight_of
+from eptq_onnx.data.sheet import contact_sheet
 
 RNG = np.random.default_rng(0)
 
@@ -131,18 +134,19 @@ def test_bytes_and_halves_are_what_the_model_takes():
 @pytest.mark.parametrize(
     ("dims", "kind", "facts", "part", "unknown"),
     [
-        ("N,3,16,20", "float", {}, "size=16x20,resize=18,fit=crop,mean=123.675,116.28,103.53", True),
+        ("N,3,16,20", "float", {}, "size=16x20,resize=16,fit=crop,mean=123.675,116.28,103.53", True),
         ("1,3,H,W", "float", {}, "size=224,resize=256,fit=crop", True),
-        ("N,24,16,3", "float", {}, "size=24x16,resize=18,fit=crop,mean=127.5,std=127.5", True),
+        ("1,3,192,192", "float", {}, "size=192,resize=219,fit=crop", True),
+        ("N,24,16,3", "float", {}, "size=24x16,resize=16,fit=crop,mean=127.5,std=127.5", True),
         ("N,1,28,28", "float", {}, "mean=0,std=255,units=pixels,layout=nchw,color=gray", True),
         ("3,16,16", "float", {}, "layout=nchw,color=rgb", True),
-        ("N,28,28", "float", {}, "size=28,resize=32,fit=crop,mean=0,std=255,units=pixels,layout=nhw,color=gray", True),
+        ("N,28,28", "float", {}, "size=28,resize=28,fit=crop,mean=0,std=255,units=pixels,layout=nhw,color=gray", True),
         ("N,3,16,16", "uint8", {}, "mean=0,std=1", False),
         (
             "N,3,H,W", "float", {"stride": "32", "imgsz": "[64, 96]", "names": "{}", "task": "detect"},
             "size=64x96,fit=letterbox,fill=114,mean=0,std=255", False,
         ),
-        ("N,3,H,W", "float", {"author": "Ultralytics", "imgsz": "[64]", "task": "classify"}, "size=64,resize=73,fit=crop,mean=0,std=255", False),
+        ("N,3,H,W", "float", {"author": "Ultralytics", "imgsz": "[64]", "task": "classify"}, "size=64,resize=64,fit=crop,mean=0,std=255", False),
         (
             "N,3,8,8", "float", {"Image.BitmapPixelFormat": "Bgr8", "Image.NominalPixelRange": "Normalized_1_1"},
             "mean=127.5,std=127.5,units=pixels,layout=nchw,color=bgr", False,
@@ -372,11 +376,15 @@ def test_a_run_shows_what_was_done_to_pictures(photos):
         told.append((step, str(detail)))
 
     source = Data(photos, image="imagenet")
-    report = quantize(of, source, Config(preset="fast", measure_speed=False), progress=progress).report
+    result = quantize(of, source, Config(preset="fast", measure_speed=False), progress=progress)
+    report = result.report
     assert report.samples == 12
-    text = "--image 'size=8,resize=9,fit=crop,mean=123.675,116.28,103.53,std=58.395,57.12,57.375,units=pixels"
+    text = "--image 'size=8,resize=8,fit=crop,mean=123.675,116.28,103.53,std=58.395,57.12,57.375,units=pixels"
     assert [detail for step, detail in told if step == "data"] == [str(report.data)]
     assert text in str(report.data)
+    out = io.StringIO()
+    report.print(Console(file=out, width=80))
+    assert text.replace(" ", "") in "".join(out.getvalue().split())
     assert "guessed: units (fractions, because the largest of mean and std is at most 2); size (" in str(
         report.data
     )
@@ -388,3 +396,22 @@ def test_a_run_shows_what_was_done_to_pictures(photos):
         progress=silent,
     )
     assert again.report.verification.outputs == report.verification.outputs
+    sheet = np.asarray(Image.open(io.BytesIO(result.contact_sheet)))
+    assert sheet.shape == (2 * 132 + 4, 8 * 132 + 4, 3)
+    order = [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
+    for k, number in enumerate(order):
+        middle = sheet[4 + 132 * (k // 8) + 64, 4 + 132 * (k % 8) + 64]
+        np.testing.assert_allclose(middle, [number, 2 * number, 3 * number], atol=1)
+
+
+@pytest.mark.parametrize("dims", ["N,8,12,3", "1,3,8,12", "3,8,12", "N,8,12", "N,1,8,12"])
+@pytest.mark.parametrize("kind", ["float", "uint8"])
+def test_the_sheet_shows_pixels_of_any_input(tmp_path, dims, kind):
+    for k in range(3):
+        Image.new("RGB", (12, 8), (50 * k,) * 3).save(tmp_path / f"{k}.png")
+    of = model(dims, kind)
+    found = loaded(tmp_path, of)
+    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(found.samples[0], found.origin, of))))
+    assert [int(sheet[40, 4 + 132 * k + 64, 0]) for k in range(3)] == pytest.approx([0, 50, 100], abs=1)
+    arrays = data.load({"x": found.samples[0].take([0])["x"]}, of)
+    assert contact_sheet(arrays.samples[0], arrays.origin, of) == b""
