@@ -197,9 +197,9 @@ def _parts(item: Any, inputs: Sequence[Input], label: str) -> dict[str, Any]:
         )
     first, *rest = item or [()]
     if isinstance(first, Mapping):
-        return {**_parts(first, inputs, label), **{f"value {k}": v for k, v in enumerate(rest, 1)}}
+        return {**_parts(first, inputs, label), **{f"part {k}": v for k, v in enumerate(rest, 1)}}
     parts = [*first, *rest] if isinstance(first, tuple) else [first, *rest]
-    keys = [i.name for i in inputs] + [f"value {k}" for k in range(len(inputs), len(parts))]
+    keys = [i.name for i in inputs] + [f"part {k}" for k in range(len(inputs), len(parts))]
     return dict(zip(keys, parts, strict=False))
 
 

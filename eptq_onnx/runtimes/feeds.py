@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 
 from eptq_onnx.data import load
 from eptq_onnx.data.inputs import plausible
-from eptq_onnx.data.readers import Source
+from eptq_onnx.data.readers import Data, Source
 from eptq_onnx.errors import DataError, ModelError
 from eptq_onnx.graph.io import read_file
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.runtimes.base import Port, Verifier, graph_of, ports_of
+
+_MOST_READ = 256
+"""Samples that are read to run the first of them: more than any model takes at once."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,15 @@ def inputs_of(verifier: Verifier, pair: tuple[Path, Path], source: Source | None
     return Inputs(feeds, {name: shape_text(v.shape) for name, v in feeds.items()}, samples, notes)
 
 
+def _few(source: Source) -> Source:
+    """Return the data with a limit on its samples: folders may be large, and few of them are run."""
+    data = source if isinstance(source, Data) else Data(source)
+    return data if data.reading.samples else data.limited(_MOST_READ)
+
+
 def _first_sample(verifier: Verifier, path: Path, source: Source) -> tuple[Feeds, int, tuple[str, ...]]:
     """Return the feeds of one run on the first samples, the number of these samples, and notes on them."""
-    found = load(source, read_file(path))
+    found = load(_few(source), read_file(path))
     notes = (*([f"samples: {found.origin}"] if found.origin.recipe else []), *found.origin.notes)
     taken = []
     for samples in found.samples:

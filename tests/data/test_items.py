@@ -184,7 +184,7 @@ def test_what_is_left_out_or_taken_for_an_input_is_told():
     notes = loaded(Loader(items)).origin.notes
     assert notes == (
         "'mask' (float32 (4, 8, 8)) of the items is left out: the model takes 'image'",
-        "'value 1' (int64 (4,)) of the items is left out: the model takes 'image'",
+        "'part 1' (int64 (4,)) of the items is left out: the model takes 'image'",
         "the array 'pixels' was taken for the model's only input, 'image'",
     )
     assert loaded({"pixels": X}).origin.notes == (

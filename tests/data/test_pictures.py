@@ -18,6 +18,8 @@ from PIL import Image
 from rich.console import Console
 
 from eptq_onnx import Config, Data, DataError, InstallError, data, quantize
+from eptq_onnx.cli.options import options_of
+from eptq_onnx.config import Reading
 from eptq_onnx.config.recipes import ImageRecipe
 from eptq_onnx.data.inputs import inputs_of
 from eptq_onnx.data.pictures import Sight, sight_of
@@ -388,7 +390,7 @@ def test_a_run_shows_what_was_done_to_pictures(photos):
     assert "guessed: units (fractions, because the largest of mean and std is at most 2); size (" in str(
         report.data
     )
-    assert report.config["image"]["fit"] == "crop"
+    assert Reading(**options_of(Reading, report.config)) == source.reading
     again = quantize(
         of,
         Data(photos, image=report.data.recipe["image"]),

@@ -44,6 +44,12 @@ class Data:
     def __init__(self, source: Source, **options: Unpack[ReadingOptions]) -> None:
         self.source, self.reading = source, Reading(**options)
 
+    def limited(self, samples: int) -> Data:
+        """Return the same data with a number of samples to use."""
+        found = Data(self.source)
+        found.reading = self.reading.model_copy(update={"samples": samples})
+        return found
+
 
 Source: TypeAlias = (
     str | os.PathLike[str] | Arrays | NDArray[np.generic] | Iterable[Feed] | Iterable[Any] | Data
