@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         WeightRange,
         WeightStorage,
     )
+    from eptq_onnx.data.readers import Data
     from eptq_onnx.passes.base import Progress
     from eptq_onnx.report import Report
     from eptq_onnx.rules import Finding, Lint, Severity
@@ -44,6 +45,7 @@ __all__ = [
     "CapabilityError",
     "Config",
     "ConfigError",
+    "Data",
     "DataError",
     "EptqError",
     "Finding",
@@ -70,6 +72,7 @@ __all__ = [
 
 _PLACES = {
     "Bench": "runtimes.bench",
+    "Data": "data.readers",
     "Finding": "rules",
     "Lint": "rules",
     "Progress": "passes.base",

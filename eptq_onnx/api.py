@@ -14,6 +14,7 @@ from eptq_onnx import engines, pipeline, runtimes, scratch, targets
 from eptq_onnx.config import Config
 from eptq_onnx.data.readers import Source
 from eptq_onnx.data.readers import files_of as files_of_data
+from eptq_onnx.data.sheet import contact_sheet
 from eptq_onnx.data.splits import share_out
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.files import check_apart, check_writable, model_outputs
@@ -54,11 +55,14 @@ class Result:
     report : Report
     inputs : tuple of (str, path)
         Files that the run read, each with a description.
+    contact_sheet : bytes
+        A PNG of what the network saw, if the samples are pictures that a recipe prepared; else empty.
     """
 
     model: ModelProto
     report: Report
     inputs: tuple[tuple[str, Path], ...] = ()
+    contact_sheet: bytes = b""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model; see `eptq_onnx.graph.io.save`.
@@ -87,7 +91,8 @@ def quantize(
         The float model; it is never modified.
     data : Source
         Calibration samples without labels: one array per model input, samples along the first axis; or feeds,
-        files, or a function that gives them; see `eptq_onnx.data.readers.open_source`.
+        loaders, data sets, files, folders, or a function that gives them. `Data` around it says how to read
+        it, such as ``Data("photos", image="imagenet")``.
     config : Config, optional
     progress : callable, optional
 
@@ -187,6 +192,8 @@ def _quantize(
     with runner.timed("normalize"):
         prepared = prepare(model, data, target, given, places.folder)
         samples = prepared.samples
+        if prepared.origin.recipe or prepared.origin.made_up:
+            progress("data", 1, 1, prepared.origin)
         float_model = executed(prepared.model, prepared.found)
     with runner.timed("plan"):
         plan = make_plan(prepared.model, target, given)
@@ -215,7 +222,8 @@ def _quantize(
         expected = runner.estimate(state, ctx)
     state = runner.run(state, replace(ctx, expected=expected.seconds))
     report = report_of(prepared, state, ctx, Costs(expected, runner.seconds, peak_memory()))
-    return Result(store.load_all(final(sink(state.packed), prepared)), report)
+    sheet = contact_sheet(samples, prepared.origin, prepared.model)
+    return Result(store.load_all(final(sink(state.packed), prepared)), report, contact_sheet=sheet)
 
 
 def bench(

@@ -164,6 +164,9 @@ def _restore(path: Path, backup: str | None) -> None:
 def _is_same(a: StrPath, b: StrPath) -> bool:
     """Return True if two paths lead to the same file, through links or letter case."""
     with suppress(OSError, ValueError):
+        # Real paths of all pictures in a large folder would take seconds.
+        if os.path.exists(a) != os.path.exists(b):
+            return False
         if os.path.samefile(a, b):
             return True
     return os.path.realpath(a) == os.path.realpath(b)

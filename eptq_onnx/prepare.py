@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from onnx import ModelProto
 
 from eptq_onnx.config import Config
-from eptq_onnx.data import candidates
+from eptq_onnx.data import load
 from eptq_onnx.data.notes import sample_notes
-from eptq_onnx.data.readers import Source
+from eptq_onnx.data.origin import Origin
+from eptq_onnx.data.readers import Data, Source
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.graph import io
@@ -36,6 +38,10 @@ class Prepared:
     model : ModelProto
         The whole model, normalized.
     samples : Samples
+    origin : Origin
+        Where the samples come from, and what was done to them.
+    reading : dict of str to object
+        Options on reading them that were given.
     found : Replay
         Recorded random draws and choices of the float network.
     name : str
@@ -49,6 +55,8 @@ class Prepared:
 
     model: ModelProto
     samples: Samples
+    origin: Origin
+    reading: Mapping[str, object]
     found: Replay
     name: str
     opset: int
@@ -81,21 +89,33 @@ def prepare(
         If the model or the samples cannot be used.
     """
     original = io.load(model, folder)
-    read = candidates(data, original, config.batch_axes)
+    read = load(data, original, config.batch_axes)
     plain = normalize(original, target.opset_for(config.most_activation_bits, config.storage))
-    arranged = arrange(plain, read, config.seed)
+    arranged = arrange(plain, read.samples, config.seed)
     whole = settle(plain, arranged.samples)
     samples, found, left = record(flattened(whole), arranged.samples, config.seed)
     name = str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name
     notes = [
-        *sample_notes(arranged.samples),
+        *read.origin.notes,
+        *([] if read.origin.made_up else sample_notes(arranged.samples)),
         *_type_notes(original, config),
         *_opset_notes(original, whole),
         *arranged.notes,
         *left,
     ]
     size = store.model_bytes(original)
-    return Prepared(whole, samples, found, name, opset_of(original), original.ir_version, size, tuple(notes))
+    return Prepared(
+        model=whole,
+        samples=samples,
+        origin=read.origin,
+        reading=data.reading.given() if isinstance(data, Data) else {},
+        found=found,
+        name=name,
+        opset=opset_of(original),
+        ir_version=original.ir_version,
+        float_bytes=size,
+        notes=tuple(notes),
+    )
 
 
 def counting(config: Config, prepared: Prepared) -> Config:

@@ -17,7 +17,7 @@ from eptq_onnx import Config, ConfigError, EptqError, errors, targets
 def test_public_names_are_pinned():
     assert sorted(eptq_onnx.__all__) == [
         "ActivationRange", "Attention", "Bench", "Budget", "BudgetUnit", "CapabilityError", "Config", "ConfigError",
-        "DataError", "EptqError", "Finding", "GradientError", "InstallError", "Lint", "ModelError", "Optimizer",
+        "Data", "DataError", "EptqError", "Finding", "GradientError", "InstallError", "Lint", "ModelError", "Optimizer",
         "OutputError", "Preset", "Progress", "Report", "Result", "RoundingVariable", "Severity", "Start", "WeightRange",
         "WeightStorage", "__version__", "bench", "lint", "quantize",
     ]  # fmt: skip

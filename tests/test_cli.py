@@ -85,7 +85,14 @@ CASES = {
     "empty": (lambda: Path("model.onnx").write_bytes(b""), [], "is not an ONNX model"),
     "truncated": (_truncated, [], "model.onnx is not"),
     "no data": (lambda: Path("data.npz").unlink(), [], "data file data.npz does not exist"),
-    "other name": (lambda: _spoil(x=images(4)), [], "no array for the model input 'image'"),
+    "other names": (lambda: _spoil(x=images(4), z=images(4)), [], "no array for the model input 'image'"),
+    "no recipe": (lambda: None, ["--image", "imagnet"], "'imagnet' is no recipe: give one of imagenet, "),
+    "no samples": (lambda: None, ["--samples", "0"], "option samples=0 is wrong"),
+    "sheet over data": (
+        lambda: None,
+        ["--contact-sheet", "data.npz"],
+        "would overwrite the calibration data",
+    ),
     "wrong shape": (lambda: _spoil(image=normal(4, 3, 7, 8)), [], "has shape (4, 3, 7, 8)"),
     "wrong dtype": (lambda: _spoil(image=images(4).astype(np.float16)), [], "has type float16"),
     "nan data": (
@@ -151,6 +158,6 @@ def test_unknown_option_and_unwritable_output(folder):
 
 def test_an_existing_output_survives_a_failure(folder):
     Path("out.onnx").write_text("precious")
-    _spoil(x=images(4))
+    _spoil(x=images(4), z=images(4))
     assert good().exit_code == 2
     assert Path("out.onnx").read_text() == "precious"

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import eptq_onnx
 from eptq_onnx import runtimes
 from eptq_onnx.cli import app
-from eptq_onnx.config import PRESET_STEPS, Config, Preset
+from eptq_onnx.config import PRESET_STEPS, Config, Preset, Reading
 from eptq_onnx.config.files import SECTIONS
 from eptq_onnx.data import readers
 from eptq_onnx.pipeline import PIPELINE
@@ -140,8 +140,8 @@ def test_the_page_of_options_holds_all_of_them(pages, help_text):
     for section in SECTIONS.values():
         assert f"Table `[{section}]`" in page
     rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*) \|$", page, re.MULTILINE)
-    assert len(rows) == len(Config.model_fields) + 5, (
-        "the options, the model, its samples, two outputs and a file of options"
+    assert len(rows) == len(Config.model_fields) + len(Reading.model_fields) + 6, (
+        "the options, the model, its samples, three outputs and a file of options"
     )
     listed = re.findall(r"`(--[a-z-]+)", " ".join(flags for flags, _, _ in rows))
     assert set(listed) <= set(re.findall(r"--[a-z-]+", help_text))
@@ -195,7 +195,8 @@ def test_the_page_of_runtimes_holds_all_of_them_and_what_the_command_takes(pages
     for name, verifier in runtimes.registered().items():
         assert f"| `{name}` | {verifier.about} | {'yes' if verifier.measures else 'no'} |" in page
     listed = set(re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE))
-    assert listed == {"--data", "--runtime", "--threads", "--seconds", "--custom-ops", "--json"}
+    own = {"--data", "--runtime", "--threads", "--seconds", "--custom-ops", "--json"}
+    assert listed == own | {f"--{name}" for name in Reading.model_fields}
     assert "| `FLOAT QUANTIZED` | required |" in page
 
 

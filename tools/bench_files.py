@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eptq_onnx import data
-from eptq_onnx.data.reading import expected
+from eptq_onnx.data.inputs import expected
 from eptq_onnx.errors import EptqError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import flattened

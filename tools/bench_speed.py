@@ -23,7 +23,7 @@ from rich.table import Table
 
 import eptq_onnx
 from eptq_onnx import Config, data
-from eptq_onnx.cli.options import with_config_options
+from eptq_onnx.cli.options import with_options
 from eptq_onnx.graph import io
 from eptq_onnx.runtime import Session
 
@@ -49,7 +49,7 @@ OPTIONS: dict[str, Any] = {"weight_bits": 4, "score_samples": 64, "probes": 1, "
 """Options where others are not given: ten checks on held-out samples fall between the steps."""
 
 
-@with_config_options
+@with_options(Config)
 def main(
     *,
     shipped: Annotated[str, typer.Option(help="A model in models/.")] = "",

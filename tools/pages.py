@@ -1,9 +1,9 @@
 """What the documentation takes from the code whenever it is built.
 
-The tables of docs/options.md come from the fields of `Config` and the command's own parameters, those of
-docs/targets.md from the target files, the operator table and the rules of ``lint``, the forms of data in
-docs/data.md from the readers, the list of passes in docs/how-it-works.md from `PIPELINE`, and the runtimes
-in docs/runtimes.md from what is found.
+The tables of docs/options.md come from the fields of `Reading` and `Config` and the command's own parameters,
+those of docs/targets.md from the target files, the operator table and the rules of ``lint``, the forms of
+data and the recipes in docs/data.md from the readers and their options, the list of passes in
+docs/how-it-works.md from `PIPELINE`, and the runtimes in docs/runtimes.md from what is found.
 
 ``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself.
 """
@@ -21,7 +21,8 @@ from pydantic.fields import FieldInfo
 from eptq_onnx import runtimes, targets
 from eptq_onnx.cli import app
 from eptq_onnx.cli.options import default_of, flags_of, help_of
-from eptq_onnx.config import Config, option_of
+from eptq_onnx.config import Config, Reading, option_of
+from eptq_onnx.config.recipes import IMAGE_RECIPES
 from eptq_onnx.data import readers
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.ops import operators_by_field
@@ -46,9 +47,10 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def tables() -> str:
     """One table for the command's own parameters, and one for each section of the options."""
     sections: dict[str, list[tuple[str, FieldInfo]]] = {}
-    for name, field in Config.model_fields.items():
+    fields_of = {**Reading.model_fields, **Config.model_fields}
+    for name, field in fields_of.items():
         sections.setdefault(option_of(field).section, []).append((name, field))
-    parts = ["## Files", "", *_table(_OPTIONS, _parameters("quantize", Config.model_fields))]
+    parts = ["## Files", "", *_table(_OPTIONS, _parameters("quantize", fields_of))]
     for section, fields in sections.items():
         parts += [
             "",
@@ -71,6 +73,12 @@ def forms() -> str:
 def forms_of_python() -> str:
     """One item for each form of data that only Python has."""
     return "\n".join(f"- {form}" for form in readers.forms(on_command_line=False))
+
+
+def recipes() -> str:
+    """Return a table with one row for each named recipe for pictures."""
+    rows = [(f"`{name}`", f"`{text}`") for name, text in IMAGE_RECIPES.items()]
+    return "\n".join(_table(("name", "stands for"), rows))
 
 
 def shipped_targets() -> str:
@@ -207,6 +215,7 @@ PLACES = {
     "<!-- the tables of all options -->": tables,
     "<!-- the forms of data -->": forms,
     "<!-- the forms of data in Python -->": forms_of_python,
+    "<!-- the recipes for pictures -->": recipes,
     "<!-- the list of passes -->": passes,
     "<!-- the parameters of bench -->": bench,
     "<!-- the table of runtimes -->": verifiers,

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from eptq_onnx import api, runtimes
 from eptq_onnx.cli.app import app, one_sentence
+from eptq_onnx.cli.options import with_options
+from eptq_onnx.config import Reading
 from eptq_onnx.data import readers
+from eptq_onnx.data.readers import Data
+from eptq_onnx.errors import ConfigError
 from eptq_onnx.files import check_apart, check_writable, write_atomically
 from eptq_onnx.report.bench import print_bench
 from eptq_onnx.report.console import console, line
@@ -22,6 +26,7 @@ def _names() -> str:
 
 
 @app.command()
+@with_options(Reading)
 def bench(
     *,
     models: Annotated[
@@ -46,6 +51,7 @@ def bench(
         list[Path] | None, typer.Option(help="Shared libraries of custom operators, for onnxruntime.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Where to write the measurement as JSON.")] = None,
+    **options: Any,
 ) -> None:
     """Compare FLOAT and QUANTIZED: latency, time per operator, load time, memory, size.
 
@@ -53,12 +59,15 @@ def bench(
     """
     messages = console(stderr=True)
     with one_sentence(messages):
+        if data is None and options:
+            raise ConfigError(f"options on reading data ({', '.join(options)}) go with --data: give it.")
+        samples = None if data is None else Data(data, **options)
         if json is not None:
             check_writable(json)
-            check_apart({"the measurement": json}, api.bench_files(*models, data))
+            check_apart({"the measurement": json}, api.bench_files(*models, samples))
         found = api.bench(
             *models,
-            data,
+            samples,
             runtime=runtime,
             threads=threads,
             seconds=seconds,

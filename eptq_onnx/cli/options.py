@@ -1,18 +1,22 @@
-"""Options of commands, made from the fields of `Config`: name, type, help and default stand there alone."""
+"""Options of commands, made from the fields of `Config` and `Reading`.
+
+Name, type, help and default stand there alone.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from types import GenericAlias, NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from eptq_onnx import engines, targets
-from eptq_onnx.config import Config, option_of
+from eptq_onnx.config import option_of
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -26,32 +30,38 @@ _NAMED: dict[str, Callable[[], dict[str, str]]] = {
 """Options whose values are names of what lower layers find by themselves: each name, and what it is."""
 
 
-def with_config_options(command: F) -> F:
-    """Give a command, in place of its ``**options``, one option for each field of `Config`; those that are
-    not given are not passed on."""
-    own = [
-        p
-        for p in inspect.signature(command, eval_str=True).parameters.values()
-        if p.kind is not p.VAR_KEYWORD
-    ]
-    added = [
-        _parameter(name, field)
-        for name, field in sorted(Config.model_fields.items(), key=lambda item: option_of(item[1]).advanced)
-    ]
+def with_options(*models: type[BaseModel]) -> Callable[[F], F]:
+    """Give a command, in place of its ``**options``, one option for each field of some models, such as
+    `Config` and `Reading`; those that are not given are not passed on."""
+    fields = {name: field for model in models for name, field in model.model_fields.items()}
 
-    def called(**given: Any) -> None:
-        command(
-            **{
-                name: value
-                for name, value in given.items()
-                if value is not None or name not in Config.model_fields
-            }
-        )
+    def decorate(command: F) -> F:
+        own = [
+            p
+            for p in inspect.signature(command, eval_str=True).parameters.values()
+            if p.kind is not p.VAR_KEYWORD
+        ]
+        added = [
+            _parameter(name, field)
+            for name, field in sorted(fields.items(), key=lambda item: option_of(item[1]).advanced)
+        ]
 
-    called.__doc__, called.__name__ = command.__doc__, command.__name__
-    called.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-    called.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
-    return called  # type: ignore[return-value]
+        def called(**given: Any) -> None:
+            command(
+                **{name: value for name, value in given.items() if value is not None or name not in fields}
+            )
+
+        called.__doc__, called.__name__ = command.__doc__, command.__name__
+        called.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        called.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
+        return called  # type: ignore[return-value]
+
+    return decorate
+
+
+def options_of(model: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the given options that are fields of a model."""
+    return {name: value for name, value in given.items() if name in model.model_fields}
 
 
 def flags_of(name: str, field: FieldInfo) -> list[str]:

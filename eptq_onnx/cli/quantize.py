@@ -10,10 +10,11 @@ import typer
 from eptq_onnx.api import Result, input_files
 from eptq_onnx.api import quantize as run
 from eptq_onnx.cli.app import app, one_sentence
-from eptq_onnx.cli.options import with_config_options
-from eptq_onnx.config import Config
+from eptq_onnx.cli.options import options_of, with_options
+from eptq_onnx.config import Config, Reading
 from eptq_onnx.config.files import read_options
 from eptq_onnx.data import readers
+from eptq_onnx.data.readers import Data
 from eptq_onnx.errors import OutputError
 from eptq_onnx.files import check_apart, check_writable, model_outputs, write_atomically
 from eptq_onnx.interrupts import tell_outcome
@@ -21,7 +22,7 @@ from eptq_onnx.report.console import console, display, line, shown
 
 
 @app.command()
-@with_config_options
+@with_options(Reading, Config)
 def quantize(
     *,
     model: Annotated[Path, typer.Argument(help="The float ONNX model.", show_default=False)],
@@ -34,6 +35,10 @@ def quantize(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the QDQ model.")],
     report: Annotated[Path | None, typer.Option(help="Where to write the report as JSON.")] = None,
+    contact_sheet: Annotated[
+        Path | None,
+        typer.Option(help="Where to write a PNG of what the network sees, if DATA holds pictures."),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -45,31 +50,37 @@ def quantize(
     """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime."""
     messages = console(stderr=True)
     with one_sentence(messages):
-        chosen = Config(**{**(read_options(config) if config is not None else {}), **options})
-        outputs = model_outputs(output) if report is None else {**model_outputs(output), "the report": report}
-        for path in filter(None, (output, report)):
+        given = {**(read_options(config) if config is not None else {}), **options}
+        chosen, samples = Config(**options_of(Config, given)), Data(data, **options_of(Reading, given))
+        asked = {"the report": report, "the contact sheet": contact_sheet}
+        beside = {name: path for name, path in asked.items() if path is not None}
+        outputs = {**model_outputs(output), **beside}
+        for path in (output, *beside.values()):
             check_writable(path)
-        inputs = input_files(model, data, chosen)
+        inputs = input_files(model, samples, chosen)
         check_apart(outputs, [*inputs, ("the configuration", config)] if config is not None else inputs)
         if chosen.workdir is not None:
             tell_outcome(f"nothing was written; the same command goes on from {shown(chosen.workdir)}")
         with display(messages, chosen.preset.value) as progress:
-            result = run(model, data, chosen, progress=progress)
+            result = run(model, samples, chosen, progress=progress)
         result.save(output)
         tell_outcome(f"wrote {shown(output)}")
-        failure = _write_report(result, output, report)
+        failures = [_failure(name, path, result, output) for name, path in beside.items()]
         summary = console()
         result.report.print(summary)
         summary.print(line(f"wrote {output}"), soft_wrap=True)
-        if failure is not None:
+        for failure in filter(None, failures):
             raise failure
 
 
-def _write_report(result: Result, output: Path, report: Path | None) -> OutputError | None:
-    """Write the report; what went wrong is told after the summary, which may be all that is left of it."""
+def _failure(name: str, path: Path, result: Result, output: Path) -> OutputError | None:
+    """Write a file beside the model; return what went wrong, to be told behind the summary, which may be all
+    that is left of it."""
+    content = result.contact_sheet if name == "the contact sheet" else result.report.to_json().encode()
+    if not content:
+        return OutputError(f"{output} was written, but not {name}: no recipe made the samples of pictures.")
     try:
-        if report is not None:
-            write_atomically(report, result.report.to_json().encode())
+        write_atomically(path, content)
     except OutputError as e:
-        return OutputError(f"{output} was written, but not the report: {e}")
+        return OutputError(f"{output} was written, but not {name}: {e}")
     return None

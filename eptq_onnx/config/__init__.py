@@ -15,6 +15,7 @@ from eptq_onnx.config.choices import (
 )
 from eptq_onnx.config.config import PRESET_STEPS, Config, describe
 from eptq_onnx.config.option import Option, option_of
+from eptq_onnx.config.reading import Reading
 
 __all__ = [
     "PRESET_STEPS",
@@ -27,6 +28,7 @@ __all__ = [
     "Optimizer",
     "Option",
     "Preset",
+    "Reading",
     "RoundingVariable",
     "Start",
     "WeightRange",

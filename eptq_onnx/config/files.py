@@ -9,6 +9,7 @@ from typing import Any
 
 from eptq_onnx.config.config import Config
 from eptq_onnx.config.option import option_of
+from eptq_onnx.config.reading import Reading
 from eptq_onnx.errors import ConfigError, one_line
 
 if sys.version_info >= (3, 11):
@@ -16,7 +17,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SECTIONS = {name: option_of(field).section for name, field in Config.model_fields.items()}
+SECTIONS = {
+    name: option_of(field).section for name, field in {**Config.model_fields, **Reading.model_fields}.items()
+}
 """The table of each option."""
 
 

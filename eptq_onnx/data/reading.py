@@ -3,64 +3,110 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, ValueInfoProto, helper
+from onnx import ModelProto, TensorProto
 
+from eptq_onnx.config.reading import Reading
+from eptq_onnx.data.inputs import Input, check_names, check_values, inputs_of, names, sizes_text
 from eptq_onnx.data.layouts import Axes, Column, Symbol, Values, along, batch_axes, fits, is_batch, readings
-from eptq_onnx.data.readers import Feed, Source, open_source
-from eptq_onnx.data.samples import Samples
+from eptq_onnx.data.origin import Origin
+from eptq_onnx.data.readers import Feed, Opened, Request, Source, open_source
+from eptq_onnx.data.samples import Samples, spread
 from eptq_onnx.errors import DataError
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Possible interpretations of calibration data.
+
+    Parameters
+    ----------
+    samples : tuple of Samples
+        Most likely first.
+    origin : Origin
+        Where the data comes from, and what was done to it.
+    """
+
+    samples: tuple[Samples, ...]
+    origin: Origin
+
+
 def read(source: Source, model: ModelProto, given: Axes | None = None) -> Samples:
-    """Return the most likely interpretation of calibration data; see `candidates`."""
-    return candidates(source, model, given)[0]
+    """Return the most likely interpretation of calibration data; see `load`."""
+    return load(source, model, given).samples[0]
 
 
 def candidates(source: Source, model: ModelProto, given: Axes | None = None) -> list[Samples]:
+    """Return the possible interpretations of calibration data, most likely first; see `load`."""
+    return list(load(source, model, given).samples)
+
+
+def load(source: Source, model: ModelProto, given: Axes | None = None) -> Candidates:
     """Read calibration data and check that it fits the model.
 
     Parameters
     ----------
     source : Source
-        Arrays, feeds, files, or a function that returns them; see `eptq_onnx.data.readers.open_source`.
+        See `eptq_onnx.data.readers.open_source`.
     model : ModelProto
     given : mapping of str to int or None, optional
         The batch axes of some inputs; None for inputs without one.
-
-    Returns
-    -------
-    list of Samples
-        Possible interpretations of the data, most likely first.
 
     Raises
     ------
     DataError
         If data is missing or unreadable, or has the wrong name, shape, type or value.
     """
-    inputs = _inputs(model)
+    inputs = inputs_of(model)
     if not inputs:
         raise DataError("the model has no input to feed calibration data to.")
-    dims = {i.name: _symbols(i) for i in inputs}
-    given = _checked_axes(given or {}, dims)
-    data, label = open_source(source)
-    if isinstance(data, np.ndarray):
+    given = _checked_axes(given or {}, {i.name: i.dims for i in inputs})
+    opened = _named(open_source(source, Request(model, inputs, Reading())), inputs)
+    label, content, limit = opened.origin.label, opened.content, opened.limit
+    if not isinstance(content, Mapping):
+        feeds = [content[int(k)] for k in spread(len(content), limit or len(content))]
+        return Candidates((_of_feeds(feeds, inputs, label),), opened.origin)
+    check_names(content, inputs, label)
+    values = {i.name: _checked(content[i.name], i, label) for i in inputs}
+    return Candidates(tuple(_interpretations(values, inputs, given, label, limit)), opened.origin)
+
+
+def _named(opened: Opened, inputs: Sequence[Input]) -> Opened:
+    """Return the content by input: what has no name, or another one, belongs to a model's only input."""
+    content, origin = opened.content, opened.origin
+    if isinstance(content, np.ndarray):
         if len(inputs) != 1:
             raise DataError(
-                f"the model has {len(inputs)} inputs ({_names(inputs)}): give a mapping from name to array."
+                f"the model has {len(inputs)} inputs ({names(inputs)}): give a mapping from name to array."
             )
-        data = {inputs[0].name: data}
-    if not isinstance(data, Mapping):
-        return [_of_feeds(data, inputs, label)]
-    _check_names(data, inputs, label)
-    values = {i.name: _checked(data[i.name], i, label) for i in inputs}
+        return replace(opened, content={inputs[0].name: content})
+    feeds = [content] if isinstance(content, Mapping) else content
+    other = {name for feed in feeds for name in feed}
+    if len(inputs) != 1 or len(other) != 1 or inputs[0].name in other:
+        return opened
+    [name] = other
+    own = inputs[0].name
+    note = f"the array {name!r} was taken for the model's only input, {own!r}"
+    return replace(
+        opened,
+        content={own: content[name]} if isinstance(content, Mapping) else [{own: f[name]} for f in content],
+        origin=replace(origin, notes=(*origin.notes, note)),
+    )
+
+
+def _interpretations(
+    values: Mapping[str, Values], inputs: Sequence[Input], given: Axes, label: str, limit: int | None
+) -> list[Samples]:
+    """Return the possible interpretations of arrays, most likely first."""
+    dims = {i.name: i.dims for i in inputs}
     found: list[Samples] = []
     errors: list[DataError] = []
     for axes in batch_axes(dims, given):
         try:
-            found.append(_arranged(values, dims, axes, given, label))
+            found.append(_arranged(values, inputs, axes, given, (label, limit)))
         except DataError as e:
             errors.append(e)
     if not found:
@@ -75,12 +121,14 @@ def candidates(source: Source, model: ModelProto, given: Axes | None = None) -> 
 
 def _arranged(
     values: Mapping[str, Values],
-    dims: Mapping[str, Sequence[Symbol] | None],
+    inputs: Sequence[Input],
     axes: Axes,
     given: Axes,
-    label: str,
+    told: tuple[str, int | None],
 ) -> Samples:
-    """Return the samples if batches lie along these axes."""
+    """Return the samples if batches lie along these axes; ``told``: name of the data, most samples."""
+    label, limit = told
+    dims = {i.name: i.dims for i in inputs}
     signs = {name: (dims[name] or (None,))[axis] for name, axis in axes.items() if axis is not None}
     # An axis with the batch's name, or an open axis without a name, does not belong to one value for all
     # samples.
@@ -123,6 +171,8 @@ def _arranged(
         }
     if not first:
         raise DataError(f"{label} has no samples.")
+    if limit is not None and limit < first:
+        columns = {name: _thinned(c, spread(first, limit)) for name, c in columns.items()}
     samples = Samples(columns, _prescribed(columns, dims, label))
     batch = samples.fixed_batch
     if batch is not None and next(samples.parts(range(samples.count), batch), None) is None:
@@ -132,6 +182,15 @@ def _arranged(
             f"but the model takes {batch} at a time: give at least {batch}."
         )
     return samples
+
+
+def _thinned(column: Column, places: NDArray[np.int64]) -> Column:
+    """Return the samples at some places."""
+    if column.shared:
+        return column
+    values = column.values
+    some = values[places] if isinstance(values, np.ndarray) else [values[int(k)] for k in places]
+    return replace(column, values=some)
 
 
 def _shared_if_equal(column: Column) -> Column:
@@ -162,24 +221,22 @@ def _prescribed(
     return batch
 
 
-def _of_feeds(feeds: Sequence[Feed], inputs: Sequence[ValueInfoProto], label: str) -> Samples:
+def _of_feeds(feeds: Sequence[Feed], inputs: Sequence[Input], label: str) -> Samples:
     """Return one sample per feed; a feed is what the model takes in one run and is never split."""
     columns: dict[str, list[NDArray[np.generic]]] = {i.name: [] for i in inputs}
     for k, feed in enumerate(feeds):
         where = f"{label}, feed {k}"
-        _check_names(feed, inputs, where)
+        check_names(feed, inputs, where)
         for info in inputs:
             value = np.asarray(feed[info.name])
-            dims = _symbols(info)
-            _check_values(value, info, where)
-            if dims is not None and not fits(value.shape, dims):
-                wanted = ", ".join(str(d) if isinstance(d, int) else "any" for d in dims)
+            check_values(value, info, where)
+            if info.dims is not None and not fits(value.shape, info.dims):
                 raise DataError(
                     f"{where}: input {info.name!r} has shape {value.shape}, "
-                    f"but the model wants ({wanted}) in one run."
+                    f"but the model wants {sizes_text(info.dims)} in one run."
                 )
             columns[info.name].append(value)
-    signs = {i.name: _symbols(i) for i in inputs}
+    signs = {i.name: i.dims for i in inputs}
     axes = batch_axes(signs, {})[0]
     batches = [
         [v.shape[axes[n] or 0] for v in values]
@@ -204,93 +261,14 @@ def _checked_axes(given: Axes, dims: Mapping[str, Sequence[Symbol] | None]) -> A
     return given
 
 
-def _check_names(given: Mapping[str, object], inputs: Sequence[ValueInfoProto], label: str) -> None:
-    missing = [i.name for i in inputs if i.name not in given]
-    if missing:
-        known = ", ".join(map(repr, given)) or "none"
-        raise DataError(f"{label} has no array for the model input {missing[0]!r} (it has: {known}).")
-    unknown = [name for name in given if name not in {i.name for i in inputs}]
-    if unknown:
-        raise DataError(
-            f"{label} has an array {unknown[0]!r}, "
-            f"but the model has no such input (it has: {_names(inputs)})."
-        )
-
-
-def _checked(
-    given: NDArray[np.generic] | Sequence[NDArray[np.generic]], info: ValueInfoProto, label: str
-) -> Values:
+def _checked(given: NDArray[np.generic] | Sequence[NDArray[np.generic]], info: Input, label: str) -> Values:
     """Return the array, or one array per sample, with types and values checked."""
     array = given if isinstance(given, list) else np.asarray(given)
-    if isinstance(array, np.ndarray) and (
-        array.dtype.kind != "O" or info.type.tensor_type.elem_type == TensorProto.STRING
-    ):
-        _check_values(array, info, label)
+    if isinstance(array, np.ndarray) and (array.dtype.kind != "O" or info.elem_type == TensorProto.STRING):
+        check_values(array, info, label)
         return array
     values = [np.asarray(v) for v in given]
     for k, value in enumerate(values):
-        _check_values(value, info, f"{label}, sample {k}")
+        check_values(value, info, f"{label}, sample {k}")
     alike = values and len({v.shape for v in values}) == 1
     return np.stack(values) if alike else values
-
-
-def expected(
-    model: ModelProto, count: int, size: int
-) -> dict[str, tuple[tuple[int, ...], np.dtype[np.generic]]]:
-    """Return shape and type of every model input's array for ``count`` samples.
-
-    Open dimensions get ``size``, so dimensions of the same name agree. The batch axis goes first.
-    """
-    inputs = _inputs(model)
-    axes = batch_axes({i.name: _symbols(i) for i in inputs}, {})[0]
-    result = {}
-    for info in inputs:
-        axis = axes[info.name]
-        sizes = [d if isinstance(d, int) else size for d in _symbols(info) or []]
-        if axis is not None:
-            sizes = [count, *sizes[:axis], *sizes[axis + 1 :]]
-        result[info.name] = (
-            tuple(sizes),
-            np.dtype(helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)),
-        )
-    return result
-
-
-def _inputs(model: ModelProto) -> list[ValueInfoProto]:
-    constants = {t.name for t in model.graph.initializer}
-    return [i for i in model.graph.input if i.name not in constants]
-
-
-def _names(inputs: Sequence[object]) -> str:
-    return ", ".join(repr(i.name) for i in inputs)  # type: ignore[attr-defined]
-
-
-def _symbols(info: object) -> list[Symbol] | None:
-    tensor = info.type.tensor_type  # type: ignore[attr-defined]
-    if not tensor.HasField("shape"):
-        return None
-    return [
-        d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else d.dim_param or None
-        for d in tensor.shape.dim
-    ]
-
-
-def _check_values(array: NDArray[np.generic], info: ValueInfoProto, label: str) -> None:
-    """Check that type and values are what the model takes."""
-    elem_type, name = info.type.tensor_type.elem_type, info.name
-    if elem_type == TensorProto.STRING:
-        if array.dtype.kind not in "OSU":
-            raise DataError(f"{label}: input {name!r} has type {array.dtype}, but the model wants strings.")
-        return
-    expected = (
-        helper.tensor_dtype_to_np_dtype(elem_type) if elem_type != TensorProto.UNDEFINED else array.dtype
-    )
-    if array.dtype != expected:
-        raise DataError(
-            f"{label}: input {name!r} has type {array.dtype}, but the model wants {np.dtype(expected)}."
-        )
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        rows = array.reshape(len(array), -1) if array.ndim else array.reshape(1, 1)
-        bad = int(np.argwhere(~np.isfinite(rows).all(axis=1))[0, 0])
-        where = "" if "sample" in label or "feed" in label else f" in sample {bad}"
-        raise DataError(f"{label}: input {name!r} has NaN or Inf{where}.")

@@ -48,7 +48,8 @@ UNSET: Any = None
 class Progress(Protocol):
     """Callback for progress: pass, units done, total units, and a detail to show.
 
-    The first call is for ``estimate``, whose detail is the `Estimate` of the run; other details are text.
+    The first call is for ``estimate``, whose detail is the `Estimate` of the run; before it comes ``data``
+    with an `Origin`, if samples were prepared by a recipe. Other details are text.
     """
 
     def __call__(self, step: str, done: int, total: int, detail: object = "") -> None:

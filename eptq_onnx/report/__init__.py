@@ -15,6 +15,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from eptq_onnx.data.origin import Origin
 from eptq_onnx.placement import FrontPoint, Placement
 from eptq_onnx.records import Estimate, KeptFloat, OptimizationTrace, Speed, Verification
 from eptq_onnx.report import placement as by_time
@@ -22,7 +23,7 @@ from eptq_onnx.report.console import console as standard_output
 from eptq_onnx.report.console import line
 from eptq_onnx.report.front import front_table
 from eptq_onnx.report.speed import in_words, operator_table, warning
-from eptq_onnx.report.verdict import Assurance, Verdict, judge
+from eptq_onnx.report.verdict import MADE_UP, Assurance, Verdict, judge
 
 _NAME = 200
 """Characters of a node's name shown in a table."""
@@ -55,9 +56,11 @@ class Report:
     model, target, engine : str
         Names; the engine is empty if no gradient was needed.
     config : dict
-        All options, defaults included.
+        All options, defaults included, and those on reading data that were given.
     opset : int
         Default-domain opset of the written model.
+    data : Origin
+        Where the samples come from, and what was done to them.
     samples, unused_samples : int
     batching : dict of str to str
         How the axes of each input's array were interpreted.
@@ -94,6 +97,7 @@ class Report:
     engine: str
     config: Mapping[str, Any]
     opset: int
+    data: Origin
     samples: int
     unused_samples: int
     batching: Mapping[str, str]
@@ -115,7 +119,7 @@ class Report:
     @property
     def verdict(self) -> Verdict:
         """Return what to expect of the written model."""
-        return judge(self.verification)
+        return judge(self.verification, self.data)
 
     def to_json(self) -> str:
         """Return the whole report as JSON, with the verdict first; infinite ratios are null."""
@@ -136,6 +140,7 @@ class Report:
             ("parts", ", ".join(f"{part} {_size(count)}" for part, count in self.sizes.items() if count)),
             ("speed", in_words(self.speed)),
             ("model", f"{self.model} → {self.target}, opset {self.opset}"),
+            ("data", f"{self.samples} samples of {self.data}"),
             ("bits", self._bits()),
             ("rotation", self._rotation()),
             ("equalization", self._equalization()),
@@ -143,7 +148,9 @@ class Report:
             ("optimization", self._optimization()),
             ("time, memory", self._cost()),
         ):
-            head.add_row(Text(label, style="bold"), line(text))
+            cell = line(text)
+            cell.overflow = "fold"  # a recipe is one long word, and is to be copied
+            head.add_row(Text(label, style="bold"), cell)
         kernels = Table(
             "operator",
             "planned",
@@ -156,7 +163,8 @@ class Report:
             kernels.add_row(
                 line(op), str(planned), Text(str(found), style="" if found >= planned else "bold red")
             )
-        parts: list[Any] = [line(text, "bold red") for text in filter(None, [warning(self.speed)])]
+        warnings = [MADE_UP if self.data.made_up else "", warning(self.speed)]
+        parts: list[Any] = [line(text, "bold red") for text in filter(None, warnings)]
         parts += [head, *([kernels] if v.planned else []), self._fidelity(), self._weakest()]
         if self.speed is not None and self.speed.operators:
             parts.append(operator_table(self.speed))

@@ -15,6 +15,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
+from eptq_onnx.data.origin import Origin
 from eptq_onnx.errors import OutputError
 from eptq_onnx.interrupts import closing
 from eptq_onnx.records import Estimate
@@ -177,8 +178,10 @@ class _Bars:
         if isinstance(detail, Estimate):
             self._table.remaining.expect(detail.shares)
             self._table.console.print(line(f"preset {self._preset}: {detail}"))
+        if isinstance(detail, Origin):
+            self._table.console.print(line(f"data: {detail}"), soft_wrap=True)
         self._table.remaining.update(step, done, total)
-        if isinstance(detail, Estimate):
+        if isinstance(detail, (Estimate, Origin)):
             return
         if step not in self._tasks:
             self._tasks[step] = self._table.add_task(step, total=total, detail="")

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from eptq_onnx.data.origin import Origin
 from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.records import Verification
 
@@ -34,6 +35,8 @@ MISMATCHED = 0.1
 """Share of samples with outputs of another size above which the model behaves differently."""
 FEW_SAMPLES = 16
 """Number of samples below which a verdict is uncertain."""
+MADE_UP = "samples are random numbers: ranges are wrong, and no figure here says anything about accuracy"
+"""What is said of runs without data."""
 
 
 class Assurance(str, Enum):
@@ -74,13 +77,17 @@ class Verdict:
         return f"{self.assurance.value}: {'; '.join([*self.reasons, *filter(None, [self.advice])])}"
 
 
-def judge(verification: Verification) -> Verdict:
+def judge(verification: Verification, origin: Origin) -> Verdict:
     """Return the verdict on the written model, which is that of its worst output.
 
     Parameters
     ----------
     verification : Verification
+    origin : Origin
+        Where the samples come from.
     """
+    if origin.made_up:
+        return Verdict(Assurance.CHECK, (MADE_UP,), "give real samples with --data")
     return judge_outputs(verification.statistics, verification.samples, verification.held_out)
 
 

@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from eptq_onnx.data import candidates
-from eptq_onnx.data.readers import Source
+from eptq_onnx.data import load
+from eptq_onnx.data.inputs import plausible
+from eptq_onnx.data.readers import Data, Source
 from eptq_onnx.errors import DataError, ModelError
 from eptq_onnx.graph.io import read_file
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.runtimes.base import Port, Verifier, graph_of, ports_of
 
-_BATCH, _PIXELS, _LENGTH = 1, 224, 128
-"""Default sizes of dynamic axes: the first axis, the last two axes of an image, any other axis."""
+_MOST_READ = 256
+"""Samples that are read to run the first of them: more than any model takes at once."""
 
 
 @dataclass(frozen=True)
@@ -74,26 +75,35 @@ def inputs_of(verifier: Verifier, pair: tuple[Path, Path], source: Source | None
         notes = ("inputs are made up: give samples with --data for real ones",)
         notes += (f"sizes that the model leaves open: {chosen}",) if chosen else ()
     else:
-        feeds, samples = _first_sample(verifier, pair[0], source)
+        feeds, samples, notes = _first_sample(verifier, pair[0], source)
     return Inputs(feeds, {name: shape_text(v.shape) for name, v in feeds.items()}, samples, notes)
 
 
-def _first_sample(verifier: Verifier, path: Path, source: Source) -> tuple[Feeds, int]:
-    """Return the feeds of one run on the first samples, and the number of these samples."""
-    found = candidates(source, read_file(path))
+def _few(source: Source) -> Source:
+    """Return the data with a limit on its samples: folders may be large, and few of them are run."""
+    data = source if isinstance(source, Data) else Data(source)
+    return data if data.reading.samples else data.limited(_MOST_READ)
+
+
+def _first_sample(verifier: Verifier, path: Path, source: Source) -> tuple[Feeds, int, tuple[str, ...]]:
+    """Return the feeds of one run on the first samples, the number of these samples, and notes on them."""
+    found = load(_few(source), read_file(path))
+    notes = (*([f"samples: {found.origin}"] if found.origin.recipe else []), *found.origin.notes)
     taken = []
-    for samples in found:
+    for samples in found.samples:
         part = next(samples.parts(range(samples.count), samples.fixed_batch or 1), None)
         if part is not None:
-            taken.append((samples.take(part), len(part)))
+            taken.append((samples.take(part), len(part), notes))
     if not taken:
-        raise DataError(f"the data has fewer samples than one run needs ({found[0].fixed_batch}): give more.")
+        raise DataError(
+            f"the data has fewer samples than one run needs ({found.samples[0].fixed_batch}): give more."
+        )
     if len(taken) > 1:
         with verifier.load(path) as loaded:
-            for feeds, count in taken:
+            for first in taken:
                 with suppress(ModelError):
-                    loaded.run(feeds)
-                    return feeds, count
+                    loaded.run(first[0])
+                    return first
     return taken[0]
 
 
@@ -114,7 +124,7 @@ def default_feeds(ports: Sequence[Port]) -> Feeds:
     """
     named: dict[str, int] = {}
     random = np.random.default_rng(0)
-    return {port.name: _values(port, _shape(port, named), random) for port in ports}
+    return {port.name: _values(port, plausible(port.shape, named), random) for port in ports}
 
 
 def open_sizes(ports: Sequence[Port], feeds: Mapping[str, NDArray[np.generic]]) -> str:
@@ -127,18 +137,6 @@ def open_sizes(ports: Sequence[Port], feeds: Mapping[str, NDArray[np.generic]]) 
 def shape_text(shape: Sequence[int]) -> str:
     """Return a shape as ``1×3×224×224``."""
     return "×".join(map(str, shape)) or "scalar"
-
-
-def _shape(port: Port, named: dict[str, int]) -> tuple[int, ...]:
-    sizes = []
-    for axis, size in enumerate(port.shape):
-        if isinstance(size, int) and size > 0:
-            sizes.append(size)
-            continue
-        image = len(port.shape) == 4 and axis >= 2
-        plausible = _BATCH if axis == 0 else _PIXELS if image else _LENGTH
-        sizes.append(named.setdefault(size, plausible) if isinstance(size, str) and size else plausible)
-    return tuple(sizes)
 
 
 def _values(port: Port, shape: tuple[int, ...], random: np.random.Generator) -> NDArray[np.generic]:

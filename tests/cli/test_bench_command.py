@@ -91,3 +91,9 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_2(folder, arguments, text):
     assert result.exit_code == 2
     assert text in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_options_on_reading_data_need_data(folder):
+    result = invoke("f.onnx", "q.onnx", "--samples", "3")
+    assert result.exit_code == 2
+    assert "options on reading data (samples) go with --data: give it." in result.stderr

@@ -9,10 +9,17 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from graphs import images
+from graphs import images, parse
 
 from eptq_onnx import DataError
-from eptq_onnx.data import archives, readers
+from eptq_onnx import data as calibration
+from eptq_onnx.data import archives
+
+TWO = parse("g (float[N,3] x, float[N,3] y) => (float[N,3] z) { z = Add (x, y) }")
+
+
+def opened(path):
+    return calibration.load(path, TWO)
 
 
 def saved(value: np.ndarray) -> bytes:
@@ -106,7 +113,7 @@ def test_an_absurd_header_is_refused_before_anything_is_allocated(tmp_path, monk
         path = tmp_path / "d.npy"
         path.write_bytes(data)
     with pytest.raises(DataError) as e:
-        readers.open_source(path)
+        opened(path)
     assert str(path) in str(e.value)
     assert ("bad.npy" in str(e.value)) == (container == "npz")
     assert "\n" not in str(e.value)
@@ -116,13 +123,13 @@ def test_pickled_arrays_are_never_loaded(tmp_path):
     value = np.array([{"a": 1}, None], dtype=object)
     np.savez(tmp_path / "d.npz", x=images(2), o=value)
     with pytest.raises(DataError, match=r"d\.npz: the member o\.npy holds pickled Python objects"):
-        readers.open_source(tmp_path / "d.npz")
+        opened(tmp_path / "d.npz")
     np.save(tmp_path / "d.npy", value)
     with pytest.raises(DataError, match=r"d\.npy holds pickled Python objects"):
-        readers.open_source(tmp_path / "d.npy")
+        opened(tmp_path / "d.npy")
     value.dump(tmp_path / "p.npz")
     with pytest.raises(DataError, match=r"p\.npz is not a readable .* pickled Python objects"):
-        readers.open_source(tmp_path / "p.npz")
+        opened(tmp_path / "p.npz")
 
 
 @pytest.mark.parametrize("share", [1, 3])
@@ -137,7 +144,7 @@ def test_what_unpacks_to_more_than_the_free_memory_is_refused(tmp_path, monkeypa
     with pytest.raises(
         DataError, match=r"d\.npz unpacks to 12000000 bytes, and 10000000 bytes of memory are free"
     ):
-        readers.open_source(path)
+        opened(path)
 
 
 CENTRAL = b"PK\1\2"
@@ -201,7 +208,7 @@ KINDS = [
 def test_a_damaged_archive_is_told_in_one_sentence(tmp_path, kind):
     path = damaged(tmp_path, kind)
     with pytest.raises(DataError, match=r"d\.npz") as e:
-        readers.open_source(path)
+        opened(path)
     assert str(path) in str(e.value)
     assert "\n" not in str(e.value)
     assert str(e.value).endswith(".")
@@ -232,4 +239,4 @@ def test_a_file_in_a_folder_of_feeds_that_is_no_feed_is_told(tmp_path):
     np.savez(tmp_path / "a.npz", x=images(1))
     (tmp_path / "b.npz").write_bytes(saved(images(1)))
     with pytest.raises(DataError, match=r"b\.npz holds one array without a name"):
-        readers.open_source(tmp_path)
+        opened(tmp_path)

@@ -41,7 +41,7 @@ def _bad_value(value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"picture": images(5)}, "no array for the model input 'image' .*'picture'"),
+        ({"picture": images(5), "mask": images(5)}, "no array for the model input 'image' .*'picture'"),
         ({}, "no array for the model input 'image' .*none"),
         ({"image": images(5), "mask": images(5)}, "an array 'mask', but the model has no such input"),
         ({"image": images(5).astype(np.float64)}, "type float64, but the model wants float32"),
@@ -266,8 +266,8 @@ def test_samples_that_cannot_be_told_apart_are_grouped():
     ("source", "message"),
     [
         ([], "has no samples"),
-        ([images(1)], "item 0 is a ndarray, not a mapping"),
-        ([{"y": images(1)}], "feed 0 has no array for the model input 'x'"),
+        (["x"], "item 0 is a str, not a mapping"),
+        ([{"y": images(1), "z": images(1)}], "item 0 has no array for the model input 'x'"),
         (
             [{"x": PICTURES[0][None]}, {"x": PICTURES[1][None, :2]}],
             r"feed 1: input 'x' has shape \(1, 2, 6, 6\), "

@@ -26,8 +26,10 @@ from rich.console import Console
 
 import eptq_onnx
 from eptq_onnx import Config
+from eptq_onnx.data.origin import Origin
 from eptq_onnx.records import Estimate, KeptFloat
-from eptq_onnx.report.console import _Lines, _Stream, duration, line, shown
+from eptq_onnx.report.console import _Bars, _Lines, _Stream, _Table, duration, line, shown
+from eptq_onnx.report.progress import Remaining
 
 pytestmark = pytest.mark.once
 
@@ -368,3 +370,16 @@ def test_closed_streams_and_a_full_device(folder):
         full.stderr.splitlines()[-1] == "error: standard output cannot be written: No space left on device."
     )
     assert (folder / "out.onnx").read_bytes() == before
+
+
+def test_where_samples_come_from_is_said_before_the_run_on_any_console():
+    origin = Origin("photos", {"image": "size=8,fit=crop"}, ("size (the model's input)",))
+    text = "data: photos; --image 'size=8,fit=crop'; guessed: size (the model's input)\n"
+    out = io.StringIO()
+    table = _Table(Console(file=out, force_terminal=True, width=40), Remaining())
+    _Bars(table, "fast")("data", 1, 1, origin)
+    table.stop()
+    assert text in re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", out.getvalue()).replace("\r", "")
+    plain = io.StringIO()
+    _Lines(Console(file=plain, width=40), "fast")("data", 1, 1, origin)
+    assert plain.getvalue() == text

@@ -10,6 +10,7 @@ from rich.console import Console
 
 import eptq_onnx
 from eptq_onnx import Config
+from eptq_onnx.data.origin import Origin
 from eptq_onnx.records import OperatorTime, Pace, Speed
 from eptq_onnx.report.speed import costly, in_words, warning
 
@@ -107,3 +108,20 @@ def test_json_has_verdict_statistics_and_speed(report):
 def test_size_in_words(report, before, after, text):
     v = replace(report.verification, float_bytes=before, quantized_bytes=after)
     assert any(text in line for line in shown(replace(report, verification=v)) if line.startswith("size"))
+
+
+def test_figures_of_made_up_samples_are_said_to_mean_nothing_first_and_in_the_verdict(report):
+    made_up = replace(report, data=Origin("random numbers", made_up=True))
+    lines = shown(made_up)
+    assert lines[0].startswith(
+        "samples are random numbers: ranges are wrong, and no figure here says anything"
+    )
+    assert lines[1].split()[:4] == ["verdict", "check:", "samples", "are"]
+    assert json.loads(made_up.to_json())["verdict"]["advice"] == "give real samples with --data"
+
+
+def test_where_samples_come_from_is_shown_whole(report):
+    recipe = "size=224," + "k=v," * 60 + "end"
+    origin = Origin("photos", {"image": recipe}, ("size (the model's input)",), ("one is broken",))
+    text = "".join("".join(shown(replace(report, data=origin), width=80)).split())
+    assert f"40samplesofphotos;--image'{recipe}';guessed:size(themodel'sinput)" in text

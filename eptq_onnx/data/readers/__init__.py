@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eptq_onnx.data.readers.base import Arrays, Data, Feed, Reader, Source
+from eptq_onnx.data.readers.base import Arrays, Content, Data, Feed, Opened, Reader, Request, Source
 from eptq_onnx.discovery import classes
 
-__all__ = ["Arrays", "Data", "Feed", "Reader", "Source", "files_of", "forms", "open_source", "registered"]
+__all__ = [
+    "Arrays", "Content", "Data", "Feed", "Opened", "Reader", "Request", "Source", "files_of", "forms",
+    "open_source", "registered",
+]  # fmt: skip
 
 
 @cache
@@ -18,35 +23,34 @@ def registered() -> tuple[Reader, ...]:
     return tuple(sorted((found() for found in classes(__name__, Reader)), key=lambda reader: reader.order))  # type: ignore[type-abstract]
 
 
-def open_source(source: Source) -> tuple[Data, str]:
-    """Return the data of a source, and its name for messages.
+def open_source(source: Source, request: Request) -> Opened:
+    """Return the data of a source.
 
     Parameters
     ----------
     source : Source
-        One of
-
-        - a mapping from input name to an array with samples along the first axis, or to a list of samples of
-          any sizes;
-        - for a model with one input, such an array;
-        - an iterable of feeds: mappings from input name to what the model takes in one run, batch axis
-          included;
-        - the path of a .npz (a mapping), of a .npy (an array), or of a folder of .npz files, each of them a
-          feed;
-        - ``"module:function"``, a function without arguments that returns any of these;
-        - what any other reader in this package takes.
+        What any reader in this package takes, or `Data` around it; `forms` lists them.
+    request : Request
+        The model that it is read for, and options on reading.
 
     Raises
     ------
     DataError
         If it cannot be read.
     """
-    return _reader(source).open(source)
+    if isinstance(source, Data):
+        return open_source(source.source, replace(request, reading=source.reading))
+    found = _reader(source).open(source, request)
+    return found if found.limit is not None else replace(found, limit=request.reading.samples)
 
 
 def files_of(source: Any) -> list[tuple[str, Path]]:
     """Return the files that calibration data is read from, each with a label; empty if they are unknown."""
-    return _reader(source).files(source)
+    if not isinstance(source, Data):
+        return _reader(source).files(source)
+    tokenizer = source.reading.tokenizer
+    own = [] if tokenizer is None else [("the tokenizer", Path(os.path.abspath(tokenizer)))]
+    return [*files_of(source.source), *own]
 
 
 def forms(*, on_command_line: bool) -> list[str]:
@@ -55,5 +59,5 @@ def forms(*, on_command_line: bool) -> list[str]:
 
 
 def _reader(source: Any) -> Reader:
-    """Return the first reader that takes the source; the readers of feeds and files take everything else."""
+    """Return the first reader that takes the source; the readers of items and files take everything else."""
     return next(reader for reader in registered() if reader.takes(source))

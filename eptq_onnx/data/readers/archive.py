@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from eptq_onnx.data import archives
-from eptq_onnx.data.readers.base import Data, Reader, is_path
+from eptq_onnx.data.origin import Origin
+from eptq_onnx.data.readers.base import Opened, Reader, Request, is_path
 
 
 class ArchiveReader(Reader):
@@ -22,7 +23,7 @@ class ArchiveReader(Reader):
         """Return True for all paths."""
         return is_path(source)
 
-    def open(self, source: Any) -> tuple[Data, str]:
+    def open(self, source: Any, request: Request) -> Opened:
         """Return all arrays of the file."""
         path = Path(source)
-        return archives.read_file(path), str(path)
+        return Opened(archives.read_file(path), Origin(str(path)))

@@ -5,17 +5,95 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
+from typing_extensions import Unpack
+
+from eptq_onnx.config.reading import Reading, ReadingOptions
+from eptq_onnx.data.inputs import Input
+from eptq_onnx.data.origin import Origin
+from eptq_onnx.data.samples import spread
 
 Arrays: TypeAlias = Mapping[str, NDArray[np.generic] | Sequence[NDArray[np.generic]]]
 Feed: TypeAlias = Mapping[str, NDArray[np.generic]]
-Source: TypeAlias = str | os.PathLike[str] | Arrays | NDArray[np.generic] | Iterable[Feed]
-Data: TypeAlias = NDArray[np.generic] | Arrays | Sequence[Feed]
+Content: TypeAlias = NDArray[np.generic] | Arrays | Sequence[Feed]
 """What every reader returns: one array, arrays by input, or feeds."""
+
+
+class Data:
+    """Calibration data with options on how to read it.
+
+    Parameters
+    ----------
+    source : Source
+        See `eptq_onnx.quantize`.
+    **options
+        Fields of `eptq_onnx.config.Reading`: ``samples``, ``image``, ``audio``, ``tokenizer``.
+
+    Raises
+    ------
+    ConfigError
+        If an option is invalid.
+    """
+
+    def __init__(self, source: Source, **options: Unpack[ReadingOptions]) -> None:
+        self.source, self.reading = source, Reading(**options)
+
+    def limited(self, samples: int) -> Data:
+        """Return the same data with a number of samples to use."""
+        found = Data(self.source)
+        found.reading = self.reading.model_copy(update={"samples": samples})
+        return found
+
+
+Source: TypeAlias = (
+    str | os.PathLike[str] | Arrays | NDArray[np.generic] | Iterable[Feed] | Iterable[Any] | Data
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is read for.
+
+    Parameters
+    ----------
+    model : ModelProto
+    inputs : tuple of Input
+        What the model takes.
+    reading : Reading
+        What the user asked for.
+    """
+
+    model: ModelProto
+    inputs: tuple[Input, ...]
+    reading: Reading
+
+    def chosen(self, count: int) -> list[int]:
+        """Return which of ``count`` samples to read: all, or those of ``--samples``, evenly spread."""
+        return [int(k) for k in spread(count, self.reading.samples or count)] if count else []
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a reader found.
+
+    Parameters
+    ----------
+    content : array, mapping of str to arrays, or sequence of feeds
+    origin : Origin
+        Where it comes from, and what was done to it.
+    limit : int or None
+        Most samples to use of it.
+    """
+
+    content: Content
+    origin: Origin
+    limit: int | None = None
 
 
 class Reader(ABC):
@@ -40,8 +118,8 @@ class Reader(ABC):
         """Return True if the source has this form, even if the file behind it is missing or damaged."""
 
     @abstractmethod
-    def open(self, source: Any) -> tuple[Data, str]:
-        """Return the data, and its name for messages.
+    def open(self, source: Any, request: Request) -> Opened:
+        """Return the data, and where it comes from.
 
         Raises
         ------

@@ -1,19 +1,23 @@
-"""Reader of feeds in memory, each of which is what the model takes in one run."""
+"""Reader of items in memory, or that come one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eptq_onnx.data.readers.base import Data, Reader, is_path
+from eptq_onnx.data.items import Unit, gathered
+from eptq_onnx.data.readers.base import Opened, Reader, Request, is_path
 from eptq_onnx.errors import DataError
 
 
 class FeedReader(Reader):
-    """Reads an iterable of mappings from input name to array."""
+    """Reads an iterable of mappings from input name to array, of tuples or of arrays."""
 
-    form = "an iterable of feeds, each a mapping from input names to arrays"
+    form = (
+        "an iterable, such as a generator, of feeds (each a mapping from input names to what the model takes "
+        "in one run), of samples or batches, or of tuples of these with labels behind them"
+    )
     on_command_line = False
     order = 20
 
@@ -21,18 +25,19 @@ class FeedReader(Reader):
         """Return True for everything that is not a path."""
         return not is_path(source)
 
-    def open(self, source: Any) -> tuple[Data, str]:
-        """Return all feeds; every item must be a mapping."""
-        feeds = list(source)
-        odd = [k for k, feed in enumerate(feeds) if not isinstance(feed, Mapping)]
-        if odd:
-            kind = type(feeds[odd[0]]).__name__
+    def open(self, source: Any, request: Request) -> Opened:
+        """Return all items; those that come one by one are not held in memory."""
+        if isinstance(source, Sequence):
+            items = [source[k] for k in request.chosen(len(source))]
+            return gathered(items, request, named=Unit.RUN, streamed=False)
+        try:
+            items = iter(source)
+        except TypeError as e:
             raise DataError(
-                f"the calibration data: item {odd[0]} is a {kind}, not a mapping from input name to array."
-            )
-        if not feeds:
-            raise DataError("the calibration data has no samples.")
-        return feeds, "the calibration data"
+                f"the calibration data is a {type(source).__name__}, from which nothing can be read: give "
+                "arrays, feeds, a loader or the path of files."
+            ) from e
+        return gathered(items, request, named=Unit.RUN, streamed=True)
 
     def files(self, source: Any) -> list[tuple[str, Path]]:
         """Return nothing: the files behind feeds, if any, are unknown."""

@@ -6,11 +6,12 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from eptq_onnx.data.readers import open_source
-from eptq_onnx.data.readers.base import Data, Reader, is_path
+from eptq_onnx.data.readers.base import Opened, Reader, Request, is_path
 from eptq_onnx.errors import DataError
 
 
@@ -28,11 +29,11 @@ class FunctionReader(Reader):
         names = [*module.split("."), name]
         return bool(colon) and all(part.isidentifier() for part in names) and not Path(source).exists()
 
-    def open(self, source: Any) -> tuple[Data, str]:
+    def open(self, source: Any, request: Request) -> Opened:
         """Call the function and read what it returns."""
         module, _, name = str(source).partition(":")
-        given, _ = open_source(_function(module, name, str(source))())
-        return given, f"what {source} gives"
+        found = open_source(_function(module, name, str(source))(), request)
+        return replace(found, origin=replace(found.origin, label=f"what {source} gives"))
 
     def files(self, source: Any) -> list[tuple[str, Path]]:
         """Return the module's file, assuming that it lies in the working folder."""

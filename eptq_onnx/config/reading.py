@@ -1,0 +1,64 @@
+"""Options on how calibration data is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import TypedDict, Unpack
+
+from eptq_onnx.config.config import describe
+from eptq_onnx.config.option import Option
+from eptq_onnx.config.recipes import IMAGE_RECIPES, AudioRecipe, ImageRecipe
+from eptq_onnx.errors import ConfigError
+
+
+class ReadingOptions(TypedDict, total=False):
+    """The options of `Reading` as users write them; a test holds the two against each other."""
+
+    samples: int | None
+    image: ImageRecipe | str | None
+    audio: AudioRecipe | str | None
+    tokenizer: str | Path | None
+
+
+class Reading(BaseModel):
+    """How calibration data is read; options of every command that takes ``--data``.
+
+    Raises
+    ------
+    ConfigError
+        If an option is invalid; the message names it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    samples: Annotated[int | None, Option("data", metavar="N", default="all")] = Field(None, ge=1)
+    """Number of samples to use, spread evenly over the data."""
+    image: Annotated[
+        ImageRecipe | None, Option("data", metavar="RECIPE", text=True, default="guessed from the model")
+    ] = None
+    """What is done to pictures, as 'size=224,resize=256,crop=center,mean=imagenet,std=imagenet,layout=nchw,
+    color=rgb' or by a name, which keys may follow. What is left out is guessed and shown."""
+    audio: Annotated[
+        AudioRecipe | None,
+        Option("data", metavar="RECIPE", text=True, default="from the model and the files"),
+    ] = None
+    """What is done to sounds, as 'rate=16000,seconds=1,channels=mono'."""
+    tokenizer: Annotated[Path | None, Option("data", metavar="FILE", default="none")] = None
+    """The tokenizer.json of a model that reads text."""
+
+    def __init__(self, **options: Unpack[ReadingOptions]) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as e:
+            raise ConfigError(describe(e, "option")) from e
+
+    def given(self) -> dict[str, object]:
+        """Return the options that were given, as JSON."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+RECIPES = tuple(IMAGE_RECIPES)
+"""Names of recipes for pictures."""
