@@ -25,6 +25,7 @@ from eptq_onnx.errors import ConfigError
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.execute.walk import Walk, affordable_batches
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.file_count import FileSizes
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import compensation, quant_math
@@ -74,25 +75,6 @@ class Candidates:
     operations: float = 0.0
 
 
-@dataclass(frozen=True)
-class FileSizes:
-    """The bytes of the parts of the written file.
-
-    Parameters
-    ----------
-    rest : int
-        All but the weights.
-    weights : mapping of str to mapping of int to int
-        Weight to bit width to bytes.
-    shared : mapping of int to int
-        Bit width to the bytes that all weights of this width share.
-    """
-
-    rest: int
-    weights: Mapping[str, Mapping[int, int]]
-    shared: Mapping[int, int]
-
-
 def allocate(
     network: Network,
     selection: Selection,
@@ -100,7 +82,6 @@ def allocate(
     budget: Budget,
     config: Config,
     progress: Callable[[int, int], None],
-    sizes: FileSizes | None = None,
 ) -> Plan:
     """Choose the bit width of every weight.
 
@@ -115,8 +96,6 @@ def allocate(
     config : Config
     progress : callable
         Called with the number of layers done and the total.
-    sizes : FileSizes, optional
-        For a budget of bytes.
 
     Returns
     -------
@@ -128,8 +107,12 @@ def allocate(
     ConfigError
         If no choice meets the budget.
     """
-    plan = network.plan
-    widths = solve(candidates(network, selection, target, config, progress), budget, sizes)
+    widths = solve(candidates(network, selection, target, config, progress), budget)
+    return with_widths(network.plan, widths, target)
+
+
+def with_widths(plan: Plan, widths: Mapping[str, int], target: Target) -> Plan:
+    """Return a plan whose weights have other widths."""
     layers = (
         replace(
             x, weight_spec=target.of(x.op_type).weight_spec(widths[x.weight], x.weight_spec.axis, x.depthwise)
