@@ -199,6 +199,7 @@ def _quantize(
         source=model,
         folder=places.folder,
         float_bytes=prepared.float_bytes,
+        rest=prepared.rest,
         progress=progress,
     )
     if places.workdir is not None:

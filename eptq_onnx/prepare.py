@@ -8,7 +8,7 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from eptq_onnx.config import Config
+from eptq_onnx.config import Config, FloatType
 from eptq_onnx.data import candidates
 from eptq_onnx.data.notes import sample_notes
 from eptq_onnx.data.readers import Source
@@ -44,6 +44,8 @@ class Prepared:
     float_bytes : int
         Size of the original.
     notes : tuple of str
+    rest : FloatType
+        Type of what stays float.
     """
 
     model: ModelProto
@@ -54,6 +56,7 @@ class Prepared:
     ir_version: int
     float_bytes: int
     notes: tuple[str, ...]
+    rest: FloatType
 
 
 def prepare(
@@ -81,6 +84,7 @@ def prepare(
     """
     original = io.load(model, folder)
     read = candidates(data, original, config.batch_axes)
+    rest = target.rest_for(config.rest, other_float_types(original))
     plain = normalize(original, target.opset_for(config.most_activation_bits, config.storage))
     arranged = arrange(plain, read, config.seed)
     whole = settle(plain, arranged.samples)
@@ -88,13 +92,15 @@ def prepare(
     name = str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name
     notes = [
         *sample_notes(arranged.samples),
-        *_type_notes(original, config),
+        *_type_notes(original, config, rest),
         *_opset_notes(original, whole),
         *arranged.notes,
         *left,
     ]
     size = store.model_bytes(original)
-    return Prepared(whole, samples, found, name, opset_of(original), original.ir_version, size, tuple(notes))
+    return Prepared(
+        whole, samples, found, name, opset_of(original), original.ir_version, size, tuple(notes), rest
+    )
 
 
 def final(quantized: ModelProto, prepared: Prepared) -> ModelProto:
@@ -109,10 +115,11 @@ def final(quantized: ModelProto, prepared: Prepared) -> ModelProto:
     return result
 
 
-def _type_notes(model: ModelProto, config: Config) -> list[str]:
+def _type_notes(model: ModelProto, config: Config, rest: FloatType) -> list[str]:
     notes = [
-        f"{name} tensors are computed and stored in float32; inputs and outputs keep their types"
+        f"{name} tensors are computed and stored in {rest.value}; inputs and outputs keep their types"
         for name in other_float_types(model)
+        if name != rest.value
     ]
     if config.most_activation_bits > 8:
         notes.append(
