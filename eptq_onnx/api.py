@@ -214,6 +214,7 @@ def _quantize(
         source=model,
         folder=places.folder,
         float_bytes=prepared.float_bytes,
+        rest=prepared.rest,
         progress=progress,
     )
     if places.workdir is not None:

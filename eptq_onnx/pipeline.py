@@ -30,6 +30,7 @@ from eptq_onnx.passes.pack import Pack
 from eptq_onnx.passes.place import Place
 from eptq_onnx.passes.ranges import Ranges
 from eptq_onnx.passes.reconstruct import Reconstruct
+from eptq_onnx.passes.rest import Rest
 from eptq_onnx.passes.rotate import Rotate
 from eptq_onnx.passes.score import Score
 from eptq_onnx.passes.verify import Verify
@@ -53,6 +54,7 @@ PIPELINE: tuple[Pass, ...] = (
     Optimize(),
     Write(),
     Pack(),
+    Rest(),
     Verify(),
     Measure(),
 )

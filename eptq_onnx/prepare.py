@@ -9,7 +9,7 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from eptq_onnx.config import Config
+from eptq_onnx.config import Config, FloatType
 from eptq_onnx.data import load
 from eptq_onnx.data.notes import sample_notes
 from eptq_onnx.data.origin import Origin
@@ -51,6 +51,8 @@ class Prepared:
     float_bytes : int
         Size of the original.
     notes : tuple of str
+    rest : FloatType
+        Type of what stays float.
     """
 
     model: ModelProto
@@ -63,6 +65,7 @@ class Prepared:
     ir_version: int
     float_bytes: int
     notes: tuple[str, ...]
+    rest: FloatType
 
 
 def prepare(
@@ -90,6 +93,7 @@ def prepare(
     """
     original = io.load(model, folder)
     read = load(data, original, config.batch_axes)
+    rest = target.rest_for(config.rest, other_float_types(original))
     plain = normalize(original, target.opset_for(config.most_activation_bits, config.storage))
     arranged = arrange(plain, read.samples, config.seed)
     whole = settle(plain, arranged.samples)
@@ -98,7 +102,7 @@ def prepare(
     notes = [
         *read.origin.notes,
         *([] if read.origin.made_up else sample_notes(arranged.samples)),
-        *_type_notes(original, config),
+        *_type_notes(original, config, rest),
         *_opset_notes(original, whole),
         *arranged.notes,
         *left,
@@ -115,6 +119,7 @@ def prepare(
         ir_version=original.ir_version,
         float_bytes=size,
         notes=tuple(notes),
+        rest=rest,
     )
 
 
@@ -149,10 +154,11 @@ def final(quantized: ModelProto, prepared: Prepared) -> ModelProto:
     return result
 
 
-def _type_notes(model: ModelProto, config: Config) -> list[str]:
+def _type_notes(model: ModelProto, config: Config, rest: FloatType) -> list[str]:
     notes = [
-        f"{name} tensors are computed and stored in float32; inputs and outputs keep their types"
+        f"{name} tensors are computed and stored in {rest.value}; inputs and outputs keep their types"
         for name in other_float_types(model)
+        if name != rest.value
     ]
     if config.most_activation_bits > 8:
         notes.append(

@@ -4,13 +4,12 @@
 
 Each file is quantized with ``--storage int8``; it is packed here. Both run in turn, in one thread of the
 installed onnxruntime, and ratios are medians over pairs of CPU times. The optimized graphs must be the same,
-and so must the outputs on random inputs, where open dimensions are 1.
+and so must the outputs on random inputs, where open dimensions are 1. Memory is what a fresh process takes at
+most to load the file.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -25,15 +24,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from eptq_onnx import runtimes
 from eptq_onnx.graph.packing import packed
 from eptq_onnx.runtime import Session
-
-_PEAK = """
-import resource, sys
-from eptq_onnx.runtime import Session
-Session(sys.argv[1])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
+from eptq_onnx.runtimes.loading import load_cost
 
 
 def main(
@@ -41,11 +35,11 @@ def main(
     repeats: Annotated[int, typer.Option(help="Pairs of measurements.")] = 21,
 ) -> None:
     """Print the table."""
-    table = Table("file", "bytes", "load", "memory at load", "latency", "optimized graph", "outputs")
+    table = Table("file", "size", "load", "memory at load", "latency", "optimized graph", "outputs")
     for file in files:
         with tempfile.TemporaryDirectory() as folder:
             table.add_row(file.name, *compare(file, Path(folder), repeats))
-    Console(width=160).print(table)
+    Console(width=180).print(table)
 
 
 def compare(file: Path, folder: Path, repeats: int) -> list[str]:
@@ -58,14 +52,12 @@ def compare(file: Path, folder: Path, repeats: int) -> list[str]:
     feeds = random_feeds(onnx.load(file))
     outputs = [session.run(feeds) for session in sessions]
     same = all(np.array_equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
-    peaks = [
-        np.median([int(subprocess.check_output([sys.executable, "-c", _PEAK, str(path)])) for _ in range(3)])
-        for path in pair
-    ]
+    peaks = [np.median([load_cost(runtimes.DEFAULT, path, 1).peak_bytes for _ in range(5)]) for path in pair]
+    sizes = [path.stat().st_size for path in pair]
     return [
-        f"{file.stat().st_size} → {other.stat().st_size}",
+        f"{sizes[0]} → {sizes[1]} ({sizes[1] / sizes[0]:.3f}×)",
         in_turn([partial(Session, path) for path in pair], repeats),
-        f"{peaks[0] / 1000:.1f} → {peaks[1] / 1000:.1f} MB",
+        f"{peaks[0] / 1e6:.1f} → {peaks[1] / 1e6:.1f} MB ({peaks[1] / peaks[0]:.2f}×)",
         in_turn([partial(session.run, feeds) for session in sessions], 3 * repeats),
         "the same" if graphs[0] == graphs[1] else f"differs: {graphs[1] - graphs[0]} {graphs[0] - graphs[1]}",
         "the same" if same else "differ",
@@ -85,13 +77,13 @@ def in_turn(works: Sequence[Callable[[], Any]], repeats: int) -> str:
 
 
 def random_feeds(model: onnx.ModelProto) -> dict[str, Any]:
-    """Return normal floats and zeros of other types, in the shapes of a model's inputs."""
+    """Return normal floats, and ones of other types, in the shapes of a model's inputs."""
     rng, feeds = np.random.default_rng(0), {}
     for info in model.graph.input:
         tensor = info.type.tensor_type
         shape = [d.dim_value or 1 for d in tensor.shape.dim]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
-        feeds[info.name] = (rng.normal(size=shape) if dtype.kind == "f" else np.zeros(shape)).astype(dtype)
+        feeds[info.name] = (rng.normal(size=shape) if dtype.kind == "f" else np.ones(shape)).astype(dtype)
     return feeds
 
 

@@ -36,4 +36,4 @@ class Budget(BaseModel):
         return {"unit": unit, "amount": amount}
 
     def __str__(self) -> str:
-        return f"{self.unit.value}={self.amount:g}"
+        return f"{self.unit.value}={self.amount:.15g}"

@@ -46,6 +46,14 @@ class WeightStorage(str, Enum):
     INT8 = "int8"
 
 
+class FloatType(str, Enum):
+    """Type of what stays float."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
 class Start(str, Enum):
     """Where the network-wise optimization starts."""
 

@@ -17,6 +17,7 @@ from eptq_onnx.config.choices import (
     ActivationRange,
     Attention,
     BudgetUnit,
+    FloatType,
     Objective,
     Optimizer,
     Preset,
@@ -77,6 +78,11 @@ class Config(BaseModel):
     """How weights of 2 to 6 bits are stored. packed: in as many bytes as their bits need, with nodes that
     unpack them to int8 when the model is loaded. native: in ONNX's own types, if the target supports them.
     int8: one byte each."""
+    rest: Annotated[
+        FloatType | None,
+        Option("runtime", default="the model's own, if the target supports it; else float32"),
+    ] = None
+    """Type in which everything that stays float is computed and stored: float32, float16 or bfloat16."""
     objective: Annotated[Objective, Option("runtime")] = Objective.TIME
     """Which operators run on integers. time: those with which the model runs fastest on this machine,
     measured in the installed onnxruntime if the target is for it; models that run for less than a millisecond

@@ -12,6 +12,7 @@ from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
     Attention,
+    FloatType,
     Objective,
     Optimizer,
     Preset,
@@ -34,6 +35,7 @@ class Options(TypedDict, total=False):
     outputs: Sequence[str] | str
     target: str
     storage: WeightStorage | Literal["packed", "native", "int8"] | None
+    rest: FloatType | Literal["float32", "float16", "bfloat16"] | None
     objective: Objective | Literal["time", "integers", "noise", "bytes"]
     runtime_threads: int
     timings: str | Path | None

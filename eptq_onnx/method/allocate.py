@@ -24,6 +24,7 @@ from eptq_onnx.errors import ConfigError
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.execute.walk import Walk, affordable_batches
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.file_count import FileSizes
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import compensation, quant_math
@@ -34,7 +35,7 @@ from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import linear_form
 from eptq_onnx.placement import FrontPoint, Representation
-from eptq_onnx.program import NOISE, Option, Program, Shared
+from eptq_onnx.program import BYTES, NOISE, Option, Program, Shared
 from eptq_onnx.program import solve as least_of
 from eptq_onnx.records import Layer, Network, Plan, Scores
 from eptq_onnx.targets import Target
@@ -82,25 +83,6 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class FileSizes:
-    """The bytes of the parts of the written file.
-
-    Parameters
-    ----------
-    rest : int
-        All but the weights.
-    weights : mapping of str to mapping of int to int
-        Weight to bit width to bytes.
-    shared : mapping of int to int
-        Bit width to the bytes that all weights of this width share.
-    """
-
-    rest: int
-    weights: Mapping[str, Mapping[int, int]]
-    shared: Mapping[int, int]
-
-
-@dataclass(frozen=True)
 class Goal:
     """What widths are chosen for.
 
@@ -127,53 +109,32 @@ class Goal:
         left = self.most_noise - self.activation_noise
         return {NOISE: left} if math.isfinite(left) else {}
 
+    @property
+    def bytes(self) -> int | None:
+        """Return the limit of the file's bytes, if there is one."""
+        return next((int(b.amount) for b in self.budgets if b.unit is BudgetUnit.BYTES), None)
 
-def allocate(
-    network: Network,
-    selection: Selection,
-    target: Target,
-    goal: Goal,
-    config: Config,
-    progress: Callable[[int, int], None],
-    sizes: FileSizes,
-) -> tuple[Plan, tuple[FrontPoint, ...]]:
-    """Choose the bit width of every weight.
+    @property
+    def counts_bytes(self) -> bool:
+        """True if the bytes of the file are minimized or limited."""
+        return self.minimized == BYTES or self.bytes is not None
 
-    Parameters
-    ----------
-    network : Network
-        Its calibration gives the variance that normalizes each part of the outputs.
-    selection : Selection
-        The samples to run.
-    target : Target
-    goal : Goal
-    config : Config
-    progress : callable
-        Called with the number of layers done and the total.
-    sizes : FileSizes
+    def with_bytes(self, amount: int | None) -> Goal:
+        """Return the goal with another limit of the file's bytes, or without one."""
+        others = tuple(b for b in self.budgets if b.unit is not BudgetUnit.BYTES)
+        own = () if amount is None else (Budget(unit=BudgetUnit.BYTES, amount=amount),)
+        return replace(self, budgets=(*own, *others))
 
-    Returns
-    -------
-    Plan
-        The same plan with other weight specs. Layers that are not plain matrix products get 8 bits.
-    tuple of FrontPoint
-        The least noise at several sizes of the file.
 
-    Raises
-    ------
-    ConfigError
-        If no choice keeps within the limits.
-    """
-    plan = network.plan
-    weights = candidates(network, selection, target, config, progress)
-    widths = solve(weights, goal, sizes)
+def with_widths(plan: Plan, widths: Mapping[str, int], target: Target) -> Plan:
+    """Return a plan whose weights have other widths."""
     layers = (
         replace(
             x, weight_spec=target.of(x.op_type).weight_spec(widths[x.weight], x.weight_spec.axis, x.depthwise)
         )
         for x in plan.layers
     )
-    return replace(plan, layers=tuple(layers)), front_of(weights, sizes, widths)
+    return replace(plan, layers=tuple(layers))
 
 
 def candidates(
@@ -183,7 +144,21 @@ def candidates(
     config: Config,
     progress: Callable[[int, int], None],
 ) -> dict[str, Candidates]:
-    """Return the effect of every width of every weight on the outputs; parameters as in `allocate`."""
+    """Return the effect of every width of every weight on the outputs.
+
+    Layers that are not plain matrix products have 8 bits as their only width.
+
+    Parameters
+    ----------
+    network : Network
+        Its calibration gives the variance that normalizes each part of the outputs.
+    selection : Selection
+        The samples to run.
+    target : Target
+    config : Config
+    progress : callable
+        Called with the number of layers done and the total.
+    """
     model, plan, calibration = network.model, network.plan, network.calibration
     samples, indices = selection.samples, selection.indices
     size = samples.micro_batch()
@@ -288,6 +263,16 @@ def solve(weights: Mapping[str, Candidates], goal: Goal, sizes: FileSizes) -> di
     if found is None:
         raise _unmet(program, goal, sizes)
     return {name: own[o].bits for name, own, o in zip(weights, program.options, found.options, strict=True)}
+
+
+def keeps_within(weights: Mapping[str, Candidates], goal: Goal, widths: Mapping[str, int]) -> bool:
+    """Return True if widths keep within the budgets, but for that of bytes."""
+    total = sum(w.size for w in weights.values())
+    spent = {
+        BudgetUnit.WEIGHTS: sum(w.size * widths[name] for name, w in weights.items()) / total,
+        BudgetUnit.BITOPS: sum(w.operations * widths[name] for name, w in weights.items()),
+    }
+    return all(spent.get(b.unit, 0.0) <= b.amount for b in goal.budgets)
 
 
 def _without_rest(limits: Mapping[str, float], sizes: FileSizes) -> dict[str, float]:

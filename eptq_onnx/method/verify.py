@@ -20,6 +20,7 @@ from eptq_onnx.execute.walk import Walk
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.narrow import emulated
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.statistics import OutputStatistics
@@ -103,12 +104,15 @@ def verify(
     """
     quantized = sink(versions.packed)
     _check(quantized, versions.whole)
-    kernels = count_kernels(runtimes.make().kernels(quantized), target)
+    runnable = emulated(quantized)
+    kernels = count_kernels(runtimes.make().kernels(runnable), target)
     parts = list(samples.batches(shares.unseen, samples.fixed_batch or 1))
     # The integer kernels of this machine say nothing about another runtime: without VNNI they overflow.
     integers = target.verifier == ONNXRUNTIME
     pairing = Pairing(versions.whole, samples, parts, found)
-    compared, statistics, notes = _compare_outputs(versions, quantized, pairing, found, integers=integers)
+    compared, statistics, notes = _compare_outputs(versions, runnable, pairing, found, integers=integers)
+    if runnable is not quantized:
+        notes = (*notes, "bfloat16 was emulated for the comparison: onnxruntime does not compute in it")
     sums = _Sums()
     float_model = executed(versions.whole, found)
     flat = executed(versions.marked, found, versions.stands_for)
@@ -145,14 +149,15 @@ def _compare_outputs(
     reference = within_bytes(pairing.outputs(executed(versions.whole, found.draws)), _MOST_BYTES)
     notes: tuple[str, ...] = ()
     draws = found.draws
-    other = executed(versions.packed, draws, versions.stands_for) if draws.places else quantized
+    packed = emulated(versions.packed)
+    other = executed(packed, draws, versions.stands_for) if draws.places else quantized
     try:
         results = list(pairing.outputs(other, len(reference), integers=integers))
     except ModelError as e:
         if not draws.places:
             raise
         # If lengths differ, so do the numbers of draws.
-        followed = executed(versions.packed, found, versions.stands_for)
+        followed = executed(packed, found, versions.stands_for)
         results = list(pairing.outputs(followed, len(reference), integers=integers))
         notes = (
             "in the comparison of outputs, lengths and places follow the float model: "

@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
+from onnx import ModelProto
 
-from eptq_onnx.config import Objective, WeightStorage
+from eptq_onnx.config import Objective, Start
 from eptq_onnx.execute.deviation import Deviation
-from eptq_onnx.graph.packing import Packing, packed_bytes, shared_bytes
+from eptq_onnx.graph.branches import sink
+from eptq_onnx.graph.file_count import FileCount, FileSizes, Storing
+from eptq_onnx.graph.message_sizes import file_bytes
+from eptq_onnx.graph.packing import weights_of
+from eptq_onnx.graph.storing import stored
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.method.allocate import SAMPLES, WIDTHS, FileSizes, Goal, allocate
+from eptq_onnx.method.allocate import (
+    SAMPLES,
+    WIDTHS,
+    Candidates,
+    Goal,
+    candidates,
+    front_of,
+    keeps_within,
+    solve,
+    with_widths,
+)
+from eptq_onnx.method.fit_bytes import fit_bytes, smallest_file
 from eptq_onnx.method.float_fallback import SAMPLES as FALLBACK_SAMPLES
 from eptq_onnx.method.qdq import write
-from eptq_onnx.numerics.bitpacking import LAYOUTS
-from eptq_onnx.numerics.types import Array
+from eptq_onnx.method.ranges import weight_ranges
+from eptq_onnx.method.signature import sign
 from eptq_onnx.passes.base import Context, Cost, Pass, State, with_activations
 from eptq_onnx.program import BYTES, NOISE
-from eptq_onnx.proto import store
-from eptq_onnx.records import Plan, Rounding
+from eptq_onnx.records import Plan
 
-_SIGNATURE = 256
-"""Bytes of the metadata that say what made a file."""
+_TRIALS = 4
+"""Maximum number of files written to correct the count."""
 
 
 class Allocate(Pass):
     """Choose the bits of every weight within limits.
 
-    See `eptq_onnx.method.allocate`.
+    See `eptq_onnx.method.allocate`, and `eptq_onnx.method.fit_bytes` where the bytes of the file count.
     """
 
     name = "allocate"
@@ -45,10 +61,10 @@ class Allocate(Pass):
     def run(self, state: State, ctx: Context) -> State:
         """Choose the bits of every weight."""
         selection, tell = ctx.chosen(ctx.walked), ctx.tell(self.name)
-        plan, front = allocate(
-            state.network, selection, ctx.target, _goal(state, ctx), ctx.config, tell, _file_sizes(state, ctx)
-        )
-        return state.changed(plan=plan, front=front)
+        found = candidates(state.network, selection, ctx.target, ctx.config, tell)
+        widths, sizes = _chosen(state, ctx, found, _goal(state, ctx))
+        plan = with_widths(state.plan, widths, ctx.target)
+        return state.changed(plan=plan, front=front_of(found, sizes, widths))
 
 
 def _goal(state: State, ctx: Context) -> Goal:
@@ -65,61 +81,68 @@ def _goal(state: State, ctx: Context) -> Goal:
     return Goal(BYTES, config.width_budgets, config.max_noise, noise)
 
 
-def _file_sizes(state: State, ctx: Context) -> FileSizes:
-    """Return the sizes of the file's parts, from a file that has everything but the values.
+def _chosen(
+    state: State, ctx: Context, found: Mapping[str, Candidates], goal: Goal
+) -> tuple[dict[str, int], FileSizes]:
+    """Return the widths that meet the goal, and the sizes of the file's parts.
 
-    They are upper limits: a bias that may be learned counts as if it were there.
+    Where bytes count, files are written with the chosen widths, and what they take corrects the count.
     """
-    plan, view = state.plan, GraphView(state.model)
-    written, _ = write(state.model, plan, _without_values(plan, view))
-    shapes = {name: view.constant_shape(name) for name in plan.weight_specs}
-    rest = store.model_bytes(written) - sum(math.prod(shape) for shape in shapes.values()) + _SIGNATURE
-    storage = ctx.target.storage_for(ctx.config.storage)
-    is_packed = storage is WeightStorage.PACKED
-    sizes: dict[str, dict[int, int]] = {}
-    for layer in plan.layers:
-        shape = shapes[layer.weight]
-        widths = ctx.target.weight.storage if storage is WeightStorage.NATIVE else ()
-        sizes[layer.weight] = {
-            bits: -(-math.prod(shape) * min((w for w in widths if w >= bits), default=8) // 8)
+    written = _trial(state, ctx, state.plan)
+    names = dict(zip(state.plan.weight_specs, weights_of(GraphView(written)), strict=False))
+    storing = _storing(state.plan, ctx)
+    count = FileCount(written, names, storing)
+    widths = _meeting(found, goal, count)
+    for trial in range(_TRIALS if goal.counts_bytes else 0):
+        plan = with_widths(state.plan, widths, ctx.target)
+        made, _ = stored(_trial(state, ctx, plan), storing.storage, storing.types)
+        more = file_bytes(sink(made)) - count.bytes(widths)
+        if more == 0 or (more < 0 and trial):
+            break
+        count = count.corrected(more)
+        widths = _meeting(found, goal, count)
+    return widths, count.sizes(widths)
+
+
+def _meeting(found: Mapping[str, Candidates], goal: Goal, count: FileCount) -> dict[str, int]:
+    """Return the widths that meet the goal, with bytes as counted."""
+
+    def choose(sizes: FileSizes, limit: int | None) -> dict[str, int]:
+        return solve(found, goal.with_bytes(limit), sizes)
+
+    if not goal.counts_bytes:
+        return choose(count.sizes({}), None)
+    if goal.minimized == BYTES:
+        return smallest_file(choose, count, goal.bytes)
+    assert goal.bytes is not None
+    effects = {name: weight.effects for name, weight in found.items()}
+    return fit_bytes(choose, effects, count, goal.bytes, lambda widths: keeps_within(found, goal, widths))
+
+
+def _trial(state: State, ctx: Context, plan: Plan) -> ModelProto:
+    """Return a file with these widths and weights rounded to nearest, in int8."""
+    extremes = weight_ranges(state.executed, plan, state.calibration, state.scores, ctx.config, searched=())
+    learned = ctx.config.optimizes or ctx.config.start is Start.CLOSED_FORM
+    biases = {
+        name: np.ones_like(values) if learned and not values.any() else values
+        for name, values in extremes.biases.items()
+    }
+    written, _ = write(state.model, plan, replace(extremes, biases=biases))
+    sign(written, ctx.given, ctx.target)
+    return written
+
+
+def _storing(plan: Plan, ctx: Context) -> Storing:
+    """Return how weights are stored, and which of them may need zero points."""
+    specs = {
+        layer.weight: {
+            bits: ctx.target.of(layer.op_type).weight_spec(bits, layer.weight_spec.axis, layer.depthwise)
             for bits in WIDTHS
         }
-        for bits in LAYOUTS.keys() & set(WIDTHS) if is_packed else ():
-            spec = ctx.target.of(layer.op_type).weight_spec(bits, layer.weight_spec.axis, layer.depthwise)
-            axis = None if spec.symmetric else spec.axis
-            found = packed_bytes(Packing(f"{layer.weight}_quantized", shape, LAYOUTS[bits], axis))
-            sizes[layer.weight][bits] = min(found, math.prod(shape))
-    shared = {bits: shared_bytes(bits) for bits in LAYOUTS} if is_packed else {}
-    return FileSizes(rest, sizes, shared)
-
-
-def _without_values(plan: Plan, view: GraphView) -> Rounding:
-    """Return a rounding whose arrays have the right types and shapes, and no meaning."""
-    shapes = {name: view.constant_shape(name) for name in plan.weight_specs}
-    channels = {
-        name: () if spec.axis is None else (shapes[name][spec.axis],)
-        for name, spec in plan.weight_specs.items()
+        for layer in plan.layers
     }
-    rng = np.random.default_rng(0)
-    rows = {q.name: view.constant_shape(q.name)[:1] for q in plan.tables}
-    return Rounding(
-        integers={name: np.zeros(shape, np.int8) for name, shape in shapes.items()},
-        weights={n: s.grid(_distinct(rng, channels[n])) for n, s in plan.weight_specs.items()},
-        grids={
-            q.name: q.spec.grid(_distinct(rng, rows.get(q.name, ())), 0 if q.spec.symmetric else k % 128)
-            for k, q in enumerate(plan.quantizers)
-        },
-        biases={
-            x.bias: np.asarray(view.constant(x.bias), np.float32)
-            if x.has_bias
-            else np.ones(channels[x.weight] or shapes[x.weight][:1], np.float32)
-            for x in plan.layers
-            if x.bias is not None
-        },
-        targets={},
+    return Storing(
+        ctx.target.storage_for(ctx.config.storage),
+        ctx.target.weight.storage,
+        {name: {bits: not spec.symmetric for bits, spec in of.items()} for name, of in specs.items()},
     )
-
-
-def _distinct(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Return scales that differ from all others: equal constants would share one initializer."""
-    return np.asarray(rng.uniform(1, 2, shape), np.float32)

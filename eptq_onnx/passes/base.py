@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from eptq_onnx.config import Config
+from eptq_onnx.config import Config, FloatType
 from eptq_onnx.data.samples import Samples, Selection, spread
 from eptq_onnx.data.splits import Shares
 from eptq_onnx.engines.base import Engine
@@ -85,6 +85,8 @@ class Context:
     float_bytes : int
         Size of the float model.
     progress : Progress
+    rest : FloatType
+        Type of what stays float.
     partial : Partial
         Where the running pass may save its progress.
     expected : float
@@ -103,6 +105,7 @@ class Context:
     folder: str
     float_bytes: int
     progress: Progress
+    rest: FloatType = FloatType.FLOAT32
     partial: Partial = field(default_factory=Partial)
     expected: float = 0.0
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from eptq_onnx.config import WeightStorage
-from eptq_onnx.graph.native import native
-from eptq_onnx.graph.packing import packed
+from eptq_onnx.graph.storing import stored
 from eptq_onnx.numerics.bitpacking import LAYOUTS
 from eptq_onnx.passes.base import Context, Pass, State
 
@@ -23,29 +22,24 @@ class Pack(Pass):
         """Store the weights of the written model as the option ``storage`` says."""
         marked = state.written.marked
         storage = ctx.target.storage_for(ctx.config.storage)
-        if storage is WeightStorage.INT8:
-            state = state.changed(packed=marked)
-            if ctx.config.storage is None and _has_narrow(state):
-                return state.noting(
-                    f"weights below 7 bits take a byte each: {ctx.target.name} does not unpack packed weights"
-                )
+        made, left = stored(marked, storage, ctx.target.weight.storage)
+        state = state.changed(packed=made)
+        if left:
+            return state.noting(
+                f"{len(left)} weights below 7 bits stay int8 (the first is {left[0]}): no ONNX type that "
+                f"{ctx.target.name} reads holds their integers and zero points"
+            )
+        if made is not marked or not _has_narrow(state):
             return state
         if storage is WeightStorage.PACKED:
-            stored = packed(marked)
-            state = state.changed(packed=stored)
-            if stored is marked and _has_narrow(state):
-                return state.noting(
-                    "weights below 7 bits take a byte each: nodes that unpack such small ones would be larger"
-                )
-            return state
-        stored, left = native(marked, ctx.target.weight.storage)
-        state = state.changed(packed=stored)
-        if not left:
-            return state
-        return state.noting(
-            f"{len(left)} weights below 7 bits stay int8 (the first is {left[0]}): no ONNX type that "
-            f"{ctx.target.name} reads holds their integers and zero points"
-        )
+            return state.noting(
+                "weights below 7 bits take a byte each: nodes that unpack such small ones would be larger"
+            )
+        if storage is WeightStorage.INT8 and ctx.config.storage is None:
+            return state.noting(
+                f"weights below 7 bits take a byte each: {ctx.target.name} does not unpack packed weights"
+            )
+        return state
 
 
 def _has_narrow(state: State) -> bool:

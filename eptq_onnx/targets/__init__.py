@@ -6,6 +6,7 @@ A file can extend another file and then holds only the differences; see `load`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from eptq_onnx.config import WeightStorage, describe
+from eptq_onnx.config import FloatType, WeightStorage, describe
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.numerics.formats import IntFormat, PerAxis, PerTensor
 from eptq_onnx.numerics.scales import ScaleRule
@@ -122,6 +123,15 @@ class BiasRules(_Row):
     zero_point: bool = True
 
 
+class RestRules(_Row):
+    """What stays float.
+
+    ``types``: the types besides float32 that it may have.
+    """
+
+    types: tuple[Literal["float16", "bfloat16"], ...] = ()
+
+
 class Operator(_Row):
     """How the runtime runs one operator; an operator without a row stays float.
 
@@ -205,6 +215,7 @@ class Target(_Row):
     weight: WeightRules
     activation: ActivationRules
     bias: BiasRules
+    rest: RestRules = RestRules()
     patterns: PatternRules = PatternRules()
     operators: dict[str, Operator]
 
@@ -259,6 +270,30 @@ class Target(_Row):
         native = self.weight.storage if storage is WeightStorage.NATIVE else ()
         wide = [_OPSET_OF_16_BITS] if activation_bits > 8 else []
         return max([self.min_opset, *wide, *(_OPSET_OF_NATIVE[width] for width in native)])
+
+    def rest_for(self, asked: FloatType | None, own: Sequence[str]) -> FloatType:
+        """Return the type of what stays float: by the option, or by default that of the model.
+
+        Parameters
+        ----------
+        asked : FloatType or None
+        own : sequence of str
+            The float types other than float32 that the model computes in.
+
+        Raises
+        ------
+        ConfigError
+            If the runtime does not support the option.
+        """
+        supported = (FloatType.FLOAT32.value, *self.rest.types)
+        if asked is None:
+            return FloatType(next((t for t in own if t in self.rest.types), FloatType.FLOAT32.value))
+        if asked.value not in supported:
+            raise ConfigError(
+                f"option rest={asked.value} is not for target {self.name}, which computes floats in "
+                f"{' or '.join(supported)} (its rest.types): choose another, or leave the option out."
+            )
+        return asked
 
     def check_activation_bits(self, bits: int) -> None:
         """Raise ConfigError if the runtime does not support activations of this width."""

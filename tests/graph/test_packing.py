@@ -1,60 +1,24 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import onnx
 import pytest
 from graphs import parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from integers import SHAPES, drawn, quantized
 from onnx import TensorProto, helper, numpy_helper
 
 from eptq_onnx.graph import edit
-from eptq_onnx.graph.packing import Packing, packed, packed_bytes
-from eptq_onnx.numerics.bitpacking import LAYOUTS
+from eptq_onnx.graph.packing import packed
 from eptq_onnx.proto import store
 from eptq_onnx.runtime import Session
 
 
-def quantized(weights, opset=13):
-    """A model that dequantizes weights: name to integers and the axis of their scales."""
-    nodes, constants, outputs = [], [], []
-    for name, (values, axis) in weights.items():
-        count = 1 if axis is None else values.shape[axis]
-        scale = np.ones(count, np.float32) if axis is not None else np.array(1, np.float32)
-        constants += [numpy_helper.from_array(values, name), numpy_helper.from_array(scale, f"{name}_scale")]
-        attributes = {} if axis is None else {"axis": axis}
-        nodes.append(
-            helper.make_node("DequantizeLinear", [name, f"{name}_scale"], [f"{name}_float"], **attributes)
-        )
-        outputs.append(helper.make_tensor_value_info(f"{name}_float", TensorProto.FLOAT, values.shape))
-    graph = helper.make_graph(nodes, "weights", [], outputs, constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
-
-
-def drawn(rng, bits, shape, axis, spread):
-    """Integers of a width whose channels lie anywhere in int8, or all about 0."""
-    values = rng.integers(0, 2**bits, shape)
-    along = [1] * len(shape)
-    if spread and axis is not None:
-        along[axis] = shape[axis]
-    least = rng.integers(-128, 129 - 2**bits, along) if spread else -(2 ** (bits - 1))
-    return (values + least).astype(np.int8)
-
-
 def types(model):
     return {t.name: t.data_type for t in model.graph.initializer}
-
-
-SHAPES = [
-    ((40, 30), 0),
-    ((30, 40), 1),
-    ((40, 30), -1),
-    ((24, 5, 3, 3), 0),
-    ((6, 40, 3, 2), 1),
-    ((200, 1, 3, 3), 0),
-    ((900,), None),
-    ((40, 31), None),
-]
 
 
 @settings(max_examples=60, deadline=None)
@@ -88,18 +52,27 @@ def test_the_file_has_the_bytes_of_its_bits(bits, axis):
     result = packed(model)
     assert result.ByteSize() < values.size * bits / 8 + 5 * 960 + 4000
     constants = {t.name: numpy_helper.to_array(t) for t in result.graph.initializer}
-    held = sum(v.nbytes for name, v in constants.items() if name.startswith("w_packed"))
+    held = sum(v.nbytes for name, v in constants.items() if name.startswith("unfold/bytes"))
     assert held == values.size * bits // 8
     assert TensorProto.INT8 not in {kind for name, kind in types(result).items() if name == "w"}
 
 
-def test_what_is_predicted_is_what_it_takes():
-    values = drawn(np.random.default_rng(0), 4, (64, 16, 3, 3), 0, spread=True)
-    one, two = quantized({"w": (values, 0)}), quantized({"w": (values, 0), "v": (values, 0)})
-    without = [m.ByteSize() - values.size * len(m.graph.node) for m in (one, two)]
-    added = packed(two).ByteSize() - without[1] - (packed(one).ByteSize() - without[0])
-    predicted = packed_bytes(Packing("v", values.shape, LAYOUTS[4], 0))
-    assert 0 <= predicted - added < 300
+def test_weights_of_one_shape_are_unpacked_together():
+    rng = np.random.default_rng(0)
+    weights = {f"w{k}": (drawn(rng, 4, (64 + 16 * k, 16, 3, 3), 0, spread=True), 0) for k in range(4)}
+    nodes = Counter(n.op_type for n in packed(quantized(weights)).graph.node)
+    # One lookup is that of the channels' places in the table.
+    assert nodes["Gather"] == 2
+    assert nodes["Split"] == 1
+
+
+def test_the_size_does_not_depend_on_how_many_offsets_differ():
+    values = drawn(np.random.default_rng(0), 4, (64, 160), 0, spread=False)
+    sizes = set()
+    for count in (2, 7, 64):
+        shifts = np.arange(64)[:, None] % count - 8
+        sizes.add(packed(quantized({"w": ((values + shifts).astype(np.int8), 0)})).ByteSize())
+    assert len(sizes) == 1
 
 
 @pytest.mark.parametrize(

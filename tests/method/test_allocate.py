@@ -14,16 +14,17 @@ from eptq_onnx import data, targets
 from eptq_onnx.config import Budget, Config
 from eptq_onnx.data.samples import Selection
 from eptq_onnx.errors import ConfigError
+from eptq_onnx.graph.file_count import FileSizes
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.allocate import (
     WIDTHS,
     Candidates,
-    FileSizes,
     Goal,
-    allocate,
     candidates,
     front_of,
+    keeps_within,
     solve,
+    with_widths,
 )
 from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.normalize import normalize
@@ -142,17 +143,6 @@ def test_a_file_that_is_too_small_is_refused_with_the_smallest_possible():
     assert solve(weights, goal("bytes=31"), sizes) == {"v": 2, "w": 2}
 
 
-def test_a_budget_of_bytes_is_that_of_the_file(models_folder):
-    """It is less than allowed, as what nodes take is estimated from above."""
-    options: dict[str, Any] = {"preset": "fast", "measure_speed": False}
-    data = models_folder / "digits_calib.npz"
-    amounts = (38_000, 45_000)
-    for amount in amounts:
-        config = Config(budget=f"bytes={amount}", **options)
-        found = eptq_onnx.quantize(models_folder / "digits_resnet.onnx", data, config)
-        assert 0.85 * amount < found.model.ByteSize() <= amount
-
-
 @pytest.mark.parametrize("text", ["weights", "bits=4", "weights=much", "weights=-1", "weights="])
 def test_an_unreadable_budget_is_refused(text):
     with pytest.raises(ConfigError, match="option budget"):
@@ -168,16 +158,13 @@ def test_widths_meet_the_budget_and_leave_the_rest_of_the_plan_alone():
     view = GraphView(model)
     sizes = {n: view.constant(n).size for n in p.weight_specs}
     parts = FileSizes(0, {n: dict.fromkeys(WIDTHS, size) for n, size in sizes.items()}, {})
-    mixed, front = allocate(
-        Network(model, p, calibration),
-        Selection(samples, np.arange(32)),
-        TARGET,
-        goal("weights=3.5"),
-        config,
-        silent,
-        parts,
-    )
-    assert [p.chosen for p in front].count(True) == 1
+    network, wanted = Network(model, p, calibration), goal("weights=3.5")
+    found = candidates(network, Selection(samples, np.arange(32)), TARGET, config, silent)
+    widths = solve(found, wanted, parts)
+    mixed = with_widths(p, widths, TARGET)
+    assert keeps_within(found, wanted, widths)
+    assert not keeps_within(found, goal("weights=2.5"), widths)
+    assert [p.chosen for p in front_of(found, parts, widths)].count(True) == 1
     mean = sum(sizes[n] * s.bits for n, s in mixed.weight_specs.items()) / sum(sizes.values())
     assert 2.5 < mean <= 3.5
     assert len({s.bits for s in mixed.weight_specs.values()}) > 1

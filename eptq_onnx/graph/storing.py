@@ -1,0 +1,33 @@
+"""Store the weights of a quantized model as an option says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from onnx import ModelProto
+
+from eptq_onnx.config import WeightStorage
+from eptq_onnx.graph.native import native
+from eptq_onnx.graph.packing import packed
+
+
+def stored(model: ModelProto, storage: WeightStorage, types: Sequence[int]) -> tuple[ModelProto, list[str]]:
+    """Return a model with its weights as the option ``storage`` says.
+
+    Parameters
+    ----------
+    model : ModelProto
+        With weights in int8; it is not changed, and returned as it is if all weights stay so.
+    storage : WeightStorage
+    types : sequence of int
+        Widths of the ONNX types below 8 bits that the runtime supports, for native storage.
+
+    Returns
+    -------
+    ModelProto
+    list of str
+        Weights of few bits that no type holds; see `eptq_onnx.graph.native`.
+    """
+    if storage is WeightStorage.NATIVE:
+        return native(model, types)
+    return packed(model) if storage is WeightStorage.PACKED else model, []
