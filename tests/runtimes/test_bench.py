@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from itertools import repeat
 
 import numpy as np
 import onnx
 import pytest
 from graphs import images, normal, parse, small_convnet
+from PIL import Image
 
 import eptq_onnx
-from eptq_onnx import CapabilityError, ConfigError, DataError, ModelError, runtimes
+from eptq_onnx import CapabilityError, ConfigError, Data, DataError, ModelError, runtimes
 from eptq_onnx.runtimes import bench as benching
 from eptq_onnx.runtimes.bench import Bench
 from eptq_onnx.runtimes.feeds import inputs_of
@@ -85,6 +87,18 @@ def test_the_first_sample_is_run(tmp_path, count):
     assert not found.notes
     feeds = [{"image": x[k : k + count]} for k in range(2)]
     assert inputs_of(runtimes.make(), pair, feeds).feeds["image"].shape[0] == count
+
+
+def test_no_more_is_read_than_one_run_may_take(tmp_path):
+    onnx.save(small_convnet(), tmp_path / "m.onnx")
+    Image.new("RGB", (20, 20), (255, 0, 0)).save(tmp_path / "a.png")
+    pair = (tmp_path / "m.onnx", tmp_path / "m.onnx")
+    endless = inputs_of(runtimes.make(), pair, repeat(images(1)[0]))
+    assert any("the first ones" in note for note in endless.notes)
+    seen = inputs_of(runtimes.make(), pair, Data(tmp_path / "a.png", image="unit"))
+    np.testing.assert_array_equal(seen.feeds["image"][0, :, 0, 0], [1, 0, 0])
+    assert seen.notes[0].startswith("samples: ")
+    assert "--image 'size=8," in seen.notes[0]
 
 
 def test_files_of_two_models_are_refused(tmp_path, files):
