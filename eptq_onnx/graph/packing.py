@@ -2,15 +2,15 @@
 
 All inputs of the added nodes are constants, so a runtime folds them before it looks for integer kernels:
 
-    X, Y, ... (int8)  →  X, Y, ... = Slice(Transpose(Reshape(Gather(table, index))))
+    X, Y, ... (int8)  →  X, Y, ... = Split(Transpose(Reshape(Gather(table, index))))
                          index = Cast(bytes) [+ bits beyond the byte] [+ first table row of the offset]
 
 A row of the table holds the weights that one index encodes, plus an offset: integers with a folded zero point
 can lie anywhere in int8. All weights of the same width share the table. The nodes are standard operators of
 opset 13, on types for which onnxruntime (1.18 to 1.32, web too) and OpenVINO (2026.4) have kernels: neither
 can add int8, and BitShift gives wrong values in OpenVINO. Folding a table takes less memory than dividing
-every weight in int32, because an index encodes several weights. onnxruntime copies every input of a node that
-it folds, and takes some 0.1 ms a node, so weights of one shape are unpacked together.
+every weight in int32, because an index encodes several weights. Weights of one shape are unpacked together,
+because onnxruntime copies every input of a node that it folds.
 """
 
 from __future__ import annotations
