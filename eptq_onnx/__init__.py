@@ -16,13 +16,14 @@ from eptq_onnx.errors import (
 )
 
 if TYPE_CHECKING:
-    from eptq_onnx.api import Result, bench, lint, quantize
+    from eptq_onnx.api import Result, bench, lint, quantize, verify
     from eptq_onnx.config import (
         ActivationRange,
         Attention,
         Budget,
         BudgetUnit,
         Config,
+        Gate,
         Optimizer,
         Preset,
         RoundingVariable,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         WeightRange,
         WeightStorage,
     )
+    from eptq_onnx.gate import Verified
     from eptq_onnx.passes.base import Progress
     from eptq_onnx.report import Report
     from eptq_onnx.rules import Finding, Lint, Severity
@@ -47,6 +49,7 @@ __all__ = [
     "DataError",
     "EptqError",
     "Finding",
+    "Gate",
     "GradientError",
     "InstallError",
     "Lint",
@@ -60,12 +63,14 @@ __all__ = [
     "RoundingVariable",
     "Severity",
     "Start",
+    "Verified",
     "WeightRange",
     "WeightStorage",
     "__version__",
     "bench",
     "lint",
     "quantize",
+    "verify",
 ]
 
 _PLACES = {
@@ -76,9 +81,11 @@ _PLACES = {
     "Report": "report",
     "Result": "api",
     "Severity": "rules",
+    "Verified": "gate",
     "bench": "api",
     "lint": "api",
     "quantize": "api",
+    "verify": "api",
 }
 """Modules of what is imported when it is asked for, other than `eptq_onnx.config`: the command has to handle
 signals before the seconds that this takes."""

@@ -24,7 +24,7 @@ from eptq_onnx import scratch
 from eptq_onnx.errors import ConfigError, EptqError, InstallError, ModelError, OutputError, one_line
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.proto import store, weights
-from eptq_onnx.proto.types import value_type
+from eptq_onnx.proto.types import has_8_bit_floats, value_type
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """Limit on the size of a protobuf message: 2 GiB, less some room for what onnxruntime adds."""
@@ -210,6 +210,8 @@ def channel_block() -> int:
         return 0
 
 
+_WRONG_ON_FLOATS = ["ReluQuantRewrite", "ClipQuantRewrite"]
+"""Rewrites of onnxruntime (1.18 to 1.32) that drop Relu and Clip in front of a quantizer to 8-bit floats."""
 _custom_operators: ContextVar[tuple[str, ...]] = ContextVar("custom_operators", default=())
 """Custom operator libraries of the current run; worker threads inherit them from their caller."""
 
@@ -324,7 +326,10 @@ class Session:
             )
         try:
             with source(model) as given:
-                self._session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+                wrong = _WRONG_ON_FLOATS if isinstance(model, ModelProto) and has_8_bit_floats(model) else []
+                self._session = ort.InferenceSession(
+                    given, options, providers=["CPUExecutionProvider"], disabled_optimizers=wrong
+                )
         except EptqError:
             raise
         except OSError as e:

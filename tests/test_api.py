@@ -17,9 +17,9 @@ from eptq_onnx import Config, ConfigError, EptqError, errors, targets
 def test_public_names_are_pinned():
     assert sorted(eptq_onnx.__all__) == [
         "ActivationRange", "Attention", "Bench", "Budget", "BudgetUnit", "CapabilityError", "Config", "ConfigError",
-        "DataError", "EptqError", "Finding", "GradientError", "InstallError", "Lint", "ModelError", "Optimizer",
-        "OutputError", "Preset", "Progress", "Report", "Result", "RoundingVariable", "Severity", "Start", "WeightRange",
-        "WeightStorage", "__version__", "bench", "lint", "quantize",
+        "DataError", "EptqError", "Finding", "Gate", "GradientError", "InstallError", "Lint", "ModelError", "Optimizer",
+        "OutputError", "Preset", "Progress", "Report", "Result", "RoundingVariable", "Severity", "Start", "Verified",
+        "WeightRange", "WeightStorage", "__version__", "bench", "lint", "quantize", "verify",
     ]  # fmt: skip
     assert all(hasattr(eptq_onnx, name) for name in eptq_onnx.__all__)
 

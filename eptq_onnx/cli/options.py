@@ -1,4 +1,4 @@
-"""Options of commands, made from the fields of `Config`: name, type, help and default stand there alone."""
+"""Options of commands, made from the fields of records: name, type, help and default stand there alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import GenericAlias, NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from eptq_onnx import engines, targets
@@ -26,32 +27,35 @@ _NAMED: dict[str, Callable[[], dict[str, str]]] = {
 """Options whose values are names of what lower layers find by themselves: each name, and what it is."""
 
 
-def with_config_options(command: F) -> F:
-    """Give a command, in place of its ``**options``, one option for each field of `Config`; those that are
-    not given are not passed on."""
-    own = [
-        p
-        for p in inspect.signature(command, eval_str=True).parameters.values()
-        if p.kind is not p.VAR_KEYWORD
-    ]
-    added = [
-        _parameter(name, field)
-        for name, field in sorted(Config.model_fields.items(), key=lambda item: option_of(item[1]).advanced)
-    ]
+def with_options_of(options: type[BaseModel]) -> Callable[[F], F]:
+    """Return a decorator that gives a command, in place of its ``**options``, one option for each field.
 
-    def called(**given: Any) -> None:
-        command(
-            **{
-                name: value
-                for name, value in given.items()
-                if value is not None or name not in Config.model_fields
-            }
-        )
+    Options that are not given are not passed on.
+    """
 
-    called.__doc__, called.__name__ = command.__doc__, command.__name__
-    called.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-    called.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
-    return called  # type: ignore[return-value]
+    def decorated(command: F) -> F:
+        own = [
+            p
+            for p in inspect.signature(command, eval_str=True).parameters.values()
+            if p.kind is not p.VAR_KEYWORD
+        ]
+        fields = options.model_fields
+        ordered = sorted(fields.items(), key=lambda item: option_of(item[1]).advanced)
+        added = [_parameter(name, field) for name, field in ordered]
+
+        def called(**given: Any) -> None:
+            command(**{n: value for n, value in given.items() if value is not None or n not in fields})
+
+        called.__doc__, called.__name__ = command.__doc__, command.__name__
+        called.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
+        called.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
+        return called  # type: ignore[return-value]
+
+    return decorated
+
+
+with_config_options = with_options_of(Config)
+"""Give a command one option for each field of `Config`."""
 
 
 def flags_of(name: str, field: FieldInfo) -> list[str]:
@@ -93,7 +97,9 @@ def _shown(default: object) -> str:
 def _kind(annotation: Any, *, text: bool) -> Any:
     """What the command line reads for a field of this type."""
     if get_origin(annotation) in (Union, UnionType):
-        [annotation] = [a for a in get_args(annotation) if a is not NoneType]
+        annotation, *others = [a for a in get_args(annotation) if a is not NoneType]
+        if others:
+            return str
     if get_origin(annotation) is tuple:
         return GenericAlias(list, get_args(annotation)[:1])
     if get_origin(annotation) is dict:

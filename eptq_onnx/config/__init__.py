@@ -14,6 +14,7 @@ from eptq_onnx.config.choices import (
     WeightStorage,
 )
 from eptq_onnx.config.config import PRESET_STEPS, Config, describe
+from eptq_onnx.config.gate import Gate
 from eptq_onnx.config.option import Option, option_of
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Budget",
     "BudgetUnit",
     "Config",
+    "Gate",
     "Objective",
     "Optimizer",
     "Option",
