@@ -183,7 +183,7 @@ class _Check:
                 with context as loaded:
                     yield lambda feeds: loaded.run(dict(feeds)), f"{runtime.name} {runtime.version}"
                 return
-        session, ort = Session(str(file), integers=False), runtimes.make()
+        session, ort = Session(io.load(file, quantized=True), integers=False), runtimes.make()
         yield (
             lambda feeds: session.run(session.taken(dict(feeds))),
             f"{ort.name} {ort.version}, with the operators as ONNX defines them and no integer kernels",

@@ -171,6 +171,11 @@ PARSED: dict[str, tuple[str, str]] = {
         "  wd = DequantizeLinear (wi, s)  y = MatMul (xd, wd) }",
         "[weight]\npacked = false\n",
     ),
+    "clipped-floats": (
+        "g (float[2,3] x) => (float[2,4] y) { r = Relu (x)  rq = QuantizeLinear (r, s, f)"
+        "  rd = DequantizeLinear (rq, s, f)  wd = DequantizeLinear (w, s)  y = MatMul (rd, wd) }",
+        '[activation]\ncontainer = "float8e4m3fn"\nsymmetric = true\n[bias]\ninteger = false\n',
+    ),
     "idle-pair": (f"g (float[2,3] x) => (float[2,3] y) {{ {PAIR.format('x')}  y = Softmax (xd) }}", ""),
     "pattern": (
         f"g (float[2,3] x) => (float[2,4] y) {{ {PAIR.format('x')}  e = Sigmoid (xd)  {PAIR.format('e')}"
@@ -193,7 +198,12 @@ def broken(rule: str, written: ModelProto) -> tuple[ModelProto, str]:
             "s": np.array(ONE), "z": np.array(EIGHT), "low": np.array(0, np.uint8), "high": np.array(15, np.uint8),
             "w": normal(3, 4, scale=9).astype(np.int8), "wt": normal(4, 3, scale=9).astype(np.int8), "eye": np.eye(3, dtype=np.uint8),
         }  # fmt: skip
-        return parse(text, {k: v for k, v in constants.items() if re.search(rf"\b{k}\b", text)}), target
+        model = parse(text, {k: v for k, v in constants.items() if re.search(rf"\b{k}\b", text)})
+        if "f)" in text:
+            float8 = onnx.TensorProto.FLOAT8E4M3FN
+            model.graph.initializer.append(onnx.TensorProto(name="f", data_type=float8, raw_data=b"\0"))
+            model.opset_import[0].version = 19
+        return model, target
     change, target = CHANGED[rule]
     model = ModelProto()
     model.CopyFrom(written)
