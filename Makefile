@@ -57,10 +57,10 @@ $(OLDEST)/installed: pyproject.toml
 # DRAWS: networks that draw or choose, with a batch that is none, each compared with its nearest rounding.
 DRAWS ?= 500
 
-# What CI takes of the slow tests; a large model has all cores.
+# What CI takes of the slow tests; a large model has all cores, and few layers.
 sample: setup
 	EPTQ_DRAWS=12 $(BIN)/python -m pytest $(PARALLEL) -m slow tests/e2e/test_wild.py
-	$(BIN)/python -m pytest -m slow tests/e2e/test_large_models.py
+	EPTQ_BLOCKS=8 $(BIN)/python -m pytest -m slow tests/e2e/test_large_models.py
 	EPTQ_KILLS=2 $(BIN)/python -m pytest -m slow tests/e2e/test_kills.py
 
 slow: setup

@@ -25,6 +25,7 @@ from eptq_onnx.memory import peak_memory
 from eptq_onnx.method.estimate import multiplications
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.ops import check_roles, executed
+from eptq_onnx.parallel import owned_threads
 from eptq_onnx.passes.base import Context, Progress, State
 from eptq_onnx.prepare import final, prepare
 from eptq_onnx.proto import store
@@ -105,7 +106,12 @@ def quantize(
     if config.timings is not None and not config.timings.exists():
         check_writable(config.timings)
     kept = Workdir(config.workdir) if config.workdir is not None else nullcontext()
-    with custom_operators(config.custom_ops), scratch.folder() as folder, kept as workdir:
+    with (
+        owned_threads(config.threads),
+        custom_operators(config.custom_ops),
+        scratch.folder() as folder,
+        kept as workdir,
+    ):
         return replace(_quantize(model, data, config, progress, _Places(folder, workdir)), inputs=inputs)
 
 

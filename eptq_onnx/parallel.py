@@ -1,7 +1,9 @@
-"""Process batches on all cores, with results in order.
+"""Which cores a run uses, and batches processed on all of them with results in order.
 
-Every onnxruntime session has one thread, and batches run side by side. For small batches this keeps all cores
-busy where threads inside an operator would not, and results do not depend on the number of cores.
+Workers are the only threads that compute: every onnxruntime session and every matrix product of numpy and
+scipy has one thread, and batches run side by side. For small batches this keeps all cores busy where threads
+inside an operator would not, threads never wait for each other in a spin, and results do not depend on the
+number of cores.
 """
 
 from __future__ import annotations
@@ -10,20 +12,77 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar, copy_context
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
+
+import scipy.linalg  # noqa: F401  # loads scipy's own BLAS, so that its threads are limited, too
+from threadpoolctl import threadpool_limits
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST_WORKERS = 8
-"""Maximum number of workers; each holds the tensors of a batch."""
+"""Default maximum of workers; each holds the tensors of a batch."""
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUP = Path("/proc/self/cgroup")
+
+_WORKERS: ContextVar[int | None] = ContextVar("workers", default=None)
+"""Workers of the current run; None for one per core."""
+
+
+@contextmanager
+def owned_threads(count: int | None) -> Iterator[None]:
+    """Limit all computation in a block to ``count`` threads; None allows one per core, at most 8.
+
+    BLAS gets one thread, for the whole process until the block ends.
+    """
+    token = _WORKERS.set(count)
+    try:
+        with threadpool_limits(1, "blas"):
+            yield
+    finally:
+        _WORKERS.reset(token)
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use: by its affinity and its container's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *(int(quota) for quota in _quotas())]))
+
+
+def _quotas() -> Iterator[float]:
+    """Yield the CPU quotas of this process's control groups, in cores (Linux, versions 1 and 2)."""
+    try:
+        groups = _OWN_CGROUP.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for group in groups:
+        _, controllers, own = group.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # A container sees its own group as the root, or under the path that it has on the host.
+        path = PurePosixPath(own.lstrip("/"))
+        for folder in (_CGROUPS / controllers / p for p in (path, *path.parents)):
+            with suppress(OSError, ValueError):
+                quota, period = _quota_of(folder, version=1 if controllers else 2)
+                if quota > 0:
+                    yield quota / period
+
+
+def _quota_of(folder: Path, version: int) -> tuple[float, float]:
+    """Return quota and period of a control group; ValueError or OSError if it has none."""
+    if version == 1:
+        first, second = (folder / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
+        return float(first.read_text()), float(second.read_text())
+    quota, period = (folder / "cpu.max").read_text().split()
+    return float(quota), float(period)
 
 
 def worker_count() -> int:
-    """Return the number of cores that this process may use, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST_WORKERS)
+    """Return the number of workers of the current run: see `owned_threads`."""
+    return _WORKERS.get() or min(available_cores(), _MOST_WORKERS)
 
 
 def ordered_map(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

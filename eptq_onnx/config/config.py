@@ -181,6 +181,11 @@ class Config(BaseModel):
     """Memory limit, such as 4GB. A model whose tensors do not fit is calibrated and scored block by block; a
     pass that still does not fit is skipped, with a note. Memory-mapped weight files do not count, because the
     system can reclaim that memory."""
+    threads: Annotated[
+        int | None, Option("limits", metavar="N", default="one per core, at most 8", in_result=False)
+    ] = Field(None, ge=1)
+    """Number of threads that compute. The default respects the process's affinity and its container's CPU
+    quota. Does not change the result."""
     workdir: Annotated[Path | None, Option("limits", default="none", in_result=False)] = None
     """Folder that keeps the results of passes. The same command, run again after an interruption, resumes
     from there."""

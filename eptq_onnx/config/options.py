@@ -69,6 +69,7 @@ class Options(TypedDict, total=False):
     gradual_activations: bool
     augment: bool
     max_memory: int | str | None
+    threads: int | None
     workdir: str | Path | None
     batch_axes: Mapping[str, int | None] | Sequence[str]
     custom_ops: Sequence[str | Path]

@@ -41,7 +41,7 @@ def make_sound(model: ModelProto, name: str) -> None:
         bare = _without_shapes(light(model)[0])
         if _objection(bare) is None:
             _without_shapes(model)
-        if not runtime.survives(model):
+        if not runtime.survives(_of_readable_opset(model)):
             why = _objection(model) or _objection(bare)
             raise ModelError(
                 f"{name} is not valid ONNX, and onnxruntime crashes on it, "
@@ -73,6 +73,23 @@ def _objection(model: ModelProto) -> str | None:
         # onnx raises bare C++ exceptions of several kinds.
         return one_line(e)
     return None
+
+
+def _of_readable_opset(model: ModelProto) -> ModelProto:
+    """Return the model with numbers of opset and IR that onnxruntime reads.
+
+    It looks no further at a model with newer ones, but would crash on it after conversion.
+    """
+    opset, ir_version = runtime.newest_readable()
+    if opset_of(model) <= opset and model.ir_version <= ir_version:
+        return model
+    readable = ModelProto()
+    readable.CopyFrom(model)
+    readable.ir_version = min(model.ir_version, ir_version)
+    for imported in readable.opset_import:
+        if imported.domain in ("", "ai.onnx"):
+            imported.version = min(imported.version, opset)
+    return readable
 
 
 def _without_shapes(model: ModelProto) -> ModelProto:

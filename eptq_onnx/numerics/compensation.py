@@ -20,15 +20,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import linalg
 
 from eptq_onnx.numerics.gains import MOST_GAIN
 from eptq_onnx.numerics.grid import Levels
 from eptq_onnx.numerics.moments import Covariances
 from eptq_onnx.numerics.types import Array, Float64
+from eptq_onnx.parallel import ordered_map
+
+_Matrix = TypeVar("_Matrix", Array, Float64)
+"""Matrices of one precision."""
 
 _SCALE_DAMPING, _MOST_REFIT = 1e-3, 2.0
 """Damping of jointly refitted scales, in units of their curvature, and the largest factor they change by."""
@@ -39,14 +44,17 @@ DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1000.0)
 
 _RIDGES, _TINY = (1e-14, 1e-12, 1e-10, 1e-8, 1e-6), 1e-30
 """Ridges for numerically singular matrices, in units of the largest diagonal element, and its minimum."""
+_LARGE = 32
+"""Terms from which on a Cholesky factorization of one group at a time is faster than one call for all."""
 _BLOCK = 64
 """Columns corrected one by one before the rest is corrected in one matrix product."""
 
 
-def _ridge(moment: Float64, damping: float | Float64) -> Float64:
+def _ridge(moment: _Matrix, damping: float | Float64) -> _Matrix:
     """Return ``damping * mean(diag A) I``, or the identity where A is 0 (inputs that never vary)."""
     mean = np.einsum("gii->gi", moment).mean(axis=1)
-    return np.where(mean > 0, damping * mean, 1.0)[:, None, None] * np.eye(moment.shape[1])
+    height = np.where(mean > 0, damping * mean, 1.0).astype(moment.dtype)
+    return height[:, None, None] * np.eye(moment.shape[1], dtype=moment.dtype)
 
 
 def damped(moment: Float64, damping: float) -> Float64:
@@ -55,7 +63,7 @@ def damped(moment: Float64, damping: float) -> Float64:
 
 
 def corrected_target(
-    weight: Array, moment: Float64, cross: Float64, power: Float64, damping: float | Float64
+    weight: Array, moment: _Matrix, cross: _Matrix, power: _Matrix, damping: float | Float64
 ) -> Array:
     """Return the weights that map quantized inputs closest to the float outputs, without shrinking them.
 
@@ -96,12 +104,18 @@ def best_damping(weight: Array, halves: Sequence[Covariances]) -> Float64:
     """
     if not halves:
         return np.full(len(weight), DAMPINGS[len(DAMPINGS) // 2])
-    errors = np.zeros((len(DAMPINGS), len(weight)))
-    for fitted, (moment, cross, power) in zip(halves, reversed(halves), strict=True):
-        for k, damping in enumerate(DAMPINGS):
-            target = corrected_target(weight, *fitted, damping)
-            explained = (target * cross.swapaxes(1, 2)).sum(axis=(1, 2))
-            errors[k] += cost(target, moment).sum(axis=1) - 2 * explained + power.sum(axis=1)
+    # Single precision tells dampings that differ by factors of three well apart.
+    fits = [(a.astype(np.float32), c.astype(np.float32), v.astype(np.float32)) for a, c, v in halves]
+
+    def error(tried: tuple[int, float]) -> Float64:
+        own, damping = tried
+        moment, cross, power = halves[1 - own]
+        target = corrected_target(weight, *fits[own], damping)
+        explained = (target * cross.swapaxes(1, 2)).sum(axis=(1, 2))
+        return np.asarray(cost(target, moment).sum(axis=1) - 2 * explained + power.sum(axis=1), np.float64)
+
+    found = ordered_map(error, [(own, damping) for own in range(2) for damping in DAMPINGS])
+    errors = np.stack(list(found)).reshape(2, len(DAMPINGS), len(weight)).sum(axis=0)
     chosen: Float64 = np.asarray(DAMPINGS, np.float64)[errors.argmin(axis=0)]
     return chosen
 
@@ -142,32 +156,52 @@ class Feedback:
 
 def _inverse_factor(moment: Float64) -> Float64:
     """Return the lower Cholesky factor of the inverse of a positive definite moment."""
-    factor = _regularized(moment, lambda raised: np.linalg.cholesky(np.linalg.inv(raised)))
+    factor = _regularized(moment, _factor_of_inverse)
     # Without numbers to go by, no error is spread.
     return np.broadcast_to(np.eye(moment.shape[1]), moment.shape).copy() if factor is None else factor
 
 
-def _solved(moment: Float64, right: Float64) -> Float64:
-    """Solve linear systems with a positive semidefinite matrix."""
-    found = _regularized(moment, lambda raised: np.linalg.solve(raised, right))
+def _factor_of_inverse(moment: Float64) -> Float64:
+    """Return the lower Cholesky factors of inverses.
+
+    With rows and columns reversed, the Cholesky factor of A gives ``A = U Uᵀ`` with U upper triangular, and
+    ``A⁻¹ = U⁻ᵀ U⁻¹``.
+    """
+    uppers = np.linalg.cholesky(moment[:, ::-1, ::-1])[:, ::-1, ::-1]
+    one = np.eye(moment.shape[1])
+    if len(one) < _LARGE:
+        return np.asarray(np.linalg.inv(uppers).swapaxes(1, 2), np.float64)
+    return np.stack([linalg.solve_triangular(u, one, check_finite=False).T for u in uppers])
+
+
+def _solved(moment: _Matrix, right: _Matrix) -> _Matrix:
+    """Solve linear systems with positive semidefinite matrices."""
+    found = _regularized(moment, lambda raised: _solution(raised, right))
     return np.zeros_like(right) if found is None else found
 
 
-def _regularized(
-    moment: Float64, work: Callable[[Float64], NDArray[np.floating[Any]]]
-) -> NDArray[np.float64] | None:
+def _solution(moment: _Matrix, right: _Matrix) -> _Matrix:
+    if moment.shape[1] < _LARGE:
+        # One call for all groups.
+        return np.asarray(np.linalg.solve(moment, right), moment.dtype)
+    factors = (linalg.cho_factor(a, check_finite=False) for a in moment)
+    solved = [linalg.cho_solve(f, b, check_finite=False) for f, b in zip(factors, right, strict=True)]
+    return np.asarray(solved, moment.dtype)
+
+
+def _regularized(moment: _Matrix, work: Callable[[_Matrix], _Matrix]) -> _Matrix | None:
     """Return ``work`` of a matrix, its diagonal raised as little as helps; None if nothing helps.
 
     Where terms differ by more than float64 can tell apart, a matrix is numerically singular or not positive
     definite.
     """
     with suppress(np.linalg.LinAlgError):
-        return np.asarray(work(moment), np.float64)
-    size = moment.shape[-1]
-    largest = np.maximum(np.einsum("...ii->...i", moment).max(axis=-1), _TINY)[..., None, None]
+        return work(moment)
+    largest = np.maximum(np.einsum("gii->gi", moment).max(axis=1), _TINY)[:, None, None]
+    one = np.eye(moment.shape[1], dtype=moment.dtype)
     for ridge in _RIDGES:
         with suppress(np.linalg.LinAlgError):
-            return np.asarray(work(moment + ridge * largest * np.eye(size)), np.float64)
+            return work(moment + moment.dtype.type(ridge) * largest * one)
     return None
 
 
@@ -298,8 +332,8 @@ def jointly_refitted_scale(
     # Scales that hardly matter stay, and none moves far.
     diagonal = np.diag(system)
     ridge = np.where(diagonal > 0, _SCALE_DAMPING * diagonal, 1.0)
-    fitted = _solved(system + np.diag(ridge), right + ridge * scale)
-    return np.clip(fitted, scale / _MOST_REFIT, scale * _MOST_REFIT).astype(np.float32)
+    fitted: Float64 = _solved((system + np.diag(ridge))[None], (right + ridge * scale)[None, :, None])
+    return np.clip(fitted[0, :, 0], scale / _MOST_REFIT, scale * _MOST_REFIT).astype(np.float32)
 
 
 def joint_descent(

@@ -214,12 +214,14 @@ def _sums(y: Array, q: Array, shares: Array) -> dict[str, Any]:
     by ``shares`` of shape (n_groups or 1, n_rows, 1).
     """
     share = shares.swapaxes(1, 2)
+    # numpy computes a product of a matrix with its own transpose at half the cost.
+    roots = q * np.sqrt(shares)
     turned = q.swapaxes(1, 2) * share
     return {
-        "qq": np.matmul(turned, q),
+        "qq": np.matmul(roots.swapaxes(1, 2), roots),
         "qy": np.matmul(turned, y),
         "yy": np.matmul(share, np.square(y))[:, 0].astype(np.float64),
-        "q": turned.sum(axis=2, dtype=np.float64),
+        "q": np.matmul(share, q)[:, 0].astype(np.float64),
         "y": np.matmul(share, y)[:, 0].astype(np.float64),
         "rows": share.sum(axis=2, dtype=np.float64),
     }

@@ -59,6 +59,17 @@ def test_models_that_crash_the_process_are_refused(fault):
         io.load(model)
 
 
+@pytest.mark.parametrize("domain", ["", "ai.onnx"])
+@pytest.mark.parametrize("newer", [1, 2])
+@pytest.mark.parametrize("fault", ["an axis too few", "an axis too many", "stride 0"])
+def test_models_that_would_crash_the_process_once_their_opset_is_lowered_are_refused(fault, newer, domain):
+    model = conv1d()
+    DEADLY[fault](model)
+    model.opset_import[0].domain, model.opset_import[0].version = domain, newest_readable()[0] + newer
+    with pytest.raises(ModelError, match="is not valid ONNX"):
+        io.load(model)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_inconsistent_types_are_refused(seed):
     rng = np.random.default_rng(seed)

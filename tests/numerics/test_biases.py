@@ -13,7 +13,7 @@ from eptq_onnx.numerics.quant_math import activation_grid, prescribed_grid
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.spec import QuantSpec
 
-X, W = np.float32(2.0**-5), np.asarray(2.0**-7, np.float32)
+X, W = np.asarray(2.0**-5, np.float32), np.asarray(2.0**-7, np.float32)
 BIAS = np.array([0.5, -1.25, 3.0, 0.01], np.float32)
 
 
@@ -72,10 +72,10 @@ def test_prescribed_ranges_are_divided_evenly(reach, bits, signed, symmetric, sc
     assert (float(grid.scale), grid.zero_point) == (scale, zero)
 
 
-@pytest.mark.parametrize("ends", [(0.0, 0.0), (0.0, 1e-7), (-1e-7, 0.0), (-2.0, 3.0)])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (0.0, 1e-7), (-1e-7, 0.0), (-2.0, 3.0)])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_ranges_are_at_least_the_smallest_that_a_runtime_takes(ends, symmetric):
+def test_ranges_are_at_least_the_smallest_that_a_runtime_takes(low, high, symmetric):
     form = IntFormat.full(8, signed=symmetric)
     zero_points = (0, 0) if symmetric else (form.qmin, form.qmax)
-    grid = activation_grid(*ends, QuantSpec(form, zero_points=zero_points, least_range=1e-4))
+    grid = activation_grid(low, high, QuantSpec(form, zero_points=zero_points, least_range=1e-4))
     assert float(grid.scale) * 255 >= 1e-4 * (1 - 1e-6)
