@@ -16,13 +16,16 @@ from eptq_onnx.errors import (
 )
 
 if TYPE_CHECKING:
-    from eptq_onnx.api import Result, bench, lint, quantize
+    from eptq_onnx.api import Result, bench, lint, quantize, verify
     from eptq_onnx.config import (
         ActivationRange,
         Attention,
         Budget,
         BudgetUnit,
         Config,
+        FloatType,
+        Gate,
+        Objective,
         Optimizer,
         Preset,
         RoundingVariable,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
         WeightStorage,
     )
     from eptq_onnx.data.readers import Data
+    from eptq_onnx.gate import Verified
     from eptq_onnx.passes.base import Progress
     from eptq_onnx.report import Report
     from eptq_onnx.rules import Finding, Lint, Severity
@@ -49,10 +53,13 @@ __all__ = [
     "DataError",
     "EptqError",
     "Finding",
+    "FloatType",
+    "Gate",
     "GradientError",
     "InstallError",
     "Lint",
     "ModelError",
+    "Objective",
     "Optimizer",
     "OutputError",
     "Preset",
@@ -62,12 +69,14 @@ __all__ = [
     "RoundingVariable",
     "Severity",
     "Start",
+    "Verified",
     "WeightRange",
     "WeightStorage",
     "__version__",
     "bench",
     "lint",
     "quantize",
+    "verify",
 ]
 
 _PLACES = {
@@ -79,9 +88,11 @@ _PLACES = {
     "Report": "report",
     "Result": "api",
     "Severity": "rules",
+    "Verified": "gate",
     "bench": "api",
     "lint": "api",
     "quantize": "api",
+    "verify": "api",
 }
 """Modules of what is imported when it is asked for, other than `eptq_onnx.config`: the command has to handle
 signals before the seconds that this takes."""

@@ -10,14 +10,15 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from eptq_onnx import engines, pipeline, runtimes, scratch, targets
-from eptq_onnx.config import Config
+from eptq_onnx import engines, gate, pipeline, runtimes, scratch, targets
+from eptq_onnx.config import Config, Gate
 from eptq_onnx.data.readers import Source
 from eptq_onnx.data.readers import files_of as files_of_data
 from eptq_onnx.data.sheet import contact_sheet
 from eptq_onnx.data.splits import share_out
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.files import check_apart, check_writable, model_outputs
+from eptq_onnx.gate import Verified
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.external import files_of as files_of_model
@@ -186,7 +187,7 @@ def _quantize(
     target = targets.load(given.target)
     check_roles(target)
     target.storage_for(given.storage)
-    target.check_activation_bits(given.least_activation_bits)
+    target.check_bits(given)
     chosen = engines.choose(given.engine)
     engine = chosen() if given.needs_gradients else None
     with runner.timed("normalize"):
@@ -272,6 +273,46 @@ def bench(
     with custom_operators(custom_ops):
         inputs = inputs_of(verifier, pair, data)
         return measured(verifier, pair, inputs, threads, effort_of(seconds))
+
+
+def verify(
+    float_model: str | os.PathLike[str],
+    quantized: str | os.PathLike[str],
+    data: Source,
+    target: str = "auto",
+    required: Gate | None = None,
+) -> Verified:
+    """Check a quantized file, from this or any other tool, before it is used.
+
+    Checks the target's rules, compares outputs, and counts kernels and measures the latency in the target's
+    runtime, if it is installed. What cannot be found out is listed with the reason.
+
+    Parameters
+    ----------
+    float_model, quantized : path
+        Two ONNX files of one model.
+    data : Source
+        Samples on which outputs are compared, best those that calibration has not seen; see `quantize`.
+    target : str
+        Name of a shipped target, or path of a target file; see the option ``target`` of `Config`.
+    required : Gate, optional
+        What the file has to meet besides the rules, and how much is run.
+
+    Returns
+    -------
+    Verified
+
+    Raises
+    ------
+    EptqError
+        If something is wrong; see `eptq_onnx.errors` for the subclasses.
+    """
+    rules = targets.load(target)
+    check_roles(rules)
+    pair = Path(float_model), Path(quantized)
+    required = required or Gate()
+    with custom_operators(required.custom_ops), scratch.folder() as folder:
+        return gate.verify(pair, data, rules, required, folder)
 
 
 def bench_files(

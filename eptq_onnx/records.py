@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from eptq_onnx.numerics.biases import BiasSpec
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.numerics.statistics import OutputStatistics
-from eptq_onnx.numerics.types import Array, IntArray
+from eptq_onnx.numerics.types import Array, Values
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,15 @@ class ActivationQuantizer(Quantizer):
     others : tuple of str
         Tensors of the group whose values do not come from ``name``, as the other inputs of a Concat that
         shares one scale; the range covers them, too.
+    prescribed : tuple of two floats, or None
+        The range, if the runtime prescribes it.
     """
 
     bounds: tuple[float, float] = (-np.inf, np.inf)
     through: str = ""
     channel_axis: int | None = None
     others: tuple[str, ...] = ()
+    prescribed: tuple[float, float] | None = None
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -151,18 +155,15 @@ class Plan:
     absorbed : dict of str to str
         Clipping nodes made redundant by the quantizer behind them, and their operators.
     kept_float : tuple of KeptFloat
-    integer_bias : bool
-        True if biases are rounded to the grid of the product of scales.
+    bias : BiasSpec or None
+        How biases are stored as integers; None if they stay float.
     exact : frozenset of str
         Float nodes that only choose by value. Where the original values exist, they read these rather than
         the quantized ones.
-    bias_zero_point : bool
-        True if integer biases are written with their zero point.
     float_outputs : bool
         True if outputs of the network have the values before a quantizer.
     carried : frozenset of str
-        Quantized tensors without a QuantizeLinear/DequantizeLinear pair of their own, because their values
-        are moved from another tensor of the group.
+        Quantized tensors without a pair of their own: their values are moved from others of the group.
     """
 
     layers: tuple[Layer, ...]
@@ -172,9 +173,8 @@ class Plan:
     integer_nodes: Mapping[str, str]
     absorbed: Mapping[str, str]
     kept_float: tuple[KeptFloat, ...]
-    integer_bias: bool
+    bias: BiasSpec | None
     exact: frozenset[str] = frozenset()
-    bias_zero_point: bool = True
     float_outputs: bool = False
     carried: frozenset[str] = frozenset()
 
@@ -284,7 +284,7 @@ class Rounding:
     Parameters
     ----------
     integers : dict of str to ndarray
-        Per weight tensor, in the container's type, before zero points are folded in.
+        Per weight tensor, the values of its format in the container's type, without zero points folded in.
     weights : dict of str to Grid
         Grids of the weights, by their names.
     grids : dict of str to Grid
@@ -296,7 +296,7 @@ class Rounding:
         access.
     """
 
-    integers: Mapping[str, IntArray]
+    integers: Mapping[str, Values]
     weights: Mapping[str, Grid]
     grids: Mapping[str, Grid]
     biases: Mapping[str, Array]

@@ -24,7 +24,7 @@ from eptq_onnx import scratch
 from eptq_onnx.errors import ConfigError, EptqError, InstallError, ModelError, OutputError, one_line
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.proto import store, weights
-from eptq_onnx.proto.types import value_type
+from eptq_onnx.proto.types import has_8_bit_floats, value_type
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """Limit on the size of a protobuf message: 2 GiB, less some room for what onnxruntime adds."""
@@ -210,6 +210,8 @@ def channel_block() -> int:
         return 0
 
 
+_OFF = ["ReluQuantRewrite", "ClipQuantRewrite"]
+"""Optimizers of onnxruntime (1.18 to 1.32) that drop Relu and Clip in front of quantizers to 8-bit floats."""
 _custom_operators: ContextVar[tuple[str, ...]] = ContextVar("custom_operators", default=())
 """Custom operator libraries of the current run; worker threads inherit them from their caller."""
 
@@ -285,7 +287,7 @@ class Session:
         Threads of one operator; 0 for one per core. The default is 1, as batches run in parallel instead: see
         `eptq_onnx.parallel`.
     integers : bool
-        False keeps operators between quantizers in floating point, as training requires.
+        False keeps operators between quantizers in float, as training requires.
     profile : path, optional
         Prefix of the file name of a profile: onnxruntime times every operator until `end_profiling`.
 
@@ -310,7 +312,8 @@ class Session:
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         options.intra_op_num_threads = threads
-        if not integers:
+        floats = isinstance(model, ModelProto) and has_8_bit_floats(model)
+        if floats or not integers:  # with floats it makes operators that it then refuses
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         levels = ort.GraphOptimizationLevel
         options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
@@ -324,7 +327,9 @@ class Session:
             )
         try:
             with source(model) as given:
-                self._session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+                self._session = ort.InferenceSession(
+                    given, options, ["CPUExecutionProvider"], disabled_optimizers=_OFF if floats else []
+                )
         except EptqError:
             raise
         except OSError as e:

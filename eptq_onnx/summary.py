@@ -93,6 +93,7 @@ def _layers(state: State, count: int) -> tuple[LayerReport, ...]:
         LayerReport(
             node=layer.node,
             op_type=layer.op_type,
+            weight_type=layer.weight_spec.format.type_name,
             weight_bits=layer.weight_spec.bits,
             weight_range=(layer.weight_spec.qmin, layer.weight_spec.qmax),
             weight_zero_points=not layer.weight_spec.symmetric,

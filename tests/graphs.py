@@ -48,7 +48,7 @@ def scalar(body: str, inputs: str = "float[4,3] x", **constants: np.ndarray) -> 
     return edit.specialize(model, {"x": (4, 3)})
 
 
-def small_convnet() -> ModelProto:
+def small_convnet(batch: str | int = "N") -> ModelProto:
     """Conv, BatchNormalization, Relu6, a residual Add, pooling, Gemm; weights in an initializer and a
     Constant node."""
     model = parse(
@@ -68,7 +68,7 @@ def small_convnet() -> ModelProto:
             f = Flatten (p)
             logits = Gemm <transB = 1> (f, w4, b4)
         }
-        """,
+        """.replace("[N,", f"[{batch},"),
         {
             "w1": normal(8, 3, 3, 3, seed=1),
             "bn_scale": np.linspace(0.5, 1.5, 8, dtype=np.float32),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView, int_attribute
@@ -34,6 +34,11 @@ def constants(model: ModelProto) -> dict[str, np.ndarray]:
     return values
 
 
+def _type_name(values: np.ndarray) -> str:
+    """The ONNX type of values."""
+    return TensorProto.DataType.Name(helper.np_dtype_to_tensor_dtype(values.dtype)).lower()
+
+
 def is_power_of_two(scale: np.ndarray) -> bool:
     return bool(np.isfinite(scale).all() and (scale > 0).all() and (np.frexp(scale)[0] == 0.5).all())
 
@@ -45,8 +50,7 @@ class Obeyed:
         self.model, self.target = model, target
         self.view = GraphView(model)
         self.values = constants(model)
-        container = target.activation.container
-        self.activation = np.dtype(container.replace("8", "16") if activation_bits > 8 else container)
+        self.activation = target.activation.type_name(activation_bits)
         self.counts = {"activation": 0, "constant": 0, "weight": 0, "bias": 0, "float bias": 0}
         self.counts |= {"shared": 0, "residual": 0}
         for node in model.graph.node:
@@ -135,7 +139,7 @@ class Obeyed:
         scale, zero = (self.values[name] for name in node.input[1:])
         rules = self.target.activation
         assert scale.shape == zero.shape == ()
-        assert zero.dtype == self.activation
+        assert _type_name(zero) == self.activation
         assert not rules.symmetric or zero == 0
         assert rules.scale is ScaleRule.ANY or is_power_of_two(scale)
 
@@ -148,11 +152,14 @@ class Obeyed:
             for reader in readers
             if reader.op_type in self.target.that_run("layer")
         }
-        if stored.dtype == np.int32:
-            assert places == {BIAS}
+        if places == {BIAS}:
+            assert stored.dtype == np.dtype(self.target.bias.container)
             assert not zero.any()
             assert (len(node.input) > 2) == self.target.bias.zero_point
-            self._product(scale, readers[0])
+            if self.target.bias.container == "int32":
+                self._product(scale, readers[0])
+            else:
+                assert self.target.weight.scale is ScaleRule.ANY or is_power_of_two(scale)
             self.counts["bias"] += 1
         elif places:
             assert places == {WEIGHT}
@@ -160,13 +167,13 @@ class Obeyed:
             self.counts["weight"] += 1
         else:
             self._activation(node)
-            assert stored.dtype == self.activation
+            assert _type_name(stored) == self.activation
             self.counts["constant"] += 1
 
     def _weight(self, stored: np.ndarray, scale: np.ndarray, zero: np.ndarray, layer: NodeProto) -> None:
         rules = self.target.of(layer.op_type).weight
-        assert stored.dtype == np.int8
-        assert not zero.any()
+        assert _type_name(stored) == rules.container
+        assert not zero.astype(np.float32).any()
         assert scale.size == (zero.size if rules.per_channel else 1)
         assert scale.ndim == rules.per_channel
         if rules.per_channel:
@@ -174,7 +181,7 @@ class Obeyed:
             assert scale.size == stored.shape[axis]
         depthwise = layer.op_type == "Conv" and stored.shape[:2] == (int_attribute(layer, "group", 1), 1)
         low, high = (rules.depthwise_range_8_bits if depthwise else None) or rules.range_8_bits
-        assert low <= stored.min() <= stored.max() <= high
+        assert rules.container != "int8" or low <= stored.min() <= stored.max() <= high
         assert rules.scale is ScaleRule.ANY or is_power_of_two(scale)
 
     def _product(self, scale: np.ndarray, layer: NodeProto) -> None:

@@ -71,6 +71,25 @@ def test_its_number_format_is_obeyed_at_full_width():
     assert obeyed(result.model, eptq_onnx.targets.load("npu"))["weight"] == 4
     assert {layer.weight_range for layer in result.report.layers} == {(-100, 100), (-127, 127)}  # depthwise
 """,
+    "a number format of a target: 8-bit floats": """
+import pytest
+from onnx import TensorProto
+from obeyed import obeyed
+from pages import shipped_targets
+
+@pytest.mark.parametrize("rounding", ["soft", "straight-through"])
+def test_its_numbers_are_learned_and_written(rounding):
+    config = Config(steps=6, target="wide-floats", rounding=rounding)
+    result = quantize(small_convnet(), images(32), config, progress=silent)
+    assert obeyed(result.model, eptq_onnx.targets.load("wide-floats"))["weight"] == 4
+    stored = {t.data_type for t in result.model.graph.initializer} - {TensorProto.FLOAT, TensorProto.INT64}
+    assert stored == {TensorProto.FLOAT8E5M2}
+    assert any("steps of float8e5m2 grow with the values" in note for note in result.report.notes)
+    [output] = result.report.verification.outputs.values()
+    assert output > 10
+    assert not eptq_onnx.lint(result.model, "wide-floats").findings
+    assert "| `wide-floats` | An accelerator: 8-bit floats" in shipped_targets()
+""",
     "a command": """
 from typer.testing import CliRunner
 from eptq_onnx.cli import app
@@ -123,6 +142,7 @@ SECTIONS = {
     "an operator that needs a gradient": "How to add an operator that needs a gradient",
     "an operator that runs on integers": "How to add an operator that runs on integers",
     "a target": "How to add a target",
+    "a number format of a target: 8-bit floats": "How to add a target with another number format",
     "a command": "How to add a command",
     "a reader of calibration data": "How to add a data reader",
     "a pass": "How to add a pass",
@@ -138,6 +158,11 @@ FURTHER = {
         "probe or ArrayFeature or every_row or (shipped and not page)",
     ],
     "a target": ["tests/test_targets.py", "-k", "not page and not described"],
+    "a number format of a target: 8-bit floats": [
+        "tests/test_targets.py",
+        "-k",
+        "probe or (shipped and not page)",
+    ],
     "a gradient engine": ["tests/engines/test_engines.py::test_an_input_that_a_node_reads_twice[slim]"],
     "a runtime that checks files": [
         f"tests/runtimes/test_verifiers.py::{test}[unfused]"

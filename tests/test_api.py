@@ -17,9 +17,10 @@ from eptq_onnx import Config, ConfigError, EptqError, errors, targets
 def test_public_names_are_pinned():
     assert sorted(eptq_onnx.__all__) == [
         "ActivationRange", "Attention", "Bench", "Budget", "BudgetUnit", "CapabilityError", "Config", "ConfigError",
-        "Data", "DataError", "EptqError", "Finding", "GradientError", "InstallError", "Lint", "ModelError", "Optimizer",
-        "OutputError", "Preset", "Progress", "Report", "Result", "RoundingVariable", "Severity", "Start", "WeightRange",
-        "WeightStorage", "__version__", "bench", "lint", "quantize",
+        "Data", "DataError", "EptqError", "Finding", "FloatType", "Gate", "GradientError", "InstallError", "Lint",
+        "ModelError", "Objective", "Optimizer", "OutputError", "Preset", "Progress", "Report", "Result",
+        "RoundingVariable", "Severity", "Start", "Verified", "WeightRange", "WeightStorage", "__version__", "bench",
+        "lint", "quantize", "verify",
     ]  # fmt: skip
     assert all(hasattr(eptq_onnx, name) for name in eptq_onnx.__all__)
 

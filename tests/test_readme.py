@@ -37,7 +37,7 @@ BLOCKS = [
 
 
 def _commands(text: str) -> list[str]:
-    return re.findall(r"^eptq-onnx ((?:quantize|bench) .*)$", text, re.MULTILINE)
+    return re.findall(r"^eptq-onnx ((?:quantize|bench|verify) .*)$", text, re.MULTILINE)
 
 
 COMMANDS = [

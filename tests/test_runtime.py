@@ -7,13 +7,15 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
-from graphs import images, small_convnet
+from graphs import images, parse, small_convnet
 
 import eptq_onnx
 from eptq_onnx import runtime
 from eptq_onnx.errors import InstallError, ModelError
+from eptq_onnx.runtime import Session
 
 
 @pytest.fixture
@@ -100,3 +102,19 @@ def test_a_model_that_onnxruntime_refuses():
         runtime.Session(model)
     assert "\n" not in str(e.value)
     assert isinstance(model, onnx.ModelProto)
+
+
+@pytest.mark.parametrize("clipping", ["r = Relu (x)", "r = Clip (x, low)"])
+def test_clipping_before_8_bit_floats_is_not_dropped(clipping):
+    """onnxruntime drops it by default."""
+    text = f"g (float[8] x) => (float[8] y) {{ {clipping}  q = QuantizeLinear (r, s, z)  y = DequantizeLinear (q, s, z) }}"
+    constants = {"s": np.array(0.01, np.float32)} | (
+        {"low": np.array(0, np.float32)} if "low" in clipping else {}
+    )
+    model = parse(text, constants, opset=19)
+    zero = onnx.TensorProto(name="z", data_type=onnx.TensorProto.FLOAT8E4M3FN, raw_data=b"\0")
+    model.graph.initializer.append(zero)
+    x = np.linspace(-2, 2, 8, dtype=np.float32)
+    plain, ours = Session(model, optimize=False).run({"x": x})["y"], Session(model).run({"x": x})["y"]
+    np.testing.assert_array_equal(ours, plain)
+    assert (ours >= 0).all()

@@ -144,10 +144,18 @@ WRONG = {
         "field weight.scale='round' is wrong: input should be 'any' or 'power of two'",
     ),
     "unsigned weights": ('[weight]\ncontainer = "uint8"', "weights are int8, because their zero point is 0"),
+    "floats with zero points": (
+        '[activation]\ncontainer = "float8e4m3fn"\nsymmetric = false',
+        "float8e4m3fn has no zero point: its activations are symmetric",
+    ),
+    "integer biases of floats": (
+        '[weight]\ncontainer = "float8e5m2"',
+        "an integer bias has the scale of integer weights and activations: with float8e5m2, bias.integer is false",
+    ),
     "unsigned and symmetric": ("[activation]\nsymmetric = true", "symmetric activations are int8"),
     "no type": (
         '[activation]\ncontainer = "int4"',
-        "field activation.container='int4' is wrong: input should be 'int8' or 'uint8'",
+        "field activation.container='int4' is wrong: choose one of int8, uint8, float8e4m3fn, float8e5m2",
     ),
     "a range without negative integers": (
         "[weight]\nrange_8_bits = [0, 127]",
@@ -298,11 +306,23 @@ def test_the_page_and_the_help_have_all_shipped_targets(monkeypatch, name):
             "target tensorrt does not support 4-bit activations, because it takes no Clip",
         ),
         ({"bits": "op:Conv=w8a6"}, "target tensorrt does not support 6-bit activations"),
+        (
+            {"target": "tensorrt-fp8", "weight_bits": 4},
+            "target tensorrt-fp8 does not support 4-bit weights, because its weights are float8e4m3fn",
+        ),
+        ({"target": "tensorrt-fp8", "edge_bits": 6}, "tensorrt-fp8 does not support 6-bit weights"),
+        (
+            {"target": "tensorrt-fp8", "activation_bits": 16},
+            "tensorrt-fp8 does not support 16-bit activations",
+        ),
+        ({"target": "tensorrt-fp8", "budget": "weights=4"}, "option budget is not for target tensorrt-fp8"),
     ],
 )
 def test_what_a_runtime_does_not_read_is_refused(options, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        eptq_onnx.quantize(small_convnet(), images(8), Config(target="tensorrt", preset="fast", **options))
+        eptq_onnx.quantize(
+            small_convnet(), images(8), Config(**{"target": "tensorrt", "preset": "fast", **options})
+        )
 
 
 @pytest.mark.parametrize(("target", "told"), [("tensorrt", True), ("ort-x64", False)])

@@ -24,6 +24,7 @@ from eptq_onnx.cli.options import default_of, flags_of, help_of
 from eptq_onnx.config import Config, Reading, option_of
 from eptq_onnx.config.recipes import IMAGE_RECIPES
 from eptq_onnx.data import readers
+from eptq_onnx.numerics.formats import FLOATS
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.ops import operators_by_field
 from eptq_onnx.ops.regions import REGIONS
@@ -113,6 +114,11 @@ def bench() -> str:
     return "\n".join(_table(_OPTIONS, _parameters("bench")))
 
 
+def verify() -> str:
+    """Return a table with one row for each parameter of the command ``verify``."""
+    return "\n".join(_table(_OPTIONS, _parameters("verify")))
+
+
 def verifiers() -> str:
     """Return a table with one row for each runtime that checks files."""
     rows = [
@@ -182,8 +188,9 @@ def _help(name: str, field: FieldInfo) -> str:
 
 def _row(target: Target) -> list[str]:
     weight, activation = target.weight, target.activation
+    is_float = weight.container in FLOATS
     weights = [
-        _range(weight.range_8_bits) + _rule(weight.scale),
+        (weight.container if is_float else _range(weight.range_8_bits)) + _rule(weight.scale),
         "one scale a channel" if weight.per_channel else "one scale",
     ]
     if weight.depthwise_range_8_bits is not None:
@@ -196,7 +203,7 @@ def _row(target: Target) -> list[str]:
         target.title,
         "; ".join(weights),
         activations,
-        "int32" if target.bias.integer else "float",
+        target.bias.container if target.bias.integer else "float",
     ]
 
 
@@ -218,6 +225,7 @@ PLACES = {
     "<!-- the recipes for pictures -->": recipes,
     "<!-- the list of passes -->": passes,
     "<!-- the parameters of bench -->": bench,
+    "<!-- the parameters of verify -->": verify,
     "<!-- the table of runtimes -->": verifiers,
     "<!-- the table of all shipped targets -->": shipped_targets,
     "<!-- the table of operators by field -->": operators,

@@ -45,7 +45,7 @@ def lint(
         if as_json:
             print(json.dumps({**asdict(found), "counts": found.counts}, indent=2))
         else:
-            _show(found, model, console())
+            show_findings(found, model, console())
     counts = found.counts
     if counts[Severity.ERROR.value] or (strict and counts[Severity.WARNING.value]):
         raise typer.Exit(1)
@@ -62,16 +62,16 @@ def _varied(findings: list[Finding]) -> list[Finding]:
     return [finding for _, finding in sorted(zip(places, findings, strict=True), key=lambda item: item[0])]
 
 
-def _show(found: Lint, model: Path, out: Console) -> None:
+def show_findings(found: Lint, model: Path, out: Console) -> None:
+    """Print the findings by rule, and their number."""
     for rule, group in groupby(found.findings, key=lambda f: f.rule):
         findings = list(group)
         severity = findings[0].severity
         out.print(line(f"{severity.value} {rule}: {findings[0].remedy}", _STYLES[severity]), soft_wrap=True)
         for finding in _varied(findings)[:_SHOWN]:
-            out.print(line(f"  {finding.node}: {finding.message}"), soft_wrap=True)
+            where = f" ({finding.where})" if finding.where else ""
+            out.print(line(f"  {finding.node}{where}: {finding.message}"), soft_wrap=True)
         if len(findings) > _SHOWN:
             out.print(line(f"  and {len(findings) - _SHOWN} more; --json lists all"), soft_wrap=True)
-    for sentence in found.unchecked:
-        out.print(line(f"not checked: {sentence}"), soft_wrap=True)
     counts = " and ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in found.counts.items())
     out.print(line(f"{model} for {found.target}: {counts}"), soft_wrap=True)

@@ -103,7 +103,9 @@ def _shown(default: object) -> str:
 def _kind(annotation: Any, *, text: bool) -> Any:
     """What the command line reads for a field of this type."""
     if get_origin(annotation) in (Union, UnionType):
-        [annotation] = [a for a in get_args(annotation) if a is not NoneType]
+        annotation, *others = [a for a in get_args(annotation) if a is not NoneType]
+        if others:
+            return str
     if get_origin(annotation) is tuple:
         return GenericAlias(list, (str,) if text else get_args(annotation)[:1])
     if get_origin(annotation) is dict:

@@ -15,6 +15,7 @@ from eptq_onnx.config.choices import (
     WeightStorage,
 )
 from eptq_onnx.config.config import PRESET_STEPS, Config, describe
+from eptq_onnx.config.gate import Gate
 from eptq_onnx.config.option import Option, option_of
 from eptq_onnx.config.reading import Reading
 
@@ -26,6 +27,7 @@ __all__ = [
     "BudgetUnit",
     "Config",
     "FloatType",
+    "Gate",
     "Objective",
     "Optimizer",
     "Option",

@@ -348,11 +348,6 @@ class Config(BaseModel):
         return max([self.activation_bits, *(bits for _, _, bits in self.node_bits)])
 
     @property
-    def least_activation_bits(self) -> int:
-        """Smallest number of activation bits that any option asks for."""
-        return min([self.activation_bits, *(bits for _, _, bits in self.node_bits)])
-
-    @property
     def block_bytes(self) -> int | None:
         """Memory limit for the tensors of one batch, in bytes; several batches run at once."""
         return None if self.max_memory is None else self.max_memory // 16

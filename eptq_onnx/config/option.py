@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 
 @dataclass(frozen=True)
 class Option:
-    """Metadata of a field of `Config`; its help is the field's docstring.
+    """Metadata of a field of `Config` or `Gate`; its help is the field's docstring.
 
     Parameters
     ----------
@@ -39,5 +39,5 @@ class Option:
 
 
 def option_of(field: FieldInfo) -> Option:
-    """What a field of `Config` is as an option."""
+    """What a field is as an option."""
     return next(m for m in field.metadata if isinstance(m, Option))

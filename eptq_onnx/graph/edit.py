@@ -50,20 +50,43 @@ class Builder:
         self._taken.add(name)
         return name
 
-    def constant(self, value: NDArray[np.generic] | float | int, stem: str = "constant") -> str:
-        """Add an initializer, shared by equal values; Python floats become float32, ints int64."""
+    def constant(
+        self, value: NDArray[np.generic] | float | int, stem: str = "constant", type_name: str | None = None
+    ) -> str:
+        """Add an initializer, shared by equal values; Python floats become float32, ints int64.
+
+        Parameters
+        ----------
+        value : ndarray or number
+        stem : str
+        type_name : str, optional
+            As in `keep`.
+        """
         array = np.asarray(value, np.float32 if isinstance(value, float) else None)
         array = np.ascontiguousarray(array).reshape(array.shape)
-        key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
+        # Values of the type that numpy says share a constant, whoever asks for them.
+        kind = array.dtype.str if type_name in (None, array.dtype.name) else str(type_name)
+        key = (kind, array.shape, hashlib.sha256(array.tobytes()).digest())
         if key not in self._constants:
             name = self.unique(self._prefix + stem)
-            self.keep(array, name)
+            self.keep(array, name, type_name)
             self._constants[key] = name
         return self._constants[key]
 
-    def keep(self, value: NDArray[Any], name: str) -> None:
-        """Add an initializer of a given name; a large one is stored if the model's weights are."""
-        self.initializers.append(store.constant(value, name, self._folder))
+    def keep(self, value: NDArray[Any], name: str, type_name: str | None = None) -> None:
+        """Add an initializer of a given name; a large one is stored if the model's weights are.
+
+        Parameters
+        ----------
+        value : ndarray
+        name : str
+        type_name : str, optional
+            The ONNX type whose bit patterns the value holds, such as float8e4m3fn; by default numpy's own.
+        """
+        tensor = store.constant(value, name, self._folder)
+        if type_name is not None:
+            tensor.data_type = TensorProto.DataType.Value(type_name.upper())
+        self.initializers.append(tensor)
 
     def add(
         self,

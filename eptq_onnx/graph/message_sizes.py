@@ -51,9 +51,13 @@ class Tally(edit.Builder):
         super().__init__(ModelProto(), prefix)
         self._contents = 0
 
-    def keep(self, value: NDArray[Any], name: str) -> None:
+    def keep(self, value: NDArray[Any], name: str, type_name: str | None = None) -> None:
         """Count an initializer."""
-        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+        kind = (
+            helper.np_dtype_to_tensor_dtype(value.dtype)
+            if type_name is None
+            else TensorProto.DataType.Value(type_name.upper())
+        )
         self._contents += tensor_bytes(TensorProto(name=name, data_type=kind, dims=value.shape), value.nbytes)
 
     @property

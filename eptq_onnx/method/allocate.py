@@ -29,6 +29,7 @@ from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import compensation, quant_math
 from eptq_onnx.numerics.formats import along_axis
+from eptq_onnx.numerics.grid import Levels
 from eptq_onnx.numerics.linear import LinearForm, scale_places
 from eptq_onnx.numerics.moments import Moments, sampled_moments
 from eptq_onnx.numerics.spec import QuantSpec
@@ -363,7 +364,7 @@ def _tried(
             scale.reshape(-1)[owners],
             quant_math.zero_points(weight, scale, spec).reshape(-1)[owners],
         )
-        integers = compensation.compensated_rounding(rows, per_row, feedback, quant_math.limits(zero, spec))
+        integers = compensation.compensated_rounding(rows, per_row, feedback, Levels(spec.format, zero))
         values = integers * per_row[:, :, None]
         errors[bits] = np.asarray(compensation.cost(values - rows, unseen).reshape(-1), np.float32)
         if bits == _MEASURED:

@@ -21,7 +21,7 @@ from eptq_onnx.execute.finite import has_infinite_source
 from eptq_onnx.execute.pieces import function_of
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
-from eptq_onnx.numerics.grid import Grid, nearest
+from eptq_onnx.numerics.grid import Grid, Levels
 from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import output_parts
 from eptq_onnx.records import ActivationQuantizer, Calibration, ConstantOperand, LookupTable, Plan
@@ -141,7 +141,7 @@ def mse_range(
     def error(low: float, high: float) -> float:
         grid, spec = quant_math.activation_grid(low, high, quantizer.spec, quantizer.bounds), quantizer.spec
         steps = centres / float(grid.scale)
-        rounded = np.clip(nearest(steps), spec.qmin - grid.zero_point, spec.qmax - grid.zero_point)
+        rounded = Levels(spec.format, np.asarray(grid.zero_point)).nearest(steps)
         return float((counts * (function(rounded * float(grid.scale)) - exact) ** 2).sum())
 
     extremes = (min(histogram.low, 0.0), max(histogram.high, 0.0))
@@ -313,6 +313,8 @@ def _damped(channels: Array, damping: float) -> Array:
 def _activation_grid(
     quantizer: ActivationQuantizer, histogram: Histogram, view: GraphView, config: Config
 ) -> Grid:
+    if quantizer.prescribed is not None:
+        return quant_math.prescribed_grid(quantizer.prescribed, quantizer.spec)
     if not np.isfinite(histogram.low):
         return quant_math.activation_grid(0.0, 0.0, quantizer.spec, quantizer.bounds)
     low, high = _METHODS[config.activation_range](

@@ -1,8 +1,8 @@
 """Write the standard QDQ model.
 
 Every quantized activation gets a QuantizeLinear/DequantizeLinear pair that all its readers share; weights and
-biases become integer initializers behind a DequantizeLinear that takes over the tensor's name. For bit widths
-below the container's, a Clip on the integers between the two nodes keeps the range.
+biases become quantized initializers behind a DequantizeLinear that takes over the tensor's name. For bit
+widths below the container's, a Clip on the integers between the two nodes keeps the range.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from eptq_onnx.graph import branches, edit
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
-from eptq_onnx.numerics.formats import Granularity, IntFormat, PerAxis, PerTensor
+from eptq_onnx.numerics.biases import BiasSpec
+from eptq_onnx.numerics.formats import Granularity, PerAxis, PerTensor
 from eptq_onnx.numerics.grid import Grid
-from eptq_onnx.numerics.types import IntArray
+from eptq_onnx.numerics.types import Values
 from eptq_onnx.ops import spec_of
 from eptq_onnx.records import ConstantOperand, Layer, LookupTable, Plan, Rounding
 
@@ -156,10 +157,10 @@ class _Writer:
         self.read_as[tensor] = target_name
 
     def _scale_names(self, stem: str, grid: Grid) -> tuple[str, str]:
-        b = self._b
-        zero = np.full(np.shape(grid.scale), grid.zero_point, _integers(grid).container)
+        b, form = self._b, grid.format
+        zero = form.raw(np.full(np.shape(grid.scale), grid.zero_point, form.container))
         return b.constant(np.asarray(grid.scale, np.float32), f"{stem}_scale"), b.constant(
-            zero, f"{stem}_zero_point"
+            zero, f"{stem}_zero_point", form.type_name
         )
 
     # ---- constants -----------------------------------------------------------------------------------------
@@ -174,18 +175,19 @@ class _Writer:
             self._constant_operand(operand)
         for table in self._plan.tables:
             self._table(table)
-        if self._plan.integer_bias:
+        spec = self._plan.bias
+        if spec is not None:
             for layer in self._plan.layers:
                 if layer.bias is not None and (layer.has_bias or self._rounding.biases[layer.bias].any()):
-                    self._bias(layer)
+                    self._bias(layer, spec)
         else:
             self._float_biases()
 
-    def _dequantized(self, tensor: str, integers: IntArray, grid: Grid, readers: list[str]) -> str:
+    def _dequantized(self, tensor: str, values: Values, grid: Grid, readers: list[str]) -> str:
         """Add the initializers and DequantizeLinear of a constant; return the name to read."""
         b = self._b
         stored = b.unique(f"{tensor}_quantized")
-        b.keep(integers.astype(_integers(grid).container), stored)
+        b.keep(grid.format.raw(values), stored, grid.format.type_name)
         scale, zero = self._scale_names(tensor, grid)
         name = self._take_over(tensor, readers)
         b.add("DequantizeLinear", [stored, scale, zero], name, **_axis(grid.granularity))
@@ -204,9 +206,9 @@ class _Writer:
         b, tensor = self._b, table.name
         shape, grid = self._view.constant_shape(tensor), self._rounding.grids[tensor]
         names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
-        integers = np.empty(shape, _integers(grid).container)
+        integers = np.empty(shape, grid.format.container)
         for part, rows in self._view.constant_parts(tensor):
-            integers[part] = replace(grid, scale=grid.scale[part]).integers(rows)
+            integers[part] = replace(grid, scale=grid.scale[part]).in_container(rows)
         scale = grid.scale.reshape(-1, *(1,) * (len(shape) - 1))
         for value, name in zip((integers, scale), names, strict=True):
             b.keep(value, name)
@@ -244,25 +246,26 @@ class _Writer:
     def _constant_operand(self, operand: ConstantOperand) -> None:
         view, tensor = self._view, operand.name
         grid = self._rounding.grids[tensor]
-        integers = grid.integers(np.asarray(view.constant(tensor), np.float32))
+        values = grid.in_container(np.asarray(view.constant(tensor), np.float32))
         readers = [n.name for n in view.consumers[tensor] if n.name in self._plan.integer_nodes]
-        name = self._dequantized(tensor, integers, grid, readers)
+        name = self._dequantized(tensor, values, grid, readers)
         for node in readers:
             self._layer_reads[node, tensor] = name
 
-    def _bias(self, layer: Layer) -> None:
-        """Add a bias as int32 with scale s_x * s_w and zero point 0, which QLinearConv and QGemm assume."""
+    def _bias(self, layer: Layer, spec: BiasSpec) -> None:
+        """Add a bias as integers with the zero point 0."""
         b, name = self._b, layer.bias or ""
+        bias = self._rounding.biases[name]
         scales = (
             self._rounding.grids[self._plan.quantizer_of[layer.input].name].scale,
             self._rounding.weights[layer.weight].scale,
         )
-        scale = quant_math.bias_scale(*scales)
+        scale = spec.scale(bias, *scales)
         stored = b.unique(f"{name}_quantized")
-        b.keep(quant_math.bias_integers(self._rounding.biases[name], *scales), stored)
+        b.keep(spec.integers(bias, *scales), stored)
         inputs = [stored, b.constant(scale, f"{name}_scale")]
-        if self._plan.bias_zero_point:
-            inputs.append(b.constant(np.zeros(scale.shape, np.int32), f"{name}_zero_point"))
+        if spec.zero_point:
+            inputs.append(b.constant(np.zeros(scale.shape, spec.container), f"{name}_zero_point"))
         output = self._take_over(name, [layer.node])
         b.add("DequantizeLinear", inputs, output, **_axis(PerAxis(0) if scale.ndim else PerTensor()))
         self._layer_reads[layer.node, name] = output
@@ -287,9 +290,3 @@ class _Writer:
 def _axis(granularity: Granularity) -> dict[str, Any]:
     """Return the axis attribute if there is one scale per channel."""
     return {"axis": granularity.axis} if isinstance(granularity, PerAxis) else {}
-
-
-def _integers(grid: Grid) -> IntFormat:
-    """Return the format of a grid of integers."""
-    assert isinstance(grid.format, IntFormat)
-    return grid.format

@@ -58,7 +58,7 @@ def weight_ranges(
         )
         scale = spec.scales.above(scale)
         grids[name] = spec.grid(scale, quant_math.zero_points(weight, scale, spec, weighed, config.damping))
-        integers[name] = grids[name].integers(weight)
+        integers[name] = grids[name].in_container(weight)
     return Rounding(integers, grids, dict(calibration.grids), biases(view, plan), Constants(view, integers))
 
 
@@ -87,16 +87,16 @@ def _scales(
 
 
 def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> dict[str, Array]:
-    """Return per weight the scales below which the int32 bias (scale s_x * s_w) would overflow."""
+    """Return per weight the scales below which the integer bias would overflow."""
     quantizers = plan.quantizer_of
     result: dict[str, Array] = {}
     for layer in plan.layers:
-        if layer.bias is None or not layer.has_bias or not plan.integer_bias:
+        if layer.bias is None or not layer.has_bias or plan.bias is None:
             continue
         bias, axis = np.asarray(view.constant(layer.bias), np.float32), layer.weight_spec.axis
         if axis is not None and bias.size != view.constant_shape(layer.weight)[axis]:
             continue
-        limit = quant_math.smallest_weight_scale(bias, calibration.grids[quantizers[layer.input].name].scale)
+        limit = plan.bias.least_weight_scale(bias, calibration.grids[quantizers[layer.input].name].scale)
         limit = limit if axis is not None else limit.max(initial=0)
         result[layer.weight] = np.maximum(result.get(layer.weight, np.float32(0)), limit)
     return result

@@ -148,8 +148,8 @@ def reconstruct(
                 )
             if problem is not None and layer.node not in skipped:
                 least: Array = np.zeros(1, np.float32)
-                if layer.bias is not None and plan.integer_bias:
-                    least = quant_math.smallest_weight_scale(biases[layer.bias], input_scale)
+                if layer.bias is not None and plan.bias is not None:
+                    least = plan.bias.least_weight_scale(biases[layer.bias], input_scale)
                 integers[layer.weight], grids[layer.weight], target = problem.solve(least)
                 if config.optimizes:
                     targets[layer.weight] = target
@@ -160,7 +160,7 @@ def reconstruct(
             bias = biases[layer.bias] = biases[layer.bias] + shift
             grid = input_scale, grids[layer.weight].scale
             quantized_walk.set_constant(
-                names[layer.node][1], quant_math.round_bias(bias, *grid) if plan.integer_bias else bias
+                names[layer.node][1], plan.bias.round(bias, *grid) if plan.bias is not None else bias
             )
         progress(k + 1, len(plan.layers))
     corrected: Mapping[str, Array] = ChainMap(targets, start.targets)  # type: ignore[arg-type]  # it is only read

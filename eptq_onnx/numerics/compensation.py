@@ -20,24 +20,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
 from eptq_onnx.numerics.gains import MOST_GAIN
-from eptq_onnx.numerics.grid import nearest
+from eptq_onnx.numerics.grid import Levels
 from eptq_onnx.numerics.moments import Covariances
 from eptq_onnx.numerics.types import Array, Float64
 from eptq_onnx.parallel import ordered_map
 
 _Matrix = TypeVar("_Matrix", Array, Float64)
 """Matrices of one precision."""
-
-Limits: TypeAlias = tuple[Array, Array]
-"""Smallest and largest integer of each row of a weight, both of shape (n_groups, n_outputs)."""
-
 
 _SCALE_DAMPING, _MOST_REFIT = 1e-3, 2.0
 """Damping of jointly refitted scales, in units of their curvature, and the largest factor they change by."""
@@ -209,7 +205,7 @@ def _regularized(moment: _Matrix, work: Callable[[_Matrix], _Matrix]) -> _Matrix
     return None
 
 
-def compensated_rounding(target: Array, scale: Array, feedback: Feedback, limits: Limits) -> Array:
+def compensated_rounding(target: Array, scale: Array, feedback: Feedback, levels: Levels) -> Array:
     """Round column by column, with later columns compensating the errors of earlier ones.
 
     Parameters
@@ -217,13 +213,13 @@ def compensated_rounding(target: Array, scale: Array, feedback: Feedback, limits
     target : ndarray of shape (n_groups, n_outputs, n_terms)
     scale : ndarray of shape (n_groups, n_outputs)
     feedback : Feedback
-    limits : tuple of ndarray
-        Smallest and largest integer of each row, of shape (n_groups, n_outputs).
+    levels : Levels
+        The values of each row; zero points of shape (n_groups, n_outputs).
 
     Returns
     -------
     ndarray of float32
-        Integers, in the shape of ``target``.
+        Levels, in the shape of ``target``.
     """
     order, spread = feedback.order, feedback.weights
     rest = np.take_along_axis(target, order[:, None, :], 2) / scale[:, :, None]
@@ -234,7 +230,7 @@ def compensated_rounding(target: Array, scale: Array, feedback: Feedback, limits
         block = rest[:, :, begin:end]
         errors = np.empty_like(block)
         for i in range(end - begin):
-            q = np.clip(nearest(block[:, :, i]), *limits)
+            q = levels.nearest(block[:, :, i])
             result[:, :, begin + i] = q
             errors[:, :, i] = block[:, :, i] - q
             block[:, :, i + 1 :] -= errors[:, :, i, None] * spread[:, None, begin + i, begin + i + 1 : end]
@@ -245,14 +241,16 @@ def compensated_rounding(target: Array, scale: Array, feedback: Feedback, limits
 
 
 def coordinate_descent(
-    target: Array, integers: Array, scale: Array, moment: Float64, limits: Limits, passes: int
+    target: Array, integers: Array, scale: Array, moment: Float64, levels: Levels, passes: int
 ) -> Array:
-    """Move one integer at a time to its best value, with all others fixed.
+    """Move one level at a time to its best value, with all others fixed.
+
+    The cost is a parabola in each, so the level nearest to its minimum is best, whatever the steps.
 
     Returns
     -------
     ndarray of float32
-        Integers whose cost is no higher.
+        Levels whose cost is no higher.
     """
     a = moment.astype(np.float32)
     diagonal = np.einsum("gii->gi", a)
@@ -268,7 +266,7 @@ def coordinate_descent(
             local = pull[:, :, begin:end]
             for i in range(end - begin):
                 column = q[:, :, begin + i]
-                wanted = np.clip(nearest(column + local[:, :, i] / diagonal[:, None, begin + i]), *limits)
+                wanted = levels.nearest(column + local[:, :, i] / diagonal[:, None, begin + i])
                 step = wanted - column
                 if step.any():
                     q[:, :, begin + i] = wanted
@@ -344,7 +342,7 @@ def joint_descent(
     scale: Array,
     moment: Float64,
     output_moment: Float64,
-    limits: Limits,
+    levels: Levels,
     passes: int,
 ) -> Array:
     """Coordinate descent on the effect of each group's errors on the network outputs, ``tr(G E A Eᵀ)``.
@@ -357,20 +355,17 @@ def joint_descent(
         A.
     output_moment : ndarray of shape (n_groups, n_outputs, n_outputs)
         G.
-    limits : tuple of ndarray
-        Smallest and largest integer of each row, of shape (n_groups, n_outputs).
+    levels : Levels
+        The values of each row; zero points of shape (n_groups, n_outputs).
     passes : int
 
     Returns
     -------
     ndarray of float32
-        Integers whose cost is no higher.
+        Levels whose cost is no higher.
     """
-    least, most = limits
-    groups = zip(target, integers, scale, moment, output_moment, least, most, strict=True)
-    return np.stack(
-        [_joint_descent(w, q, s, a, g, (low, high), passes) for w, q, s, a, g, low, high in groups]
-    )
+    groups = zip(target, integers, scale, moment, output_moment, strict=True)
+    return np.stack([_joint_descent(*group, levels[k], passes) for k, group in enumerate(groups)])
 
 
 def _joint_descent(
@@ -379,7 +374,7 @@ def _joint_descent(
     scale: Array,
     moment: Float64,
     output_moment: Float64,
-    limits: Limits,
+    levels: Levels,
     passes: int,
 ) -> Array:
     """Run `joint_descent` on one group."""
@@ -394,7 +389,7 @@ def _joint_descent(
             local = pull[:, begin:end]
             for i in range(end - begin):
                 t = begin + i
-                effect = _descend_column(q[:, t], s, local[:, i], moment[t, t], output_moment, limits)
+                effect = _descend_column(q[:, t], s, local[:, i], moment[t, t], output_moment, levels)
                 if effect is not None:
                     effects[:, i] = effect
                     local[:, i + 1 :] -= np.outer(effect, moment[t, t + 1 : end])
@@ -407,16 +402,16 @@ def _joint_descent(
 
 
 def _descend_column(
-    column: Float64, scale: Float64, pull: Float64, variance: float, output_moment: Float64, limits: Limits
+    column: Float64, scale: Float64, pull: Float64, variance: float, output_moment: Float64, levels: Levels
 ) -> Float64 | None:
-    """Move integers of one column in place, the most useful move first.
+    """Move levels of one column in place, the most useful move first.
 
     Returns G times the moves, or None if there are none.
     """
     curvature = scale * np.diag(output_moment) * variance
     effect: Float64 | None = None
     for _ in range(2 * len(column)):
-        wanted = np.clip(nearest(column + pull / curvature), *limits) - column
+        wanted = levels.nearest(column + pull / curvature) - column
         gain = scale * wanted * (2 * pull - wanted * curvature)
         best = int(np.argmax(gain))
         if gain[best] <= 1e-9 * curvature[best] * scale[best]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eptq_onnx.numerics.types import Array, IntArray
+from eptq_onnx.numerics.types import Array, Float64, IntArray, Values
 
 Number = TypeVar("Number", bound=np.generic)
 
@@ -60,14 +60,40 @@ class IntFormat:
         return f"{'' if self.signed else 'u'}int{8 if self.bits <= 8 else 16}"
 
     @property
+    def type_name(self) -> str:
+        """Return the name of the ONNX type that holds the values."""
+        return self.container
+
+    @property
+    def has_equal_steps(self) -> bool:
+        """Return True: neighbouring values differ by 1 everywhere."""
+        return True
+
+    @property
     def narrower_than_container(self) -> bool:
         """Return True if the container can hold integers outside ``[qmin, qmax]``."""
         info = np.iinfo(self.container)
         return bool(self.qmin > info.min or self.qmax < info.max)
 
-    def clipped(self, values: Array) -> IntArray:
-        """Return whole numbers, clipped to the range, in the container's type."""
-        return np.asarray(np.clip(values, self.qmin, self.qmax), self.container)
+    def position(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the positions of real values among the format's: the values themselves."""
+        return values
+
+    def at(self, positions: Array) -> Array:
+        """Return the values at positions, clipped to the range."""
+        return np.asarray(np.clip(positions, self.qmin, self.qmax))
+
+    def gap(self, positions: Array) -> Array:
+        """Return the distance between the format's values around each position: 1."""
+        return np.ones((), np.float32)
+
+    def is_inside(self, positions: Array) -> NDArray[np.bool_]:
+        """Return True for positions within the range."""
+        return np.asarray((positions >= self.qmin) & (positions <= self.qmax))
+
+    def raw(self, values: Values) -> IntArray:
+        """Return values of the format as `type_name` stores them."""
+        return np.asarray(values, self.container)
 
     def codes(self, values: Array) -> NDArray[np.uint16]:
         """Return the bit patterns of values; negative values are in two's complement."""
@@ -97,6 +123,12 @@ class FloatFormat:
 
     Notes
     -----
+    The *position* of a number counts the format's numbers from 0 up to it, negative below 0; between two
+    neighbours it is linear. So a number that rounds up or down moves to the next position, however far apart
+    the two are.
+
+    References
+    ----------
     Micikevicius et al. 2022, "FP8 formats for deep learning"; ONNX technical note "Float stored in 8 bits".
     """
 
@@ -110,6 +142,36 @@ class FloatFormat:
         return 1 + self.exponent + self.mantissa
 
     @property
+    def container(self) -> str:
+        """Return the type of numpy that holds the values in memory; files hold bit patterns."""
+        return "float32"
+
+    @property
+    def type_name(self) -> str:
+        """Return the name of the ONNX type."""
+        return f"float{self.bits}e{self.exponent}m{self.mantissa}{'fn' if self.finite else ''}"
+
+    @property
+    def has_equal_steps(self) -> bool:
+        """Return False: neighbours are the further apart, the larger they are."""
+        return False
+
+    @property
+    def narrower_than_container(self) -> bool:
+        """Return False: QuantizeLinear saturates at the largest number."""
+        return False
+
+    @property
+    def qmin(self) -> int:
+        """Return the smallest number."""
+        return -self.qmax
+
+    @property
+    def qmax(self) -> int:
+        """Return the largest number."""
+        return int(self.largest)
+
+    @property
     def _bias(self) -> int:
         return int(2 ** (self.exponent - 1) - 1)
 
@@ -120,10 +182,58 @@ class FloatFormat:
         fraction = 2 - (2 if self.finite else 1) * 2.0**-self.mantissa
         return math.ldexp(fraction, top)
 
+    @property
+    def least_normal(self) -> float:
+        """Return the smallest positive number with all bits of the mantissa."""
+        return math.ldexp(1, 1 - self._bias)
+
     def exponents(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return the exponent of each value, at least that of the smallest normal number."""
-        _, above = np.frexp(np.where(values == 0, 1.0, np.abs(values)))
+        _, above = np.frexp(np.where(values == 0, self.least_normal, np.abs(values)))
         return np.asarray(np.maximum(above.astype(np.int64) - 1, 1 - self._bias))
+
+    def position(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return the positions of real values among the format's; see the notes above."""
+        exact = np.abs(values.astype(np.float64))
+        exponents = self.exponents(exact)
+        octaves = exponents - (1 - self._bias)
+        found = np.ldexp(exact, self.mantissa - exponents) + octaves * 2**self.mantissa
+        return np.asarray(np.copysign(found, values), np.float32)
+
+    def at(self, positions: Array) -> Array:
+        """Return the values at positions, clipped to the range; inverse of `position`."""
+        exact = np.minimum(np.abs(positions.astype(np.float64)), self._last)
+        octaves = self._octaves(exact)
+        found = (exact - octaves * 2.0**self.mantissa) * self._smallest * np.exp2(octaves)
+        return np.asarray(np.copysign(found, positions), np.float32)
+
+    def gap(self, positions: Array) -> Array:
+        """Return the distance between the format's values around each position."""
+        exact = np.minimum(np.abs(positions.astype(np.float64)), self._last)
+        return np.asarray(self._smallest * np.exp2(self._octaves(exact)), np.float32)
+
+    def is_inside(self, positions: Array) -> NDArray[np.bool_]:
+        """Return True for positions within the range."""
+        return np.asarray(np.abs(positions) <= self._last)
+
+    def _octaves(self, positions: Float64) -> Float64:
+        """Return by how many powers of two the numbers at positions are above the smallest normal ones."""
+        return np.asarray(np.maximum(np.floor(positions / 2**self.mantissa) - 1, 0), np.float64)
+
+    @property
+    def _last(self) -> float:
+        """Return the position of the largest number."""
+        return float(self.position(np.array(self.largest, np.float32)))
+
+    @property
+    def _smallest(self) -> float:
+        """Return the smallest positive number."""
+        return math.ldexp(1, 1 - self._bias - self.mantissa)
+
+    def raw(self, values: Values) -> IntArray:
+        """Return values of the format as `type_name` stores them: their bit patterns."""
+        codes = self.codes(np.asarray(values, np.float32))
+        return np.asarray(codes, np.uint8 if self.bits <= 8 else np.uint16)
 
     def codes(self, values: Array) -> NDArray[np.uint16]:
         """Return the bit patterns of values of the format."""
@@ -151,6 +261,8 @@ class FloatFormat:
 
 Format: TypeAlias = IntFormat | FloatFormat
 E4M3, E5M2 = FloatFormat(4, 3, finite=True), FloatFormat(5, 2)
+FLOATS = {form.type_name: form for form in (E4M3, E5M2)}
+"""ONNX type to the floating-point format that activations and weights may have."""
 
 
 def along_axis(values: NDArray[Number], axis: int | None, rank: int) -> NDArray[Number]:

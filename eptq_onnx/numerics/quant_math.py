@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.numerics.formats import IntFormat
-from eptq_onnx.numerics.grid import Grid, nearest, part_of, slices
+from eptq_onnx.numerics.grid import Grid, Levels, nearest, part_of, slices
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.spec import QuantSpec
-from eptq_onnx.numerics.types import Array, IntArray
+from eptq_onnx.numerics.types import Array, IntArray, Values
 from eptq_onnx.parallel import ordered_map
 
 Number = TypeVar("Number", bound=np.generic)
@@ -26,9 +26,6 @@ _TINY = np.float32(1e-30)
 
 _OCTAVES = 6
 """Powers of two tried below the scale that clips nothing."""
-
-_BIAS_LIMIT = np.float32(2.0**30)
-"""Largest integer that a bias may need: half of int32's range, so that learned values have room."""
 
 
 # ---- channels ----------------------------------------------------------------------------------------------
@@ -48,10 +45,10 @@ def channel_sum(values: Array, axis: int | None) -> Array:
 
 
 # ---- quantizers --------------------------------------------------------------------------------------------
-def folded(integers: IntArray, grid: Grid) -> tuple[IntArray, Grid]:
+def folded(integers: Values, grid: Grid) -> tuple[Values, Grid]:
     """Fold the zero point into the integers, so that the zero point is 0.
 
-    The integers then have the range of the container.
+    The integers then have the range of the container. Numbers of a floating-point format have no zero point.
     """
     if not np.any(grid.zero_point):
         return integers, grid
@@ -62,39 +59,6 @@ def folded(integers: IntArray, grid: Grid) -> tuple[IntArray, Grid]:
         steps[part] = integers[part] - part_of(zero, part)
     whole = IntFormat.full(8 * steps.itemsize, signed=grid.format.signed)
     return steps, replace(grid, format=whole, zero_point=0)
-
-
-def limits(zero: IntArray | Array, spec: QuantSpec) -> tuple[Array, Array]:
-    """Return the smallest and largest integer minus the zero point, of the zero point's shape."""
-    return np.asarray(spec.qmin - zero, np.float32), np.asarray(spec.qmax - zero, np.float32)
-
-
-def bias_integers(bias: Array, activation_scale: Array, weight_scale: Array) -> IntArray:
-    """Return a bias as integer kernels expect it: int32, zero point 0, scale s_x * s_w (`bias_scale`)."""
-    limits = np.iinfo(np.int32)
-    steps = nearest(bias.astype(np.float64) / bias_scale(activation_scale, weight_scale))
-    return np.asarray(np.clip(steps, limits.min, limits.max), np.int32)
-
-
-def round_bias(bias: Array, activation_scale: Array, weight_scale: Array) -> Array:
-    """Return a bias after the round trip through `bias_integers`."""
-    integers = bias_integers(bias, activation_scale, weight_scale)
-    return np.asarray(integers.astype(np.float32) * bias_scale(activation_scale, weight_scale), np.float32)
-
-
-def bias_scale(activation_scale: Array, weight_scale: Array) -> Array:
-    """Return the product of the scales of a layer's input and weight, in float32."""
-    return np.asarray(np.float32(activation_scale) * weight_scale, np.float32)
-
-
-def smallest_weight_scale(bias: Array, activation_scale: Array) -> Array:
-    """Return the weight scale of each channel below which the int32 bias may overflow.
-
-    The shape is (n_channels,).
-    """
-    # If the denominator overflows float32, the bias is no limit.
-    with np.errstate(over="ignore"):
-        return np.asarray(np.abs(bias) / (activation_scale * _BIAS_LIMIT), np.float32)
 
 
 # ---- weight ranges -----------------------------------------------------------------------------------------
@@ -230,7 +194,7 @@ def _best_grid(rows: Array, h: Array, scales: Array, spec: QuantSpec) -> tuple[A
     best: Array = np.full(len(rows), np.inf, np.float32)
     chosen: Array = np.zeros(len(rows), np.float32)
     for zero in _grids(rows, scales, spec):
-        error = np.clip(nearest(steps), *limits(zero[:, None], spec))
+        error = Levels(spec.format, zero[:, None]).nearest(steps)
         error -= steps
         error *= error
         error *= h
@@ -330,6 +294,7 @@ def activation_grid(
         With a scalar scale; 0 is exactly representable.
     """
     low, high = min(float(low), 0.0), max(float(high), 0.0)
+    high = max(high, low + spec.least_range)
     if spec.symmetric:
         reach = max(high / spec.qmax, low / spec.qmin if spec.qmin < 0 else 0.0)
         grid = spec.grid(_reaching(reach, spec))
@@ -341,6 +306,22 @@ def activation_grid(
         zero = int(np.clip(nearest(spec.qmin - low / scale), spec.qmin, spec.qmax))
         grid = spec.grid(np.asarray(scale, np.float32), zero)
     return grid if bounds is None else inside_bounds(grid, spec, bounds)
+
+
+def prescribed_grid(reach: tuple[float, float], spec: QuantSpec) -> Grid:
+    """Return the grid that divides a real range evenly among all values of a format of integers.
+
+    Parameters
+    ----------
+    reach : tuple of float
+    spec : QuantSpec
+    """
+    low, high = reach
+    if spec.symmetric:
+        low, high = -max(-low, high), max(-low, high)
+    scale = (high - low) / (spec.qmax - spec.qmin + 1)
+    zero = 0 if spec.symmetric else int(np.clip(nearest(spec.qmin - low / scale), spec.qmin, spec.qmax))
+    return spec.grid(np.asarray(scale, np.float32), zero)
 
 
 def _reaching(scale: float, spec: QuantSpec) -> Array:
@@ -380,14 +361,14 @@ def inside_bounds(grid: Grid, spec: QuantSpec, bounds: tuple[float, float]) -> G
     return replace(grid, scale=np.asarray(scale, np.float32), zero_point=zero)
 
 
-def continuous(target: Array, integers: IntArray, grid: Grid) -> Array:
-    """Return a continuous copy of rounded weights, in integer steps.
+def continuous(target: Array, values: Values, grid: Grid) -> Array:
+    """Return a continuous copy of rounded weights: positions among the values of the format.
 
-    Each element lies on the side of ``target``, but safely rounds to ``integers``.
+    Each element lies on the side of ``target``, but safely rounds to ``values``.
     """
     scale, zero = grid.spread(target.shape)
-    steps = target / scale + zero
-    near = integers.astype(np.int32)
+    steps = grid.format.position(np.asarray(target / scale + zero))
+    near = grid.format.position(values.astype(np.float64))
     return np.asarray(near + np.clip(steps - near, -0.45, 0.45), np.float32)
 
 

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.numerics import compensation, quant_math
-from eptq_onnx.numerics.grid import Grid
+from eptq_onnx.numerics.grid import Grid, Levels
 from eptq_onnx.numerics.linear import WeightForm, scale_places
 from eptq_onnx.numerics.moments import Moments
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.spec import QuantSpec
-from eptq_onnx.numerics.types import Array, Float64, IntArray
+from eptq_onnx.numerics.types import Array, Float64, IntArray, Values
 
 RATIOS = {ScaleRule.ANY: (1.0, 0.85, 0.7, 0.55), ScaleRule.POWER_OF_TWO: (1.0, 0.5)}
 """Scales to try, relative to the scale with the least squared error of the corrected weight."""
@@ -62,8 +62,11 @@ class LayerProblem:
     damping: Damping
     passes: int
 
-    def solve(self, least: Array) -> tuple[IntArray, Grid, Array]:
-        """Return the integers, their grid, with scales of at least ``least``, and the unrounded weights."""
+    def solve(self, least: Array) -> tuple[Values, Grid, Array]:
+        """Return the values, their grid, with scales of at least ``least``, and the unrounded weights.
+
+        The values are those of the format, in its container's type.
+        """
         moment, cross, power = self.moments.covariances
         unit = self.units[1]
         rows, least = self.form.weight_rows(self.weight / unit), least / unit
@@ -87,12 +90,12 @@ class LayerProblem:
                 np.where(better, other.zero, best.zero),
                 np.where(better, other.cost, best.cost),
             )
-        passes, limits = self.passes, quant_math.limits(best.zero[owners], self.spec)
+        passes, levels = self.passes, Levels(self.spec.format, best.zero[owners])
         integers, scale = self._in_turns(
             best.integers,
             best.scale,
             least,
-            lambda q, s: compensation.coordinate_descent(target, q, s[owners], moment, limits, passes),
+            lambda q, s: compensation.coordinate_descent(target, q, s[owners], moment, levels, passes),
             lambda q, s: compensation.refitted_scale(target, q, s, moment, owners),
         )
         effect = self._output_moment(len(rows))
@@ -101,7 +104,7 @@ class LayerProblem:
                 integers,
                 scale,
                 least,
-                lambda q, s: compensation.joint_descent(target, q, s[owners], moment, effect, limits, passes),
+                lambda q, s: compensation.joint_descent(target, q, s[owners], moment, effect, levels, passes),
                 lambda q, s: compensation.jointly_refitted_scale(target, q, s, moment, effect, owners),
             )
         places = ... if self.spec.axis is not None else 0
@@ -175,7 +178,7 @@ class LayerProblem:
     ) -> _Rounded:
         per_row, zero = scale[owners], quant_math.zero_points(full, scale, self.spec)
         integers = compensation.compensated_rounding(
-            target, per_row, feedback, quant_math.limits(zero[owners], self.spec)
+            target, per_row, feedback, Levels(self.spec.format, zero[owners])
         )
         value = compensation.cost(integers * per_row[:, :, None] - target, moment)
         costs = np.zeros(scale.size)
@@ -185,7 +188,10 @@ class LayerProblem:
 
 @dataclass(frozen=True)
 class _Rounded:
-    """Integers of every row minus the zero point, with the scale, zero point and cost of every channel."""
+    """Levels of every row, with the scale, zero point and cost of every channel.
+
+    Levels are values of the format minus the zero point.
+    """
 
     integers: Array
     scale: Array

@@ -14,7 +14,7 @@ from eptq_onnx.numerics.formats import along_axis
 from eptq_onnx.numerics.grid import Grid, nearest
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.spec import QuantSpec
-from eptq_onnx.numerics.types import Array, IntArray
+from eptq_onnx.numerics.types import Array, Values
 
 ZETA, GAMMA = 1.1, -0.1
 """Stretch of the rectified sigmoid (AdaRound, Nagel et al. 2020, equation 23)."""
@@ -78,15 +78,15 @@ class RoundedWeight(Protocol):
         """Return the penalty on undecided elements."""
         ...
 
-    def harden(self) -> tuple[IntArray, Grid]:
-        """Return the integers and their grid with every element decided."""
+    def harden(self) -> tuple[Values, Grid]:
+        """Return the values of the format and their grid with every element decided."""
         ...
 
 
 def _gamma_slope(gradient: Array, level: Array, scale: Array, spec: QuantSpec) -> Array:
     """Return the gradient of gamma; 0 if the runtime restricts scales.
 
-    The integers are then learned for the scale that is written.
+    The values are then learned for the scale that is written.
     """
     slope = quant_math.channel_sum(gradient * level * scale, spec.axis)
     return slope if spec.scales is ScaleRule.ANY else np.zeros_like(slope)
@@ -95,8 +95,8 @@ def _gamma_slope(gradient: Array, level: Array, scale: Array, spec: QuantSpec) -
 class StraightThroughWeight:
     """A weight that is rounded in every forward pass, with a straight-through gradient.
 
-    ``W = (clip(round(u), qmin, qmax) - z) * s * gamma`` with a continuous copy u of the weight in integer
-    steps.
+    ``W = (v(round(u)) - z) * s * gamma`` with a continuous copy u of the weight, a position among the values
+    v of the format. Integers are their own positions, clipped to the range.
     """
 
     def __init__(self, position: Array, grid: Grid, spec: QuantSpec) -> None:
@@ -109,21 +109,23 @@ class StraightThroughWeight:
 
     def forward(self) -> Array:
         """Return the rounded weight."""
-        self._level = np.clip(nearest(self.variable), self.spec.qmin, self.spec.qmax) - self._z
+        self._level = self.spec.format.at(nearest(self.variable)) - self._z
         return self._level * self._factor()
 
     def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
         """Return the gradients of u and gamma, given dL/dW."""
-        return gradient * self._factor(), _gamma_slope(gradient, self._level, self._s, self.spec)
+        slope = self._factor() * self.spec.format.gap(self.variable)
+        return gradient * slope, _gamma_slope(gradient, self._level, self._s, self.spec)
 
     def penalty(self, exponent: float) -> float:
         """Return 0: every element is always decided."""
         return 0.0
 
-    def harden(self) -> tuple[IntArray, Grid]:
-        """Return the integers and their grid."""
-        integers = self.spec.format.clipped(nearest(self.variable))
-        return integers, self.spec.grid(self.scale * self.gamma, self._zero_point)
+    def harden(self) -> tuple[Values, Grid]:
+        """Return the values of the format and their grid."""
+        form = self.spec.format
+        values = np.asarray(form.at(nearest(self.variable)), form.container)
+        return values, self.spec.grid(self.scale * self.gamma, self._zero_point)
 
     def _factor(self) -> Array:
         return self._s * along_axis(self.gamma, self.spec.axis, self.variable.ndim)
@@ -132,13 +134,13 @@ class StraightThroughWeight:
 class SoftWeight:
     """A weight whose elements lie between rounding down and rounding up.
 
-    ``W = (clip(floor(u) + h(alpha), qmin, qmax) - z) * s * gamma`` per channel (AdaRound; gamma is the
-    learned factor).
+    ``W = (v(floor(u) + h(alpha)) - z) * s * gamma`` per channel (AdaRound; gamma is the learned factor), with
+    v(p) the value of the format at position p, linear between neighbours.
 
     Parameters
     ----------
     position : ndarray
-        u, the weight in integer steps.
+        u, the position of the weight among the values of the format.
     grid : Grid
         Provides s and z.
     spec : QuantSpec
@@ -157,15 +159,15 @@ class SoftWeight:
     def forward(self) -> Array:
         """Return the soft weight."""
         self._h = rectified_sigmoid(self.variable)
-        self._level = np.clip(self.floor + self._h, self.spec.qmin, self.spec.qmax) - self._z
+        self._level = self.spec.format.at(self.floor + self._h) - self._z
         return self._level * self._factor()
 
     def backward(self, gradient: Array, penalty: float, exponent: float) -> tuple[Array, Array]:
         """Return the gradients of alpha and gamma, given dL/dW and the penalty's strength and exponent."""
         d_gamma = _gamma_slope(gradient, self._level, self._s, self.spec)
-        raw = self.floor + self._h
-        inside = (raw >= self.spec.qmin) & (raw <= self.spec.qmax)
-        d_h = gradient * self._factor() * inside
+        # Between the floor and the next position.
+        slope = self._factor() * self.spec.format.gap(self.floor + np.float32(0.5))
+        d_h = gradient * slope * self.spec.format.is_inside(self.floor + self._h)
         if penalty:
             d_h += np.float32(penalty) * rounding_penalty_slope(self._h, exponent)
         return d_h * rectified_sigmoid_slope(self.variable), d_gamma
@@ -174,11 +176,11 @@ class SoftWeight:
         """Return the rounding penalty of the current soft weight."""
         return rounding_penalty(self._h, exponent)
 
-    def harden(self) -> tuple[IntArray, Grid]:
-        """Return the integers and their grid with every element decided: up where alpha >= 0."""
-        up = self.variable >= 0
-        integers = self.spec.format.clipped(self.floor + up)
-        return integers, self.spec.grid(self.scale * self.gamma, self._zero_point)
+    def harden(self) -> tuple[Values, Grid]:
+        """Return the values of the format and their grid, every element decided: up where alpha >= 0."""
+        form = self.spec.format
+        values = np.asarray(form.at(self.floor + (self.variable >= 0)), form.container)
+        return values, self.spec.grid(self.scale * self.gamma, self._zero_point)
 
     def _factor(self) -> Array:
         return self._s * along_axis(self.gamma, self.spec.axis, self.floor.ndim)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eptq_onnx.numerics.formats import Granularity, IntFormat, PerAxis, PerTensor
+from eptq_onnx.numerics.formats import Format, Granularity, PerAxis, PerTensor
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array, IntArray
@@ -18,7 +18,7 @@ class QuantSpec:
 
     Parameters
     ----------
-    format : IntFormat
+    format : IntFormat or FloatFormat
     granularity : PerTensor, PerAxis or PerBlock
     zero_points : tuple of int
         Smallest and largest zero point allowed. A weight's zero point is folded into its stored integers,
@@ -26,12 +26,15 @@ class QuantSpec:
         target stores.
     scales : ScaleRule
         The scales that the runtime accepts.
+    least_range : float
+        Smallest real range that the format's values cover.
     """
 
-    format: IntFormat
+    format: Format
     granularity: Granularity = field(default_factory=PerTensor)
     zero_points: tuple[int, int] = (0, 0)
     scales: ScaleRule = ScaleRule.ANY
+    least_range: float = 0.0
 
     @property
     def bits(self) -> int:
@@ -40,12 +43,12 @@ class QuantSpec:
 
     @property
     def qmin(self) -> int:
-        """Return the smallest integer."""
+        """Return the smallest value of the format."""
         return self.format.qmin
 
     @property
     def qmax(self) -> int:
-        """Return the largest integer."""
+        """Return the largest value of the format."""
         return self.format.qmax
 
     @property

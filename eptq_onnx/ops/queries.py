@@ -60,6 +60,8 @@ def check_roles(target: Target) -> None:
             "computed": not row.computed,
             "weight": row.weight is not None,
             "stored": row.stored,
+            "output_range": row.output_range is not None,
+            "shifts": bool(row.shifts),
         }
         for field, has in asked.items():
             if has and op not in allowed[field]:
@@ -92,6 +94,8 @@ def operators_by_field() -> dict[str, set[str]]:
         "computed": those(lambda row: row.weight is not None and row.weight in (row.data or ())),
         "weight": layers,
         "stored": those(lambda row: row.table is not None),
+        "output_range": those(lambda row: row.role is Role.ARITHMETIC),
+        "shifts": those(lambda row: row.role in (Role.LAYER, Role.ARITHMETIC)),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.method.equalize import equalize, needed_bytes
-from eptq_onnx.passes.base import Context, Pass, State
+from eptq_onnx.passes.base import Context, Pass, State, without_equal_steps
 
 
 class Equalize(Pass):
@@ -30,6 +30,12 @@ class Equalize(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Scale the channels where possible."""
+        floats = without_equal_steps(state.plan)
+        if floats is not None:
+            return state.noting(
+                f"no channels are scaled: steps of {floats} grow with the values, so a shared range costs "
+                "small channels nothing"
+            )
         tell = ctx.tell(self.name)
         model, scores, equalized, notes = equalize(
             state.model, state.executed, state.plan, ctx.training, state.scores, ctx.config, tell

@@ -1,10 +1,12 @@
-"""Types of values by the names that onnxruntime gives them."""
+"""Types of values: by the names that onnxruntime gives them, and those of constants."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onnx import TensorProto, TypeProto, helper
+from onnx import ModelProto, TensorProto, TypeProto, helper
+
+from eptq_onnx.proto.bodies import initializers
 
 
 def value_type(name: str, shape: Sequence[int | str | None] | None = None) -> TypeProto:
@@ -30,3 +32,8 @@ def value_type(name: str, shape: Sequence[int | str | None] | None = None) -> Ty
 
 def _element(name: str) -> int:
     return int(dict(TensorProto.DataType.items()).get(name.upper(), TensorProto.UNDEFINED))
+
+
+def has_8_bit_floats(model: ModelProto) -> bool:
+    """Return True if a constant of a model, such as a zero point, is an 8-bit float."""
+    return any(TensorProto.DataType.Name(t.data_type).startswith("FLOAT8") for t in initializers(model.graph))

@@ -35,6 +35,8 @@ class LayerReport:
 
     node: str
     op_type: str
+    weight_type: str
+    """ONNX type of the stored weight, unless it is packed."""
     weight_bits: int
     weight_range: tuple[int, int]
     weight_zero_points: bool
@@ -205,14 +207,8 @@ class Report:
         return table
 
     def _bits(self) -> str:
-        counts = Counter(
-            (f"W{x.weight_bits}A{x.activation_bits}", x.weight_range, x.weight_zero_points)
-            for x in self.layers
-        )
-        return ", ".join(
-            f"{n} layers {name} (weights in [{low}, {high}]{' less zero points' if zero else ''})"
-            for (name, (low, high), zero), n in counts.items()
-        )
+        counts = Counter((f"W{x.weight_bits}A{x.activation_bits}", _weights(x)) for x in self.layers)
+        return ", ".join(f"{n} layers {name} (weights {kind})" for (name, kind), n in counts.items())
 
     def _rotation(self) -> str:
         if not self.rotated:
@@ -260,6 +256,14 @@ class Report:
         for (op, reason), n in counts.most_common():
             table.add_row(line(op), str(n), line(reason))
         return table
+
+
+def _weights(layer: LayerReport) -> str:
+    """Return what the weights of a layer are."""
+    if layer.weight_type.startswith("float"):
+        return f"are {layer.weight_type}"
+    low, high = layer.weight_range
+    return f"in [{low}, {high}]{' less zero points' if layer.weight_zero_points else ''}"
 
 
 _STYLES = {Assurance.SAFE: "green", Assurance.CHECK: "yellow", Assurance.LOSS: "bold red"}

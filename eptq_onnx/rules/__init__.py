@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from onnx import ModelProto
 
-from eptq_onnx.proto.bodies import all_nodes
 from eptq_onnx.rules.numbers import NUMBERS
 from eptq_onnx.rules.places import PLACES
 from eptq_onnx.rules.rule import Rule, Severity
+from eptq_onnx.rules.scopes import flat
 from eptq_onnx.rules.view import QdqView
 from eptq_onnx.targets import Target
 
@@ -35,6 +35,8 @@ class Finding:
     message : str
         What is wrong with the node, as a sentence without a full stop.
     remedy : str
+    where : str
+        The body of an If, Loop or Scan, or the function, that the node is in; empty for the main graph.
     """
 
     rule: str
@@ -42,6 +44,7 @@ class Finding:
     node: str
     message: str
     remedy: str
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,13 @@ class Lint:
     target : str
         Name of the target.
     pairs : int
-        Number of DequantizeLinear nodes in the main graph.
+        Number of DequantizeLinear nodes, in bodies and functions, too.
     findings : tuple of Finding
-    unchecked : tuple of str
-        What was not checked, as sentences without a full stop.
     """
 
     target: str
     pairs: int
     findings: tuple[Finding, ...]
-    unchecked: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -82,21 +82,17 @@ def lint(model: ModelProto, target: Target) -> Lint:
     Returns
     -------
     Lint
-        It has no findings if the file follows every rule. Rules apply to the main graph only.
+        It has no findings if the file follows every rule.
     """
-    view = QdqView(model)
+    laid = flat(model)
+    view = QdqView(laid.model)
     findings = tuple(
-        Finding(rule.name, rule.severity, node, message, rule.remedy)
+        Finding(rule.name, rule.severity, place.node, message, rule.remedy, place.where)
         for rule in RULES
         for node, message in rule.check(view, target)
+        for place in (laid.places[node],)
     )
-    inside = (
-        sum(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in all_nodes(view.graph.model.graph))
-        - len(view.quantizers)
-        - len(view.dequantizers)
-    )
-    unchecked = (f"{inside} quantizers in the bodies of If, Loop or Scan",) if inside else ()
-    return Lint(target.name, len(view.dequantizers), findings, unchecked)
+    return Lint(target.name, len(view.dequantizers), findings)
 
 
 __all__ = ["RULES", "Finding", "Lint", "Rule", "Severity", "lint"]

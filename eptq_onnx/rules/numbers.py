@@ -8,20 +8,18 @@ import numpy as np
 from onnx import TensorProto
 
 from eptq_onnx.graph.view import int_attribute, opset_of
-from eptq_onnx.numerics.quant_math import bias_scale
+from eptq_onnx.numerics.biases import bias_scale
+from eptq_onnx.numerics.quant_math import prescribed_grid
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.rules.roles import activation_of, bias_of, biases_of, weights_of
 from eptq_onnx.rules.rule import Rule, Severity, rule
 from eptq_onnx.rules.view import QdqView, Quantized
-from eptq_onnx.targets import ONNXRUNTIME, Target
+from eptq_onnx.targets import ONNXRUNTIME, OPSETS, Target
 
-_OPSETS = {
-    "int16": 21, "uint16": 21, "int4": 21, "uint4": 21, "int2": 25, "uint2": 25, "float4e2m1": 23,
-    "float8e4m3fn": 19, "float8e4m3fnuz": 19, "float8e5m2": 19, "float8e5m2fnuz": 19,
-}  # fmt: skip
-"""First opset in which QuantizeLinear and DequantizeLinear support a type."""
 _PER_AXIS, _BLOCKED = 13, 21
 """First opsets with per-axis scales and with blocked scales."""
+TYPE_BITS = {"uint16": 16, "int16": 16, "uint4": 4, "int4": 4, "uint2": 2, "int2": 2}
+"""Widths of the integer types that do not have 8 bits."""
 _PRECISION = 1e-3
 """Relative tolerance between a bias scale and the product of the input and weight scales."""
 
@@ -57,7 +55,7 @@ def opset(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     for q in (*view.quantizers, *view.dequantizers):
         if q.node.domain not in ("", "ai.onnx"):
             continue
-        needed = _OPSETS.get(q.type_name, 1)
+        needed = OPSETS.get(q.type_name, 1)
         needed = max(needed, _PER_AXIS if q.axis is not None else 1)
         needed = max(needed, _BLOCKED if int_attribute(q.node, "block_size", 0) else 1)
         if own < needed:
@@ -90,25 +88,37 @@ def kernel_types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 
 def _foreign_types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Yield the tensors whose integers are not of the target's types."""
-    own = target.activation.container
-    wide = own.replace("8", "16")
+    own, wide = (target.activation.type_name(bits) for bits in (8, 16))
     for q in _activations(view):
         if q.type_name not in (own, wide):
             yield q.node.name, f"an activation is {q.type_name}, and {target.name} takes {own}"
-    biases = biases_of(view)
+    biases, weight, bias = biases_of(view), target.weight, target.bias
+    narrow = {f"{sign}int{width}" for width in weight.storage for sign in ("", "u")}
     for q in view.dequantizers:
-        if not q.constant or q.type_name in (own, target.weight.container):
+        if not q.constant:
             continue
-        if q.type_name == "int32" and q.node.name in biases:
-            if not target.bias.integer:
-                yield q.node.name, f"a bias is int32, and {target.name} takes float biases"
+        if q.node.name in biases:
+            taken = f"{bias.container} biases" if bias.integer else "float biases"
+            if not bias.integer or q.type_name != bias.container:
+                yield q.node.name, f"a bias is {q.type_name}, and {target.name} takes {taken}"
         elif q.type_name == "int32":
             yield q.node.name, "an int32 constant is not the bias of a layer"
-        else:
-            yield (
-                q.node.name,
-                f"a constant is {q.type_name}, and {target.name} takes {target.weight.container}",
-            )
+        elif q.type_name not in (own, weight.container, *narrow):
+            yield q.node.name, f"a constant is {q.type_name}, and {target.name} takes {weight.container}"
+
+
+@rule(
+    "clipped-floats",
+    Severity.ERROR,
+    "No Relu or Clip comes before a quantizer to 8-bit floats in a file for onnxruntime.",
+    "Quantize to integers, or disable onnxruntime's optimizers ReluQuantRewrite and ClipQuantRewrite.",
+)
+def clipped_floats(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: measured; onnxruntime 1.18 to 1.32 drops the Relu, and negative values get through."""
+    for q in view.quantizers if target.verifier == ONNXRUNTIME else ():
+        maker = view.graph.producer.get(q.node.input[0])
+        if maker is not None and maker.op_type in ("Relu", "Clip") and q.type_name.startswith("float8"):
+            yield q.node.name, f"onnxruntime drops the {maker.op_type} before this quantizer to {q.type_name}"
 
 
 @rule(
@@ -170,6 +180,52 @@ def activation_scale(view: QdqView, target: Target) -> Iterator[tuple[str, str]]
     for q in _activations(view):
         if q.scale is not None and q.scale.size > 1:
             yield q.node.name, f"an activation has {q.scale.size} scales"
+
+
+@rule(
+    "range",
+    Severity.ERROR,
+    "Activations cover at least the smallest real range that the target takes.",
+    "Raise the scale of this activation.",
+)
+def least_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnxruntime, quantization for the QNN execution provider."""
+    least = target.activation.least_range
+    for q in _activations(view):
+        steps = 2 ** _bits_of(q) - 1
+        if q.scale is not None and float(q.scale.max(initial=0)) * steps < least * (1 - _PRECISION):
+            reach = float(q.scale.max(initial=0)) * steps
+            yield q.node.name, f"its range is {reach:.2g}, but {target.name} takes at least {least:g}"
+
+
+@rule(
+    "output-range",
+    Severity.WARNING,
+    "Outputs whose range the target prescribes have exactly that range.",
+    "Quantize this output with the scale and zero point that divide the prescribed range evenly.",
+)
+def output_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnxruntime, quantization for the QNN execution provider; the TFLite int8 specification."""
+    for node in view.nodes:
+        row = target.operators.get(node.op_type)
+        if row is None or row.output_range is None:
+            continue
+        for q in view.written(node.output[0]):
+            if q.scale is None or q.scale.size != 1:
+                continue
+            wanted = prescribed_grid(row.output_range, target.activation_spec(_bits_of(q)))
+            scale, zero = float(q.scale.reshape(())), int(q.zeros.reshape(()))
+            if (scale, zero) != (float(wanted.scale), wanted.zero_point):
+                yield (
+                    node.name,
+                    f"its output has the scale {scale:.4g} and the zero point {zero}, not "
+                    f"{float(wanted.scale):.4g} and {wanted.zero_point}",
+                )
+
+
+def _bits_of(q: Quantized) -> int:
+    """Return the width of a quantizer's type."""
+    return TYPE_BITS.get(q.type_name, 8)
 
 
 @rule(
@@ -237,6 +293,6 @@ def weight_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 
 
 NUMBERS: tuple[Rule, ...] = (
-    scale, opset, types, kernel_types, zero_point, bias_zero_point, bias_scales, activation_scale,
-    weight_axis, power_of_two, weight_range,
+    scale, opset, types, kernel_types, clipped_floats, zero_point, bias_zero_point, bias_scales,
+    activation_scale, least_range, output_range, weight_axis, power_of_two, weight_range,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from onnx import NodeProto
@@ -9,8 +10,9 @@ from onnx import NodeProto
 from eptq_onnx.ops import spec_of
 from eptq_onnx.ops.regions import regions
 from eptq_onnx.ops.sizes import objection
-from eptq_onnx.rules.roles import activation_of, activations_of, runs_on_integers
+from eptq_onnx.rules.roles import activation_of, activations_of, bias_of, runs_on_integers
 from eptq_onnx.rules.rule import Rule, Severity, rule
+from eptq_onnx.rules.scopes import BODY_DOMAIN
 from eptq_onnx.rules.view import DEQUANTIZE, QUANTIZE, QdqView, Quantized
 from eptq_onnx.targets import ONNXRUNTIME, Target
 
@@ -265,7 +267,82 @@ def network_output(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
             yield maker.name, f"the output {name} is dequantized"
 
 
+@rule(
+    "static",
+    Severity.ERROR,
+    "Inputs have fixed sizes, and there is no control flow, if the target compiles graphs ahead of time.",
+    "Fix the sizes of the float model's inputs, unroll loops and resolve branches, and quantize it again.",
+)
+def static(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnxruntime, QNN execution provider."""
+    if target.shapes != "static":
+        return
+    for node in view.nodes:
+        if node.domain == BODY_DOMAIN:
+            yield node.name, f"{node.op_type} is control flow"
+    for name in view.graph.inputs:
+        readers = view.readers(name)
+        if readers and view.graph.static_shape(name) is None:
+            yield readers[0].name, f"it reads the input {name}, which has no fixed size"
+
+
+@rule(
+    "shift",
+    Severity.ERROR,
+    "Scales lie as far apart as the target's shifts reach.",
+    "Move these scales closer together.",
+)
+def shift(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: AMD Quark, XINT8."""
+    for node in view.nodes:
+        row = target.operators.get(node.op_type)
+        if row is None or not row.shifts or not runs_on_integers(node, view, target):
+            continue
+        found = _shifts(node, view, target)
+        for name, (low, high) in row.shifts.items():
+            value = found.get(name)
+            if value is not None and not low <= value <= high:
+                taken = f"{target.name} takes {low} to {high}"
+                yield node.name, f"{_SHIFTS[name]} {value:g} powers of two, but {taken}"
+
+
+_SHIFTS = {
+    "product": "the scale of its output is above that of its products by",
+    "bias": "the scale of its bias is above that of its products by",
+    "sum": "the scale of its output is above the largest of its inputs by",
+    "spread": "the scales of its inputs differ by",
+}
+
+
+def _shifts(node: NodeProto, view: QdqView, target: Target) -> dict[str, float]:
+    """Return how far scales lie apart, in powers of two; nothing for a scale that is unknown."""
+    spec = spec_of(node)
+    names = spec.data_inputs(node)
+    if spec.weight is not None and len(node.input) > spec.weight:
+        names.append(node.input[spec.weight])
+    inputs = [_exponent(activation_of(name, view, target)) for name in dict.fromkeys(names)]
+    written = view.written(_behind_clipping(node, view, target))
+    output, bias = _exponent(written[0] if written else None), _exponent(bias_of(node, view))
+    known = [e for e in inputs if e is not None]
+    found: dict[str, float] = {}
+    if not known or len(known) < len(inputs):
+        return found
+    found["spread"] = max(known) - min(known)
+    if output is not None:
+        found["product"], found["sum"] = output - sum(known), output - max(known)
+    if bias is not None:
+        found["bias"] = bias - sum(known)
+    return found
+
+
+def _exponent(q: Quantized | None) -> float | None:
+    """Return the logarithm of a single scale to the base 2."""
+    if q is None or q.scale is None or q.scale.size != 1 or not float(q.scale.reshape(())) > 0:
+        return None
+    return math.log2(float(q.scale.reshape(())))
+
+
 PLACES: tuple[Rule, ...] = (
     integer_operators, between, packed_constants, layer_input, layer_output, idle_pair, residual,
-    shared_scale, moved, pattern, size, network_output,
+    shared_scale, moved, pattern, size, network_output, static, shift,
 )  # fmt: skip

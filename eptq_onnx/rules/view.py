@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from eptq_onnx.graph import edit
-from eptq_onnx.graph.infer import inferred
 from eptq_onnx.graph.replay import RANDOM
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.proto.bodies import node_reads
+from eptq_onnx.rules.scopes import BODY_DOMAIN
 from eptq_onnx.runtime import Session
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
@@ -72,15 +72,16 @@ class Quantized:
 
 
 class QdqView:
-    """Index of the quantizers of a model's main graph."""
+    """Index of the quantizers of a flat model; see `eptq_onnx.rules.scopes.flat`."""
 
     def __init__(self, model: ModelProto) -> None:
-        self.graph = GraphView(inferred(_named(model)))
+        self.graph = GraphView(model)
         view = self.graph
         self._fixed = set(view.initializers)
         for node in view.nodes:
             if (
                 node.op_type != DEQUANTIZE
+                and node.domain != BODY_DOMAIN
                 and node.op_type not in RANDOM
                 and self._fixed.issuperset(i for i in node_reads(node) if i)
             ):
@@ -212,12 +213,3 @@ def _last(name: str, names: Mapping[str, str]) -> str:
     while name in names:
         name = names[name]
     return name
-
-
-def _named(model: ModelProto) -> ModelProto:
-    """Return a copy in which every node has a name."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    for k, node in enumerate(copy.graph.node):
-        node.name = node.name or (node.output[0] if node.output else f"{node.op_type}_{k}")
-    return copy

@@ -19,6 +19,7 @@ from eptq_onnx import scratch
 from eptq_onnx.errors import DataError, InstallError, ModelError
 from eptq_onnx.graph.io import read_file
 from eptq_onnx.graph.view import QUANTIZERS
+from eptq_onnx.numerics.formats import FLOATS
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.runtime import source
 
@@ -28,8 +29,8 @@ Model: TypeAlias = ModelProto | str | os.PathLike[str]
 Timed: TypeAlias = Callable[[], float]
 """Runs a model once and returns the seconds it took."""
 
-INTEGERS = frozenset({"uint8", "int8", "uint4", "int4", "uint2", "int2"})
-"""Precisions of integer kernels, whose inputs are quantized."""
+QUANTIZED = frozenset({"uint8", "int8", "uint4", "int4", "uint2", "int2", *FLOATS})
+"""Precisions of kernels whose inputs are quantized."""
 
 CONVERSIONS = frozenset({*QUANTIZERS, "layout"})
 """Operators that only convert a tensor, between integers and floats or between memory layouts."""
@@ -76,9 +77,9 @@ class Kernel:
     around: tuple[str, ...] | None = None
 
     @property
-    def integer(self) -> bool:
-        """Return True for an integer kernel."""
-        return self.operator not in CONVERSIONS and self.precision in INTEGERS
+    def quantized(self) -> bool:
+        """Return True for a kernel that computes with quantized inputs: integers or 8-bit floats."""
+        return self.operator not in CONVERSIONS and self.precision in QUANTIZED
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,11 @@ def training_graph(
     read = {name for node in view.nodes if any(o in needed for o in node.output) for name in node_reads(node)}
     # At 8 bits, learning scales gains nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a
     # sixth of the step.
-    low = [q for q in plan.activations if q.spec.bits < 8 and q.spec.scales is ScaleRule.ANY]
+    low = [
+        q
+        for q in plan.activations
+        if q.spec.bits < 8 and q.spec.scales is ScaleRule.ANY and q.prescribed is None
+    ]
     learned = tuple(q.name for q in low if q.name in moving & read and config.activation_scale_lr)
     student = _Student(lowered, plan, start, learned)
     train, compared = _compose(
@@ -248,7 +252,7 @@ def _student(
             # unmasked.
             fixed = [
                 b.constant(grid.scale.reshape(()), "scale"),
-                b.constant(np.array(grid.zero_point, form.container), "zero"),
+                b.constant(form.raw(np.array(grid.zero_point)), "zero", form.type_name),
             ]
             b.add("DequantizeLinear", [b.add("QuantizeLinear", [tensor, *fixed]), *fixed], exact)
         if gradual:

@@ -202,14 +202,15 @@ class Learned:
     ) -> Feeds:
         """Return feeds for weights with the given step sizes; biases are rounded as they will be written."""
         feeds: Feeds = {**self._frozen, **weights, **self._start.biases, **biases}
-        if self._plan.integer_bias:
+        spec = self._plan.bias
+        if spec is not None:
             activations = {n: p.scale for n, p in self._start.grids.items()}
             activations.update(zip(self._graph.quantizers, scales, strict=True))
             for layer in self._plan.layers:
                 if layer.bias is not None:
                     grid = activations[self._quantizers[layer.input].name], steps[layer.weight]
                     exact = np.asarray(feeds[layer.bias], np.float32)
-                    feeds[layer.bias] = quant_math.round_bias(exact, *grid)
+                    feeds[layer.bias] = spec.round(exact, *grid)
         if self._graph.quantizers:
             feeds[ACTIVATION_SCALES] = scales
         return feeds

@@ -31,7 +31,7 @@ def test_nearest_rounding_with_positive_scales():
         assert (rounding.weights[name].scale > 0).all()
         assert rounding.integers[name].min() >= spec.qmin
         assert rounding.integers[name].max() <= spec.qmax
-        nearest = rounding.weights[name].integers(view.constant(name))
+        nearest = rounding.weights[name].in_container(view.constant(name))
         np.testing.assert_array_equal(rounding.integers[name], nearest)
 
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from eptq_onnx.numerics import compensation
+from eptq_onnx.numerics.formats import FloatFormat, IntFormat
 from eptq_onnx.numerics.gains import Comparison
+from eptq_onnx.numerics.grid import Levels
 from eptq_onnx.numerics.linear import MatrixForm
 from eptq_onnx.numerics.moments import Moments, OutputNonlinearity, sampled_moments
 
-LIMITS = np.array([[-4]], np.float32), np.array([[3]], np.float32)
+LEVELS = Levels(IntFormat(3, True, -4, 3), np.zeros((1, 1), np.float32))
 
 
 def _inputs(rows: int, terms: int, groups: int = 1, seed: int = 0) -> np.ndarray:
@@ -162,10 +164,10 @@ def test_without_correlations_it_is_rounding_to_nearest():
     moment = np.stack([np.diag(np.arange(1.0, 7.0))] * 2)
     expected = np.clip(np.rint(target / 0.3), -4, 3)
     np.testing.assert_array_equal(
-        compensation.compensated_rounding(target, scale, compensation.Feedback.of(moment), LIMITS), expected
+        compensation.compensated_rounding(target, scale, compensation.Feedback.of(moment), LEVELS), expected
     )
     np.testing.assert_array_equal(
-        compensation.coordinate_descent(target, expected, scale, moment, LIMITS, 3), expected
+        compensation.coordinate_descent(target, expected, scale, moment, LEVELS, 3), expected
     )
 
 
@@ -181,11 +183,40 @@ def test_compensation_and_descent_lower_the_cost(terms):
         return compensation.cost(q * scale[:, :, None] - target, a)
 
     nearest = np.clip(np.rint(target / scale[:, :, None]), -4, 3)
-    rounded = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), LIMITS)
-    descended = compensation.coordinate_descent(target, rounded, scale, a, LIMITS, 3)
+    rounded = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), LEVELS)
+    descended = compensation.coordinate_descent(target, rounded, scale, a, LEVELS, 3)
     assert cost(rounded).sum() < 0.7 * cost(nearest).sum()
     assert (cost(descended) <= cost(rounded) * (1 + 1e-4)).all()
     np.testing.assert_array_equal(descended, np.clip(np.rint(descended), -4, 3))
+
+
+def test_unequal_steps_are_rounded_and_descended_like_equal_ones():
+    inputs = _inputs(800, 40)
+    a = compensation.damped(_moments(inputs, inputs).covariances[0], 0.01)
+    rng = np.random.default_rng(1)
+    target = rng.normal(size=(1, 8, 40)).astype(np.float32)
+    scale = np.full((1, 8), 0.5, np.float32)
+    form = FloatFormat(3, 1, finite=True)
+    levels = Levels(form, np.zeros((1, 8), np.float32))
+
+    def cost(q: np.ndarray) -> float:
+        return float(compensation.cost(q * scale[:, :, None] - target, a).sum())
+
+    nearest = levels.nearest(target / scale[:, :, None])
+    rounded = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), levels)
+    descended = compensation.coordinate_descent(target, rounded, scale, a, levels, 3)
+    assert cost(descended) <= cost(rounded) < 0.7 * cost(nearest)
+    g = _output_moments(1, 8, rng)
+    joint = compensation.joint_descent(target, descended, scale, a, g, levels, 3)
+
+    def effect(q: np.ndarray) -> float:
+        error = (q * scale[:, :, None] - target)[0]
+        return float(np.einsum("ij,jt,ts,is->", g[0], error, a[0], error))
+
+    assert effect(joint) < effect(descended)
+    for values in (nearest, rounded, descended, joint):
+        np.testing.assert_array_equal(form.at(form.position(values)), values)
+        assert len(np.unique(np.diff(np.unique(values)))) > 1
 
 
 def test_descent_finds_the_best_of_all_integers_when_started_everywhere():
@@ -196,7 +227,7 @@ def test_descent_finds_the_best_of_all_integers_when_started_everywhere():
     every = np.array(list(product(range(-4, 4), repeat=3)), np.float32)
     costs = [float(compensation.cost(q[None, None] * 0.5 - target, a)[0, 0]) for q in every]
     ends = [
-        compensation.coordinate_descent(target, q[None, None].copy(), scale, a, LIMITS, 20) for q in every
+        compensation.coordinate_descent(target, q[None, None].copy(), scale, a, LEVELS, 20) for q in every
     ]
     assert min(float(compensation.cost(q * 0.5 - target, a)[0, 0]) for q in ends) == pytest.approx(min(costs))
 
@@ -211,7 +242,7 @@ def test_inputs_that_never_vary_do_no_harm():
         target,
         np.full((1, 2), 0.5, np.float32),
         compensation.Feedback.of(compensation.damped(a, 0.03)),
-        LIMITS,
+        LEVELS,
     )
     assert np.isfinite(q).all()
 
@@ -232,19 +263,19 @@ def test_joint_descent_lowers_the_effect_on_the_outputs_and_is_coordinate_descen
     rng = np.random.default_rng(1)
     target, scale = rng.normal(size=(groups, 8, 80)).astype(np.float32), np.full((groups, 8), 0.6, np.float32)
     g = _output_moments(groups, 8, rng)
-    limits = np.full_like(scale, -4), np.full_like(scale, 3)
-    start = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), limits)
+    levels = Levels(IntFormat(3, True, -4, 3), np.zeros_like(scale))
+    start = compensation.compensated_rounding(target, scale, compensation.Feedback.of(a), levels)
 
     def effect(q: np.ndarray, outputs: np.ndarray) -> np.ndarray:
         error = q * 0.6 - target
         return np.einsum("gij,gjt,gts,gis->g", outputs, error, a, error, optimize=True)
 
     plain = np.stack([np.eye(8)] * groups)
-    alone = compensation.coordinate_descent(target, start, scale, a, limits, 9)
-    joint = compensation.joint_descent(target, start, scale, a, g, limits, 9)
+    alone = compensation.coordinate_descent(target, start, scale, a, levels, 9)
+    joint = compensation.joint_descent(target, start, scale, a, g, levels, 9)
     assert (effect(joint, g) < 0.9 * effect(alone, g)).all()
     np.testing.assert_array_equal(joint, np.clip(np.rint(joint), -4, 3))
-    same = compensation.joint_descent(target, start, scale, a, plain, limits, 9)
+    same = compensation.joint_descent(target, start, scale, a, plain, levels, 9)
     np.testing.assert_allclose(effect(same, plain), effect(alone, plain), rtol=1e-3)
 
 
@@ -365,8 +396,8 @@ def test_moments_beyond_the_precision_of_float64_are_no_errors(spread, dead):
     feedback = compensation.Feedback.of(moment)
     assert np.isfinite(feedback.weights).all()
     weight = rng.normal(size=(2, 3, 6)).astype(np.float32)
-    limits = np.full((2, 3), -8, np.float32), np.full((2, 3), 7, np.float32)
-    integers = compensation.compensated_rounding(weight, np.full((2, 3), 0.25, np.float32), feedback, limits)
+    levels = Levels(IntFormat.full(4, signed=True), np.zeros((2, 3), np.float32))
+    integers = compensation.compensated_rounding(weight, np.full((2, 3), 0.25, np.float32), feedback, levels)
     assert np.isfinite(integers).all()
     assert np.isfinite(
         compensation.corrected_target(

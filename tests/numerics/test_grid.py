@@ -25,7 +25,7 @@ from eptq_onnx.numerics.formats import (
     PerTensor,
     Storage,
 )
-from eptq_onnx.numerics.grid import Grid, nearest_float
+from eptq_onnx.numerics.grid import Grid, Levels, nearest_float
 
 INTEGERS = [IntFormat.full(bits, signed=signed) for bits in range(2, 17) for signed in (True, False)]
 SMALL_FLOATS = [E4M3, E5M2, FloatFormat(2, 1), FloatFormat(3, 2), FloatFormat(5, 10)]
@@ -160,6 +160,28 @@ def test_every_bit_pattern_is_a_number_and_back(form):
     np.testing.assert_array_equal(form.codes(numbers[finite]), codes[finite])
     np.testing.assert_array_equal(nearest_float(numbers[finite].astype(np.float64), form), numbers[finite])
     assert numbers[finite].max() == form.largest
+
+
+@pytest.mark.parametrize("form", [*SMALL_FLOATS, IntFormat(4, True, -7, 7)], ids=name)
+def test_positions_count_the_values_and_lie_evenly_between_them(form):
+    codes = np.arange(2**form.bits, dtype=np.uint16)
+    numbers = np.unique(form.values(codes))
+    numbers = numbers[np.isfinite(numbers) & (numbers >= form.qmin) & (numbers <= form.qmax)]
+    places = form.position(numbers)
+    np.testing.assert_array_equal(places, np.arange(len(numbers)) - np.searchsorted(numbers, 0))
+    np.testing.assert_array_equal(form.at(places), numbers)
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    np.testing.assert_array_equal(form.position(middles), (places[1:] + places[:-1]) / 2)
+    np.testing.assert_array_equal(form.at(form.position(middles)), middles)
+    np.testing.assert_array_equal(
+        np.broadcast_to(form.gap(form.position(middles)), middles.shape), np.diff(numbers)
+    )
+    assert form.at(places[-1:] + 3) == form.qmax
+    assert not form.is_inside(places[-1:] + 1).any()
+    assert form.is_inside(places).all()
+    x = np.random.default_rng(0).normal(0, form.largest / 3, 500).astype(np.float32)
+    rounded = Levels(form, np.zeros(())).nearest(x)
+    np.testing.assert_array_equal(form.at(np.rint(form.position(x))), rounded)
 
 
 @given(st.integers(2, 16), st.booleans(), st.data())

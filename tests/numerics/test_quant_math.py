@@ -93,7 +93,7 @@ def test_folded_weights_are_the_same_and_fit_the_target(weight, bits):
     spec = QuantSpec(IntFormat(bits, True, low, high), PerAxis(0), (high - 63, low + 64))
     scale = qm.weight_scales(weight, spec)
     grid = spec.grid(scale, qm.zero_points(weight, scale, spec))
-    integers = grid.integers(weight)
+    integers = grid.in_container(weight)
     assert low <= integers.min() <= integers.max() <= high
     stored, symmetric = qm.folded(integers, grid)
     assert -64 <= stored.min() <= stored.max() <= 63

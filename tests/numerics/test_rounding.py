@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eptq_onnx.numerics import quant_math, rounding
-from eptq_onnx.numerics.formats import IntFormat, PerAxis
+from eptq_onnx.numerics.formats import E4M3, E5M2, FloatFormat, IntFormat, PerAxis
 from eptq_onnx.numerics.rounding import SoftWeight, StraightThroughWeight
 from eptq_onnx.numerics.spec import QuantSpec
 
@@ -25,11 +25,34 @@ def test_a_weight_starts_at_the_given_integers(kind):
     np.testing.assert_array_equal(hard.zero_point, ZERO)
 
 
-def test_a_soft_weight_starts_at_the_float_weight_and_its_gradients_are_right():
+@pytest.mark.parametrize("kind", [SoftWeight, StraightThroughWeight])
+@pytest.mark.parametrize("form", [E4M3, E5M2, FloatFormat(2, 1)], ids=lambda form: form.type_name)
+def test_a_weight_of_unequal_steps_starts_at_the_given_numbers_and_moves_to_neighbours(kind, form):
+    spec = QuantSpec(form, PerAxis(0))
+    grid = spec.grid(np.array([0.1, 0.2, 0.05], np.float32))
+    weight = np.random.default_rng(0).normal(0, form.largest / 20, (3, 40)).astype(np.float32)
+    start = grid.in_container(weight)
+    learned = kind(quant_math.continuous(weight, start, grid), grid, spec)
+    values, _ = learned.harden()
+    np.testing.assert_array_equal(values, start)
+    learned.forward()
+    slope, _ = learned.backward(np.ones_like(weight), 0.0, 2.0)
+    assert (slope >= 0).all()
+    learned.variable += np.float32(100 if kind is SoftWeight else 1)
+    moved, _ = learned.harden()
+    steps = form.position(moved) - form.position(start)
+    assert set(np.unique(steps)) <= {0, 1}
+    assert steps.any()
+
+
+@pytest.mark.parametrize("spec", [SPEC, QuantSpec(FloatFormat(3, 2), PerAxis(0))], ids=["integers", "floats"])
+def test_a_soft_weight_starts_at_the_float_weight_and_its_gradients_are_right(spec):
     weight = np.random.default_rng(0).normal(0, 0.3, (3, 20)).astype(np.float32)
     scale = np.array([0.1, 0.2, 0.15], np.float32)
-    weight -= (ZERO * scale)[:, None]
-    soft = SoftWeight(weight / scale[:, None] + ZERO[:, None], SPEC.grid(scale, ZERO), SPEC)
+    zero = ZERO if spec is SPEC else np.zeros_like(ZERO)
+    weight -= (zero * scale)[:, None]
+    steps = weight / scale[:, None] + zero[:, None]
+    soft = SoftWeight(spec.format.position(steps), spec.grid(scale, zero), spec)
     np.testing.assert_allclose(soft.forward(), weight, atol=2e-3)
     v = np.random.default_rng(1).normal(size=weight.shape).astype(np.float32)
 

@@ -101,6 +101,12 @@ def _weight_range(model: ModelProto) -> None:
     apart(model, weight_reader(model), 0, lambda w: np.where(w == w.max(), np.int8(127), w))
 
 
+def _narrow_range(model: ModelProto) -> None:
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.name.startswith("image"):
+            apart(model, node, 1, lambda s: s * np.float32(1e-9))
+
+
 def _without_input_pair(model: ModelProto) -> None:
     node_of(model, "Conv").input[0] = "image"
 
@@ -134,6 +140,10 @@ CHANGED: dict[str, tuple[Callable[[ModelProto], None], str]] = {
     "weight-axis": (_weight_axis, ""),
     "power-of-two": (lambda model: None, '[weight]\nscale = "power of two"\n'),
     "weight-range": (_weight_range, ""),
+    "range": (_narrow_range, "[activation]\nleast_range = 1e-4\n"),
+    "output-range": (lambda model: None, "[operators.GlobalAveragePool]\noutput_range = [0, 1]\n"),
+    "static": (lambda model: None, 'shapes = "static"\n'),
+    "shift": (lambda model: None, "[operators.Add]\nshifts = { spread = [40, 50] }\n"),
     "layer-input": (_without_input_pair, ""),
     "layer-output": (_float_reader, ""),
     "shared-scale": (_unequal, ""),
@@ -161,6 +171,11 @@ PARSED: dict[str, tuple[str, str]] = {
         "  wd = DequantizeLinear (wi, s)  y = MatMul (xd, wd) }",
         "[weight]\npacked = false\n",
     ),
+    "clipped-floats": (
+        "g (float[2,3] x) => (float[2,4] y) { r = Relu (x)  rq = QuantizeLinear (r, s, f)"
+        "  rd = DequantizeLinear (rq, s, f)  wd = DequantizeLinear (w, s)  y = MatMul (rd, wd) }",
+        '[activation]\ncontainer = "float8e4m3fn"\nsymmetric = true\n[bias]\ninteger = false\n',
+    ),
     "idle-pair": (f"g (float[2,3] x) => (float[2,3] y) {{ {PAIR.format('x')}  y = Softmax (xd) }}", ""),
     "pattern": (
         f"g (float[2,3] x) => (float[2,4] y) {{ {PAIR.format('x')}  e = Sigmoid (xd)  {PAIR.format('e')}"
@@ -183,7 +198,12 @@ def broken(rule: str, written: ModelProto) -> tuple[ModelProto, str]:
             "s": np.array(ONE), "z": np.array(EIGHT), "low": np.array(0, np.uint8), "high": np.array(15, np.uint8),
             "w": normal(3, 4, scale=9).astype(np.int8), "wt": normal(4, 3, scale=9).astype(np.int8), "eye": np.eye(3, dtype=np.uint8),
         }  # fmt: skip
-        return parse(text, {k: v for k, v in constants.items() if re.search(rf"\b{k}\b", text)}), target
+        model = parse(text, {k: v for k, v in constants.items() if re.search(rf"\b{k}\b", text)})
+        if "f)" in text:
+            float8 = onnx.TensorProto.FLOAT8E4M3FN
+            model.graph.initializer.append(onnx.TensorProto(name="f", data_type=float8, raw_data=b"\0"))
+            model.opset_import[0].version = 19
+        return model, target
     change, target = CHANGED[rule]
     model = ModelProto()
     model.CopyFrom(written)
@@ -217,9 +237,13 @@ def test_every_rule_has_a_broken_file():
 @pytest.mark.parametrize("target", targets.names())
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_is_written_for_a_target_obeys_its_rules(target, bits):
+    rules = targets.load(target)
+    if rules.weight.container != "int8" and bits < 8:
+        pytest.skip("its weights have 8 bits")
     config = Config(preset="fast", target=target, weight_bits=bits)
-    model = eptq_onnx.quantize(small_convnet(), {"image": images()}, config, progress=silent).model
-    found = lint(model, targets.load(target))
+    float_model = small_convnet(batch=1 if rules.shapes == "static" else "n")
+    model = eptq_onnx.quantize(float_model, {"image": images()}, config, progress=silent).model
+    found = lint(model, rules)
     assert found.findings == ()
     assert found.pairs > 5
 
@@ -235,14 +259,79 @@ def test_the_model_is_left_alone(written):
     assert written.SerializeToString(deterministic=True) == before
 
 
-def test_quantizers_in_bodies_are_said_to_be_unchecked():
-    model = parse(
-        "g (float[2,3] x, bool c) => (float[2,3] y) { y = If (c) <"
-        "then_branch = t () => (float[2,3] u) { q = QuantizeLinear (x, s, z) u = DequantizeLinear (q, s, z) },"
-        "else_branch = e () => (float[2,3] v) { v = Identity (x) }> }",
-        {"s": np.array(ONE), "z": np.array(EIGHT)},
+CONSTANTS: dict[str, Any] = {
+    "s": np.array(ONE),
+    "z": np.array(EIGHT),
+    "w": normal(3, 4, scale=9).astype(np.int8),
+}
+LAYER = f"{PAIR.format('x')}  wd = DequantizeLinear (w, s, three)  {{}} = MatMul (xd, wd)"
+BODIES = {
+    "one branch": (
+        "g (float[2,3] x, bool c) => (float[2,4] y) { y = If (c) <then_branch = t () => (float[2,4] u) { "
+        + LAYER.format("u")
+        + " }, else_branch = e () => (float[2,4] v) { v = Constant <value = float[2,4] {1,1,1,1,1,1,1,1}> () }> }",
+        ["then_branch of y"],
+    ),
+    "both branches, with the same names": (
+        "g (float[2,3] x, bool c) => (float[2,4] y) { y = If (c) <then_branch = t () => (float[2,4] u) { "
+        + LAYER.format("u") + " }, else_branch = e () => (float[2,4] u) { " + LAYER.format("u") + " }> }",
+        ["then_branch of y", "else_branch of y"],
+    ),
+    "a loop": (
+        "g (float[2,3] x, int64 n, bool c) => (float[k,2,4] y) { y = Loop (n, c) <body = b (int64 i, bool go) => "
+        "(bool on, float[2,4] u) { on = Identity (go) " + LAYER.format("u") + " }> }",
+        ["body of y"],
+    ),
+    "a branch in a loop": (
+        "g (float[2,3] x, int64 n, bool c) => (float[k,2,4] y) { y = Loop (n, c) <body = b (int64 i, bool go) => "
+        "(bool on, float[2,4] u) { on = Identity (go)  u = If (go) <then_branch = t () => (float[2,4] p) { "
+        + LAYER.format("p") + " }, else_branch = e () => (float[2,4] p) { " + LAYER.format("p") + " }> }> }",
+        ["then_branch of u in body of y", "else_branch of u in body of y"],
+    ),
+    "what a branch reads from outside": (
+        f"g (float[2,3] x, bool c) => (float[2,4] y) {{ {PAIR.format('x')}  y = If (c) <then_branch = t () => "
+        "(float[2,4] u) { wd = DequantizeLinear (w, s, three)  u = MatMul (xd, wd) }, else_branch = e () => "
+        "(float[2,4] v) { v = Constant <value = float[2,4] {1,1,1,1,1,1,1,1}> () }> }",
+        ["then_branch of y"],
+    ),
+}  # fmt: skip
+"""Weights with a zero point of 3, in bodies, and where each is found."""
+
+
+@pytest.mark.parametrize(("text", "places"), BODIES.values(), ids=BODIES)
+def test_rules_see_into_bodies_and_say_where(text, places):
+    found = eptq_onnx.lint(parse(text, {**CONSTANTS, "three": np.array(3, np.int8)}), "ort-x64-vnni")
+    wrong = [f for f in found.findings if f.rule == "zero-point"]
+    assert [f.where for f in wrong] == places
+    assert {f.node for f in wrong} <= {"wd", "wd_1"}
+    # Nothing else is wrong: what a body reads from outside is seen by the rules, too.
+    assert {f.rule for f in found.findings} == {"zero-point"}
+    assert found.pairs == 2 * len(places)
+    sound = eptq_onnx.lint(parse(text, {**CONSTANTS, "three": np.array(0, np.int8)}), "ort-x64-vnni")
+    assert sound.findings == ()
+
+
+def test_rules_see_into_functions_and_say_where():
+    text = (
+        '<ir_version: 8, opset_import: ["" : 17, "own" : 1]> g (float[2,3] x, int8[3,4] w, float s, uint8 z, '
+        "int8 three) => (float[2,4] y) { y = own.Layer (x, w, s, z, three) } "
+        '<domain: "own", opset_import: ["" : 17]> Layer (x, w, s, z, three) => (u) { '
+        + LAYER.format("u")
+        + " }"
     )
-    assert eptq_onnx.lint(model).unchecked == ("2 quantizers in the bodies of If, Loop or Scan",)
+    model = onnx.parser.parse_model(text)
+    values = {**CONSTANTS, "three": np.array(3, np.int8)}
+    del model.graph.input[1:]
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
+    found = eptq_onnx.lint(model, "ort-x64-vnni").findings
+    assert [(f.rule, f.where) for f in found] == [("zero-point", "function Layer")]
+
+
+def test_types_that_a_target_stores_weights_in_are_right():
+    config = Config(preset="fast", target="qnn", weight_bits=4, storage="native")
+    model = eptq_onnx.quantize(small_convnet(batch=1), {"image": images()}, config, progress=silent).model
+    assert {t.data_type for t in model.graph.initializer} & {onnx.TensorProto.INT4, onnx.TensorProto.UINT4}
+    assert not [f for f in lint(model, targets.load("qnn")).findings if f.rule == "type"]
 
 
 # ---- the command -------------------------------------------------------------------------------------------

@@ -78,11 +78,11 @@ def test_a_fused_node_stands_for_all_that_it_computes():
 
 def test_integer_kernels_stand_for_the_operators_that_were_planned(quantized):
     found = {k.operator: k for k in runtimes.make().kernels(quantized)}
-    assert found["Conv"].integer
+    assert found["Conv"].quantized
     assert found["Conv"].precision == "uint8"
     original = {n.name: n.op_type for n in quantized.graph.node}
     for kernel in runtimes.make().kernels(quantized):
-        if kernel.integer and kernel.operator in ("Conv", "Gemm"):
+        if kernel.quantized and kernel.operator in ("Conv", "Gemm"):
             assert kernel.operator in {original[name] for name in kernel.stands_for}
 
 

@@ -155,13 +155,13 @@ def test_every_node_has_a_precision_and_stands_for_something(each_runtime):
     for kernel in floats:
         assert kernel.precision in ("float32", "bfloat16", "float16"), kernel
         assert kernel.stands_for, kernel
-        assert not kernel.integer
+        assert not kernel.quantized
 
 
 def test_integer_kernels_are_told_from_float_ones(each_runtime, symmetric):
     [conv] = [k for k in able(lambda: each_runtime.kernels(symmetric)) if k.operator == "Conv"]
     # onnxruntime has no kernel for a float bias; the others compute on integers.
-    assert conv.integer == (not isinstance(each_runtime, (onnxruntime.OnnxRuntime, web.Web))), conv
+    assert conv.quantized == (not isinstance(each_runtime, (onnxruntime.OnnxRuntime, web.Web))), conv
     assert conv.stands_for
 
 
@@ -170,7 +170,7 @@ def test_integer_kernels_of_the_default_target_run(measuring):
     quantized = eptq_onnx.quantize(small_convnet(), images(8), config, progress=silent).model
     convolutions = [k for k in measuring.kernels(quantized) if k.operator == "Conv"]
     assert len(convolutions) == 3
-    assert all(k.integer for k in convolutions)
+    assert all(k.quantized for k in convolutions)
 
 
 def test_nodes_are_timed(measuring):

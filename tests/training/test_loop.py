@@ -20,7 +20,7 @@ from eptq_onnx.method.plan import plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.method.score import score
-from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.biases import BiasSpec
 from eptq_onnx.numerics.optimizers import Adam
 from eptq_onnx.records import Network, Scores
 from eptq_onnx.runtime import Session
@@ -70,7 +70,7 @@ class Case:
         for x in self.plan.layers:
             assert x.bias is not None
             grid = self.start.grids[quantizers[x.input].name].scale, self.start.weights[x.weight].scale
-            biases[x.bias] = quant_math.round_bias(self.start.biases[x.bias], *grid)
+            biases[x.bias] = BiasSpec().round(self.start.biases[x.bias], *grid)
         return {
             **self.samples.take(np.arange(self.graph.micro_batch)), **weights, **biases,
             ACTIVATION_SCALES: scales, ATTENTION: attention, FLOAT_SHARE: np.array([0.0], np.float32),

@@ -15,6 +15,7 @@ from onnx import numpy_helper
 
 from eptq_onnx.config import Preset
 from eptq_onnx.errors import OutputError
+from eptq_onnx.numerics.biases import BiasSpec
 from eptq_onnx.numerics.formats import E4M3, IntFormat, PerAxis, PerBlock, PerTensor
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.spec import QuantSpec
@@ -124,7 +125,7 @@ def test_a_set_has_one_digest_whatever_its_order():
 def test_a_record_comes_back(workdir):
     spec = QuantSpec(IntFormat.full(4, signed=True), PerAxis(0), (-1, 1))
     plan = Plan(
-        (), (), (), (), {"n": "Conv"}, {}, (KeptFloat("k", "Exp", "no kernel"),), True, frozenset({"e"})
+        (), (), (), (), {"n": "Conv"}, {}, (KeptFloat("k", "Exp", "no kernel"),), BiasSpec(), frozenset({"e"})
     )
     assert decode(encode((spec, plan), workdir), workdir) == (spec, plan)
 

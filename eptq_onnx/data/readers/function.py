@@ -31,8 +31,7 @@ class FunctionReader(Reader):
 
     def open(self, source: Any, request: Request) -> Opened:
         """Call the function and read what it returns."""
-        module, _, name = str(source).partition(":")
-        found = open_source(_function(module, name, str(source))(), request)
+        found = open_source(function_named(str(source), "data function")(), request)
         return replace(found, origin=replace(found.origin, label=f"what {source} gives"))
 
     def files(self, source: Any) -> list[tuple[str, Path]]:
@@ -41,14 +40,28 @@ class FunctionReader(Reader):
         return [("the calibration script", Path(os.path.abspath(module.replace(".", os.sep) + ".py")))]
 
 
-def _function(module: str, name: str, label: str) -> Callable[[], Any]:
+def function_named(label: str, what: str) -> Callable[..., Any]:
+    """Import a function named as ``module:function``, from the working folder, too.
+
+    Parameters
+    ----------
+    label : str
+    what : str
+        What the function is for, in errors.
+
+    Raises
+    ------
+    DataError
+        If it cannot be imported, or is no function.
+    """
+    module, _, name = label.partition(":")
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)  # Python adds a script's own folder, but not a command's working folder
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise DataError(f"data function {label} cannot be imported: {e}.") from e
+    except (ImportError, AttributeError, ValueError) as e:
+        raise DataError(f"{what} {label} cannot be imported: {e}.") from e
     if not callable(function):
         raise DataError(f"{label} is not a function.")
     return function  # type: ignore[no-any-return]

@@ -101,9 +101,8 @@ def plan(
         integer,
         absorbed,
         left,
-        integer_bias=target.bias.integer,
+        bias=target.bias_spec(),
         exact=_choosing(draft, integer),
-        bias_zero_point=target.bias.zero_point,
         float_outputs=target.outputs == "float",
         carried=_carried(draft),
     )

@@ -70,8 +70,12 @@ def quantizers_of(
         through = first if others else pointwise(view, first, lambda shape: math.prod(shape) == 1)[1]
         lows, highs = zip(*(bounds_of(draft, m) for m in (first, *others)), strict=True)
         bounds = min(lows), max(highs)
+        maker = view.producer.get(first)
+        prescribed = draft.row(maker).output_range if maker is not None and not others else None
         activations.append(
-            ActivationQuantizer(first, tuple(members), own, bounds, through, axes.get(first), others)
+            ActivationQuantizer(
+                first, tuple(members), own, bounds, through, axes.get(first), others, prescribed
+            )
         )
     return tuple(activations), tuple(operands)
 

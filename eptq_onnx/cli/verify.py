@@ -1,0 +1,89 @@
+"""The command ``verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from eptq_onnx import api, targets
+from eptq_onnx.cli.app import app, one_sentence
+from eptq_onnx.cli.lint import show_findings
+from eptq_onnx.cli.options import options_of, with_options
+from eptq_onnx.config import Config, Gate, Reading
+from eptq_onnx.data import readers
+from eptq_onnx.data.readers import Data
+from eptq_onnx.gate import Verified
+from eptq_onnx.report.console import console, line
+from eptq_onnx.report.speed import in_words
+
+
+@app.command()
+@with_options(Reading, Gate)
+def verify(
+    *,
+    models: Annotated[
+        tuple[Path, Path],
+        typer.Argument(
+            metavar="FLOAT QUANTIZED", help="The float ONNX model, and the same model quantized by any tool."
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Samples to compare outputs on, best those that calibration has not seen: "
+            f"{'; '.join(readers.forms(on_command_line=True))}."
+        ),
+    ],
+    target: Annotated[
+        str,
+        typer.Option(help=f"Target to check for: {', '.join(targets.names())}, or the path of a file."),
+    ] = Config().target,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    **options: Any,
+) -> None:
+    """Check QUANTIZED: the rules of a target, outputs, kernels and latency in the target's runtime.
+
+    The exit code is 1 if a rule is broken (an error, not a warning) or an option such as --min-sqnr is not
+    met, and 2 if something cannot be checked.
+    """
+    with one_sentence(console(stderr=True)):
+        samples = Data(data, **options_of(Reading, options))
+        found = api.verify(*models, samples, target, Gate(**options_of(Gate, options)))
+        if as_json:
+            print(found.to_json())
+        else:
+            _show(found, models[1], console())
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def _show(found: Verified, model: Path, out: Console) -> None:
+    show_findings(found.lint, model, out)
+    table = Table(
+        "output",
+        "SQNR (dB)",
+        "about the mean (dB)",
+        "worst sample (dB)",
+        title=line(f"Outputs on {found.samples} samples, by {found.computed_by}"),
+        title_justify="left",
+    )
+    for name, s in found.outputs.items():
+        figures = (s.sqnr_db, s.centred_sqnr_db, s.sample_sqnr_db)
+        table.add_row(line(name), *(f"{figure:.2f}" for figure in figures))
+    out.print(table)
+    for operator, counts in found.kernels.items():
+        kinds = ", ".join(f"{count} in {precision}" for precision, count in counts.items())
+        out.print(line(f"kernels of {operator}: {kinds}"), soft_wrap=True)
+    if found.speed is not None:
+        out.print(line(in_words(found.speed)), soft_wrap=True)
+    if found.score is not None:
+        out.print(line(f"score: {found.score:.4g}, float model: {found.float_score:.4g}"), soft_wrap=True)
+    for sentence in found.unavailable:
+        out.print(line(f"not checked: {sentence}", "yellow"), soft_wrap=True)
+    for sentence in found.failures:
+        out.print(line(f"failed: {sentence}", "bold red"), soft_wrap=True)
+    out.print(line("passed" if found.passed else "not passed", "bold"), soft_wrap=True)

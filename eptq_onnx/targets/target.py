@@ -1,0 +1,231 @@
+"""A runtime, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from eptq_onnx.config import Config, FloatType, WeightStorage
+from eptq_onnx.errors import ConfigError
+from eptq_onnx.numerics.biases import BiasSpec
+from eptq_onnx.numerics.formats import FLOATS, IntFormat, PerAxis, PerTensor
+from eptq_onnx.numerics.spec import QuantSpec
+from eptq_onnx.targets.rows import (
+    ActivationRules,
+    BiasRules,
+    Operator,
+    PatternRules,
+    RestRules,
+    Row,
+    Runs,
+    WeightRules,
+)
+
+_OLDEST_OPSET = 13
+"""First opset in which quantizers have an axis, and axes are inputs, as the graph rewrites need them."""
+OPSETS = {
+    "int16": 21, "uint16": 21, "int4": 21, "uint4": 21, "int2": 25, "uint2": 25, "float4e2m1": 23,
+    "float8e4m3fn": 19, "float8e4m3fnuz": 19, "float8e5m2": 19, "float8e5m2fnuz": 19,
+}  # fmt: skip
+"""Type to the first opset in which QuantizeLinear and DequantizeLinear support it."""
+ONNXRUNTIME = "onnxruntime"
+"""The verifier that is always installed."""
+
+
+class Target(Row):
+    """A runtime, as data.
+
+    Parameters
+    ----------
+    name, title : str
+    min_opset : int
+        Lowest default-domain opset of the written file, at least 13.
+    verifier : str
+        The runtime that checks a written file and measures its speed, or ``"none"``.
+    outputs : str
+        ``"shared"``: a network output that is also quantized for its readers holds the dequantized values;
+        ``"float"``: network outputs always hold the values before the quantizer.
+    shapes : str
+        ``"static"``: inputs have fixed sizes, and there are no If, Loop and Scan; ``"any"``.
+    weight, activation, bias, rest, patterns
+        See the classes of these rules.
+    operators : dict of str to Operator
+        Operator, without its domain, to its row.
+    """
+
+    name: str
+    title: str
+    min_opset: int = Field(ge=_OLDEST_OPSET)
+    verifier: str = "none"
+    outputs: Literal["shared", "float"] = "shared"
+    shapes: Literal["any", "static"] = "any"
+    weight: WeightRules
+    activation: ActivationRules
+    bias: BiasRules
+    rest: RestRules = RestRules()
+    patterns: PatternRules = PatternRules()
+    operators: dict[str, Operator]
+
+    @model_validator(mode="after")
+    def _without_integer_biases_of_floats(self) -> Target:
+        floats = FLOATS.keys() & {self.weight.container, self.activation.container}
+        if self.bias.integer and floats:
+            raise ValueError(
+                f"an integer bias has the scale of integer weights and activations: with {floats.pop()}, "
+                "bias.integer is false"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_whole_rows(cls, value: Any) -> Any:
+        """Fill in the weight rules of each operator from those of the target."""
+        if not isinstance(value, dict) or not isinstance(value.get("weight"), dict):
+            return value
+        rows = value.get("operators")
+        if not isinstance(rows, dict):
+            return value
+        whole = {
+            op: {**row, "weight": {**value["weight"], **row["weight"]}}
+            if isinstance(row, dict) and isinstance(row.get("weight"), dict)
+            else row
+            for op, row in rows.items()
+        }
+        return {**value, "operators": whole}
+
+    def that_run(self, *runs: Runs) -> frozenset[str]:
+        """Return the operators that run in one of these ways."""
+        return frozenset(op for op, row in self.operators.items() if row.runs in runs)
+
+    @property
+    def kernels(self) -> dict[str, tuple[str, ...]]:
+        """Return each operator's integer kernels; empty if onnxruntime is not the verifier."""
+        if self.verifier != ONNXRUNTIME:
+            return {}
+        return {op: self.operators[op].kernels for op in self.that_run("layer", "arithmetic")}
+
+    def of(self, op_type: str) -> Target:
+        """Return the target with the weight rules of one operator."""
+        row = self.operators.get(op_type)
+        return self if row is None or row.weight is None else self.model_copy(update={"weight": row.weight})
+
+    def weight_spec(self, bits: int, axis: int | None, depthwise: bool = False) -> QuantSpec:
+        """Return the spec of a weight with output-channel axis ``axis`` (None for one scale per tensor)."""
+        granularity = PerAxis(axis) if axis is not None and self.weight.per_channel else PerTensor()
+        if self.weight.container in FLOATS:
+            return QuantSpec(FLOATS[self.weight.container], granularity, scales=self.weight.scale)
+        special = self.weight.depthwise_range_8_bits if depthwise else None
+        least, most = special or self.weight.range_8_bits
+        low, high = max(-(2 ** (bits - 1)), least), min(2 ** (bits - 1) - 1, most)
+        zero_points = high - most, low - least
+        return QuantSpec(IntFormat(bits, True, low, high), granularity, zero_points, self.weight.scale)
+
+    def bias_spec(self) -> BiasSpec | None:
+        """Return how biases are stored as integers; None if they stay float."""
+        rules = self.bias
+        return BiasSpec(rules.container, self.weight.scale, rules.zero_point) if rules.integer else None
+
+    def table_spec(self) -> QuantSpec:
+        """Return the spec of a stored lookup table: one scale per row, by the scale rule of weights."""
+        return QuantSpec(IntFormat(8, True, -127, 127), PerAxis(0), scales=self.weight.scale)
+
+    def opset_for(self, activation_bits: int, storage: WeightStorage | None = None) -> int:
+        """Return the lowest opset with the types of these activations and of weights stored like this."""
+        native = self.weight.storage if storage is WeightStorage.NATIVE else ()
+        types = {
+            self.weight.container,
+            self.activation.type_name(activation_bits),
+            *(f"int{width}" for width in native),
+        }
+        return max([self.min_opset, *(OPSETS.get(name, 1) for name in types)])
+
+    def check_bits(self, config: Config) -> None:
+        """Check that the runtime supports the widths that the options ask for.
+
+        Raises
+        ------
+        ConfigError
+            If it does not.
+        """
+        weights = {config.weight_bits, config.edge_bits, *(w for _, w, _ in config.node_bits)}
+        activations = {config.activation_bits, *(a for _, _, a in config.node_bits)}
+        for what, container, widths in (
+            ("weights", self.weight.container, weights),
+            ("activations", self.activation.container, activations),
+        ):
+            if container not in FLOATS:
+                continue
+            if what == "weights" and config.budget is not None:
+                raise ConfigError(
+                    f"option budget is not for target {self.name}, whose weights are all {container}: "
+                    "leave it out."
+                )
+            if other := widths - {FLOATS[container].bits}:
+                raise ConfigError(
+                    f"target {self.name} does not support {min(other)}-bit {what}, because its {what} are "
+                    f"{container}: choose {FLOATS[container].bits} bits."
+                )
+        if (least := min(activations)) < 8 and not self.activation.narrow:
+            raise ConfigError(
+                f"target {self.name} does not support {least}-bit activations, because it takes no Clip "
+                "between QuantizeLinear and DequantizeLinear (its activation.narrow is false): choose 8 bits."
+            )
+
+    def storage_for(self, storage: WeightStorage | None) -> WeightStorage:
+        """Return how weights are stored: by the option, or by default as the runtime supports it.
+
+        Raises
+        ------
+        ConfigError
+            If the runtime does not support the option.
+        """
+        if storage is None:
+            return WeightStorage.PACKED if self.weight.packed else WeightStorage.INT8
+        if storage is WeightStorage.PACKED and not self.weight.packed:
+            raise ConfigError(
+                f"option storage=packed is not for target {self.name}, which does not unpack weights "
+                "(its weight.packed is false): choose int8, or leave the option out."
+            )
+        if storage is WeightStorage.NATIVE and not self.weight.storage:
+            raise ConfigError(
+                f"option storage=native is not for target {self.name}, which reads no ONNX type below 8 bits "
+                "(its weight.storage is empty): leave the option out, or choose int8."
+            )
+        return storage
+
+    def rest_for(self, asked: FloatType | None, own: Sequence[str]) -> FloatType:
+        """Return the type of what stays float: by the option, or by default that of the model.
+
+        Parameters
+        ----------
+        asked : FloatType or None
+        own : sequence of str
+            The float types other than float32 that the model computes in.
+
+        Raises
+        ------
+        ConfigError
+            If the runtime does not support the option.
+        """
+        supported = (FloatType.FLOAT32.value, *self.rest.types)
+        if asked is None:
+            return FloatType(next((t for t in own if t in self.rest.types), FloatType.FLOAT32.value))
+        if asked.value not in supported:
+            raise ConfigError(
+                f"option rest={asked.value} is not for target {self.name}, which computes floats in "
+                f"{' or '.join(supported)} (its rest.types): choose another, or leave the option out."
+            )
+        return asked
+
+    def activation_spec(self, bits: int) -> QuantSpec:
+        """Return the spec of an activation; widths above 8 bits are stored in 16."""
+        least_range = self.activation.least_range
+        if self.activation.container in FLOATS:
+            return QuantSpec(
+                FLOATS[self.activation.container], scales=self.activation.scale, least_range=least_range
+            )
+        form = IntFormat.full(bits, signed=self.activation.container == "int8")
+        zero_points = (0, 0) if self.activation.symmetric else (form.qmin, form.qmax)
+        return QuantSpec(form, zero_points=zero_points, scales=self.activation.scale, least_range=least_range)
