@@ -182,6 +182,19 @@ def test_a_choice_is_taken_only_if_it_is_faster_twice(bench, monkeypatch):
     assert min(measured) == 0.8
 
 
+def test_where_every_operator_is_slower_one_layer_stays_on_integers(bench, monkeypatch):
+    seconds = bench.seconds
+
+    def slow(self, model):
+        quantized = any(n.op_type == "DequantizeLinear" for n in model.graph.node)
+        return seconds(self, model) * (40 if quantized else 1)
+
+    monkeypatch.setattr(bench, "seconds", slow)
+    result = run()
+    assert not any("not chosen by time" in note for note in result.report.notes)
+    assert len(result.report.layers) == 1
+
+
 def test_models_that_take_no_time_are_left_as_planned(bench):
     bench.unit = 1e-5
     result = run()

@@ -191,6 +191,10 @@ class Cut:
             gained[region.operators] += times[0] - times[1] if times is not None else 0.0
         return tuple(r.movable and gained[r.operators] >= 0 for r in self.regions.regions)
 
+    def has_layers(self, chosen: Sequence[bool]) -> bool:
+        """Return True if a choice leaves a layer on integers: without one there is nothing to quantize."""
+        return any(chosen[k] for k in self.regions.layers)
+
     def choose(
         self,
         times: Times,

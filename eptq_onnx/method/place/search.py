@@ -35,6 +35,8 @@ _MARGIN = 1.25
 """Factor on integer kernels in the cautious choice."""
 _DOUBT, _MOST_TRIED = 1.1, 2
 """Factor on the planned model's predicted time up to which choices are timed as a whole, and how many."""
+_TIE = 1.02
+"""Ratio of times that makes no difference between two choices."""
 _TRIES, _STEP = 5, 0.98
 """Maximum number of choices timed for the least noise, and how far each limit is below the last."""
 _POINTS = 7
@@ -201,12 +203,15 @@ class Search:
         likely = sorted(likely, key=lambda pair: pair[0].predicted)[:_MOST_TRIED]
         # This choice rests on whole models alone, and is tried whatever the times of regions predict.
         kinds = cut.choose(times, fixed=cut.faster_kinds(times.seen))
-        if kinds is not None and kinds.on_integers not in {planned, *(c.on_integers for c, _ in likely)}:
+        others = {planned, *(c.on_integers for c, _ in likely)}
+        if kinds is not None and kinds.on_integers not in others and cut.has_layers(kinds.on_integers):
             likely.append((kinds, "float where operators are slower"))
         tried = {c.on_integers: self._timed(name, c) for c, name in likely}
         faster = [on for on, candidate in tried.items() if candidate.high < 1]
         if faster:
-            chosen = min(faster, key=lambda on: tried[on].ratio)
+            least = min(tried[on].ratio for on in faster)
+            # Of choices that take the same time, the one with most integers makes the smallest file.
+            chosen = max((on for on in faster if tried[on].ratio <= _TIE * least), key=sum)
             again = self._compare(models.without(chosen))
             seconds, ratio, low, high = _times(again)
             tried[chosen] = replace(tried[chosen], seconds=seconds, ratio=ratio, low=low, high=high)
