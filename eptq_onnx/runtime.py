@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -366,31 +364,6 @@ class Session:
     def end_profiling(self) -> Path:
         """Stop profiling and return the file with the times (Chrome trace events, as JSON)."""
         return Path(self._session.end_profiling())
-
-
-_LOADING_SECONDS = 60
-_LOADING = (
-    "import sys, onnxruntime as o; s = o.SessionOptions(); s.log_severity_level = 4; "
-    "[s.register_custom_ops_library(p) for p in sys.argv[2:]]; "
-    "o.InferenceSession(sys.argv[1], s, providers=['CPUExecutionProvider'])"
-)
-
-
-def survives(model: ModelProto) -> bool:
-    """Return False if onnxruntime crashes or hangs while it loads a model, tested in another process.
-
-    A model that it rejects with an error returns True.
-    """
-    with scratch.folder() as folder, source(model) as given:
-        path = Path(given) if isinstance(given, str) else Path(folder) / "model.onnx"
-        if not isinstance(given, str):
-            path.write_bytes(given)
-        try:
-            command = [sys.executable, "-c", _LOADING, str(path), *_custom_operators.get()]
-            done = subprocess.run(command, capture_output=True, check=False, timeout=_LOADING_SECONDS)
-        except subprocess.TimeoutExpired:
-            return False
-    return done.returncode in (0, 1)
 
 
 def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, TypeProto]:

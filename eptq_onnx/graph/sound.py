@@ -10,6 +10,7 @@ import onnx
 from onnx import ModelProto
 
 from eptq_onnx import runtime
+from eptq_onnx.crashes import survives
 from eptq_onnx.errors import ModelError, one_line
 from eptq_onnx.graph.canonical import FIRST_IR_WITH_CONSTANTS
 from eptq_onnx.graph.view import opset_of
@@ -41,7 +42,7 @@ def make_sound(model: ModelProto, name: str) -> None:
         bare = _without_shapes(light(model)[0])
         if _objection(bare) is None:
             _without_shapes(model)
-        if not runtime.survives(_of_readable_opset(model)):
+        if not survives(_of_readable_opset(model)):
             why = _objection(model) or _objection(bare)
             raise ModelError(
                 f"{name} is not valid ONNX, and onnxruntime crashes on it, "

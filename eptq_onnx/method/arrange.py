@@ -6,14 +6,15 @@ batch size hard-coded in a Reshape, statistics or attention across the batch), s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, helper
+from onnx import ModelProto, NodeProto, helper
 
+from eptq_onnx.crashes import survives
 from eptq_onnx.data.layouts import Column
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.errors import DataError, ModelError
@@ -22,12 +23,18 @@ from eptq_onnx.graph.replay import Place, Replay
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.ops import recorded
 from eptq_onnx.parallel import ordered_map
+from eptq_onnx.proto.bodies import all_nodes
 from eptq_onnx.runtime import Session
 
 _SIZES = (2, 4, 8, 16, 32, 64)
 """Batch sizes to try if single samples do not run: some models hard-code their batch size."""
+_PADDED = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool")
 _CLOSE = 1e-6
 """Noise-to-signal power ratio below which values are equal: float summation order depends on the batch."""
+
+
+class _CrashError(ModelError):
+    """onnxruntime crashes, whatever is taken for the batch axis."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ def arrange(model: ModelProto, candidates: Sequence[Samples], seed: int) -> Arra
             break
         try:
             fits = probe.fits(samples)
+        except _CrashError:
+            raise
         except ModelError as e:
             errors.append((samples, e))
             continue
@@ -206,7 +215,15 @@ class _Probe:
                 n: (helper.np_dtype_to_tensor_dtype(feeds[n].dtype), feeds[n].ndim)
                 for n in (p.name for p in self._draws)
             }
-            self._session = Session(Replay(self._draws, types)(self._model, recorded))
+            replayed = Replay(self._draws, types)(self._model, recorded)
+            cropping = next(_cropping(self._model), None)
+            if cropping is not None and not survives(replayed, feeds):
+                node = cropping.name or cropping.op_type
+                raise _CrashError(
+                    f"onnxruntime crashes when it runs the model, probably in node {node}, whose pads are "
+                    "negative: crop its input with a Slice instead."
+                )
+            self._session = Session(replayed)
         return self._session.run(self._session.taken(feeds))
 
     def _drawn(self, samples: Samples, places: NDArray[np.int64]) -> Feeds:
@@ -365,3 +382,11 @@ def agree(expected: NDArray[Any], found: NDArray[Any]) -> bool:
     error = np.square((ours[finite] - theirs[finite]) / largest).sum()
     power = np.square(ours[np.isfinite(ours)] / largest).sum()
     return bool(same[~np.isfinite(ours)].all() and error <= _CLOSE * power)
+
+
+def _cropping(model: ModelProto) -> Iterator[NodeProto]:
+    """Yield the convolutions and pools with negative pads, on which some versions of onnxruntime crash."""
+    for node in all_nodes(model.graph):
+        pads = next((a.ints for a in node.attribute if a.name == "pads"), ())
+        if node.op_type in _PADDED and any(pad < 0 for pad in pads):
+            yield node

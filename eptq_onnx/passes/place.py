@@ -23,7 +23,7 @@ from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.passes.base import Context, Pass, State, leave_float, with_activations
+from eptq_onnx.passes.base import Context, Pass, State, leave_float, with_activations, without_equal_steps
 from eptq_onnx.placement import Placement, Timings
 from eptq_onnx.proto import store
 from eptq_onnx.records import Plan, Rounding
@@ -59,6 +59,8 @@ class Place(Pass):
         left = "which operators run on integers was not chosen by time"
         if ctx.target.verifier != ONNXRUNTIME:
             return state.noting(f"{left}: {ctx.target.name} is for a runtime other than onnxruntime")
+        if (name := without_equal_steps(state.plan)) is not None:
+            return state.noting(f"{left}: onnxruntime has no kernels for {name}")
         if store.folder_of(state.model) is not None:
             return state.noting(f"{left}: the float and the quantized model together need too much memory")
         timed = _Timed(state, ctx, type(self).bench(ctx.config.runtime_threads))

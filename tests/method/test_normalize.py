@@ -7,11 +7,12 @@ import onnx
 import pytest
 from graphs import images, normal, parse, small_convnet
 
+from eptq_onnx.crashes import survives
 from eptq_onnx.errors import EptqError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.view import GraphView, opset_of
 from eptq_onnx.method.normalize import normalize
-from eptq_onnx.runtime import Session, survives
+from eptq_onnx.runtime import Session
 
 
 def _ops(model: onnx.ModelProto) -> Counter[str]:
