@@ -316,6 +316,10 @@ def test_the_page_and_the_help_have_all_shipped_targets(monkeypatch, name):
             "tensorrt-fp8 does not support 16-bit activations",
         ),
         ({"target": "tensorrt-fp8", "budget": "weights=4"}, "option budget is not for target tensorrt-fp8"),
+        (
+            {"target": "tensorrt-fp8", "objective": "bytes"},
+            "option objective=bytes is not for target tensorrt-fp8",
+        ),
     ],
 )
 def test_what_a_runtime_does_not_read_is_refused(options, sentence):

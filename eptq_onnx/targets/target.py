@@ -157,9 +157,10 @@ class Target(Row):
         ):
             if container not in FLOATS:
                 continue
-            if what == "weights" and config.budget is not None:
+            if what == "weights" and config.chooses_widths:
+                option = "budget" if config.width_budgets else "objective=bytes"
                 raise ConfigError(
-                    f"option budget is not for target {self.name}, whose weights are all {container}: "
+                    f"option {option} is not for target {self.name}, whose weights are all {container}: "
                     "leave it out."
                 )
             if other := widths - {FLOATS[container].bits}:
