@@ -11,7 +11,7 @@ DEMO := digits_mobile shapes_detector
 # Tests run on all cores.
 PARALLEL := -n logical --dist worksteal
 
-.PHONY: setup demo test test-training test-standard test-oldest sample slow lint docs models clean
+.PHONY: setup environments demo test test-training test-standard test-oldest sample slow lint docs models clean
 
 setup: $(VENV)/installed
 
@@ -19,6 +19,9 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[training,test]"
 	touch $@
+
+# All environments at once, for CI.
+environments: setup $(STANDARD)/installed $(OLDEST)/installed $(VENV)/docs-installed
 
 demo: setup
 	mkdir -p build
@@ -59,9 +62,9 @@ DRAWS ?= 500
 
 # What CI takes of the slow tests; a large model has all cores, and few layers.
 sample: setup
-	EPTQ_DRAWS=12 $(BIN)/python -m pytest $(PARALLEL) -m slow tests/e2e/test_wild.py
+	EPTQ_DRAWS=8 $(BIN)/python -m pytest $(PARALLEL) -m slow tests/e2e/test_wild.py
 	EPTQ_BLOCKS=8 $(BIN)/python -m pytest -m slow tests/e2e/test_large_models.py
-	EPTQ_KILLS=2 $(BIN)/python -m pytest -m slow tests/e2e/test_kills.py
+	EPTQ_KILLS=1 $(BIN)/python -m pytest -m slow tests/e2e/test_kills.py
 
 slow: setup
 	EPTQ_DRAWS=$(DRAWS) $(BIN)/python -m pytest $(PARALLEL) -m slow

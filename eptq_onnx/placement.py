@@ -137,7 +137,7 @@ class Placement:
     why : str
         Why the plan stands without times of regions; empty if they were timed.
     complete : bool
-        False if the time limit left regions untimed that another run may time.
+        False if the time limit left regions untimed.
     """
 
     runtime: str

@@ -40,13 +40,20 @@ def _commands(text: str) -> list[str]:
     return re.findall(r"^eptq-onnx ((?:quantize|bench|verify) .*)$", text, re.MULTILINE)
 
 
+def _marks(page: str) -> list[pytest.MarkDecorator]:
+    """What README shows runs in every environment."""
+    return [] if page == "README.md" else [pytest.mark.once]
+
+
 COMMANDS = [
-    pytest.param(_commands(text), id=f"{page}-{k}")
+    pytest.param(_commands(text), id=f"{page}-{k}", marks=_marks(page))
     for k, (page, lang, text) in enumerate(BLOCKS)
     if lang == "bash"
 ]
 """The commands of each block, which may build on those before."""
-SNIPPETS = [pytest.param(page, text, id=page) for page, lang, text in BLOCKS if lang == "python"]
+SNIPPETS = [
+    pytest.param(page, text, id=page, marks=_marks(page)) for page, lang, text in BLOCKS if lang == "python"
+]
 
 
 @pytest.fixture

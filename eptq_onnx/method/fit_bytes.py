@@ -1,11 +1,14 @@
 """Choose the bits of weights so that the file takes no more bytes than allowed.
 
 An integer program needs costs that add up, but weights of one width share tables and nodes. So costs are
-corrected until they are right for the chosen widths, and what is left over goes to single weights.
+corrected until they are right for the chosen widths, and what is left over goes to single weights. If there
+are few choices, all are counted.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping
 
 from eptq_onnx.errors import ConfigError
@@ -18,6 +21,8 @@ It raises ConfigError if there are none.
 """
 _ROUNDS = 8
 """Maximum number of corrections; the widths mostly stay the same after two or three."""
+_MOST_TRIED = 2048
+"""Number of choices up to which all are counted: few weights share costs in ways that corrections miss."""
 _SLACK = 4096
 """Bytes by which raising a weight may cost less than its values: the tables of its width may go."""
 
@@ -48,6 +53,8 @@ def fit_bytes(
     ConfigError
         If no choice fits.
     """
+    if math.prod(len(of) for of in effects.values()) <= _MOST_TRIED:
+        return _best_of_all(effects, count, limit, keeps)
     fitting: list[dict[str, int]] = []
     refusal: ConfigError | None = None
     widths: dict[str, int] = {}
@@ -73,6 +80,30 @@ def fit_bytes(
             raise refusal
     best = min(fitting, key=lambda found: _noise(effects, found))
     return _raised(effects, best, count, limit, keeps)
+
+
+def _best_of_all(
+    effects: Mapping[str, Mapping[int, float]],
+    count: FileCount,
+    limit: int,
+    keeps: Callable[[Widths], bool],
+) -> dict[str, int]:
+    """Return the best of all widths, each counted."""
+    every = [dict(zip(effects, bits, strict=True)) for bits in itertools.product(*effects.values())]
+    fitting = [widths for widths in every if keeps(widths) and count.bytes(widths) <= limit]
+    if not fitting:
+        least = min(map(count.bytes, filter(keeps, every)), default=None)
+        raise ConfigError(
+            "the limits on the widths of weights cannot be met: raise one of them."
+            if least is None
+            else _too_small(limit, least)
+        )
+    return min(fitting, key=lambda widths: (_noise(effects, widths), count.bytes(widths)))
+
+
+def _too_small(limit: int, least: int) -> str:
+    what = f"option budget=bytes={limit} cannot be met"
+    return f"{what}: the smallest file takes bytes={least}; give at least that."
 
 
 def smallest_file(choose: Choose, count: FileCount, limit: int | None) -> dict[str, int]:
@@ -126,10 +157,7 @@ def _smallest(effects: Mapping[str, Mapping[int, float]], count: FileCount, limi
     uniform = ({n: bits if bits in of else max(of) for n, of in effects.items()} for bits in widths)
     found = min((least, *uniform), key=count.bytes)
     if count.bytes(found) > limit:
-        raise ConfigError(
-            f"option budget=bytes={limit} cannot be met: the smallest file takes "
-            f"bytes={count.bytes(found)}; give at least that."
-        )
+        raise ConfigError(_too_small(limit, count.bytes(found)))
     return found
 
 

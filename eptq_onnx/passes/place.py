@@ -114,7 +114,7 @@ class _Timed:
         if given is not None:
             known = timings.read(given, digest, bench.threads)
             if known is None:
-                timings.write(given, known := self._search(None))
+                timings.write(given, known := self._search())
             return self._told(known)
         path = timings.cached(digest, bench.runtime, bench.machine, bench.threads)
         try:
@@ -122,16 +122,15 @@ class _Timed:
         except ConfigError as e:
             self.notes.append(f"measured again: {e}")
             known = None
-        if known is None or not known.placement.complete:
-            known = self._search(known)
-            self._keep(path, known)
+        if known is None:
+            self._keep(path, known := self._search())
         return self._told(known)
 
     def _told(self, found: Timings) -> Placement:
         if not found.placement.complete:
             self.notes.append(
                 f"{found.placement.untimed} regions were timed in whole models only, because timing regions "
-                "may take a tenth of the run: another run goes on from here"
+                "may take a tenth of the run"
             )
         return found.placement
 
@@ -148,7 +147,7 @@ class _Timed:
                 "option timings"
             )
 
-    def _search(self, before: Timings | None) -> Timings:
+    def _search(self) -> Timings:
         ctx = self._ctx
         models = Models(
             given=io.load(ctx.source, ctx.folder),
@@ -161,7 +160,7 @@ class _Timed:
             values=self._values,
         )
         goal = Goal(_SHARE * ctx.expected, ctx.config.seconds)
-        found = Search(self._cut, self._bench, models, goal, ctx.tell("place")).timings(before)
+        found = Search(self._cut, self._bench, models, goal, ctx.tell("place")).timings()
         return replace(found, network=self._digest)
 
     def _values(self, names: Sequence[str]) -> Feeds:

@@ -121,13 +121,8 @@ class Search:
         self._cut, self._bench, self._models = cut, bench, models
         self._goal, self._limit, self._progress = goal, goal.limit, progress
 
-    def timings(self, before: Timings | None = None) -> Timings:
+    def timings(self) -> Timings:
         """Return the choice with its measurements.
-
-        Parameters
-        ----------
-        before : Timings, optional
-            Measurements of an earlier run that ran out of time; those of regions are used again.
 
         Raises
         ------
@@ -143,7 +138,7 @@ class Search:
         profile = bench.profile(models.exact, models.planned, models.feeds)
         if base.low > 1 and profile.avoidable < _LITTLE and not quiet:
             return self._as_planned(base, "no region is notably slower on integers")
-        pieces, conversions, complete = self._pieces(before, seen := cut.seen(profile.regions))
+        pieces, conversions, complete = self._pieces(seen := cut.seen(profile.regions))
         times = Times(pieces, conversions, seen)
         # Both are fixed; they are predicted only for comparison with their measured times.
         ends = (
@@ -275,17 +270,17 @@ class Search:
         return replace(_candidate(name, choice, _times(speed)), noise=models.noise(choice.on_integers))
 
     def _pieces(
-        self, before: Timings | None, seen: Sequence[tuple[float, float] | None]
+        self, seen: Sequence[tuple[float, float] | None]
     ) -> tuple[dict[str, tuple[Way, ...]], dict[str, dict[str, float]], bool]:
         """Time each distinct conversion and piece once, until the time limit.
 
         Returns the ways, the conversions, and whether nothing is missing.
         """
         cut, bench = self._cut, self._bench
-        ways = dict(before.pieces) if before is not None else {}
-        conversions = {k: dict(v) for k, v in before.conversions.items()} if before is not None else {}
-        pieces = {p.key: p for p in cut.in_order(seen) if p.key not in ways}
-        tensors = {p.key: p for p in cut.conversions.values() if p.key not in conversions}
+        ways: dict[str, tuple[Way, ...]] = {}
+        conversions: dict[str, dict[str, float]] = {}
+        pieces = {p.key: p for p in cut.in_order(seen)}
+        tensors = {p.key: p for p in cut.conversions.values()}
         total = len(pieces) + len(tensors)
         if not total:
             return ways, conversions, True
