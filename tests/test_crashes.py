@@ -28,20 +28,27 @@ def padded(op: str, pads: list[int], channels: int) -> ModelProto:
     )
 
 
+def refusal(model: ModelProto, data: dict[str, Any]) -> str:
+    try:
+        eptq_onnx.quantize(model, data, FAST)
+    except ModelError as e:
+        return str(e)
+    return ""
+
+
 @pytest.mark.parametrize("op", ["Conv", "ConvTranspose", "MaxPool", "AveragePool"])
 @pytest.mark.parametrize("seed", range(3))
 def test_negative_pads_are_quantized_or_refused_and_never_crash(op, seed):
-    """Where onnxruntime's blocked kernels exist, they crash on some negative pads and not on others."""
+    """The blocked kernels of onnxruntime 1.19 crash on some negative pads and not on others."""
     rng = np.random.default_rng(seed)
     pads = [int(p) for p in rng.integers(-2, 2, 4)]
     pads[int(rng.integers(4))] = -int(rng.integers(1, 3))
     channels = int(rng.choice([2, 16]))
     model, data = padded(op, pads, channels), {"x": normal(8, channels, 8, 8)}
-    if survives(model, {"x": data["x"][:1]}):
-        eptq_onnx.quantize(model, data, FAST)
-    else:
-        with pytest.raises(ModelError, match="pads are negative"):
-            eptq_onnx.quantize(model, data, FAST)
+    crashes = not survives(model, {"x": data["x"][:1]})
+    said = refusal(model, data)
+    # Newer versions of onnxruntime refuse all negative pads.
+    assert "pads are negative" in said if crashes else not said or "onnxruntime refuses the model" in said
 
 
 @pytest.mark.parametrize("name", ["x", "file", "a/b", "self"])
