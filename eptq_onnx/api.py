@@ -39,6 +39,7 @@ from eptq_onnx.runtimes.bench import Bench, effort_of
 from eptq_onnx.runtimes.bench import bench as measured
 from eptq_onnx.runtimes.feeds import inputs_of
 from eptq_onnx.summary import Costs, report_of
+from eptq_onnx.targets import Target
 from eptq_onnx.workdir import Workdir
 
 
@@ -141,8 +142,7 @@ def lint(model: str | os.PathLike[str] | bytes | ModelProto, target: str = "auto
     ConfigError
         If there is no such target.
     """
-    rules = targets.load(target)
-    check_roles(rules)
+    rules = _target(target)
     with scratch.folder() as folder:
         return check_rules(io.load(model, folder, quantized=True), rules)
 
@@ -157,6 +157,13 @@ def input_files(
     libraries = [("a custom-operator library", path) for path in config.custom_ops]
     timings = [("the timings file", config.timings)] if config.timings is not None else []
     return [*files_of_model(model), *files_of_data(data), *target, *libraries, *timings]
+
+
+def _target(name: str) -> Target:
+    """Read a target and check that its rows match the operator table."""
+    found = targets.load(name)
+    check_roles(found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -184,8 +191,7 @@ def _quantize(
 ) -> Result:
     """Quantize a model; see `quantize`."""
     runner = pipeline.Runner(pipeline.PIPELINE)
-    target = targets.load(given.target)
-    check_roles(target)
+    target = _target(given.target)
     target.storage_for(given.storage)
     target.check_bits(given)
     chosen = engines.choose(given.engine)
@@ -307,8 +313,7 @@ def verify(
     EptqError
         If something is wrong; see `eptq_onnx.errors` for the subclasses.
     """
-    rules = targets.load(target)
-    check_roles(rules)
+    rules = _target(target)
     pair = Path(float_model), Path(quantized)
     required = required or Gate()
     with custom_operators(required.custom_ops), scratch.folder() as folder:

@@ -10,7 +10,7 @@ import typer
 
 from eptq_onnx import api, runtimes
 from eptq_onnx.cli.app import app, one_sentence
-from eptq_onnx.cli.options import with_options
+from eptq_onnx.cli.options import Pair, with_options
 from eptq_onnx.config import Reading
 from eptq_onnx.data import readers
 from eptq_onnx.data.readers import Data
@@ -29,12 +29,7 @@ def _names() -> str:
 @with_options(Reading)
 def bench(
     *,
-    models: Annotated[
-        tuple[Path, Path],
-        typer.Argument(
-            metavar="FLOAT QUANTIZED", help="The float ONNX model, and the same model quantized by any tool."
-        ),
-    ],
+    models: Pair,
     data: Annotated[
         str | None,
         typer.Option(

@@ -12,10 +12,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from eptq_onnx import targets
 from eptq_onnx.api import lint as run
 from eptq_onnx.cli.app import app, one_sentence
-from eptq_onnx.config import Config
+from eptq_onnx.cli.options import TARGET, TargetName
 from eptq_onnx.report.console import console, line
 from eptq_onnx.rules import Finding, Lint, Severity
 
@@ -28,10 +27,7 @@ _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow"}
 def lint(
     *,
     model: Annotated[Path, typer.Argument(help="The Q/DQ model, from any tool.", show_default=False)],
-    target: Annotated[
-        str,
-        typer.Option(help=f"Target to check for: {', '.join(targets.names())}, or the path of a file."),
-    ] = Config().target,
+    target: TargetName = TARGET,
     as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 1 for warnings, too.")] = False,
 ) -> None:

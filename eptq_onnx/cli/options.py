@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from enum import Enum
+from pathlib import Path
 from types import GenericAlias, NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -16,7 +17,21 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from eptq_onnx import engines, targets
-from eptq_onnx.config import option_of
+from eptq_onnx.config import Config, option_of
+
+Pair = Annotated[
+    tuple[Path, Path],
+    typer.Argument(
+        metavar="FLOAT QUANTIZED", help="The float ONNX model, and the same model quantized by any tool."
+    ),
+]
+"""The files that a command compares."""
+TargetName = Annotated[
+    str, typer.Option(help=f"Target to check for: {', '.join(targets.names())}, or the path of a file.")
+]
+"""The target whose rules a command checks."""
+TARGET = Config().target
+"""Its default."""
 
 F = TypeVar("F", bound=Callable[..., None])
 

@@ -9,11 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from eptq_onnx import api, targets
+from eptq_onnx import api
 from eptq_onnx.cli.app import app, one_sentence
 from eptq_onnx.cli.lint import show_findings
-from eptq_onnx.cli.options import options_of, with_options
-from eptq_onnx.config import Config, Gate, Reading
+from eptq_onnx.cli.options import TARGET, Pair, TargetName, options_of, with_options
+from eptq_onnx.config import Gate, Reading
 from eptq_onnx.data import readers
 from eptq_onnx.data.readers import Data
 from eptq_onnx.gate import Verified
@@ -25,12 +25,7 @@ from eptq_onnx.report.speed import in_words
 @with_options(Reading, Gate)
 def verify(
     *,
-    models: Annotated[
-        tuple[Path, Path],
-        typer.Argument(
-            metavar="FLOAT QUANTIZED", help="The float ONNX model, and the same model quantized by any tool."
-        ),
-    ],
+    models: Pair,
     data: Annotated[
         str,
         typer.Option(
@@ -38,10 +33,7 @@ def verify(
             f"{'; '.join(readers.forms(on_command_line=True))}."
         ),
     ],
-    target: Annotated[
-        str,
-        typer.Option(help=f"Target to check for: {', '.join(targets.names())}, or the path of a file."),
-    ] = Config().target,
+    target: TargetName = TARGET,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     **options: Any,
 ) -> None:

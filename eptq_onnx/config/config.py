@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, Field, field_validator, model_validator
 from typing_extensions import Self, Unpack
 
 from eptq_onnx.config.budget import Budget
@@ -26,9 +26,8 @@ from eptq_onnx.config.choices import (
     WeightRange,
     WeightStorage,
 )
-from eptq_onnx.config.option import Option, option_of
+from eptq_onnx.config.option import Option, OptionModel, option_of
 from eptq_onnx.config.options import Options
-from eptq_onnx.errors import ConfigError
 
 PRESET_STEPS = {Preset.FAST: (0, 0), Preset.BALANCED: (200, 1000), Preset.BEST: (1000, 5000)}
 """Minimum and maximum number of network-wise optimization steps."""
@@ -36,7 +35,7 @@ _CHEAP = 8e7
 """Multiplications per sample up to which a model gets the maximum; five times as many get the minimum."""
 
 
-class Config(BaseModel):
+class Config(OptionModel):
     """Options of `eptq_onnx.quantize`; all are keywords, documented field by field.
 
     Raises
@@ -44,8 +43,6 @@ class Config(BaseModel):
     ConfigError
         If an option is invalid; the message names it.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     weight_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=8)
     """Bits of weights, 2 to 8."""
@@ -222,10 +219,7 @@ class Config(BaseModel):
     Does not change the result."""
 
     def __init__(self, **options: Unpack[Options]) -> None:
-        try:
-            super().__init__(**options)
-        except ValidationError as e:
-            raise ConfigError(describe(e, "option")) from e
+        super().__init__(**options)
 
     @field_validator("batch_axes", mode="before")
     @classmethod
@@ -401,19 +395,3 @@ def widths(text: str) -> tuple[int, int]:
             f"write bits as w4a8, of 2 to 8 for weights and 2 to 8 or 16 for activations, not {text}"
         )
     return int(found[1]), int(found[2])
-
-
-def describe(error: ValidationError, what: str) -> str:
-    """Describe the first problem of a pydantic error in one sentence."""
-    first = error.errors()[0]
-    # An option may be given several times; which of them is wrong, the value says.
-    name = ".".join(part for part in first["loc"] if isinstance(part, str))
-    if first["type"] == "extra_forbidden":
-        return f"{what} {name} is unknown."
-    if first["type"] == "missing":
-        return f"{what} {name} is missing."
-    message = first["msg"].removeprefix("Value error, ")
-    if not name:
-        # Options that do not go together: the message names them.
-        return f"{message}."
-    return f"{what} {name}={first['input']!r} is wrong: {message[0].lower()}{message[1:]}."

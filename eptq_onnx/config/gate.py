@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from eptq_onnx.config.config import describe
-from eptq_onnx.config.option import Option
-from eptq_onnx.errors import ConfigError
+from eptq_onnx.config.option import Option, OptionModel
 
 
-class Gate(BaseModel):
+class Gate(OptionModel):
     """Options of `eptq_onnx.verify`; all are keywords, documented field by field.
 
     Raises
@@ -22,8 +20,6 @@ class Gate(BaseModel):
     ConfigError
         If an option is invalid; the message names it.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     min_sqnr: Annotated[float | None, Option("gate", default="none")] = None
     """Signal-to-noise ratio that every output must have, in dB."""
@@ -48,12 +44,6 @@ class Gate(BaseModel):
     """Seconds to spend on the latency of both files; 0 leaves it out."""
     custom_ops: Annotated[tuple[Path, ...], Option("effort", default="none")] = ()
     """Shared library with custom operators for onnxruntime. May be repeated."""
-
-    def __init__(self, **options: Any) -> None:
-        try:
-            super().__init__(**options)
-        except ValidationError as e:
-            raise ConfigError(describe(e, "option")) from e
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
+
+from eptq_onnx.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,37 @@ class Option:
 def option_of(field: FieldInfo) -> Option:
     """What a field is as an option."""
     return next(m for m in field.metadata if isinstance(m, Option))
+
+
+class OptionModel(BaseModel):
+    """Options as a record; each field is documented by a string behind it.
+
+    Raises
+    ------
+    ConfigError
+        If an option is invalid; the message names it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, **options: Any) -> None:
+        try:
+            super().__init__(**options)
+        except ValidationError as e:
+            raise ConfigError(describe(e, "option")) from e
+
+
+def describe(error: ValidationError, what: str) -> str:
+    """Describe the first problem of a pydantic error in one sentence."""
+    first = error.errors()[0]
+    # An option may be given several times; which of them is wrong, the value says.
+    name = ".".join(part for part in first["loc"] if isinstance(part, str))
+    if first["type"] == "extra_forbidden":
+        return f"{what} {name} is unknown."
+    if first["type"] == "missing":
+        return f"{what} {name} is missing."
+    message = first["msg"].removeprefix("Value error, ")
+    if not name:
+        # Options that do not go together: the message names them.
+        return f"{message}."
+    return f"{what} {name}={first['input']!r} is wrong: {message[0].lower()}{message[1:]}."

@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from typing_extensions import TypedDict, Unpack
 
-from eptq_onnx.config.config import describe
-from eptq_onnx.config.option import Option
-from eptq_onnx.config.recipes import IMAGE_RECIPES, AudioRecipe, ImageRecipe
-from eptq_onnx.errors import ConfigError
+from eptq_onnx.config.option import Option, OptionModel
+from eptq_onnx.config.recipes import AudioRecipe, ImageRecipe
 
 
 class ReadingOptions(TypedDict, total=False):
@@ -23,7 +21,7 @@ class ReadingOptions(TypedDict, total=False):
     tokenizer: str | Path | None
 
 
-class Reading(BaseModel):
+class Reading(OptionModel):
     """How calibration data is read; options of every command that takes ``--data``.
 
     Raises
@@ -31,8 +29,6 @@ class Reading(BaseModel):
     ConfigError
         If an option is invalid; the message names it.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     samples: Annotated[int | None, Option("data", metavar="N", default="all")] = Field(None, ge=1)
     """Number of samples to use, spread evenly over the data."""
@@ -50,15 +46,8 @@ class Reading(BaseModel):
     """The tokenizer.json of a model that reads text."""
 
     def __init__(self, **options: Unpack[ReadingOptions]) -> None:
-        try:
-            super().__init__(**options)
-        except ValidationError as e:
-            raise ConfigError(describe(e, "option")) from e
+        super().__init__(**options)
 
     def given(self) -> dict[str, object]:
         """Return the options that were given, as JSON."""
         return self.model_dump(mode="json", exclude_none=True)
-
-
-RECIPES = tuple(IMAGE_RECIPES)
-"""Names of recipes for pictures."""

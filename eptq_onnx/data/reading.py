@@ -39,11 +39,6 @@ def read(source: Source, model: ModelProto, given: Axes | None = None) -> Sample
     return load(source, model, given).samples[0]
 
 
-def candidates(source: Source, model: ModelProto, given: Axes | None = None) -> list[Samples]:
-    """Return the possible interpretations of calibration data, most likely first; see `load`."""
-    return list(load(source, model, given).samples)
-
-
 def load(source: Source, model: ModelProto, given: Axes | None = None) -> Candidates:
     """Read calibration data and check that it fits the model.
 

@@ -20,6 +20,9 @@ from eptq_onnx.ops import recorded
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
 
+_MOST_BYTES = 2**29
+"""Default memory limit of the outputs of one network that are kept while the other runs, in bytes."""
+
 
 class Pairing:
     """Runs versions of a network and pairs their outputs with those of the float network.
@@ -93,7 +96,7 @@ def comparisons(runs: Iterable[dict[str, Pair]]) -> dict[str, Comparison]:
     return found
 
 
-def within_bytes(runs: Iterable[Feeds], most: int) -> list[Feeds]:
+def within_bytes(runs: Iterable[Feeds], most: int = _MOST_BYTES) -> list[Feeds]:
     """Return the first runs, up to and including the one that exceeds ``most`` bytes in total."""
     kept: list[Feeds] = []
     size = 0

@@ -333,10 +333,8 @@ def front_of(
     for bits, chosen in points.items():
         own = dict(zip(weights, bits, strict=True))
         noise = sum(weights[name].effects[b] for name, b in own.items())
-        size = sizes.rest + sum(sizes.weights[name][b] for name, b in own.items())
-        size += sum(sizes.shared.get(b, 0) for b in set(bits))
         mean = sum(weights[name].size * b for name, b in own.items()) / total
-        front.append(FrontPoint(noise, size, mean, chosen))
+        front.append(FrontPoint(noise, sizes.total(own), mean, chosen))
     return tuple(sorted(front, key=lambda point: (point.bytes, -point.noise)))
 
 

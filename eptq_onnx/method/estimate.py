@@ -60,7 +60,7 @@ def seconds_a_pass(model: ModelProto, plan: Plan, samples: Samples, config: Conf
 
 
 def seconds_an_operation() -> float:
-    """Return the time of one multiplication in a large matrix product on all cores, in seconds."""
+    """Return the time of one multiplication in a large matrix product, in seconds."""
     factor = np.ones((_SIZE, _SIZE), np.float32)
     taken = []
     for _ in range(3):

@@ -9,7 +9,6 @@ import numpy as np
 from onnx import ModelProto
 
 from eptq_onnx.config import Objective, Start
-from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.file_count import FileCount, FileSizes, Storing
 from eptq_onnx.graph.message_sizes import file_bytes
@@ -28,11 +27,10 @@ from eptq_onnx.method.allocate import (
     with_widths,
 )
 from eptq_onnx.method.fit_bytes import fit_bytes, smallest_file
-from eptq_onnx.method.float_fallback import SAMPLES as FALLBACK_SAMPLES
 from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.method.signature import sign
-from eptq_onnx.passes.base import Context, Cost, Pass, State, with_activations
+from eptq_onnx.passes.base import Context, Cost, Pass, State, deviation_of, with_activations
 from eptq_onnx.program import BYTES, NOISE
 from eptq_onnx.records import Plan
 
@@ -72,9 +70,7 @@ def _goal(state: State, ctx: Context) -> Goal:
     config = ctx.config
     if config.objective is not Objective.BYTES:
         return Goal(NOISE, config.width_budgets)
-    deviation = Deviation(
-        state.executed, ctx.samples, ctx.walked, FALLBACK_SAMPLES, state.calibration.variance, config
-    )
+    deviation = deviation_of(state, ctx)
     noise = 0.0
     if deviation.parts:
         noise = deviation(*with_activations(state, ctx, [q.name for q in state.plan.activations]))

@@ -21,6 +21,7 @@ from eptq_onnx.errors import GradientError
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.method.calibrate import calibrate
+from eptq_onnx.method.float_fallback import SAMPLES as NOISE_SAMPLES
 from eptq_onnx.method.judge import SAMPLES, Limit
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.qdq import write
@@ -374,6 +375,13 @@ def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[
     )
     marked, stands_for = write(state.model, plan, Rounding({}, {}, state.calibration.grids, {}, {}))
     return ctx.executed(marked, stands_for), stands_for
+
+
+def deviation_of(state: State, ctx: Context) -> Deviation:
+    """Return what measures the noise of quantized activations at the outputs."""
+    return Deviation(
+        state.executed, ctx.samples, ctx.walked, NOISE_SAMPLES, state.calibration.variance, ctx.config
+    )
 
 
 def without_equal_steps(plan: Plan) -> str | None:

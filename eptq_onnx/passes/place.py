@@ -15,15 +15,22 @@ from eptq_onnx.errors import ConfigError, ModelError, OutputError
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph import edit, io
 from eptq_onnx.graph.shapes import specialize
-from eptq_onnx.method.float_fallback import SAMPLES
 from eptq_onnx.method.place.network import Cut
-from eptq_onnx.method.place.search import Goal, Models, Search
+from eptq_onnx.method.place.search import Models, Search, TimeGoal
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.passes.base import Context, Pass, State, leave_float, with_activations, without_equal_steps
+from eptq_onnx.passes.base import (
+    Context,
+    Pass,
+    State,
+    deviation_of,
+    leave_float,
+    with_activations,
+    without_equal_steps,
+)
 from eptq_onnx.placement import Placement, Timings
 from eptq_onnx.proto import store
 from eptq_onnx.records import Plan, Rounding
@@ -159,7 +166,7 @@ class _Timed:
             feeds=self._feeds,
             values=self._values,
         )
-        goal = Goal(_SHARE * ctx.expected, ctx.config.seconds)
+        goal = TimeGoal(_SHARE * ctx.expected, ctx.config.seconds)
         found = Search(self._cut, self._bench, models, goal, ctx.tell("place")).timings()
         return replace(found, network=self._digest)
 
@@ -195,10 +202,7 @@ class _Timed:
 
     @cached_property
     def _deviation(self) -> Deviation:
-        state, ctx = self._state, self._ctx
-        return Deviation(
-            state.executed, ctx.samples, ctx.walked, SAMPLES, state.calibration.variance, ctx.config
-        )
+        return deviation_of(self._state, self._ctx)
 
     def _written(self, plan: Plan) -> ModelProto:
         """Return the network that the samples run, quantized by a plan with nearest rounding."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +20,7 @@ from eptq_onnx.report import placement as by_time
 from eptq_onnx.report.console import console as standard_output
 from eptq_onnx.report.console import line
 from eptq_onnx.report.front import front_table
+from eptq_onnx.report.plain import plain
 from eptq_onnx.report.speed import in_words, operator_table, warning
 from eptq_onnx.report.verdict import MADE_UP, Assurance, Verdict, judge
 
@@ -127,7 +126,7 @@ class Report:
         """Return the whole report as JSON, with the verdict first; infinite ratios are null."""
         return (
             json.dumps(
-                _plain({"verdict": dataclasses.asdict(self.verdict), **dataclasses.asdict(self)}), indent=2
+                plain({"verdict": dataclasses.asdict(self.verdict), **dataclasses.asdict(self)}), indent=2
             )
             + "\n"
         )
@@ -284,16 +283,3 @@ def _size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} GB"
-
-
-def _plain(value: Any) -> Any:
-    """Return the value with JSON types only."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

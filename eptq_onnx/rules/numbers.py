@@ -11,7 +11,7 @@ from eptq_onnx.graph.view import int_attribute, opset_of
 from eptq_onnx.numerics.biases import bias_scale
 from eptq_onnx.numerics.quant_math import prescribed_grid
 from eptq_onnx.numerics.scales import ScaleRule
-from eptq_onnx.rules.roles import activation_of, bias_of, biases_of, weights_of
+from eptq_onnx.rules.roles import activation_of, bias_of, biases_of, rows_of, weights_of
 from eptq_onnx.rules.rule import Rule, Severity, rule
 from eptq_onnx.rules.view import QdqView, Quantized
 from eptq_onnx.targets import ONNXRUNTIME, OPSETS, Target
@@ -206,9 +206,8 @@ def least_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 )
 def output_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: onnxruntime, quantization for the QNN execution provider; the TFLite int8 specification."""
-    for node in view.nodes:
-        row = target.operators.get(node.op_type)
-        if row is None or row.output_range is None:
+    for node, row in rows_of(view, target):
+        if row.output_range is None:
             continue
         for q in view.written(node.output[0]):
             if q.scale is None or q.scale.size != 1:

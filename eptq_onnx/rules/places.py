@@ -10,7 +10,7 @@ from onnx import NodeProto
 from eptq_onnx.ops import spec_of
 from eptq_onnx.ops.regions import regions
 from eptq_onnx.ops.sizes import objection
-from eptq_onnx.rules.roles import activation_of, activations_of, bias_of, runs_on_integers
+from eptq_onnx.rules.roles import activation_of, activations_of, bias_of, rows_of, runs_on_integers
 from eptq_onnx.rules.rule import Rule, Severity, rule
 from eptq_onnx.rules.scopes import BODY_DOMAIN
 from eptq_onnx.rules.view import DEQUANTIZE, QUANTIZE, QdqView, Quantized
@@ -74,9 +74,9 @@ def packed_constants(view: QdqView, target: Target) -> Iterator[tuple[str, str]]
 )
 def layer_input(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: TensorRT, OpenVINO, onnxruntime: an operator runs on integers if all inputs are quantized."""
-    for node in view.nodes:
-        row, place = target.operators.get(node.op_type), spec_of(node).weight
-        if row is None or row.runs != "layer" or place is None or len(node.input) <= place:
+    for node, row in rows_of(view, target):
+        place = spec_of(node).weight
+        if row.runs != "layer" or place is None or len(node.input) <= place:
             continue
         x, weight = activation_of(node.input[0], view, target), view.read(node.input[place])
         if not view.is_constant(node.input[place]) or (x is None) == (weight is None):
@@ -93,9 +93,8 @@ def layer_input(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 )
 def layer_output(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: onnxruntime qdq_selectors.cc."""
-    for node in view.nodes:
-        row = target.operators.get(node.op_type)
-        if row is None or row.output != "quantized" or not runs_on_integers(node, view, target):
+    for node, row in rows_of(view, target):
+        if row.output != "quantized" or not runs_on_integers(node, view, target):
             continue
         tensor = _behind_clipping(node, view, target)
         readers = view.readers(tensor)
@@ -154,9 +153,8 @@ def _writes_integers(node: NodeProto, view: QdqView, target: Target) -> bool:
 def residual(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: TensorRT, Q/DQ placement for residual sums; modelopt.onnx."""
     layers = target.that_run("layer")
-    for node in view.nodes:
-        row = target.operators.get(node.op_type)
-        if row is None or row.inputs != "residual":
+    for node, row in rows_of(view, target):
+        if row.inputs != "residual":
             continue
         reads = [
             q for i in node.input if (q := activation_of(i, view, target)) is not None and not q.constant
@@ -179,11 +177,9 @@ def residual(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 )
 def shared_scale(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: onnxruntime qdq_selectors.cc; TensorRT and OpenVINO for Concat."""
-    for node in view.nodes:
-        row = target.operators.get(node.op_type)
-        if row is None or not (row.runs == "equal scale" or row.shared_scale):
-            continue
-        if not runs_on_integers(node, view, target):
+    for node, row in rows_of(view, target):
+        moves = row.runs == "equal scale" or row.shared_scale
+        if not moves or not runs_on_integers(node, view, target):
             continue
         around: list[Quantized] = [
             q for i in activations_of(node, view) if (q := activation_of(i, view, target)) is not None
@@ -201,11 +197,8 @@ def shared_scale(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 )
 def moved(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: TensorRT, which moves quantizers across such operators itself."""
-    for node in view.nodes:
-        row = target.operators.get(node.op_type)
-        if row is None or not row.carries:
-            continue
-        if runs_on_integers(node, view, target) and any(view.written(o) for o in node.output):
+    for node, row in rows_of(view, target):
+        if row.carries and runs_on_integers(node, view, target) and any(view.written(o) for o in node.output):
             yield node.name, f"the output of {node.op_type} is quantized once more"
 
 
@@ -294,9 +287,8 @@ def static(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 )
 def shift(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: AMD Quark, XINT8."""
-    for node in view.nodes:
-        row = target.operators.get(node.op_type)
-        if row is None or not row.shifts or not runs_on_integers(node, view, target):
+    for node, row in rows_of(view, target):
+        if not row.shifts or not runs_on_integers(node, view, target):
             continue
         found = _shifts(node, view, target)
         for name, (low, high) in row.shifts.items():

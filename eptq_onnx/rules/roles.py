@@ -8,7 +8,7 @@ from onnx import NodeProto
 
 from eptq_onnx.ops import spec_of
 from eptq_onnx.rules.view import QdqView, Quantized
-from eptq_onnx.targets import Target
+from eptq_onnx.targets import Operator, Target
 
 
 def activation_of(tensor: str, view: QdqView, target: Target) -> Quantized | None:
@@ -22,11 +22,19 @@ def activation_of(tensor: str, view: QdqView, target: Target) -> Quantized | Non
     return read
 
 
+def rows_of(view: QdqView, target: Target) -> Iterator[tuple[NodeProto, Operator]]:
+    """Yield the nodes that the target has a row for, with that row."""
+    for node in view.nodes:
+        row = target.operators.get(node.op_type)
+        if row is not None:
+            yield node, row
+
+
 def weights_of(view: QdqView, target: Target) -> Iterator[tuple[NodeProto, Quantized, int]]:
     """Yield the layers with a quantized constant weight, the weight, and its output-channel axis."""
-    for node in view.nodes:
-        spec, row = spec_of(node), target.operators.get(node.op_type)
-        if row is None or row.runs != "layer" or spec.weight is None or len(node.input) <= spec.weight:
+    for node, row in rows_of(view, target):
+        spec = spec_of(node)
+        if row.runs != "layer" or spec.weight is None or len(node.input) <= spec.weight:
             continue
         read = view.read(node.input[spec.weight])
         shape = view.graph.shape(node.input[spec.weight])

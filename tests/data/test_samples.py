@@ -170,7 +170,7 @@ def test_inputs_without_a_batch_axis_take_one_entry_a_run(tmp_path):
             samples = data.read(source, model)
             assert (samples.count, samples.fixed_batch) == (7, 1)
             np.testing.assert_array_equal(samples.take([4])["x"], x[4])
-    lone = data.candidates({"x": x[0]}, SOUND)
+    lone = data.load({"x": x[0]}, SOUND).samples
     assert [s.count for s in lone] == [40, 1]
     np.testing.assert_array_equal(lone[1].take([0])["x"], x[0])
 

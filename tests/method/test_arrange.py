@@ -21,7 +21,7 @@ W = {"w": normal(6, 5, seed=1)}
 def arranged(text: str, source: Any = None, given: Any = None, **constants: np.ndarray):
     model = parse(text, {**W, **constants})
     plain = normalize(model, 13)
-    return plain, arrange(plain, data.candidates({"x": X} if source is None else source, model, given), 0)
+    return plain, arrange(plain, data.load({"x": X} if source is None else source, model, given).samples, 0)
 
 
 def test_samples_that_do_not_disturb_each_other_go_into_one_batch():

@@ -47,7 +47,7 @@ _Found: TypeAlias = tuple[str, tuple[bool, ...], tuple[Candidate, ...], tuple[Ti
 
 
 @dataclass(frozen=True)
-class Goal:
+class TimeGoal:
     """What is chosen, and how long that may take.
 
     Parameters
@@ -105,7 +105,7 @@ class Search:
     cut : Cut
     bench : Stopwatch
     models : Models
-    goal : Goal
+    goal : TimeGoal
     progress : callable
         Called with the number of pieces timed and the total.
     """
@@ -115,7 +115,7 @@ class Search:
         cut: Cut,
         bench: Stopwatch,
         models: Models,
-        goal: Goal,
+        goal: TimeGoal,
         progress: Callable[[int, int], None],
     ) -> None:
         self._cut, self._bench, self._models = cut, bench, models
