@@ -200,6 +200,8 @@ def _declare(model: ModelProto) -> None:
     made = {o for node in model.graph.node for o in node.output if o}
     declared = [v for v in (*model.graph.value_info, *model.graph.output) if v.name in made]
     if not declared:
+        # All outputs are inputs or initializers.
+        _declare_outputs(model, {})
         return
     bare, _ = light(model)
     kept = [v for v in bare.graph.value_info if v.name not in made]

@@ -132,12 +132,26 @@ def input_as_output(model):
     model.graph.output.append(model.graph.input[0])
 
 
+def constant_as_output(model):
+    model.graph.output.add(name="w")
+
+
+def only_a_constant_as_output(model):
+    del model.graph.output[:]
+    model.graph.output.add(name="w")
+
+
+def only_an_input_as_output(model):
+    del model.graph.output[:]
+    model.graph.output.add(name="x")
+
+
 ODD = [
     no_type, no_output_shape, no_input_shape, wrong_output_rank, wrong_output_size, wrong_inner_rank,
     stray_info, no_graph_name, no_ir_version, ir_3_with_constants_that_are_no_inputs,
     ir_3_with_constants_that_are_inputs, default_domain_by_its_other_name, operator_sets_twice,
     no_import_of_onnxruntimes_domain, no_import_of_the_default_domain, constant_twice, output_twice,
-    input_as_output,
+    input_as_output, constant_as_output, only_a_constant_as_output, only_an_input_as_output,
 ]  # fmt: skip
 
 
