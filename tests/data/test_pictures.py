@@ -37,8 +37,9 @@ def model(
     return found
 
 
-def picture(width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
-    return Image.fromarray(RNG.integers(0, 256, (height, width, 3), np.uint8)).convert(mode)
+def picture(width: int = 40, height: int = 30, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels).convert(mode)
 
 
 def sight(recipe: str | None, of: onnx.ModelProto | None = None) -> Sight:
@@ -54,16 +55,20 @@ def loaded(source: Any, of: onnx.ModelProto | None = None, **options: Any) -> da
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.integers(1, 40), st.integers(0, 30))
-def test_a_crop_is_that_of_the_resized_picture(width, height, rows, columns, more):
+@given(
+    st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.integers(1, 40), st.integers(0, 30),
+    st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_a_crop_is_that_of_the_resized_picture(width, height, rows, columns, more, seed):
     """The usual way is to resize the whole picture and to cut out the middle."""
-    source, short = picture(width, height), min(rows, columns) + more
+    source, short = picture(width, height, seed=seed), min(rows, columns) + more
     found = sight(f"raw,size={rows}x{columns},resize={short}", model("N,3,H,W"))(source)
     scale = max(short / min(width, height), columns / width, rows / height)
     whole = (max(int(width * scale), columns), max(int(height * scale), rows))
     left, top = round((whole[0] - columns) / 2), round((whole[1] - rows) / 2)
     wanted = source.resize(whole, Image.Resampling.BILINEAR).crop((left, top, left + columns, top + rows))
-    np.testing.assert_allclose(found.transpose(1, 2, 0), np.asarray(wanted), atol=1)
+    # Pillow rounds to whole colours along each of the two axes: one step for each.
+    np.testing.assert_allclose(found.transpose(1, 2, 0), np.asarray(wanted), atol=2)
 
 
 @settings(deadline=None, max_examples=30)
