@@ -30,6 +30,7 @@ from eptq_onnx.proto.bodies import all_nodes, initializers
 from eptq_onnx.records import Estimate, KeptFloat, Plan
 from eptq_onnx.report.plain import plain
 from eptq_onnx.start import Start, start, target_of
+from eptq_onnx.targets import machine
 
 SAMPLES = 250
 """Samples that a run is estimated for if nobody says how many."""
@@ -173,7 +174,7 @@ def inspect(model: Model, config: Config, reading: Reading, folder: str) -> Insp
         outputs=_ports(original, fed=False),
         data=data,
         target=target.name,
-        why_target=(targets.choice_of(config.target) or "").partition(": ")[2],
+        why_target=machine.fitting()[1] if config.target == targets.AUTO else "",
         nodes=dict(Counter(_named(n.domain, n.op_type) for n in all_nodes(original.graph)).most_common()),
         operators=_operators(whole, plan),
         kept_float=plan.kept_float,
