@@ -16,7 +16,8 @@ from eptq_onnx.errors import (
 )
 
 if TYPE_CHECKING:
-    from eptq_onnx.api import Result, bench, lint, quantize, verify
+    from eptq_onnx.api import Result, bench, compare, inspect, lint, quantize, samples, verify
+    from eptq_onnx.comparison import Compared, Sample
     from eptq_onnx.config import (
         ActivationRange,
         Attention,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     )
     from eptq_onnx.data.readers import Data
     from eptq_onnx.gate import Verified
+    from eptq_onnx.inspection import Inspection
     from eptq_onnx.passes.base import Progress
     from eptq_onnx.report import Report
     from eptq_onnx.rules import Finding, Lint, Severity
@@ -47,6 +49,7 @@ __all__ = [
     "Budget",
     "BudgetUnit",
     "CapabilityError",
+    "Compared",
     "Config",
     "ConfigError",
     "Data",
@@ -56,6 +59,7 @@ __all__ = [
     "FloatType",
     "Gate",
     "GradientError",
+    "Inspection",
     "InstallError",
     "Lint",
     "ModelError",
@@ -67,6 +71,7 @@ __all__ = [
     "Report",
     "Result",
     "RoundingVariable",
+    "Sample",
     "Severity",
     "Start",
     "Verified",
@@ -74,24 +79,33 @@ __all__ = [
     "WeightStorage",
     "__version__",
     "bench",
+    "compare",
+    "inspect",
     "lint",
     "quantize",
+    "samples",
     "verify",
 ]
 
 _PLACES = {
     "Bench": "runtimes.bench",
+    "Compared": "comparison",
     "Data": "data.readers",
     "Finding": "rules",
+    "Inspection": "inspection",
     "Lint": "rules",
     "Progress": "passes.base",
     "Report": "report",
     "Result": "api",
+    "Sample": "comparison",
     "Severity": "rules",
     "Verified": "gate",
     "bench": "api",
+    "compare": "api",
+    "inspect": "api",
     "lint": "api",
     "quantize": "api",
+    "samples": "api",
     "verify": "api",
 }
 """Modules of what is imported when it is asked for, other than `eptq_onnx.config`: the command has to handle

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx import ModelProto
+from typing_extensions import Unpack
 
-from eptq_onnx import engines, gate, pipeline, runtimes, scratch, targets
-from eptq_onnx.config import Config, Gate
+from eptq_onnx import gate, runtimes, scratch
+from eptq_onnx.comparison import LEAST_DB, SAMPLES, Compared, Sample, samples_of
+from eptq_onnx.comparison import compare as side_by_side
+from eptq_onnx.config import Config, Gate, Reading
+from eptq_onnx.config.reading import ReadingOptions
 from eptq_onnx.data.readers import Source
 from eptq_onnx.data.readers import files_of as files_of_data
 from eptq_onnx.data.sheet import contact_sheet
-from eptq_onnx.data.splits import share_out
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.files import check_apart, check_writable, model_outputs
 from eptq_onnx.gate import Verified
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.external import files_of as files_of_model
+from eptq_onnx.inspection import Inspection
+from eptq_onnx.inspection import inspect as look_at
 from eptq_onnx.memory import peak_memory
-from eptq_onnx.method.estimate import multiplications
-from eptq_onnx.method.plan import plan as make_plan
-from eptq_onnx.ops import check_roles, executed
 from eptq_onnx.parallel import owned_threads
-from eptq_onnx.passes.base import Context, Progress, State
-from eptq_onnx.prepare import counting, final, prepare
+from eptq_onnx.passes.base import Progress
+from eptq_onnx.prepare import final
 from eptq_onnx.proto import store
 from eptq_onnx.report import Report
 from eptq_onnx.resume import Resume
@@ -38,13 +40,9 @@ from eptq_onnx.runtime import custom_operators
 from eptq_onnx.runtimes.bench import Bench, effort_of
 from eptq_onnx.runtimes.bench import bench as measured
 from eptq_onnx.runtimes.feeds import inputs_of
+from eptq_onnx.start import silent, start, target_of
 from eptq_onnx.summary import Costs, report_of
-from eptq_onnx.targets import Target
 from eptq_onnx.workdir import Workdir
-
-
-def _silent(step: str, done: int, total: int, detail: object = "") -> None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ def quantize(
     data: Source,
     config: Config | None = None,
     *,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> Result:
     """Quantize a float ONNX model with EPTQ.
 
@@ -142,9 +140,99 @@ def lint(model: str | os.PathLike[str] | bytes | ModelProto, target: str = "auto
     ConfigError
         If there is no such target.
     """
-    rules = _target(target)
+    rules = target_of(target)
     with scratch.folder() as folder:
         return check_rules(io.load(model, folder, quantized=True), rules)
+
+
+def inspect(
+    model: str | os.PathLike[str] | bytes | ModelProto,
+    config: Config | None = None,
+    **reading: Unpack[ReadingOptions],
+) -> Inspection:
+    """Look at a float model without data: what it takes, what would run on integers, what a run costs.
+
+    Parameters
+    ----------
+    model : path, bytes or ModelProto
+        The float model; it is never modified.
+    config : Config, optional
+        The options that `quantize` would get.
+    **reading
+        What is known of the data: ``samples`` (250 by default), ``image``, ``audio``, ``tokenizer``; see
+        `Data`.
+
+    Returns
+    -------
+    Inspection
+
+    Raises
+    ------
+    EptqError
+        If there is nothing to quantize, or something is wrong; see `eptq_onnx.errors` for the subclasses.
+    """
+    config = config or Config()
+    with owned_threads(config.threads), custom_operators(config.custom_ops), scratch.folder() as folder:
+        return look_at(model, config, Reading(**reading), folder)
+
+
+def compare(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    data: Source,
+    *,
+    most: int = SAMPLES,
+    below: float = LEAST_DB,
+) -> Compared:
+    """Compare two models on samples: outputs, the layers where they part, the worst samples.
+
+    Operators are computed as ONNX defines them. `verify` runs the kernels of a target's runtime.
+
+    Parameters
+    ----------
+    first, second : path
+        Two files with the same inputs, float or quantized. The first is the reference.
+    data : Source
+        Samples, best those that calibration has not seen; see `quantize`.
+    most : int
+        Most samples to compare outputs on.
+    below : float
+        Ratio in dB below which a tensor counts as the place where they part.
+
+    Returns
+    -------
+    Compared
+
+    Raises
+    ------
+    EptqError
+        If something is wrong; see `eptq_onnx.errors` for the subclasses.
+    """
+    with owned_threads(None), scratch.folder() as folder:
+        return side_by_side((Path(first), Path(second)), data, folder, most, below)
+
+
+def samples(model: str | os.PathLike[str] | bytes | ModelProto, data: Source) -> Iterator[Sample]:
+    """Yield samples as a model takes them, with the names of their files: for a metric of one's own.
+
+    Parameters
+    ----------
+    model : path, bytes or ModelProto
+    data : Source
+        See `quantize`, such as ``Data("photos", image="imagenet")``.
+
+    Yields
+    ------
+    Sample
+
+    Raises
+    ------
+    EptqError
+        If the data does not fit, or the model takes several samples a run.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return samples_of(io.read_file(Path(model)), data)
+    return samples_of(io.load(model, quantized=True), data)
 
 
 def input_files(
@@ -157,13 +245,6 @@ def input_files(
     libraries = [("a custom-operator library", path) for path in config.custom_ops]
     timings = [("the timings file", config.timings)] if config.timings is not None else []
     return [*files_of_model(model), *files_of_data(data), *target, *libraries, *timings]
-
-
-def _target(name: str) -> Target:
-    """Read a target and check that its rows match the operator table."""
-    found = targets.load(name)
-    check_roles(found)
-    return found
 
 
 @dataclass(frozen=True)
@@ -190,47 +271,15 @@ def _quantize(
     places: _Places,
 ) -> Result:
     """Quantize a model; see `quantize`."""
-    runner = pipeline.Runner(pipeline.PIPELINE)
-    target = _target(given.target)
-    target.storage_for(given.storage)
-    target.check_bits(given)
-    chosen = engines.choose(given.engine)
-    engine = chosen() if given.needs_gradients else None
-    with runner.timed("normalize"):
-        prepared = prepare(model, data, target, given, places.folder)
-        samples = prepared.samples
-        if prepared.origin.recipe or prepared.origin.made_up:
-            progress("data", 1, 1, prepared.origin)
-        float_model = executed(prepared.model, prepared.found)
-    with runner.timed("plan"):
-        plan = make_plan(prepared.model, target, given)
-        config, state = runner.affordable(
-            counting(given, prepared), State(prepared.model, float_model, plan), samples
-        )
-        fit = targets.fit_of(given.target, target)
-        state = state if fit is None else state.noting(fit)
-    ctx = Context(
-        given=given,
-        config=config,
-        target=target,
-        engine=engine,
-        samples=samples,
-        shares=share_out(samples, config),
-        found=prepared.found,
-        multiplications=multiplications(float_model, plan, samples),
-        source=model,
-        folder=places.folder,
-        float_bytes=prepared.float_bytes,
-        rest=prepared.rest,
-        progress=progress,
-    )
+    begun = start(model, data, given, places.folder, progress)
+    runner, prepared, state, ctx = begun.runner, begun.prepared, begun.state, begun.ctx
     if places.workdir is not None:
         runner.resume = Resume(places.workdir, state, ctx)
     with runner.timed("estimate"):
         expected = runner.estimate(state, ctx)
     state = runner.run(state, replace(ctx, expected=expected.seconds))
     report = report_of(prepared, state, ctx, Costs(expected, runner.seconds, peak_memory()))
-    sheet = contact_sheet(samples, prepared.origin, prepared.model)
+    sheet = contact_sheet(ctx.samples, prepared.origin, prepared.model)
     return Result(store.load_all(final(sink(state.packed), prepared)), report, contact_sheet=sheet)
 
 
@@ -313,16 +362,8 @@ def verify(
     EptqError
         If something is wrong; see `eptq_onnx.errors` for the subclasses.
     """
-    rules = _target(target)
+    rules = target_of(target)
     pair = Path(float_model), Path(quantized)
     required = required or Gate()
     with custom_operators(required.custom_ops), scratch.folder() as folder:
         return gate.verify(pair, data, rules, required, folder)
-
-
-def bench_files(
-    float_model: str | os.PathLike[str], quantized: str | os.PathLike[str], data: Source | None
-) -> list[tuple[str, Path]]:
-    """List the files that `bench` reads, with descriptions; none may be overwritten."""
-    read = files_of_data(data) if data is not None else []
-    return [*files_of_model(float_model), *files_of_model(quantized), *read]

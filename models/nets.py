@@ -211,6 +211,19 @@ def _classifier(net: Net, y: str, channels: int, name: str) -> ModelProto:
     return net.model(name, ["N", 1, 8, 8], {"logits": ["N", 10]})
 
 
+def demo(net: Net) -> ModelProto:
+    """Depthwise separable classifier of single shapes, of a few kilobytes."""
+    y = net.block("image", "stem", 3, 12, act="Relu6", stride=2)
+    for k, (c_in, c_out, stride) in enumerate([(12, 24, 2), (24, 24, 1), (24, 32, 2), (32, 32, 1)]):
+        main = net.block(y, f"block{k}.depthwise", c_in, c_in, act="Relu6", stride=stride, group=c_in)
+        main = net.block(main, f"block{k}.point", c_in, c_out, act="", k=1)
+        y = net.op("Add", [y, main], f"block{k}_out") if c_in == c_out else main
+    y = net.block(y, "head", 32, 48, act="Relu6", k=1)
+    pooled = net.op("Flatten", [net.op("GlobalAveragePool", [y], "pooled")], "features")
+    net.linear(pooled, "classifier", 48, 5, "scores")
+    return net.model("demo", ["N", 3, 32, 32], {"scores": ["N", 5]})
+
+
 def shapes_detector(net: Net) -> ModelProto:
     """Anchor-free detector on strides 8 and 4: per cell objectness, classes and distances to the box
     sides."""
@@ -263,6 +276,7 @@ def shapes_segmenter(net: Net) -> ModelProto:
 
 
 NETS: dict[str, Callable[[Net], ModelProto]] = {
+    "demo": demo,
     "digits_resnet": digits_resnet,
     "digits_mobile": digits_mobile,
     "shapes_detector": shapes_detector,

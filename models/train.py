@@ -1,7 +1,7 @@
 """Retrain the shipped models, without PyTorch: gradients from eptq_onnx's own engines, updates in numpy.
 
     python models/train.py [NAME ...]      writes <name>.onnx, and the calibration and evaluation data, beside
-    itself
+    itself; the model of `eptq-onnx demo`, into the package
 
 The digits are scikit-learn's; the shapes are drawn. Takes about five minutes on two cores.
 """
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 from sklearn.datasets import load_digits
 
-from eptq_onnx import engines, ops
+from eptq_onnx import demo, engines, ops
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.view import GraphView
@@ -63,7 +63,15 @@ def detection_task() -> Task:
     return Task(shapes.as_input(data.images), {f"{n}_target": t for n, t in targets.items()}, epochs=30)
 
 
+def demo_task() -> Task:
+    """Drawn pictures of one shape each, as the package draws them."""
+    pictures = demo.draw(6144, seed=0)
+    classes = np.eye(len(demo.CLASSES), dtype=np.float32)
+    return Task(pictures.as_input(), {"one_hot": classes[pictures.labels]}, epochs=24)
+
+
 TASKS = {
+    "demo": demo_task,
     "digits_resnet": digits_task,
     "digits_mobile": digits_task,
     "shapes_detector": detection_task,
@@ -112,11 +120,12 @@ def add_loss(model: ModelProto, name: str) -> None:
             f"{o}_target": ["N", 8, "H_" + o, "H_" + o] for o in ("fine", "coarse")
         }
     else:
-        log = b.add("LogSoftmax", ["logits"], axis=1)
+        scores = model.graph.output[0]
+        sizes = [d.dim_value for d in scores.type.tensor_type.shape.dim]
+        log = b.add("LogSoftmax", [scores.name], axis=1)
         picked = b.reduce("ReduceSum", b.add("Mul", [log, "one_hot"]), [1])
         b.add("Neg", [b.reduce("ReduceMean", picked, None)], "loss")
-        rank = len(model.graph.output[0].type.tensor_type.shape.dim)
-        inputs = {"one_hot": ["N", 10 if rank == 2 else 4, *([shapes.SIZE] * (rank - 2))]}
+        inputs = {"one_hot": ["N", *sizes[1:]]}
     for target, shape in inputs.items():
         model.graph.input.append(helper.make_tensor_value_info(target, TensorProto.FLOAT, shape))
     model.graph.node.extend(b.nodes)
@@ -208,7 +217,7 @@ def main() -> None:
     """Train the models named on the command line, or all."""
     write_data()
     for name in sys.argv[1:] or NETS:
-        onnx.save(train(name), HERE / f"{name}.onnx")
+        onnx.save(train(name), demo.MODEL if name == "demo" else HERE / f"{name}.onnx")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,32 @@ def test_quantize_writes_the_model_and_the_report(folder):
         assert text in result.stdout
 
 
-def test_version(folder):
-    assert CliRunner().invoke(app, ["version"]).stdout.strip() == eptq_onnx.__version__
+def test_without_an_output_the_file_lies_beside_the_model_with_its_bits(folder):
+    (folder / "models").mkdir()
+    Path("model.onnx").rename("models/net.v2.onnx")
+    result = invoke("models/net.v2.onnx", "--data", "data.npz", *FAST, "--bits", "w4a8", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert result.stdout.startswith("models/net.v2.w4a8.onnx: ")
+    assert result.stdout.count("\n") == 1
+    assert Path("models/net.v2.w4a8.onnx").exists()
+    again = invoke("models/net.v2.onnx", "--data", "data.npz", *FAST, "--bits", "w4a8", "--json")
+    assert again.exit_code == 0, "its own earlier output is replaced"
+    assert json.loads(again.stdout)["config"]["weight_bits"] == 4
+
+
+def test_without_an_output_no_file_of_another_tool_is_overwritten(folder):
+    Path("model.w8a8.onnx").write_bytes(Path("model.onnx").read_bytes())
+    result = invoke("model.onnx", "--data", "data.npz", *FAST)
+    assert result.exit_code == 2
+    assert "model.w8a8.onnx exists, and was not written by eptq-onnx" in result.stderr
+    assert Path("model.w8a8.onnx").read_bytes() == Path("model.onnx").read_bytes()
+
+
+def test_verbose_prints_what_the_passes_log(folder):
+    result = good("--verbose", *FAST)
+    assert result.exit_code == 0, result.output
+    assert "reconstruct: " in result.stderr
 
 
 def _spoil(**arrays: Any) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+import runpy
 import shlex
 import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +16,7 @@ from conftest import MODELS
 from typer.testing import CliRunner
 
 import eptq_onnx
-from eptq_onnx import runtimes
+from eptq_onnx import demo, runtimes
 from eptq_onnx.cli import app
 from eptq_onnx.config import PRESET_STEPS, Config, Preset, Reading
 from eptq_onnx.config.files import SECTIONS
@@ -36,8 +39,11 @@ BLOCKS = [
 """Page, language and text of every block of code."""
 
 
+NAMES = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
+
+
 def _commands(text: str) -> list[str]:
-    return re.findall(r"^eptq-onnx ((?:quantize|bench|verify) .*)$", text, re.MULTILINE)
+    return re.findall(rf"^eptq-onnx ((?:{'|'.join(NAMES)})\b.*)$", text, re.MULTILINE)
 
 
 def _marks(page: str) -> list[pytest.MarkDecorator]:
@@ -45,22 +51,20 @@ def _marks(page: str) -> list[pytest.MarkDecorator]:
     return [] if page == "README.md" else [pytest.mark.once]
 
 
-COMMANDS = [
-    pytest.param(_commands(text), id=f"{page}-{k}", marks=_marks(page))
-    for k, (page, lang, text) in enumerate(BLOCKS)
-    if lang == "bash"
+RUN = [
+    pytest.param(page, id=page, marks=_marks(page))
+    for page in PAGES
+    if any(name == page and lang in ("bash", "python") for name, lang, _ in BLOCKS)
 ]
-"""The commands of each block, which may build on those before."""
-SNIPPETS = [
-    pytest.param(page, text, id=page, marks=_marks(page)) for page, lang, text in BLOCKS if lang == "python"
-]
+"""Pages with blocks that are run, in order, in one folder: each may build on those before."""
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "models").mkdir()
-    for path in MODELS.glob("digits_*"):
-        shutil.copy(path, tmp_path / "models")
+    """The shipped models, and the files of ``eptq-onnx demo``."""
+    shutil.copytree(MODELS, tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    demo.write(tmp_path)
+    (tmp_path / "metric.py").unlink()  # pages show it
     (tmp_path / "build").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "_LOADS", 1)  # each is a process
@@ -84,30 +88,51 @@ def help_text() -> str:
     return help_of("quantize")
 
 
-@pytest.mark.parametrize("commands", COMMANDS)
-def test_commands(workplace, commands):
-    assert commands
-    for command in commands:
-        result = CliRunner().invoke(app, shlex.split(command))
+@pytest.mark.parametrize("page", RUN)
+def test_what_a_page_shows_runs(workplace, page):
+    """A snippet that begins with the name of a file is that file."""
+    namespace: dict = {"__name__": page}
+    blocks = [
+        (lang, text, re.match(r"# (\w+)\.py$", text, re.MULTILINE))
+        for name, lang, text in BLOCKS
+        if name == page
+    ]
+    for _, text, file in blocks:
+        if file:
+            Path(f"{file[1]}.py").write_text(text, encoding="utf-8")
+            sys.modules.pop(file[1], None)
+    importlib.invalidate_caches()
+    for lang, text, file in blocks:
+        if lang == "python" and not file:
+            exec(compile(text, page, "exec"), namespace)
+        elif lang == "bash":
+            _run(text)
+    assert list(Path().glob("*.w*.onnx")) or list(Path("build").glob("*.onnx"))
+
+
+def _run(text: str) -> None:
+    for line in text.splitlines():
+        program, *arguments = shlex.split(line)
+        if program == "python":
+            runpy.run_path(arguments[0])
+            continue
+        assert program == "eptq-onnx"
+        result = CliRunner().invoke(app, arguments)
         # Which file is slower depends on the machine.
-        assert result.exit_code in ((0, 1) if command.startswith("bench ") else (0,)), result.output
-    assert list(Path("build").glob("*.onnx"))
-
-
-@pytest.mark.parametrize(("page", "snippet"), SNIPPETS)
-def test_python(workplace, page, snippet):
-    exec(compile(snippet, page, "exec"), {})
-    assert list(Path("build").glob("*.onnx"))
+        assert result.exit_code in ((0, 1) if arguments[0] == "bench" else (0,)), result.output
 
 
 def test_there_is_something_to_check_and_not_too_much():
     pages = {page for page, lang, _ in BLOCKS if lang in ("bash", "python")}
-    assert {"README.md", "docs/getting-started.md", "docs/choosing-bits.md"} <= pages
-    assert (
-        sum(len(_commands(text)) for page, lang, text in BLOCKS if (page, lang) == ("README.md", "bash")) >= 2
-    )
-    assert "README.md" in {snippet.id for snippet in SNIPPETS}
-    assert len(COMMANDS) + len(SNIPPETS) <= 14
+    assert {
+        "README.md",
+        "docs/getting-started.md",
+        "docs/choosing-bits.md",
+        "docs/tutorial-photos.md",
+    } <= pages
+    langs = [lang for page, lang, _ in BLOCKS if page == "README.md"]
+    assert {"bash", "python"} <= set(langs)
+    assert len(RUN) <= 16
 
 
 def test_commands_stand_where_they_are_run():
@@ -147,8 +172,8 @@ def test_the_page_of_options_holds_all_of_them(pages, help_text):
     for section in SECTIONS.values():
         assert f"Table `[{section}]`" in page
     rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*) \|$", page, re.MULTILINE)
-    assert len(rows) == len(Config.model_fields) + len(Reading.model_fields) + 6, (
-        "the options, the model, its samples, three outputs and a file of options"
+    assert len(rows) == len(Config.model_fields) + len(Reading.model_fields) + 9, (
+        "the options, the model, its samples, three outputs, a file of options, and how the command prints"
     )
     listed = re.findall(r"`(--[a-z-]+)", " ".join(flags for flags, _, _ in rows))
     assert set(listed) <= set(re.findall(r"--[a-z-]+", help_text))
@@ -156,7 +181,7 @@ def test_the_page_of_options_holds_all_of_them(pages, help_text):
     words = " ".join(re.sub(r"(?<=\w)-\s+", "-", help_text).split())  # lines break behind hyphens
     for flags, default, text in rows:
         assert text, flags
-        assert default in ("required", "none") or f"[default: {default}]" in words, flags
+        assert default in ("required", "none", "off") or f"[default: {default}]" in words, flags
 
 
 def test_the_page_of_options_is_left_alone_elsewhere(pages):
@@ -164,9 +189,8 @@ def test_the_page_of_options_is_left_alone_elsewhere(pages):
 
 
 def test_options_that_pages_name_exist():
-    commands = [c.name or c.callback.__name__ for c in app.registered_commands if c.callback]
     tools = [path.read_text(encoding="utf-8") for path in ROOT.glob("tools/*.py")]
-    known = set(re.findall(r"--[a-z-]+", "".join([*map(help_of, commands), *tools])))
+    known = set(re.findall(r"--[a-z-]+", "".join([*map(help_of, NAMES), *tools])))
     for page, text in PAGES.items():
         own = re.sub(r"^npm .*$", "", text, flags=re.MULTILINE)
         named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", own))
@@ -201,8 +225,8 @@ def test_the_page_of_runtimes_holds_all_of_them_and_what_the_command_takes(pages
     assert "<!--" not in page
     for name, verifier in runtimes.registered().items():
         assert f"| `{name}` | {verifier.about} | {'yes' if verifier.measures else 'no'} |" in page
-    listed = set(re.findall(r"^\| `(--[a-z-]+)` \|", page, re.MULTILINE))
-    own = {"--data", "--runtime", "--threads", "--seconds", "--custom-ops", "--json"}
+    listed = set(re.findall(r"^\| `(--[a-z-]+)`(?:, `-\w`)? \|", page, re.MULTILINE))
+    own = {"--data", "--runtime", "--threads", "--seconds", "--custom-ops", "--json", "--quiet"}
     assert listed == own | {f"--{name}" for name in Reading.model_fields}
     assert "| `FLOAT QUANTIZED` | required |" in page
 

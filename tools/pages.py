@@ -20,8 +20,9 @@ from pydantic.fields import FieldInfo
 
 from eptq_onnx import runtimes, targets
 from eptq_onnx.cli import app
-from eptq_onnx.cli.options import default_of, flags_of, help_of
+from eptq_onnx.cli.options import default_of, help_of
 from eptq_onnx.config import Config, Reading, option_of
+from eptq_onnx.config.option import flags_of
 from eptq_onnx.config.recipes import IMAGE_RECIPES
 from eptq_onnx.data import readers
 from eptq_onnx.numerics.formats import FLOATS
@@ -160,6 +161,8 @@ def _parameters(name: str, others: Container[str] = ()) -> list[tuple[str, str, 
 def _default(parameter: Any) -> str:
     if parameter.required:
         return "required"
+    if parameter.default is False:
+        return "off"
     return "none" if parameter.default is None else str(parameter.default)
 
 

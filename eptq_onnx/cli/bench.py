@@ -9,15 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from eptq_onnx import api, runtimes
-from eptq_onnx.cli.app import app, one_sentence
+from eptq_onnx.cli.app import CHECK, app, one_sentence
+from eptq_onnx.cli.manner import Manner, with_manner
 from eptq_onnx.cli.options import Pair, with_options
 from eptq_onnx.config import Reading
 from eptq_onnx.data import readers
 from eptq_onnx.data.readers import Data
 from eptq_onnx.errors import ConfigError
-from eptq_onnx.files import check_apart, check_writable, write_atomically
 from eptq_onnx.report.bench import print_bench
 from eptq_onnx.report.console import console, line
+from eptq_onnx.report.speed import in_words
 
 
 def _names() -> str:
@@ -25,8 +26,9 @@ def _names() -> str:
     return "; ".join(f"{name} ({verifier.about})" for name, verifier in found if verifier.measures)
 
 
-@app.command()
+@app.command(rich_help_panel=CHECK)
 @with_options(Reading)
+@with_manner("json", "quiet")
 def bench(
     *,
     models: Pair,
@@ -45,7 +47,7 @@ def bench(
     custom_ops: Annotated[
         list[Path] | None, typer.Option(help="Shared libraries of custom operators, for onnxruntime.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Where to write the measurement as JSON.")] = None,
+    manner: Manner,
     **options: Any,
 ) -> None:
     """Compare FLOAT and QUANTIZED: latency, time per operator, load time, memory, size.
@@ -57,9 +59,6 @@ def bench(
         if data is None and options:
             raise ConfigError(f"options on reading data ({', '.join(options)}) go with --data: give it.")
         samples = None if data is None else Data(data, **options)
-        if json is not None:
-            check_writable(json)
-            check_apart({"the measurement": json}, api.bench_files(*models, samples))
         found = api.bench(
             *models,
             samples,
@@ -68,10 +67,11 @@ def bench(
             seconds=seconds,
             custom_ops=custom_ops or (),
         )
-        if json is not None:
-            write_atomically(json, found.to_json().encode())
-        print_bench(found, console())
-        if json is not None:
-            console().print(line(f"wrote {json}"), soft_wrap=True)
+        if manner.json:
+            print(found.to_json())
+        elif manner.quiet:
+            console().print(line(in_words(found.speed)), soft_wrap=True)
+        else:
+            print_bench(found, console())
     if found.slower:
         sys.exit(1)

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from eptq_onnx import engines, targets
 from eptq_onnx.config import Config, option_of
+from eptq_onnx.config.option import flags_of
 
 Pair = Annotated[
     tuple[Path, Path],
@@ -77,12 +78,6 @@ def with_options(*models: type[BaseModel]) -> Callable[[F], F]:
 def options_of(model: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the given options that are fields of a model."""
     return {name: value for name, value in given.items() if name in model.model_fields}
-
-
-def flags_of(name: str, field: FieldInfo) -> list[str]:
-    """Its name on the command line; of a switch the one that turns it off, too."""
-    flag = option_of(field).flag or "--" + name.replace("_", "-")
-    return [flag, f"--no-{flag[2:]}"] if field.annotation is bool else [flag]
 
 
 def default_of(field: FieldInfo) -> str:

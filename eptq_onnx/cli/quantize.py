@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from eptq_onnx import targets
 from eptq_onnx.api import Result, input_files
 from eptq_onnx.api import quantize as run
-from eptq_onnx.cli.app import app, one_sentence
+from eptq_onnx.cli.app import QUANTIZE, app, logged, one_sentence
+from eptq_onnx.cli.manner import Manner, with_manner
 from eptq_onnx.cli.options import options_of, with_options
 from eptq_onnx.config import Config, Reading
 from eptq_onnx.config.files import read_options
@@ -17,12 +20,17 @@ from eptq_onnx.data import readers
 from eptq_onnx.data.readers import Data
 from eptq_onnx.errors import OutputError
 from eptq_onnx.files import check_apart, check_writable, model_outputs, write_atomically
+from eptq_onnx.graph.io import read_file
 from eptq_onnx.interrupts import tell_outcome
+from eptq_onnx.method.qdq import PRODUCER
+from eptq_onnx.numerics.formats import FLOATS
 from eptq_onnx.report.console import console, display, line, shown
+from eptq_onnx.start import silent
 
 
-@app.command()
+@app.command(rich_help_panel=QUANTIZE)
 @with_options(Reading, Config)
+@with_manner("json", "quiet", "verbose")
 def quantize(
     *,
     model: Annotated[Path, typer.Argument(help="The float ONNX model.", show_default=False)],
@@ -33,7 +41,14 @@ def quantize(
             help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}.",
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the QDQ model.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where to write the QDQ model; by default NAME.w8a8.onnx beside the model, with its bits.",
+        ),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Where to write the report as JSON.")] = None,
     contact_sheet: Annotated[
         Path | None,
@@ -45,6 +60,7 @@ def quantize(
             help="File with options: .toml, or the report of a run (.json); the command line comes first."
         ),
     ] = None,
+    manner: Manner,
     **options: Any,
 ) -> None:
     """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime."""
@@ -52,6 +68,7 @@ def quantize(
     with one_sentence(messages):
         given = {**(read_options(config) if config is not None else {}), **options}
         chosen, samples = Config(**options_of(Config, given)), Data(data, **options_of(Reading, given))
+        output = own_output(model, chosen) if output is None else output
         asked = {"the report": report, "the contact sheet": contact_sheet}
         beside = {name: path for name, path in asked.items() if path is not None}
         outputs = {**model_outputs(output), **beside}
@@ -61,16 +78,39 @@ def quantize(
         check_apart(outputs, [*inputs, ("the configuration", config)] if config is not None else inputs)
         if chosen.workdir is not None:
             tell_outcome(f"nothing was written; the same command goes on from {shown(chosen.workdir)}")
-        with display(messages, chosen.preset.value) as progress:
+        shown_in = nullcontext(silent) if manner.quiet else display(messages, chosen.preset.value)
+        with logged(messages, manner.verbose), shown_in as progress:
             result = run(model, samples, chosen, progress=progress)
         result.save(output)
         tell_outcome(f"wrote {shown(output)}")
         failures = [_failure(name, path, result, output) for name, path in beside.items()]
         summary = console()
-        result.report.print(summary)
-        summary.print(line(f"wrote {output}"), soft_wrap=True)
+        if manner.json:
+            print(result.report.to_json())
+        elif manner.quiet:
+            summary.print(line(f"{output}: {result.report.verdict}"), soft_wrap=True)
+        else:
+            result.report.print(summary)
+            summary.print(line(f"wrote {output}"), soft_wrap=True)
         for failure in filter(None, failures):
             raise failure
+
+
+def own_output(model: Path, config: Config) -> Path:
+    """Return where a model is written to if nobody says where: beside the float model, with its bits.
+
+    Raises
+    ------
+    OutputError
+        If a file of that name exists that was not written by this package.
+    """
+    target = targets.load(config.target)
+    bits = f"w{config.weight_bits}a{config.activation_bits}"
+    kind = "fp8" if target.weight.container in FLOATS else "mixed" if config.chooses_widths else bits
+    path = model.with_name(f"{model.stem}.{kind}.onnx")
+    if path.is_file() and read_file(path).producer_name != PRODUCER:
+        raise OutputError(f"{path} exists, and was not written by {PRODUCER}: give another name with -o.")
+    return path
 
 
 def _failure(name: str, path: Path, result: Result, output: Path) -> OutputError | None:

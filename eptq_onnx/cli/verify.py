@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from eptq_onnx import api
-from eptq_onnx.cli.app import app, one_sentence
+from eptq_onnx.cli.app import CHECK, app, one_sentence
 from eptq_onnx.cli.lint import show_findings
+from eptq_onnx.cli.manner import Manner, with_manner
 from eptq_onnx.cli.options import TARGET, Pair, TargetName, options_of, with_options
 from eptq_onnx.config import Gate, Reading
 from eptq_onnx.data import readers
@@ -21,8 +22,9 @@ from eptq_onnx.report.console import console, line
 from eptq_onnx.report.speed import in_words
 
 
-@app.command()
+@app.command(rich_help_panel=CHECK)
 @with_options(Reading, Gate)
+@with_manner("json", "quiet", "verbose")
 def verify(
     *,
     models: Pair,
@@ -34,7 +36,7 @@ def verify(
         ),
     ],
     target: TargetName = TARGET,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    manner: Manner,
     **options: Any,
 ) -> None:
     """Check QUANTIZED: the rules of a target, outputs, kernels and latency in the target's runtime.
@@ -45,16 +47,20 @@ def verify(
     with one_sentence(console(stderr=True)):
         samples = Data(data, **options_of(Reading, options))
         found = api.verify(*models, samples, target, Gate(**options_of(Gate, options)))
-        if as_json:
+        if manner.json:
             print(found.to_json())
         else:
-            _show(found, models[1], console())
+            _show(found, models[1], console(), manner)
     if not found.passed:
         raise typer.Exit(1)
 
 
-def _show(found: Verified, model: Path, out: Console) -> None:
-    show_findings(found.lint, model, out)
+def _show(found: Verified, model: Path, out: Console, manner: Manner) -> None:
+    if manner.quiet:
+        outcome = "passed" if found.passed else f"not passed: {'; '.join(found.failures)}"
+        out.print(line(f"{model}: {outcome}"), soft_wrap=True)
+        return
+    show_findings(found.lint, model, out, manner)
     table = Table(
         "output",
         "SQNR (dB)",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -45,6 +47,27 @@ class Option:
 def option_of(field: FieldInfo) -> Option:
     """What a field is as an option."""
     return next(m for m in field.metadata if isinstance(m, Option))
+
+
+def flags_of(name: str, field: FieldInfo) -> list[str]:
+    """Return its name on the command line, and for a switch the one that turns it off, too."""
+    flag = option_of(field).flag or "--" + name.replace("_", "-")
+    return [flag, f"--no-{flag[2:]}"] if field.annotation is bool else [flag]
+
+
+def written_as(name: str, field: FieldInfo, value: object) -> list[str]:
+    """Return the arguments that give an option this value on the command line; none for None."""
+    flag, *off = flags_of(name, field)
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [flag if value else off[0]]
+    if isinstance(value, Mapping):
+        items: list[object] = [f"{key}={'none' if v is None else v}" for key, v in value.items()]
+    else:
+        items = list(value) if isinstance(value, (tuple, list)) else [value]
+    texts = [str(item.value if isinstance(item, Enum) else item) for item in items]
+    return [part for text in texts for part in (flag, text)]
 
 
 class OptionModel(BaseModel):

@@ -28,10 +28,17 @@ class Candidates:
         Most likely first.
     origin : Origin
         Where the data comes from, and what was done to it.
+    names : tuple of str
+        Names of the samples, if each is a file.
     """
 
     samples: tuple[Samples, ...]
     origin: Origin
+    names: tuple[str, ...] = ()
+
+    def name_of(self, number: int) -> str:
+        """Return the name of a sample, or its number if it has none."""
+        return self.names[number] if self.names else str(number)
 
 
 def read(source: Source, model: ModelProto, given: Axes | None = None) -> Samples:
@@ -66,7 +73,9 @@ def load(source: Source, model: ModelProto, given: Axes | None = None) -> Candid
         return Candidates((_of_feeds(feeds, inputs, label),), opened.origin)
     check_names(content, inputs, label)
     values = {i.name: _checked(content[i.name], i, label) for i in inputs}
-    return Candidates(tuple(_interpretations(values, inputs, given, label, limit)), opened.origin)
+    found = tuple(_interpretations(values, inputs, given, label, limit))
+    names = opened.names if found[0].count == len(opened.names) else ()
+    return Candidates(found, opened.origin, names)
 
 
 def _named(opened: Opened, inputs: Sequence[Input]) -> Opened:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,19 @@ class Walk:
     def set_constant(self, name: str, value: NDArray[Any]) -> None:
         """Use a new value for a constant from now on."""
         self._replaced[name] = value
+
+    def put(self, values: Mapping[str, Sequence[NDArray[Any]]]) -> None:
+        """Replace the values of tensors that were reached, for the nodes that have not run.
+
+        Parameters
+        ----------
+        values : mapping of str to sequence of ndarray
+            One array for each batch.
+        """
+        for name, arrays in values.items():
+            if self._is_awaited(name):
+                for feeds, value in zip(self._live, arrays, strict=True):
+                    feeds[name] = value
 
     def reach(self, tensor: str) -> list[NDArray[Any]]:
         """Run the model up to a tensor and return its value for each batch.

@@ -79,7 +79,7 @@ def _inlined(model: ModelProto) -> ModelProto:
 def _rewritten(model: ModelProto) -> ModelProto:
     _spell_out_axes(model)
     result = fold.fold_constants(model)
-    _name_nodes(result)
+    name_nodes(result)
     for rewrite in (_as_matrix_products, _fold_bias, _fold_batch_normalization, _fold_padding, _own_bias):
         result = rewrite(result)
     return result
@@ -136,7 +136,7 @@ def _spell_out_axes(model: ModelProto) -> None:
             node.attribute.append(helper.make_attribute("axes", [0, 2, 3]))
 
 
-def _name_nodes(model: ModelProto) -> None:
+def name_nodes(model: ModelProto) -> None:
     """Give every node a unique name; the first node with a given name keeps it."""
     taken = {node.name for node in model.graph.node}
     seen: set[str] = set()

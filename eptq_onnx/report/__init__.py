@@ -20,7 +20,7 @@ from eptq_onnx.report import placement as by_time
 from eptq_onnx.report.console import console as standard_output
 from eptq_onnx.report.console import line
 from eptq_onnx.report.front import front_table
-from eptq_onnx.report.plain import plain
+from eptq_onnx.report.plain import plain, size_text
 from eptq_onnx.report.speed import in_words, operator_table, warning
 from eptq_onnx.report.verdict import MADE_UP, Assurance, Verdict, judge
 
@@ -138,7 +138,7 @@ class Report:
         head.add_row(Text("verdict", style="bold"), Text(str(verdict), style=_STYLES[verdict.assurance]))
         for label, text in (
             ("size", _smaller(v.float_bytes, v.quantized_bytes)),
-            ("parts", ", ".join(f"{part} {_size(count)}" for part, count in self.sizes.items() if count)),
+            ("parts", ", ".join(f"{part} {size_text(count)}" for part, count in self.sizes.items() if count)),
             ("speed", in_words(self.speed)),
             ("model", f"{self.model} → {self.target}, opset {self.opset}"),
             ("data", f"{self.samples} samples of {self.data}"),
@@ -223,7 +223,7 @@ class Report:
 
     def _cost(self) -> str:
         spent, expected = sum(self.seconds.values()), self.estimate.seconds
-        return f"{spent:.1f} s (expected: {expected:.0f} s), peak {_size(self.peak_memory_bytes)}"
+        return f"{spent:.1f} s (expected: {expected:.0f} s), peak {size_text(self.peak_memory_bytes)}"
 
     def _optimization(self) -> str:
         trace = self.optimization
@@ -271,15 +271,7 @@ _STYLES = {Assurance.SAFE: "green", Assurance.CHECK: "yellow", Assurance.LOSS: "
 def _smaller(before: int, after: int) -> str:
     ratio = before / max(after, 1)
     return (
-        f"{_size(before)} → {_size(after)} ({ratio:.2f}× smaller)"
+        f"{size_text(before)} → {size_text(after)} ({ratio:.2f}× smaller)"
         if ratio >= 1
-        else f"{_size(before)} → {_size(after)}: not smaller"
+        else f"{size_text(before)} → {size_text(after)}: not smaller"
     )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eptq_onnx.report.console import line
+from eptq_onnx.report.plain import size_text
 from eptq_onnx.report.speed import in_words, operator_table, time_text
 from eptq_onnx.runtimes.bench import Bench, FileCost
 
@@ -31,14 +32,10 @@ def _files(found: Bench) -> Table:
     both, speed = (found.float_file, found.quantized_file), found.speed
     table.add_row("latency", time_text(speed.float_seconds), time_text(speed.quantized_seconds))
     table.add_row("load", *(_load(file) for file in both))
-    table.add_row("memory at load", *(_size(file.load_memory) for file in both))
-    table.add_row("size", *(_size(file.bytes) for file in both))
+    table.add_row("memory at load", *(size_text(file.load_memory) for file in both))
+    table.add_row("size", *(size_text(file.bytes) for file in both))
     return table
 
 
 def _load(file: FileCost) -> str:
     return f"{time_text(file.load_seconds)} ({' to '.join(time_text(s) for s in file.load_range)})"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.3g} MB" if count >= 1e6 else f"{count / 1e3:.3g} kB"

@@ -1,4 +1,4 @@
-"""Records as JSON."""
+"""Records as JSON, and sizes as text."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes with a suitable unit."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

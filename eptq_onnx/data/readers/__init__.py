@@ -8,12 +8,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from eptq_onnx.data.readers.base import Arrays, Content, Data, Feed, Opened, Reader, Request, Source
+from onnx import ModelProto
+
+from eptq_onnx.config.reading import Reading
+from eptq_onnx.data.inputs import inputs_of
+from eptq_onnx.data.readers.base import (
+    Arrays,
+    Content,
+    Data,
+    Feed,
+    Opened,
+    Reader,
+    Request,
+    Source,
+    Wanted,
+)
 from eptq_onnx.discovery import classes
 
 __all__ = [
-    "Arrays", "Content", "Data", "Feed", "Opened", "Reader", "Request", "Source", "files_of", "forms",
-    "open_source", "registered",
+    "Arrays", "Content", "Data", "Feed", "Opened", "Reader", "Request", "Source", "Wanted", "files_of",
+    "forms", "open_source", "registered", "wanted",
 ]  # fmt: skip
 
 
@@ -42,6 +56,24 @@ def open_source(source: Source, request: Request) -> Opened:
         return open_source(source.source, replace(request, reading=source.reading))
     found = _reader(source).open(source, request)
     return found if found.limit is not None else replace(found, limit=request.reading.samples)
+
+
+def wanted(model: ModelProto, reading: Reading) -> Wanted | None:
+    """Return what samples a model takes, as the first reader says whose form its inputs look like.
+
+    Parameters
+    ----------
+    model : ModelProto
+    reading : Reading
+        What the user said already.
+
+    Returns
+    -------
+    Wanted or None
+        None for a model without inputs.
+    """
+    request = Request(model, inputs_of(model), reading)
+    return next(filter(None, (reader.wanted(request) for reader in registered() if request.inputs)), None)
 
 
 def files_of(source: Any) -> list[tuple[str, Path]]:

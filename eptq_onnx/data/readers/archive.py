@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from eptq_onnx.data import archives
+from eptq_onnx.data.layouts import Dims, batch_axes
 from eptq_onnx.data.origin import Origin
-from eptq_onnx.data.readers.base import Opened, Reader, Request, is_path
+from eptq_onnx.data.readers.base import Opened, Reader, Request, Wanted, is_path
 
 
 class ArchiveReader(Reader):
@@ -27,3 +28,17 @@ class ArchiveReader(Reader):
         """Return all arrays of the file."""
         path = Path(source)
         return Opened(archives.read_file(path), Origin(str(path)))
+
+    def wanted(self, request: Request) -> Wanted:
+        """Return arrays, which every model takes."""
+        axes = batch_axes({i.name: i.dims for i in request.inputs}, {})[0]
+        shapes = [f"{i.name!r} {i.dtype or 'text'} {_stacked(i.dims, axes[i.name])}" for i in request.inputs]
+        return Wanted(f"arrays: {'; '.join(shapes)}", ("--data", "samples.npz"))
+
+
+def _stacked(dims: Dims, axis: int | None) -> str:
+    """Return the shape of an array with samples in front."""
+    if dims is None:
+        return "of any shape"
+    rest = [d for k, d in enumerate(dims) if k != axis]
+    return f"({', '.join(['samples', *(str(d) if isinstance(d, int) else 'any' for d in rest)])})"

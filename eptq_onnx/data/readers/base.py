@@ -89,11 +89,36 @@ class Opened:
         Where it comes from, and what was done to it.
     limit : int or None
         Most samples to use of it.
+    names : tuple of str
+        Names of the samples, if each is a file.
     """
 
     content: Content
     origin: Origin
     limit: int | None = None
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Samples that a model takes, as far as its inputs tell.
+
+    Parameters
+    ----------
+    about : str
+        What they are, such as ``pictures``.
+    arguments : tuple of str
+        How a command is given them. Names of files are examples.
+    guessed : tuple of str
+        What of the arguments was guessed, and from what.
+    notes : tuple of str
+        Guesses that nothing confirms.
+    """
+
+    about: str
+    arguments: tuple[str, ...]
+    guessed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Reader(ABC):
@@ -126,6 +151,10 @@ class Reader(ABC):
         DataError
             If it cannot be read.
         """
+
+    def wanted(self, request: Request) -> Wanted | None:
+        """Return what samples of this form a model takes; None if its inputs do not look like it."""
+        return None
 
     def files(self, source: Any) -> list[tuple[str, Path]]:
         """Return the files it reads, each with a label, so that no output overwrites them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -87,13 +88,32 @@ def reader_of(folder: Path) -> type[FilesReader] | None:
     return best if counts[best] else None
 
 
+@dataclass(frozen=True)
+class Collected:
+    """Samples made of files.
+
+    Parameters
+    ----------
+    shelf : Shelf
+        The samples.
+    names : tuple of str
+        The file of each, relative to the folder.
+    notes : tuple of str
+        A note on files that are left out; empty if there are none.
+    """
+
+    shelf: Shelf
+    names: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
 def collected(
     reader: FilesReader,
     path: Path,
     request: Request,
     read: Callable[[Path], NDArray[Any] | str],
     what: str,
-) -> tuple[Shelf, tuple[str, ...]]:
+) -> Collected:
     """Read the chosen files of a folder one after the other.
 
     Parameters
@@ -106,13 +126,6 @@ def collected(
         Returns the sample of a file, or why it cannot be read. Called in several threads.
     what : str
         What the files are, for messages.
-
-    Returns
-    -------
-    Shelf
-        The samples.
-    tuple of str
-        A note on files that are left out; empty if there are none.
 
     Raises
     ------
@@ -132,7 +145,9 @@ def collected(
     if not len(shelf):
         first = next(iter(broken))
         raise DataError(f"none of the {what} of {path} can be read: {first}: {broken[first]}.")
-    return shelf, _left_out(broken, len(chosen), what)
+    root = path if path.is_dir() else path.parent
+    names = tuple(file.relative_to(root).as_posix() for file in chosen if file not in broken)
+    return Collected(shelf, names, _left_out(broken, len(chosen), what))
 
 
 def _left_out(broken: dict[Path, str], count: int, what: str) -> tuple[str, ...]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.data.pictures import decoded, pillow, sight_of
-from eptq_onnx.data.readers.base import Opened, Request
+from eptq_onnx.data.readers.base import Opened, Request, Wanted
 from eptq_onnx.data.readers.files import FilesReader, collected
+from eptq_onnx.errors import DataError
 
 
 class PictureReader(FilesReader):
@@ -28,8 +29,19 @@ class PictureReader(FilesReader):
         """Return all pictures that can be read, decoded once."""
         sight = sight_of(request.model, request.inputs, request.reading.image)
         with pillow():
-            shelf, broken = collected(
-                self, Path(source), request, lambda file: decoded(file, sight), "pictures"
-            )
-        origin = Origin(str(source), {"image": str(sight.recipe)}, sight.guessed, (*sight.notes, *broken))
-        return Opened({sight.input.name: shelf.values()}, origin)
+            found = collected(self, Path(source), request, lambda file: decoded(file, sight), "pictures")
+        notes = (*sight.notes, *found.notes)
+        origin = Origin(str(source), {"image": str(sight.recipe)}, sight.guessed, notes)
+        return Opened({sight.input.name: found.shelf.values()}, origin, names=found.names)
+
+    def wanted(self, request: Request) -> Wanted | None:
+        """Return pictures if the model has one input with four axes, one or three of them channels."""
+        shapes = [i.dims or () for i in request.inputs]
+        if len(shapes) != 1 or len(shapes[0]) != 4 or not {1, 3} & {shapes[0][1], shapes[0][3]}:
+            return None
+        try:
+            sight = sight_of(request.model, request.inputs, request.reading.image)
+        except DataError:
+            return None
+        arguments = ("--data", "photos", "--image", str(sight.recipe))
+        return Wanted("pictures", arguments, sight.guessed, sight.notes)

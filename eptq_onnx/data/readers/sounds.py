@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from eptq_onnx.config.recipes import AudioRecipe, Channels
 from eptq_onnx.data.inputs import Input
 from eptq_onnx.data.origin import Origin
-from eptq_onnx.data.readers.base import Opened, Request
+from eptq_onnx.data.readers.base import Opened, Request, Wanted
 from eptq_onnx.data.readers.files import FilesReader, collected
 from eptq_onnx.errors import DataError, InstallError, one_line
 
@@ -25,6 +26,10 @@ _MARGIN = 0.05
 """Seconds read around what is kept, so that resampling has no borders in it."""
 _SURVEYED = 50
 """Files whose headers decide rate and length."""
+_NAME = re.compile(r"wav|audio|sound|speech|signal|pcm", re.IGNORECASE)
+"""Names of inputs that take sounds."""
+_LONG = 4000
+"""Values from which on an input without such a name is taken for one: a quarter of a second."""
 
 
 class SoundReader(FilesReader):
@@ -41,11 +46,24 @@ class SoundReader(FilesReader):
         path = Path(source)
         libraries = _Libraries.found()
         hearing = _hearing(path, self, request, libraries)
-        shelf, broken = collected(
-            self, path, request, lambda file: _heard(file, hearing, libraries), "sounds"
-        )
-        origin = Origin(str(path), {"audio": str(hearing.recipe)}, hearing.guessed, (*hearing.notes, *broken))
-        return Opened({hearing.input.name: shelf.values()}, origin)
+        found = collected(self, path, request, lambda file: _heard(file, hearing, libraries), "sounds")
+        notes = (*hearing.notes, *found.notes)
+        origin = Origin(str(path), {"audio": str(hearing.recipe)}, hearing.guessed, notes)
+        return Opened({hearing.input.name: found.shelf.values()}, origin, names=found.names)
+
+    def wanted(self, request: Request) -> Wanted | None:
+        """Return sounds if the model has one input of that name, or one that is long."""
+        try:
+            axes = _axes_of(request.inputs)
+        except DataError:
+            return None
+        if not _NAME.search(request.inputs[0].name) and (axes.frames or 0) < _LONG:
+            return None
+        given = request.reading.audio or AudioRecipe()
+        recipe = given if given.rate else given.model_copy(update={"rate": _USUAL_RATE})
+        notes = () if given.rate else ("nothing in the model says its rate: say the one it was trained with",)
+        guessed = () if given.rate else ("rate (a usual one)",)
+        return Wanted("sounds", ("--data", "recordings", "--audio", str(recipe)), guessed, notes)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from eptq_onnx.data.inputs import Input
 from eptq_onnx.data.origin import Origin
-from eptq_onnx.data.readers.base import Opened, Reader, Request, is_path
+from eptq_onnx.data.readers.base import Opened, Reader, Request, Wanted, is_path
 from eptq_onnx.data.shelf import Shelf
 from eptq_onnx.errors import DataError, InstallError, one_line
 
@@ -81,6 +81,17 @@ class TextReader(Reader):
         recipe = {"tokenizer": str(file)}
         origin = Origin(str(path), recipe, (f"{length}",), tuple(notes))
         return Opened({name: shelf.values() for name, shelf in shelves.items()}, origin)
+
+    def wanted(self, request: Request) -> Wanted | None:
+        """Return text if a tokenizer fills all inputs, all of them with two axes."""
+        try:
+            _kinds(request.inputs)
+        except DataError:
+            return None
+        if any(i.dims is None or len(i.dims) != 2 for i in request.inputs):
+            return None
+        file = request.reading.tokenizer or "tokenizer.json"
+        return Wanted("texts", ("--data", "texts.txt", "--tokenizer", str(file)))
 
 
 @dataclass(frozen=True)

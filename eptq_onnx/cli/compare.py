@@ -1,0 +1,128 @@
+"""The command ``compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from eptq_onnx import api
+from eptq_onnx.cli.app import CHECK, app, one_sentence
+from eptq_onnx.cli.manner import Manner, with_manner
+from eptq_onnx.cli.options import options_of, with_options
+from eptq_onnx.comparison import LEAST_DB, SAMPLES, Compared
+from eptq_onnx.config import Reading
+from eptq_onnx.data import readers
+from eptq_onnx.data.readers import Data
+from eptq_onnx.execute.parting import most_alone
+from eptq_onnx.report.console import console, line
+
+_SHOWN = 8
+"""Layers that are shown."""
+
+
+@app.command(rich_help_panel=CHECK)
+@with_options(Reading)
+@with_manner("json", "quiet", "verbose")
+def compare(
+    *,
+    models: Annotated[
+        tuple[Path, Path],
+        typer.Argument(
+            metavar="FIRST SECOND",
+            help="Two models with the same inputs: a float one and a quantized one, or any others. The first "
+            "is the reference.",
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help=f"Samples to compare on, best those that calibration has not seen: "
+            f"{'; '.join(readers.forms(on_command_line=True))}."
+        ),
+    ],
+    most: Annotated[int, typer.Option(min=1, help="Most samples to compare outputs on.")] = SAMPLES,
+    below: Annotated[
+        float, typer.Option(help="Ratio in dB below which a tensor counts as the place where they part.")
+    ] = LEAST_DB,
+    manner: Manner,
+    **options: Any,
+) -> None:
+    """Compare two models on samples: outputs, the first layer where they part, the worst samples."""
+    with one_sentence(console(stderr=True)):
+        samples = Data(data, **options_of(Reading, options))
+        found = api.compare(*models, samples, most=most, below=below)
+        if manner.json:
+            print(found.to_json())
+        elif manner.quiet:
+            console().print(line(_in_words(found)), soft_wrap=True)
+        else:
+            _show(found, console(), len(found.layers) if manner.verbose else _SHOWN)
+
+
+def _in_words(found: Compared) -> str:
+    """Return the outputs in one line."""
+    parts = []
+    for name, output in found.outputs.items():
+        agreement = "" if output.agreement is None else f", {output.agreement:.2%} of decisions agree"
+        parts.append(f"{name} {output.statistics.sqnr_db:.2f} dB{agreement}")
+    return "; ".join(parts)
+
+
+def _show(found: Compared, out: Console, shown: int) -> None:
+    title = line(f"Outputs on {found.samples} samples, by {found.computed_by}")
+    columns = ("output", "SQNR (dB)", "cosine", "largest difference", "same largest channel")
+    table = Table(*columns, title=title, title_justify="left")
+    for name, output in found.outputs.items():
+        agreement = "-" if output.agreement is None else f"{output.agreement:.2%}"
+        table.add_row(
+            line(name),
+            f"{output.statistics.sqnr_db:.2f}",
+            f"{output.cosine:.6f}",
+            f"{output.largest_difference:.4g}",
+            agreement,
+        )
+    out.print(table)
+    if found.layers:
+        _show_layers(found, out, shown)
+    if found.worst:
+        worst = Table("sample", "SQNR (dB)", "output", title="Samples that differ most", title_justify="left")
+        for sample in found.worst:
+            worst.add_row(line(sample.name), f"{sample.sqnr_db:.2f}", line(sample.output))
+        out.print(worst)
+    for note in found.notes:
+        out.print(line(f"note: {note}", "yellow"), soft_wrap=True)
+
+
+def _show_layers(found: Compared, out: Console, shown: int) -> None:
+    place = found.parting
+    if place is None:
+        text = f"none of the {len(found.layers)} tensors that both compute falls below {found.least_db:g} dB"
+    else:
+        text = (
+            f"they part at {place.tensor} ({place.operator} {place.node}): {place.accumulated_db:.2f} dB, "
+            f"{place.own_db:.2f} dB with exact inputs"
+        )
+    out.print(line(text, "bold"), soft_wrap=True)
+    table = Table(
+        "tensor",
+        "operator",
+        "own noise (dB)",
+        "accumulated (dB)",
+        title=f"Most noise of their own, on {found.layer_samples} samples, in order",
+        title_justify="left",
+    )
+    chosen = {*most_alone(found.layers, shown), *([place] if place is not None else [])}
+    for noise in found.layers:
+        if noise in chosen:
+            scaled = " (channels in other scales)" if noise.scaled else ""
+            table.add_row(
+                line(f"{noise.tensor}{scaled}"),
+                line(noise.operator),
+                f"{noise.own_db:.2f}",
+                f"{noise.accumulated_db:.2f}",
+            )
+    out.print(table)

@@ -1,0 +1,114 @@
+"""What a run begins with: the normalized model, its samples, the plan, and the context of all passes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+import numpy as np
+from onnx import ModelProto
+
+from eptq_onnx import engines, pipeline, targets
+from eptq_onnx.config import Config
+from eptq_onnx.data.readers import Source
+from eptq_onnx.data.splits import share_out
+from eptq_onnx.method.estimate import multiplications
+from eptq_onnx.method.plan import plan as make_plan
+from eptq_onnx.ops import check_roles, executed
+from eptq_onnx.passes.base import Context, Progress, State
+from eptq_onnx.prepare import Prepared, counting, prepare
+from eptq_onnx.targets import Target
+
+
+def silent(step: str, done: int, total: int, detail: object = "") -> None:
+    """Progress that nobody looks at."""
+
+
+def target_of(name: str) -> Target:
+    """Read a target and check that its rows match the operator table."""
+    found = targets.load(name)
+    check_roles(found)
+    return found
+
+
+@dataclass(frozen=True)
+class Start:
+    """A run before its first pass.
+
+    Parameters
+    ----------
+    runner : pipeline.Runner
+    prepared : Prepared
+    state : State
+    ctx : Context
+    """
+
+    runner: pipeline.Runner
+    prepared: Prepared
+    state: State
+    ctx: Context
+
+
+def start(
+    model: str | os.PathLike[str] | bytes | ModelProto,
+    data: Source,
+    given: Config,
+    folder: str,
+    progress: Progress = silent,
+    imagined: int | None = None,
+) -> Start:
+    """Read and normalize the model, read the samples, and plan.
+
+    Parameters
+    ----------
+    model : path, bytes or ModelProto
+    data : Source
+    given : Config
+    folder : str
+        Temporary folder for the weights of a large model.
+    progress : Progress
+    imagined : int, optional
+        Take as many samples, and repeat those of the data: for an estimate, it matters how many there are.
+
+    Raises
+    ------
+    EptqError
+        If something is wrong; see `eptq_onnx.errors` for the subclasses.
+    """
+    runner = pipeline.Runner(pipeline.PIPELINE)
+    target = target_of(given.target)
+    target.storage_for(given.storage)
+    target.check_bits(given)
+    chosen = engines.choose(given.engine)
+    engine = chosen() if given.needs_gradients else None
+    with runner.timed("normalize"):
+        prepared = prepare(model, data, target, given, folder)
+        if imagined is not None:
+            own = prepared.samples
+            prepared = replace(prepared, samples=own.only(np.arange(imagined) % own.count))
+        if prepared.origin.recipe or prepared.origin.made_up:
+            progress("data", 1, 1, prepared.origin)
+        float_model = executed(prepared.model, prepared.found)
+    with runner.timed("plan"):
+        plan = make_plan(prepared.model, target, given)
+        config, state = runner.affordable(
+            counting(given, prepared), State(prepared.model, float_model, plan), prepared.samples
+        )
+        fit = targets.fit_of(given.target, target)
+        state = state if fit is None else state.noting(fit)
+    ctx = Context(
+        given=given,
+        config=config,
+        target=target,
+        engine=engine,
+        samples=prepared.samples,
+        shares=share_out(prepared.samples, config),
+        found=prepared.found,
+        multiplications=multiplications(float_model, plan, prepared.samples),
+        source=model,
+        folder=folder,
+        float_bytes=prepared.float_bytes,
+        rest=prepared.rest,
+        progress=progress,
+    )
+    return Start(runner, prepared, state, ctx)
