@@ -207,8 +207,8 @@ def _quantize(
         config, state = runner.affordable(
             counting(given, prepared), State(prepared.model, float_model, plan), samples
         )
-        chosen_target = targets.choice_of(given.target)
-        state = state if chosen_target is None else state.noting(chosen_target)
+        fit = targets.fit_of(given.target, target)
+        state = state if fit is None else state.noting(fit)
     ctx = Context(
         given=given,
         config=config,

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from eptq_onnx import runtimes
+from eptq_onnx import runtimes, targets
 from eptq_onnx.config import Config, Gate
 from eptq_onnx.data.readers import Source
 from eptq_onnx.data.readers.function import function_named
@@ -162,10 +162,14 @@ class _Check:
             self.unavailable.append(f"kernels and speed: the target {self._target.name} names no runtime")
             return None
         try:
-            return runtimes.make(name)
+            found = runtimes.make(name)
         except InstallError as e:
             self.unavailable.append(f"what the runtime of {self._target.name} does: {e}".rstrip("."))
             return None
+        fit = targets.fit_of(self._target.name, self._target)
+        if fit is not None:
+            self.unavailable.append(f"outputs as the target's processors compute them: {fit}")
+        return found
 
     @contextmanager
     def _quantized(self, runtime: Verifier | None) -> Iterator[tuple[Run, str]]:

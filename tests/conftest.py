@@ -82,7 +82,7 @@ def this_machine() -> None:
 def _any_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "this_machine" not in request.fixturenames:
         monkeypatch.setattr(targets.machine, "fitting", lambda: ("ort-x64", "for the tests"))
-        monkeypatch.setattr(targets, "choice_of", lambda name: None)
+        monkeypatch.setattr(targets, "fit_of", lambda name, target: None)
 
 
 @pytest.fixture(scope="session")

@@ -66,5 +66,31 @@ def test_a_target_that_is_named_needs_no_reason(this_machine):
     assert not any(note.startswith("target ") for note in report.notes)
 
 
+@pytest.mark.parametrize("name", targets.names())
+@pytest.mark.parametrize(
+    ("processor", "vnni"), [("AMD64", True), ("AMD64", False), ("AMD64", None), ("aarch64", False)]
+)
+def test_a_target_for_vnni_is_noted_where_products_saturate(this_machine, monkeypatch, name, processor, vnni):
+    monkeypatch.setattr("platform.machine", lambda: processor)
+    monkeypatch.setattr(machine, "has_vnni", lambda: vnni)
+    target = targets.load(name)
+    note = targets.fit_of(name, target)
+    if name not in ("openvino", "ort-x64-vnni") or (processor, vnni) != ("AMD64", False):
+        assert note is None
+        return
+    assert note is not None
+    assert "saturate here" in note
+    other = targets.load(note.rpartition(" ")[2])
+    assert (other.verifier, other.processor) == (target.verifier, "any")
+    assert targets.fit_of(other.name, other) is None
+
+
+def test_a_report_says_that_products_saturate_here(this_machine, monkeypatch):
+    monkeypatch.setattr(machine, "saturates", lambda: True)
+    config = Config(preset="fast", target="ort-x64-vnni")
+    report = eptq_onnx.quantize(small_convnet(), images(8), config, progress=silent).report
+    assert any(note.endswith("use --target ort-x64") for note in report.notes)
+
+
 def test_this_machine_has_a_target(this_machine):
     assert machine.fitting()[0] in targets.names()

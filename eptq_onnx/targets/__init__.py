@@ -75,12 +75,19 @@ def load(name: str) -> Target:
         raise ConfigError(f"target file {name}: {describe(e, 'field')}") from e
 
 
-def choice_of(name: str) -> str | None:
-    """Return which target ``"auto"`` selects and why; None for any other name."""
-    if name != AUTO:
+def fit_of(name: str, target: Target) -> str | None:
+    """Return how a target fits this machine: which one ``"auto"`` selects and why, or what a processor lacks
+    that the target needs; None if there is nothing to say."""
+    if name == AUTO:
+        chosen, why = machine.fitting()
+        return f"target {chosen}: {why}"
+    if target.processor == "any" or not machine.saturates():
         return None
-    chosen, why = machine.fitting()
-    return f"target {chosen}: {why}"
+    other = f"; for machines like this one, use --target {target.elsewhere}" if target.elsewhere else ""
+    return (
+        f"target {target.name} is for processors with VNNI, which this machine lacks: its 8-bit products "
+        f"saturate here, so that figures measured here can be worse than on the target{other}"
+    )
 
 
 def _shipped(name: str) -> Path:
@@ -141,7 +148,7 @@ __all__ = [
     "Size",
     "Target",
     "WeightRules",
-    "choice_of",
+    "fit_of",
     "load",
     "names",
 ]

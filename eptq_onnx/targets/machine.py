@@ -33,6 +33,11 @@ def fitting() -> tuple[str, str]:
     return ("ort-x64-vnni", "this machine has VNNI") if vnni else ("ort-x64", "this machine has no VNNI")
 
 
+def saturates() -> bool:
+    """Return True if this is an x86-64 processor that is known to lack VNNI."""
+    return platform.machine().lower() in _X86 and has_vnni() is False
+
+
 def has_vnni() -> bool | None:
     """Return True if an x86-64 processor has VNNI, which adds 8-bit products in 32 bits; None if unknown.
 

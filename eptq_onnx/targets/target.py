@@ -49,6 +49,10 @@ class Target(Row):
         ``"float"``: network outputs always hold the values before the quantizer.
     shapes : str
         ``"static"``: inputs have fixed sizes, and there are no If, Loop and Scan; ``"any"``.
+    processor : str
+        ``"vnni"``: 8-bit products saturate on x86-64 processors that lack it; ``"any"``.
+    elsewhere : str
+        Name of the target for the same runtime on processors that lack it; may be empty.
     weight, activation, bias, rest, patterns
         See the classes of these rules.
     operators : dict of str to Operator
@@ -61,6 +65,8 @@ class Target(Row):
     verifier: str = "none"
     outputs: Literal["shared", "float"] = "shared"
     shapes: Literal["any", "static"] = "any"
+    processor: Literal["any", "vnni"] = "any"
+    elsewhere: str = ""
     weight: WeightRules
     activation: ActivationRules
     bias: BiasRules
