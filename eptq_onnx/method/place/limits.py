@@ -214,7 +214,7 @@ class Limited:
         sizes: list[float | None] = [None]
         if chooses and smallest is not None and quietest is not None:
             ends = smallest.totals[BYTES], quietest.totals[BYTES]
-            sizes = [float(size) for size in np.linspace(*ends, _SIZES)]
+            sizes = [float(size) for size in np.geomspace(*ends, _SIZES)]
         found: dict[tuple[tuple[bool, ...], tuple[int, ...]], FrontPoint] = {}
         for seconds, size in product(times, sizes):
             limits = {TIME: float(seconds), **({} if size is None else {BYTES: size}), **self._goal.others}
