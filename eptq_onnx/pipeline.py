@@ -22,6 +22,7 @@ from eptq_onnx.passes.allocate import Allocate
 from eptq_onnx.passes.base import Context, Pass, State
 from eptq_onnx.passes.calibrate import Calibrate, Recalibrate
 from eptq_onnx.passes.choices import KeepChoices
+from eptq_onnx.passes.effects import Effects
 from eptq_onnx.passes.equalize import Equalize
 from eptq_onnx.passes.float_fallback import FloatFallback
 from eptq_onnx.passes.measure import Measure
@@ -47,6 +48,7 @@ PIPELINE: tuple[Pass, ...] = (
     Recalibrate(),
     FloatFallback(),
     KeepChoices(),
+    Effects(),
     Place(),
     Allocate(),
     Ranges(),

@@ -95,22 +95,32 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class TimePoint:
-    """A choice with the least noise for its time, both as foreseen.
+class FrontPoint:
+    """A choice with the least noise for its time and size, all as foreseen.
 
     Parameters
     ----------
-    seconds : float
-        Time of one run.
     noise : float
-        Noise of quantized activations at the outputs, as a share of their power.
-    regions : int
+        Noise at the outputs, as a share of their power: that of activations if regions were chosen, and that
+        of weights if widths were.
+    seconds : float or None
+        Time of one run, if regions were chosen.
+    regions : int or None
         Number of regions on integers.
+    bytes : int or None
+        Size of the file, at most, if widths were chosen.
+    bits : float or None
+        Mean bits of a quantized weight.
+    chosen : bool
+        True for the choice that was taken.
     """
 
-    seconds: float
     noise: float
-    regions: int
+    seconds: float | None = None
+    regions: int | None = None
+    bytes: int | None = None
+    bits: float | None = None
+    chosen: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,8 +142,9 @@ class Placement:
         Number of regions that can run on integers and were not timed alone.
     kept_float : dict of str to str
         Nodes that stay float, each with the reason.
-    front : tuple of TimePoint
-        The least noise at several times of one run, with ``objective=noise``.
+    front : tuple of FrontPoint
+        The least noise at several times of one run, and at several sizes if widths were chosen along with
+        regions; empty if only the time counted.
     why : str
         Why the plan stands without times of regions; empty if they were timed.
     complete : bool
@@ -148,31 +159,9 @@ class Placement:
     regions: tuple[TimedRegion, ...]
     untimed: int = 0
     kept_float: Mapping[str, str] = field(default_factory=dict)
-    front: tuple[TimePoint, ...] = ()
+    front: tuple[FrontPoint, ...] = ()
     why: str = ""
     complete: bool = True
-
-
-@dataclass(frozen=True)
-class FrontPoint:
-    """A choice of widths with the least noise for its size.
-
-    Parameters
-    ----------
-    noise : float
-        Noise of all weights at the outputs, as a share of their power, as foreseen.
-    bytes : int
-        Size of the file, at most.
-    bits : float
-        Mean bits of a weight.
-    chosen : bool
-        True for the choice that was taken.
-    """
-
-    noise: float
-    bytes: int
-    bits: float
-    chosen: bool
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ produced as r and reader c needs it as s, and u[t, r, a] = 1 if t, produced as r
   share conversions;
 - a region with a result other than a layer's is on integers only if one of its readers is (`needs`);
 - a lone node between integers is an integer kernel, whatever the plan says (`bound`);
+- a weight is like a region, with its widths and float as options (`joined`);
 - what several options share costs once if any of them is taken: v ≥ x[k, o] for each of them (`shared`).
 
 Each option has a cost in one or more currencies (time, noise, bytes and others). The total of one currency is
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -147,6 +148,32 @@ class Choice:
     totals: Mapping[str, float]
 
 
+def joined(regions: Program, weights: Program, users: Sequence[Sequence[int]]) -> Program:
+    """Return one program for regions and for the weights that they read, which come behind the regions.
+
+    A weight is on integers if and only if a region that reads it is.
+
+    Parameters
+    ----------
+    regions : Program
+    weights : Program
+        Without tensors; its options on integers are widths.
+    users : sequence of sequence of int
+        The regions that read each weight.
+    """
+    first = len(regions.options)
+    pairs = [(first + w, tuple(own)) for w, own in enumerate(users)]
+    return replace(
+        regions,
+        options=regions.options + weights.options,
+        needs=(*regions.needs, *pairs, *((k, (weight,)) for weight, own in pairs for k in own)),
+        shared=(
+            *regions.shared,
+            *(Shared(tuple((first + w, o) for w, o in s.options), s.costs) for s in weights.shared),
+        ),
+    )
+
+
 def solve(program: Program, currency: str = TIME, limits: Mapping[str, float] | None = None) -> Choice | None:
     """Return the choice that minimizes one currency within limits on others; None if none is found."""
     model = _Model(program, currency)
@@ -238,18 +265,12 @@ class _Model:
         if found.x is None:
             return None
         chosen = tuple(int(np.argmax([found.x[v] for v in own])) for own in self.x)
-        totals = {
-            name: float(sum(a * found.x[v] for v, a in self._spent(name).items()))
-            for name in self._currencies()
-        }
-        return Choice(chosen, float(found.fun * unit), float(np.dot(self.steps, found.x)), totals)
-
-    def _currencies(self) -> set[str]:
-        options = [o.costs for own in self.program.options for o in own]
-        return {
-            TIME,
-            *(name for costs in (*options, *(s.costs for s in self.program.shared)) for name in costs),
-        }
+        return Choice(
+            chosen,
+            float(found.fun * unit),
+            float(np.dot(self.steps, found.x)),
+            totals_of(self.program, chosen),
+        )
 
     def _variable(self, cost: float, integral: bool = False, step: float = 0.0) -> int:
         self.costs.append(cost)
@@ -340,6 +361,22 @@ def plain(representation: Representation, steps: Mapping[Step, float]) -> Repres
 
 def _minus(row: Mapping[int, float]) -> dict[int, float]:
     return {v: -a for v, a in row.items()}
+
+
+def totals_of(program: Program, options: Sequence[int]) -> dict[str, float]:
+    """Return the total of every currency, computed without the solver.
+
+    Its variables of conversions and of what is shared may be larger than needed in currencies other than the
+    one that it minimizes.
+    """
+    totals: defaultdict[str, float] = defaultdict(float)
+    taken = set(enumerate(options))
+    costs = [own[o].costs for own, o in zip(program.options, options, strict=True)]
+    for own in (*costs, *(s.costs for s in program.shared if taken & set(s.options))):
+        for name, cost in own.items():
+            totals[name] += cost
+    totals[TIME] = cost_of(program, options)
+    return dict(totals)
 
 
 def cost_of(program: Program, options: Sequence[int]) -> float:

@@ -31,6 +31,8 @@ from eptq_onnx.config.options import Options
 
 PRESET_STEPS = {Preset.FAST: (0, 0), Preset.BALANCED: (200, 1000), Preset.BEST: (1000, 5000)}
 """Minimum and maximum number of network-wise optimization steps."""
+_ACTIVATION_NOISE = 0.05
+"""Default limit of the noise of activations."""
 _CHEAP = 8e7
 """Multiplications per sample up to which a model gets the maximum; five times as many get the minimum."""
 
@@ -60,9 +62,9 @@ class Config(OptionModel):
     budget: Annotated[
         tuple[Budget, ...], Option("widths", metavar="UNIT=AMOUNT", text=True, default="none")
     ] = ()
-    """Mixed precision: choose 2 to 8 bits for each weight so that the output error is smallest within a
-    budget, such as weights=4 (mean bits), bytes=2e6 or bitops=1e10. Replaces weight_bits. time=SECONDS is for
-    objective=noise. May be repeated, once for each unit."""
+    """Limits: weights=4 (mean bits), bytes=2e6 and bitops=1e10 choose 2 to 8 bits for each weight so that the
+    output error is smallest, and replace weight_bits. time=SECONDS is the longest time of one run, for
+    objective=noise and objective=bytes. May be repeated, once for each unit."""
     outputs: Annotated[tuple[str, ...], Option("model", metavar="NAME[,NAME]", default="all")] = ()
     """Outputs of the model that count, separated by commas: for noise, scores, the optimization and the
     comparison in the report. Auxiliary heads need not count."""
@@ -83,16 +85,16 @@ class Config(OptionModel):
     objective: Annotated[Objective, Option("runtime")] = Objective.TIME
     """Which operators run on integers. time: those with which the model runs fastest on this machine,
     measured in the installed onnxruntime if the target is for it; models that run for less than a millisecond
-    are left as they are. integers: all that the target has integer kernels for. noise: those whose
-    activations add the least noise to the outputs within budget time=SECONDS, measured as for time. bytes: as
-    integers, and each weight gets 2 to 8 bits, so that the file is as small as max_noise and budgets allow;
-    max_noise then limits the noise of weights and activations together."""
+    are left as they are. integers: all that the target has integer kernels for. noise: those that add the
+    least noise to the outputs within the budgets. bytes: those that make the smallest file within the budgets
+    and max_noise; each weight gets 2 to 8 bits. Without budget time=SECONDS, noise and bytes take all
+    operators that the target has integer kernels for. All budgets and max_noise may be combined."""
     runtime_threads: Annotated[int, Option("runtime", metavar="N")] = Field(1, ge=1)
-    """Number of threads with which objective=time measures the model."""
+    """Number of threads with which the time of the model is measured."""
     timings: Annotated[
         Path | None, Option("runtime", default="in the user's cache folder", in_result=False)
     ] = None
-    """File with the measurements of objective=time. If it exists, nothing is measured, so the same command
+    """File with the measurements of time. If it exists, nothing is measured, so the same command
     gives the same bytes on every machine. Otherwise it is written."""
     preset: Annotated[Preset, Option("optimization")] = Preset.BALANCED
     """fast: layer-wise reconstruction only, without gradients. balanced: 200 steps of network-wise
@@ -128,10 +130,13 @@ class Config(OptionModel):
     equalize: Annotated[bool, Option("calibration")] = True
     """Scale the channels of activations to fit their shared range, where neighbouring layers can absorb the
     scaling."""
-    max_noise: Annotated[float, Option("calibration")] = Field(0.05, ge=0)
-    """Maximum noise-to-signal power ratio that quantized activations may cause at the outputs. The noisiest
-    activations stay in floating point until the rest is within this limit, or until none stands out. 0
-    disables the check."""
+    max_noise: Annotated[
+        float | None, Option("calibration", default=f"{_ACTIVATION_NOISE:g}, for activations alone")
+    ] = Field(None, ge=0)
+    """Maximum noise-to-signal power ratio at the outputs. The activations that cause most of it stay in
+    floating point until the others are within this limit, or until none stands out. Where a budget or
+    objective=bytes chooses the widths of weights, weights and activations together keep within a limit that
+    is given. 0 disables the check."""
     start: Annotated[Start, Option("weights", advanced=True)] = Start.CLOSED_FORM
     """Starting point of network-wise optimization: closed-form (layer-wise reconstruction with input-error
     correction, compensated rounding and bias correction) or nearest (nearest rounding)."""
@@ -280,12 +285,19 @@ class Config(OptionModel):
         units = [b.unit.value for b in self.budget]
         if len(set(units)) < len(units):
             raise ValueError("a budget is given twice for one unit: leave one out")
-        if (BudgetUnit.TIME.value in units) != (self.objective is Objective.NOISE):
-            raise ValueError("objective=noise and budget time=SECONDS belong together: give both, or neither")
+        if self.objective is Objective.NOISE and not self.budget:
+            raise ValueError(
+                "objective=noise needs a budget, such as time=SECONDS, bytes=COUNT or weights=BITS"
+            )
+        if self.seconds is not None and self.objective not in (Objective.NOISE, Objective.BYTES):
+            raise ValueError(
+                f"budget time=SECONDS does not go with objective={self.objective.value}: give objective=noise"
+                " or bytes, or leave the budget out"
+            )
         if self.objective is Objective.BYTES and self.max_noise == 0:
             raise ValueError("objective=bytes needs a limit of noise: give max_noise above 0")
         if self.timings is not None and not self.chooses_by_time:
-            raise ValueError("timings are only for objective=time and objective=noise: leave timings out")
+            raise ValueError("timings are only for objective=time and budget time=SECONDS: leave timings out")
         return self
 
     @field_validator("activation_bits")
@@ -314,7 +326,7 @@ class Config(OptionModel):
     @property
     def chooses_by_time(self) -> bool:
         """True if measured times decide what runs on integers."""
-        return self.objective in (Objective.TIME, Objective.NOISE)
+        return self.objective is Objective.TIME or self.seconds is not None
 
     @property
     def seconds(self) -> float | None:
@@ -330,6 +342,18 @@ class Config(OptionModel):
     def chooses_widths(self) -> bool:
         """True if each weight gets a width of its own."""
         return bool(self.width_budgets) or self.objective is Objective.BYTES
+
+    @property
+    def activation_noise(self) -> float:
+        """Limit of the noise that quantized activations cause; 0 if there is none."""
+        return _ACTIVATION_NOISE if self.max_noise is None else self.max_noise
+
+    @property
+    def total_noise(self) -> float | None:
+        """Limit of the noise of weights and activations together, if there is one."""
+        if not self.chooses_widths or self.max_noise == 0:
+            return None
+        return self.activation_noise if self.objective is Objective.BYTES else self.max_noise
 
     @property
     def node_bits(self) -> list[tuple[str, int, int]]:

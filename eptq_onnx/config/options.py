@@ -52,7 +52,7 @@ class Options(TypedDict, total=False):
     probes: int
     rotate: bool
     equalize: bool
-    max_noise: float
+    max_noise: float | None
     start: Start | Literal["nearest", "closed-form"]
     correction_damping: float | None
     rounding_damping: float

@@ -59,7 +59,7 @@ variance of the layer's output.
 """
 
 
-_ON = Representation.INTEGERS
+_FLOAT, _ON = Representation.FLOAT, Representation.INTEGERS
 _POINTS = 9
 """Sizes of the file at which the least noise is reported."""
 
@@ -219,14 +219,45 @@ def candidates(
     return weights
 
 
-def program_of(weights: Mapping[str, Candidates], sizes: FileSizes) -> Program:
+def program_of(
+    weights: Mapping[str, Candidates],
+    sizes: FileSizes,
+    in_float: Mapping[str, int] | None = None,
+    mean: float = 0.0,
+) -> Program:
     """Return the integer program whose regions are weights, with their widths as options.
 
     What the file has besides weights and the tables of their widths counts in no option.
+
+    Parameters
+    ----------
+    weights : mapping of str to Candidates
+    sizes : FileSizes
+    in_float : mapping of str to int, optional
+        The bytes of each weight that stays float, which then is an option.
+    mean : float
+        Bits at which a float weight counts, so that it does not change whether the others keep within a
+        limit of that many mean bits.
     """
     total = sum(w.size for w in weights.values())
+    exact = {
+        name: (
+            Option(
+                _FLOAT,
+                _FLOAT,
+                {
+                    NOISE: 0.0,
+                    BudgetUnit.BYTES.value: float(count),
+                    BudgetUnit.WEIGHTS.value: weights[name].size * mean / total,
+                    BudgetUnit.BITOPS.value: 0.0,
+                },
+            ),
+        )
+        for name, count in (in_float or {}).items()
+    }
     options = tuple(
-        tuple(
+        exact.get(name, ())
+        + tuple(
             Option(
                 _ON,
                 _ON,
@@ -334,8 +365,8 @@ def front_of(
         own = dict(zip(weights, bits, strict=True))
         noise = sum(weights[name].effects[b] for name, b in own.items())
         mean = sum(weights[name].size * b for name, b in own.items()) / total
-        front.append(FrontPoint(noise, sizes.total(own), mean, chosen))
-    return tuple(sorted(front, key=lambda point: (point.bytes, -point.noise)))
+        front.append(FrontPoint(noise, bytes=sizes.total(own), bits=mean, chosen=chosen))
+    return tuple(sorted(front, key=lambda point: (point.bytes or 0, -point.noise)))
 
 
 def _tried(

@@ -48,7 +48,7 @@ def sensitive_activations(
     config: Config,
     progress: Callable[[int, int], None],
 ) -> dict[str, float]:
-    """Return the tensors to keep float so that the rest stays within ``config.max_noise``, with their noise.
+    """Return the tensors to keep float so that the rest stays within the limit of noise, with their noise.
 
     The noise of each tensor is what its quantizer causes alone.
 
@@ -71,7 +71,7 @@ def sensitive_activations(
     """
     plan = network.plan
     names = [q.name for q in plan.activations]
-    if not names or config.max_noise == 0:
+    if not names or config.activation_noise == 0:
         return {}
     deviation = Deviation(
         network.model, selection.samples, selection.indices, SAMPLES, network.calibration.variance, config
@@ -85,7 +85,7 @@ def sensitive_activations(
         progress(next(runs), _MOST_RUNS)
         return total
 
-    ratio = _spoilers(names, noise, config.max_noise)
+    ratio = _spoilers(names, noise, config.activation_noise)
     progress(_MOST_RUNS, _MOST_RUNS)
     found = {tensor: ratio[q.name] for q in plan.activations if q.name in ratio for tensor in q.tensors}
     # If no layer were left, there would be nothing to quantize.

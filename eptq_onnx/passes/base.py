@@ -20,6 +20,7 @@ from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph.replay import Replay
+from eptq_onnx.method.allocate import Candidates
 from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.float_fallback import SAMPLES as NOISE_SAMPLES
 from eptq_onnx.method.judge import SAMPLES, Limit
@@ -254,7 +255,9 @@ class State:
     placement : Placement or None
         What was chosen by time.
     front : tuple of FrontPoint
-        The least noise at several sizes of the file, if the widths of weights were chosen.
+        The least noise at several times and sizes of the file, if noise or widths were chosen.
+    effects : mapping of str to Candidates
+        The noise of every width of every weight, if widths are chosen.
     notes : tuple of str
     """
 
@@ -276,6 +279,7 @@ class State:
     float_nodes: Mapping[str, str] = field(default_factory=dict)
     placement: Placement | None = None
     front: tuple[FrontPoint, ...] = ()
+    effects: Mapping[str, Candidates] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

@@ -20,7 +20,7 @@ class FloatFallback(Pass):
 
     def enabled(self, ctx: Context) -> bool:
         """Return True if noise is limited."""
-        return ctx.config.max_noise > 0
+        return ctx.config.activation_noise > 0
 
     def cost(self, state: State, ctx: Context) -> Cost:
         """Runs with all quantizers at once; more are rarely needed."""

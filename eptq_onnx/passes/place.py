@@ -1,4 +1,4 @@
-"""Keep nodes in floating point if integers would be slower."""
+"""Keep nodes in floating point where that is faster, or serves the limits better."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import ClassVar
 
 from onnx import ModelProto
 
-from eptq_onnx.config import WeightRange
+from eptq_onnx.config import BudgetUnit, Config, Objective, WeightRange
 from eptq_onnx.errors import ConfigError, ModelError, OutputError
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph import edit, io
 from eptq_onnx.graph.shapes import specialize
-from eptq_onnx.method.place.network import Cut
-from eptq_onnx.method.place.search import Models, Search, TimeGoal
+from eptq_onnx.method.allocate import program_of as widths_of
+from eptq_onnx.method.float_fallback import SAMPLES
+from eptq_onnx.method.place.goal import Goal, Parts
+from eptq_onnx.method.place.network import Chosen, Cut
+from eptq_onnx.method.place.search import Models, Search
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
@@ -24,6 +27,7 @@ from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.passes.base import (
     Context,
+    Cost,
     Pass,
     State,
     deviation_of,
@@ -31,27 +35,32 @@ from eptq_onnx.passes.base import (
     with_activations,
     without_equal_steps,
 )
+from eptq_onnx.passes.trial import trial
 from eptq_onnx.placement import Placement, Timings
+from eptq_onnx.program import BYTES, NOISE, TIME
 from eptq_onnx.proto import store
 from eptq_onnx.records import Plan, Rounding
 from eptq_onnx.runtime import Session
 from eptq_onnx.runtimes import timings
 from eptq_onnx.runtimes.pieces import Stopwatch
 from eptq_onnx.targets import ONNXRUNTIME
+from eptq_onnx.workdir import HashOnly, encode
 
+_MINIMIZED = {Objective.TIME: TIME, Objective.NOISE: NOISE, Objective.BYTES: BYTES}
 _SHARE = 0.1
 """Time limit of timing regions, as a share of the expected run."""
 
 
 class Place(Pass):
-    """Keep nodes in floating point if integers would be slower.
+    """Keep nodes in floating point where that is faster, or serves the limits better.
 
-    See `eptq_onnx.method.place`.
+    Widths of weights are chosen along with it if noise or bytes are limited; the pass `Allocate` then chooses
+    them again for the regions that are on integers. See `eptq_onnx.method.place`.
     """
 
     name = "place"
     requires = ("calibration",)
-    provides = ("plan", "calibration", "left_float", "float_nodes", "placement")
+    provides = ("plan", "calibration", "left_float", "float_nodes", "placement", "front")
     repeats = True
 
     bench: ClassVar[Callable[[int], Stopwatch]] = Stopwatch
@@ -60,6 +69,11 @@ class Place(Pass):
     def enabled(self, ctx: Context) -> bool:
         """Return True if the options ask for a choice by time."""
         return ctx.config.chooses_by_time
+
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """Runs with each quantizer alone, if noise counts."""
+        counts = NOISE in _limits(ctx.config) or ctx.config.objective is Objective.NOISE
+        return Cost(passes=counts * min(len(ctx.shares.scored), SAMPLES) * len(state.plan.activations))
 
     def run(self, state: State, ctx: Context) -> State:
         """Measure or read timings, and replan with regions that are slower on integers left float."""
@@ -75,8 +89,15 @@ class Place(Pass):
             placement = timed.placement()
         except ModelError as e:
             return state.noting(f"{left}: {e}")
-        after = leave_float(state, ctx, {}, placement.kept_float).changed(placement=placement)
-        return after.noting(*timed.notes)
+        after = leave_float(state, ctx, {}, placement.kept_float)
+        return after.changed(placement=placement, front=placement.front).noting(*timed.notes)
+
+
+def _limits(config: Config) -> dict[str, float]:
+    """Return the limits that bear on what runs on integers."""
+    sizes = (b.amount for b in config.width_budgets if b.unit is BudgetUnit.BYTES)
+    limits = {TIME: config.seconds, NOISE: config.total_noise, BYTES: next(sizes, None)}
+    return {name: amount for name, amount in limits.items() if amount is not None}
 
 
 class _Timed:
@@ -93,6 +114,7 @@ class _Timed:
         self._state, self._ctx, self._bench = state, ctx, bench
         # Times do not depend on the scales.
         config = ctx.config.model_copy(update={"weight_range": WeightRange.MINMAX})
+        self._noise_of: dict[tuple[bool, ...], float] = {}
         self._nearest: Rounding = weight_ranges(
             state.executed, state.plan, state.calibration, state.scores, config, ()
         )
@@ -101,8 +123,17 @@ class _Timed:
         self._planned = self._written(state.plan)
         exact, written = (specialize(m, batches) for m in (state.executed, self._planned))
         self._cut = Cut(exact, written, state.plan)
-        seconds = ctx.config.seconds
-        self._digest = self._cut.digest if seconds is None else f"{self._cut.digest} within {seconds!r} s"
+        self._goal = Goal(
+            _SHARE * ctx.expected,
+            _MINIMIZED[config.objective],
+            _limits(config),
+            {b.unit.value: b.amount for b in config.width_budgets if b.unit is not BudgetUnit.BYTES},
+        )
+        self._digest = self._cut.digest
+        if self._goal.counts_more_than_time:
+            # What is noisy depends on the samples and on all options.
+            samples = encode(ctx.samples.identity, HashOnly())
+            self._digest += f" for {self._goal} of {samples} with {ctx.given.digest(ctx.target)}"
         self.notes: list[str] = []
 
     def placement(self) -> Placement:
@@ -162,12 +193,12 @@ class _Timed:
             planned=self._planned,
             without=self._without,
             noise=self._noise,
-            noises=self._noises,
+            parts=self._parts,
+            spent=self._spent,
             feeds=self._feeds,
             values=self._values,
         )
-        goal = TimeGoal(_SHARE * ctx.expected, ctx.config.seconds)
-        found = Search(self._cut, self._bench, models, goal, ctx.tell("place")).timings()
+        found = Search(self._cut, self._bench, models, self._goal, ctx.tell("place")).timings()
         return replace(found, network=self._digest)
 
     def _values(self, names: Sequence[str]) -> Feeds:
@@ -185,20 +216,61 @@ class _Timed:
         nodes: Mapping[str, str] = {**state.float_nodes, **kept}
         return make_plan(state.model, ctx.target, ctx.config, state.left_float, nodes)
 
+    def _planned_as(self, chosen: Sequence[bool]) -> State:
+        """Return the state with the plan of a choice."""
+        plan = self._plan(chosen)
+        calibration = replace(self._state.calibration, grids=self._grids(plan))
+        return self._state.changed(plan=plan, calibration=calibration)
+
     def _noise(self, chosen: Sequence[bool]) -> float | None:
-        state, ctx, plan = self._state, self._ctx, self._plan(chosen)
         if not self._deviation.parts:
             return None
-        calibration = replace(state.calibration, grids=self._grids(plan))
-        changed = state.changed(plan=plan, calibration=calibration)
-        return self._deviation(*with_activations(changed, ctx, [q.name for q in plan.activations]))
+        key = tuple(chosen)
+        if key not in self._noise_of:
+            state = self._planned_as(chosen)
+            names = [q.name for q in state.plan.activations]
+            self._noise_of[key] = self._deviation(*with_activations(state, self._ctx, names))
+        return self._noise_of[key]
 
-    def _noises(self) -> Mapping[str, float]:
+    def _spent(self, choice: Chosen) -> dict[str, float]:
+        """Return the noise and the bytes of a choice with its widths, of those that are limited."""
+        limits, found = self._goal.limits, dict[str, float]()
+        if NOISE in limits:
+            effects = self._state.effects
+            weights = sum(effects[name].effects[bits] for name, bits in choice.widths.items())
+            found[NOISE] = (self._noise(choice.on_integers) or 0.0) + weights
+        if BYTES in limits:
+            state = self._planned_as(choice.on_integers)
+            found[BYTES] = trial(state, self._ctx, state.plan).count.bytes(choice.widths)
+        return found
+
+    def _parts(self) -> Parts:
+        """Return what quantizers and weights cost beside time."""
+        state, config = self._state, self._ctx.config
+        counts = NOISE in self._goal.limits or self._goal.minimized == NOISE
+        noise = self._noises() if counts else {}
+        if not config.chooses_widths:
+            return Parts(noise)
+        whole = trial(state, self._ctx, state.plan)
+        sizes, quantizers = whole.count.sizes({}), whole.of_quantizers()
+        mean = self._goal.others.get(BudgetUnit.WEIGHTS.value, 0.0)
+        return Parts(
+            noise,
+            quantizers,
+            sizes.rest - sum(quantizers.values()),
+            tuple(state.effects),
+            widths_of(state.effects, sizes, whole.in_float(state.model), mean),
+        )
+
+    def _noises(self) -> dict[str, float]:
+        """Return the noise of each quantizer, so that all add up to what they cause together."""
         state, ctx = self._state, self._ctx
         names = [q.name for q in state.plan.activations]
         if not self._deviation.parts:
             return dict.fromkeys(names, 1.0)
-        return {name: self._deviation(*with_activations(state, ctx, [name])) for name in names}
+        alone = {name: self._deviation(*with_activations(state, ctx, [name])) for name in names}
+        together = self._noise(self._cut.as_planned) or 0.0
+        return {name: noise * together / max(sum(alone.values()), 1e-30) for name, noise in alone.items()}
 
     @cached_property
     def _deviation(self) -> Deviation:

@@ -78,7 +78,8 @@ class Report:
     placement : Placement or None
         What was chosen by time; None if nothing was.
     front : tuple of FrontPoint
-        The least noise of the weights at several sizes of the file; empty if widths were not chosen.
+        The least noise at several times of one run and sizes of the file; empty if neither noise nor widths
+        were chosen.
     optimization : OptimizationTrace or None
     verification : Verification
     speed : Speed or None

@@ -1,4 +1,4 @@
-"""Noise against size as a table for the console."""
+"""The least noise at several times and sizes as a table for the console."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ from eptq_onnx.placement import FrontPoint
 
 
 def front_table(front: Sequence[FrontPoint]) -> Table:
-    """Return the table of the least noise at several sizes of the file."""
+    """Return the table of the least noise at several times of one run and sizes of the file."""
+    places, widths = front[0].seconds is not None, front[0].bytes is not None
+    of = "weights and activations" if places and widths else "activations" if places else "weights"
+    axes = [name for name, there in (("time", places), ("size", widths)) if there]
     table = Table(
-        "bytes, at most",
-        "mean bits of a weight",
-        "noise of the weights, foreseen",
-        title="Noise against size",
+        *(("time", "regions on integers") if places else ()),
+        *(("bytes, at most", "mean bits of a weight") if widths else ()),
+        f"noise of the {of}",
+        title=f"Noise against {' and '.join(axes)}, foreseen",
         title_justify="left",
     )
-    for point in front:
-        size = f"{point.bytes:,}{' (chosen)' if point.chosen else ''}"
-        table.add_row(size, f"{point.bits:.2f}", f"{point.noise:.2%}")
+    for p in front:
+        cells = []
+        if p.seconds is not None:
+            cells += [f"{p.seconds * 1e3:.3g} ms", str(p.regions)]
+        if p.bytes is not None:
+            cells += [f"{p.bytes:,}", "-" if p.bits is None else f"{p.bits:.2f}"]
+        cells[0] += " (chosen)" if p.chosen else ""
+        table.add_row(*cells, f"{p.noise:.2%}")
     return table

@@ -28,7 +28,6 @@ def tables(placement: Placement) -> list[Table]:
     """Return the tables of whole models, and of regions by operator if any were timed."""
     return [
         _candidate_table(placement),
-        *([_front_table(placement)] if placement.front else []),
         *([_operator_table(placement)] if placement.regions else []),
     ]
 
@@ -50,20 +49,6 @@ def _candidate_table(placement: Placement) -> Table:
         table.add_row(
             line(name), str(c.regions), _ms(c.predicted), _ms(c.seconds), _beside(c), _share(c.noise)
         )
-    return table
-
-
-def _front_table(placement: Placement) -> Table:
-    """Return the table of the least noise at several times."""
-    table = Table(
-        "time",
-        "regions on integers",
-        "noise of activations",
-        title="Noise against time, foreseen",
-        title_justify="left",
-    )
-    for point in placement.front:
-        table.add_row(_ms(point.seconds), str(point.regions), _share(point.noise))
     return table
 
 

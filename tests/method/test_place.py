@@ -27,7 +27,19 @@ from eptq_onnx.method.place.pieces import (
 from eptq_onnx.method.place.regions import Region, regions_of
 from eptq_onnx.method.plan import plan
 from eptq_onnx.placement import Representation, TimedRegion, Way
-from eptq_onnx.program import TIME, Option, Program, Shared, Tensor, cost_of, paths, solve
+from eptq_onnx.program import (
+    BYTES,
+    NOISE,
+    TIME,
+    Option,
+    Program,
+    Shared,
+    Tensor,
+    cost_of,
+    joined,
+    paths,
+    solve,
+)
 from eptq_onnx.runtime import Session
 
 pytestmark = pytest.mark.once
@@ -132,6 +144,68 @@ def test_other_currencies_are_limits_and_objectives(program, limit, swapped):
     if found is not None:
         assert found.amount == pytest.approx(min(fitting), abs=1e-5)
         assert found.totals["noise"] == pytest.approx(noise_of(program, found.options), abs=1e-5)
+
+
+@st.composite
+def weighted(draw):
+    """A small network whose regions read weights of free widths, and the regions that read each."""
+    regions = draw(programs())
+    costs = st.integers(0, 20).map(float)
+    movable = [
+        k
+        for k, own in enumerate(regions.options)
+        if {o.on_integers for o in own} == {True, False} and k not in regions.layers
+    ]
+    users = []
+    for k in movable[:2]:
+        users.append((k, *draw(st.lists(st.sampled_from(movable), unique=True, max_size=1))))
+    options = [
+        (
+            Option(R.FLOAT, R.FLOAT, {NOISE: 0.0, BYTES: draw(costs)}),
+            *(Option(R.INTEGERS, R.INTEGERS, {NOISE: draw(costs), BYTES: draw(costs)}, b) for b in (2, 4)),
+        )
+        for _ in users
+    ]
+    every = [(w, o) for w, own in enumerate(options) for o, x in enumerate(own) if x.bits == 2]
+    shared = (Shared(tuple(every), {BYTES: draw(costs)}),) if every else ()
+    return regions, Program(tuple(options), (), shared=shared), [tuple(dict.fromkeys(u)) for u in users]
+
+
+@settings(deadline=None, max_examples=60, phases=[Phase.reuse, Phase.generate])
+@given(weighted(), st.sampled_from([TIME, NOISE, BYTES]), st.data())
+def test_placement_and_widths_are_one_choice_in_three_currencies(drawn, minimized, data):
+    """Against all choices: a weight has a width if and only if a region that reads it is on integers."""
+    regions, weights, users = drawn
+    spent = []
+    for choice in every(regions):
+        on = [regions.options[k][o].on_integers for k, o in enumerate(choice)]
+        for widths in product(*(range(len(own)) for own in weights.options)):
+            read = [any(on[k] for k in own) for own in users]
+            if [o > 0 for o in widths] != read:
+                continue
+            own = [o[k].costs for o, k in zip(weights.options, widths, strict=True)]
+            taken = set(enumerate(widths))
+            table = sum(s.costs[BYTES] for s in weights.shared if taken & set(s.options))
+            spent.append(
+                {
+                    TIME: cost_of(regions, choice),
+                    NOISE: noise_of(regions, choice) + sum(c[NOISE] for c in own),
+                    BYTES: sum(c[BYTES] for c in own) + table,
+                }
+            )
+    limits = {
+        name: float(data.draw(st.integers(0, 80), label=name))
+        for name in (TIME, NOISE, BYTES)
+        if name != minimized
+    }
+    fitting = [c[minimized] for c in spent if all(c[name] <= most + 1e-9 for name, most in limits.items())]
+    found = solve(joined(regions, weights, users), minimized, limits)
+    assert (found is None) == (not fitting)
+    if found is not None:
+        assert found.amount == pytest.approx(min(fitting), abs=1e-5)
+        assert {name: found.totals.get(name, 0.0) for name in limits} == pytest.approx(
+            {name: min(found.totals.get(name, 0.0), most) for name, most in limits.items()}, abs=1e-5
+        )
 
 
 def test_conversions_go_step_by_step_and_readers_share_them():

@@ -7,17 +7,18 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from onnx import ModelProto, helper
 
 from eptq_onnx.graph.view import GraphView, opset_of
 from eptq_onnx.method.place.costs import program_of
+from eptq_onnx.method.place.goal import Asked, Parts, in_ms
 from eptq_onnx.method.place.pieces import Piece, conversions_piece, float_piece, integer_piece
 from eptq_onnx.method.place.regions import Region, Regions, regions_of
 from eptq_onnx.placement import Representation, TimedRegion, Way
-from eptq_onnx.program import NOISE, TIME, Choice, Program, Shared, solve
+from eptq_onnx.program import BYTES, NOISE, TIME, Choice, Program, Shared, joined, solve
 from eptq_onnx.records import Plan
 from eptq_onnx.runtimes.attribute import RegionTime
 
@@ -47,6 +48,35 @@ class Times:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """How measured times count.
+
+    Parameters
+    ----------
+    layouts : bool
+        False ignores the time of layout changes.
+    margin : float
+        Factor on the seconds of regions on integers.
+    profiled : bool
+        True takes the times of regions from the profiles of whole models, not from pieces.
+    """
+
+    layouts: bool = True
+    margin: float = 1.0
+    profiled: bool = False
+
+
+EXACT = Variant()
+VARIANTS: Mapping[str, Variant] = {
+    "least time": EXACT,
+    "least time but for layouts": Variant(layouts=False),
+    "least time with a margin": Variant(margin=1.25),
+    "least time as profiled": Variant(layouts=False, profiled=True),
+}
+"""Name of a fastest choice to how times count in it; the first name counts for those that come out alike."""
+
+
+@dataclass(frozen=True)
 class Chosen:
     """A choice between integers and float for every region.
 
@@ -56,29 +86,16 @@ class Chosen:
         True for each region on integers.
     predicted : float
         Predicted time of one run, in seconds.
-    noise : float
-        Sum of the noise of its quantizers, if that was known.
+    totals : dict of str to float
+        Predicted total of every other currency that counts.
+    widths : dict of str to int
+        Weight on integers to its bits, if widths were chosen, too.
     """
 
     on_integers: tuple[bool, ...]
     predicted: float
-    noise: float = 0.0
-
-
-@dataclass(frozen=True)
-class Quiet:
-    """A choice with the least noise instead of the least time.
-
-    Parameters
-    ----------
-    noise : dict of str to float
-        Activation quantizer to the noise that it causes alone.
-    seconds : float
-        Maximum predicted time of one run.
-    """
-
-    noise: Mapping[str, float]
-    seconds: float
+    totals: Mapping[str, float] = field(default_factory=dict)
+    widths: Mapping[str, int] = field(default_factory=dict)
 
 
 class Cut:
@@ -158,6 +175,11 @@ class Cut:
         return [name for name in names if name in self._exact.producer]
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Return the number of elements of each weight that the plan quantizes."""
+        return {x.weight: math.prod(self._exact.constant_shape(x.weight)) for x in self._plan.layers}
+
+    @property
     def as_planned(self) -> tuple[bool, ...]:
         """Return the choice that the plan makes."""
         return tuple(r.movable for r in self.regions.regions)
@@ -198,51 +220,66 @@ class Cut:
     def choose(
         self,
         times: Times,
+        variant: Variant = EXACT,
         *,
-        layouts: bool = True,
-        margin: float = 1.0,
         fixed: Sequence[bool] | None = None,
-        quiet: Quiet | None = None,
+        asked: Asked | None = None,
     ) -> Chosen | None:
-        """Return the fastest choice by measured times, a fixed one with its predicted time, or a quiet one.
+        """Return the fastest choice by measured times, a fixed one with its predicted time, or what is asked.
 
         Parameters
         ----------
         times : Times
-        layouts : bool
-            False ignores the time of layout changes.
-        margin : float
-            Factor on the seconds of regions on integers.
+        variant : Variant
         fixed : sequence of bool, optional
             Whether each region is on integers.
-        quiet : Quiet, optional
-            Asks for the least noise within a time.
+        asked : Asked, optional
+            What to minimize within which limits; by default the time, without limits.
 
         Returns
         -------
         Chosen or None
             None if the solver finds no solution.
         """
+        if variant.profiled:
+            times = replace(times, pieces={})
         own = [
-            (exact, tuple(replace(w, seconds=margin * w.seconds) for w in integers))
+            (exact, tuple(replace(w, seconds=variant.margin * w.seconds) for w in integers))
             for exact, integers in self._ways(times)
         ]
         conversions = {name: self._conversion(p, times) for name, p in self.conversions.items()}
-        program = program_of(self.regions, own, conversions, layouts=layouts, fixed=fixed)
-        if quiet is not None:
-            program = replace(program, shared=self._noise(program, quiet.noise))
+        program = program_of(self.regions, own, conversions, layouts=variant.layouts, fixed=fixed)
+        count, parts = len(program.options), Parts() if asked is None else asked.parts
+        if asked is not None:
+            program = self._with_parts(program, parts)
         found: Choice | None = (
-            solve(program) if quiet is None else solve(program, NOISE, {TIME: quiet.seconds})
+            solve(program) if asked is None else solve(program, asked.minimized, asked.program_limits)
         )
         if found is None:
             return None
-        chosen = tuple(program.options[k][o].on_integers for k, o in enumerate(found.options))
-        return Chosen(chosen, found.totals[TIME], found.totals.get(NOISE, 0.0))
+        taken = [own[o] for own, o in zip(program.options, found.options, strict=True)]
+        totals = {**found.totals, BYTES: found.totals.get(BYTES, 0.0) + parts.rest}
+        widths = {name: x.bits for name, x in zip(parts.weights, taken[count:], strict=True) if x.bits}
+        return Chosen(tuple(x.on_integers for x in taken[:count]), found.totals[TIME], totals, widths)
 
-    def _noise(self, program: Program, noise: Mapping[str, float]) -> tuple[Shared, ...]:
-        """Return the noise of quantizers, each of which is there if a region around it is on integers."""
+    def _with_parts(self, program: Program, parts: Parts) -> Program:
+        """Return a program that counts quantizers, too, and chooses the widths of weights."""
+        program = replace(program, shared=self._quantizers(program, parts))
+        if parts.widths is None:
+            return program
+        users: dict[str, dict[int, None]] = defaultdict(dict)
+        place = self._place()
+        for layer in self._plan.layers:
+            users[layer.weight][place[layer.node]] = None
+        return joined(program, parts.widths, [tuple(users[name]) for name in parts.weights])
+
+    def _place(self) -> dict[str, int]:
+        return {name: k for k, region in enumerate(self.regions.regions) for name in region.nodes}
+
+    def _quantizers(self, program: Program, parts: Parts) -> tuple[Shared, ...]:
+        """Return the costs of quantizers, each of which is there if a region around it is on integers."""
         links = {x.tensor: x for x in self.regions.links}
-        place = {name: k for k, region in enumerate(self.regions.regions) for name in region.nodes}
+        place = self._place()
         found = []
         for quantizer in self._plan.activations:
             users: set[int] = set()
@@ -255,8 +292,10 @@ class Cut:
             options = [
                 (k, o) for k in sorted(users) for o, x in enumerate(program.options[k]) if x.on_integers
             ]
-            if options and noise.get(quantizer.name):
-                found.append(Shared(tuple(options), {NOISE: noise[quantizer.name]}))
+            costs = {NOISE: parts.noise.get(quantizer.name), BYTES: parts.bytes.get(quantizer.name)}
+            known = {name: cost for name, cost in costs.items() if cost}
+            if options and known:
+                found.append(Shared(tuple(options), known))
         return tuple(found)
 
     def _conversion(self, piece: Piece, times: Times) -> Mapping[str, float]:
@@ -335,8 +374,3 @@ def reasons(times: Iterable[TimedRegion], kept: Iterable[Region]) -> dict[str, s
             )
         found.update(dict.fromkeys(region.nodes, why))
     return found
-
-
-def in_ms(seconds: float) -> str:
-    """Return a time in milliseconds."""
-    return f"{seconds * 1e3:.3g} ms"

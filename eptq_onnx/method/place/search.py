@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from functools import cached_property
 
-import numpy as np
 from onnx import ModelProto
 
-from eptq_onnx.errors import ConfigError, ModelError
-from eptq_onnx.method.place.network import Chosen, Cut, Quiet, Times, in_ms, reasons
+from eptq_onnx.errors import ModelError
+from eptq_onnx.method.place.goal import Goal, Parts
+from eptq_onnx.method.place.limits import Found, Limited, Measures
+from eptq_onnx.method.place.network import VARIANTS, Chosen, Cut, Times, reasons
 from eptq_onnx.method.place.pieces import between_convolutions
+from eptq_onnx.method.place.regions import Region
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.placement import Candidate, Placement, TimePoint, Timings, Way
+from eptq_onnx.placement import Candidate, Placement, TimedRegion, Timings, Way
+from eptq_onnx.program import TIME
 from eptq_onnx.records import Speed
 from eptq_onnx.runtimes.pieces import Stopwatch
 
@@ -31,36 +34,10 @@ _LITTLE = 0.1
 """Share of the planned model's time that regions must lose on integers for a choice to be worth measuring."""
 _LONGEST = 0.05
 """Maximum seconds for the runs of one piece."""
-_MARGIN = 1.25
-"""Factor on integer kernels in the cautious choice."""
 _DOUBT, _MOST_TRIED = 1.1, 2
 """Factor on the planned model's predicted time up to which choices are timed as a whole, and how many."""
 _TIE = 1.02
 """Ratio of times that makes no difference between two choices."""
-_TRIES, _STEP = 5, 0.98
-"""Maximum number of choices timed for the least noise, and how far each limit is below the last."""
-_POINTS = 7
-"""Times at which the least noise is reported."""
-_QUIETER = "float adds less noise here, and the budget of time allows it"
-_Found: TypeAlias = tuple[str, tuple[bool, ...], tuple[Candidate, ...], tuple[TimePoint, ...]]
-"""Name of a choice, whether each region is on integers, all that were timed, and the front."""
-
-
-@dataclass(frozen=True)
-class TimeGoal:
-    """What is chosen, and how long that may take.
-
-    Parameters
-    ----------
-    limit : float
-        Maximum seconds for timing regions alone; a comparison of whole models takes about as long, but at
-        least and at most as long as the bench says.
-    seconds : float, optional
-        Asks for the least noise within this time of one run, instead of the least time.
-    """
-
-    limit: float
-    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,8 +56,10 @@ class Models:
         Returns the model of a choice, given whether each region is on integers.
     noise : callable
         Returns the noise of a choice's activations at the outputs; None if no output can be compared.
-    noises : callable
-        Returns the noise that each activation quantizer causes alone.
+    parts : callable
+        Returns what quantizers and weights cost beside time.
+    spent : callable
+        Returns the noise and the bytes of a choice, of those that are limited.
     feeds : dict of str to ndarray
         Inputs of one run.
     values : callable
@@ -92,7 +71,8 @@ class Models:
     planned: ModelProto
     without: Callable[[Sequence[bool]], ModelProto]
     noise: Callable[[Sequence[bool]], float | None]
-    noises: Callable[[], Mapping[str, float]]
+    parts: Callable[[], Parts]
+    spent: Callable[[Chosen], Mapping[str, float]]
     feeds: Feeds
     values: Callable[[Sequence[str]], Feeds]
 
@@ -105,7 +85,7 @@ class Search:
     cut : Cut
     bench : Stopwatch
     models : Models
-    goal : TimeGoal
+    goal : Goal
     progress : callable
         Called with the number of pieces timed and the total.
     """
@@ -115,7 +95,7 @@ class Search:
         cut: Cut,
         bench: Stopwatch,
         models: Models,
-        goal: TimeGoal,
+        goal: Goal,
         progress: Callable[[int, int], None],
     ) -> None:
         self._cut, self._bench, self._models = cut, bench, models
@@ -128,15 +108,17 @@ class Search:
         ------
         ModelError
             If a whole model cannot be timed.
+        ConfigError
+            If no choice keeps within the limits.
         """
         cut, bench, models = self._cut, self._bench, self._models
         base = self._compare(models.given)
-        quiet = self._goal.seconds is not None
-        if base.quantized_seconds < _SHORTEST and not quiet:
+        limited = self._goal.counts_more_than_time and not self._fast_plan_will_do()
+        if base.quantized_seconds < _SHORTEST and not limited:
             why = f"one float run takes only {base.quantized_seconds * 1e3:.2g} ms, most of it call overhead"
             return self._as_planned(base, why)
         profile = bench.profile(models.exact, models.planned, models.feeds)
-        if base.low > 1 and profile.avoidable < _LITTLE and not quiet:
+        if base.low > 1 and profile.avoidable < _LITTLE and not limited:
             return self._as_planned(base, "no region is notably slower on integers")
         pieces, conversions, complete = self._pieces(seen := cut.seen(profile.regions))
         times = Times(pieces, conversions, seen)
@@ -151,7 +133,9 @@ class Search:
                 noise=0.0,
             ),
         )
-        best, chosen, others, front = self._quietest(times, ends) if quiet else self._fastest(times, ends)
+        goal = self._goal
+        found = self._within(times, ends) if goal.counts_more_than_time else self._fastest(times, ends)
+        best, chosen, others, front = found
         timed = cut.times(times, chosen)
         kept = cut.nodes(chosen)
         placement = Placement(
@@ -162,11 +146,47 @@ class Search:
             candidates=(*ends, *others),
             regions=timed,
             untimed=cut.untimed(pieces),
-            kept_float={n: _QUIETER for r in kept for n in r.nodes} if quiet else reasons(timed, kept),
+            kept_float=self._reasons(timed, kept),
             front=front,
             complete=complete,
         )
         return Timings(cut.digest, placement, pieces, conversions)
+
+    def _fast_plan_will_do(self) -> bool:
+        """Return True if time is minimized and the plan keeps within the limits of the goal."""
+        untimed = Times({}, {}, [None] * len(self._cut.as_planned))
+        return self._goal.minimized == TIME and self._limited(untimed).keeps_plan
+
+    def _limited(self, times: Times, off: float = 1.0) -> Limited:
+        return Limited(self._cut, times, self._goal, self._measures, off)
+
+    @cached_property
+    def _measures(self) -> Measures:
+        return Measures(self._timed, self._models.spent, self._models.parts())
+
+    def _reasons(self, timed: Sequence[TimedRegion], kept: Sequence[Region]) -> dict[str, str]:
+        """Return the reason of each node that is kept float."""
+        if not self._goal.counts_more_than_time:
+            return reasons(timed, kept)
+        return {name: f"chosen for the {self._goal}" for region in kept for name in region.nodes}
+
+    def _within(self, times: Times, ends: tuple[Candidate, Candidate]) -> Found:
+        """Return the best choice within the limits of the goal."""
+        limited = self._limited(times, ends[0].predicted / ends[0].seconds)
+        fastest = self._goal.minimized == TIME
+        found = self._fastest_within(limited, ends[0]) if fastest else limited.best(ends[0])
+        return found._replace(front=limited.front(found.on_integers, ends[1].predicted))
+
+    def _fastest_within(self, limited: Limited, planned: Candidate) -> Found:
+        """Return the fastest choice within the limits of the goal."""
+        tried = limited.fastest()
+        if limited.keeps_plan:
+            as_planned = Found(ALL, self._cut.as_planned, tuple(tried.values()))
+            return self._faster_twice(tried) or as_planned
+        if not tried:
+            raise limited.refusal(planned.seconds)
+        chosen = min(tried, key=lambda on: tried[on].ratio)
+        return Found(tried[chosen].name, chosen, tuple(tried.values()))
 
     def _as_planned(self, base: Speed, why: str) -> Timings:
         count = sum(self._cut.as_planned)
@@ -180,16 +200,10 @@ class Search:
         )
         return Timings(self._cut.digest, placement)
 
-    def _fastest(self, times: Times, ends: tuple[Candidate, Candidate]) -> _Found:
+    def _fastest(self, times: Times, ends: tuple[Candidate, Candidate]) -> Found:
         """Return the fastest choice."""
-        cut, models, planned = self._cut, self._models, self._cut.as_planned
-        choices = {
-            # In order of names for choices that come out alike.
-            "least time": cut.choose(times),
-            "least time but for layouts": cut.choose(times, layouts=False),
-            "least time with a margin": cut.choose(times, margin=_MARGIN),
-            "least time as profiled": cut.choose(replace(times, pieces={}), layouts=False),
-        }
+        cut, planned = self._cut, self._cut.as_planned
+        choices = {name: cut.choose(times, variant) for name, variant in VARIANTS.items()}
         names = {c.on_integers: name for name, c in reversed(choices.items()) if c is not None}
         foreseen = [(name, cut.choose(times, fixed=on)) for on, name in names.items() if on != planned]
         # Predictions ignore interactions, so those that look a little slower are tried, too.
@@ -202,62 +216,20 @@ class Search:
         if kinds is not None and kinds.on_integers not in others and cut.has_layers(kinds.on_integers):
             likely.append((kinds, "float where operators are slower"))
         tried = {c.on_integers: self._timed(name, c) for c, name in likely}
+        return self._faster_twice(tried) or Found(ALL, planned, tuple(tried.values()))
+
+    def _faster_twice(self, tried: dict[tuple[bool, ...], Candidate]) -> Found | None:
+        """Return the fastest choice if it is faster than the planned model in a second comparison, too."""
         faster = [on for on, candidate in tried.items() if candidate.high < 1]
-        if faster:
-            least = min(tried[on].ratio for on in faster)
-            # Of choices that take the same time, the one with most integers makes the smallest file.
-            chosen = max((on for on in faster if tried[on].ratio <= _TIE * least), key=sum)
-            again = self._compare(models.without(chosen))
-            seconds, ratio, low, high = _times(again)
-            tried[chosen] = replace(tried[chosen], seconds=seconds, ratio=ratio, low=low, high=high)
-            if high < 1:
-                return tried[chosen].name, chosen, tuple(tried.values()), ()
-        return ALL, planned, tuple(tried.values()), ()
-
-    def _quietest(self, times: Times, ends: tuple[Candidate, Candidate]) -> _Found:
-        """Return the choice with the least noise within the time that the goal allows.
-
-        Predicted times are off by some per cent, so the limit of the prediction is moved until the measured
-        time keeps within that of the goal.
-
-        Raises
-        ------
-        ConfigError
-            If no choice is fast enough.
-        """
-        cut, noise = self._cut, self._models.noises()
-        goal = wanted = self._goal.seconds or 0.0
-        off = ends[0].predicted / ends[0].seconds or 1.0
-        tried: list[Candidate] = []
-        for _ in range(_TRIES):
-            choice = cut.choose(times, quiet=Quiet(noise, off * wanted))
-            if choice is None:
-                break
-            tried.append(self._timed(f"least noise within {in_ms(wanted)}", choice))
-            if tried[-1].seconds <= goal:
-                front = self._front(times, ends, noise, off)
-                return tried[-1].name, choice.on_integers, tuple(tried), front
-            wanted *= _STEP * goal / tried[-1].seconds
-        least = min(c.seconds for c in (*ends[:1], *tried))
-        raise ConfigError(
-            f"option budget=time={goal:g} cannot be met: the fastest choice that was timed takes {least:.3g} "
-            "s on this machine; give more."
-        )
-
-    def _front(
-        self, times: Times, ends: tuple[Candidate, Candidate], noise: Mapping[str, float], off: float
-    ) -> tuple[TimePoint, ...]:
-        """Return the least noise at times between that of the fastest choice and that of the float model."""
-        fastest = self._cut.choose(times)
-        first = fastest.predicted if fastest is not None else ends[0].predicted
-        found: dict[tuple[bool, ...], TimePoint] = {}
-        for seconds in np.linspace(1.001 * first, max(ends[1].predicted, first), _POINTS):
-            choice = self._cut.choose(times, quiet=Quiet(noise, float(seconds)))
-            if choice is not None:
-                found[choice.on_integers] = TimePoint(
-                    choice.predicted / off, choice.noise, sum(choice.on_integers)
-                )
-        return tuple(sorted(found.values(), key=lambda point: point.seconds))
+        if not faster:
+            return None
+        least = min(tried[on].ratio for on in faster)
+        # Of choices that take the same time, the one with most integers makes the smallest file.
+        chosen = max((on for on in faster if tried[on].ratio <= _TIE * least), key=sum)
+        again = self._compare(self._models.without(chosen))
+        seconds, ratio, low, high = _times(again)
+        tried[chosen] = replace(tried[chosen], seconds=seconds, ratio=ratio, low=low, high=high)
+        return Found(tried[chosen].name, chosen, tuple(tried.values())) if high < 1 else None
 
     def _compare(self, other: ModelProto) -> Speed:
         """Time a whole model in turn with the planned one."""
