@@ -98,6 +98,22 @@ def hoist(model: ModelProto, decided: Mapping[str, bool]) -> ModelProto:
     return edit.with_nodes(model, builder.nodes, builder.initializers)
 
 
+def with_constants_outside(model: ModelProto, decided: Mapping[str, bool]) -> ModelProto:
+    """Return a copy in which the constants of the branches that some Ifs take are in the main graph.
+
+    Folding moves a hoisted constant that only its branch passes on back into the branch.
+    """
+    result = edit.with_nodes(model, model.graph.node)
+    known = {t.name for t in result.graph.initializer}
+    for node in result.graph.node:
+        if node.name in decided:
+            taken = branch(node, _BRANCHES[decided[node.name]])
+            result.graph.initializer.extend(t for t in taken.initializer if t.name not in known)
+            known.update(t.name for t in taken.initializer)
+            del taken.initializer[:]
+    return result
+
+
 def _hoisted(builder: edit.Builder, node: NodeProto, taken: GraphProto) -> dict[str, str]:
     """Add the nodes and constants of a branch to the builder, and return the new names of its tensors."""
     own = [t.name for t in taken.initializer] + [o for n in taken.node for o in n.output if o]

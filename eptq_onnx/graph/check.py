@@ -87,8 +87,10 @@ def check(model: ModelProto, name: str) -> set[str]:
     _check_graph(model.graph, (), name)
     for function in model.functions:
         _check_order(function, name)
-    for info in (*model.graph.input, *model.graph.output):
-        _check_type(info.name, info.type, name)
+    for graph in _graphs(model):
+        if isinstance(graph, GraphProto):
+            for info in (*graph.input, *graph.output):
+                _check_type(info.name, info.type, name)
     read = read_names(model.graph)
     unread = set()
     for tensor in model.graph.initializer:

@@ -91,7 +91,7 @@ def _settled(model: ModelProto, samples: Samples) -> ModelProto:
     stays = {n.name for n in model.graph.node}
     while found := _decided(model, samples, decided):
         decided.update(found)
-        model = _rewritten(branches.hoist(model, found))
+        model = branches.with_constants_outside(_rewritten(branches.hoist(model, found)), decided)
     if decided:
         branches.mark(model, decided, stays)
     return model

@@ -108,6 +108,49 @@ def test_the_branch_that_samples_take_is_quantized_and_the_other_is_not(options)
     np.testing.assert_allclose(got["z"], expected["z"], atol=0.1)  # it reads a layer of the main graph
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "() => (float[4,4] b) { b = MatMul (w, w) }",
+        "() => (float[4,4] b) { b = Constant <value_floats = [1.0,2.0,3.0,4.0]> () }",
+        "() => (float[4,4] b) <float[4] k = {1,2,3,4}> { b = Identity (k) }",
+        "() => (float[4,4] b) <float[4] b = {1,2,3,4}> { }",
+        "() => (float[4,4] b) { b = If (q) <then_branch = tt () => (float[4,4] d) { d = Neg (w) }, "
+        "else_branch = te () => (float[4,4] d) { d = MatMul (w, w) }> }",
+        "() => (float[4,4] b) { m = MatMul (w, w) b = If (q) <then_branch = tt () => (float[4,4] d) "
+        "{ d = Neg (m) }, else_branch = te () => (float[4,4] d) { d = Identity (m) }> }",
+    ],
+)
+@pytest.mark.parametrize("reader", ["MatMul (z, v)", "Add (h, z)"])
+def test_a_branch_may_return_a_constant(body, reader):
+    text = f"""g (float[N,4] x, bool p, bool q) => (float[a,4] y) {{
+        h = MatMul (x, v)
+        z = If (p) <then_branch = t () => (float[N,4] a) {{ a = Relu (h) }}, else_branch = e {body}>
+        r = {reader}
+        y = MatMul (r, w)
+    }}"""
+    model = parse(text, {"w": normal(4, 4), "v": normal(4, 4, seed=1)})
+    feeds = {"x": normal(4, 4, seed=2), "p": np.array(False), "q": np.array(False)}
+    expected = Session(model).run(feeds)["y"]
+    data = Samples(
+        {
+            "x": Column(normal(8, 4, seed=3), 0),
+            "p": Column(feeds["p"], shared=True),
+            "q": Column(feeds["q"], shared=True),
+        },
+        None,
+    )
+    hoisted = normalize(model, 13, data)
+    for result in (hoisted, branches.flattened(hoisted), branches.sink(hoisted)):
+        session = Session(result)
+        got = session.run({n: v for n, v in feeds.items() if n in session.inputs})["y"]
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    other = {**feeds, "p": np.array(True)}
+    np.testing.assert_allclose(
+        Session(branches.sink(hoisted)).run(other)["y"], Session(model).run(other)["y"], rtol=1e-4, atol=1e-5
+    )
+
+
 def test_branches_that_depend_on_the_sample_are_left_alone():
     model = parse(
         "g (float[N,3,8,8] x) => (float[N,4,8,8] y) { h = Conv (x, w) s = ReduceMax <keepdims = 0> (h)"

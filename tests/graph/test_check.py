@@ -273,6 +273,23 @@ def test_inputs_and_outputs_of_no_type_are_refused(which, number):
         io.load(model)
 
 
+@pytest.mark.parametrize("number", [99, -1, 0, 2**31 - 1])
+@pytest.mark.parametrize(
+    ("which", "place"), [("input", 0), ("input", 1), ("input", 2), ("output", 0), ("output", 1)]
+)
+def test_inputs_and_outputs_of_bodies_have_types_that_exist(which, place, number):
+    model = parse("""g (float[N,4] x, int64 n, bool q) => (float[N,4] y) {
+        y = Loop (n, q, x) <body = t (int64 i, bool c, float[N,4] v) => (bool d, float[N,4] a) {
+            a = Relu (v)  d = Identity (c)
+        }>
+    }""")
+    io.load(model)
+    body = model.graph.node[0].attribute[0].g
+    getattr(body, which)[place].type.tensor_type.elem_type = number
+    with pytest.raises(ModelError, match=f"has the element type {number}, which does not exist"):
+        io.load(model)
+
+
 @pytest.mark.parametrize("version", [-1, 0, 2**31, 2**62, 10**6])
 def test_versions_that_do_not_exist_are_refused(version):
     model = plain()
