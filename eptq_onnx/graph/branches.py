@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
@@ -101,16 +101,27 @@ def hoist(model: ModelProto, decided: Mapping[str, bool]) -> ModelProto:
 def with_constants_outside(model: ModelProto, decided: Mapping[str, bool]) -> ModelProto:
     """Return a copy in which the constants of the branches that some Ifs take are in the main graph.
 
-    Folding moves a hoisted constant that only its branch passes on back into the branch.
+    Folding moves a hoisted constant that only its branch passes on back into the branch, and in newer
+    versions of onnx-graphsurgeon makes it the output itself.
     """
     result = edit.with_nodes(model, model.graph.node)
     known = {t.name for t in result.graph.initializer}
+    builder = edit.Builder(result)
     for node in result.graph.node:
-        if node.name in decided:
-            taken = branch(node, _BRANCHES[decided[node.name]])
-            result.graph.initializer.extend(t for t in taken.initializer if t.name not in known)
-            known.update(t.name for t in taken.initializer)
-            del taken.initializer[:]
+        if node.name not in decided:
+            continue
+        taken = branch(node, _BRANCHES[decided[node.name]])
+        outputs = {o.name for o in taken.output}
+        for constant in taken.initializer:
+            name = constant.name
+            if name in outputs:
+                name = builder.unique(f"{name}/value")
+                taken.node.append(helper.make_node("Identity", [name], [constant.name], f"{name}/Identity"))
+            if name not in known:
+                known.add(name)
+                builder.initializers.append(edit.renamed_tensor(constant, name))
+        del taken.initializer[:]
+    result.graph.initializer.extend(builder.initializers)
     return result
 
 
