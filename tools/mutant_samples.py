@@ -55,14 +55,14 @@ def data_values(m: Mutant, rng: Rng) -> str:
     elif how == 2:
         value = value.reshape(-1) if rng.random() < 0.5 else value[None]
     elif how == 3:
-        value = np.array(3.0, value.dtype)
+        value = np.array(3).astype(value.dtype)  # dates, too, take integers so
     elif how == 4:
         value = np.array([v for v in value] + [None], dtype=object)
     elif how == 5 and value.dtype.kind == "f":
         value = value.copy()
         value.reshape(-1)[0] = pick(rng, EXTREME_FLOATS)
     elif how == 6:
-        value = np.zeros_like(value) + value.dtype.type(pick(rng, (0, 1, 5, 100)))
+        value = np.full(value.shape, pick(rng, (0, 1, 5, 100))).astype(value.dtype)
     else:
         value = np.asfortranarray(value).astype(value.dtype.newbyteorder(">"))
     m.samples[name] = value
