@@ -20,6 +20,7 @@ from eptq_onnx.config.option import written_as
 from eptq_onnx.data.inputs import inputs_of
 from eptq_onnx.data.readers import Data, Wanted, wanted
 from eptq_onnx.errors import ConfigError, DataError, ModelError
+from eptq_onnx.estimates import Estimate
 from eptq_onnx.graph import io
 from eptq_onnx.graph.view import GraphView, opset_of
 from eptq_onnx.memory import peak_memory
@@ -27,7 +28,7 @@ from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import all_nodes, initializers
-from eptq_onnx.records import Estimate, KeptFloat, Plan
+from eptq_onnx.records import KeptFloat, Plan
 from eptq_onnx.report.plain import plain
 from eptq_onnx.start import Start, start, target_of
 from eptq_onnx.targets import machine

@@ -17,6 +17,7 @@ from pydantic import ByteSize
 from eptq_onnx.config import Config
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.errors import GradientError
+from eptq_onnx.estimates import Estimate
 from eptq_onnx.method.estimate import seconds_a_pass, seconds_an_operation
 from eptq_onnx.passes.allocate import Allocate
 from eptq_onnx.passes.base import Context, Pass, State
@@ -37,7 +38,6 @@ from eptq_onnx.passes.score import Score
 from eptq_onnx.passes.verify import Verify
 from eptq_onnx.passes.write import Write
 from eptq_onnx.proto import store
-from eptq_onnx.records import Estimate
 from eptq_onnx.resume import Resume
 
 PIPELINE: tuple[Pass, ...] = (

@@ -85,7 +85,7 @@ class LookupTable(Quantizer):
 
 @dataclass(frozen=True)
 class Layer:
-    """One node with a constant weight that will run on integers.
+    """One node with a constant weight that is quantized.
 
     Parameters
     ----------
@@ -107,6 +107,8 @@ class Layer:
         True for a first or last layer.
     depthwise : bool
         True for a convolution with one input and one output channel per group.
+    stored : bool
+        True if only the weight is quantized: it is stored as integers, and the layer computes in float.
     """
 
     node: str
@@ -121,6 +123,7 @@ class Layer:
     output_axis: int
     edge: bool
     depthwise: bool
+    stored: bool = False
 
     @property
     def tensors(self) -> tuple[str, str, str]:
@@ -164,6 +167,8 @@ class Plan:
         True if outputs of the network have the values before a quantizer.
     carried : frozenset of str
         Quantized tensors without a pair of their own: their values are moved from others of the group.
+    guarded : frozenset of str
+        Results of float layers between quantizers, which the runtime would quantize unasked.
     """
 
     layers: tuple[Layer, ...]
@@ -177,6 +182,17 @@ class Plan:
     exact: frozenset[str] = frozenset()
     float_outputs: bool = False
     carried: frozenset[str] = frozenset()
+    guarded: frozenset[str] = frozenset()
+
+    @property
+    def integer_layers(self) -> tuple[Layer, ...]:
+        """Return the layers that run on integers."""
+        return tuple(layer for layer in self.layers if not layer.stored)
+
+    @property
+    def stored(self) -> tuple[Layer, ...]:
+        """Return the layers whose weights are quantized and whose activations are float."""
+        return tuple(layer for layer in self.layers if layer.stored)
 
     @property
     def quantizers(self) -> tuple[Quantizer, ...]:
@@ -389,36 +405,6 @@ class Verification:
     notes: tuple[str, ...] = ()
     statistics: Mapping[str, OutputStatistics] = field(default_factory=dict)
     held_out: bool = True
-
-
-_SHORT = 10
-"""Time below which an estimate gives no number, in seconds."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run was expected to take before it started.
-
-    Parameters
-    ----------
-    seconds : float
-        Upper estimate: the optimization may end early.
-    steps : int
-        Most steps of the network-wise optimization.
-    shares : dict of str to float
-        Seconds of each step whose cost is known, in the order of the run.
-    """
-
-    seconds: float
-    steps: int
-    shares: Mapping[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        steps = f", at most {self.steps} optimization steps" if self.steps else ", no optimization steps"
-        for unit, name in ((3600, "hours"), (60, "minutes"), (1, "seconds")):
-            if self.seconds >= max(2 * unit, _SHORT):
-                return f"about {self.seconds / unit:.0f} {name}{steps}"
-        return f"less than {_SHORT} seconds{steps}"
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from eptq_onnx._version import __version__
+from eptq_onnx.config import FLOAT_BITS
+from eptq_onnx.estimates import Estimate
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.sizes import size_of_parts
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.passes.base import Context, State
 from eptq_onnx.prepare import Prepared
-from eptq_onnx.records import Calibration, Estimate, Scores
+from eptq_onnx.records import Calibration, Scores
 from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.training.attention import layer_attention
 
@@ -97,7 +99,7 @@ def _layers(state: State, count: int) -> tuple[LayerReport, ...]:
             weight_bits=layer.weight_spec.bits,
             weight_range=(layer.weight_spec.qmin, layer.weight_spec.qmax),
             weight_zero_points=not layer.weight_spec.symmetric,
-            activation_bits=quantizers[layer.input].spec.bits,
+            activation_bits=FLOAT_BITS if layer.stored else quantizers[layer.input].spec.bits,
             edge=layer.edge,
             attention=None if weights is None else float(weights[k]),
             sqnr_db=state.verification.layers[layer.node],

@@ -31,6 +31,9 @@ from eptq_onnx.config.options import Options
 
 PRESET_STEPS = {Preset.FAST: (0, 0), Preset.BALANCED: (200, 1000), Preset.BEST: (1000, 5000)}
 """Minimum and maximum number of network-wise optimization steps."""
+FLOAT_BITS = 32
+"""The width of activations that stay float."""
+_ACTIVATION_WIDTHS = (*range(2, 9), 16, FLOAT_BITS)
 _ACTIVATION_NOISE = 0.05
 """Default limit of the noise of activations."""
 _CHEAP = 8e7
@@ -48,15 +51,16 @@ class Config(OptionModel):
 
     weight_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=8)
     """Bits of weights, 2 to 8."""
-    activation_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=16)
-    """Bits of activations: 2 to 8, or 16, which requires opset 21."""
+    activation_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=FLOAT_BITS)
+    """Bits of activations: 2 to 8; or 16, which requires opset 21; or 32, which leaves them float, so that
+    only weights are quantized."""
     edge_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=8)
     """Weight bits of the first and last layers. Where other activations have fewer bits, the model's inputs
     and the inputs and outputs of the last layers use these, too."""
     bits: Annotated[tuple[str, ...], Option("widths", metavar="[PATTERN=]wWaA", default="none")] = ()
     """Bits as wWaA: w4a8 sets the bits of all weights and activations. PATTERN=w8a16 sets those of matching
-    nodes: of their weights and of the activations they read. A pattern is a node name, re:REGEX, op:TYPE or
-    from:NAME..to:NAME; the last match counts. May be repeated."""
+    nodes: of their weights and of the activations they read. a32 leaves activations float. A pattern is a
+    node name, re:REGEX, op:TYPE or from:NAME..to:NAME; the last match counts. May be repeated."""
     exclude: Annotated[tuple[str, ...], Option("widths", metavar="PATTERN", default="none")] = ()
     """Keep the nodes that match a pattern (see bits) in floating point. May be repeated."""
     budget: Annotated[
@@ -303,8 +307,8 @@ class Config(OptionModel):
     @field_validator("activation_bits")
     @classmethod
     def _stored(cls, bits: int) -> int:
-        if 8 < bits < 16:
-            raise ValueError("give 2 to 8, or 16")
+        if bits not in _ACTIVATION_WIDTHS:
+            raise ValueError("give 2 to 8, 16, or 32")
         return bits
 
     def digest(self, target: BaseModel) -> str:
@@ -362,8 +366,14 @@ class Config(OptionModel):
 
     @property
     def most_activation_bits(self) -> int:
-        """Largest number of activation bits that any option asks for."""
-        return max([self.activation_bits, *(bits for _, _, bits in self.node_bits)])
+        """Largest number of activation bits that any option asks for, of those that are quantized."""
+        every = {self.activation_bits, *(bits for _, _, bits in self.node_bits)}
+        return max(every - {FLOAT_BITS}, default=8)
+
+    @property
+    def weights_only(self) -> bool:
+        """True if all activations stay float."""
+        return {self.activation_bits, *(bits for _, _, bits in self.node_bits)} == {FLOAT_BITS}
 
     @property
     def block_bytes(self) -> int | None:
@@ -414,8 +424,8 @@ class Config(OptionModel):
 def widths(text: str) -> tuple[int, int]:
     """Parse wWaA, such as w4a8, into weight and activation bits."""
     found = re.fullmatch(r"w(\d+)a(\d+)", str(text))
-    if found is None or not 2 <= int(found[1]) <= 8 or int(found[2]) not in (2, 3, 4, 5, 6, 7, 8, 16):
+    if found is None or not 2 <= int(found[1]) <= 8 or int(found[2]) not in _ACTIVATION_WIDTHS:
         raise ValueError(
-            f"write bits as w4a8, of 2 to 8 for weights and 2 to 8 or 16 for activations, not {text}"
+            f"write bits as w4a8, of 2 to 8 for weights and 2 to 8, 16 or 32 for activations, not {text}"
         )
     return int(found[1]), int(found[2])

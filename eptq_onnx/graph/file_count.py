@@ -80,7 +80,14 @@ class FileCount:
         self._axes = weights_of(view)
         self._shapes = {name: view.constant_shape(name) for name in self._axes}
         self._readers = {name: view.consumers[name] for name in self._axes}
-        self._scales = {name: view.constant_shape(nodes[0].input[1]) for name, nodes in self._readers.items()}
+        self._in_float = {
+            n for n, nodes in self._readers.items() if any(r.op_type != "DequantizeLinear" for r in nodes)
+        }
+        self._scales = {
+            name: view.constant_shape(nodes[0].input[1])
+            for name, nodes in self._readers.items()
+            if name not in self._in_float
+        }
         self._written, self._more = written, 0
         own = set(names.values())
         self._others: dict[str, tuple[Packing, bool]] = {}
@@ -131,7 +138,7 @@ class FileCount:
         whole = tensor_bytes(TensorProto(name=name, data_type=TensorProto.INT8, dims=shape), math.prod(shape))
         if storing.storage is WeightStorage.NATIVE:
             width = min((w for w in storing.types if w >= bits), default=8)
-            if width == 8:
+            if width == 8 or name in self._in_float:
                 return whole
             zero = TensorProto(name=f"{name}_zero_point", data_type=TensorProto.INT4, dims=self._scales[name])
             counts = math.prod(shape), math.prod(self._scales[name])

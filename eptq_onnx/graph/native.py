@@ -41,7 +41,8 @@ def native(model: ModelProto, widths: Sequence[int]) -> tuple[ModelProto, list[s
     -------
     ModelProto
     list of str
-        Weights of at most 6 bits that stay int8, because no type holds their integers and zero points.
+        Weights of at most 6 bits that stay int8, because no type holds their integers and zero points, or
+        because float layers read them.
     """
     view, builder = GraphView(model), edit.Builder(model)
     zeros: dict[str, str] = {}
@@ -50,6 +51,7 @@ def native(model: ModelProto, widths: Sequence[int]) -> tuple[ModelProto, list[s
     for name, axis in weights_of(view).items():
         rows = rows_of(view.constant(name), axis).astype(np.int16)
         found = next((f for w in sorted(widths) if (f := _fitting(rows, w)) is not None), None)
+        # Not all versions of onnxruntime can cast types below 8 bits.
         if found is None or any(
             n.op_type != "DequantizeLinear" or list(n.input).index(name) for n in view.consumers[name]
         ):

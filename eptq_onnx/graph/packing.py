@@ -19,7 +19,7 @@ from collections import defaultdict
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto
 
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.unfolding import PREFIX, Chunk, Content, Packing, unfold, worthwhile
@@ -33,10 +33,10 @@ _OLDEST_OPSET = 13
 def packed(model: ModelProto) -> ModelProto:
     """Return a copy in which weights of 2 to 6 bits are packed into the bytes that their bits need.
 
-    Weights are the int8 constants of two or more axes that a DequantizeLinear of the main graph reads. The
-    range of their integers gives the bits that they need; each channel has its own offset. The unpacked
-    integers are the same, under the same name. A weight stays as it is if the nodes that unpack it take more
-    bytes than packing saves.
+    Weights are the int8 constants of two or more axes that the main graph turns into floats; see
+    `weights_of`. The range of their integers gives the bits that they need; each channel has its own offset.
+    The unpacked integers are the same, under the same name. A weight stays as it is if the nodes that unpack
+    it take more bytes than packing saves.
 
     Parameters
     ----------
@@ -64,19 +64,47 @@ def packed(model: ModelProto) -> ModelProto:
 
 
 def weights_of(view: GraphView) -> dict[str, int | None]:
-    """Return the int8 constants that a DequantizeLinear reads, each with the axis of its scales or None."""
+    """Return the int8 constants that are turned into floats, each with the axis of its scales or None.
+
+    A DequantizeLinear reads those of layers on integers; the others go through Cast and Mul.
+    """
     given = {i.name for i in view.model.graph.input}
     found: dict[str, int | None] = {}
     for node in view.nodes:
-        name = node.input[0] if node.op_type == "DequantizeLinear" and not node.domain else ""
+        name = node.input[0] if node.op_type in ("DequantizeLinear", "Cast") and not node.domain else ""
         if name in found or name in given or view.elem_type(name) != TensorProto.INT8:
             continue
         if not view.is_constant(name) or 0 in view.constant_shape(name):
             continue
-        scale, rank = view.shape(node.input[1]), len(view.constant_shape(name))
+        rank = len(view.constant_shape(name))
+        if node.op_type == "Cast":
+            scales = scales_of(node, view)
+            if scales is not None:
+                shape = view.constant_shape(scales)
+                found[name] = next((k for k, size in enumerate(shape, rank - len(shape)) if size > 1), None)
+            continue
+        scale = view.shape(node.input[1])
         per_channel = scale is not None and len(scale) == 1 and scale != (1,)
         found[name] = int_attribute(node, "axis", 1) % rank if per_channel and rank else None
     return found
+
+
+def scales_of(cast: NodeProto, view: GraphView) -> str | None:
+    """Return the constant scales by which the only reader of a Cast multiplies its result, or None.
+
+    They have one axis with more than one scale, at most, and no more axes than the integers.
+    """
+    readers = view.consumers[cast.output[0]]
+    if len(readers) != 1 or readers[0].op_type != "Mul" or cast.output[0] in view.outputs:
+        return None
+    other = [i for i in readers[0].input if i != cast.output[0]]
+    integers = view.shape(cast.input[0])
+    if len(other) != 1 or not view.is_constant(other[0]) or not view.is_float(other[0]) or integers is None:
+        return None
+    shape = view.constant_shape(other[0])
+    sizes = integers[len(integers) - len(shape) :]
+    fits = len(shape) <= len(integers) and all(a in (1, b) for a, b in zip(shape, sizes, strict=True))
+    return other[0] if fits and sum(size > 1 for size in shape) <= 1 else None
 
 
 def rows_of(values: NDArray[np.int8], axis: int | None) -> NDArray[np.int8]:

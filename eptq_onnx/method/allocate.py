@@ -75,7 +75,7 @@ class Candidates:
     effects : dict of int to float
         Bit width to the noise it causes at the outputs.
     operations : float
-        Multiplications per sample times the bits of the activations.
+        Multiplications per sample on integers, times the bits of the activations.
     """
 
     size: int
@@ -196,7 +196,8 @@ def candidates(
         else:
             known = weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
             positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
-            known.operations += value.size * positions * quantizers[layer.input].spec.bits
+            if not layer.stored:
+                known.operations += value.size * positions * quantizers[layer.input].spec.bits
             specs = {
                 bits: target.of(layer.op_type).weight_spec(bits, layer.weight_spec.axis, layer.depthwise)
                 for bits in known.effects

@@ -3,6 +3,9 @@
 Every quantized activation gets a QuantizeLinear/DequantizeLinear pair that all its readers share; weights and
 biases become quantized initializers behind a DequantizeLinear that takes over the tensor's name. For bit
 widths below the container's, a Clip on the integers between the two nodes keeps the range.
+
+Float layers read their integer weights through Cast and Mul, which runtimes fold into float constants. They
+do not fold a DequantizeLinear, and some make an integer kernel of it.
 """
 
 from __future__ import annotations
@@ -86,10 +89,10 @@ class _Writer:
                 final = self._final(name)
                 if final in self._quantizers and final not in self._plan.carried:
                     source = b.unique(f"{final}_float") if self._is_output(final) else final
-                    copy.output[k] = source
+                    self._made(copy, k, source)
                     self._pair(final, source)
                 elif final:
-                    copy.output[k] = final
+                    self._made(copy, k, final)
         result = edit.with_nodes(self._model, b.nodes, b.initializers, drop=self._replaced)
         edit.prune(result)
         made = {o for n in result.graph.node for o in n.output}
@@ -97,6 +100,16 @@ class _Writer:
         self._restore_value_info(result)
         result.producer_name = PRODUCER
         return branches.shielded(result)
+
+    def _made(self, node: NodeProto, k: int, name: str) -> None:
+        """Name an output of a node; where the runtime would quantize the node unasked, behind a guard.
+
+        The guard is a LeakyRelu with the slope 1, which onnxruntime computes in the kernel of the layer.
+        """
+        guarded = node.output[k] in self._plan.guarded
+        node.output[k] = self._b.unique(f"{name}_guarded") if guarded else name
+        if guarded:
+            self._b.add("LeakyRelu", [node.output[k]], name, alpha=1.0)
 
     def _final(self, name: str) -> str:
         while name in self._made_as:
@@ -166,37 +179,64 @@ class _Writer:
     # ---- constants -----------------------------------------------------------------------------------------
     def _constants(self) -> None:
         for weight in self._plan.weight_specs:
-            readers = [layer.node for layer in self._plan.layers if layer.weight == weight]
-            folded = quant_math.folded(self._rounding.integers[weight], self._rounding.weights[weight])
-            name = self._dequantized(weight, *folded, readers)
-            for node in readers:
-                self._layer_reads[node, weight] = name
+            self._weight(weight)
         for operand in self._plan.operands:
             self._constant_operand(operand)
         for table in self._plan.tables:
             self._table(table)
         spec = self._plan.bias
-        if spec is not None:
-            for layer in self._plan.layers:
-                if layer.bias is not None and (layer.has_bias or self._rounding.biases[layer.bias].any()):
-                    self._bias(layer, spec)
-        else:
-            self._float_biases()
+        for layer in self._plan.layers:
+            if layer.bias is None or not (layer.has_bias or self._rounding.biases[layer.bias].any()):
+                continue
+            if spec is None or layer.stored:
+                self._float_bias(layer.node, layer.bias)
+            else:
+                self._bias(layer, spec)
+
+    def _weight(self, tensor: str) -> None:
+        """Add the integers of a weight, and what its layers read."""
+        readers = {layer.node: layer.stored for layer in self._plan.layers if layer.weight == tensor}
+        values, grid = quant_math.folded(self._rounding.integers[tensor], self._rounding.weights[tensor])
+        stored = self._stored(tensor, values, grid)
+        for in_float in sorted(set(readers.values())):
+            name = self._take_over(tensor, list(readers))
+            if in_float:
+                self._as_floats(stored, tensor, grid, name)
+            else:
+                self._dequantize(stored, tensor, grid, name)
+            for node, own in readers.items():
+                if own is in_float:
+                    self._layer_reads[node, tensor] = name
+
+    def _stored(self, tensor: str, values: Values, grid: Grid) -> str:
+        """Add the initializer with a constant's integers; return its name."""
+        stored = self._b.unique(f"{tensor}_quantized")
+        self._b.keep(grid.format.raw(values), stored, grid.format.type_name)
+        return stored
+
+    def _dequantize(self, stored: str, tensor: str, grid: Grid, name: str) -> None:
+        """Add the DequantizeLinear of a constant."""
+        scale, zero = self._scale_names(tensor, grid)
+        self._b.add("DequantizeLinear", [stored, scale, zero], name, **_axis(grid.granularity))
+
+    def _as_floats(self, stored: str, tensor: str, grid: Grid, name: str) -> None:
+        """Add the nodes that turn a constant's integers into floats; their zero points are 0."""
+        shape = [1] * len(self._view.constant_shape(tensor)) if np.ndim(grid.scale) else []
+        if isinstance(grid.granularity, PerAxis):
+            shape[grid.granularity.axis] = -1
+        scale = self._b.constant(np.asarray(grid.scale, np.float32).reshape(shape), f"{tensor}_scale")
+        self._b.add("Mul", [self._b.add("Cast", [stored], to=TensorProto.FLOAT), scale], name)
 
     def _dequantized(self, tensor: str, values: Values, grid: Grid, readers: list[str]) -> str:
         """Add the initializers and DequantizeLinear of a constant; return the name to read."""
-        b = self._b
-        stored = b.unique(f"{tensor}_quantized")
-        b.keep(grid.format.raw(values), stored, grid.format.type_name)
-        scale, zero = self._scale_names(tensor, grid)
         name = self._take_over(tensor, readers)
-        b.add("DequantizeLinear", [stored, scale, zero], name, **_axis(grid.granularity))
+        self._dequantize(self._stored(tensor, values, grid), tensor, grid, name)
         return name
 
     def _take_over(self, tensor: str, readers: list[str]) -> str:
         """Return the tensor's own name if nothing else reads the float constant, else a new one."""
         others = [n for n in self._view.consumers[tensor] if n.name not in readers]
-        if others or tensor in self._view.outputs:
+        if others or tensor in self._view.outputs or tensor in self._replaced:
             return self._b.unique(f"{tensor}_dequantized")
         self._replaced.add(tensor)
         return tensor
@@ -270,12 +310,10 @@ class _Writer:
         b.add("DequantizeLinear", inputs, output, **_axis(PerAxis(0) if scale.ndim else PerTensor()))
         self._layer_reads[layer.node, name] = output
 
-    def _float_biases(self) -> None:
-        for layer in self._plan.layers:
-            if layer.bias is not None and (layer.has_bias or self._rounding.biases[layer.bias].any()):
-                name = self._b.unique(f"{layer.bias}_learned")
-                self._b.keep(self._rounding.biases[layer.bias], name)
-                self._layer_reads[layer.node, layer.bias] = name
+    def _float_bias(self, node: str, bias: str) -> None:
+        name = self._b.unique(f"{bias}_learned")
+        self._b.keep(self._rounding.biases[bias], name)
+        self._layer_reads[node, bias] = name
 
     def _restore_value_info(self, model: ModelProto) -> None:
         """Copy type and shape of each quantized tensor to its dequantized replacement."""

@@ -27,6 +27,7 @@ from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import compensation, quant_math
+from eptq_onnx.numerics.biases import BiasSpec
 from eptq_onnx.numerics.linear import LinearForm, OutputsApart, row_shape
 from eptq_onnx.numerics.moments import Moments, OutputNonlinearity, sampled_moments
 from eptq_onnx.numerics.reconstruction import RATIOS, REFITS, Damping, LayerProblem
@@ -111,7 +112,7 @@ def reconstruct(
         reached = exact.reach(layer.input), quantized_walk.reach(inputs[layer.node])
         form = linear_form(nodes[layer.node], view)
         problem: LayerProblem | None = None
-        input_scale = start.grids[plan.quantizer_of[layer.input].name].scale
+        bias_grid = _BiasGrid.of(layer, plan, start)
         if form is not None:
             importance = _importance(scores, layer, batches, [form.positions(x.shape) for x in reached[0]])
             # Work in units in which float32 holds the squares.
@@ -148,8 +149,8 @@ def reconstruct(
                 )
             if problem is not None and layer.node not in skipped:
                 least: Array = np.zeros(1, np.float32)
-                if layer.bias is not None and plan.bias is not None:
-                    least = plan.bias.least_weight_scale(biases[layer.bias], input_scale)
+                if layer.bias is not None:
+                    least = bias_grid.least_weight_scale(biases[layer.bias])
                 integers[layer.weight], grids[layer.weight], target = problem.solve(least)
                 if config.optimizes:
                     targets[layer.weight] = target
@@ -158,13 +159,43 @@ def reconstruct(
         if layer.bias is not None:
             shift = 0 if problem is None else problem.mean_error(rounded)
             bias = biases[layer.bias] = biases[layer.bias] + shift
-            grid = input_scale, grids[layer.weight].scale
             quantized_walk.set_constant(
-                names[layer.node][1], plan.bias.round(bias, *grid) if plan.bias is not None else bias
+                names[layer.node][1], bias_grid.round(bias, grids[layer.weight].scale)
             )
         progress(k + 1, len(plan.layers))
     corrected: Mapping[str, Array] = ChainMap(targets, start.targets)  # type: ignore[arg-type]  # it is only read
     return replace(start, integers=integers, weights=grids, biases=biases, targets=corrected), skipped
+
+
+@dataclass(frozen=True)
+class _BiasGrid:
+    """How the bias of a layer is stored: as integers, or as floats where there is no ``spec``.
+
+    Parameters
+    ----------
+    spec : BiasSpec or None
+    input_scale : ndarray, shape ()
+    """
+
+    spec: BiasSpec | None
+    input_scale: Array
+
+    @classmethod
+    def of(cls, layer: Layer, plan: Plan, start: Rounding) -> _BiasGrid:
+        """Return that of a layer."""
+        if plan.bias is None or layer.stored:
+            return cls(None, np.ones((), np.float32))
+        return cls(plan.bias, start.grids[plan.quantizer_of[layer.input].name].scale)
+
+    def least_weight_scale(self, bias: Array) -> Array:
+        """Return the scales of the weight below which the bias would overflow."""
+        if self.spec is None:
+            return np.zeros(1, np.float32)
+        return self.spec.least_weight_scale(bias, self.input_scale)
+
+    def round(self, bias: Array, weight_scale: Array) -> Array:
+        """Return the values that are stored."""
+        return bias if self.spec is None else self.spec.round(bias, self.input_scale, weight_scale)
 
 
 def operations(model: ModelProto, plan: Plan, config: Config) -> float:

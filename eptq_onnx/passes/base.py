@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol
@@ -252,6 +252,8 @@ class State:
         Tensors kept in floating point because of measurements, each with the reason.
     float_nodes : mapping of str to str
         Nodes kept in floating point because of measurements, each with the reason.
+    exact : frozenset of str
+        Tensors and nodes around which weights stay float, too.
     placement : Placement or None
         What was chosen by time.
     front : tuple of FrontPoint
@@ -277,6 +279,7 @@ class State:
     equalized: Mapping[str, float] = field(default_factory=dict)
     left_float: Mapping[str, str] = field(default_factory=dict)
     float_nodes: Mapping[str, str] = field(default_factory=dict)
+    exact: frozenset[str] = frozenset()
     placement: Placement | None = None
     front: tuple[FrontPoint, ...] = ()
     effects: Mapping[str, Candidates] = field(default_factory=dict)
@@ -395,13 +398,21 @@ def without_equal_steps(plan: Plan) -> str | None:
 
 
 def leave_float(
-    state: State, ctx: Context, tensors: Mapping[str, str], nodes: Mapping[str, str] | None = None
+    state: State,
+    ctx: Context,
+    tensors: Mapping[str, str],
+    nodes: Mapping[str, str] | None = None,
+    exact: Collection[str] = (),
 ) -> State:
-    """Replan with further tensors and nodes in floating point, each with its reason."""
+    """Replan with further tensors and nodes in floating point, each with its reason.
+
+    Weights around those that are ``exact`` stay float, too.
+    """
     if not tensors and not nodes:
         return state
     left, kept = {**state.left_float, **tensors}, {**state.float_nodes, **(nodes or {})}
-    plan = make_plan(state.model, ctx.target, ctx.config, left, kept)
+    around = state.exact | set(exact) if exact else state.exact
+    plan = make_plan(state.model, ctx.target, ctx.config, left, kept, around)
     calibration = state.calibration
     if not set(plan.quantizers) <= set(state.plan.quantizers):
         # What is left of a group may want another range.
@@ -416,4 +427,4 @@ def leave_float(
             scores=channels,
             known=calibration.grids,
         )
-    return state.changed(plan=plan, calibration=calibration, left_float=left, float_nodes=kept)
+    return state.changed(plan=plan, calibration=calibration, left_float=left, float_nodes=kept, exact=around)

@@ -22,7 +22,7 @@ class KeepChoices(Pass):
 
     name = "choices"
     requires = ("calibration",)
-    provides = ("plan", "calibration", "left_float")
+    provides = ("plan", "calibration", "left_float", "exact")
 
     def enabled(self, ctx: Context) -> bool:
         """Return True if the network makes choices by value."""
@@ -55,7 +55,7 @@ class _Tried:
         """Return the state with these tensors in floating point, each with its reason."""
         key = frozenset(tensors)
         if key not in self._made:
-            self._made[key] = leave_float(self._state, self._ctx, tensors)
+            self._made[key] = leave_float(self._state, self._ctx, tensors, exact=tensors)
         return self._made[key]
 
     def rounded(self, tensors: Mapping[str, str]) -> tuple[ModelProto, dict[str, str]]:

@@ -77,6 +77,8 @@ class Place(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Measure or read timings, and replan with regions that are slower on integers left float."""
+        if not state.plan.integer_layers:
+            return state
         left = "which operators run on integers was not chosen by time"
         if ctx.target.verifier != ONNXRUNTIME:
             return state.noting(f"{left}: {ctx.target.name} is for a runtime other than onnxruntime")
@@ -214,7 +216,7 @@ class _Timed:
         kept = {name: "" for region in self._cut.nodes(chosen) for name in region.nodes}
         state, ctx = self._state, self._ctx
         nodes: Mapping[str, str] = {**state.float_nodes, **kept}
-        return make_plan(state.model, ctx.target, ctx.config, state.left_float, nodes)
+        return make_plan(state.model, ctx.target, ctx.config, state.left_float, nodes, state.exact)
 
     def _planned_as(self, chosen: Sequence[bool]) -> State:
         """Return the state with the plan of a choice."""

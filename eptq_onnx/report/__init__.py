@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from eptq_onnx.data.origin import Origin
+from eptq_onnx.estimates import Estimate
 from eptq_onnx.placement import FrontPoint, Placement
-from eptq_onnx.records import Estimate, KeptFloat, OptimizationTrace, Speed, Verification
+from eptq_onnx.records import KeptFloat, OptimizationTrace, Speed, Verification
 from eptq_onnx.report import placement as by_time
 from eptq_onnx.report.console import console as standard_output
 from eptq_onnx.report.console import line

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.errors import OutputError
+from eptq_onnx.estimates import Estimate
 from eptq_onnx.interrupts import closing
-from eptq_onnx.records import Estimate
 from eptq_onnx.report.progress import Remaining
 
 _REPLACE = "eptq-onnx.replace"

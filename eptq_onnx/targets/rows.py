@@ -115,10 +115,12 @@ class BiasRules(Row):
 class RestRules(Row):
     """What stays float.
 
-    ``types``: the types besides float32 that it may have.
+    ``types``: the types besides float32 that it may have. ``quantizes``: the runtime quantizes the weights of
+    float layers between quantizers unasked, which a node behind them prevents.
     """
 
     types: tuple[Literal["float16", "bfloat16"], ...] = ()
+    quantizes: bool = False
 
 
 class Operator(Row):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from eptq_onnx.config import Config, FloatType, WeightStorage
+from eptq_onnx.config import FLOAT_BITS, Config, FloatType, WeightStorage
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.numerics.biases import BiasSpec
 from eptq_onnx.numerics.formats import FLOATS, IntFormat, PerAxis, PerTensor
@@ -174,6 +174,11 @@ class Target(Row):
                     f"target {self.name} does not support {min(other)}-bit {what}, because its {what} are "
                     f"{container}: choose {FLOATS[container].bits} bits."
                 )
+        if FLOAT_BITS in activations and not self.weight.packed:
+            raise ConfigError(
+                f"target {self.name} does not store the weights of float layers as integers (its "
+                "weight.packed is false): choose other activation bits than 32."
+            )
         if (least := min(activations)) < 8 and not self.activation.narrow:
             raise ConfigError(
                 f"target {self.name} does not support {least}-bit activations, because it takes no Clip "

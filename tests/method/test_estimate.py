@@ -10,11 +10,11 @@ from rich.console import Console
 
 import eptq_onnx
 from eptq_onnx import Config, data, targets
+from eptq_onnx.estimates import Estimate
 from eptq_onnx.graph import edit
 from eptq_onnx.method.estimate import multiplications, seconds_a_pass, seconds_an_operation
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
-from eptq_onnx.records import Estimate
 from eptq_onnx.runtime import Session
 
 

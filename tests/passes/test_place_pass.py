@@ -197,7 +197,7 @@ def test_where_every_operator_is_slower_one_layer_stays_on_integers(bench, monke
     monkeypatch.setattr(bench, "seconds", slow)
     result = run()
     assert not any("not chosen by time" in note for note in result.report.notes)
-    assert len(result.report.layers) == 1
+    assert [x.activation_bits for x in result.report.layers].count(8) == 1
 
 
 def test_models_that_take_no_time_are_left_as_planned(bench):
@@ -436,7 +436,7 @@ def test_the_smallest_file_within_limits_of_time_and_noise(bench, few):
         assert point.noise <= 0.02
         sizes[seconds] = result.model.ByteSize()
         assert (len(floats(result)) > 0) == (seconds < 0.1)
-    assert sizes[0.1] < sizes[0.006], "the time is bought with bytes of float weights"
+    assert sizes[0.006] < 1.02 * sizes[0.1], "float layers keep their weights at their bits"
 
 
 def test_limits_that_contradict_each_other_are_refused_with_their_options(bench, few):

@@ -27,7 +27,8 @@ from rich.console import Console
 import eptq_onnx
 from eptq_onnx import Config
 from eptq_onnx.data.origin import Origin
-from eptq_onnx.records import Estimate, KeptFloat
+from eptq_onnx.estimates import Estimate
+from eptq_onnx.records import KeptFloat
 from eptq_onnx.report.console import _Bars, _Lines, _Stream, _Table, duration, line, shown
 from eptq_onnx.report.progress import Remaining
 

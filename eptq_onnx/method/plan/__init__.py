@@ -9,26 +9,30 @@ The rules, in terms of the operator table (`ops.TABLE`) and the target:
   nothing there would use the integers, and the outputs keep full precision;
 - of a residual sum, some targets quantize only the branch that does not come from a layer;
 - nodes of a pattern that the target keeps whole stay float;
-- tensors joined by equal-scale operators, and by operators whose scale is shared, have one scale.
+- tensors joined by equal-scale operators, and by operators whose scale is shared, have one scale;
+- the weight of a layer that stays float is stored as integers, if the target's runtime turns them back into
+  floats when it loads the model.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from onnx import AttributeProto, ModelProto, NodeProto
 
-from eptq_onnx.config import Config
+from eptq_onnx.config import FLOAT_BITS, Config
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.patterns import matching
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.plan.activations import lookup_tables, quantizers_of
 from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, weight_of
-from eptq_onnx.method.plan.layers import layers_of
+from eptq_onnx.method.plan.guards import guarded_tensors
+from eptq_onnx.method.plan.layers import bias_objection, layers_of
+from eptq_onnx.method.plan.storing import stored_nodes
 from eptq_onnx.numerics.quant_math import keeps_bounds
-from eptq_onnx.ops import OpSpec, Role, is_known, output_channels, recorded, sizes, spec_of
+from eptq_onnx.ops import OpSpec, Role, is_known, recorded, sizes, spec_of
 from eptq_onnx.ops.regions import regions
 from eptq_onnx.proto.bodies import all_nodes, node_reads, subgraphs
 from eptq_onnx.records import ActivationQuantizer, KeptFloat, Plan
@@ -45,6 +49,7 @@ def plan(
     config: Config,
     sensitive: Mapping[str, str] | None = None,
     kept: Mapping[str, str] | None = None,
+    exact: Collection[str] = (),
 ) -> Plan:
     """Make the plan for a normalized model.
 
@@ -57,16 +62,18 @@ def plan(
         Tensors that must not be quantized, each with the reason.
     kept : mapping of str to str, optional
         Nodes that must stay float, each with the reason.
+    exact : collection of str, optional
+        Tensors and nodes around which weights stay float, too.
 
     Raises
     ------
     ModelError
-        If there is nothing to quantize.
+        If there is nothing to quantize: no layer runs on integers although the options ask for it.
     ConfigError
         If a pattern matches no node.
     """
     view = GraphView(model)
-    excluded = dict(kept or {}) | {
+    by_user = {
         name: f"excluded by the pattern {pattern}"
         for pattern in config.exclude
         for name in matching(view, pattern)
@@ -76,14 +83,16 @@ def plan(
         view,
         target,
         sensitive=sensitive or {},
-        excluded=excluded,
+        excluded=dict(kept or {}) | by_user,
         bits=bits,
         whole=regions(view, target.patterns.keep),
+        activation_bits=config.activation_bits,
     )
     _absorb(draft)
     _choose(draft)
+    draft.stored |= stored_nodes(draft, {*exact, *by_user})
     layers = layers_of(draft, config, model)
-    if not layers:
+    if all(layer.stored for layer in layers) and not (layers and config.weights_only):
         reasons = "; ".join(f"{name}: {why}" for name, why in list(draft.reasons.items())[:3])
         raise ModelError(
             f"there is nothing to quantize: no {', '.join(sorted(target.that_run('layer')))} "
@@ -105,6 +114,7 @@ def plan(
         exact=_choosing(draft, integer),
         float_outputs=target.outputs == "float",
         carried=_carried(draft),
+        guarded=guarded_tensors(draft, activations) if target.rest.quantizes else frozenset(),
     )
 
 
@@ -155,6 +165,8 @@ def _objection(node: NodeProto, spec: OpSpec, draft: Draft) -> str | None:
     view, row = draft.view, draft.row(node)
     if node.name in draft.excluded:
         return draft.excluded[node.name]
+    if draft.bits_read(node) == FLOAT_BITS:
+        return "the option bits leaves its activations float"
     if subgraphs(node):
         return _inside(node, draft.target.that_run("layer"))
     if not is_known(node) and node.domain not in OWN_DOMAINS:
@@ -177,11 +189,9 @@ def _objection(node: NodeProto, spec: OpSpec, draft: Draft) -> str | None:
         data = [d for d in data if d != weight]
         if view.shape(weight) is not None and len(view.shape(weight) or ()) < 2:
             return "its weight is a vector"
+        if (why := bias_objection(node, view)) is not None:
+            return why
         bias = node.input[spec.bias] if spec.bias is not None and len(node.input) > spec.bias else ""
-        if bias and not view.is_constant(bias):
-            return "its bias is computed at run time"
-        if bias and view.constant_shape(bias) != (output_channels(node, view),):
-            return "its bias does not have one value per output channel"
         constants = [weight, bias]
         infinite = [c for c in constants if c and view.is_float(c) and not view.is_finite(c)]
         if infinite:

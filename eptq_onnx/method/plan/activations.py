@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
-from eptq_onnx.config import Config
+from eptq_onnx.config import FLOAT_BITS, Config
 from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.method.plan.draft import Draft, bounds_of
 from eptq_onnx.ops import Role, channel_axes_of, pointwise, spec_of
@@ -53,7 +53,10 @@ def quantizers_of(
     activations, operands = [], []
     for members in groups.values():
         edge = any(m in wide for m in members)
-        bits = max(config.edge_bits, config.activation_bits) if edge else config.activation_bits
+        default = (
+            config.most_activation_bits if config.activation_bits == FLOAT_BITS else config.activation_bits
+        )
+        bits = max(config.edge_bits, default) if edge else default
         readers = {
             n.name
             for m in members

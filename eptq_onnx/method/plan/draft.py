@@ -40,12 +40,20 @@ class Draft:
     """Nodes of patterns that the target keeps whole, each with the pattern's name."""
     unread: dict[str, str] = field(default_factory=dict)
     """Sum to the branch that it reads in float."""
+    stored: set[str] = field(default_factory=set)
+    """Nodes that stay float and whose weights are quantized."""
+    activation_bits: int = 8
+    """Activation bits of nodes that no rule names."""
 
     def final(self, tensor: str) -> str:
         """Return the tensor behind absorbed clipping operators, which is quantized in place of ``tensor``."""
         while tensor in self.absorbed:
             tensor = self.absorbed[tensor]
         return tensor
+
+    def bits_read(self, node: NodeProto) -> int:
+        """Return the bits that the options give the activations that a node reads."""
+        return self.bits[node.name][1] if node.name in self.bits else self.activation_bits
 
     def row(self, node: NodeProto) -> Operator:
         """Return what the target says about a node's operator."""

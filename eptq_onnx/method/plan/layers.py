@@ -7,14 +7,14 @@ from onnx import ModelProto, NodeProto
 from eptq_onnx.config import Config
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.method.plan.draft import Draft, weight_of
-from eptq_onnx.ops import spec_of
+from eptq_onnx.ops import output_channels, spec_of
 from eptq_onnx.proto.bodies import all_names
 from eptq_onnx.records import Layer
 from eptq_onnx.targets import WeightRules
 
 
 def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, ...]:
-    """Return the layers that are quantized, in topological order."""
+    """Return the layers whose weights are quantized, in topological order."""
     view, taken = draft.view, all_names(model.graph)
     nodes = _layer_nodes(draft)
     # A path that bypasses all other layers does not make a layer the first: residual streams bypass every
@@ -36,21 +36,17 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
         rank = len(view.constant_shape(weight))
         axis = spec.weight_axis(node) % rank
         if axes.setdefault(weight, axis) != axis:
-            draft.reasons[node.name] = (
-                f"its weight {weight} is shared with a layer that has other output channels"
-            )
-            del draft.quantized[node.name]
+            why = "that has other output channels"
+            _leave(node, f"its weight {weight} is shared with a layer {why}", draft)
             continue
         target = draft.target.of(node.op_type)
         if rules.setdefault(weight, target.weight) != target.weight:
-            draft.reasons[node.name] = (
-                f"its weight {weight} is shared with a layer whose weights follow other rules"
-            )
-            del draft.quantized[node.name]
+            why = "whose weights follow other rules"
+            _leave(node, f"its weight {weight} is shared with a layer {why}", draft)
             continue
         bias: str | None = None
         has_bias = spec.bias is not None and len(node.input) > spec.bias and bool(node.input[spec.bias])
-        if spec.bias is not None:
+        if spec.bias is not None and bias_objection(node, view) is None:
             bias = node.input[spec.bias] if has_bias else f"{node.name}_bias"
             while not has_bias and bias in taken:
                 bias += "_"
@@ -74,13 +70,36 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
                 output_axis=-1 if spec.output_axis is None else spec.output_axis,
                 edge=edge,
                 depthwise=depthwise,
+                stored=node.name in draft.stored,
             )
         )
     return tuple(layers)
 
 
+def bias_objection(node: NodeProto, view: GraphView) -> str | None:
+    """Return why the bias of a layer cannot be quantized or corrected, or None."""
+    place = spec_of(node).bias
+    bias = node.input[place] if place is not None and len(node.input) > place else ""
+    if bias and not view.is_constant(bias):
+        return "its bias is computed at run time"
+    if bias and view.constant_shape(bias) != (output_channels(node, view),):
+        return "its bias does not have one value per output channel"
+    return None
+
+
+def _leave(node: NodeProto, reason: str, draft: Draft) -> None:
+    """Leave the weight of a layer float."""
+    draft.reasons[node.name] = reason
+    draft.quantized.pop(node.name, None)
+    draft.stored.discard(node.name)
+
+
 def _layer_nodes(draft: Draft) -> list[NodeProto]:
-    return [n for n in draft.view.nodes if n.name in draft.quantized and draft.is_weighted(n)]
+    return [
+        n
+        for n in draft.view.nodes
+        if n.name in draft.stored or (n.name in draft.quantized and draft.is_weighted(n))
+    ]
 
 
 def _is_depthwise(node: NodeProto, view: GraphView) -> bool:
