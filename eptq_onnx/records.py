@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from eptq_onnx.diagnosis import SampleNoise
 from eptq_onnx.numerics.biases import BiasSpec
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.spec import QuantSpec
@@ -370,13 +371,14 @@ class Verification:
     kernels : dict of str to int
         Operator to the number of integer kernels found in the runtime's optimized graph.
     float_bytes, quantized_bytes : int
-        Sizes of the two models.
     notes : tuple of str
         Unusual circumstances of the comparison.
     statistics : dict of str to OutputStatistics
         Per float output.
     held_out : bool
         False if a step of the quantization has seen these samples.
+    worst : tuple of SampleNoise
+        The samples on which the models differ most, worst first.
     """
 
     samples: int
@@ -389,10 +391,7 @@ class Verification:
     notes: tuple[str, ...] = ()
     statistics: Mapping[str, OutputStatistics] = field(default_factory=dict)
     held_out: bool = True
-
-
-_SHORT = 10
-"""Time below which an estimate gives no number, in seconds."""
+    worst: tuple[SampleNoise, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -414,11 +413,12 @@ class Estimate:
     shares: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        short = 10  # seconds; below, no number is given
         steps = f", at most {self.steps} optimization steps" if self.steps else ", no optimization steps"
         for unit, name in ((3600, "hours"), (60, "minutes"), (1, "seconds")):
-            if self.seconds >= max(2 * unit, _SHORT):
+            if self.seconds >= max(2 * unit, short):
                 return f"about {self.seconds / unit:.0f} {name}{steps}"
-        return f"less than {_SHORT} seconds{steps}"
+        return f"less than {short} seconds{steps}"
 
 
 @dataclass(frozen=True)
