@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,22 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class Loud:
+    """Something that causes much of the noise.
+
+    Parameters
+    ----------
+    nodes : tuple of str
+        The node whose weights they are, or the integer nodes that read the activation.
+    share : float
+        Share of the noise of all weights, or of all activations.
+    """
+
+    nodes: tuple[str, ...]
+    share: float
+
+
+@dataclass(frozen=True)
 class OutputNoise:
     """Causes of the noise of the outputs; each is the squared error as a share of the outputs' variance.
 
@@ -78,11 +94,9 @@ class OutputNoise:
     seen : float or None
         Noise of the quantized network on samples that ranges and rounding were chosen on; None if all samples
         are such.
-    loud_weights : dict of str to float
-        The few layers whose weights cause most of the noise of all weights, loudest first, each with its
-        share; empty if many layers do.
-    loud_activations : dict of str to float
-        The same for activations, each named by the nodes that read it, separated by commas.
+    loud_weights, loud_activations : tuple of Loud
+        The few weights, and the few activations, that cause most of the noise of their kind, loudest first;
+        empty if many do.
     """
 
     samples: int
@@ -90,8 +104,8 @@ class OutputNoise:
     weights: float
     activations: float
     seen: float | None = None
-    loud_weights: Mapping[str, float] = field(default_factory=dict)
-    loud_activations: Mapping[str, float] = field(default_factory=dict)
+    loud_weights: tuple[Loud, ...] = ()
+    loud_activations: tuple[Loud, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -191,15 +191,15 @@ def only_weights(plan: Plan, nodes: Collection[str] | None = None) -> Plan:
     )
 
 
-def readers(plan: Plan, view: GraphView) -> dict[str, str]:
-    """Return the integer nodes that read each quantized activation, separated by commas."""
-    found: dict[str, str] = {}
+def readers(plan: Plan, view: GraphView) -> dict[str, tuple[str, ...]]:
+    """Return the integer nodes that read each quantized activation, of those that any reads."""
+    found: dict[str, tuple[str, ...]] = {}
     for q in plan.activations:
         nodes = dict.fromkeys(
             n.name for t in q.tensors for n in view.consumers[t] if n.name in plan.integer_nodes
         )
         if nodes:
-            found[q.name] = ",".join(nodes)
+            found[q.name] = tuple(nodes)
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.data.samples import spread
-from eptq_onnx.diagnosis import Diagnosis, OutputNoise
+from eptq_onnx.diagnosis import Diagnosis, Loud, OutputNoise
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.execute.walk import affordable_batches
 from eptq_onnx.graph.infer import infer_shapes
@@ -128,11 +128,11 @@ class _Causes:
         activations = self._deviation(
             *with_activations(self.state, self.ctx, [q.name for q in plan.activations])
         )
-        loud: dict[str, float] = {}
+        loud_weights: dict[str, float] = {}
         loud_activations: dict[str, float] = {}
         # What causes little is not worth a search.
         if weights >= _WORTH * total:
-            loud = loudest(
+            loud_weights = loudest(
                 [x.node for x in plan.layers],
                 weights,
                 lambda some: self._noise(only_weights(plan, set(some))),
@@ -149,8 +149,8 @@ class _Causes:
             weights=weights,
             activations=activations,
             seen=self._of(plan, self._on(self.ctx.shares.training)) if self.ctx.shares.held_out else None,
-            loud_weights=loud,
-            loud_activations={read_by[name]: share for name, share in loud_activations.items()},
+            loud_weights=tuple(Loud((node,), share) for node, share in loud_weights.items()),
+            loud_activations=tuple(Loud(read_by[name], share) for name, share in loud_activations.items()),
         )
 
     def _noise(self, plan: Plan) -> float:

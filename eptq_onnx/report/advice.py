@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eptq_onnx import targets
 from eptq_onnx.config import Config
 from eptq_onnx.data.splits import ENOUGH
-from eptq_onnx.diagnosis import OutputNoise
+from eptq_onnx.diagnosis import Loud, OutputNoise
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.report.verdict import FEW_SAMPLES, Assurance
 
@@ -26,8 +26,6 @@ _LEAST_GAIN = 0.5
 """Gain in dB below which nothing is advised."""
 _LEAST_PART = 0.25
 """Share of the noise from which on a part is worth lowering."""
-_NEAR = 1.05
-"""Ratio to the start's error within which a candidate of the optimization came close to it."""
 _LOW = 4
 """Bits of weights up to which network-wise optimization gains."""
 
@@ -167,12 +165,12 @@ class _Case:
         if not loud:
             return
         bits = {x.node: (x.weight_bits, x.activation_bits) for x in self.report.layers}
-        wider = not self.chooses_widths and all(bits[n][0] < 8 for n in loud)
-        if wider:
-            option = _options("--bits", [f"{n}=w8a{bits[n][1]}" for n in loud])
-            part = sum(share * (1 - 4.0 ** (bits[n][0] - 8)) for n, share in loud.items())
+        nodes = [node for item in loud for node in item.nodes]
+        if not self.chooses_widths and all(bits[node][0] < 8 for node in nodes):
+            option = _options("--bits", [f"{node}=w8a{bits[node][1]}" for node in nodes])
+            part = sum(item.share * (1 - 4.0 ** (bits[item.nodes[0]][0] - 8)) for item in loud)
         else:
-            option, part = _options("--exclude", list(loud)), sum(loud.values())
+            option, part = _options("--exclude", nodes), sum(item.share for item in loud)
         yield Advice(
             option,
             f"weights cause {self.weights:.0%} of the noise, and {_named(loud)} of theirs",
@@ -211,7 +209,7 @@ class _Case:
         trace, preset = self.report.optimization, self.report.config.get("preset")
         most = self._without(self.weights)
         if trace is None:
-            if self.weight_bits <= _LOW and self.report.config.get("steps") is None:
+            if self.weight_bits <= _LOW and preset == "fast" and self.report.config.get("steps") is None:
                 yield Advice(
                     "--preset balanced",
                     f"{self.weight_bits}-bit weights cause {self.weights:.0%} of the noise, and the preset "
@@ -224,26 +222,21 @@ class _Case:
             return
         (_, start), *others = trace.checkpoints
         step, best = min(others, key=lambda c: c[1])
-        if trace.best_step == others[-1][0]:
-            why = (
-                f"the error on held-out samples was still falling at step {step}, the last check: "
-                f"{start:.4g} at the start, {best:.4g} there"
-            )
-        elif trace.best_step == 0 and best <= _NEAR * start:
-            why = (
-                f"the optimization kept its start, but a candidate came close: {best:.4g} at step {step}, "
-                f"{start:.4g} at the start"
-            )
-        else:
+        if step != others[-1][0]:
             return
+        kept = "" if trace.best_step else "the optimization kept its start, but "
+        why = (
+            f"{kept}the error on held-out samples was still falling at step {step}, the last check: "
+            f"{start:.4g} at the start, {best:.4g} there"
+        )
         yield Advice("--preset best", why, most, at_most=True)
 
     def _loud_activations(self) -> Iterator[Advice]:
         loud = self.noise.loud_activations
         if not loud:
             return
-        nodes = list(dict.fromkeys(n for names in loud for n in names.split(",")))
-        share = sum(loud.values())
+        nodes = list(dict.fromkeys(node for item in loud for node in item.nodes))
+        share = sum(item.share for item in loud)
         yield Advice(
             _options("--exclude", nodes),
             f"activations cause {self.activations:.0%} of the noise, and inputs of {_named(loud)} of theirs",
@@ -299,9 +292,9 @@ def _options(flag: str, values: Sequence[str]) -> str:
     return " ".join(f"{flag} {shlex.quote(value)}" for value in values)
 
 
-def _named(loud: Mapping[str, float]) -> str:
-    """Return who causes which share, such as ``a 40%, b 20%``."""
-    return ", ".join(f"{name} {share:.0%}" for name, share in loud.items())
+def _named(loud: Sequence[Loud]) -> str:
+    """Return who causes which share, such as ``a 40%, b and c 20%``."""
+    return ", ".join(f"{' and '.join(item.nodes)} {item.share:.0%}" for item in loud)
 
 
 def _span(bits: Sequence[int]) -> str:

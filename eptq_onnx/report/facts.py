@@ -126,7 +126,7 @@ def layer_sheet(report: Report) -> Sheet:
                 x.node,
                 x.op_type,
                 f"W{x.weight_bits}A{x.activation_bits}",
-                weights_of(x),
+                weights_of(x).removeprefix("in ").removeprefix("are "),
                 decibels(x.own_db),
                 decibels(x.sqnr_db),
                 decibels(x.nearest_db),

@@ -50,6 +50,8 @@ _STYLE: dict[str, Any] = {
 }
 _MOST_DB = 60.0
 """Ratios above are drawn there: they are as good as exact."""
+_DECADE = 10.0
+"""Ratio of the largest to the smallest value from which on an axis is logarithmic."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,13 @@ def _styled() -> Iterator[None]:
         yield
 
 
+def _logarithmic(axes: Any) -> None:
+    """Make the vertical axis logarithmic, with plain numbers at its ticks: formulas are not rendered."""
+    axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 def by_layer(
     accumulated: Sequence[float], nearest: Sequence[float | None], own: Sequence[float | None]
 ) -> Markup:
@@ -148,7 +157,9 @@ def attention(weights: Array) -> Markup:
 
     def draw(axes: Any) -> None:
         shades = np.log10(np.maximum(weights, 1e-3 * max(float(weights.max()), 1e-30)))
-        image = axes.imshow(shades, aspect="auto", cmap="viridis", interpolation="nearest")
+        # Layers and samples are counted from 1, as in the table.
+        ends = (0.5, weights.shape[1] + 0.5, weights.shape[0] + 0.5, 0.5)
+        image = axes.imshow(shades, aspect="auto", cmap="viridis", interpolation="nearest", extent=ends)
         axes.grid(visible=False)
         axes.set_xlabel("sample")
         axes.set_ylabel("layer")
@@ -171,8 +182,7 @@ def histogram(found: Histogram, name: str) -> Markup:
         edges = np.linspace(found.low, found.high, len(found.counts) + 1)
         # Activations hold many zeros: a linear axis would show nothing else.
         axes.stairs(np.asarray(found.counts) + 0.5, edges, fill=True, color=_FIRST, baseline=0.5)
-        axes.set_yscale("log")
-        axes.minorticks_off()
+        _logarithmic(axes)
         for end in (found.least, found.most):
             axes.axvline(end, color=_SECOND, linestyle="--")
         axes.set_xlabel("value" if found.what == "input" else "steps of the scale")
@@ -192,8 +202,8 @@ def losses(trace: OptimizationTrace) -> Markup:
     def draw(axes: Any) -> None:
         steps = np.arange(1, len(trace.losses) + 1)
         axes.plot(steps, trace.losses, color=_FIRST, linewidth=0.8, label="training loss")
-        if all(v > 0 for v in trace.losses):
-            axes.set_yscale("log")
+        if min(trace.losses) > 0 and max(trace.losses) > _DECADE * min(trace.losses):
+            _logarithmic(axes)
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
         if trace.checkpoints:
@@ -239,8 +249,8 @@ def front(points: Sequence[FrontPoint]) -> Markup:
                 color=_SECOND,
                 label="chosen",
             )
-            if min(ys) > 0:
-                place.set_yscale("log")
+            if min(ys) > 0 and max(ys) > _DECADE * min(ys):
+                _logarithmic(place)
             place.set_xlabel(label)
             place.set_ylabel("noise at the outputs")
             if any(chosen):
