@@ -23,6 +23,7 @@ from eptq_onnx.passes.allocate import Allocate
 from eptq_onnx.passes.base import Context, Pass, State
 from eptq_onnx.passes.calibrate import Calibrate, Recalibrate
 from eptq_onnx.passes.choices import KeepChoices
+from eptq_onnx.passes.diagnose import Diagnose
 from eptq_onnx.passes.effects import Effects
 from eptq_onnx.passes.equalize import Equalize
 from eptq_onnx.passes.float_fallback import FloatFallback
@@ -58,6 +59,7 @@ PIPELINE: tuple[Pass, ...] = (
     Pack(),
     Rest(),
     Verify(),
+    Diagnose(),
     Measure(),
 )
 """The passes that run on a normalized, planned model, in order."""

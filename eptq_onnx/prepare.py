@@ -53,6 +53,8 @@ class Prepared:
     notes : tuple of str
     rest : FloatType
         Type of what stays float.
+    names : tuple of str
+        Names of the samples, if each is a file.
     """
 
     model: ModelProto
@@ -66,6 +68,11 @@ class Prepared:
     float_bytes: int
     notes: tuple[str, ...]
     rest: FloatType
+    names: tuple[str, ...] = ()
+
+    def name_of(self, sample: int) -> str:
+        """Return the name of a sample, or its number if it has none."""
+        return self.names[sample] if self.names else str(sample)
 
 
 def prepare(
@@ -120,6 +127,8 @@ def prepare(
         float_bytes=size,
         notes=tuple(notes),
         rest=rest,
+        # Samples that are grouped into runs have no single name.
+        names=read.names if len(read.names) == samples.count else (),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from eptq_onnx.diagnosis import SampleNoise
 from eptq_onnx.numerics.biases import BiasSpec
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.spec import QuantSpec
@@ -386,13 +387,14 @@ class Verification:
     kernels : dict of str to int
         Operator to the number of integer kernels found in the runtime's optimized graph.
     float_bytes, quantized_bytes : int
-        Sizes of the two models.
     notes : tuple of str
         Unusual circumstances of the comparison.
     statistics : dict of str to OutputStatistics
         Per float output.
     held_out : bool
         False if a step of the quantization has seen these samples.
+    worst : tuple of SampleNoise
+        The samples on which the models differ most, worst first.
     """
 
     samples: int
@@ -405,6 +407,7 @@ class Verification:
     notes: tuple[str, ...] = ()
     statistics: Mapping[str, OutputStatistics] = field(default_factory=dict)
     held_out: bool = True
+    worst: tuple[SampleNoise, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from eptq_onnx._version import __version__
 from eptq_onnx.config import FLOAT_BITS
+from eptq_onnx.data.samples import spread
+from eptq_onnx.data.sheet import seen
+from eptq_onnx.diagnosis import Exhibits, NodePlace, Picture
 from eptq_onnx.estimates import Estimate
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.sizes import size_of_parts
-from eptq_onnx.graph.view import opset_of
+from eptq_onnx.graph.view import GraphView, opset_of
 from eptq_onnx.passes.base import Context, State
 from eptq_onnx.prepare import Prepared
 from eptq_onnx.records import Calibration, Scores
@@ -18,6 +22,8 @@ from eptq_onnx.training.attention import layer_attention
 
 _MOST_NAMED = 8
 """Maximum number of tensors that one note names."""
+_MOST_SAMPLES = 64
+"""Most samples whose attention is shown."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +90,15 @@ def report_of(prepared: Prepared, state: State, ctx: Context, costs: Costs) -> R
         seconds=costs.seconds,
         peak_memory_bytes=costs.peak_memory,
         sizes=size_of_parts(written),
+        noise=state.diagnosis.noise if state.diagnosis is not None else None,
+        exhibits=_exhibits(prepared, state, ctx),
     )
 
 
 def _layers(state: State, count: int) -> tuple[LayerReport, ...]:
     plan, scores = state.plan, state.scores
     weights = layer_attention(plan, scores, count).mean(axis=1) if scores is not None else None
-    quantizers = plan.quantizer_of
+    quantizers, found = plan.quantizer_of, state.diagnosis
     return tuple(
         LayerReport(
             node=layer.node,
@@ -103,9 +111,52 @@ def _layers(state: State, count: int) -> tuple[LayerReport, ...]:
             edge=layer.edge,
             attention=None if weights is None else float(weights[k]),
             sqnr_db=state.verification.layers[layer.node],
+            own_db=None if found is None else found.own[layer.node],
+            nearest_db=None if found is None else found.nearest[layer.node],
         )
         for k, layer in enumerate(plan.layers)
     )
+
+
+def _exhibits(prepared: Prepared, state: State, ctx: Context) -> Exhibits:
+    scores, count = state.scores, len(ctx.shares.scored)
+    attention = None
+    if scores is not None:
+        attention = layer_attention(state.plan, scores, count)[:, spread(count, _MOST_SAMPLES)]
+    return Exhibits(
+        network=tuple(_network(state)),
+        attention=attention,
+        histograms=state.diagnosis.histograms if state.diagnosis is not None else (),
+        pictures=tuple(_pictures(prepared, state, ctx)),
+    )
+
+
+def _network(state: State) -> Iterator[NodePlace]:
+    """Yield all nodes in the order of execution."""
+    plan = state.plan
+    quantizers, layers = plan.quantizer_of, {layer.node: layer for layer in plan.layers}
+    reasons = {kept.node: kept.reason for kept in plan.kept_float}
+    for node in GraphView(state.model).nodes:
+        name, kind = node.name, node.op_type
+        if name in layers:
+            layer = layers[name]
+            bits = f"W{layer.weight_spec.bits}A{quantizers[layer.input].spec.bits}"
+            yield NodePlace(name, kind, "integers", bits)
+        elif name in plan.integer_nodes:
+            yield NodePlace(name, kind, "integers", "")
+        elif name in plan.absorbed:
+            yield NodePlace(name, kind, "merged", "the quantizer behind it clips as it does")
+        else:
+            yield NodePlace(name, kind, "float", reasons.get(name, ""))
+
+
+def _pictures(prepared: Prepared, state: State, ctx: Context) -> Iterator[Picture]:
+    """Yield the samples on which the models differ most, if they are pictures."""
+    for noise in state.verification.worst:
+        pixels = seen(ctx.samples, prepared.origin, prepared.model, noise.sample)
+        if pixels is None:
+            return
+        yield Picture(prepared.name_of(noise.sample), noise, pixels)
 
 
 def _unscored(scores: Scores | None) -> list[str]:

@@ -16,6 +16,7 @@ from hypothesis import settings
 
 from eptq_onnx import engines, targets
 from eptq_onnx.engines.base import Engine
+from eptq_onnx.passes.diagnose import Diagnose
 from eptq_onnx.passes.measure import Measure
 from eptq_onnx.passes.place import Place
 from eptq_onnx.runtimes import web
@@ -51,6 +52,17 @@ def measured_speed() -> None:
 def _unmeasured_speed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "measured_speed" not in request.fixturenames:
         monkeypatch.setattr(Measure, "enabled", lambda *_: False)
+
+
+@pytest.fixture
+def diagnosed() -> None:
+    """Have layers compared and causes of noise found, which takes longer than to quantize small models."""
+
+
+@pytest.fixture(autouse=True)
+def _undiagnosed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "diagnosed" not in request.fixturenames:
+        monkeypatch.setattr(Diagnose, "enabled", lambda *_: False)
 
 
 @pytest.fixture(scope="session", autouse=True)

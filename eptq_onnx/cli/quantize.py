@@ -24,6 +24,7 @@ from eptq_onnx.graph.io import read_file
 from eptq_onnx.interrupts import tell_outcome
 from eptq_onnx.method.qdq import PRODUCER
 from eptq_onnx.numerics.formats import FLOATS
+from eptq_onnx.report import files
 from eptq_onnx.report.console import console, display, line, shown
 from eptq_onnx.start import silent
 
@@ -49,7 +50,13 @@ def quantize(
             help="Where to write the QDQ model; by default NAME.w8a8.onnx beside the model, with its bits.",
         ),
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Where to write the report as JSON.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where to write the report, as the suffix says: .html is one page with tables and plots "
+            "(needs the extra report), .md is Markdown, .json holds all figures."
+        ),
+    ] = None,
     contact_sheet: Annotated[
         Path | None,
         typer.Option(help="Where to write a PNG of what the network sees, if DATA holds pictures."),
@@ -74,6 +81,8 @@ def quantize(
         outputs = {**model_outputs(output), **beside}
         for path in (output, *beside.values()):
             check_writable(path)
+        if report is not None:
+            files.check(report)
         inputs = input_files(model, samples, chosen)
         check_apart(outputs, [*inputs, ("the configuration", config)] if config is not None else inputs)
         if chosen.workdir is not None:
@@ -116,7 +125,8 @@ def own_output(model: Path, config: Config) -> Path:
 def _failure(name: str, path: Path, result: Result, output: Path) -> OutputError | None:
     """Write a file beside the model; return what went wrong, to be told behind the summary, which may be all
     that is left of it."""
-    content = result.contact_sheet if name == "the contact sheet" else result.report.to_json().encode()
+    sheet = name == "the contact sheet"
+    content = result.contact_sheet if sheet else files.content(result.report, path)
     if not content:
         return OutputError(f"{output} was written, but not {name}: no recipe made the samples of pictures.")
     try:

@@ -18,6 +18,8 @@ _SHOWN, _COLUMNS = 48, 8
 """Most pictures, and how many stand side by side."""
 _SIDE, _GAP, _PAPER = 128, 4, 255
 """Pixels of the longer side of a picture and between two, and the grey around them."""
+_LEAST, _KEPT = 8, 256
+"""Pixels of the shorter side from which on numbers may be a picture, and most of the longer that are kept."""
 
 
 def contact_sheet(samples: Samples, origin: Origin, model: ModelProto) -> bytes:
@@ -51,6 +53,50 @@ def contact_sheet(samples: Samples, origin: Origin, model: ModelProto) -> bytes:
         buffer = io.BytesIO()
         sheet.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def seen(
+    samples: Samples, origin: Origin, model: ModelProto, k: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]] | None:
+    """Return a sample as red, green and blue pixels of shape (height, width, 3); None if it is no picture.
+
+    Where no recipe says how pixels became numbers, the smallest number is black and the largest white.
+
+    Parameters
+    ----------
+    samples : Samples
+    origin : Origin
+    model : ModelProto
+    k : int
+        Index of the sample.
+    """
+    if "image" in origin.recipe:
+        recipe = ImageRecipe.model_validate(origin.recipe["image"])
+        [info] = [i for i in inputs_of(model) if i.name in samples.names][:1]
+        pixels = _pixels(Sight(info, recipe, (), ()), samples, k)
+    else:
+        found = _image_like(samples, k)
+        if found is None:
+            return None
+        low, high = float(found.min()), float(found.max())
+        scaled = (found - low) * (255 / (high - low) if high > low else 0.0)
+        pixels = np.broadcast_to(scaled.round().astype(np.uint8), (*found.shape[:2], 3))
+    step = max(1, max(pixels.shape[:2]) // _KEPT)
+    return np.ascontiguousarray(pixels[::step, ::step])
+
+
+def _image_like(samples: Samples, k: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]] | None:
+    """Return the only input that has the shape of a picture, channels last, or None."""
+    values = [v for name, v in samples.take([k]).items() if samples.has_samples(name) and v.ndim in (3, 4)]
+    if len(values) != 1:
+        return None
+    value = values[0][0] if values[0].ndim == 4 else values[0]
+    for axis in (0, 2):
+        sides = [n for place, n in enumerate(value.shape) if place != axis]
+        if value.shape[axis] in (1, 3) and min(sides) >= _LEAST:
+            moved = np.moveaxis(value, axis, -1).astype(np.float64)
+            return moved if np.isfinite(moved).all() else None
+    return None
 
 
 def _pixels(sight: Sight, samples: Samples, k: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from onnx import ModelProto
 from eptq_onnx import runtimes
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.data.splits import Shares
+from eptq_onnx.diagnosis import SampleNoise
 from eptq_onnx.errors import ModelError, OutputError, one_line
 from eptq_onnx.execute.pairing import Pairing, comparisons, within_bytes
 from eptq_onnx.execute.walk import Walk
@@ -23,7 +24,7 @@ from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.narrow import emulated
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.numerics import quant_math
-from eptq_onnx.numerics.statistics import OutputStatistics
+from eptq_onnx.numerics.statistics import Comparison
 from eptq_onnx.ops import executed
 from eptq_onnx.proto import store
 from eptq_onnx.proto.weights import light
@@ -33,6 +34,8 @@ from eptq_onnx.targets import ONNXRUNTIME, Target
 
 _LAYER_SAMPLES = 32
 """Samples on which layers are compared."""
+_WORST = 12
+"""Samples that are named."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def verify(
     # The integer kernels of this machine say nothing about another runtime: without VNNI they overflow.
     integers = target.verifier == ONNXRUNTIME
     pairing = Pairing(versions.whole, samples, parts, found)
-    compared, statistics, notes = _compare_outputs(versions, runnable, pairing, found, integers=integers)
+    count, compared, notes = _compare_outputs(versions, runnable, pairing, found, integers=integers)
+    statistics = {name: comparison.result() for name, comparison in compared.items()}
     if runnable is not quantized:
         notes = (*notes, "bfloat16 was emulated for the comparison: onnxruntime does not compute in it")
     sums = _Sums()
@@ -126,7 +130,7 @@ def verify(
             sums.add(layer.node, value, other)
         progress(k + 1, len(plan.layers))
     return Verification(
-        samples=compared,
+        samples=count,
         held_out=shares.held_out,
         outputs={name: round(of.sqnr_db, 3) for name, of in statistics.items()},
         layers={layer.node: sums.ratio(layer.node) for layer in plan.layers},
@@ -136,13 +140,14 @@ def verify(
         quantized_bytes=store.model_bytes(quantized),
         notes=notes,
         statistics=statistics,
+        worst=_worst(compared, parts),
     )
 
 
 def _compare_outputs(
     versions: Versions, quantized: ModelProto, pairing: Pairing, found: Replay, *, integers: bool
-) -> tuple[int, dict[str, OutputStatistics], tuple[str, ...]]:
-    """Return the number of samples compared, the statistics of each output, and notes."""
+) -> tuple[int, dict[str, Comparison], tuple[str, ...]]:
+    """Return the number of samples compared, the comparison of each output, and notes."""
     # One session at a time, because each holds all weights.
     reference = within_bytes(pairing.outputs(executed(versions.whole, found.draws)))
     notes: tuple[str, ...] = ()
@@ -162,8 +167,20 @@ def _compare_outputs(
             f"with its own the draws do not fit ({e})",
         )
     compared = comparisons(pairing.pairs(reference, results))
-    counted = {n: c.result() for n, c in compared.items() if not versions.outputs or n in versions.outputs}
+    counted = {n: c for n, c in compared.items() if not versions.outputs or n in versions.outputs}
     return pairing.samples_of(len(reference)), counted, notes
+
+
+def _worst(compared: Mapping[str, Comparison], parts: Sequence[NDArray[np.int64]]) -> tuple[SampleNoise, ...]:
+    """Return the runs on which an output differs most, worst first."""
+    ratios = {name: comparison.ratios for name, comparison in compared.items()}
+    runs = min(map(len, ratios.values()), default=0)
+    ranked = sorted((*min((own[k], name) for name, own in ratios.items()), k) for k in range(runs))
+    return tuple(
+        SampleNoise(int(parts[k][0]), name, round(ratio, 3))
+        for ratio, name, k in ranked[:_WORST]
+        if ratio < np.inf
+    )
 
 
 class _Sums:

@@ -42,6 +42,9 @@ class OutputStatistics:
         Share at which the largest channel would differ on ordinary samples, given the noise and the mean
         distance between the two largest channels. It helps where few decisions were compared, or where the
         network was trained on the calibration samples.
+    divergence : float
+        Mean Kullback-Leibler divergence of the quantized scores from the float ones at these positions, in
+        nats. Scores that are no probabilities are taken for logits.
     mismatched, not_finite : int
         Samples whose quantized output has another shape, or NaN or Inf where the float output has none; all
         of such an output counts as noise.
@@ -55,6 +58,7 @@ class OutputStatistics:
     decisions: int = 0
     disagreement: float = 0.0
     expected_disagreement: float = 0.0
+    divergence: float = 0.0
     mismatched: int = 0
     not_finite: int = 0
 
@@ -65,6 +69,8 @@ _CLEARLY = 0.05
 """Share of the variance that the last axis must explain beyond axis 1, where most models have channels."""
 _NEGLIGIBLE = 1e-12
 """Share of the power below which a variance is float rounding."""
+_SUM, _LEAST_SHARE = 0.02, 1e-12
+"""Distance of a sum of probabilities from 1 that quantization explains, and the smallest probability."""
 
 Rows = NDArray[np.float64]
 
@@ -105,12 +111,15 @@ class Comparison:
         for axis in channel_axes(exact.ndim):
             self._rows.setdefault(axis, []).append((_rows(exact, axis), _rows(got, axis)))
 
+    @property
+    def ratios(self) -> list[float]:
+        """Return the SQNR of each sample in dB, in the order in which they were added."""
+        return [sqnr_db(p, n) for p, n in zip(self._power, self._noise, strict=True)]
+
     def result(self) -> OutputStatistics:
         """Return the statistics of all samples."""
         pooled = sqnr_db(sum(self._power), sum(self._noise))
-        worst = min(
-            (sqnr_db(p, n) for p, n in zip(self._power, self._noise, strict=True)), default=float("inf")
-        )
+        worst = min(self.ratios, default=float("inf"))
         pair = self._by_channel()
         centred, quartile = _spread_ratios(*pair, pooled) if pair is not None else (pooled, pooled)
         decisions, differing, expected = _decisions(*pair) if pair is not None else (0, 0.0, 0.0)
@@ -123,6 +132,7 @@ class Comparison:
             decisions=decisions,
             disagreement=differing,
             expected_disagreement=expected,
+            divergence=_divergence(*pair) if pair is not None and decisions else 0.0,
             mismatched=self._mismatched,
             not_finite=self._not_finite,
         )
@@ -196,6 +206,22 @@ def _spread_ratios(exact: Rows, got: Rows, pooled: float) -> tuple[float, float]
         return pooled, pooled
     each = [sqnr_db(s, n) for s, n in zip(spread[alive], noise[alive], strict=True)]
     return sqnr_db(float(spread.sum()), float(noise.sum())), float(np.quantile(each, 0.25, method="lower"))
+
+
+def _divergence(exact: Rows, got: Rows) -> float:
+    """Return the mean Kullback-Leibler divergence of rows of scores in nats."""
+    first, second = _log_shares(exact), _log_shares(got)
+    # Where a share of the reference is 0, it contributes nothing, whatever the other is.
+    terms = np.multiply(np.exp(first), first - second, out=np.zeros_like(first), where=np.exp(first) > 0)
+    return max(0.0, float(terms.sum(axis=1).mean()))
+
+
+def _log_shares(rows: Rows) -> Rows:
+    """Return logarithms of probabilities: of the rows themselves if they are some, else of their softmax."""
+    if (rows >= 0).all() and np.allclose(rows.sum(axis=1), 1, atol=_SUM):
+        return np.log(np.maximum(rows, _LEAST_SHARE))
+    shifted = rows - rows.max(axis=1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
 
 def _decisions(exact: Rows, got: Rows) -> tuple[int, float, float]:

@@ -16,6 +16,7 @@ from onnx import ModelProto
 from eptq_onnx.config import Config, FloatType
 from eptq_onnx.data.samples import Samples, Selection, spread
 from eptq_onnx.data.splits import Shares
+from eptq_onnx.diagnosis import Diagnosis
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.execute.deviation import Deviation
@@ -245,6 +246,7 @@ class State:
     packed : ModelProto
         The written model with weights as the option ``storage`` says, settled Ifs still marked.
     verification : Verification
+    diagnosis : Diagnosis or None
     speed : Speed or None
     rotated, equalized : mapping
         See `eptq_onnx.report.Report`.
@@ -274,6 +276,7 @@ class State:
     written: Written = UNSET
     packed: ModelProto = UNSET
     verification: Verification = UNSET
+    diagnosis: Diagnosis | None = None
     speed: Speed | None = None
     rotated: Mapping[str, int] = field(default_factory=dict)
     equalized: Mapping[str, float] = field(default_factory=dict)

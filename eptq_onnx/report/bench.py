@@ -7,7 +7,8 @@ from rich.table import Table
 
 from eptq_onnx.report.console import line
 from eptq_onnx.report.plain import size_text
-from eptq_onnx.report.speed import in_words, operator_table, time_text
+from eptq_onnx.report.sheet import for_console
+from eptq_onnx.report.speed import in_words, operator_sheet, time_text
 from eptq_onnx.runtimes.bench import Bench, FileCost
 
 
@@ -22,7 +23,7 @@ def print_bench(found: Bench, console: Console) -> None:
     )
     console.print(_files(found))
     if found.speed.operators:
-        console.print(operator_table(found.speed, found.runtime))
+        console.print(for_console(operator_sheet(found.speed, found.runtime)))
     for note in found.notes:
         console.print(line(f"note: {note}"), soft_wrap=True)
 

@@ -1,13 +1,11 @@
-"""The choice by time as tables for the console."""
+"""The choice by time as tables."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 
-from rich.table import Table
-
 from eptq_onnx.placement import Candidate, Placement, TimedRegion
-from eptq_onnx.report.console import line
+from eptq_onnx.report.sheet import Sheet
 
 
 def in_words(placement: Placement) -> str:
@@ -24,57 +22,53 @@ def in_words(placement: Placement) -> str:
     )
 
 
-def tables(placement: Placement) -> list[Table]:
+def sheets(placement: Placement) -> list[Sheet]:
     """Return the tables of whole models, and of regions by operator if any were timed."""
     return [
-        _candidate_table(placement),
-        *([_operator_table(placement)] if placement.regions else []),
+        _candidate_sheet(placement),
+        *([_operator_sheet(placement)] if placement.regions else []),
     ]
 
 
-def _candidate_table(placement: Placement) -> Table:
+def _candidate_sheet(placement: Placement) -> Sheet:
     """Return the table of the choices that were timed as whole models."""
-    table = Table(
-        "choice",
-        "regions on integers",
-        "predicted",
-        "measured",
-        "relative to all integers",
-        "noise of activations",
-        title="Integers or float, by time of one run",
-        title_justify="left",
-    )
+    rows = []
     for c in placement.candidates:
         name = f"{c.name} (chosen)" if c.name == placement.chosen else c.name
-        table.add_row(
-            line(name), str(c.regions), _ms(c.predicted), _ms(c.seconds), _beside(c), _share(c.noise)
-        )
-    return table
-
-
-def _operator_table(placement: Placement) -> Table:
-    """Return the table of kernel times by operator."""
-    table = Table(
-        "operators",
-        "regions",
-        "on integers",
-        "float",
-        "integers",
-        title="Time of kernels, without conversions",
-        title_justify="left",
+        rows.append((name, str(c.regions), _ms(c.predicted), _ms(c.seconds), _beside(c), _share(c.noise)))
+    return Sheet(
+        "Integers or float, by time of one run",
+        (
+            "choice",
+            "regions on integers",
+            "predicted",
+            "measured",
+            "relative to all integers",
+            "noise of activations",
+        ),
+        tuple(rows),
     )
+
+
+def _operator_sheet(placement: Placement) -> Sheet:
+    """Return the table of kernel times by operator."""
     kinds: dict[str, list[TimedRegion]] = defaultdict(list)
     for region in placement.regions:
         kinds[region.operators].append(region)
-    for kind, own in sorted(kinds.items(), key=lambda item: -sum(r.float_seconds for r in item[1])):
-        table.add_row(
-            line(kind),
-            str(len(own)),
-            str(sum(r.on_integers for r in own)),
-            _ms(sum(r.float_seconds for r in own)),
-            _ms(sum(r.integer_seconds for r in own)),
-        )
-    return table
+    return Sheet(
+        "Time of kernels, without conversions",
+        ("operators", "regions", "on integers", "float", "integers"),
+        tuple(
+            (
+                kind,
+                str(len(own)),
+                str(sum(r.on_integers for r in own)),
+                _ms(sum(r.float_seconds for r in own)),
+                _ms(sum(r.integer_seconds for r in own)),
+            )
+            for kind, own in sorted(kinds.items(), key=lambda item: -sum(r.float_seconds for r in item[1]))
+        ),
+    )
 
 
 def _where(placement: Placement) -> str:

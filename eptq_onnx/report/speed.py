@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-from rich.text import Text
-
 from eptq_onnx.records import OperatorTime, Pace, Speed
+from eptq_onnx.report.sheet import Sheet
 
 _NAMED, _SMALL = 3, 0.05
 """Most operators to name, and their smallest share of the total increase in run time."""
@@ -45,22 +43,20 @@ def costly(speed: Speed) -> list[OperatorTime]:
     return [o for o in grown if o.quantized_seconds - o.float_seconds >= _SMALL * lost][:_NAMED]
 
 
-def operator_table(speed: Speed, runtime: str = "onnxruntime") -> Table:
+def operator_sheet(speed: Speed, runtime: str = "onnxruntime") -> Sheet:
     """Return a table of both models' time by operator, without operators that take next to nothing."""
-    table = Table(
-        "operator",
-        "float",
-        "quantized",
-        title=f"Time of one run, by the profiler of {runtime}",
-        title_justify="left",
-    )
     most = max(
         sum(o.float_seconds for o in speed.operators), sum(o.quantized_seconds for o in speed.operators)
     )
-    for o in speed.operators:
-        if max(o.float_seconds, o.quantized_seconds) >= 0.02 * most:
-            table.add_row(Text(o.operator), time_text(o.float_seconds), time_text(o.quantized_seconds))
-    return table
+    return Sheet(
+        f"Time of one run, by the profiler of {runtime}",
+        ("operator", "float", "quantized"),
+        tuple(
+            (o.operator, time_text(o.float_seconds), time_text(o.quantized_seconds))
+            for o in speed.operators
+            if max(o.float_seconds, o.quantized_seconds) >= 0.02 * most
+        ),
+    )
 
 
 def _cost(operator: OperatorTime, speed: Speed) -> str:

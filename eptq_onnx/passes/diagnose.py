@@ -1,0 +1,162 @@
+"""Find out where the quantized network loses accuracy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eptq_onnx.data.samples import spread
+from eptq_onnx.diagnosis import Diagnosis, Loud, OutputNoise
+from eptq_onnx.execute.deviation import Deviation
+from eptq_onnx.execute.walk import affordable_batches
+from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.shapes import specialize
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.method.diagnose import (
+    SAMPLES,
+    WALKS,
+    Versions,
+    layer_noise,
+    loudest,
+    only_weights,
+    readers,
+)
+from eptq_onnx.method.qdq import write
+from eptq_onnx.passes.base import Context, Cost, Pass, State, with_activations
+from eptq_onnx.records import Plan
+from eptq_onnx.report.verdict import Assurance, judge_outputs
+from eptq_onnx.targets import ONNXRUNTIME
+
+_WORTH = 0.25
+"""Share of the noise of the outputs from which on it is worth knowing which members cause it."""
+
+
+class Diagnose(Pass):
+    """Find out which layers add noise and, where accuracy fell, what causes that of the outputs.
+
+    See `eptq_onnx.method.diagnose`.
+    """
+
+    name = "diagnose"
+    requires = ("nearest", "rounding", "written", "verification")
+    provides = ("diagnosis",)
+
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """Walks through both networks on a few samples; causes are looked for only where accuracy fell."""
+        return Cost(passes=WALKS * min(len(ctx.shares.unseen), SAMPLES))
+
+    def run(self, state: State, ctx: Context) -> State:
+        """Compare layers, then find causes if the verdict is not safe."""
+        versions = _versions(state, ctx)
+        chosen = _walked(versions, ctx)
+        found = layer_noise(
+            versions,
+            state.plan,
+            state.rounding,
+            [ctx.samples.take(part) for part in chosen],
+            ctx.tell(self.name),
+            integers=ctx.target.verifier == ONNXRUNTIME,
+        )
+        v = state.verification
+        safe = judge_outputs(v.statistics, v.samples, v.held_out).assurance is Assurance.SAFE
+        noise = None if safe else _Causes(state, ctx).found()
+        return state.changed(
+            diagnosis=Diagnosis(
+                samples=sum(map(len, chosen)),
+                own=found.own,
+                nearest=found.nearest,
+                histograms=found.histograms,
+                noise=noise,
+            )
+        )
+
+
+def _versions(state: State, ctx: Context) -> Versions:
+    written = state.written
+    rounded, stands_for = write(state.model, state.plan, state.nearest)
+    return Versions(
+        infer_shapes(state.executed),
+        infer_shapes(ctx.executed(written.marked, written.stands_for)),
+        infer_shapes(ctx.executed(rounded, stands_for)),
+        written.stands_for,
+        stands_for,
+    )
+
+
+def _walked(versions: Versions, ctx: Context) -> list[NDArray[np.int64]]:
+    """Return the samples of each run: few, and no more than fit into memory; at least one run."""
+    samples, unseen = ctx.samples, ctx.shares.unseen
+    size = samples.micro_batch()
+    shaped = specialize(versions.exact, samples.two_batches(size))
+    most = min(max(SAMPLES, size), size * affordable_batches(shaped, WALKS, ctx.config.max_memory))
+    chosen = unseen[spread(len(unseen), most)]
+    return list(samples.batches(chosen, size)) or list(samples.batches(unseen, samples.fixed_batch or 1))[:1]
+
+
+@dataclass(frozen=True)
+class _Causes:
+    """Measures what causes the noise of the outputs, with versions of the network."""
+
+    state: State
+    ctx: Context
+
+    @cached_property
+    def _deviation(self) -> Deviation:
+        return self._on(self.ctx.shares.unseen)
+
+    def _on(self, indices: NDArray[np.int64]) -> Deviation:
+        return Deviation(
+            self.state.executed,
+            self.ctx.samples,
+            indices,
+            SAMPLES,
+            self.state.calibration.variance,
+            self.ctx.config,
+            self.ctx.samples.fixed_batch,
+        )
+
+    def found(self) -> OutputNoise | None:
+        """Return the causes; None if no output can be compared."""
+        if not self._deviation.parts:
+            return None
+        plan = self.state.plan
+        read_by = readers(plan, GraphView(self.state.executed))
+        total, weights = self._noise(plan), self._noise(only_weights(plan))
+        activations = self._deviation(
+            *with_activations(self.state, self.ctx, [q.name for q in plan.activations])
+        )
+        loud_weights: dict[str, float] = {}
+        loud_activations: dict[str, float] = {}
+        # What causes little is not worth a search.
+        if weights >= _WORTH * total:
+            loud_weights = loudest(
+                [x.node for x in plan.layers],
+                weights,
+                lambda some: self._noise(only_weights(plan, set(some))),
+            )
+        if activations >= _WORTH * total:
+            loud_activations = loudest(
+                list(read_by),
+                activations,
+                lambda some: self._deviation(*with_activations(self.state, self.ctx, some)),
+            )
+        return OutputNoise(
+            samples=min(SAMPLES, len(self.ctx.shares.unseen)),
+            total=total,
+            weights=weights,
+            activations=activations,
+            seen=self._of(plan, self._on(self.ctx.shares.training)) if self.ctx.shares.held_out else None,
+            loud_weights=tuple(Loud((node,), share) for node, share in loud_weights.items()),
+            loud_activations=tuple(Loud(read_by[name], share) for name, share in loud_activations.items()),
+        )
+
+    def _noise(self, plan: Plan) -> float:
+        return self._of(plan, self._deviation)
+
+    def _of(self, plan: Plan, deviation: Deviation) -> float:
+        """Return the noise of the network with what a plan quantizes."""
+        marked, stands_for = write(self.state.model, plan, self.state.rounding)
+        return deviation(self.ctx.executed(marked, stands_for), stands_for)

@@ -1,0 +1,302 @@
+"""What to try where accuracy fell, and what it is expected to bring: from the figures of the run alone.
+
+The noise of weights and that of activations add up to a good approximation, each bit more of either divides
+its part by four, and a part that is left in floating point is gone. What no figure speaks for is not advised.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from eptq_onnx import targets
+from eptq_onnx.config import Config
+from eptq_onnx.data.splits import ENOUGH
+from eptq_onnx.diagnosis import Loud, OutputNoise
+from eptq_onnx.errors import ConfigError
+from eptq_onnx.report.verdict import FEW_SAMPLES, Assurance
+
+if TYPE_CHECKING:
+    from eptq_onnx.report import Report
+
+_LEAST_GAIN = 0.5
+"""Gain in dB below which nothing is advised."""
+_LEAST_PART = 0.25
+"""Share of the noise from which on a part is worth lowering."""
+_LOW = 4
+"""Bits of weights up to which network-wise optimization gains."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Something to try.
+
+    Parameters
+    ----------
+    option : str
+        As it is written on the command line.
+    why : str
+        The figures that speak for it.
+    expected_db : float or None
+        SQNR in dB that the worst output is expected to keep with it; None if that is not what it changes.
+    at_most : bool
+        True if that is the most that it can bring.
+    """
+
+    option: str
+    why: str
+    expected_db: float | None = None
+    at_most: bool = False
+
+    @property
+    def expected(self) -> str:
+        """Return the expectation in words; empty if there is none."""
+        if self.expected_db is None:
+            return ""
+        return f"{'at most' if self.at_most else 'about'} {self.expected_db:.1f} dB"
+
+
+def advise(report: Report) -> tuple[Advice, ...]:
+    """Return what to try, what costs least first; empty if the verdict is safe."""
+    if report.verdict.assurance is Assurance.SAFE or report.data.made_up:
+        return ()
+    found = list(_of_evidence(report))
+    if report.noise is not None and 0 < report.noise.total < math.inf:
+        case = _Case(report, report.noise)
+        found += [
+            a for a in case.all() if a.expected_db is not None and a.expected_db - case.now >= _LEAST_GAIN
+        ]
+    return tuple(found)
+
+
+def _of_evidence(report: Report) -> Iterator[Advice]:
+    """Yield what makes the verdict itself more certain."""
+    v = report.verification
+    if report.samples < ENOUGH:
+        what = "calibration has seen them all" if not v.held_out else "few are held out"
+        yield Advice(
+            "--data",
+            f"{report.samples} samples were given, and {what}: from {ENOUGH} samples on, some are held out",
+        )
+    elif v.samples < FEW_SAMPLES:
+        yield Advice(
+            "--data",
+            f"{v.samples} of the {report.samples} samples are held out for the comparison, and {FEW_SAMPLES} "
+            f"make it certain: give {math.ceil(FEW_SAMPLES / v.samples * report.samples)}",
+        )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """The figures of a run that lost accuracy."""
+
+    report: Report
+    noise: OutputNoise
+
+    @property
+    def now(self) -> float:
+        """SQNR of the worst output in dB."""
+        return min(s.sqnr_db for s in self.report.verification.statistics.values())
+
+    @property
+    def weights(self) -> float:
+        """Share of the noise that weights cause; the parts may exceed the whole a little."""
+        return self.noise.weights / max(self.noise.weights + self.noise.activations, 1e-30)
+
+    @property
+    def activations(self) -> float:
+        """Share of the noise that activations cause."""
+        return 1 - self.weights
+
+    @property
+    def weight_bits(self) -> int:
+        """Fewest bits of any layer's weights."""
+        return min((x.weight_bits for x in self.report.layers), default=8)
+
+    @property
+    def activation_bits(self) -> int:
+        """Fewest bits of any layer's input."""
+        return min((x.activation_bits for x in self.report.layers), default=8)
+
+    @property
+    def chooses_widths(self) -> bool:
+        """True if each weight got a width of its own, which rules out widths by node."""
+        budget = self.report.config.get("budget") or ()
+        return self.report.config.get("objective") == "bytes" or any(
+            not str(b).startswith("time") for b in budget
+        )
+
+    def all(self) -> Iterator[Advice]:
+        """Yield all that may be tried, what costs least first."""
+        yield from self._more_samples()
+        yield from self._other_target()
+        if self.weights >= _LEAST_PART:
+            yield from self._longer()
+            yield from self._loud_weights()
+            yield from self._wider_weights()
+        if self.activations >= _LEAST_PART:
+            yield from self._loud_activations()
+            yield from self._wider_activations()
+
+    def _without(self, part: float) -> float:
+        """Return the SQNR of the worst output in dB if a share of the noise is gone."""
+        return self.now - 10 * math.log10(max(1 - part, 1e-3))
+
+    def _other_target(self) -> Iterator[Advice]:
+        narrow = [x for x in self.report.layers if x.weight_bits == 8 and _is_narrow(x.weight_range)]
+        others = [n for n in targets.names() if targets.load(n).elsewhere == self.report.target]
+        if not narrow or not others:
+            return
+        # One bit more for these layers.
+        part = self.weights * len(narrow) / len(self.report.layers) * 0.75
+        yield Advice(
+            f"--target {others[0]}",
+            f"weights cause {self.weights:.0%} of the noise, and those of {len(narrow)} layers are in "
+            f"[{narrow[0].weight_range[0]}, {narrow[0].weight_range[1]}], because 8-bit products saturate on "
+            "processors without VNNI: they get one bit more if the file is to run on others",
+            self._without(part),
+        )
+
+    def _loud_weights(self) -> Iterator[Advice]:
+        loud = self.noise.loud_weights
+        if not loud:
+            return
+        bits = {x.node: (x.weight_bits, x.activation_bits) for x in self.report.layers}
+        nodes = [node for item in loud for node in item.nodes]
+        if not self.chooses_widths and all(bits[node][0] < 8 for node in nodes):
+            option = _options("--bits", [f"{node}=w8a{bits[node][1]}" for node in nodes])
+            part = sum(item.share * (1 - 4.0 ** (bits[item.nodes[0]][0] - 8)) for item in loud)
+        else:
+            option, part = _options("--exclude", nodes), sum(item.share for item in loud)
+        yield Advice(
+            option,
+            f"weights cause {self.weights:.0%} of the noise, and {_named(loud)} of theirs",
+            self._without(self.weights * part),
+        )
+
+    def _wider_weights(self) -> Iterator[Advice]:
+        own = [x.weight_bits for x in self.report.layers if x.weight_bits < 8]
+        if not own:
+            return
+        mean = sum(x.weight_bits for x in self.report.layers) / len(self.report.layers)
+        cause = f"weights cause {self.weights:.0%} of the noise"
+        if self.chooses_widths:
+            yield Advice(
+                f"--budget weights={mean + 1:.3g}",
+                f"{cause}; layers have {mean:.1f} bits on average",
+                self._without(self.weights * 0.75),
+            )
+            return
+        more = min(8, math.floor(mean) + 1)
+        if more < 8:
+            yield Advice(
+                f"--budget weights={more}",
+                f"{cause}; layers have {mean:.1f} bits on average, and a budget gives more to some of them",
+                self._without(self.weights * (1 - 4.0 ** (mean - more))),
+            )
+        part = sum(1 - 4.0 ** (bits - 8) for bits in own) / len(own)
+        yield Advice(
+            "--weight-bits 8",
+            f"{cause}, {len(own)} of {len(self.report.layers)} layers having {_span(own)} bits",
+            self._without(self.weights * part),
+        )
+
+    def _longer(self) -> Iterator[Advice]:
+        """Yield a longer optimization, if it has not had its chance."""
+        trace, preset = self.report.optimization, self.report.config.get("preset")
+        most = self._without(self.weights)
+        if trace is None:
+            if self.weight_bits <= _LOW and preset == "fast" and self.report.config.get("steps") is None:
+                yield Advice(
+                    "--preset balanced",
+                    f"{self.weight_bits}-bit weights cause {self.weights:.0%} of the noise, and the preset "
+                    f"{preset} does not optimize their rounding over the whole network",
+                    most,
+                    at_most=True,
+                )
+            return
+        if preset == "best" or len(trace.checkpoints) < 2:
+            return
+        (_, start), *others = trace.checkpoints
+        step, best = min(others, key=lambda c: c[1])
+        if step != others[-1][0]:
+            return
+        kept = "" if trace.best_step else "the optimization kept its start, but "
+        why = (
+            f"{kept}the error on held-out samples was still falling at step {step}, the last check: "
+            f"{start:.4g} at the start, {best:.4g} there"
+        )
+        yield Advice("--preset best", why, most, at_most=True)
+
+    def _loud_activations(self) -> Iterator[Advice]:
+        loud = self.noise.loud_activations
+        if not loud:
+            return
+        nodes = list(dict.fromkeys(node for item in loud for node in item.nodes))
+        share = sum(item.share for item in loud)
+        yield Advice(
+            _options("--exclude", nodes),
+            f"activations cause {self.activations:.0%} of the noise, and inputs of {_named(loud)} of theirs",
+            self._without(self.activations * share),
+        )
+
+    def _wider_activations(self) -> Iterator[Advice]:
+        cause, own = f"activations cause {self.activations:.0%} of the noise", self.activation_bits
+        if own < 8:
+            part = 1 - 4.0 ** (own - 8)
+            yield Advice(
+                "--activation-bits 8",
+                f"{cause}, {own} bits being the fewest",
+                self._without(self.activations * part),
+            )
+        elif own == 8 and _takes_16_bits(self.report):
+            yield Advice(
+                "--activation-bits 16",
+                f"{cause}, and weights {self.weights:.0%}; no integer kernels are known for 16 bits",
+                self._without(self.activations),
+            )
+
+    def _more_samples(self) -> Iterator[Advice]:
+        seen = self.noise.seen
+        if seen is None or seen >= self.noise.total or seen <= 0:
+            return
+        gap = 10 * math.log10(self.noise.total / seen)
+        yield Advice(
+            "--data",
+            f"outputs keep {gap:.1f} dB more on samples that calibration has seen than on others: give more "
+            f"than these {self.report.samples}",
+            self.now + gap,
+            at_most=True,
+        )
+
+
+def _takes_16_bits(report: Report) -> bool:
+    """Return True if the target is known to take 16-bit activations."""
+    name = report.target if report.target in targets.names() else str(report.config.get("target"))
+    try:
+        targets.load(name).check_bits(Config(activation_bits=16))
+    except ConfigError:
+        return False
+    return True
+
+
+def _is_narrow(covered: tuple[int, int]) -> bool:
+    """Return True for a range of fewer values than 8 bits hold, but for the one that symmetry costs."""
+    return covered[1] - covered[0] < 2**8 - 2
+
+
+def _options(flag: str, values: Sequence[str]) -> str:
+    return " ".join(f"{flag} {shlex.quote(value)}" for value in values)
+
+
+def _named(loud: Sequence[Loud]) -> str:
+    """Return who causes which share, such as ``a 40%, b and c 20%``."""
+    return ", ".join(f"{' and '.join(item.nodes)} {item.share:.0%}" for item in loud)
+
+
+def _span(bits: Sequence[int]) -> str:
+    low, high = min(bits), max(bits)
+    return str(low) if low == high else f"{low} to {high}"

@@ -1,0 +1,215 @@
+"""What a report says, in texts and tables that every form of it shows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from eptq_onnx.report import placement as by_time
+from eptq_onnx.report.front import front_sheet
+from eptq_onnx.report.plain import size_text
+from eptq_onnx.report.sheet import Sheet
+from eptq_onnx.report.speed import in_words, operator_sheet, warning
+from eptq_onnx.report.verdict import MADE_UP
+
+if TYPE_CHECKING:
+    from eptq_onnx.report import LayerReport, Report
+
+_WEAKEST = 5
+"""Layers that are named."""
+
+
+def warnings_of(report: Report) -> list[str]:
+    """Return what is to be said before all else."""
+    return [text for text in (MADE_UP if report.data.made_up else "", warning(report.speed)) if text]
+
+
+def facts(report: Report) -> list[tuple[str, str]]:
+    """Return labels and texts, one line each, without the verdict."""
+    v = report.verification
+    return [
+        ("size", smaller(v.float_bytes, v.quantized_bytes)),
+        ("parts", ", ".join(f"{part} {size_text(count)}" for part, count in report.sizes.items() if count)),
+        ("speed", in_words(report.speed)),
+        ("model", f"{report.model} → {report.target}, opset {report.opset}"),
+        ("data", f"{report.samples} samples of {report.data}"),
+        ("bits", _bits(report)),
+        ("rotation", _rotation(report)),
+        ("equalization", _equalization(report)),
+        *([("by time", by_time.in_words(report.placement))] if report.placement is not None else []),
+        ("optimization", _optimization(report)),
+        ("time, memory", _cost(report)),
+    ]
+
+
+def sheets(report: Report) -> Iterator[Sheet]:
+    """Yield the tables, without that of all layers."""
+    if report.advice:
+        yield advice_sheet(report)
+    if report.verification.planned:
+        yield kernel_sheet(report)
+    yield output_sheet(report)
+    yield _weakest(report)
+    if report.speed is not None and report.speed.operators:
+        yield operator_sheet(report.speed)
+    if report.placement is not None:
+        yield from by_time.sheets(report.placement)
+    if report.front:
+        yield front_sheet(report.front)
+    if report.kept_float:
+        yield _float_sheet(report)
+
+
+def advice_sheet(report: Report) -> Sheet:
+    """Return what to try."""
+    worst = min((s.sqnr_db for s in report.verification.statistics.values()), default=0.0)
+    return Sheet(
+        f"What to try, cheapest first; the worst output keeps {worst:.1f} dB now",
+        ("option", "why", "expected"),
+        tuple((a.option, a.why, a.expected or "-") for a in report.advice),
+    )
+
+
+def kernel_sheet(report: Report) -> Sheet:
+    """Return how many nodes should run on integers, and how many kernels do."""
+    v = report.verification
+    found = [v.kernels.get(op, 0) for op in v.planned]
+    return Sheet(
+        f"Integer kernels in {report.target}",
+        ("operator", "planned", "integer kernels"),
+        tuple((op, str(n), str(k)) for (op, n), k in zip(v.planned.items(), found, strict=True)),
+        alarming=frozenset(k for k, n in enumerate(v.planned.values()) if found[k] < n),
+    )
+
+
+def output_sheet(report: Report) -> Sheet:
+    """Return how each output differs."""
+    v = report.verification
+    what = "held-out samples" if v.held_out else "samples that calibration has seen"
+    rows = []
+    for name, value in v.outputs.items():
+        s = v.statistics.get(name)
+        row = [name, f"{value:.2f}", *(["", "", ""] if s is None else [])]
+        if s is not None:
+            row += [f"{s.centred_sqnr_db:.2f}", f"{s.sample_sqnr_db:.2f}", ""]
+            if s.decisions:
+                changes = f"{s.disagreement:.1%} of {s.decisions} ({s.expected_disagreement:.1%} expected)"
+                row[-1] = f"{changes}, KL {s.divergence:.3g}"
+        rows.append(tuple(row))
+    return Sheet(
+        f"Float against quantized, {v.samples} {what}",
+        ("output", "SQNR (dB)", "about the mean (dB)", "worst sample (dB)", "largest channel changes"),
+        tuple(rows),
+        names=(0,),
+    )
+
+
+def layer_sheet(report: Report) -> Sheet:
+    """Return all layers in the order of execution."""
+    return Sheet(
+        "Layers",
+        (
+            "#",
+            "layer",
+            "operator",
+            "bits",
+            "weights",
+            "own (dB)",
+            "accumulated (dB)",
+            "nearest (dB)",
+            "attention",
+        ),
+        tuple(
+            (
+                str(k + 1),
+                x.node,
+                x.op_type,
+                f"W{x.weight_bits}A{x.activation_bits}",
+                weights_of(x).removeprefix("in ").removeprefix("are "),
+                decibels(x.own_db),
+                decibels(x.sqnr_db),
+                decibels(x.nearest_db),
+                "-" if x.attention is None else f"{x.attention:.3g}",
+            )
+            for k, x in enumerate(report.layers)
+        ),
+        names=(1,),
+    )
+
+
+def decibels(value: float | None) -> str:
+    """Return a ratio as text."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def smaller(before: int, after: int) -> str:
+    """Return two sizes and their ratio in words."""
+    ratio = before / max(after, 1)
+    sizes = f"{size_text(before)} → {size_text(after)}"
+    return f"{sizes} ({ratio:.2f}× smaller)" if ratio >= 1 else f"{sizes}: not smaller"
+
+
+def weights_of(layer: LayerReport) -> str:
+    """Return what the weights of a layer are."""
+    if layer.weight_type.startswith("float"):
+        return f"are {layer.weight_type}"
+    low, high = layer.weight_range
+    return f"in [{low}, {high}]{' less zero points' if layer.weight_zero_points else ''}"
+
+
+def _bits(report: Report) -> str:
+    counts = Counter((f"W{x.weight_bits}A{x.activation_bits}", weights_of(x)) for x in report.layers)
+    return ", ".join(f"{n} layers {name} (weights {kind})" for (name, kind), n in counts.items())
+
+
+def _rotation(report: Report) -> str:
+    if not report.rotated:
+        return "none"
+    return f"the channels of {len(report.rotated)} tensors, up to {max(report.rotated.values())} at a time"
+
+
+def _equalization(report: Report) -> str:
+    if not report.equalized:
+        return "none"
+    most = max(report.equalized.values())
+    return f"the channels of {len(report.equalized)} activations, by up to {most:.3g}×"
+
+
+def _cost(report: Report) -> str:
+    spent, expected = sum(report.seconds.values()), report.estimate.seconds
+    return f"{spent:.1f} s (expected: {expected:.0f} s), peak {size_text(report.peak_memory_bytes)}"
+
+
+def _optimization(report: Report) -> str:
+    trace = report.optimization
+    if trace is None:
+        return f"none ({report.config['start']} rounding)"
+    return trace.reason + (f"; {trace.flipped:.1%} of the weights flipped" if trace.best_step else "")
+
+
+def _weakest(report: Report) -> Sheet:
+    return Sheet(
+        "Layers with the lowest SQNR",
+        ("layer", "operator", "bits", "own (dB)", "SQNR (dB)"),
+        tuple(
+            (
+                x.node,
+                x.op_type,
+                f"W{x.weight_bits}A{x.activation_bits}",
+                decibels(x.own_db),
+                f"{x.sqnr_db:.2f}",
+            )
+            for x in sorted(report.layers, key=lambda x: x.sqnr_db)[:_WEAKEST]
+        ),
+        names=(0,),
+    )
+
+
+def _float_sheet(report: Report) -> Sheet:
+    counts = Counter((k.op_type, k.reason) for k in report.kept_float)
+    return Sheet(
+        "Kept in floating point",
+        ("operator", "nodes", "why"),
+        tuple((op, str(n), reason) for (op, reason), n in counts.most_common()),
+    )
