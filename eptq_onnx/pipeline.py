@@ -20,7 +20,7 @@ from eptq_onnx.errors import GradientError
 from eptq_onnx.method.estimate import seconds_a_pass, seconds_an_operation
 from eptq_onnx.passes.allocate import Allocate
 from eptq_onnx.passes.base import Context, Pass, State
-from eptq_onnx.passes.calibrate import Calibrate, Recalibrate
+from eptq_onnx.passes.calibrate import Calibrate
 from eptq_onnx.passes.choices import KeepChoices
 from eptq_onnx.passes.effects import Effects
 from eptq_onnx.passes.equalize import Equalize
@@ -42,10 +42,9 @@ from eptq_onnx.resume import Resume
 
 PIPELINE: tuple[Pass, ...] = (
     Rotate(),
-    Calibrate(),
     Score(),
     Equalize(),
-    Recalibrate(),
+    Calibrate(),
     FloatFallback(),
     KeepChoices(),
     Effects(),
