@@ -21,7 +21,7 @@ from eptq_onnx.estimates import Estimate
 from eptq_onnx.method.estimate import seconds_a_pass, seconds_an_operation
 from eptq_onnx.passes.allocate import Allocate
 from eptq_onnx.passes.base import Context, Pass, State
-from eptq_onnx.passes.calibrate import Calibrate, Recalibrate
+from eptq_onnx.passes.calibrate import Calibrate
 from eptq_onnx.passes.choices import KeepChoices
 from eptq_onnx.passes.diagnose import Diagnose
 from eptq_onnx.passes.effects import Effects
@@ -43,10 +43,9 @@ from eptq_onnx.resume import Resume
 
 PIPELINE: tuple[Pass, ...] = (
     Rotate(),
-    Calibrate(),
     Score(),
     Equalize(),
-    Recalibrate(),
+    Calibrate(),
     FloatFallback(),
     KeepChoices(),
     Effects(),

@@ -138,7 +138,10 @@ def _network(state: State) -> Iterator[NodePlace]:
     reasons = {kept.node: kept.reason for kept in plan.kept_float}
     for node in GraphView(state.model).nodes:
         name, kind = node.name, node.op_type
-        if name in layers:
+        if name in layers and layers[name].stored:
+            kept = f"weights of {layers[name].weight_spec.bits} bits"
+            yield NodePlace(name, kind, "float", "; ".join(filter(None, (kept, reasons.get(name, "")))))
+        elif name in layers:
             layer = layers[name]
             bits = f"W{layer.weight_spec.bits}A{quantizers[layer.input].spec.bits}"
             yield NodePlace(name, kind, "integers", bits)

@@ -28,10 +28,9 @@ from eptq_onnx.workdir import Workdir
 OPTIONS: dict[str, Any] = {"steps": 20, "weight_bits": 4, "measure_speed": False}
 ALL = [
     "rotate",
-    "calibrate",
     "score",
     "equalize",
-    "recalibrate",
+    "calibrate",
     "float fallback",
     "ranges",
     "reconstruct",
@@ -86,8 +85,8 @@ def test_a_run_that_ended_is_taken_whole(tmp_path, alone):
         ({"measure_speed": True}, "verify"),
         ({"steps": 10}, "reconstruct"),
         ({"descent_passes": 1}, "ranges"),
-        ({"max_noise": 0.2}, "recalibrate"),
-        ({"activation_range": "minmax"}, "rotate"),
+        ({"max_noise": 0.2}, "calibrate"),
+        ({"activation_range": "minmax"}, "equalize"),
         ({"rotate": False}, None),
         ({"seed": 1}, None),
         ({"target": "ort-x64-vnni"}, None),

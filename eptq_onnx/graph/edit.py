@@ -242,6 +242,15 @@ def exposing(model: ModelProto, names: Iterable[str]) -> ModelProto:
     return result
 
 
+def giving(model: ModelProto, names: Sequence[str]) -> ModelProto:
+    """Return a copy whose outputs are those of these tensors that are computed, and only what they need."""
+    result = with_nodes(model, model.graph.node)
+    made = {o for n in model.graph.node for o in n.output}
+    set_outputs(result, [name for name in names if name in made])
+    prune(result)
+    return result
+
+
 def import_domain(model: ModelProto, domain: str, version: int = 1) -> None:
     """Import an operator set unless the model does, in place."""
     if not opset_of(model, domain):

@@ -7,7 +7,7 @@ not depend on the number of samples. Minima and maxima are exact.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,14 +19,16 @@ from eptq_onnx.errors import DataError
 from eptq_onnx.execute.blocks import blocks_of, observe
 from eptq_onnx.execute.finite import has_infinite_source
 from eptq_onnx.execute.pieces import function_of
+from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.grid import Grid, Levels
+from eptq_onnx.numerics.sums import PowerSum
 from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import output_parts
 from eptq_onnx.records import ActivationQuantizer, Calibration, ConstantOperand, LookupTable, Plan
 
-FLOAT_PASSES = 3.0
+FLOAT_PASSES = 2.0
 """Cost of a calibration, in float passes over the samples."""
 _BINS = 8192
 """Bins of a histogram."""
@@ -50,15 +52,24 @@ class Histogram:
     def add(
         self,
         values: Array,
+        extremes: tuple[float, float] | None = None,
         per_sample: int = _VALUES_PER_SAMPLE,
         importance: Array | None = None,
         axis: int = 0,
     ) -> None:
         """Count the values of a batch, subsampled evenly to about ``per_sample`` per row.
 
-        With ``importance``, of shape (n_channels,), each value is weighted by its channel along ``axis``.
+        Parameters
+        ----------
+        values : ndarray
+        extremes : tuple of float, optional
+            The smallest and the largest finite value, if they are known.
+        per_sample : int
+        importance : ndarray of shape (n_channels,), optional
+            Weight of each value, by its channel along ``axis``.
+        axis : int
         """
-        low, high = quant_math.finite_extremes(values)
+        low, high = quant_math.finite_extremes(values) if extremes is None else extremes
         if low > high:
             return
         self.low, self.high = min(self.low, low), max(self.high, high)
@@ -181,7 +192,7 @@ def calibrate(
     config: Config,
     progress: Callable[[int, int], None],
     scores: Mapping[str, Array] | None = None,
-    known: Mapping[str, Grid] | None = None,
+    known: Calibration | None = None,
 ) -> Calibration:
     """Choose the range of every activation quantizer.
 
@@ -197,8 +208,9 @@ def calibrate(
     scores : mapping of str to ndarray of shape (n_samples, n_channels), optional
         Hessian scores; if given, squared errors are weighted by the damped scores of their channels, as in
         HMSE.
-    known : mapping of str to Grid, optional
-        Grids chosen earlier; constants keep theirs.
+    known : Calibration, optional
+        An earlier calibration of the same model. Quantizers that it has a grid of keep this grid, and only
+        the others are observed, by running the nodes that make them.
 
     Raises
     ------
@@ -206,55 +218,77 @@ def calibrate(
         If an output of the float model is NaN, or is infinite although the model does not mask it so.
     """
     view = GraphView(model)
-    ranges = {q.name: Histogram() for q in plan.activations}
-    observed = {t: ranges[q.name] for q in plan.activations for t in q.sources}
-    measured = [layer.output for layer in plan.layers]
-    measured += [o for o in output_parts(view) if o not in measured]
-    # Outputs are always checked for NaN and infinity, even if nothing else is measured of them.
-    measured += [o for o in view.outputs if o in view.producer and view.is_float(o) and o not in measured]
-    masked = _masked(view)
-    axes = {t: q.channel_axis or 0 for q in plan.activations for t in q.sources}
+    before = known if known is not None else Calibration({}, {}, {})
+    ranges = {q.name: Histogram() for q in plan.activations if q.name not in before.grids}
+    observed = {t: q for q in plan.activations if q.name in ranges for t in q.sources}
     importance = {
         name: _damped((table / quant_math.unit(table)).mean(axis=0), config.damping)
         for name, table in (scores or {}).items()
         if name in ranges
     }
-    sums = {name: np.zeros(3) for name in measured}
-    none: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    size = samples.micro_batch()
-    parts = list(samples.batches(range(samples.count), size))
-    blocks = blocks_of(model, samples.two_batches(size), config.block_bytes)
-    done = 0
-    for k, values in observe(blocks, map(samples.take, parts), list(dict.fromkeys([*observed, *measured]))):
-        for name, value in values.items():
-            missing = _not_finite(value)
-            none[name] += missing
-            sizes[name] += value.size
-            if missing and name in view.outputs:
-                _refuse(name, value, samples.numbers(parts[k]), infinite=name in masked)
-            if name in observed and value.size:
-                observed[name].add(np.atleast_1d(value), importance=importance.get(name), axis=axes[name])
-            if name in sums:
-                flat = value.reshape(-1) if not missing else value[np.isfinite(value)]
-                sums[name] += np.array([flat.size, flat.sum(dtype=np.float64), quant_math.square_sum(flat)])
-        done += len(parts[k])
-        progress(done, len(blocks) * samples.count)
-    known = known or {}
-    grids = {q.name: _activation_grid(q, ranges[q.name], view, config) for q in plan.activations}
-    grids |= {q.name: known.get(q.name) or _operand_grid(q, view) for q in plan.operands}
-    grids |= {q.name: known.get(q.name) or _table_grid(q, view) for q in plan.tables}
-    power = {n: float(t[2] / max(t[0], 1)) for n, t in sums.items()}
-    variance = {n: max(power[n] - float(t[1] / max(t[0], 1)) ** 2, 0.0) for n, t in sums.items()}
-    shares = {name: count / sizes[name] for name, count in none.items() if count}
-    return Calibration(grids, power, variance, samples.count - sum(map(len, parts)), shares)
+    sums = {name: PowerSum() for name in _measured(view, plan, config) if name not in before.power}
+    found = _Finite(view)
+    if known is None:
+        # Outputs are always checked for NaN and infinity, even if nothing else is measured of them.
+        wanted = list(dict.fromkeys([*observed, *sums, *found.outputs]))
+    else:
+        wanted = list(dict.fromkeys([*observed, *sums]))
+        model = edit.giving(model, wanted) if wanted else model
+    for name, value, numbers in _values(model, samples, config, wanted, progress):
+        extremes = found.add(name, value, numbers, bounded=name in observed)
+        if name in observed and value.size:
+            quantizer = observed[name]
+            ranges[quantizer.name].add(
+                np.atleast_1d(value),
+                extremes,
+                importance=importance.get(name),
+                axis=quantizer.channel_axis or 0,
+            )
+        if name in sums:
+            flat = value.reshape(-1)
+            sums[name].add(flat if name not in found.none else flat[np.isfinite(flat)])
+    grids = {
+        q.name: before.grids.get(q.name) or _activation_grid(q, ranges[q.name], view, config)
+        for q in plan.activations
+    }
+    grids |= {q.name: before.grids.get(q.name) or _operand_grid(q, view) for q in plan.operands}
+    grids |= {q.name: before.grids.get(q.name) or _table_grid(q, view) for q in plan.tables}
+    return Calibration(
+        grids,
+        {**before.power, **{n: s.mean_square for n, s in sums.items()}},
+        {**before.variance, **{n: s.variance for n, s in sums.items()}},
+        _unused(samples),
+        {**before.not_finite, **found.shares},
+    )
 
 
-def _not_finite(value: NDArray[np.floating]) -> int:
-    """Return the number of values that are NaN or infinite."""
-    if not value.size or np.isfinite(value.min() + value.max()):
-        return 0
-    return int(value.size - np.isfinite(value).sum())
+def output_spreads(
+    model: ModelProto, samples: Samples, config: Config, progress: Callable[[int, int], None]
+) -> Calibration:
+    """Return a calibration without grids: the power and variance of what the outputs are assembled from.
+
+    Raises
+    ------
+    DataError
+        As `calibrate` does.
+    """
+    view = GraphView(model)
+    sums = {name: PowerSum() for name in output_parts(view)}
+    found = _Finite(view)
+    for name, value, numbers in _values(
+        model, samples, config, list(dict.fromkeys([*sums, *found.outputs])), progress
+    ):
+        found.add(name, value, numbers)
+        if name in sums:
+            flat = value.reshape(-1)
+            sums[name].add(flat if name not in found.none else flat[np.isfinite(flat)])
+    return Calibration(
+        {},
+        {n: s.mean_square for n, s in sums.items()},
+        {n: s.variance for n, s in sums.items()},
+        _unused(samples),
+        found.shares,
+    )
 
 
 def check_outputs(model: ModelProto, samples: Samples, config: Config) -> None:
@@ -265,24 +299,90 @@ def check_outputs(model: ModelProto, samples: Samples, config: Config) -> None:
     DataError
         Names the output and a sample.
     """
-    view = GraphView(model)
-    outputs = [o for o in view.outputs if o in view.producer and view.is_float(o)]
-    masked, size = _masked(view), samples.micro_batch()
-    parts = list(samples.batches(range(samples.count), size))
-    if not parts or not outputs:
+    found = _Finite(GraphView(model))
+    if samples.count and found.outputs:
+        for name, value, numbers in _values(model, samples, config, found.outputs, lambda done, total: None):
+            found.add(name, value, numbers)
+
+
+def _measured(view: GraphView, plan: Plan, config: Config) -> list[str]:
+    """Return the tensors whose power is measured: outputs, and those of layers where later passes need it."""
+    layers = [layer.output for layer in plan.layers] if config.optimizes or config.chooses_widths else []
+    return list(dict.fromkeys([*layers, *output_parts(view)]))
+
+
+def _values(
+    model: ModelProto,
+    samples: Samples,
+    config: Config,
+    wanted: Sequence[str],
+    progress: Callable[[int, int], None],
+) -> Iterator[tuple[str, NDArray[np.floating], NDArray[np.int64]]]:
+    """Yield name, value and sample numbers of every wanted tensor of every batch."""
+    if not wanted:
         return
+    size = samples.micro_batch()
+    parts = list(samples.batches(range(samples.count), size))
     blocks = blocks_of(model, samples.two_batches(size), config.block_bytes)
-    for k, values in observe(blocks, map(samples.take, parts), outputs):
+    done, total = 0, len(blocks) * samples.count
+    for k, values in observe(blocks, map(samples.take, parts), wanted):
         for name, value in values.items():
-            if _not_finite(value):
-                _refuse(name, value, samples.numbers(parts[k]), infinite=name in masked)
+            yield name, value, samples.numbers(parts[k])
+        done += len(parts[k])
+        progress(done, total)
 
 
-def _masked(view: GraphView) -> set[str]:
-    """Return the outputs that the model itself masks with infinite values."""
-    return {
-        o for o in view.outputs if o in view.producer and view.is_float(o) and has_infinite_source(view, o)
-    }
+def _unused(samples: Samples) -> int:
+    """Return the number of samples that are left over because the model prescribes the size of a batch."""
+    return samples.count - sum(map(len, samples.batches(range(samples.count), samples.micro_batch())))
+
+
+class _Finite:
+    """Counts values that are NaN or infinite, and refuses outputs that have them.
+
+    Parameters
+    ----------
+    view : GraphView
+        The float model.
+    """
+
+    def __init__(self, view: GraphView) -> None:
+        self.outputs = [o for o in view.outputs if o in view.producer and view.is_float(o)]
+        """Outputs that are checked."""
+        self._masked = {o for o in self.outputs if has_infinite_source(view, o)}
+        self.none: Counter[str] = Counter()
+        """Values that are not finite, by tensor; tensors without any have no entry."""
+        self._sizes: Counter[str] = Counter()
+
+    def add(
+        self, name: str, value: NDArray[np.floating], numbers: NDArray[np.int64], *, bounded: bool = False
+    ) -> tuple[float, float] | None:
+        """Count, and return the finite extremes if they were computed: always if ``bounded`` is True.
+
+        Raises
+        ------
+        DataError
+            Names the output and a sample.
+        """
+        self._sizes[name] += value.size
+        extremes = None
+        if bounded and value.size:
+            extremes = float(value.min()), float(value.max())
+            finite = bool(np.isfinite(extremes).all())
+        else:
+            # A sum is finite if all values are, unless it overflows.
+            finite = bool(np.isfinite(value.sum()) or np.isfinite(value).all())
+        if finite:
+            return extremes
+        self.none[name] += int(value.size - np.isfinite(value).sum())
+        if name in self.outputs:
+            _refuse(name, value, numbers, infinite=name in self._masked)
+        return quant_math.finite_extremes(value) if bounded else None
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Tensors with values that are not finite, and the share of these."""
+        return {name: count / self._sizes[name] for name, count in self.none.items()}
 
 
 def _refuse(output: str, value: NDArray[np.floating], chosen: NDArray[np.int64], *, infinite: bool) -> None:

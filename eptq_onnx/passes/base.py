@@ -416,18 +416,17 @@ def leave_float(
     left, kept = {**state.left_float, **tensors}, {**state.float_nodes, **(nodes or {})}
     around = state.exact | set(exact) if exact else state.exact
     plan = make_plan(state.model, ctx.target, ctx.config, left, kept, around)
-    calibration = state.calibration
-    if not set(plan.quantizers) <= set(state.plan.quantizers):
-        # What is left of a group may want another range.
-        channels = state.scores.channels if state.scores is not None else None
-        tell = ctx.tell("recalibrate")
-        calibration = calibrate(
-            state.executed,
-            plan,
-            ctx.training,
-            ctx.config,
-            tell,
-            scores=channels,
-            known=calibration.grids,
-        )
+    # What is left of a group may want another range.
+    before = {q.name: q for q in state.plan.quantizers}
+    same = {q.name: state.calibration.grids[q.name] for q in plan.quantizers if before.get(q.name) == q}
+    channels = state.scores.channels if state.scores is not None else None
+    calibration = calibrate(
+        state.executed,
+        plan,
+        ctx.training,
+        ctx.config,
+        ctx.tell("calibrate"),
+        scores=channels,
+        known=replace(state.calibration, grids=same),
+    )
     return state.changed(plan=plan, calibration=calibration, left_float=left, float_nodes=kept, exact=around)

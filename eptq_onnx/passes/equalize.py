@@ -14,7 +14,6 @@ class Equalize(Pass):
     """
 
     name = "equalize"
-    requires = ("calibration",)
     provides = ("model", "executed", "scores", "equalized")
     switch = ("equalize", False)
     without = "no channels are scaled"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from eptq_onnx.config import Start, WeightRange
+from eptq_onnx.method.calibrate import output_spreads
 from eptq_onnx.method.reconstruct import unsolved
 from eptq_onnx.method.score import FLOAT_PASSES, score
 from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.records import Network
 
 
 class Score(Pass):
@@ -15,7 +17,6 @@ class Score(Pass):
     """
 
     name = "score"
-    requires = ("calibration",)
     provides = ("scores",)
     without = "no Hessian scores, plain MSE ranges instead"
 
@@ -24,20 +25,16 @@ class Score(Pass):
         return ctx.config.wants_scores
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """One backward pass per probe."""
-        return Cost(passes=FLOAT_PASSES * ctx.config.probes * len(ctx.shares.scored))
+        """One float pass for the spread of the outputs, and one backward pass per probe."""
+        probes = FLOAT_PASSES * ctx.config.probes * len(ctx.shares.scored)
+        return Cost(passes=len(ctx.shares.training) + probes)
 
     def run(self, state: State, ctx: Context) -> State:
         """Probe the float network."""
-        wanted = _scored_weights(state, ctx)
-        scores = score(
-            state.network,
-            ctx.chosen(ctx.shares.scored),
-            wanted,
-            ctx.gradients,
-            ctx.config,
-            ctx.tell(self.name),
-        )
+        wanted, tell = _scored_weights(state, ctx), ctx.tell(self.name)
+        spreads = output_spreads(state.executed, ctx.training, ctx.config, tell)
+        network = Network(state.executed, state.plan, spreads)
+        scores = score(network, ctx.chosen(ctx.shares.scored), wanted, ctx.gradients, ctx.config, tell)
         return state.changed(scores=scores)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto
 
 from eptq_onnx import ops
 from eptq_onnx.config import Config
@@ -107,7 +106,7 @@ def score(
     shapes = {name: static_shape(view, point) for point, name in probes.items()}
     unit = _units(probes, shapes, network.calibration)
     rng = np.random.default_rng(config.seed)
-    floats = Session(_giving(shaped, points)) if safe is not None else None
+    floats = Session(edit.giving(shaped, points)) if safe is not None else None
 
     def batches(turns: range) -> Iterator[Batch]:
         for turn in turns:
@@ -187,14 +186,6 @@ def _fed(samples: Samples, indices: NDArray[np.int64], size: int) -> list[Feeds]
     """Return all samples in batches of this size; the last batch is filled from the start."""
     turns = range(-(-len(indices) // size))
     return [samples.take(indices[np.arange(turn * size, (turn + 1) * size) % len(indices)]) for turn in turns]
-
-
-def _giving(model: ModelProto, names: Sequence[str]) -> ModelProto:
-    """Return a copy whose outputs are these tensors."""
-    result = edit.with_nodes(model, model.graph.node)
-    edit.set_outputs(result, names)
-    edit.prune(result)
-    return result
 
 
 class _Sums:

@@ -1,0 +1,44 @@
+"""Sums over many values, in one reading of them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.types import Array
+
+_PART = 2**16
+"""Values that are summed in float32 at once, by BLAS, while they are in the cache."""
+_ONES: Array = np.ones(_PART, np.float32)
+
+
+class PowerSum:
+    """Streaming mean square and variance.
+
+    Sums of parts are in float32, sums of these in float64.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._squares = 0, 0.0, 0.0
+
+    def add(self, values: NDArray[np.floating]) -> None:
+        """Add finite values, of shape (n_values,)."""
+        self._count += values.size
+        for begin in range(0, values.size, _PART):
+            part = values[begin : begin + _PART]
+            if part.dtype == np.float32:
+                self._sum += float(np.dot(part, _ONES[: part.size]))
+            else:
+                self._sum += float(part.sum(dtype=np.float64))
+            self._squares += quant_math.square_sum(part)
+
+    @property
+    def mean_square(self) -> float:
+        """The mean square; 0 without values."""
+        return self._squares / max(self._count, 1)
+
+    @property
+    def variance(self) -> float:
+        """The variance; 0 without values."""
+        return max(self.mean_square - (self._sum / max(self._count, 1)) ** 2, 0.0)
