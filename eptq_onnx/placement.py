@@ -95,6 +95,23 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class InFloat:
+    """The bytes of a weight of layers that compute in float.
+
+    Parameters
+    ----------
+    exact : int
+        Of the float weight, less those of the nodes and constants around the integers of layers on integers.
+    stored : int or None
+        By which nodes and constants around stored integers take more than those; None if the weight cannot be
+        stored.
+    """
+
+    exact: int
+    stored: int | None
+
+
+@dataclass(frozen=True)
 class FrontPoint:
     """A choice with the least noise for its time and size, all as foreseen.
 
@@ -142,6 +159,8 @@ class Placement:
         Number of regions that can run on integers and were not timed alone.
     kept_float : dict of str to str
         Nodes that stay float, each with the reason.
+    exact : tuple of str
+        Weights that stay float, because nothing else keeps within the limits.
     front : tuple of FrontPoint
         The least noise at several times of one run, and at several sizes if widths were chosen along with
         regions; empty if only the time counted.
@@ -159,6 +178,7 @@ class Placement:
     regions: tuple[TimedRegion, ...]
     untimed: int = 0
     kept_float: Mapping[str, str] = field(default_factory=dict)
+    exact: tuple[str, ...] = ()
     front: tuple[FrontPoint, ...] = ()
     why: str = ""
     complete: bool = True

@@ -12,7 +12,8 @@ produced as r and reader c needs it as s, and u[t, r, a] = 1 if t, produced as r
   share conversions;
 - a region with a result other than a layer's is on integers only if one of its readers is (`needs`);
 - a lone node between integers is an integer kernel, whatever the plan says (`bound`);
-- a weight is like a region, with its widths and float as options (`joined`);
+- a weight is like a region: its options are widths for integer kernels, widths for regions that compute in
+  float on stored integers, and its float values (`joined`, `without_floats`);
 - what several options share costs once if any of them is taken: v ≥ x[k, o] for each of them (`shared`).
 
 Each option has a cost in one or more currencies (time, noise, bytes and others). The total of one currency is
@@ -31,7 +32,8 @@ from scipy.sparse import coo_array
 
 from eptq_onnx.placement import Representation
 
-TIME, NOISE, BYTES = "time", "noise", "bytes"
+TIME, NOISE, BYTES, EXACT = "time", "noise", "bytes", "exact"
+"""Currencies; ``exact`` counts the elements of float weights."""
 Step = tuple[Representation, Representation]
 _SECONDS = 60.0
 """Time limit of the solver, which then returns the best choice found so far."""
@@ -174,6 +176,22 @@ def joined(regions: Program, weights: Program, users: Sequence[Sequence[int]]) -
     )
 
 
+def without_floats(weights: Program) -> Program:
+    """Return a program of weights without their float values, where these have widths to be stored at."""
+    kept = [
+        [o for o, x in enumerate(own) if x.bits or not any(y.bits and not y.on_integers for y in own)]
+        for own in weights.options
+    ]
+    place = {(k, o): (k, new) for k, own in enumerate(kept) for new, o in enumerate(own)}
+    return replace(
+        weights,
+        options=tuple(tuple(own[o] for o in left) for own, left in zip(weights.options, kept, strict=True)),
+        shared=tuple(
+            Shared(tuple(place[u] for u in s.options if u in place), s.costs) for s in weights.shared
+        ),
+    )
+
+
 def solve(program: Program, currency: str = TIME, limits: Mapping[str, float] | None = None) -> Choice | None:
     """Return the choice that minimizes one currency within limits on others; None if none is found."""
     model = _Model(program, currency)
@@ -255,14 +273,18 @@ class _Model:
             shape=(len(self.rows), count),
         ).tocsr()
         unit = max([*map(abs, self.costs), 1e-30])
-        found = milp(
-            np.array(self.costs) / unit,
-            integrality=np.array(self.integral),
-            bounds=Bounds(0, 1),
-            constraints=LinearConstraint(matrix, [r[1] for r in self.rows], [r[2] for r in self.rows]),
-            options={"mip_rel_gap": 0, "time_limit": _SECONDS},
-        )
-        if found.x is None:
+        for presolve in (True, False):
+            # The presolver of HiGHS takes some programs for infeasible that are not.
+            found = milp(
+                np.array(self.costs) / unit,
+                integrality=np.array(self.integral),
+                bounds=Bounds(0, 1),
+                constraints=LinearConstraint(matrix, [r[1] for r in self.rows], [r[2] for r in self.rows]),
+                options={"mip_rel_gap": 0, "time_limit": _SECONDS, "presolve": presolve},
+            )
+            if found.x is not None:
+                break
+        else:
             return None
         chosen = tuple(int(np.argmax([found.x[v] for v in own])) for own in self.x)
         return Choice(

@@ -12,7 +12,7 @@ so the best choice is an integer linear program; see `eptq_onnx.program`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,8 +35,8 @@ from eptq_onnx.numerics.moments import Moments, sampled_moments
 from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import linear_form
-from eptq_onnx.placement import FrontPoint, Representation
-from eptq_onnx.program import BYTES, NOISE, Option, Program, Shared
+from eptq_onnx.placement import FrontPoint, InFloat, Representation
+from eptq_onnx.program import BYTES, EXACT, NOISE, Option, Program, Shared
 from eptq_onnx.program import solve as least_of
 from eptq_onnx.records import Layer, Network, Plan, Scores
 from eptq_onnx.targets import Target
@@ -223,7 +223,7 @@ def candidates(
 def program_of(
     weights: Mapping[str, Candidates],
     sizes: FileSizes,
-    in_float: Mapping[str, int] | None = None,
+    in_float: Mapping[str, InFloat] | None = None,
     mean: float = 0.0,
 ) -> Program:
     """Return the integer program whose regions are weights, with their widths as options.
@@ -234,44 +234,45 @@ def program_of(
     ----------
     weights : mapping of str to Candidates
     sizes : FileSizes
-    in_float : mapping of str to int, optional
-        The bytes of each weight that stays float, which then is an option.
+    in_float : mapping of str to InFloat, optional
+        Weights whose layers may compute in float, on float values or on stored integers.
     mean : float
         Bits at which a float weight counts, so that it does not change whether the others keep within a
         limit of that many mean bits.
     """
     total = sum(w.size for w in weights.values())
-    exact = {
-        name: (
-            Option(
-                _FLOAT,
-                _FLOAT,
-                {
-                    NOISE: 0.0,
-                    BudgetUnit.BYTES.value: float(count),
-                    BudgetUnit.WEIGHTS.value: weights[name].size * mean / total,
-                    BudgetUnit.BITOPS.value: 0.0,
-                },
-            ),
-        )
-        for name, count in (in_float or {}).items()
-    }
+
+    def at(name: str, bits: int, place: Representation, more: int = 0) -> Option:
+        """Return the option of a width, for layers that compute in float or on integers."""
+        weight = weights[name]
+        costs = {
+            NOISE: weight.effects[bits],
+            BudgetUnit.BYTES.value: float(sizes.weights[name][bits] + more),
+            BudgetUnit.WEIGHTS.value: weight.size * bits / total,
+            BudgetUnit.BITOPS.value: weight.operations * bits if place is _ON else 0.0,
+        }
+        return Option(place, place, costs, bits)
+
+    def exact(name: str, count: int) -> Option:
+        """Return the option of float values."""
+        costs = {
+            NOISE: 0.0,
+            EXACT: float(weights[name].size),
+            BudgetUnit.BYTES.value: float(count),
+            BudgetUnit.WEIGHTS.value: weights[name].size * mean / total,
+            BudgetUnit.BITOPS.value: 0.0,
+        }
+        return Option(_FLOAT, _FLOAT, costs)
+
+    def floats(name: str, widths: Iterable[int]) -> Iterator[Option]:
+        own = (in_float or {}).get(name)
+        if own is not None:
+            yield exact(name, own.exact)
+            if own.stored is not None:
+                yield from (at(name, bits, _FLOAT, own.stored) for bits in widths)
+
     options = tuple(
-        exact.get(name, ())
-        + tuple(
-            Option(
-                _ON,
-                _ON,
-                {
-                    NOISE: effect,
-                    BudgetUnit.BYTES.value: float(sizes.weights[name][bits]),
-                    BudgetUnit.WEIGHTS.value: weight.size * bits / total,
-                    BudgetUnit.BITOPS.value: weight.operations * bits,
-                },
-                bits,
-            )
-            for bits, effect in weight.effects.items()
-        )
+        (*floats(name, weight.effects), *(at(name, bits, _ON) for bits in weight.effects))
         for name, weight in weights.items()
     )
     shared = []

@@ -37,7 +37,11 @@ class Allocate(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Choose the bits of every weight."""
-        found = {name: state.effects[name] for name in state.plan.weight_specs}
+        on_integers = {layer.weight for layer in state.plan.integer_layers}
+        found = {
+            name: state.effects[name] if name in on_integers else replace(state.effects[name], operations=0.0)
+            for name in state.plan.weight_specs
+        }
         goal = _goal(state, ctx)
         widths, sizes = _chosen(state, ctx, found, goal)
         plan = with_widths(state.plan, widths, ctx.target)

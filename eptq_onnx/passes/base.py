@@ -411,7 +411,7 @@ def leave_float(
 
     Weights around those that are ``exact`` stay float, too.
     """
-    if not tensors and not nodes:
+    if not tensors and not nodes and not exact:
         return state
     left, kept = {**state.left_float, **tensors}, {**state.float_nodes, **(nodes or {})}
     around = state.exact | set(exact) if exact else state.exact

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from onnx import ModelProto
 
-from eptq_onnx.config import BudgetUnit, Config, Objective, WeightRange
+from eptq_onnx.config import FLOAT_BITS, BudgetUnit, Config, Objective, WeightRange
 from eptq_onnx.errors import ConfigError, ModelError, OutputError
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph import edit, io
@@ -35,7 +35,7 @@ from eptq_onnx.passes.base import (
     with_activations,
     without_equal_steps,
 )
-from eptq_onnx.passes.trial import trial
+from eptq_onnx.passes.trial import Trial, trial
 from eptq_onnx.placement import Placement, Timings
 from eptq_onnx.program import BYTES, NOISE, TIME
 from eptq_onnx.proto import store
@@ -60,7 +60,7 @@ class Place(Pass):
 
     name = "place"
     requires = ("calibration",)
-    provides = ("plan", "calibration", "left_float", "float_nodes", "placement", "front")
+    provides = ("plan", "calibration", "left_float", "float_nodes", "exact", "placement", "front")
     repeats = True
 
     bench: ClassVar[Callable[[int], Stopwatch]] = Stopwatch
@@ -91,7 +91,8 @@ class Place(Pass):
             placement = timed.placement()
         except ModelError as e:
             return state.noting(f"{left}: {e}")
-        after = leave_float(state, ctx, {}, placement.kept_float)
+        exact = {x.node for x in state.plan.layers if x.weight in placement.exact}
+        after = leave_float(state, ctx, {}, placement.kept_float, exact)
         return after.changed(placement=placement, front=placement.front).noting(*timed.notes)
 
 
@@ -212,15 +213,16 @@ class _Timed:
     def _without(self, chosen: Sequence[bool]) -> ModelProto:
         return self._written(self._plan(chosen))
 
-    def _plan(self, chosen: Sequence[bool]) -> Plan:
+    def _plan(self, chosen: Sequence[bool], exact: Sequence[str] = ()) -> Plan:
         kept = {name: "" for region in self._cut.nodes(chosen) for name in region.nodes}
         state, ctx = self._state, self._ctx
         nodes: Mapping[str, str] = {**state.float_nodes, **kept}
-        return make_plan(state.model, ctx.target, ctx.config, state.left_float, nodes, state.exact)
+        around = state.exact | {x.node for x in state.plan.layers if x.weight in exact}
+        return make_plan(state.model, ctx.target, ctx.config, state.left_float, nodes, around)
 
-    def _planned_as(self, chosen: Sequence[bool]) -> State:
+    def _planned_as(self, chosen: Sequence[bool], exact: Sequence[str] = ()) -> State:
         """Return the state with the plan of a choice."""
-        plan = self._plan(chosen)
+        plan = self._plan(chosen, exact)
         calibration = replace(self._state.calibration, grids=self._grids(plan))
         return self._state.changed(plan=plan, calibration=calibration)
 
@@ -242,7 +244,7 @@ class _Timed:
             weights = sum(effects[name].effects[bits] for name, bits in choice.widths.items())
             found[NOISE] = (self._noise(choice.on_integers) or 0.0) + weights
         if BYTES in limits:
-            state = self._planned_as(choice.on_integers)
+            state = self._planned_as(choice.on_integers, choice.exact)
             found[BYTES] = trial(state, self._ctx, state.plan).count.bytes(choice.widths)
         return found
 
@@ -261,8 +263,18 @@ class _Timed:
             quantizers,
             sizes.rest - sum(quantizers.values()),
             tuple(state.effects),
-            widths_of(state.effects, sizes, whole.in_float(state.model), mean),
+            widths_of(state.effects, sizes, whole.in_float(state.model, self._stored()), mean),
         )
+
+    def _stored(self) -> Trial | None:
+        """Return the trial file in which all layers compute in float on stored weights; None if none can."""
+        state, ctx = self._state, self._ctx
+        config = ctx.config.model_copy(update={"activation_bits": FLOAT_BITS, "bits": ()})
+        try:
+            plan = make_plan(state.model, ctx.target, config, exact=state.exact)
+        except ModelError:
+            return None
+        return trial(state, ctx, plan)
 
     def _noises(self) -> dict[str, float]:
         """Return the noise of each quantizer, so that all add up to what they cause together."""

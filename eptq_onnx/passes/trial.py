@@ -18,6 +18,7 @@ from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.method.signature import sign
 from eptq_onnx.passes.base import Context, State
+from eptq_onnx.placement import InFloat
 from eptq_onnx.records import Plan
 
 
@@ -63,34 +64,53 @@ class Trial:
             found[quantizer.name] = _bytes_of(view, nodes)
         return found
 
-    def in_float(self, exact: ModelProto) -> dict[str, int]:
-        """Return the bytes by which a file is larger for each weight that stays float, less those in int8.
+    def in_float(self, exact: ModelProto, stored: Trial | None) -> dict[str, InFloat]:
+        """Return what each weight takes in layers that compute in float.
 
         Parameters
         ----------
         exact : ModelProto
             The float network.
+        stored : Trial or None
+            The file in which all layers compute in float on stored weights; None if no weight can be stored.
         """
-        view, floats, names = GraphView(self.model), GraphView(exact).initializers, self.names
-        nodes = {node.name: node for node in view.nodes}
-        found: dict[str, int] = {}
+        floats = GraphView(exact).initializers
+        ours, theirs = self._around(), {} if stored is None else stored._around()
+        found: dict[str, InFloat] = {}
         for layer in self.plan.layers:
-            makers = {i: view.producer[i] for i in nodes[layer.node].input if i in view.producer}
-            around = _bytes_of(
-                view,
-                [
-                    m
-                    for m in makers.values()
-                    if m.op_type == "DequantizeLinear" and view.is_constant(m.input[0])
-                ],
-                without=names[layer.weight],
-            )
             own = [layer.weight] if layer.weight not in found else []
-            if layer.bias is not None and layer.has_bias and self.plan.bias is not None:
-                own.append(layer.bias)
-            more = sum(field_bytes(int(floats[name].ByteSize())) for name in own)
-            found[layer.weight] = found.get(layer.weight, 0) + more - around
+            own += [layer.bias] if layer.bias is not None and layer.has_bias else []
+            more = sum(field_bytes(int(floats[name].ByteSize())) for name in own) - ours[layer.node]
+            known = found.get(layer.weight, InFloat(0, 0))
+            held = None
+            if layer.node in theirs and known.stored is not None:
+                held = known.stored + theirs[layer.node] - ours[layer.node]
+            found[layer.weight] = InFloat(known.exact + more, held)
         return found
+
+    def _around(self) -> dict[str, int]:
+        """Return the bytes of nodes and constants around the integers of each layer, with its bias."""
+        view, names, found = GraphView(self.model), self.names, dict[str, int]()
+        nodes = {node.name: node for node in view.nodes}
+        for layer in self.plan.layers:
+            inputs = {i for i in nodes[layer.node].input if i}
+            fixed = {i for i in inputs if view.is_constant(i)}
+            makers: list[NodeProto] = []
+            waiting = [view.producer[i] for i in inputs if i in view.producer]
+            while waiting:
+                node = waiting.pop()
+                if all(view.is_constant(i) or _is_fixed(view, i) for i in node.input):
+                    makers.append(node)
+                    waiting += [view.producer[i] for i in node.input if i in view.producer]
+            bias = sum(field_bytes(int(view.initializers[name].ByteSize())) for name in fixed)
+            found[layer.node] = bias + _bytes_of(view, makers, without=names[layer.weight])
+        return found
+
+
+def _is_fixed(view: GraphView, tensor: str) -> bool:
+    """Return True if a tensor is a cast constant."""
+    maker = view.producer.get(tensor)
+    return maker is not None and maker.op_type == "Cast" and view.is_constant(maker.input[0])
 
 
 def trial(state: State, ctx: Context, plan: Plan) -> Trial:

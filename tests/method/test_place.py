@@ -39,6 +39,7 @@ from eptq_onnx.program import (
     joined,
     paths,
     solve,
+    without_floats,
 )
 from eptq_onnx.runtime import Session
 
@@ -156,12 +157,13 @@ def weighted(draw):
         for k, own in enumerate(regions.options)
         if {o.on_integers for o in own} == {True, False} and k not in regions.layers
     ]
-    users = []
+    users, stored = [], st.sampled_from([(), (2, 4)])
     for k in movable[:2]:
         users.append((k, *draw(st.lists(st.sampled_from(movable), unique=True, max_size=1))))
     options = [
         (
             Option(R.FLOAT, R.FLOAT, {NOISE: 0.0, BYTES: draw(costs)}),
+            *(Option(R.FLOAT, R.FLOAT, {NOISE: draw(costs), BYTES: draw(costs)}, b) for b in draw(stored)),
             *(Option(R.INTEGERS, R.INTEGERS, {NOISE: draw(costs), BYTES: draw(costs)}, b) for b in (2, 4)),
         )
         for _ in users
@@ -172,16 +174,24 @@ def weighted(draw):
 
 
 @settings(deadline=None, max_examples=60, phases=[Phase.reuse, Phase.generate])
-@given(weighted(), st.sampled_from([TIME, NOISE, BYTES]), st.data())
-def test_placement_and_widths_are_one_choice_in_three_currencies(drawn, minimized, data):
-    """Against all choices: a weight has a width if and only if a region that reads it is on integers."""
+@given(weighted(), st.booleans(), st.sampled_from([TIME, NOISE, BYTES]), st.data())
+def test_placement_and_widths_are_one_choice_in_three_currencies(drawn, floats, minimized, data):
+    """Against all choices: a weight is for integer kernels if and only if a region that reads it is on integers.
+
+    Otherwise it is stored, or float.
+    """
     regions, weights, users = drawn
+    if not floats:
+        weights = without_floats(weights)
+        for left in weights.options:
+            assert any(not x.on_integers for x in left)
+            assert all(x.bits for x in left) or len(left) == 3
     spent = []
     for choice in every(regions):
         on = [regions.options[k][o].on_integers for k, o in enumerate(choice)]
         for widths in product(*(range(len(own)) for own in weights.options)):
             read = [any(on[k] for k in own) for own in users]
-            if [o > 0 for o in widths] != read:
+            if [own[o].on_integers for own, o in zip(weights.options, widths, strict=True)] != read:
                 continue
             own = [o[k].costs for o, k in zip(weights.options, widths, strict=True)]
             taken = set(enumerate(widths))

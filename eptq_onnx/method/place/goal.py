@@ -70,7 +70,8 @@ class Parts:
     weights : tuple of str
         Weights whose widths are chosen along with the regions.
     widths : Program, optional
-        Its regions are these weights; each has a float option besides its widths.
+        Its regions are these weights; the widths of each are options for a region on integers, and for one in
+        float, which also has the option of float values.
     """
 
     noise: Mapping[str, float] = field(default_factory=dict)
@@ -91,11 +92,14 @@ class Asked:
     limits : dict of str to float
         Currency to its limit; bytes with those that no choice changes.
     parts : Parts
+    exact : bool
+        True if weights that could be stored may stay float.
     """
 
     minimized: str
     limits: Mapping[str, float]
     parts: Parts
+    exact: bool = False
 
     @property
     def program_limits(self) -> dict[str, float]:

@@ -19,6 +19,7 @@ from eptq_onnx.method.place.goal import Asked, Goal, Parts
 from eptq_onnx.method.place.network import EXACT, VARIANTS, Chosen, Cut, Times, Variant
 from eptq_onnx.placement import Candidate, FrontPoint
 from eptq_onnx.program import BYTES, NOISE, TIME
+from eptq_onnx.program import EXACT as FLOATS
 
 _TRIES, _STEP = 5, 0.98
 """Maximum number of choices measured for one result, and how far each limit is below the last."""
@@ -41,12 +42,15 @@ class Found(NamedTuple):
     others : tuple of Candidate
         All that were timed.
     front : tuple of FrontPoint
+    exact : tuple of str
+        Weights that stay float.
     """
 
     name: str
     on_integers: tuple[bool, ...]
     others: tuple[Candidate, ...]
     front: tuple[FrontPoint, ...] = ()
+    exact: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,16 @@ class Limited:
     def _fitting(
         self, asked: Asked, variant: Variant = EXACT, fixed: Sequence[bool] | None = None
     ) -> Chosen | None:
-        """Return the best choice whose noise and bytes keep within their limits."""
+        """Return the best choice whose noise and bytes keep within their limits.
+
+        Weights that could be stored stay float only if there is no other.
+        """
+        if not asked.exact and asked.parts.widths is not None:
+            found = self._found(asked, variant, fixed)
+            return found or self._found(replace(asked, exact=True), variant, fixed)
+        return self._found(asked, variant, fixed)
+
+    def _found(self, asked: Asked, variant: Variant, fixed: Sequence[bool] | None) -> Chosen | None:
         for _ in range(_TRIES):
             choice = self._cut.choose(self._times, variant, fixed=fixed, asked=asked)
             if choice is None:
@@ -148,6 +161,16 @@ class Limited:
                 return choice
             asked = self._tighter(asked, spent)
         return None
+
+    def exact(self, taken: Sequence[bool]) -> tuple[str, ...]:
+        """Return the weights that must stay float in a choice: as few elements as possible."""
+        if self._asked.parts.widths is None:
+            return ()
+        found = self._found(self._asked, EXACT, taken)
+        if found is None:
+            asked = replace(self._asked, minimized=FLOATS, exact=True)
+            found = self._found(asked, EXACT, taken)
+        return () if found is None else found.exact
 
     def _over(self, spent: Mapping[str, float]) -> list[str]:
         """Return the currencies of which more is spent than the goal allows."""
@@ -174,7 +197,7 @@ class Limited:
         """
         goal = self._goal
         for name, limit in goal.limits.items():
-            asked = replace(self._asked, minimized=name, limits={})
+            asked = replace(self._asked, minimized=name, limits={}, exact=True)
             choice = self._cut.choose(self._times, asked=asked)
             least = 0.0 if choice is None else choice.totals.get(name, 0.0) / self._unit(name)
             alone = len(goal.limits) == 1

@@ -18,7 +18,7 @@ from eptq_onnx.method.place.goal import Asked, Parts, in_ms
 from eptq_onnx.method.place.pieces import Piece, conversions_piece, float_piece, integer_piece
 from eptq_onnx.method.place.regions import Region, Regions, regions_of
 from eptq_onnx.placement import Representation, TimedRegion, Way
-from eptq_onnx.program import BYTES, NOISE, TIME, Choice, Program, Shared, joined, solve
+from eptq_onnx.program import BYTES, NOISE, TIME, Choice, Program, Shared, joined, solve, without_floats
 from eptq_onnx.records import Plan
 from eptq_onnx.runtimes.attribute import RegionTime
 
@@ -89,13 +89,16 @@ class Chosen:
     totals : dict of str to float
         Predicted total of every other currency that counts.
     widths : dict of str to int
-        Weight on integers to its bits, if widths were chosen, too.
+        Quantized weight to its bits, if widths were chosen, too.
+    exact : tuple of str
+        Weights that stay float.
     """
 
     on_integers: tuple[bool, ...]
     predicted: float
     totals: Mapping[str, float] = field(default_factory=dict)
     widths: Mapping[str, int] = field(default_factory=dict)
+    exact: tuple[str, ...] = ()
 
 
 class Cut:
@@ -251,7 +254,7 @@ class Cut:
         program = program_of(self.regions, own, conversions, layouts=variant.layouts, fixed=fixed)
         count, parts = len(program.options), Parts() if asked is None else asked.parts
         if asked is not None:
-            program = self._with_parts(program, parts)
+            program = self._with_parts(program, parts, exact=asked.exact)
         found: Choice | None = (
             solve(program) if asked is None else solve(program, asked.minimized, asked.program_limits)
         )
@@ -259,10 +262,16 @@ class Cut:
             return None
         taken = [own[o] for own, o in zip(program.options, found.options, strict=True)]
         totals = {**found.totals, BYTES: found.totals.get(BYTES, 0.0) + parts.rest}
-        widths = {name: x.bits for name, x in zip(parts.weights, taken[count:], strict=True) if x.bits}
-        return Chosen(tuple(x.on_integers for x in taken[:count]), found.totals[TIME], totals, widths)
+        widths = {name: x.bits for name, x in zip(parts.weights, taken[count:], strict=True)}
+        return Chosen(
+            tuple(x.on_integers for x in taken[:count]),
+            found.totals[TIME],
+            totals,
+            {name: bits for name, bits in widths.items() if bits},
+            tuple(name for name, bits in widths.items() if not bits),
+        )
 
-    def _with_parts(self, program: Program, parts: Parts) -> Program:
+    def _with_parts(self, program: Program, parts: Parts, *, exact: bool) -> Program:
         """Return a program that counts quantizers, too, and chooses the widths of weights."""
         program = replace(program, shared=self._quantizers(program, parts))
         if parts.widths is None:
@@ -271,7 +280,8 @@ class Cut:
         place = self._place()
         for layer in self._plan.layers:
             users[layer.weight][place[layer.node]] = None
-        return joined(program, parts.widths, [tuple(users[name]) for name in parts.weights])
+        widths = parts.widths if exact else without_floats(parts.widths)
+        return joined(program, widths, [tuple(users[name]) for name in parts.weights])
 
     def _place(self) -> dict[str, int]:
         return {name: k for k, region in enumerate(self.regions.regions) for name in region.nodes}

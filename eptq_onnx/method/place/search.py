@@ -135,7 +135,7 @@ class Search:
         )
         goal = self._goal
         found = self._within(times, ends) if goal.counts_more_than_time else self._fastest(times, ends)
-        best, chosen, others, front = found
+        best, chosen, others, front, exact = found
         timed = cut.times(times, chosen)
         kept = cut.nodes(chosen)
         placement = Placement(
@@ -147,6 +147,7 @@ class Search:
             regions=timed,
             untimed=cut.untimed(pieces),
             kept_float=self._reasons(timed, kept),
+            exact=exact,
             front=front,
             complete=complete,
         )
@@ -175,7 +176,9 @@ class Search:
         limited = self._limited(times, ends[0].predicted / ends[0].seconds)
         fastest = self._goal.minimized == TIME
         found = self._fastest_within(limited, ends[0]) if fastest else limited.best(ends[0])
-        return found._replace(front=limited.front(found.on_integers, ends[1].predicted))
+        return found._replace(
+            front=limited.front(found.on_integers, ends[1].predicted), exact=limited.exact(found.on_integers)
+        )
 
     def _fastest_within(self, limited: Limited, planned: Candidate) -> Found:
         """Return the fastest choice within the limits of the goal."""
