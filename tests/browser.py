@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,16 @@ _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-zygote", "--hide-scrollbars",
     "--remote-debugging-pipe",
 )  # fmt: skip
+
+_EXEC = """
+import os, sys
+os.dup2(int(sys.argv[1]), 60)
+os.dup2(int(sys.argv[2]), 61)
+os.dup2(60, 3)
+os.dup2(61, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Runs a program that reads from 3 and writes to 4."""
 
 
 def program() -> str | None:
@@ -36,6 +47,7 @@ class Browser:
     def __init__(self, write: int, read: int) -> None:
         self._out, self._in = os.fdopen(write, "wb", buffering=0), os.fdopen(read, "rb", buffering=0)
         self._number, self._rest, self._session = 0, b"", ""
+        self.seconds = 0.0
         self.said: list[dict[str, Any]] = []
         """Events that came in."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -96,17 +108,19 @@ def browser(profile: Path) -> Iterator[Browser]:
     assert path is not None
     to_browser, from_browser = os.pipe(), os.pipe()
 
-    def fds() -> None:
-        # The protocol reads from 3 and writes to 4.
-        os.dup2(to_browser[0], 60)
-        os.dup2(from_browser[1], 61)
-        os.dup2(60, 3)
-        os.dup2(61, 4)
-
+    ends = (to_browser[0], from_browser[1])
     process = subprocess.Popen(
-        [path, *_FLAGS, f"--user-data-dir={profile}", "about:blank"],
-        preexec_fn=fds,  # noqa: PLW1509 - no argument sets descriptors 3 and 4
-        close_fds=False,
+        [
+            sys.executable,
+            "-c",
+            _EXEC,
+            *map(str, ends),
+            path,
+            *_FLAGS,
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ],
+        pass_fds=ends,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -101,7 +101,8 @@ def layer_noise(
     nearest: dict[str, float] = {}
     worst: list[tuple[float, int, tuple[Histogram, ...]]] = []
     for k, layer in enumerate(plan.layers):
-        grid = rounding.grids[plan.quantizer_of[layer.input].name]
+        # A layer whose weight alone is quantized has no range to show.
+        grid = None if layer.stored else rounding.grids[plan.quantizer_of[layer.input].name]
         inputs = _sampled(exact.reach(layer.input))
         stands = versions.stands_for.get(layer.result, layer.result)
         reference = exact.reach(layer.result)
@@ -146,18 +147,22 @@ def _sampled(values: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
 
 
 def _histograms(
-    layer: Layer, inputs: NDArray[np.float32], grid: Grid, weight: NDArray[np.float32], weight_grid: Grid
+    layer: Layer,
+    inputs: NDArray[np.float32],
+    grid: Grid | None,
+    weight: NDArray[np.float32],
+    weight_grid: Grid,
 ) -> tuple[Histogram, ...]:
-    ends = np.array([grid.format.qmin, grid.format.qmax], np.float32)
-    low, high = (float(v) for v in (ends - np.float32(grid.zero_point)) * np.float32(grid.scale))
     scale, zero = weight_grid.spread(weight.shape)
     steps = (weight / scale + zero).reshape(-1)
     steps = steps[:: max(1, steps.size // _VALUES) | 1]
     form = weight_grid.format
-    return (
-        _histogram(layer.node, "input", inputs, (low, high)),
-        _histogram(layer.node, "weights", steps, (float(form.qmin), float(form.qmax))),
-    )
+    of_weights = _histogram(layer.node, "weights", steps, (float(form.qmin), float(form.qmax)))
+    if grid is None:
+        return (of_weights,)
+    ends = np.array([grid.format.qmin, grid.format.qmax], np.float32)
+    low, high = (float(v) for v in (ends - np.float32(grid.zero_point)) * np.float32(grid.scale))
+    return _histogram(layer.node, "input", inputs, (low, high)), of_weights
 
 
 def _histogram(

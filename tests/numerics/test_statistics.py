@@ -151,3 +151,20 @@ def test_large_outputs_are_looked_at_in_places(monkeypatch):
     assert (whole.decisions, some.decisions) == (7500, 750)
     assert some.sqnr_db == whole.sqnr_db
     assert some.centred_sqnr_db == pytest.approx(whole.centred_sqnr_db, abs=0.5)
+
+
+def test_divergence_of_scores():
+    exact = np.array([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+    got = np.array([[1.0, 1.5, 0.0], [0.0, 0.5, 2.5]])
+    p, q = (np.exp(v) / np.exp(v).sum(1, keepdims=True) for v in (exact, got))
+    wanted = float((p * np.log(p / q)).sum(1).mean())
+    logits = compare([row[None] for row in exact], [row[None] for row in got])
+    shares = compare([row[None] for row in p], [row[None] for row in q])
+    assert logits.divergence == pytest.approx(wanted)
+    assert shares.divergence == pytest.approx(wanted), "probabilities are taken as they are"
+    certain = compare(
+        [np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])], [np.array([[0.9, 0.1]]), np.array([[0.1, 0.9]])]
+    )
+    assert certain.divergence == pytest.approx(-np.log(0.9))
+    assert compare([exact], [exact]).divergence == 0
+    assert compare([np.ones((1, 4))], [np.zeros((1, 4))]).divergence == 0, "these are no scores"

@@ -79,7 +79,7 @@ class Group:
 class Shown:
     """A sample in the page."""
 
-    uri: str
+    uri: Markup
     alt: str
     caption: str
     width: int
@@ -114,11 +114,18 @@ def page_of(report: Report) -> str:
     }
     contents = [(name, title) for name, title in _SECTIONS.items() if not absent.get(name)]
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_harmless
     )
-    environment.filters["shown"] = shown
     template = environment.from_string(_content("template.html.j2"))
     return template.render(report=report, contents=contents, **filled) + "\n"
+
+
+def _harmless(value: object) -> object:
+    """Return a text without what would confuse a reader, such as characters that turn its direction.
+
+    Escaping for HTML follows; what is HTML already stays as it is.
+    """
+    return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _content(name: str) -> str:
@@ -283,7 +290,7 @@ def _shown(picture: Picture) -> Shown:
     scale = 128 / max(height, width)
     noise = f"{picture.noise.output} {_db(picture.noise.sqnr_db)}"
     return Shown(
-        data_uri(picture.pixels),
+        Markup(data_uri(picture.pixels)),
         f"Sample {picture.name}",
         f"{picture.name}: {noise}",
         max(1, round(width * scale)),
