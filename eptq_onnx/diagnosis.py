@@ -144,7 +144,8 @@ class NodePlace:
     ----------
     node, op_type : str
     runs : str
-        ``"integers"``; ``"merged"`` into a quantizer behind it, which clips as it does; or ``"float"``.
+        ``"integers"``; ``"merged"`` into a quantizer behind it, which clips as it does; ``"float"``; or
+        ``"other"`` for a node that computes no floating-point values.
     why : str
         Bits of a layer, or the reason why a node stays float.
     """

@@ -149,8 +149,10 @@ def _network(state: State) -> Iterator[NodePlace]:
             yield NodePlace(name, kind, "integers", "")
         elif name in plan.absorbed:
             yield NodePlace(name, kind, "merged", "the quantizer behind it clips as it does")
+        elif name in reasons:
+            yield NodePlace(name, kind, "float", reasons[name])
         else:
-            yield NodePlace(name, kind, "float", reasons.get(name, ""))
+            yield NodePlace(name, kind, "other", "it computes shapes, indices or conditions")
 
 
 def _pictures(prepared: Prepared, state: State, ctx: Context) -> Iterator[Picture]:

@@ -25,7 +25,7 @@ from eptq_onnx.proto import store
 from eptq_onnx.watched import Reads
 from eptq_onnx.workdir import Workdir
 
-OPTIONS: dict[str, Any] = {"steps": 20, "weight_bits": 4, "measure_speed": False}
+OPTIONS: dict[str, Any] = {"steps": 20, "weight_bits": 4, "measure_speed": False, "target": "ort-x64"}
 ALL = [
     "rotate",
     "score",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +34,8 @@ from eptq_onnx.targets import ONNXRUNTIME
 
 _WORTH = 0.25
 """Share of the noise of the outputs from which on it is worth knowing which members cause it."""
+_STEPS = 20
+"""Runs to find causes, for the progress; there may be fewer, or a few more."""
 
 
 class Diagnose(Pass):
@@ -50,6 +54,10 @@ class Diagnose(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Compare layers, then find causes if the verdict is not safe."""
+        v = state.verification
+        safe = judge_outputs(v.statistics, v.samples, v.held_out).assurance is Assurance.SAFE
+        layers = len(state.plan.layers)
+        steps = layers if safe else layers + _STEPS
         versions = _versions(state, ctx)
         chosen = _walked(versions, ctx)
         found = layer_noise(
@@ -57,12 +65,16 @@ class Diagnose(Pass):
             state.plan,
             state.rounding,
             [ctx.samples.take(part) for part in chosen],
-            ctx.tell(self.name),
+            lambda done, _: ctx.progress(self.name, done, steps),
             integers=ctx.target.verifier == ONNXRUNTIME,
         )
-        v = state.verification
-        safe = judge_outputs(v.statistics, v.samples, v.held_out).assurance is Assurance.SAFE
-        noise = None if safe else _Causes(state, ctx).found()
+        noise = None
+        if not safe:
+            told = itertools.count(layers + 1)
+            noise = _Causes(
+                state, ctx, lambda: ctx.progress(self.name, min(next(told), steps - 1), steps)
+            ).found()
+            ctx.progress(self.name, steps, steps)
         return state.changed(
             diagnosis=Diagnosis(
                 samples=sum(map(len, chosen)),
@@ -102,6 +114,7 @@ class _Causes:
 
     state: State
     ctx: Context
+    tell: Callable[[], None]
 
     @cached_property
     def _deviation(self) -> Deviation:
@@ -125,9 +138,7 @@ class _Causes:
         plan = self.state.plan
         read_by = readers(plan, GraphView(self.state.executed))
         total, weights = self._noise(plan), self._noise(only_weights(plan))
-        activations = self._deviation(
-            *with_activations(self.state, self.ctx, [q.name for q in plan.activations])
-        )
+        activations = self._noise_of([q.name for q in plan.activations])
         loud_weights: dict[str, float] = {}
         loud_activations: dict[str, float] = {}
         # What causes little is not worth a search.
@@ -138,11 +149,7 @@ class _Causes:
                 lambda some: self._noise(only_weights(plan, set(some))),
             )
         if activations >= _WORTH * total:
-            loud_activations = loudest(
-                list(read_by),
-                activations,
-                lambda some: self._deviation(*with_activations(self.state, self.ctx, some)),
-            )
+            loud_activations = loudest(list(read_by), activations, self._noise_of)
         return OutputNoise(
             samples=min(SAMPLES, len(self.ctx.shares.unseen)),
             total=total,
@@ -153,10 +160,15 @@ class _Causes:
             loud_activations=tuple(Loud(read_by[name], share) for name, share in loud_activations.items()),
         )
 
+    def _noise_of(self, activations: Sequence[str]) -> float:
+        self.tell()
+        return self._deviation(*with_activations(self.state, self.ctx, activations))
+
     def _noise(self, plan: Plan) -> float:
         return self._of(plan, self._deviation)
 
     def _of(self, plan: Plan, deviation: Deviation) -> float:
         """Return the noise of the network with what a plan quantizes."""
+        self.tell()
         marked, stands_for = write(self.state.model, plan, self.state.rounding)
         return deviation(self.ctx.executed(marked, stands_for), stands_for)

@@ -10,22 +10,28 @@ from pydantic import BaseModel
 
 from eptq_onnx.config import Config, Reading
 from eptq_onnx.config.option import written_as
+from eptq_onnx.data.origin import Origin
 
 
-def command_of(model: str, data: str, config: Mapping[str, Any]) -> str:
+def command_of(model: str, data: Origin, config: Mapping[str, Any]) -> str:
     """Return the command that makes the same file again.
+
+    Recipes are whole, with what was guessed: then it does not depend on the guess.
 
     Parameters
     ----------
     model : str
-    data : str
+    data : Origin
         Where the samples come from.
     config : mapping of str to object
         All options with their values, as JSON; see `eptq_onnx.report.Report`.
     """
-    words = ["eptq-onnx", "quantize", model or "model.onnx", "--data", data]
+    words = ["eptq-onnx", "quantize", model or "model.onnx", "--data", data.label]
+    for name, recipe in data.recipe.items():
+        words += [f"--{name}", recipe]
+    given = {name: value for name, value in config.items() if name not in data.recipe}
     for options in (Reading, Config):
-        words += _changed(options, config)
+        words += _changed(options, given)
     return shlex.join(words)
 
 

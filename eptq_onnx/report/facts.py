@@ -106,36 +106,20 @@ def output_sheet(report: Report) -> Sheet:
 
 
 def layer_sheet(report: Report) -> Sheet:
-    """Return all layers in the order of execution."""
-    return Sheet(
-        "Layers",
-        (
-            "#",
-            "layer",
-            "operator",
-            "bits",
-            "weights",
-            "own (dB)",
-            "accumulated (dB)",
-            "nearest (dB)",
-            "attention",
-        ),
-        tuple(
-            (
-                str(k + 1),
-                x.node,
-                x.op_type,
-                f"W{x.weight_bits}A{x.activation_bits}",
-                weights_of(x).removeprefix("in ").removeprefix("are "),
-                decibels(x.own_db),
-                decibels(x.sqnr_db),
-                decibels(x.nearest_db),
-                "-" if x.attention is None else f"{x.attention:.3g}",
-            )
-            for k, x in enumerate(report.layers)
-        ),
-        names=(1,),
-    )
+    """Return all layers in the order of execution, without columns that nothing is known for."""
+    columns = {
+        "#": [str(k + 1) for k in range(len(report.layers))],
+        "layer": [x.node for x in report.layers],
+        "operator": [x.op_type for x in report.layers],
+        "bits": [f"W{x.weight_bits}A{x.activation_bits}" for x in report.layers],
+        "weights": [weights_of(x).removeprefix("in ").removeprefix("are ") for x in report.layers],
+        "own (dB)": [decibels(x.own_db) for x in report.layers],
+        "accumulated (dB)": [decibels(x.sqnr_db) for x in report.layers],
+        "nearest (dB)": [decibels(x.nearest_db) for x in report.layers],
+        "attention": ["-" if x.attention is None else f"{x.attention:.3g}" for x in report.layers],
+    }
+    known = {name: cells for name, cells in columns.items() if not set(cells) <= {"-"} or not cells}
+    return Sheet("Layers", tuple(known), tuple(zip(*known.values(), strict=True)), names=(1,))
 
 
 def decibels(value: float | None) -> str:

@@ -30,7 +30,7 @@ def _lines(report: Report) -> Iterator[str]:
     why = "; ".join([*verdict.reasons, *filter(None, [verdict.advice])])
     yield f"**{verdict.assurance.value}**: {text(why)}"
     yield ""
-    command = shown(command_of(report.model, report.data.label, report.config))
+    command = shown(command_of(report.model, report.data, report.config))
     # A fence longer than any in the text cannot be closed by it.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
     yield from (fence, command, fence, "")

@@ -36,10 +36,16 @@ def test_verdict_figures_and_all_layers():
 
 
 def test_the_command_is_that_of_the_run():
-    config = {"weight_bits": 4, "bits": ["op:Gemm=w8a8"], "samples": 100, "measure_speed": False}
+    config = {
+        "weight_bits": 4,
+        "bits": ["op:Gemm=w8a8"],
+        "samples": 100,
+        "measure_speed": False,
+        "image": {"size": [224, 224]},
+    }
     found = report(config=config, model="my net.onnx").to_markdown()
     assert (
-        "eptq-onnx quantize 'my net.onnx' --data photos --samples 100 --weight-bits 4 --bits op:Gemm=w8a8 "
+        "eptq-onnx quantize 'my net.onnx' --data photos --image size=224 --samples 100 --weight-bits 4 --bits op:Gemm=w8a8 "
         "--objective integers --no-measure-speed\n```" in found
     )
 

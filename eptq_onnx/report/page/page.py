@@ -181,7 +181,7 @@ def _pace(report: Report) -> Tile:
 def _run(report: Report) -> dict[str, Any]:
     spent, expected = sum(report.seconds.values()), report.estimate.seconds
     return {
-        "command": command_of(report.model, report.data.label, report.config),
+        "command": command_of(report.model, report.data, report.config),
         "options": [(name, json.dumps(value, ensure_ascii=False)) for name, value in report.config.items()],
         "facts": facts(report),
         "seconds": plots.seconds(report.seconds, report.estimate.shares),
@@ -236,7 +236,7 @@ def _network(report: Report) -> dict[str, Any]:
     floats = [(str(k + 1), n.node, n.op_type, n.why) for k, n in enumerate(network) if n.runs == "float"]
     return {
         "strip": strip(network) if network else None,
-        "counts": {name: runs[name] for name in ("integers", "merged", "float")},
+        "counts": {name: runs[name] for name in ("integers", "merged", "float", "other")},
         "float_nodes": Sheet(
             "Nodes in floating point", ("#", "node", "operator", "why"), tuple(floats), names=(1,)
         ),

@@ -119,6 +119,12 @@ def _styled() -> Iterator[None]:
         yield
 
 
+def _legend(axes: Any, lines: Sequence[Any] | None = None) -> None:
+    """Put the legend above the axes, where it covers nothing."""
+    handles = axes.get_legend_handles_labels()[0] if lines is None else lines
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(handles), borderpad=0.2)
+
+
 def _logarithmic(axes: Any) -> None:
     """Make the vertical axis logarithmic, with plain numbers at its ticks: formulas are not rendered."""
     axes.set_yscale("log")
@@ -144,7 +150,7 @@ def by_layer(
         axes.set_xlabel("layer, in the order of execution")
         axes.set_ylabel("SQNR (dB)")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(loc="upper right", fontsize=8)
+        _legend(axes)
 
     low = min(accumulated)
     text = f"{len(accumulated)} layers; the lowest accumulated ratio is {low:.1f} dB, at layer "
@@ -217,7 +223,7 @@ def losses(trace: OptimizationTrace) -> Markup:
             if kept is not None:
                 other.plot([trace.best_step], [kept], "D", color=_THIRD, label="kept")
             lines = [*axes.get_lines(), *other.get_lines()]
-            axes.legend(lines, [x.get_label() for x in lines], loc="upper right", fontsize=8)
+            _legend(axes, lines)
 
     text = f"{trace.steps} steps; the candidate of step {trace.best_step} was kept: {trace.reason}."
     return Plot("losses", "Loss by step", text).drawn(draw)
@@ -254,7 +260,7 @@ def front(points: Sequence[FrontPoint]) -> Markup:
             place.set_xlabel(label)
             place.set_ylabel("noise at the outputs")
             if any(chosen):
-                place.legend(fontsize=8)
+                _legend(place)
 
     text = f"{len(points)} choices with the least noise for their time and size; the table beside holds them."
     return Plot("front", "Noise against time and size", text).drawn(
@@ -277,7 +283,7 @@ def seconds(spent: Mapping[str, float], expected: Mapping[str, float]) -> Markup
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("seconds")
-        axes.legend(loc="lower right", fontsize=8)
+        _legend(axes)
 
     longest = max(names, key=lambda n: spent[n])
     text = f"{sum(spent.values()):.1f} s in all, of which {longest} took {spent[longest]:.1f} s."
@@ -299,7 +305,7 @@ def operators(times: Sequence[OperatorTime], name: str = "operators") -> Markup:
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("milliseconds of one run")
         axes.set_ylabel("row of the table")
-        axes.legend(loc="lower right", fontsize=8)
+        _legend(axes)
 
     text = f"{len(shown)} kinds of operators; the table beside names them."
     return Plot(name, "Latency by operator", text).drawn(draw, (7.5, 0.7 + 0.3 * len(shown)))

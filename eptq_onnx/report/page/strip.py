@@ -33,8 +33,8 @@ def strip(network: Sequence[NodePlace]) -> Markup:
         )
     text = (
         f"{len(network)} nodes in the order of execution: {counts['integers']} on integers, "
-        f"{counts['merged']} merged into a quantizer, {counts['float']} in floating point, which the list "
-        "below names."
+        f"{counts['merged']} merged into a quantizer, {counts['other']} without floating-point values, "
+        f"{counts['float']} in floating point, which the list below names."
     )
     return Markup(
         f'<svg class="strip" viewBox="0 0 {width} {height}" style="max-width: {width}px" role="img" '
