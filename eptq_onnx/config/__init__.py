@@ -14,13 +14,13 @@ from eptq_onnx.config.choices import (
     WeightRange,
     WeightStorage,
 )
-from eptq_onnx.config.config import PRESET_STEPS, Config
+from eptq_onnx.config.config import PRESET_PASSES, Config
 from eptq_onnx.config.gate import Gate
 from eptq_onnx.config.option import Option, describe, option_of
 from eptq_onnx.config.reading import Reading
 
 __all__ = [
-    "PRESET_STEPS",
+    "PRESET_PASSES",
     "ActivationRange",
     "Attention",
     "Budget",

@@ -62,10 +62,9 @@ class Kept:
         rises = [values[-1] >= min(values[:-1]) for values in (losses, outputs)]
         return (min(losses) >= loss and rises[0]) or (min(outputs) > output and rises[1])
 
-    def reason(self, steps: int, total: int) -> str:
-        """Return why this rounding was kept after ``steps`` steps, as a sentence."""
+    def reason(self, ran: str) -> str:
+        """Return why this rounding was kept, as a sentence; ``ran`` says how far the run came."""
         (loss, *losses), (output, *outputs) = self.checkpoints.values(), self._outputs
-        ran = f"{steps} of {total} steps" + ("; stopped early" if steps < total else "")
         if self.step:
             change = _change(self.checkpoints[self.step], loss)
             return f"step {self.step} was kept: it lowered the error on held-out samples ({change}; {ran})"
