@@ -177,7 +177,7 @@ def optimize(
         known = spread(len(indices), RESTORED)
         runs = batches.runs(known, state.hard_parameters(kept.rounding), evaluation)
         restored = _restored(plan, graph, evaluation, runs, len(known), kept.rounding)
-        kept.amend(restored, balance(judge(state.hard_parameters(restored))))
+        kept.settle(restored, balance(judge(state.hard_parameters(restored))))
     trace = OptimizationTrace(
         steps=len(losses),
         losses=tuple(losses),

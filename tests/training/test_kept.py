@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eptq_onnx.records import Rounding
 from eptq_onnx.training.kept import Balance, Kept, is_accepted, is_better
 
 
@@ -146,3 +147,61 @@ def test_a_start_without_errors_is_kept_without_a_division_by_zero():
         kept.offer(step, _rounding(step), np.ones((2, 8), np.float32))
     assert kept.is_settled
     assert kept.reason("2 of 10 steps").startswith("the start was kept: no step lowered the error")
+
+
+def _settled(candidate, variant, count=26):
+    """Settle between a start, a candidate and its variant, whose errors are multiples of the start's."""
+    rng = np.random.default_rng(0)
+    start = rng.uniform(1, 2, (2, count)).astype(np.float32)
+    kept = Kept(_rounding("start"), start)
+    kept.offer(1, _rounding("candidate"), (start * np.array(candidate, np.float32)[:, None]))
+    kept.settle(_rounding("variant"), (start * np.array(variant, np.float32)[:, None]))
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("candidate", "variant", "chosen"),
+    [
+        ((0.9, 0.95), (0.9, 0.9), "variant"),
+        ((0.9, 0.95), (1.1, 0.9), "candidate"),
+        ((0.9, 0.95), (0.9, 1.1), "candidate"),
+        ((0.9, 1.0), (0.9, 0.9), "variant"),
+        ((0.9, 1.0), (1.1, 0.9), "start"),
+        ((0.9, 1.0), (0.9, 1.0), "start"),
+    ],
+)
+def test_the_outputs_must_gain_as_well_in_the_end(candidate, variant, chosen):
+    kept = _settled(candidate, variant)
+    assert kept.rounding == chosen
+    assert kept.step == (chosen != "start")
+    told = kept.reason("9 of 9 steps")
+    if chosen == "start":
+        assert told == (
+            "the start was kept: the outputs gained no more than by chance on held-out samples (9 of 9 steps)"
+        )
+    else:
+        assert told.startswith("step 1 was kept")
+
+
+def test_without_outputs_to_compare_the_layers_decide():
+    start = np.stack([np.random.default_rng(0).uniform(1, 2, 26), np.zeros(26)]).astype(np.float32)
+    kept = Kept(_rounding("start"), start)
+    kept.offer(1, _rounding("candidate"), start * np.float32(0.9))
+    kept.settle(_rounding("variant"), start * np.float32(1.1))
+    assert kept.rounding == "candidate"
+
+
+def test_what_was_kept_is_settled_alike_after_an_interruption():
+    rng = np.random.default_rng(0)
+    start = rng.uniform(1, 2, (2, 26)).astype(np.float32)
+    kept, again = Kept(_start(), start), Kept(_start(), start)
+    kept.offer(3, _start(), start * np.float32(0.9))
+    again.restore(kept.saved())
+    for one in (kept, again):
+        one.settle(_rounding("variant"), start * np.float32(1.1))
+    assert (kept.step, again.step) == (3, 3)
+    assert kept.reason("") == again.reason("")
+
+
+def _start() -> Rounding:
+    return Rounding({}, {}, {}, {}, {})
