@@ -188,7 +188,8 @@ def test_without_outputs_to_compare_the_layers_decide():
     kept = Kept(_rounding("start"), start)
     kept.offer(1, _rounding("candidate"), start * np.float32(0.9))
     kept.settle(_rounding("variant"), start * np.float32(1.1))
-    assert kept.rounding == "candidate"
+    assert kept.step == 1
+    assert kept.rounding == _rounding("candidate")
 
 
 def test_what_was_kept_is_settled_alike_after_an_interruption():
