@@ -412,10 +412,12 @@ class Verification:
 
 @dataclass(frozen=True)
 class OptimizationTrace:
-    """Course and result of the network-wise optimization.
+    """Course and result of the network-wise optimization; by default, one that did not start.
 
     Parameters
     ----------
+    reason : str
+        Why that candidate was kept, or why there was no optimization, as a sentence without a full stop.
     steps : int
     losses : tuple of float
         Training loss of each step.
@@ -426,14 +428,15 @@ class OptimizationTrace:
     flipped : float
         Share of the weights whose integers differ from the start.
     seconds : float
-    reason : str
-        Why that candidate was kept, as a sentence without a full stop.
+    passes : float
+        What it cost, in float passes: runs of all scored samples through the float network.
     """
 
-    steps: int
-    losses: tuple[float, ...]
-    checkpoints: tuple[tuple[int, float], ...]
-    best_step: int
-    flipped: float
-    seconds: float
     reason: str
+    steps: int = 0
+    losses: tuple[float, ...] = ()
+    checkpoints: tuple[tuple[int, float], ...] = ()
+    best_step: int = 0
+    flipped: float = 0.0
+    seconds: float = 0.0
+    passes: float = 0.0

@@ -23,6 +23,17 @@ pytestmark = pytest.mark.once
 WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "ended by SIGTERM", signal.SIGHUP: "ended by SIGHUP"}
 
 
+TWO_STEPS = """
+    from dataclasses import replace
+    from eptq_onnx.training import loop
+    class Short(loop.Effort):
+        @classmethod
+        def of(cls, *given): return replace(super().of(*given), steps=2, checks=(2,))
+    loop.Effort = Short
+"""
+"""Code that ends the optimization after two steps."""
+
+
 class Run:
     """A command on a model that is stored in the temporary folder, as large ones are."""
 
@@ -212,8 +223,7 @@ SAVING = """
 def test_a_signal_while_the_model_is_written_leaves_the_former_file(tmp_path, name):
     run = Run(
         tmp_path,
-        SAVING.format(name=name)
-        + "    from eptq_onnx.config import Config; Config.step_count = lambda self, n: 2\n",
+        SAVING.format(name=name) + TWO_STEPS,
     )
     code, _ = run.end()
     assert code == 143, run.messages
@@ -224,11 +234,10 @@ def test_a_signal_after_the_model_was_written_says_so(tmp_path):
     body = """
     import os, signal
     import eptq_onnx.report
-    from eptq_onnx.config import Config
-    Config.step_count = lambda self, n: 2
     def late(*arguments): os.kill(os.getpid(), signal.SIGINT)
     eptq_onnx.report.Report.print = late
 """
+    body += TWO_STEPS
     run = Run(tmp_path, body)
     code, _ = run.end()
     assert code == 130

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import eptq_onnx
 from eptq_onnx import demo, runtimes
 from eptq_onnx.cli import app
-from eptq_onnx.config import PRESET_STEPS, Config, Preset, Reading
+from eptq_onnx.config import PRESET_PASSES, Config, Preset, Reading
 from eptq_onnx.config.files import SECTIONS
 from eptq_onnx.data import readers
 from eptq_onnx.pipeline import PIPELINE
@@ -152,10 +152,10 @@ def test_readme_is_short():
 
 def test_presets_and_defaults_are_those_of_the_code():
     for preset, text in (
-        (Preset.BALANCED, "`balanced`: {} steps (small models: up to {})"),
-        (Preset.BEST, "`best`: {} steps (up to {})"),
+        (Preset.BALANCED, "`balanced`: up to {} float passes"),
+        (Preset.BEST, "`best`: up to {} float passes"),
     ):
-        assert text.format(*PRESET_STEPS[preset]) in PAGES["docs/getting-started.md"]
+        assert text.format(PRESET_PASSES[preset]) in PAGES["docs/getting-started.md"]
     config = Config()
     assert (config.attention.value, config.rounding.value, config.optimizer.value) == (
         "channel",

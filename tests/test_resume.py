@@ -193,7 +193,6 @@ def test_every_way_to_read_an_option_is_seen():
     ways = {
         "an attribute": (lambda c: c.seed, {"seed"}),
         "a property": (lambda c: c.optimizes, {"optimizes"}),
-        "a method": (lambda c: c.step_count(1e9), {"steps"}),
         "all of them": (lambda c: c.model_dump(), set(Config.model_fields)),
         "some of them": (lambda c: c.model_dump(include={"seed", "steps"}), {"seed", "steps"}),
         "a copy": (lambda c: c.model_copy(update={"seed": 2}), set(Config.model_fields)),

@@ -94,7 +94,7 @@ def main(
         batch = next(iter(data.read(source, float_model).take(np.arange(config.batch_size)).values()))
         for layout in (True, False):
             taken = (
-                torch_step.seconds(float_model, batch, config.step_count(0), channels_last=layout) / forward
+                torch_step.seconds(float_model, batch, report.estimate.steps, channels_last=layout) / forward
             )
             table.add_row(
                 f"the same step in PyTorch, {'channels last' if layout else 'contiguous'}", f"{taken:.1f}"

@@ -29,15 +29,13 @@ from eptq_onnx.config.choices import (
 from eptq_onnx.config.option import Option, OptionModel, option_of
 from eptq_onnx.config.options import Options
 
-PRESET_STEPS = {Preset.FAST: (0, 0), Preset.BALANCED: (200, 1000), Preset.BEST: (1000, 5000)}
-"""Minimum and maximum number of network-wise optimization steps."""
+PRESET_PASSES = {Preset.FAST: 0, Preset.BALANCED: 30, Preset.BEST: 150}
+"""Most float passes that network-wise optimization may cost."""
 FLOAT_BITS = 32
 """The width of activations that stay float."""
 _ACTIVATION_WIDTHS = (*range(2, 9), 16, FLOAT_BITS)
 _ACTIVATION_NOISE = 0.05
 """Default limit of the noise of activations."""
-_CHEAP = 8e7
-"""Multiplications per sample up to which a model gets the maximum; five times as many get the minimum."""
 
 
 class Config(OptionModel):
@@ -101,11 +99,11 @@ class Config(OptionModel):
     """File with the measurements of time. If it exists, nothing is measured, so the same command
     gives the same bytes on every machine. Otherwise it is written."""
     preset: Annotated[Preset, Option("optimization")] = Preset.BALANCED
-    """fast: layer-wise reconstruction only, without gradients. balanced: 200 steps of network-wise
-    optimization; best: 1000. Models below 400 million multiplications per sample get up to five times as many
-    steps."""
+    """fast: layer-wise reconstruction only, without gradients. balanced: network-wise optimization, too, for
+    about the time of 30 runs of all samples through the float model; best: of 150. It starts only where the
+    rounding of weights causes enough of the noise, and ends when it gains little: see patience."""
     steps: Annotated[int | None, Option("optimization", default="by the preset")] = Field(None, ge=0)
-    """Number of network-wise optimization steps."""
+    """Number of network-wise optimization steps, whatever the preset and however much they may gain."""
     engine: Annotated[str, Option("optimization", metavar="NAME")] = "auto"
     """Gradient engine: auto (the best one installed), or a name."""
     seed: Annotated[int, Option("optimization")] = Field(0, ge=0)
@@ -167,11 +165,12 @@ class Config(OptionModel):
     """Optimizer of the rounding variables."""
     holdout: Annotated[float, Option("optimization", advanced=True)] = Field(0.1, gt=0, lt=0.9)
     """Share of the samples held out of optimization to select among its candidates."""
-    patience: Annotated[int, Option("optimization", advanced=True)] = Field(8, ge=0)
-    """Stop after this many checks in a row (out of ten per run) without improvement on held-out samples. The
-    run also stops after two or more checks once it is clear that the start will be kept: no check lowered the
-    total error, or the output error, and it is not falling. 0 never stops early. The result must beat the
-    start by more than chance (Wilcoxon signed-rank test, 5 %). Ignored by soft rounding."""
+    patience: Annotated[int, Option("optimization", advanced=True)] = Field(10, ge=0)
+    """Stop when the error on held-out samples fell by less than 1 % in this many float passes: runs of all
+    samples through the float model, counted, not timed. The run also stops after two or more checks once it
+    is clear that the start will be kept: no check lowered the total error, or the output error, and it is not
+    falling. 0 never stops early. The result must beat the start by more than chance (Wilcoxon signed-rank
+    test, 5 %). Ignored by soft rounding."""
     rounding_lr: Annotated[
         float | None, Option("optimization", advanced=True, default="by rounding and start")
     ] = Field(None, ge=0)
@@ -383,14 +382,7 @@ class Config(OptionModel):
     @property
     def optimizes(self) -> bool:
         """True if network-wise optimization is on."""
-        return self.step_count(0) > 0
-
-    def step_count(self, multiplications: float) -> int:
-        """Number of optimization steps for a model with this many multiplications per sample."""
-        if self.steps is not None:
-            return self.steps
-        fewest, most = PRESET_STEPS[self.preset]
-        return round(min(most, max(fewest, most * _CHEAP / max(multiplications, 1))))
+        return (PRESET_PASSES[self.preset] if self.steps is None else self.steps) > 0
 
     @property
     def rounding_rate(self) -> float:

@@ -216,7 +216,11 @@ class Judge:
 
     def noise(self, rounding: Rounding) -> NDArray[np.float64]:
         """Noise of every part of the outputs, for each run."""
-        return self._deviation.of_runs(*self.written(rounding))
+        return self.noise_of(*self.written(rounding))
+
+    def noise_of(self, model: ModelProto, read_as: Mapping[str, str]) -> NDArray[np.float64]:
+        """Return the noise of a version of the executed network; see `written`."""
+        return self._deviation.of_runs(model, read_as)
 
     def written(self, rounding: Rounding) -> tuple[ModelProto, Mapping[str, str]]:
         """Return the executed quantized model of a rounding, and which tensor holds the values of which."""

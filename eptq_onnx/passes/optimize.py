@@ -5,10 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 
 from eptq_onnx.data.samples import Samples
-from eptq_onnx.method.judge import still_better
-from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
-from eptq_onnx.training.graph import training_graph
-from eptq_onnx.training.loop import FLOAT_PASSES, Hooks, needed_bytes, optimize
+from eptq_onnx.method.judge import SAMPLES, still_better
+from eptq_onnx.passes.base import (
+    Context,
+    Cost,
+    Judge,
+    Pass,
+    State,
+    with_activations,
+    without_equal_steps,
+)
+from eptq_onnx.records import OptimizationTrace
+from eptq_onnx.training.graph import is_learned, training_graph
+from eptq_onnx.training.loop import Hooks, needed_bytes, optimize
+from eptq_onnx.training.worth import LITTLE, Effort, promised
+
+_FINE = 7
+"""Bits of weights from which activations cause most of the noise, as a rule."""
+_LOOK = 6.0 * SAMPLES
+"""Cost of finding out that it is not worth its time, in runs of the float network for one sample."""
 
 
 class Optimize(Pass):
@@ -28,18 +43,26 @@ class Optimize(Pass):
         return ctx.config.optimizes
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """Forward and backward passes of both networks in each step."""
-        steps = ctx.config.step_count(sum(ctx.multiplications.values()))
-        batch = min(max(1, ctx.config.batch_size // ctx.samples.rows), len(ctx.shares.scored))
-        return Cost(passes=FLOAT_PASSES * steps * batch, steps=steps)
+        """Forward and backward passes of both networks in each step, and checks."""
+        scored = len(ctx.shares.scored)
+        effort = Effort.of(ctx.config, ctx.samples, scored, len(ctx.shares.held))
+        if not _is_likely(state, ctx):
+            return Cost(passes=_LOOK, steps=effort.steps)
+        return Cost(passes=effort.passes * scored, steps=effort.steps)
 
     def memory(self, state: State, samples: Samples) -> int:
         """Weights with their optimizer state, and the tensors of one batch."""
         return needed_bytes(state.executed, state.plan, samples)
 
     def run(self, state: State, ctx: Context) -> State:
-        """Run the loop from the current rounding, and keep its result if it is better on unseen samples."""
+        """Run the loop from the current rounding, and keep its result if it is better on unseen samples.
+
+        Without a given number of steps, it runs only where it can gain something.
+        """
         judge, start = Judge(state, ctx), state.rounding
+        unpromising = None if ctx.config.steps is not None else _unpromising(state, ctx, judge)
+        if unpromising is not None:
+            return state.changed(trace=OptimizationTrace(reason=unpromising))
         graph = training_graph(state.network, start, ctx.samples, ctx.config, ctx.gradients)
         notes = [f"no gradient passes {note}" for note in graph.notes]
         notes += [f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items()]
@@ -58,3 +81,26 @@ class Optimize(Pass):
             )
             rounding, trace = start, replace(trace, best_step=0)
         return state.changed(rounding=rounding, trace=trace).noting(*notes)
+
+
+def _is_likely(state: State, ctx: Context) -> bool:
+    """Return True unless the optimization hardly ever starts: with fine, evenly spaced steps everywhere."""
+    if ctx.config.steps is not None or any(is_learned(q, ctx.config) for q in state.plan.activations):
+        return True
+    specs = state.plan.weight_specs.values()
+    return without_equal_steps(state.plan) is not None or any(spec.bits < _FINE for spec in specs)
+
+
+def _unpromising(state: State, ctx: Context, judge: Judge) -> str | None:
+    """Return why an optimization would gain too little, as a sentence; None if it may gain enough."""
+    total = judge.noise(state.rounding)
+    if not total.size:
+        return None
+    fixed = [q.name for q in state.plan.activations if not is_learned(q, ctx.config)]
+    share = promised(total, judge.noise_of(*with_activations(state, ctx, fixed)))
+    if share >= LITTLE:
+        return None
+    return (
+        f"not started: it could take less than {100 * LITTLE:g} % off the noise of the outputs, because "
+        "quantized activations cause most of it, which no rounding of weights changes"
+    )

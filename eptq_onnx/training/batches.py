@@ -14,9 +14,7 @@ from eptq_onnx.numerics.types import Array, Feeds
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
 from eptq_onnx.training import augment
-
-_VARIATIONS = 3
-"""Augmented variants of each held-out sample that candidates are judged on, besides the sample itself."""
+from eptq_onnx.training.worth import views
 
 
 class Batches:
@@ -93,17 +91,17 @@ class HeldOut:
         config: Config,
     ) -> None:
         self._session, self._batches, self._held = session, batches, held
-        self._variations, self._seed = _VARIATIONS if config.augment else 0, config.seed
+        self._views, self._seed = views(config), config.seed
         self._layers = sum(graph.channels)
 
     def __call__(self, parameters: Feeds) -> Array:
         """Return the errors of a candidate, given its feeds; see `Learned.hard_parameters`."""
         rng = np.random.default_rng(self._seed)
-        views = [None] + [rng] * self._variations
+        seen = [None] + [rng] * (self._views - 1)
         runs = (
-            run for view in views for run in self._batches.runs(self._held, parameters, self._session, view)
+            run for view in seen for run in self._batches.runs(self._held, parameters, self._session, view)
         )
-        rows = np.concatenate(list(ordered_map(self._errors, runs)), axis=1).reshape(2, len(views), -1)[
+        rows = np.concatenate(list(ordered_map(self._errors, runs)), axis=1).reshape(2, self._views, -1)[
             :, :, : len(self._held)
         ]
         return np.stack([*rows.mean(axis=1), rows[1, 0]])

@@ -33,6 +33,8 @@ class Kept:
 
     def __init__(self, start: Rounding, errors: Array) -> None:
         self.rounding, self.step = start, 0
+        self._first, self._kept = start, errors
+        self._unclear = False
         self.checkpoints = {0: float(errors[0].sum())}
         self._outputs = [float(errors[1].mean())]
         self._start = errors
@@ -45,7 +47,7 @@ class Kept:
         self.checkpoints[step] = float(errors[0].sum())
         self._outputs.append(float(errors[1].mean()))
         if self.checkpoints[step] < self.checkpoints[self.step] and is_accepted(errors, self._start):
-            self.rounding, self.step = candidate, step
+            self.rounding, self.step, self._kept = candidate, step, errors
         losses = list(self.checkpoints.values())
         return len(losses) - 1 - losses.index(min(losses))
 
@@ -62,15 +64,18 @@ class Kept:
         rises = [values[-1] >= min(values[:-1]) for values in (losses, outputs)]
         return (min(losses) >= loss and rises[0]) or (min(outputs) > output and rises[1])
 
-    def reason(self, steps: int, total: int) -> str:
-        """Return why this rounding was kept after ``steps`` steps, as a sentence."""
+    def reason(self, ran: str) -> str:
+        """Return why this rounding was kept, as a sentence; ``ran`` says how far the run came."""
         (loss, *losses), (output, *outputs) = self.checkpoints.values(), self._outputs
-        ran = f"{steps} of {total} steps" + ("; stopped early" if steps < total else "")
         if self.step:
             change = _change(self.checkpoints[self.step], loss)
             return f"step {self.step} was kept: it lowered the error on held-out samples ({change}; {ran})"
         if not losses:
             return "the start was kept: there was no check"
+        if self._unclear:
+            return (
+                f"the start was kept: the outputs gained no more than by chance on held-out samples ({ran})"
+            )
         if min(losses) >= loss:
             best = _change(min(losses), loss)
             return f"the start was kept: no step lowered the error on held-out samples (best {best} in {ran})"
@@ -89,18 +94,26 @@ class Kept:
     def saved(self) -> dict[str, Any]:
         """Return the state, without the real values of the weights, which are those of the start."""
         best = replace(self.rounding, targets={}) if self.step else None
-        return {"best": best, "step": self.step, "checkpoints": self.checkpoints, "outputs": self._outputs}
+        found = {"checkpoints": self.checkpoints, "outputs": self._outputs, "errors": self._kept}
+        return {"best": best, "step": self.step, **found}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Restore what `saved` returned."""
         if saved["step"]:
             self.rounding = replace(saved["best"], targets=self.rounding.targets)
         self.step, self.checkpoints, self._outputs = saved["step"], saved["checkpoints"], saved["outputs"]
+        self._kept = saved["errors"]
 
-    def amend(self, rounding: Rounding, errors: Array) -> None:
-        """Replace the kept rounding with a variant of it, if the variant may replace the start as well."""
+    def settle(self, variant: Rounding, errors: Array) -> None:
+        """Decide between the kept rounding, a variant of it, and the start.
+
+        The best of many candidates also profits from chance, and its layers may have gained without the
+        outputs: in the end, the outputs must have gained by more than chance as well.
+        """
         if is_accepted(errors, self._start):
-            self.rounding = rounding
+            self.rounding, self._kept = variant, errors
+        if self._start[1].any() and not is_better(self._kept[1], self._start[1]):
+            self.rounding, self.step, self._unclear = self._first, 0, True
 
 
 def _change(value: float, former: float) -> str:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from eptq_onnx.config import Config, RoundingVariable
-from eptq_onnx.data.samples import Samples, Selection
+from eptq_onnx.data.samples import Samples, Selection, spread
 from eptq_onnx.engines.base import TEACHER, GradientSession, TrainingGraph
 from eptq_onnx.errors import GradientError
 from eptq_onnx.execute.blocks import tensor_bytes
@@ -38,12 +38,9 @@ from eptq_onnx.training.attention import channel_attention, part_weights
 from eptq_onnx.training.batches import Batches, HeldOut
 from eptq_onnx.training.kept import Balance, Kept
 from eptq_onnx.training.learned import Learned
+from eptq_onnx.training.worth import RESTORED, Effort
 from eptq_onnx.workdir import Partial
 
-FLOAT_PASSES = 9.0
-"""Cost of a step including checks, in float passes over its samples."""
-_CHECKPOINTS = 10
-"""Number of checks."""
 _BYTES_A_WEIGHT = 40
 """Bytes per weight element.
 
@@ -133,11 +130,8 @@ def optimize(
         selection.samples,
         selection.indices,
     )
-    # The multiplications of the layers determine the time of a step.
-    total = config.step_count(
-        sum(start.integers[x.weight].size * n for x, n in zip(plan.layers, graph.positions, strict=True))
-    )
-    state = Learned(plan, start, graph, calibration, config, total)
+    effort = Effort.of(config, samples, len(indices), len(held))
+    state = Learned(plan, start, graph, calibration, config, effort.steps)
     attention = channel_attention(plan, network.scores, graph.channels, len(indices), config)
     layer_weights = np.maximum.reduceat(attention, np.cumsum([0, *graph.channels[:-1]]), axis=1).mean(axis=0)
     attention = np.hstack([attention, np.tile(part_weights(graph, calibration), (len(indices), 1))])
@@ -155,33 +149,35 @@ def optimize(
     batches = Batches(graph, samples, indices, attention * balance.columns(graph))
     layer_weights = balance.units[0] * layer_weights
     session = GradientSession(graph.train, integers=False)
-    batch = min(max(1, config.batch_size // samples.rows), len(seen))
     rng = np.random.default_rng(config.seed)
     queue, losses, seconds = _resumed(hooks.partial, state, kept, rng)
-    for step in range(len(losses), total):
-        while len(queue) < batch:
+    ended = ""
+    for step in range(len(losses), effort.steps):
+        while len(queue) < effort.batch:
             queue.extend(rng.permutation(seen).tolist())
-        chosen, queue = np.array(queue[:batch]), queue[batch:]
+        chosen, queue = np.array(queue[: effort.batch]), queue[effort.batch :]
         losses.append(state.step(session, batches, chosen, layer_weights, step, rng))
         if not np.isfinite(losses[-1]):
             raise GradientError(f"the loss of step {step + 1} is not a number.")
-        hooks.progress(step + 1, total, losses[-1])
-        if (step + 1) * _CHECKPOINTS // total > step * _CHECKPOINTS // total:
+        hooks.progress(step + 1, effort.steps, losses[-1])
+        if step + 1 in effort.checks:
             candidate = state.harden()
             fruitless = kept.offer(step + 1, candidate, balance(judge(state.hard_parameters(candidate))))
             # Undecided weights need all the steps at full size.
             if config.rounding is not RoundingVariable.SOFT:
                 if fruitless:
                     state.slow_down()
-                if config.patience and (fruitless >= config.patience or kept.is_settled):
+                ended = effort.ending(kept.checkpoints, kept.is_settled)
+                if ended:
                     break
             work = {"learned": state.saved(), "kept": kept.saved(), "random": rng.bit_generator.state}
             so_far = {"queue": queue, "losses": losses, "seconds": seconds + time.perf_counter() - began}
             hooks.partial.save(step + 1, {**work, **so_far})
     if kept.step:
-        runs = batches.runs(np.arange(len(indices)), state.hard_parameters(kept.rounding), evaluation)
-        restored = _restored(plan, graph, evaluation, runs, len(indices), kept.rounding)
-        kept.amend(restored, balance(judge(state.hard_parameters(restored))))
+        known = spread(len(indices), RESTORED)
+        runs = batches.runs(known, state.hard_parameters(kept.rounding), evaluation)
+        restored = _restored(plan, graph, evaluation, runs, len(known), kept.rounding)
+        kept.settle(restored, balance(judge(state.hard_parameters(restored))))
     trace = OptimizationTrace(
         steps=len(losses),
         losses=tuple(losses),
@@ -189,7 +185,8 @@ def optimize(
         best_step=kept.step,
         flipped=_flipped(start, kept.rounding),
         seconds=seconds + time.perf_counter() - began,
-        reason=kept.reason(len(losses), total),
+        reason=kept.reason(f"{len(losses)} of {effort.steps} steps" + (ended and f"; {ended}")),
+        passes=round(effort.spent(len(losses)) + (effort.restoring if kept.step else 0.0), 1),
     )
     return kept.rounding, trace
 

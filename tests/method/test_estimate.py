@@ -59,8 +59,8 @@ def test_better_presets_cost_more():
         told[preset] = str(found[0])
         assert found[0].seconds == pytest.approx(sum(found[0].shares.values()))
     assert "no optimization steps" in told["fast"]
-    assert "at most 1000 optimization steps" in told["balanced"]
-    assert "at most 5000 optimization steps" in told["best"]
+    assert "at most 19 optimization steps" in told["balanced"]
+    assert "at most 112 optimization steps" in told["best"]
 
 
 class Stop(Exception):

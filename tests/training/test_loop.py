@@ -291,7 +291,7 @@ def test_an_optimization_that_brings_nothing_ends_early_and_says_so(engine):
     assert trace.steps == len(trace.losses) < 10
     found = re.fullmatch(
         r"the start was kept: no step lowered the error on held-out samples "
-        r"\(best \+[\d.]+ % in (\d+) of 20 steps; stopped early\)",
+        r"\(best \+[\d.]+ % in (\d+) of 20 steps; stopped as nothing was to be gained\)",
         trace.reason,
     )
     assert found, trace.reason
