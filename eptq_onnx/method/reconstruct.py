@@ -26,10 +26,10 @@ from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.numerics import compensation, quant_math
+from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.linear import LinearForm, OutputsApart, row_shape
 from eptq_onnx.numerics.moments import Moments, OutputNonlinearity, sampled_moments
-from eptq_onnx.numerics.reconstruction import RATIOS, REFITS, Damping, LayerProblem
+from eptq_onnx.numerics.reconstruction import FEW_BITS, RATIOS, REFITS, Damping, LayerProblem
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import linear_form, pointwise, spec_of
@@ -37,12 +37,10 @@ from eptq_onnx.records import Layer, Network, Plan, Rounding, Scores
 
 FLOAT_PASSES = 4.0
 """Cost of walking both networks, in float passes over the samples."""
-_ROWS_PER_TERM, _LEAST_ROWS, _MOST_ROWS = 64, 16_384, 60_000
-"""Input rows sampled per term of a layer, and their limits."""
-_SHARE_AT_8_BITS = 0.5
-"""Share for weights of more than 6 bits; half of the rows cost EfficientNet-Lite0 0.07 of 26.2 dB."""
-_SYSTEMS = 1 + 2 * len(compensation.DAMPINGS)
-"""Linear systems solved per layer."""
+_ROWS_FEW_BITS, _ROWS_MANY_BITS = (64, 16_384, 60_000), (16, 1024, 16_384)
+"""Input rows sampled per term of a layer, and their limits, for weights of at most 6 bits and of more."""
+_SYSTEMS = 10
+"""Linear systems solved per layer: feedback, target, and about 4 dampings on each half of the rows."""
 _SLOWNESS, _OPERATIONS_A_LAYER = 4.0, 5e8
 """Time of an operation relative to one in a large matrix product, and overhead per layer in operations."""
 _LEAST_UNIT = 1e-30
@@ -51,8 +49,6 @@ _HESSIAN_SHARE = 0.5
 """Share of a position's weight that its score determines; the rest is common to all positions."""
 _MOST_APART, _BYTES_APART = 2e7, 64
 """Limit on the elements of second moments that are separate per output, and bytes of each with its copies."""
-_BITS_APART = 6
-"""Largest weight width that gets separate moments: at more bits, the gain is not worth the time."""
 
 
 def reconstruct(
@@ -181,11 +177,13 @@ def operations(model: ModelProto, plan: Plan, config: Config) -> float:
     """
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    visits = len(RATIOS[ScaleRule.ANY]) + 3 * config.descent_passes * (1 + REFITS)
+    most = len(RATIOS[ScaleRule.ANY]) + 3 * config.descent_passes * (1 + REFITS)
     total = 0.0
     for layer in plan.layers:
         form = linear_form(nodes[layer.node], view)
         if form is not None:
+            few = layer.weight_spec.bits <= FEW_BITS
+            visits = most if few else 4
             groups, outputs, terms = row_shape(form, view.constant_shape(layer.weight))
             if _activation(view, layer, form, config) is not None:
                 groups, outputs = groups * outputs, 1
@@ -196,8 +194,8 @@ def operations(model: ModelProto, plan: Plan, config: Config) -> float:
 
 
 def _wanted_rows(terms: int, bits: int) -> int:
-    share = 1 if bits <= _BITS_APART else _SHARE_AT_8_BITS
-    return int(share * np.clip(_ROWS_PER_TERM * terms, _LEAST_ROWS, _MOST_ROWS))
+    per_term, least, most = _ROWS_FEW_BITS if bits <= FEW_BITS else _ROWS_MANY_BITS
+    return int(np.clip(per_term * terms, least, most))
 
 
 def _importance(
@@ -247,7 +245,7 @@ def _activation(view: GraphView, layer: Layer, form: LinearForm, config: Config)
         if config.max_memory is None
         else min(_MOST_APART, config.max_memory // (4 * _BYTES_APART))
     )
-    if not axis or layer.weight_spec.bits > _BITS_APART or groups * outputs * terms**2 > most:
+    if not axis or layer.weight_spec.bits > FEW_BITS or groups * outputs * terms**2 > most:
         return None
     row = tuple(groups * outputs if k == axis else 1 for k in range(rank))
 

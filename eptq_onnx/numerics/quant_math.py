@@ -24,6 +24,8 @@ Number = TypeVar("Number", bound=np.generic)
 
 _TINY = np.float32(1e-30)
 
+_FEW_BITS = 6
+"""Widths up to which the search for scales is refined."""
 _OCTAVES = 6
 """Powers of two tried below the scale that clips nothing."""
 
@@ -68,7 +70,7 @@ def weight_scales(
     importance: Array | None = None,
     damping: float = 0.1,
     points: int = 40,
-    rounds: int = 3,
+    rounds: int | None = None,
 ) -> Array:
     """Return scales that minimize ``sum H * (W - q(W))**2`` per channel (HMSE, paper section 3.3).
 
@@ -84,7 +86,8 @@ def weight_scales(
         H is replaced by ``H + damping * mean(H)`` per tensor: with few probes, an undamped H clips weights
         that only appear insensitive.
     points, rounds : int
-        Clipping ratios tried per round, and rounds of refining the search around the best ratio.
+        Clipping ratios tried per round, and rounds of refining the search around the best ratio: by default 3
+        up to 6 bits, and 1 above, where a finer search gains nothing.
 
     Returns
     -------
@@ -93,6 +96,7 @@ def weight_scales(
     """
     rows, h = _rows_and_importance(weight, spec, importance, damping)
     parts = slices(rows)
+    rounds = rounds if rounds is not None else 3 if spec.bits <= _FEW_BITS else 1
     found = ordered_map(
         lambda part: _row_scales(rows[part].astype(np.float32), h[part], spec, points, rounds), parts
     )
