@@ -79,12 +79,14 @@ def with_ranks(model: ModelProto, feeds: Feeds) -> ModelProto:
 def _observed(model: ModelProto, tensors: Sequence[str], batches: Sequence[Feeds]) -> list[dict[str, Known]]:
     """Return what is seen of the tensors in each batch, in one session."""
     session = Session(edit.exposing(model, tensors))
-    found = []
+    found: list[dict[str, Known]] = []
     for feeds in batches:
         values = session.run(session.taken(feeds), tensors)
         # Sequences and strings have no entry in the table.
         plain = {name: v for name, v in values.items() if isinstance(v, np.ndarray) and v.dtype != object}
-        found.append({name: (helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for name, v in plain.items()})
+        found.append(
+            {name: (int(helper.np_dtype_to_tensor_dtype(v.dtype)), v.shape) for name, v in plain.items()}
+        )
     return found
 
 

@@ -75,6 +75,19 @@ class OutputsApart:
         return self.form.weight_from_rows(rows.reshape(-1, self.outputs, rows.shape[2]))
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A weight that is laid out as rows already, of shape (n_groups, n_outputs, n_terms)."""
+
+    def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """See `WeightForm`."""
+        return weight
+
+    def weight_from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """See `WeightForm`."""
+        return rows
+
+
 def row_shape(form: WeightForm, shape: Sequence[int]) -> tuple[int, int, int]:
     """Return the numbers of groups, outputs and terms of a weight of this shape."""
     groups, outputs, terms = form.weight_rows(np.broadcast_to(np.float32(0), tuple(shape))).shape

@@ -160,13 +160,15 @@ class Moments:
             shift_q, len(q) // len(shift_q), axis=0
         )
 
-    def mean_error(self, rows: Array) -> Array:
+    def mean_error(self, rows: Array, outputs: slice = slice(None)) -> Array:
         """Return mean float outputs minus those of rounded weight rows, of shape (n_channels,).
 
-        This is what the bias must absorb.
+        This is what the bias must absorb. ``rows`` are those of some ``outputs`` of each group.
         """
-        outputs, inputs = self.means
-        return np.asarray((outputs - np.einsum("gnt,gt->gn", rows, inputs)).reshape(-1), np.float32)
+        wanted, inputs = self.means
+        return np.asarray(
+            (wanted[:, outputs] - np.einsum("gnt,gt->gn", rows, inputs)).reshape(-1), np.float32
+        )
 
     @property
     def covariances(self) -> Covariances:

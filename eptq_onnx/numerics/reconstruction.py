@@ -123,14 +123,6 @@ class LayerProblem:
     def _thorough(self) -> bool:
         return self.spec.bits <= FEW_BITS
 
-    def mean_error(self, rounded: Array) -> Array:
-        """Return the mean float output minus the mean quantized output, for the bias to absorb.
-
-        The shape is (n_channels,).
-        """
-        own, of_weight = self.units
-        return self.moments.mean_error(self.form.weight_rows(rounded / of_weight)) * (own * of_weight)
-
     def _best_damping(self, rows: Array) -> Float64:
         """Return the damping of the correction.
 
