@@ -202,6 +202,8 @@ def test_layers_that_read_one_tensor_are_solved_as_one_problem_with_the_same_res
         return sampled_moments(*arguments)
 
     monkeypatch.setattr("eptq_onnx.method.reconstruct.layers.sampled_moments", counted)
+    # All rows: layers by themselves would draw others.
+    monkeypatch.setattr("eptq_onnx.method.reconstruct.layers.wanted_rows", lambda terms, bits: 10**6)
     options = {"weight_bits": bits, "edge_bits": bits, "correction_damping": 0.1}
     model, p, _, together, _ = run(parse(text, weights), **options)
     assert [len(p.layers), len(sampled)] == [5, 3]
@@ -209,8 +211,8 @@ def test_layers_that_read_one_tensor_are_solved_as_one_problem_with_the_same_res
     _, _, _, apart, _ = run(parse(text, weights), **options)
     assert len(sampled) == 3 + 5
     for name, grid in apart.weights.items():
-        # Sums in another order move values by a hair, and so some integers by one.
+        # Sums in another order move values by a hair, and so a few integers by one.
         ours, theirs = (r.weights[name].dequantize(r.integers[name]) for r in (together, apart))
         np.testing.assert_allclose(ours, theirs, atol=1.1 * grid.scale.max())
-        np.testing.assert_allclose(together.weights[name].scale, grid.scale, rtol=0.03)
+        np.testing.assert_allclose(together.weights[name].scale, grid.scale, rtol=1e-3)
     assert error(model, p, together) == pytest.approx(error(model, p, apart), rel=0.1)
