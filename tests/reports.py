@@ -27,7 +27,7 @@ POOR = OutputStatistics(
     32, 12.0, 11.0, 9.0, 4.0, decisions=32, disagreement=0.1, expected_disagreement=0.12, divergence=0.2
 )
 TRACE = OptimizationTrace(
-    20, tuple(np.linspace(1, 0.4, 20)), ((0, 1.0), (10, 0.8), (20, 0.7)), 20, 0.02, 3.0, "it was better"
+    "it was better", 20, tuple(np.linspace(1, 0.4, 20)), ((0, 1.0), (10, 0.8), (20, 0.7)), 20, 0.02, 3.0, 4.0
 )
 FRONT = (
     FrontPoint(0.03, 0.004, 9, 40_000, 4.0),

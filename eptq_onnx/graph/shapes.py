@@ -39,9 +39,8 @@ def specialize(model: ModelProto, batches: Sequence[Feeds]) -> ModelProto:
     unknown = [o for n in view.nodes for o in n.output if o and view.static_shape(o) is None]
     if not unknown:
         return result
-    known = _observed(result, unknown, batches[0])
-    for feeds in batches[1:]:
-        again = _observed(result, unknown, feeds)
+    known, *others = _observed(result, unknown, batches)
+    for again in others:
         known = {name: seen for name, seen in known.items() if again.get(name) == seen}
     return _with_shapes(result, known)
 
@@ -72,17 +71,23 @@ def with_ranks(model: ModelProto, feeds: Feeds) -> ModelProto:
         return model
     known = {
         name: (elem_type, (None,) * len(shape))
-        for name, (elem_type, shape) in _observed(model, unknown, feeds).items()
+        for name, (elem_type, shape) in _observed(model, unknown, [feeds])[0].items()
     }
     return _with_shapes(edit.with_nodes(model, model.graph.node), known)
 
 
-def _observed(model: ModelProto, tensors: Sequence[str], feeds: Feeds) -> dict[str, Known]:
+def _observed(model: ModelProto, tensors: Sequence[str], batches: Sequence[Feeds]) -> list[dict[str, Known]]:
+    """Return what is seen of the tensors in each batch, in one session."""
     session = Session(edit.exposing(model, tensors))
-    values = session.run(session.taken(feeds), tensors)
-    # Sequences and strings have no entry in the table.
-    plain = {name: v for name, v in values.items() if isinstance(v, np.ndarray) and v.dtype != object}
-    return {name: (helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for name, v in plain.items()}
+    found: list[dict[str, Known]] = []
+    for feeds in batches:
+        values = session.run(session.taken(feeds), tensors)
+        # Sequences and strings have no entry in the table.
+        plain = {name: v for name, v in values.items() if isinstance(v, np.ndarray) and v.dtype != object}
+        found.append(
+            {name: (int(helper.np_dtype_to_tensor_dtype(v.dtype)), v.shape) for name, v in plain.items()}
+        )
+    return found
 
 
 def _with_shapes(model: ModelProto, known: Mapping[str, Known]) -> ModelProto:

@@ -429,8 +429,5 @@ def _operand_grid(operand: ConstantOperand, view: GraphView) -> Grid:
 
 
 def _table_grid(table: LookupTable, view: GraphView) -> Grid:
-    # One search round only: tables are large, and at 8 bits a finer search gains nothing.
-    scales = [
-        quant_math.weight_scales(rows, table.spec, rounds=1) for _, rows in view.constant_parts(table.name)
-    ]
+    scales = [quant_math.weight_scales(rows, table.spec) for _, rows in view.constant_parts(table.name)]
     return table.spec.grid(np.concatenate(scales))

@@ -40,6 +40,8 @@ _SCALE_DAMPING, _MOST_REFIT = 1e-3, 2.0
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 1000.0)
 """Candidates of `best_damping`."""
+_JUDGED_OUTPUTS = 64
+"""Outputs of a group, evenly spread, whose errors choose its damping."""
 
 
 _RIDGES, _TINY = (1e-14, 1e-12, 1e-10, 1e-8, 1e-6), 1e-30
@@ -102,27 +104,47 @@ def best_damping(weight: Array, halves: Sequence[Covariances]) -> Float64:
     -------
     ndarray of shape (n_groups,)
     """
+    middle = len(DAMPINGS) // 2
     if not halves:
-        return np.full(len(weight), DAMPINGS[len(DAMPINGS) // 2])
+        return np.full(len(weight), DAMPINGS[middle])
+    count = weight.shape[1]
+    outputs = np.unique(np.linspace(0, count - 1, min(count, _JUDGED_OUTPUTS)).round().astype(np.int64))
+    weight = weight[:, outputs]
     # Single precision tells dampings that differ by factors of three well apart.
-    fits = [(a.astype(np.float32), c.astype(np.float32), v.astype(np.float32)) for a, c, v in halves]
+    fits = [
+        (a.astype(np.float32), c[:, :, outputs].astype(np.float32), v[:, outputs].astype(np.float32))
+        for a, c, v in halves
+    ]
 
     def error(tried: tuple[int, float]) -> Float64:
         own, damping = tried
-        moment, cross, power = halves[1 - own]
+        moment, cross, power = fits[1 - own]
         target = corrected_target(weight, *fits[own], damping)
-        explained = (target * cross.swapaxes(1, 2)).sum(axis=(1, 2))
-        return np.asarray(cost(target, moment).sum(axis=1) - 2 * explained + power.sum(axis=1), np.float64)
+        explained = (target * cross.swapaxes(1, 2)).sum(axis=(1, 2), dtype=np.float64)
+        judged = cost(target, moment).sum(axis=1) - 2 * explained
+        return np.asarray(judged + power.sum(axis=1, dtype=np.float64), np.float64)
 
-    found = ordered_map(error, [(own, damping) for own in range(2) for damping in DAMPINGS])
-    errors = np.stack(list(found)).reshape(2, len(DAMPINGS), len(weight)).sum(axis=0)
-    chosen: Float64 = np.asarray(DAMPINGS, np.float64)[errors.argmin(axis=0)]
-    return chosen
+    def both(k: int) -> Float64:
+        return sum(ordered_map(error, [(own, DAMPINGS[k]) for own in range(2)]), np.zeros(len(weight)))
+
+    # The error has one minimum: on either side, the search ends where no group gains any more.
+    chosen, least = np.full(len(weight), middle), both(middle)
+    for side in (range(middle + 1, len(DAMPINGS)), range(middle - 1, -1, -1)):
+        for k in side:
+            found = both(k)
+            better = found < least
+            chosen, least = np.where(better, k, chosen), np.where(better, found, least)
+            if not better.any():
+                break
+    dampings: Float64 = np.asarray(DAMPINGS, np.float64)[chosen]
+    return dampings
 
 
-def cost(error: Array, moment: Float64) -> Float64:
+def cost(error: Array, moment: Array | Float64) -> Float64:
     """Return ``e A eᵀ`` of each row, the mean squared error of each output; shape (n_groups, n_outputs)."""
-    return np.asarray((np.matmul(error, moment.astype(np.float32)) * error).sum(axis=2, dtype=np.float64))
+    return np.asarray(
+        (np.matmul(error, moment.astype(np.float32, copy=False)) * error).sum(axis=2, dtype=np.float64)
+    )
 
 
 @dataclass(frozen=True)

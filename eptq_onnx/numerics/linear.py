@@ -75,6 +75,19 @@ class OutputsApart:
         return self.form.weight_from_rows(rows.reshape(-1, self.outputs, rows.shape[2]))
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A weight that is laid out as rows already, of shape (n_groups, n_outputs, n_terms)."""
+
+    def weight_rows(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """See `WeightForm`."""
+        return weight
+
+    def weight_from_rows(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """See `WeightForm`."""
+        return rows
+
+
 def row_shape(form: WeightForm, shape: Sequence[int]) -> tuple[int, int, int]:
     """Return the numbers of groups, outputs and terms of a weight of this shape."""
     groups, outputs, terms = form.weight_rows(np.broadcast_to(np.float32(0), tuple(shape))).shape
@@ -133,7 +146,9 @@ class MatrixForm:
 
     def input_rows(self, x: Array, chosen: NDArray[np.int64]) -> Array:
         """See `LinearForm`."""
-        rows: Array = x.reshape(-1, x.shape[-1])[chosen] * np.float32(self.gain)
+        rows: Array = x.reshape(-1, x.shape[-1])[chosen]
+        if self.gain != 1:
+            rows *= np.float32(self.gain)
         return rows[None]
 
 
@@ -223,12 +238,13 @@ class ConvForm:
             np.arange(k).reshape([-1 if i == axis else 1 for i in range(len(self.kernel))]) * d * pitch
             for axis, (k, d, pitch) in enumerate(zip(self.kernel, self.dilations, pitches, strict=True))
         )
-        flat = x.reshape(*x.shape[:2], -1)
-        # Channel by channel, so that memory is read in order.
+        # Channel by channel, so that memory is read in order; from each on, places are the same.
+        flat, channel = np.ascontiguousarray(x).reshape(-1), math.prod(x.shape[2:])
+        index = np.reshape(offset, (-1, 1)) + (begin + sample * (x.shape[1] * channel))
         columns = np.empty((x.shape[1], np.size(offset), len(chosen)), x.dtype)
-        for n in range(len(x)):
-            here = slice(*np.searchsorted(sample, [n, n + 1]))
-            columns[:, :, here] = np.take(flat[n], np.reshape(offset, (-1, 1)) + begin[here], axis=1)
+        for c, column in enumerate(columns):
+            # All places exist; this mode alone writes to the column directly.
+            np.take(flat[c * channel :], index, out=column, mode="clip")
         terms = columns.shape[0] * columns.shape[1] // self.group
         return columns.reshape(self.group, terms, len(chosen)).swapaxes(1, 2)
 

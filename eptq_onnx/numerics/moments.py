@@ -31,8 +31,8 @@ Covariances = tuple[Float64, Float64, Float64]
 Their shapes are (n_groups, n_terms, n_terms), (n_groups, n_terms, n_outputs) and (n_groups, n_outputs).
 """
 
-_Rows: TypeAlias = tuple[Array, Array, Array]
-"""Outputs, inputs and weights of some rows."""
+_Rows: TypeAlias = tuple[Array, Array, Array | None]
+"""Outputs, inputs and weights of some rows; without weights, all count alike."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,16 @@ class Moments:
             # Without a shift, sums of values whose mean is far from 0 would lose the variance in float32.
             shifts = outputs.mean(axis=1), quantized.mean(axis=1)
             self._shifts = shifts if self._centred else (np.zeros_like(shifts[0]), np.zeros_like(shifts[1]))
-        y, q = (x - shift[:, None, :] for x, shift in zip((outputs, quantized), self._shifts, strict=True))
-        half = self._batches % 2
-        shares = np.ones((1, q.shape[1], 1), np.float32) if weights is None else weights[None, :, None]
-        self._waiting[half].append(
-            (y, q, shares if self._nonlinearity is None else shares * self._seen(self._nonlinearity, outputs))
+        shares = None if weights is None else weights[None, :, None]
+        if self._nonlinearity is not None:
+            seen = self._seen(self._nonlinearity, outputs)
+            shares = seen if shares is None else shares * seen
+        y, q = (
+            x - shift[:, None, :] if self._centred else x
+            for x, shift in zip((outputs, quantized), self._shifts, strict=True)
         )
+        half = self._batches % 2
+        self._waiting[half].append((y, q, shares))
         self._batches += 1
         if sum(q.size for _, q, _ in self._waiting[half]) >= _VALUES_AT_ONCE:
             self._settle(half)
@@ -125,9 +129,9 @@ class Moments:
         """Add the waiting rows to the sums."""
         if not self._waiting[half]:
             return
-        y, q, shares = (np.concatenate(parts, axis=1) for parts in zip(*self._waiting[half], strict=True))
+        y, q, shares = _joined(self._waiting[half])
         self._waiting[half].clear()
-        if self.apart == 1:
+        if self.apart == 1 or shares is None:
             sums = _sums(y, q, shares)
         else:
             each = [_sums(y[:, :, k : k + 1], q, shares[:, :, k : k + 1]) for k in range(self.apart)]
@@ -156,13 +160,15 @@ class Moments:
             shift_q, len(q) // len(shift_q), axis=0
         )
 
-    def mean_error(self, rows: Array) -> Array:
+    def mean_error(self, rows: Array, outputs: slice = slice(None)) -> Array:
         """Return mean float outputs minus those of rounded weight rows, of shape (n_channels,).
 
-        This is what the bias must absorb.
+        This is what the bias must absorb. ``rows`` are those of some ``outputs`` of each group.
         """
-        outputs, inputs = self.means
-        return np.asarray((outputs - np.einsum("gnt,gt->gn", rows, inputs)).reshape(-1), np.float32)
+        wanted, inputs = self.means
+        return np.asarray(
+            (wanted[:, outputs] - np.einsum("gnt,gt->gn", rows, inputs)).reshape(-1), np.float32
+        )
 
     @property
     def covariances(self) -> Covariances:
@@ -207,23 +213,44 @@ class Moments:
         )
 
 
-def _sums(y: Array, q: Array, shares: Array) -> dict[str, Any]:
+def _joined(parts: Sequence[_Rows]) -> _Rows:
+    """Return several parts as one; their shares are all None, or none is."""
+    if len(parts) == 1:
+        return parts[0]
+    y, q = (np.concatenate([part[k] for part in parts], axis=1) for k in (0, 1))
+    shares = [share for _, _, share in parts if share is not None]
+    return y, q, np.concatenate(shares, axis=1) if shares else None
+
+
+def _sums(y: Array, q: Array, shares: Array | None) -> dict[str, Any]:
     """Return sums over rows of products of outputs and inputs.
 
     Outputs have shape (n_groups, n_rows, n_outputs), inputs (n_groups, n_rows, n_terms). Each row is weighted
-    by ``shares`` of shape (n_groups or 1, n_rows, 1).
+    by ``shares`` of shape (n_groups or 1, n_rows, 1); None weights all alike.
     """
-    share = shares.swapaxes(1, 2)
-    # numpy computes a product of a matrix with its own transpose at half the cost.
-    roots = q * np.sqrt(shares)
-    turned = q.swapaxes(1, 2) * share
+    groups, rows, outputs = y.shape
+    ones: Array = np.ones((groups, rows, 1), np.float32)
+    beside = np.concatenate([y, ones], axis=2)
+    if shares is None:
+        roots, turned, total = q, q.swapaxes(1, 2), np.full((groups, 1), float(rows))
+        power = np.einsum("grn,grn->gn", y, y)
+        sums = y.sum(axis=1)
+    else:
+        share = shares.swapaxes(1, 2)
+        roots, turned = q * np.sqrt(shares), q.swapaxes(1, 2) * share
+        total = share.sum(axis=2, dtype=np.float64)
+        power = np.matmul(share, np.square(y))[:, 0]
+        sums = np.matmul(share, y)[:, 0]
+    # The outputs and the number 1 are multiplied in one reading of the inputs.
+    products = np.matmul(turned, beside)
     return {
+        # numpy computes a product of a matrix with its own transpose at half the cost.
         "qq": np.matmul(roots.swapaxes(1, 2), roots),
-        "qy": np.matmul(turned, y),
-        "yy": np.matmul(share, np.square(y))[:, 0].astype(np.float64),
-        "q": np.matmul(share, q)[:, 0].astype(np.float64),
-        "y": np.matmul(share, y)[:, 0].astype(np.float64),
-        "rows": share.sum(axis=2, dtype=np.float64),
+        "qy": products[:, :, :outputs],
+        "q": products[:, :, outputs].astype(np.float64),
+        "yy": power.astype(np.float64),
+        "y": sums.astype(np.float64),
+        "rows": total,
     }
 
 
@@ -260,38 +287,39 @@ def sampled_moments(
     importance = None if importance is None else [importance[k] for k in some]
     total = sum(form.positions(x.shape) for x in exact)
 
-    def places() -> Iterator[tuple[NDArray[np.int64], Array]]:
+    def places() -> Iterator[tuple[NDArray[np.int64], Array | None]]:
         for k, x in enumerate(exact):
             available = form.positions(x.shape)
             counts = importance[k] if importance is not None else None
-            goal = (np.ones(available) if counts is None else counts) * min(1.0, wanted / max(total, 1))
+            share = min(1.0, wanted / max(total, 1))
+            goal = np.full(available, share) if counts is None else counts * share
             chance = np.minimum(goal, 1.0)
             chosen = np.flatnonzero(rng.random(available) < chance)
             if not len(chosen) and available:
                 chosen = np.array([chance.argmax()])
-            yield chosen, (goal[chosen] / chance[chosen]).astype(np.float32)
+            weights = (goal[chosen] / chance[chosen]).astype(np.float32)
+            yield chosen, None if importance is None else weights
 
     def rows(
-        batch: tuple[NDArray[Any], NDArray[Any], tuple[NDArray[np.int64], Array]],
-    ) -> tuple[Array, Array, Array]:
+        batch: tuple[NDArray[Any], NDArray[Any], tuple[NDArray[np.int64], Array | None]],
+    ) -> tuple[Array, Array, Array | None]:
         x_f, x_q, (chosen, weights) = batch
-        return (
+        return _finite_rows(
             form.input_rows(np.asarray(x_f, np.float32), chosen),
             form.input_rows(np.asarray(x_q, np.float32), chosen),
             weights,
         )
 
-    for parts in ordered_map(rows, zip(exact, quantized, places(), strict=True)):
-        known = _finite_rows(*parts)
+    for known in ordered_map(rows, zip(exact, quantized, places(), strict=True)):
         if known[0].shape[1]:
             moments.add(*known)
     return moments
 
 
-def _finite_rows(exact: Array, quantized: Array, weights: Array) -> tuple[Array, Array, Array]:
+def _finite_rows(exact: Array, quantized: Array, weights: Array | None) -> tuple[Array, Array, Array | None]:
     """Return the rows (n_groups, n_rows, n_terms) that are finite in both networks."""
-    finite = np.isfinite(exact) & np.isfinite(quantized)
-    if finite.all():
+    # The sum is finite if all values are, unless it overflows.
+    if np.isfinite(exact.sum()) and np.isfinite(quantized.sum()):
         return exact, quantized, weights
-    known = finite.all(axis=(0, 2))
-    return exact[:, known], quantized[:, known], weights[known]
+    known = (np.isfinite(exact) & np.isfinite(quantized)).all(axis=(0, 2))
+    return exact[:, known], quantized[:, known], None if weights is None else weights[known]

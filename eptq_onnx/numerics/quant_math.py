@@ -24,6 +24,8 @@ Number = TypeVar("Number", bound=np.generic)
 
 _TINY = np.float32(1e-30)
 
+_FEW_BITS, _SEARCH_FEW_BITS, _SEARCH_MANY_BITS = 6, (40, 3), (12, 2)
+"""Width up to which scales are searched finely; ratios tried per round, and rounds, up to it and above."""
 _OCTAVES = 6
 """Powers of two tried below the scale that clips nothing."""
 
@@ -67,8 +69,8 @@ def weight_scales(
     spec: QuantSpec,
     importance: Array | None = None,
     damping: float = 0.1,
-    points: int = 40,
-    rounds: int = 3,
+    points: int | None = None,
+    rounds: int | None = None,
 ) -> Array:
     """Return scales that minimize ``sum H * (W - q(W))**2`` per channel (HMSE, paper section 3.3).
 
@@ -84,7 +86,8 @@ def weight_scales(
         H is replaced by ``H + damping * mean(H)`` per tensor: with few probes, an undamped H clips weights
         that only appear insensitive.
     points, rounds : int
-        Clipping ratios tried per round, and rounds of refining the search around the best ratio.
+        Clipping ratios tried per round, and rounds of refining the search around the best ratio. By default
+        they are 40 and 3 up to 6 bits, and 12 and 2 above, where the error depends little on the ratio.
 
     Returns
     -------
@@ -93,9 +96,9 @@ def weight_scales(
     """
     rows, h = _rows_and_importance(weight, spec, importance, damping)
     parts = slices(rows)
-    found = ordered_map(
-        lambda part: _row_scales(rows[part].astype(np.float32), h[part], spec, points, rounds), parts
-    )
+    usual = _SEARCH_FEW_BITS if spec.bits <= _FEW_BITS else _SEARCH_MANY_BITS
+    tried = points or usual[0], rounds or usual[1]
+    found = ordered_map(lambda part: _row_scales(rows[part].astype(np.float32), h[part], spec, *tried), parts)
     scales = np.concatenate(list(found))
     return np.asarray(scales[0]) if spec.axis is None else scales
 

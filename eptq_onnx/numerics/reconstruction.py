@@ -21,6 +21,12 @@ RATIOS = {ScaleRule.ANY: (1.0, 0.85, 0.7, 0.55), ScaleRule.POWER_OF_TWO: (1.0, 0
 """Scales to try, relative to the scale with the least squared error of the corrected weight."""
 REFITS = 2
 """Rounds of refitting the scales to the integers and descending again."""
+FEW_BITS = 6
+"""Widths up to which scales are tried and integers are descended to the end.
+
+Above, the error that remains after compensated rounding is hardly that of the weights: the first scale, one
+refit and one pass of each descent serve as well.
+"""
 _OUTPUT_DAMPING = 0.1
 """Damping of the outputs' Hessian factor, over its mean diagonal: few probes leave directions unseen."""
 
@@ -79,7 +85,7 @@ class LayerProblem:
         owners = scale_places(self.form, self.weight.shape, self.spec.axis)
         feedback = compensation.Feedback.of(moment)
         best = self._round(full, target, self._at_least(base, least), moment, feedback, owners)
-        for ratio in RATIOS[self.spec.scales][1:]:
+        for ratio in RATIOS[self.spec.scales][1:] if self._thorough else ():
             other = self._round(
                 full, target, self._at_least(base * np.float32(ratio), least), moment, feedback, owners
             )
@@ -90,7 +96,8 @@ class LayerProblem:
                 np.where(better, other.zero, best.zero),
                 np.where(better, other.cost, best.cost),
             )
-        passes, levels = self.passes, Levels(self.spec.format, best.zero[owners])
+        passes = self.passes if self._thorough else min(self.passes, 1)
+        levels = Levels(self.spec.format, best.zero[owners])
         integers, scale = self._in_turns(
             best.integers,
             best.scale,
@@ -99,7 +106,7 @@ class LayerProblem:
             lambda q, s: compensation.refitted_scale(target, q, s, moment, owners),
         )
         effect = self._output_moment(len(rows))
-        if effect is not None:
+        if effect is not None and self._thorough:
             integers, scale = self._in_turns(
                 integers,
                 scale,
@@ -112,13 +119,9 @@ class LayerProblem:
         stored = self.form.weight_from_rows(integers + best.zero[owners][:, :, None])
         return stored.astype(self.spec.format.container), grid, full * unit
 
-    def mean_error(self, rounded: Array) -> Array:
-        """Return the mean float output minus the mean quantized output, for the bias to absorb.
-
-        The shape is (n_channels,).
-        """
-        own, of_weight = self.units
-        return self.moments.mean_error(self.form.weight_rows(rounded / of_weight)) * (own * of_weight)
+    @property
+    def _thorough(self) -> bool:
+        return self.spec.bits <= FEW_BITS
 
     def _best_damping(self, rows: Array) -> Float64:
         """Return the damping of the correction.
@@ -154,7 +157,7 @@ class LayerProblem:
     ) -> tuple[Array, Array]:
         """Alternate between integers for fixed scales and scales for fixed integers, ending with integers."""
         integers = descend(integers, scale)
-        for _ in range(REFITS):
+        for _ in range(REFITS if self._thorough else 1):
             scale = self._at_least(refit(integers, scale), least)
             integers = descend(integers, scale)
         return integers, scale

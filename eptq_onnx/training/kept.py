@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from eptq_onnx.engines.base import TrainingGraph
 from eptq_onnx.numerics.types import Array
@@ -140,6 +139,9 @@ def is_better(errors: Array, others: Array) -> bool:
     gain = np.asarray(others - errors, np.float64)
     if gain.mean() <= 0:
         return False
+    # Loading it takes a second, which runs without optimization need not wait.
+    from scipy import stats  # noqa: PLC0415
+
     return len(gain) < _LEAST_SAMPLES or float(stats.wilcoxon(gain, alternative="greater").pvalue) < 0.05
 
 

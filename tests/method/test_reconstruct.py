@@ -18,6 +18,7 @@ from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.method.reconstruct import reconstruct
 from eptq_onnx.numerics.biases import BiasSpec
+from eptq_onnx.numerics.moments import sampled_moments
 from eptq_onnx.records import Network, Scores
 from eptq_onnx.runtime import Session
 from eptq_onnx.targets import Operator
@@ -156,7 +157,7 @@ def test_errors_are_least_where_the_function_behind_a_layer_is_steep(function, m
     )
     errors = {}
     for name, most in {"apart": 1e9, "together": 0.0}.items():
-        monkeypatch.setattr("eptq_onnx.method.reconstruct._MOST_APART", most)
+        monkeypatch.setattr("eptq_onnx.method.reconstruct.layers._MOST_APART", most)
         float_model, p, _, rounding, _ = run(model, make=smooth)
         errors[name] = error(float_model, p, rounding, smooth)
     assert errors["apart"] < 0.9 * errors["together"]
@@ -183,3 +184,35 @@ def test_large_biases_keep_the_scales_that_int32_needs():
     scale = rounding.grids["x"].scale
     back = BiasSpec().round(rounding.biases["b"], scale, rounding.weights["w"].scale)
     np.testing.assert_allclose(back, [1, 1000, 50, 0], atol=0.5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_layers_that_read_one_tensor_are_solved_as_one_problem_with_the_same_result(monkeypatch, bits):
+    text = (
+        "g (float[N,3,8,8] x) => (float[N,12,8,8] y) { h = Conv (x, w)"
+        "  q = Conv (h, a)  k = Conv (h, b, c)  v = Conv (h, d)  s = Add (q, v)  t = Concat <axis = 1> (s, k)"
+        "  y = Conv (t, e) }"
+    )
+    weights = {"w": normal(6, 3, 1, 1), "a": normal(5, 6, 1, 1, seed=1), "b": normal(4, 6, 1, 1, seed=2)}
+    weights |= {"c": normal(4, seed=3), "d": normal(5, 6, 1, 1, seed=4), "e": normal(12, 9, 1, 1, seed=5)}
+    sampled = []
+
+    def counted(*arguments):
+        sampled.append(arguments)
+        return sampled_moments(*arguments)
+
+    monkeypatch.setattr("eptq_onnx.method.reconstruct.layers.sampled_moments", counted)
+    # All rows: layers by themselves would draw others.
+    monkeypatch.setattr("eptq_onnx.method.reconstruct.layers.wanted_rows", lambda terms, bits: 10**6)
+    options = {"weight_bits": bits, "edge_bits": bits, "correction_damping": 0.1}
+    model, p, _, together, _ = run(parse(text, weights), **options)
+    assert [len(p.layers), len(sampled)] == [5, 3]
+    monkeypatch.setattr("eptq_onnx.method.reconstruct.read_together", lambda *arguments: {})
+    _, _, _, apart, _ = run(parse(text, weights), **options)
+    assert len(sampled) == 3 + 5
+    for name, grid in apart.weights.items():
+        # Sums in another order move values by a hair, and so a few integers by one.
+        ours, theirs = (r.weights[name].dequantize(r.integers[name]) for r in (together, apart))
+        np.testing.assert_allclose(ours, theirs, atol=1.1 * grid.scale.max())
+        np.testing.assert_allclose(together.weights[name].scale, grid.scale, rtol=1e-3)
+    assert error(model, p, together) == pytest.approx(error(model, p, apart), rel=0.1)
