@@ -77,6 +77,7 @@ class _Narrowing:
         self._view = GraphView(model)
         self._opsets = {o.domain: int(o.version) for o in model.opset_import}
         self._result = Narrowed(model)
+        self._fixed = _fixed(self._view)
         self._b = edit.Builder(model)
         self._reasons = {id(n): self._why_wide(n) for n in self._view.nodes}
         self._made_narrow = {
@@ -117,6 +118,9 @@ class _Narrowing:
         if subgraphs(node):
             return f"{node.op_type} has subgraphs"
         if not floats or node.op_type in QUANTIZERS or node.name in self._wide:
+            return None
+        if self._fixed.issuperset(filter(None, node.output)):
+            # Runtimes fold it when they load the model. onnxruntime has no kernel to fold a float16 Mul with.
             return None
         if node.domain not in ("", "ai.onnx"):
             return f"{node.domain}.{node.op_type} may not support {self._name}"
@@ -255,6 +259,15 @@ class _Narrowing:
                         )
                     )
         return copy
+
+
+def _fixed(view: GraphView) -> set[str]:
+    """Return the tensors that nodes compute from constants alone."""
+    found: set[str] = set()
+    for node in view.nodes:
+        if node.op_type not in QUANTIZERS and all(view.is_constant(i) or i in found for i in node.input if i):
+            found.update(node.output if node.input and not subgraphs(node) else ())
+    return found
 
 
 def _bfloat16(value: NDArray[np.float32]) -> NDArray[np.uint16]:

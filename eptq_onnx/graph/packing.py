@@ -66,7 +66,7 @@ def packed(model: ModelProto) -> ModelProto:
 def weights_of(view: GraphView) -> dict[str, int | None]:
     """Return the int8 constants that are turned into floats, each with the axis of its scales or None.
 
-    A DequantizeLinear reads those of layers on integers; the others go through Cast and Mul.
+    A DequantizeLinear reads those of layers on integers; the others go through Casts and Mul.
     """
     given = {i.name for i in view.model.graph.input}
     found: dict[str, int | None] = {}
@@ -92,12 +92,15 @@ def weights_of(view: GraphView) -> dict[str, int | None]:
 def scales_of(cast: NodeProto, view: GraphView) -> str | None:
     """Return the constant scales by which the only reader of a Cast multiplies its result, or None.
 
-    They have one axis with more than one scale, at most, and no more axes than the integers.
+    There may be other Casts between. The scales have one axis with more than one scale, at most, and no more
+    axes than the integers.
     """
-    readers = view.consumers[cast.output[0]]
-    if len(readers) != 1 or readers[0].op_type != "Mul" or cast.output[0] in view.outputs:
+    tensor = cast.output[0]
+    while len(readers := view.consumers[tensor]) == 1 and readers[0].op_type == "Cast":
+        tensor = readers[0].output[0]
+    if len(readers) != 1 or readers[0].op_type != "Mul" or tensor in view.outputs:
         return None
-    other = [i for i in readers[0].input if i != cast.output[0]]
+    other = [i for i in readers[0].input if i != tensor]
     integers = view.shape(cast.input[0])
     if len(other) != 1 or not view.is_constant(other[0]) or not view.is_float(other[0]) or integers is None:
         return None

@@ -4,7 +4,7 @@ Every quantized activation gets a QuantizeLinear/DequantizeLinear pair that all 
 biases become quantized initializers behind a DequantizeLinear that takes over the tensor's name. For bit
 widths below the container's, a Clip on the integers between the two nodes keeps the range.
 
-Float layers read their integer weights through Cast and Mul, which runtimes fold into float constants. They
+Float layers read their integer weights through Casts and Mul, which runtimes fold into float constants. They
 do not fold a DequantizeLinear, and some make an integer kernel of it.
 """
 
@@ -220,12 +220,17 @@ class _Writer:
         self._b.add("DequantizeLinear", [stored, scale, zero], name, **_axis(grid.granularity))
 
     def _as_floats(self, stored: str, tensor: str, grid: Grid, name: str) -> None:
-        """Add the nodes that turn a constant's integers into floats; their zero points are 0."""
+        """Add the nodes that turn a constant's integers into floats; their zero points are 0.
+
+        Without the step over int32, OpenVINO takes them for a compressed weight, and quantizes the
+        activations that a MatMul multiplies by it.
+        """
         shape = [1] * len(self._view.constant_shape(tensor)) if np.ndim(grid.scale) else []
         if isinstance(grid.granularity, PerAxis):
             shape[grid.granularity.axis] = -1
         scale = self._b.constant(np.asarray(grid.scale, np.float32).reshape(shape), f"{tensor}_scale")
-        self._b.add("Mul", [self._b.add("Cast", [stored], to=TensorProto.FLOAT), scale], name)
+        wide = self._b.add("Cast", [stored], to=TensorProto.INT32)
+        self._b.add("Mul", [self._b.add("Cast", [wide], to=TensorProto.FLOAT), scale], name)
 
     def _dequantized(self, tensor: str, values: Values, grid: Grid, readers: list[str]) -> str:
         """Add the initializers and DequantizeLinear of a constant; return the name to read."""

@@ -99,7 +99,7 @@ class Trial:
             waiting = [view.producer[i] for i in inputs if i in view.producer]
             while waiting:
                 node = waiting.pop()
-                if all(view.is_constant(i) or _is_fixed(view, i) for i in node.input):
+                if all(_is_fixed(view, i) for i in node.input):
                     makers.append(node)
                     waiting += [view.producer[i] for i in node.input if i in view.producer]
             bias = sum(field_bytes(int(view.initializers[name].ByteSize())) for name in fixed)
@@ -108,9 +108,10 @@ class Trial:
 
 
 def _is_fixed(view: GraphView, tensor: str) -> bool:
-    """Return True if a tensor is a cast constant."""
-    maker = view.producer.get(tensor)
-    return maker is not None and maker.op_type == "Cast" and view.is_constant(maker.input[0])
+    """Return True if a tensor is a constant, perhaps cast."""
+    while (maker := view.producer.get(tensor)) is not None and maker.op_type == "Cast":
+        tensor = maker.input[0]
+    return view.is_constant(tensor)
 
 
 def trial(state: State, ctx: Context, plan: Plan) -> Trial:

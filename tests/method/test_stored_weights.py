@@ -7,7 +7,7 @@ import onnx
 import pytest
 from drawing import INPUTS, deck, drawn
 from graphs import images, normal, parse, silent
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 import eptq_onnx
 from eptq_onnx import Config, ConfigError, runtimes, targets
@@ -199,3 +199,17 @@ def test_drawn_networks_with_quantized_weights_alone(monkeypatch, seed, bits):
         assert {(x.weight_bits, x.activation_bits) for x in result.report.layers} == {(int(bits[1]), 32)}
         assert not {k for k in kernels(result.model) if k.startswith(("QLinear", "QGemm", "MatMulInteger"))}
         assert bits != "w8a32" or all(x.sqnr_db > 15 for x in result.report.layers)
+
+
+def test_scales_stay_float32_where_the_rest_is_float16():
+    """Runtimes fold them when they load the file, and onnxruntime cannot fold a product in float16."""
+    result = quantized("w4a32", target="ort-web", rest="float16")
+    view = GraphView(result.model)
+    products = [n for n in view.nodes if n.op_type == "Mul"]
+    assert len(products) == 5
+    for node in products:
+        [scales] = [i for i in node.input if view.is_constant(i)]
+        assert view.initializers[scales].data_type == TensorProto.FLOAT
+        [cast] = view.consumers[node.output[0]]
+        assert (cast.op_type, cast.attribute[0].i) == ("Cast", TensorProto.FLOAT16)
+    assert "Mul" not in kernels(result.model)
