@@ -51,9 +51,7 @@ _ORDER = (Assurance.SAFE, Assurance.CHECK, Assurance.LOSS)
 _ADVICE = {
     Assurance.SAFE: "",
     Assurance.CHECK: "score both models on labelled data before you rely on it",
-    Assurance.LOSS: (
-        "give more bits (--weight-bits, --activation-bits, --budget), --preset best, or more samples"
-    ),
+    Assurance.LOSS: ("give more bits (--weight-bits, --activation-bits, --budget) or more samples"),
 }
 
 
