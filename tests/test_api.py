@@ -71,7 +71,7 @@ def test_config_is_frozen_and_strict():
 
 def test_steps_replace_the_preset():
     assert Config().optimizes
-    assert not Config(preset="best", steps=0).optimizes
+    assert not Config(steps=0).optimizes
 
 
 def signs(model):

@@ -10,7 +10,6 @@ class Preset(str, Enum):
 
     FAST = "fast"
     BALANCED = "balanced"
-    BEST = "best"
 
 
 class ActivationRange(str, Enum):

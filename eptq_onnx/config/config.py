@@ -29,8 +29,11 @@ from eptq_onnx.config.choices import (
 from eptq_onnx.config.option import Option, OptionModel, option_of
 from eptq_onnx.config.options import Options
 
-PRESET_PASSES = {Preset.FAST: 0, Preset.BALANCED: 30, Preset.BEST: 150}
-"""Most float passes that network-wise optimization may cost."""
+PRESET_PASSES = {Preset.FAST: (0, 0), Preset.BALANCED: (30, 90)}
+"""Most float passes that network-wise optimization may cost: with fine and with coarse steps.
+
+Coarse are those of weights below 4 bits, and of activations whose scales are learned, below 8.
+"""
 FLOAT_BITS = 32
 """The width of activations that stay float."""
 _ACTIVATION_WIDTHS = (*range(2, 9), 16, FLOAT_BITS)
@@ -100,8 +103,9 @@ class Config(OptionModel):
     gives the same bytes on every machine. Otherwise it is written."""
     preset: Annotated[Preset, Option("optimization")] = Preset.BALANCED
     """fast: layer-wise reconstruction only, without gradients. balanced: network-wise optimization, too, for
-    about the time of 30 runs of all samples through the float model; best: of 150. It starts only where the
-    rounding of weights causes enough of the noise, and ends when it gains little: see patience."""
+    about the time of 30 runs of all samples through the float model, or of 90 with weights below 4 bits or
+    activations below 8. It starts only where the rounding of weights causes enough of the noise, and ends
+    when it gains little: see patience."""
     steps: Annotated[int | None, Option("optimization", default="by the preset")] = Field(None, ge=0)
     """Number of network-wise optimization steps, whatever the preset and however much they may gain."""
     engine: Annotated[str, Option("optimization", metavar="NAME")] = "auto"
@@ -382,7 +386,7 @@ class Config(OptionModel):
     @property
     def optimizes(self) -> bool:
         """True if network-wise optimization is on."""
-        return (PRESET_PASSES[self.preset] if self.steps is None else self.steps) > 0
+        return (max(PRESET_PASSES[self.preset]) if self.steps is None else self.steps) > 0
 
     @property
     def rounding_rate(self) -> float:

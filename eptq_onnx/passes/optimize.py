@@ -16,9 +16,9 @@ from eptq_onnx.passes.base import (
     without_equal_steps,
 )
 from eptq_onnx.records import OptimizationTrace
-from eptq_onnx.training.graph import is_learned, training_graph
+from eptq_onnx.training.graph import training_graph
 from eptq_onnx.training.loop import Hooks, needed_bytes, optimize
-from eptq_onnx.training.worth import LITTLE, Effort, promised
+from eptq_onnx.training.worth import LITTLE, Effort, is_learned, promised
 
 _FINE = 7
 """Bits of weights from which activations cause most of the noise, as a rule."""
@@ -45,7 +45,7 @@ class Optimize(Pass):
     def cost(self, state: State, ctx: Context) -> Cost:
         """Forward and backward passes of both networks in each step, and checks."""
         scored = len(ctx.shares.scored)
-        effort = Effort.of(ctx.config, ctx.samples, scored, len(ctx.shares.held))
+        effort = Effort.of(ctx.config, state.plan, ctx.samples, scored, len(ctx.shares.held))
         if not _is_likely(state, ctx):
             return Cost(passes=_LOOK, steps=effort.steps)
         return Cost(passes=effort.passes * scored, steps=effort.steps)

@@ -24,7 +24,7 @@ from eptq_onnx.training.batches import Batches
 _RISE = 0.1
 """Share of the steps in which the learning rates rise to their full values."""
 
-_MEMORY = 0.05
+_MEMORY = 0.2
 """Length of the moving average that candidates are taken from, as a share of the steps.
 
 Single steps fluctuate around it.

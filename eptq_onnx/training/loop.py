@@ -130,7 +130,7 @@ def optimize(
         selection.samples,
         selection.indices,
     )
-    effort = Effort.of(config, samples, len(indices), len(held))
+    effort = Effort.of(config, plan, samples, len(indices), len(held))
     state = Learned(plan, start, graph, calibration, config, effort.steps)
     attention = channel_attention(plan, network.scores, graph.channels, len(indices), config)
     layer_weights = np.maximum.reduceat(attention, np.cumsum([0, *graph.channels[:-1]]), axis=1).mean(axis=0)

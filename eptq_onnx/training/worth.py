@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from eptq_onnx.config import PRESET_PASSES, Config
 from eptq_onnx.data.samples import Samples
+from eptq_onnx.numerics.scales import ScaleRule
+from eptq_onnx.records import ActivationQuantizer, Plan
 
 A_STEP = 10.0
 """Cost of one sample in a step, in runs of the float network.
@@ -27,6 +29,8 @@ _VARIATIONS = 3
 """Augmented variants of each held-out sample that candidates are judged on, besides the sample itself."""
 _FEW = 128
 """Fewest samples that count as a float pass: the fewer there are, the less time matters."""
+_COARSE = 4
+"""Bits of weights below which the optimization gets more time."""
 _MOST_CHECKS = 10
 _APART = 5.0
 """Float passes between checks, at least."""
@@ -70,12 +74,13 @@ class Effort:
     patience: float
 
     @classmethod
-    def of(cls, config: Config, samples: Samples, scored: int, held: int) -> Effort:
+    def of(cls, config: Config, plan: Plan, samples: Samples, scored: int, held: int) -> Effort:
         """Plan an optimization.
 
         Parameters
         ----------
         config : Config
+        plan : Plan
         samples : Samples
         scored : int
             Number of scored samples.
@@ -90,7 +95,7 @@ class Effort:
         restoring = A_CHECK * min(scored, RESTORED) / a_pass + a_check
         steps, count = config.steps, _MOST_CHECKS
         if steps is None:
-            budget = PRESET_PASSES[config.preset] - a_check - restoring
+            budget = PRESET_PASSES[config.preset][is_coarse(plan, config)] - a_check - restoring
             count = min(max(int(budget / (_APART + a_check)), 1), count)
             steps = max(int((budget - count * a_check) / a_step), 1)
         checks = tuple(sorted({-(-steps * k // count) for k in range(1, count + 1)}))
@@ -126,6 +131,22 @@ class Effort:
             if min(errors.values()) > (1 - LITTLE) * former:
                 return f"stopped as {self.patience:g} float passes gained less than {100 * LITTLE:g} %"
         return ""
+
+
+def is_learned(quantizer: ActivationQuantizer, config: Config) -> bool:
+    """Return True if the scale of an activation is learned, as far as gradients reach it.
+
+    At 8 bits, that gains nothing (ResNet-20 W4A8: 18.40 dB without, 18.41 dB with) and costs a sixth of the
+    step.
+    """
+    free = quantizer.spec.scales is ScaleRule.ANY and quantizer.prescribed is None
+    return free and quantizer.spec.bits < 8 and config.activation_scale_lr > 0
+
+
+def is_coarse(plan: Plan, config: Config) -> bool:
+    """Return True if steps are so coarse that long optimizations gain."""
+    low = any(spec.bits < _COARSE for spec in plan.weight_specs.values())
+    return low or any(is_learned(q, config) for q in plan.activations)
 
 
 def views(config: Config) -> int:

@@ -50,7 +50,7 @@ def test_blocks_are_timed_like_the_whole(case, memory):
 
 def test_better_presets_cost_more():
     told = {}
-    for preset in ("fast", "balanced", "best"):
+    for preset in ("fast", "balanced"):
         found: list[Any] = []
         with pytest.raises(Stop):
             eptq_onnx.quantize(
@@ -60,7 +60,6 @@ def test_better_presets_cost_more():
         assert found[0].seconds == pytest.approx(sum(found[0].shares.values()))
     assert "no optimization steps" in told["fast"]
     assert "at most 19 optimization steps" in told["balanced"]
-    assert "at most 112 optimization steps" in told["best"]
 
 
 class Stop(Exception):

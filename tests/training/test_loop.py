@@ -288,7 +288,7 @@ def test_an_optimization_that_brings_nothing_ends_early_and_says_so(engine):
     case = Case(engine, rounding_lr=30.0, bias_lr=10.0, steps=20, patience=8)
     best, trace = case.run()
     assert best is case.start
-    assert trace.steps == len(trace.losses) < 10
+    assert trace.steps == len(trace.losses) < 20
     found = re.fullmatch(
         r"the start was kept: no step lowered the error on held-out samples "
         r"\(best \+[\d.]+ % in (\d+) of 20 steps; stopped as nothing was to be gained\)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from io import StringIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,14 @@ from graphs import images, normal, parse, silent, small_convnet
 from rich.console import Console
 
 import eptq_onnx
-from eptq_onnx import Config
-from eptq_onnx.config import PRESET_PASSES, Preset
+from eptq_onnx import Config, targets
 from eptq_onnx.data.samples import Samples
+from eptq_onnx.method.normalize import normalize
+from eptq_onnx.method.plan import plan
 from eptq_onnx.training.worth import LITTLE, Effort, promised, views
+
+LONG: dict[str, Any] = {"activation_bits": 4}
+"""Options with which the optimization gets more time."""
 
 
 def _samples(count: int) -> Samples:
@@ -21,14 +26,16 @@ def _samples(count: int) -> Samples:
 
 
 def _effort(scored=1000, held=100, **options) -> Effort:
-    return Effort.of(Config(**options), _samples(4), scored, held)
+    config, model = Config(**options), normalize(small_convnet(), 13)
+    return Effort.of(config, plan(model, targets.load("ort-x64"), config), _samples(4), scored, held)
 
 
 @pytest.mark.parametrize("scored", [20, 100, 250, 1000, 1024])
-@pytest.mark.parametrize("preset", [Preset.BALANCED, Preset.BEST])
-def test_a_preset_is_a_budget_that_is_used_and_kept(preset, scored):
-    effort = _effort(scored, scored // 10, preset=preset)
-    budget = PRESET_PASSES[preset]
+@pytest.mark.parametrize(
+    ("options", "budget"), [({}, 30), ({"weight_bits": 4}, 30), ({"weight_bits": 3}, 90), (LONG, 90)]
+)
+def test_a_preset_is_a_budget_that_is_used_and_kept(options, budget, scored):
+    effort = _effort(scored, scored // 10, **options)
     assert budget - effort.a_step < effort.passes <= budget
     assert effort.checks[-1] == effort.steps
     assert len(effort.checks) <= 10
@@ -69,14 +76,14 @@ def _replayed(effort: Effort, errors: list[float]) -> tuple[int, str]:
     return len(known) - 1, ""
 
 
-def test_a_run_ends_when_ten_float_passes_gain_less_than_one_percent():
-    effort = _effort(preset="best")
+def test_a_run_ends_when_some_float_passes_gain_less_than_one_percent():
+    effort = _effort(**LONG, patience=8)
     apart = effort.spent(effort.checks[1]) - effort.spent(effort.checks[0])
-    assert apart > effort.patience == 10, "each check is compared with the one before"
+    assert apart > effort.patience == 8, "each check is compared with the one before"
     falling = [0.98**k for k in range(1, 11)]
     assert _replayed(effort, falling) == (10, "")
     slower = [0.98, 0.96, 0.952, 0.9]
-    assert _replayed(effort, slower) == (3, "stopped as 10 float passes gained less than 1 %")
+    assert _replayed(effort, slower) == (3, "stopped as 8 float passes gained less than 1 %")
     just = [0.5, 0.5 * (1 - LITTLE) - 1e-6, 0.5 * (1 - LITTLE)]
     assert _replayed(effort, just)[0] == 3
     assert _replayed(effort, [1.1, 1.2])[0] == 1
@@ -93,10 +100,10 @@ def test_a_short_setback_ends_nothing():
 
 
 def test_patience_may_be_endless_and_what_is_clear_ends_at_once():
-    effort = _effort(preset="best", patience=0)
+    effort = _effort(**LONG, patience=0)
     assert _replayed(effort, [1.0] * 10) == (10, "")
     assert effort.ending({0: 1.0, effort.checks[0]: 1.0}, True) == ""
-    effort = _effort(preset="best", patience=50)
+    effort = _effort(**LONG, patience=50)
     assert effort.ending({0: 1.0, effort.checks[0]: 1.0}, True) == "stopped as nothing was to be gained"
     assert effort.ending({0: 1.0, effort.steps: 1.0}, True) == "", "it has come to its end"
 
