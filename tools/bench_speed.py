@@ -7,7 +7,8 @@ Prints the time of one float forward pass of a batch in onnxruntime, and as mult
 network-wise optimization (gradient graph, updates and all), and the Hessian scores of all layers. The
 closed-form start and the calibration are given in passes over the samples that they look at. ``--torch`` adds
 the same training step written in PyTorch (pip install torch==2.13.0; convolutional classifiers only). Single
-machine, single run: compare ratios, not seconds.
+machine, single run: compare ratios, not seconds. A second table has the CPU time of every pass, and its floor
+(`floors.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from floors import Meter
 from rich.console import Console
 from rich.table import Table
 
@@ -43,6 +45,21 @@ def forward_seconds(model: Path, source: Path, batch_size: int) -> float:
         session.run(feeds)
         taken.append(time.perf_counter() - began)
     return float(np.median(taken)) * -(-batch_size // size)
+
+
+def pass_seconds(model: Path, source: Path) -> float:
+    """CPU seconds of a float forward pass of one sample, with one thread."""
+    float_model = io.load(model)
+    samples = data.read(source, float_model)
+    size = samples.micro_batch()
+    session, feeds = Session(float_model), samples.take(np.arange(size))
+    session.run(feeds)
+    taken = []
+    for _ in range(9):
+        began = time.process_time()
+        session.run(feeds)
+        taken.append(time.process_time() - began)
+    return float(np.median(taken)) / size
 
 
 OPTIONS: dict[str, Any] = {"weight_bits": 4, "score_samples": 64, "probes": 1, "steps": 40, "patience": 0}
@@ -71,7 +88,8 @@ def main(
         if step == "optimize":
             ticks.append(time.perf_counter())
 
-    report = eptq_onnx.quantize(model, source, config, progress=note).report
+    with Meter(pass_seconds(model, source)) as meter:
+        report = eptq_onnx.quantize(model, source, config, progress=note).report
     scored = forward * min(config.score_samples, report.samples) / config.batch_size
     title = f"{model.name}, W{config.weight_bits}A{config.activation_bits}, engine {report.engine}"
     table = Table("part", "float forward passes", title=title, title_justify="left")
@@ -105,6 +123,15 @@ def main(
     )
     table.add_row("peak memory", f"{report.peak_memory_bytes / 2**30:.1f} GB")
     Console(width=140).print(table)
+    passes = Table("pass", "CPU s", "floor", "ratio", title="CPU time and its floor", title_justify="left")
+    for name, measured in meter.passes.items():
+        floor = (
+            []
+            if measured.floor is None
+            else [f"{measured.floor:.2f}", f"{measured.seconds / measured.floor:.1f}"]
+        )
+        passes.add_row(name, f"{measured.seconds:.2f}", *floor)
+    Console(width=140).print(passes)
 
 
 if __name__ == "__main__":

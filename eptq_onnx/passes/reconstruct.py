@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from eptq_onnx.config import Start
 from eptq_onnx.method.judge import better_than_nearest
-from eptq_onnx.method.reconstruct import FLOAT_PASSES, operations, reconstruct
+from eptq_onnx.method.reconstruct import (
+    FLOAT_PASSES,
+    OPERATIONS_A_LAYER,
+    SLOWNESS,
+    operations,
+    reconstruct,
+)
 from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
 
 
@@ -24,9 +30,11 @@ class Reconstruct(Pass):
 
     def cost(self, state: State, ctx: Context) -> Cost:
         """A traversal of both networks, and the linear algebra of every layer."""
+        count = len(ctx.walked)
+        algebra = operations(state.executed, state.plan, ctx.config, ctx.multiplications, count)
         return Cost(
-            passes=FLOAT_PASSES * len(ctx.walked),
-            operations=operations(state.executed, state.plan, ctx.config),
+            passes=FLOAT_PASSES * count,
+            operations=SLOWNESS * algebra + OPERATIONS_A_LAYER * len(state.plan.layers),
         )
 
     def run(self, state: State, ctx: Context) -> State:

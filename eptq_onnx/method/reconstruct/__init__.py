@@ -10,6 +10,7 @@ slope of the activation function behind it: where a Relu is flat, errors do not 
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -42,7 +43,7 @@ FLOAT_PASSES = 4.0
 """Cost of walking both networks, in float passes over the samples."""
 _SYSTEMS = 10
 """Linear systems solved per layer: feedback, target, and about 4 dampings on each half of the rows."""
-_SLOWNESS, _OPERATIONS_A_LAYER = 4.0, 5e8
+SLOWNESS, OPERATIONS_A_LAYER = 4.0, 5e8
 """Time of an operation relative to one in a large matrix product, and overhead per layer in operations."""
 
 
@@ -124,10 +125,13 @@ def reconstruct(
     return replace(start, integers=integers, weights=grids, biases=biases, targets=corrected), skipped
 
 
-def operations(model: ModelProto, plan: Plan, config: Config) -> float:
+def operations(
+    model: ModelProto, plan: Plan, config: Config, multiplications: Mapping[str, float], samples: int
+) -> float:
     """Return the approximate multiplications of `reconstruct` besides the walk.
 
-    They are counted in multiplications of a large matrix product.
+    Each takes about `SLOWNESS` times as long as one in a large matrix product, and every layer takes as long
+    as `OPERATIONS_A_LAYER` of those besides.
 
     Parameters
     ----------
@@ -135,23 +139,29 @@ def operations(model: ModelProto, plan: Plan, config: Config) -> float:
         The normalized float model.
     plan : Plan
     config : Config
+    multiplications : mapping of str to float
+        Multiplications of each layer for one sample, by node; 0 where they are unknown.
+    samples : int
+        Number of samples.
     """
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    most = len(RATIOS[ScaleRule.ANY]) + 3 * config.descent_passes * (1 + REFITS)
     total = 0.0
     for layer in plan.layers:
         form = linear_form(nodes[layer.node], view)
         if form is not None:
             few = layer.weight_spec.bits <= FEW_BITS
-            visits = most if few else 4
-            groups, outputs, terms = row_shape(form, view.constant_shape(layer.weight))
+            visits = len(RATIOS[ScaleRule.ANY]) + 3 * config.descent_passes * (1 + REFITS) if few else 4
+            shape = view.constant_shape(layer.weight)
+            groups, outputs, terms = row_shape(form, shape)
+            rows = float(wanted_rows(terms, layer.weight_spec.bits))
+            if multiplications.get(layer.node):
+                rows = min(rows, samples * multiplications[layer.node] / math.prod(shape))
             if activation_of(view, layer, form, config) is not None:
                 groups, outputs = groups * outputs, 1
-            gathered = wanted_rows(terms, layer.weight_spec.bits) * (terms + outputs)
             solved = _SYSTEMS * terms * (terms / 3 + outputs)
-            total += groups * terms * (gathered + solved + visits * outputs * terms)
-    return _SLOWNESS * total + _OPERATIONS_A_LAYER * len(plan.layers)
+            total += groups * terms * (rows * (terms + outputs) + solved + visits * outputs * terms)
+    return total
 
 
 def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:
