@@ -10,10 +10,11 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from eptq_onnx import targets
-from eptq_onnx.config import Config
+from eptq_onnx.config import BudgetUnit, Config, Preset
 from eptq_onnx.data.splits import ENOUGH
 from eptq_onnx.diagnosis import Loud, OutputNoise
 from eptq_onnx.errors import ConfigError
@@ -121,13 +122,17 @@ class _Case:
         """Fewest bits of any layer's input."""
         return min((x.activation_bits for x in self.report.layers), default=8)
 
+    @cached_property
+    def config(self) -> Config:
+        """The options of the run."""
+        known = self.report.config
+        return Config(**{name: known[name] for name in Config.model_fields if name in known})
+
     @property
-    def chooses_widths(self) -> bool:
-        """True if each weight got a width of its own, which rules out widths by node."""
-        budget = self.report.config.get("budget") or ()
-        return self.report.config.get("objective") == "bytes" or any(
-            not str(b).startswith("time") for b in budget
-        )
+    def weight_budget(self) -> float | None:
+        """The mean bits of a weight that were allowed, if they were limited so."""
+        budgets = (b.amount for b in self.config.budget if b.unit is BudgetUnit.WEIGHTS)
+        return next(budgets, None)
 
     def all(self) -> Iterator[Advice]:
         """Yield all that may be tried, what costs least first."""
@@ -166,7 +171,7 @@ class _Case:
             return
         bits = {x.node: (x.weight_bits, x.activation_bits) for x in self.report.layers}
         nodes = [node for item in loud for node in item.nodes]
-        if not self.chooses_widths and all(bits[node][0] < 8 for node in nodes):
+        if not self.config.chooses_widths and all(bits[node][0] < 8 for node in nodes):
             option = _options("--bits", [f"{node}=w8a{bits[node][1]}" for node in nodes])
             part = sum(item.share * (1 - 4.0 ** (bits[item.nodes[0]][0] - 8)) for item in loud)
         else:
@@ -183,10 +188,11 @@ class _Case:
             return
         mean = sum(x.weight_bits for x in self.report.layers) / len(self.report.layers)
         cause = f"weights cause {self.weights:.0%} of the noise"
-        if self.chooses_widths:
+        if self.config.chooses_widths:
+            budget = self.weight_budget
             yield Advice(
-                f"--budget weights={mean + 1:.3g}",
-                f"{cause}; layers have {mean:.1f} bits on average",
+                f"--budget weights={(mean if budget is None else budget) + 1:.3g}",
+                f"{cause}, and layers have {mean:.1f} bits on average: this gives one more",
                 self._without(self.weights * 0.75),
             )
             return
@@ -206,19 +212,19 @@ class _Case:
 
     def _longer(self) -> Iterator[Advice]:
         """Yield a longer optimization, if it has not had its chance."""
-        trace, preset = self.report.optimization, self.report.config.get("preset")
+        trace, preset = self.report.optimization, self.config.preset
         most = self._without(self.weights)
         if trace is None:
-            if self.weight_bits <= _LOW and preset == "fast" and self.report.config.get("steps") is None:
+            if self.weight_bits <= _LOW and preset is Preset.FAST and self.config.steps is None:
                 yield Advice(
                     "--preset balanced",
                     f"{self.weight_bits}-bit weights cause {self.weights:.0%} of the noise, and the preset "
-                    f"{preset} does not optimize their rounding over the whole network",
+                    f"{preset.value} does not optimize their rounding over the whole network",
                     most,
                     at_most=True,
                 )
             return
-        if preset == "best" or len(trace.checkpoints) < 2:
+        if preset is Preset.BEST or len(trace.checkpoints) < 2:
             return
         (_, start), *others = trace.checkpoints
         step, best = min(others, key=lambda c: c[1])

@@ -77,8 +77,10 @@ def test_more_bits_for_all_weights():
     limited = poor(
         noise=noise(0.09, 0.01), layers=LOW, config={"budget": [{"unit": "weights", "amount": 4.4}]}
     )
-    assert advice(limited, "--budget weights=5.44").expected_db == pytest.approx(gain(0.9 * 0.75))
+    assert advice(limited, "--budget weights=5.4").expected_db == pytest.approx(gain(0.9 * 0.75))
     assert "--weight-bits 8" not in options(limited)
+    timed = {"objective": "noise", "budget": [{"unit": "time", "amount": 0.01}]}
+    assert "--weight-bits 8" in options(poor(noise=noise(0.09, 0.01), layers=LOW, config=timed))
 
 
 def test_noise_of_activations():
