@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from eptq_onnx import targets
 from eptq_onnx.config import BudgetUnit, Config, Preset
@@ -43,21 +43,21 @@ class Advice:
         The figures that speak for it.
     expected_db : float or None
         SQNR in dB that the worst output is expected to keep with it; None if that is not what it changes.
-    at_most : bool
-        True if that is the most that it can bring.
+    bound : str
+        ``"about"``, ``"at least"`` or ``"at most"``: what the expectation is.
     """
 
     option: str
     why: str
     expected_db: float | None = None
-    at_most: bool = False
+    bound: Literal["about", "at least", "at most"] = "about"
 
     @property
     def expected(self) -> str:
         """Return the expectation in words; empty if there is none."""
         if self.expected_db is None:
             return ""
-        return f"{'at most' if self.at_most else 'about'} {self.expected_db:.1f} dB"
+        return f"{self.bound} {self.expected_db:.1f} dB"
 
 
 def advise(report: Report) -> tuple[Advice, ...]:
@@ -196,12 +196,16 @@ class _Case:
                 self._without(self.weights * 0.75),
             )
             return
-        more = min(8, math.floor(mean) + 1)
+        narrow = sum(own) / len(own)
+        more = math.floor(narrow) + 1
         if more < 8:
+            # So much if each of them got as many; a budget does better.
             yield Advice(
                 f"--budget weights={more}",
-                f"{cause}; layers have {mean:.1f} bits on average, and a budget gives more to some of them",
-                self._without(self.weights * (1 - 4.0 ** (mean - more))),
+                f"{cause}, {len(own)} of {len(self.report.layers)} layers having {_span(own)} bits, and a budget "
+                "gives more to those that need it",
+                self._without(self.weights * (1 - 4.0 ** (narrow - more))),
+                bound="at least",
             )
         part = sum(1 - 4.0 ** (bits - 8) for bits in own) / len(own)
         yield Advice(
@@ -221,7 +225,7 @@ class _Case:
                     f"{self.weight_bits}-bit weights cause {self.weights:.0%} of the noise, and the preset "
                     f"{preset.value} does not optimize their rounding over the whole network",
                     most,
-                    at_most=True,
+                    bound="at most",
                 )
             return
         if preset is Preset.BEST or len(trace.checkpoints) < 2:
@@ -235,7 +239,7 @@ class _Case:
             f"{kept}the error on held-out samples was still falling at step {step}, the last check: "
             f"{start:.4g} at the start, {best:.4g} there"
         )
-        yield Advice("--preset best", why, most, at_most=True)
+        yield Advice("--preset best", why, most, bound="at most")
 
     def _loud_activations(self) -> Iterator[Advice]:
         loud = self.noise.loud_activations
@@ -275,7 +279,7 @@ class _Case:
             f"outputs keep {gap:.1f} dB more on samples that calibration has seen than on others: give more "
             f"than these {self.report.samples}",
             self.now + gap,
-            at_most=True,
+            bound="at most",
         )
 
 
