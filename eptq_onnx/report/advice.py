@@ -202,8 +202,8 @@ class _Case:
             # So much if each of them got as many; a budget does better.
             yield Advice(
                 f"--budget weights={more}",
-                f"{cause}, {len(own)} of {len(self.report.layers)} layers having {_span(own)} bits, and a budget "
-                "gives more to those that need it",
+                f"{cause}, {len(own)} of {len(self.report.layers)} layers having {_span(own)} bits, and "
+                "a budget gives more to those that need it",
                 self._without(self.weights * (1 - 4.0 ** (narrow - more))),
                 bound="at least",
             )
