@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
 """Programs that are looked for; the variable CHROMIUM comes first."""
@@ -41,11 +41,12 @@ class Browser:
 
     Parameters
     ----------
-    write, read : file descriptors
+    write, read : binary streams
+        Unbuffered.
     """
 
-    def __init__(self, write: int, read: int) -> None:
-        self._out, self._in = os.fdopen(write, "wb", buffering=0), os.fdopen(read, "rb", buffering=0)
+    def __init__(self, write: IO[bytes], read: IO[bytes]) -> None:
+        self._out, self._in = write, read
         self._number, self._rest, self._session = 0, b"", ""
         self.seconds = 0.0
         self.said: list[dict[str, Any]] = []
@@ -127,8 +128,12 @@ def browser(profile: Path) -> Iterator[Browser]:
     )
     os.close(to_browser[0])
     os.close(from_browser[1])
-    try:
-        yield Browser(to_browser[1], from_browser[0])
-    finally:
-        process.kill()
-        process.wait()
+    with (
+        os.fdopen(to_browser[1], "wb", buffering=0) as write,
+        os.fdopen(from_browser[0], "rb", buffering=0) as read,
+    ):
+        try:
+            yield Browser(write, read)
+        finally:
+            process.kill()
+            process.wait()

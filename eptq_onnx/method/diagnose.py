@@ -157,24 +157,23 @@ def _histograms(
     steps = (weight / scale + zero).reshape(-1)
     steps = steps[:: max(1, steps.size // _VALUES) | 1]
     form = weight_grid.format
-    of_weights = _histogram(layer.node, "weights", steps, (float(form.qmin), float(form.qmax)))
+    of_weights = _histogram(layer.node, "weights", steps, (float(form.qmin), float(form.qmax)), 1.0)
     if grid is None:
         return (of_weights,)
     ends = np.array([grid.format.qmin, grid.format.qmax], np.float32)
     low, high = (float(v) for v in (ends - np.float32(grid.zero_point)) * np.float32(grid.scale))
-    return _histogram(layer.node, "input", inputs, (low, high)), of_weights
+    return _histogram(layer.node, "input", inputs, (low, high), float(grid.scale)), of_weights
 
 
 def _histogram(
-    layer: str, what: str, values: NDArray[np.floating[Any]], covered: tuple[float, float]
+    layer: str, what: str, values: NDArray[np.floating[Any]], covered: tuple[float, float], step: float
 ) -> Histogram:
     values = values[np.isfinite(values)].astype(np.float64)
     low = min(covered[0], float(values.min(initial=covered[0])))
     high = max(covered[1], float(values.max(initial=covered[1])))
     counts, _ = np.histogram(values, _BINS, (low, high))
-    # Half a step beyond the ends is rounded, not clipped; float rounding must not count either.
-    slack = 1e-5 * (covered[1] - covered[0]) if what == "input" else 0.5
-    outside = (values < covered[0] - slack) | (values > covered[1] + slack)
+    # Half a step beyond the ends is rounded, not clipped.
+    outside = (values < covered[0] - step / 2) | (values > covered[1] + step / 2)
     share = float(outside.mean()) if values.size else 0.0
     return Histogram(layer, what, low, high, tuple(int(c) for c in counts), *covered, share)
 

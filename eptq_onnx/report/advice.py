@@ -10,10 +10,11 @@ import math
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 from eptq_onnx import targets
-from eptq_onnx.config import Config
+from eptq_onnx.config import BudgetUnit, Config, Preset
 from eptq_onnx.data.splits import ENOUGH
 from eptq_onnx.diagnosis import Loud, OutputNoise
 from eptq_onnx.errors import ConfigError
@@ -28,6 +29,8 @@ _LEAST_PART = 0.25
 """Share of the noise from which on a part is worth lowering."""
 _LOW = 4
 """Bits of weights up to which network-wise optimization gains."""
+_LONGER = 3
+"""Steps of a longer optimization, relative to those of one that had not ended."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +45,21 @@ class Advice:
         The figures that speak for it.
     expected_db : float or None
         SQNR in dB that the worst output is expected to keep with it; None if that is not what it changes.
-    at_most : bool
-        True if that is the most that it can bring.
+    bound : str
+        ``"about"``, ``"at least"`` or ``"at most"``: what the expectation is.
     """
 
     option: str
     why: str
     expected_db: float | None = None
-    at_most: bool = False
+    bound: Literal["about", "at least", "at most"] = "about"
 
     @property
     def expected(self) -> str:
         """Return the expectation in words; empty if there is none."""
         if self.expected_db is None:
             return ""
-        return f"{'at most' if self.at_most else 'about'} {self.expected_db:.1f} dB"
+        return f"{self.bound} {self.expected_db:.1f} dB"
 
 
 def advise(report: Report) -> tuple[Advice, ...]:
@@ -121,13 +124,17 @@ class _Case:
         """Fewest bits of any layer's input."""
         return min((x.activation_bits for x in self.report.layers), default=8)
 
+    @cached_property
+    def config(self) -> Config:
+        """The options of the run."""
+        known = self.report.config
+        return Config(**{name: known[name] for name in Config.model_fields if name in known})
+
     @property
-    def chooses_widths(self) -> bool:
-        """True if each weight got a width of its own, which rules out widths by node."""
-        budget = self.report.config.get("budget") or ()
-        return self.report.config.get("objective") == "bytes" or any(
-            not str(b).startswith("time") for b in budget
-        )
+    def weight_budget(self) -> float | None:
+        """The mean bits of a weight that were allowed, if they were limited so."""
+        budgets = (b.amount for b in self.config.budget if b.unit is BudgetUnit.WEIGHTS)
+        return next(budgets, None)
 
     def all(self) -> Iterator[Advice]:
         """Yield all that may be tried, what costs least first."""
@@ -166,7 +173,7 @@ class _Case:
             return
         bits = {x.node: (x.weight_bits, x.activation_bits) for x in self.report.layers}
         nodes = [node for item in loud for node in item.nodes]
-        if not self.chooses_widths and all(bits[node][0] < 8 for node in nodes):
+        if not self.config.chooses_widths and all(bits[node][0] < 8 for node in nodes):
             option = _options("--bits", [f"{node}=w8a{bits[node][1]}" for node in nodes])
             part = sum(item.share * (1 - 4.0 ** (bits[item.nodes[0]][0] - 8)) for item in loud)
         else:
@@ -183,19 +190,24 @@ class _Case:
             return
         mean = sum(x.weight_bits for x in self.report.layers) / len(self.report.layers)
         cause = f"weights cause {self.weights:.0%} of the noise"
-        if self.chooses_widths:
+        if self.config.chooses_widths:
+            budget = self.weight_budget
             yield Advice(
-                f"--budget weights={mean + 1:.3g}",
-                f"{cause}; layers have {mean:.1f} bits on average",
+                f"--budget weights={(mean if budget is None else budget) + 1:.3g}",
+                f"{cause}, and layers have {mean:.1f} bits on average: this gives one more",
                 self._without(self.weights * 0.75),
             )
             return
-        more = min(8, math.floor(mean) + 1)
+        narrow = sum(own) / len(own)
+        more = math.floor(narrow) + 1
         if more < 8:
+            # So much if each of them got as many; a budget does better.
             yield Advice(
                 f"--budget weights={more}",
-                f"{cause}; layers have {mean:.1f} bits on average, and a budget gives more to some of them",
-                self._without(self.weights * (1 - 4.0 ** (mean - more))),
+                f"{cause}, {len(own)} of {len(self.report.layers)} layers having {_span(own)} bits, and "
+                "a budget gives more to those that need it",
+                self._without(self.weights * (1 - 4.0 ** (narrow - more))),
+                bound="at least",
             )
         part = sum(1 - 4.0 ** (bits - 8) for bits in own) / len(own)
         yield Advice(
@@ -206,19 +218,19 @@ class _Case:
 
     def _longer(self) -> Iterator[Advice]:
         """Yield a longer optimization, if it has not had its chance."""
-        trace, preset = self.report.optimization, self.report.config.get("preset")
+        trace, preset = self.report.optimization, self.config.preset
         most = self._without(self.weights)
         if trace is None:
-            if self.weight_bits <= _LOW and preset == "fast" and self.report.config.get("steps") is None:
+            if self.weight_bits <= _LOW and preset is Preset.FAST and self.config.steps is None:
                 yield Advice(
                     "--preset balanced",
                     f"{self.weight_bits}-bit weights cause {self.weights:.0%} of the noise, and the preset "
-                    f"{preset} does not optimize their rounding over the whole network",
+                    f"{preset.value} does not optimize their rounding over the whole network",
                     most,
-                    at_most=True,
+                    bound="at most",
                 )
             return
-        if preset == "best" or len(trace.checkpoints) < 2:
+        if self.config.steps is not None or len(trace.checkpoints) < 2:
             return
         (_, start), *others = trace.checkpoints
         step, best = min(others, key=lambda c: c[1])
@@ -229,7 +241,7 @@ class _Case:
             f"{kept}the error on held-out samples was still falling at step {step}, the last check: "
             f"{start:.4g} at the start, {best:.4g} there"
         )
-        yield Advice("--preset best", why, most, at_most=True)
+        yield Advice(f"--steps {_LONGER * trace.steps}", why, most, bound="at most")
 
     def _loud_activations(self) -> Iterator[Advice]:
         loud = self.noise.loud_activations
@@ -269,7 +281,7 @@ class _Case:
             f"outputs keep {gap:.1f} dB more on samples that calibration has seen than on others: give more "
             f"than these {self.report.samples}",
             self.now + gap,
-            at_most=True,
+            bound="at most",
         )
 
 

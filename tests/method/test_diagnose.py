@@ -64,11 +64,13 @@ def test_plans_of_weights_alone():
 
 def test_histograms_count_what_lies_outside_the_range():
     values = np.array([-1.0, 0.0, 0.5, 1.0, 3.0, np.nan, 0.5, 0.5], np.float32)
-    found = diagnose._histogram("n", "input", values, (0.0, 2.0))
+    found = diagnose._histogram("n", "input", values, (0.0, 2.0), 0.01)
     assert (found.low, found.high) == (-1.0, 3.0)
     assert sum(found.counts) == 7
     assert found.outside == pytest.approx(2 / 7)
-    weights = diagnose._histogram("n", "weights", np.array([-8.4, 7.6, 0.0, 0.0]), (-8.0, 7.0))
+    weights = diagnose._histogram("n", "weights", np.array([-8.4, 7.6, 0.0, 0.0]), (-8.0, 7.0), 1.0)
     assert weights.outside == 0.25, "less than half a step is rounded, not clipped"
-    empty = diagnose._histogram("n", "input", np.zeros(0, np.float32), (0.0, 1.0))
+    near = diagnose._histogram("n", "input", np.array([-0.04, 1.04, 1.06], np.float32), (0.0, 1.0), 0.1)
+    assert near.outside == pytest.approx(1 / 3)
+    empty = diagnose._histogram("n", "input", np.zeros(0, np.float32), (0.0, 1.0), 0.01)
     assert (sum(empty.counts), empty.outside) == (0, 0.0)

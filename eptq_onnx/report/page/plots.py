@@ -246,20 +246,17 @@ def front(points: Sequence[FrontPoint]) -> Markup:
 
     def draw(axes: Any) -> None:
         for place, (label, values) in zip(np.atleast_1d(axes), kinds, strict=True):
-            xs, ys, chosen = zip(*sorted(values), strict=True)
-            place.plot(xs, ys, "o-", color=_FIRST, markersize=4)
-            place.plot(
-                [x for x, c in zip(xs, chosen, strict=True) if c],
-                [y for y, c in zip(ys, chosen, strict=True) if c],
-                "D",
-                color=_SECOND,
-                label="chosen",
-            )
+            # What was chosen may be limited in another unit, and then lies beside the line.
+            others = [value for value in sorted(values) if not value[2]]
+            chosen = [value for value in values if value[2]]
+            place.plot([x for x, *_ in others], [y for _, y, _ in others], "o-", color=_FIRST, markersize=4)
+            place.plot([x for x, *_ in chosen], [y for _, y, _ in chosen], "D", color=_SECOND, label="chosen")
+            ys = [y for _, y, _ in values]
             if min(ys) > 0 and max(ys) > _DECADE * min(ys):
                 _logarithmic(place)
             place.set_xlabel(label)
             place.set_ylabel("noise at the outputs")
-            if any(chosen):
+            if chosen:
                 _legend(place)
 
     text = f"{len(points)} choices with the least noise for their time and size; the table beside holds them."
