@@ -118,7 +118,7 @@ def test_only_what_weights_cause_can_be_removed(fixed, promise):
 def _quantized(**options):
     return eptq_onnx.quantize(
         small_convnet(),
-        images(40),
+        images(96),
         Config(objective="integers", measure_speed=False, **options),
         progress=silent,
     )
