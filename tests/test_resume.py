@@ -270,7 +270,7 @@ def test_a_run_that_is_killed_while_it_writes_goes_on_to_the_same_bytes(tmp_path
         "--steps",
         "20",
     ]
-    command += ["--weight-bits", "4", "--no-measure-speed"]
+    command += ["--weight-bits", "4", "--no-measure-speed", "--target", OPTIONS["target"]]
 
     def start(*before: str) -> int:
         return subprocess.run(

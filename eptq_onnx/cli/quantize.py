@@ -81,10 +81,10 @@ def quantize(
         outputs = {**model_outputs(output), **beside}
         for path in (output, *beside.values()):
             check_writable(path)
-        if report is not None:
-            files.check(report)
         inputs = input_files(model, samples, chosen)
         check_apart(outputs, [*inputs, ("the configuration", config)] if config is not None else inputs)
+        if report is not None:
+            files.check(report)
         if chosen.workdir is not None:
             tell_outcome(f"nothing was written; the same command goes on from {shown(chosen.workdir)}")
         shown_in = nullcontext(silent) if manner.quiet else display(messages, chosen.preset.value)
