@@ -11,7 +11,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -295,6 +295,9 @@ class Session:
         If onnxruntime refuses the model.
     """
 
+    _disabled: ClassVar[tuple[str, ...]] = ()
+    """Optimizers that are not used; onnxruntime ignores names that it does not know."""
+
     def __init__(
         self,
         model: ModelProto | str | os.PathLike[str],
@@ -326,7 +329,10 @@ class Session:
         try:
             with source(model) as given:
                 self._session = ort.InferenceSession(
-                    given, options, ["CPUExecutionProvider"], disabled_optimizers=_OFF if floats else []
+                    given,
+                    options,
+                    ["CPUExecutionProvider"],
+                    disabled_optimizers=[*self._disabled, *(_OFF if floats else ())],
                 )
         except EptqError:
             raise
@@ -364,6 +370,17 @@ class Session:
     def end_profiling(self) -> Path:
         """Stop profiling and return the file with the times (Chrome trace events, as JSON)."""
         return Path(self._session.end_profiling())
+
+
+class ExactSession(Session):
+    """A session in which only what the model quantizes is quantized.
+
+    By default, newer versions of onnxruntime (1.32) also quantize the float weight of a layer between
+    quantizers, with one scale for the whole weight, so that nobody could measure what quantized activations
+    alone cost.
+    """
+
+    _disabled = ("WeightBiasQuantization",)
 
 
 def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, TypeProto]:

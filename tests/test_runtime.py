@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graphs import images, parse, small_convnet
+from graphs import images, normal, parse, small_convnet
 
 import eptq_onnx
 from eptq_onnx import runtime
@@ -118,3 +118,33 @@ def test_clipping_before_8_bit_floats_is_not_dropped(clipping):
     plain, ours = Session(model, optimize=False).run({"x": x})["y"], Session(model).run({"x": x})["y"]
     np.testing.assert_array_equal(ours, plain)
     assert (ours >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "layer", ["Conv (a, w)", "ConvTranspose (a, w)", "Gemm <transB = 1> (b, v)"], ids=lambda x: x.split()[0]
+)
+@pytest.mark.parametrize("small", [1e-3, 1e-2])
+def test_float_weights_between_quantizers_stay_as_they_are(layer, small):
+    model = parse(
+        f"""
+        g (float[2,4,3,3] x) => (float[] y)
+        {{
+            q = QuantizeLinear (x, s, z)  a = DequantizeLinear (q, s, z)  b = Flatten (a)
+            o = {layer}
+            p = QuantizeLinear (o, t, z)  y = DequantizeLinear (p, t, z)
+        }}
+        """,
+        {
+            # One scale for all channels would lose the small ones.
+            "w": normal(4, 4, 1, 1) * np.array([1, small, small, 1], np.float32).reshape(4, 1, 1, 1),
+            "v": normal(4, 36) * np.array([[1], [small], [small], [1]], np.float32),
+            "s": np.array(0.05, np.float32),
+            "t": np.array(small / 8, np.float32),
+            "z": np.array(0, np.int8),
+        },
+    )
+    feeds = {"x": normal(2, 4, 3, 3)}
+    exact = runtime.Session(model, optimize=False).run(feeds)["y"]
+    found = runtime.ExactSession(model).run(feeds)["y"]
+    assert np.abs(found - exact).max() < 1.01 * small / 8
+    assert np.mean(found != exact) < 0.02

@@ -16,7 +16,7 @@ from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import node_reads
-from eptq_onnx.runtime import Session
+from eptq_onnx.runtime import ExactSession
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def advance(block: Block, batches: Iterable[Feeds]) -> None:
 
 def _run(block: Block, batches: Iterable[Feeds], wanted: Sequence[str]) -> Iterator[tuple[Feeds, Feeds]]:
     names = list(dict.fromkeys([*wanted, *block.makes]))
-    session = Session(edit.exposing(block.model, names)) if names else None
+    session = ExactSession(edit.exposing(block.model, names)) if names else None
 
     def run(feeds: Feeds) -> tuple[Feeds, Feeds]:
         return feeds, session.run({n: feeds[n] for n in session.inputs}, names) if session is not None else {}

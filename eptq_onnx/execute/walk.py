@@ -14,7 +14,7 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.proto.bodies import node_reads
-from eptq_onnx.runtime import Session
+from eptq_onnx.runtime import ExactSession
 
 _MEMORY = 3 * 2**30
 """Limit in bytes on the tensors of all walks together, unless the user's memory limit is tighter."""
@@ -98,7 +98,7 @@ class Walk:
         kept = [o for o in made if o == wanted or self._is_awaited(o)]
         read = dict.fromkeys(i for n in nodes for i in node_reads(n) if i not in made)
         inputs = [i for i in read if self._known(i)]
-        session = Session(
+        session = ExactSession(
             piece(self._view, nodes, {i: self._type(i) for i in inputs}, {o: self._type(o) for o in kept}),
             integers=self._integers,
         )

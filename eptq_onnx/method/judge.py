@@ -59,10 +59,13 @@ class Limit:
     noise : ndarray of shape (n_runs, n_parts)
     outputs : ndarray of shape (n_parts,)
         True for parts of the outputs; for other parts, from which choices are computed, only the mean counts.
+    joined : ndarray of shape (n_parts,)
+        True for parts of an output that has others.
     """
 
     noise: Noise
     outputs: NDArray[np.bool_]
+    joined: NDArray[np.bool_]
 
 
 NoiseOf = Callable[[Rounding], Noise]
@@ -115,7 +118,7 @@ def better_than_nearest(
     )
     if lost > 0:
         worse = f"the outputs are noisier by {lost:.1f} dB"
-    elif _noisier(found, limit):
+    elif _noisier(found, limit).any():
         worse = "some output is noisier"
     else:
         worse = "some output may well be noisier"
@@ -144,21 +147,25 @@ def still_better(noise_of: NoiseOf, limit: Limit, start: Rounding, candidate: Ro
 def _serves(noise: Noise, limit: Limit, chance: float = _CHANCE) -> bool:
     """Return True if no part is noisier, and none is likely to be more than a quarter of a decibel noisier.
 
-    With many parts some are always uncertain: if all parts together are clearly quieter, their means suffice.
+    With many parts some are always uncertain. If all parts together are clearly quieter, their means suffice.
+    One of several parts of an output may even be noisier then, unless it is certainly so, or as loud as the
+    parts of nearest rounding are on average.
     """
-    if _noisier(noise, limit):
-        return False
     ours, theirs = noise[:, limit.outputs], limit.noise[:, limit.outputs]
     if not ours.size:
-        return True
-    likely = _at_most(ours, theirs, chance) <= _WORST * theirs.mean(axis=0) + _NOTHING
+        return not _noisier(noise, limit).any()
     together = ours.mean(axis=1, keepdims=True), theirs.mean(axis=1, keepdims=True)
-    return bool(likely.all() or (_at_most(*together, chance) <= _CLEAR * theirs.mean()).all())
+    if (_at_most(*together, chance) <= _CLEAR * theirs.mean()).all():
+        loud = noise.mean(axis=0) > np.minimum(_at_most(limit.noise, noise, chance), theirs.mean())
+        excused = limit.outputs & limit.joined & ~loud
+        return not (_noisier(noise, limit) & ~excused).any()
+    likely = _at_most(ours, theirs, chance) <= _WORST * theirs.mean(axis=0) + _NOTHING
+    return bool(likely.all()) and not _noisier(noise, limit).any()
 
 
-def _noisier(noise: Noise, limit: Limit) -> bool:
-    """Return True if any part is noisier on average."""
-    return not (noise.mean(axis=0) <= _SLACK * limit.noise.mean(axis=0) + _NOTHING).all()
+def _noisier(noise: Noise, limit: Limit) -> NDArray[np.bool_]:
+    """Return True for each part that is noisier on average."""
+    return ~np.asarray(noise.mean(axis=0) <= _SLACK * limit.noise.mean(axis=0) + _NOTHING)
 
 
 def _at_most(noise: Noise, limit: Noise, chance: float) -> Noise:

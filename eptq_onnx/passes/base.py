@@ -21,13 +21,14 @@ from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph.replay import Replay
+from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.allocate import Candidates
 from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.float_fallback import SAMPLES as NOISE_SAMPLES
 from eptq_onnx.method.judge import SAMPLES, Limit
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.qdq import write
-from eptq_onnx.ops import executed
+from eptq_onnx.ops import executed, output_parts
 from eptq_onnx.placement import FrontPoint, Placement
 from eptq_onnx.records import (
     Calibration,
@@ -212,7 +213,14 @@ class Judge:
         """Noise of nearest rounding, as the limit for others."""
         parts = self._deviation.parts
         noise = self.noise(self._nearest) if parts else np.zeros((0, 0))
-        return Limit(noise, np.array([p not in self._ctx.found.decisive for p in parts], bool))
+        view = GraphView(self._network.model)
+        of_outputs = [output_parts(view, (output,)) for output in view.outputs]
+        joined = {part for found in of_outputs if len(found) > 1 for part in found}
+        return Limit(
+            noise,
+            np.array([p not in self._ctx.found.decisive for p in parts], bool),
+            np.array([p in joined for p in parts], bool),
+        )
 
     def noise(self, rounding: Rounding) -> NDArray[np.float64]:
         """Noise of every part of the outputs, for each run."""

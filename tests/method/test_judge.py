@@ -40,7 +40,7 @@ def chain():
 
 
 def limit(runs: int, parts: int) -> Limit:
-    return Limit(np.ones((runs, parts)), np.ones(parts, bool))
+    return Limit(np.ones((runs, parts)), np.ones(parts, bool), np.zeros(parts, bool))
 
 
 def always(noise: np.ndarray) -> Callable[[Rounding], np.ndarray]:
@@ -117,7 +117,12 @@ def test_what_choices_are_made_from_counts_by_its_mean(chain):
     ours = np.stack([np.full(8, 0.5), 0.9 + np.resize([-0.8, 0.8], 8)], axis=1)
     for outputs, kept in ([True, True], 0), ([True, False], COUNT):
         rounding, _ = better_than_nearest(
-            lambda r: ours, Limit(np.ones((8, 2)), np.array(outputs)), made, nearest, rounded, targets=False
+            always(ours),
+            Limit(np.ones((8, 2)), np.array(outputs), np.zeros(2, bool)),
+            made,
+            nearest,
+            rounded,
+            targets=False,
         )
         assert kept_layers(chain, rounding) == kept
 
@@ -129,3 +134,21 @@ def test_a_part_that_is_uncertain_counts_by_its_mean_where_all_together_are_clea
         ours = np.stack([*[np.full(16, others)] * 8, uncertain], axis=1)
         rounding, _ = better_than_nearest(always(ours), limit(16, 9), made, nearest, rounded, targets=False)
         assert kept_layers(chain, rounding) == kept
+
+
+@pytest.mark.parametrize(
+    ("quiet", "spread", "joined", "kept"),
+    [(0.1, 1.0, True, COUNT), (0.1, 0.1, True, 0), (1.0, 1.0, True, 0), (0.1, 1.0, False, 0)],
+    ids=["by chance, in a quiet part", "for certain", "in a part as loud as others", "in a whole output"],
+)
+def test_a_part_may_be_noisier_only_by_chance_and_where_others_of_its_output_are_louder(
+    chain, quiet, spread, joined, kept
+):
+    made, nearest, rounded = chain
+    theirs = np.ones((16, 9))
+    theirs[:, -1] = quiet
+    ours = 0.2 * theirs
+    ours[:, -1] = quiet * (1.2 + spread * np.resize([-1.0, 1.0], 16))
+    found = Limit(theirs, np.ones(9, bool), np.full(9, joined))
+    rounding, _ = better_than_nearest(always(ours), found, made, nearest, rounded, targets=False)
+    assert kept_layers(chain, rounding) == kept
