@@ -214,7 +214,8 @@ class Judge:
         parts = self._deviation.parts
         noise = self.noise(self._nearest) if parts else np.zeros((0, 0))
         view = GraphView(self._network.model)
-        of_outputs = [output_parts(view, (output,)) for output in view.outputs]
+        counted = self._ctx.config.outputs or view.outputs
+        of_outputs = [output_parts(view, (output,)) for output in counted]
         joined = {part for found in of_outputs if len(found) > 1 for part in found}
         return Limit(
             noise,
