@@ -370,8 +370,7 @@ class _Finite:
             extremes = float(value.min()), float(value.max())
             finite = bool(np.isfinite(extremes).all())
         else:
-            # A sum is finite if all values are, unless it overflows.
-            finite = bool(np.isfinite(value.sum()) or np.isfinite(value).all())
+            finite = quant_math.all_finite(value)
         if finite:
             return extremes
         self.none[name] += int(value.size - np.isfinite(value).sum())

@@ -21,7 +21,8 @@ from eptq_onnx.diagnosis import Histogram
 from eptq_onnx.execute.walk import Walk
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics.grid import Grid
-from eptq_onnx.numerics.quant_math import sqnr_db
+from eptq_onnx.numerics.quant_math import stride
+from eptq_onnx.numerics.sums import NoiseSum
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.records import Layer, Plan, Rounding
 
@@ -122,16 +123,11 @@ def layer_noise(
 
 
 def _ratio(reference: Sequence[NDArray[Any]], got: Sequence[NDArray[Any]]) -> float:
-    """Return the SQNR over all runs in dB; values that cannot be compared count as lost."""
-    power = noise = 0.0
-    for a, b in zip(reference, got, strict=True):
-        exact = np.asarray(a, np.float64)
-        finite = np.isfinite(exact)
-        power += float(np.square(exact[finite]).sum())
-        difference = exact - b if a.shape == b.shape else exact
-        difference = np.where(np.isfinite(difference), difference, exact)[finite]
-        noise += float(np.square(difference).sum())
-    return round(sqnr_db(power, noise), 3)
+    """Return the SQNR over all runs in dB."""
+    total = NoiseSum()
+    for expected, other in zip(reference, got, strict=True):
+        total.add(expected, other)
+    return total.sqnr_db
 
 
 def _sampled(values: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
@@ -140,8 +136,7 @@ def _sampled(values: Sequence[NDArray[Any]]) -> NDArray[np.float32]:
     parts = []
     for value in values:
         flat = value.reshape(-1)
-        # A step with few divisors in common with the sizes of images meets all channels.
-        parts.append(flat[:: max(1, flat.size // most) | 1])
+        parts.append(flat[:: stride(flat.size, most)])
     joined = np.concatenate(parts).astype(np.float32)
     return joined[np.isfinite(joined)]
 
@@ -155,7 +150,7 @@ def _histograms(
 ) -> tuple[Histogram, ...]:
     scale, zero = weight_grid.spread(weight.shape)
     steps = (weight / scale + zero).reshape(-1)
-    steps = steps[:: max(1, steps.size // _VALUES) | 1]
+    steps = steps[:: stride(steps.size, _VALUES)]
     form = weight_grid.format
     of_weights = _histogram(layer.node, "weights", steps, (float(form.qmin), float(form.qmax)), 1.0)
     if grid is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +22,8 @@ from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.narrow import emulated
 from eptq_onnx.graph.replay import Replay
-from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.statistics import Comparison
+from eptq_onnx.numerics.sums import NoiseSum
 from eptq_onnx.ops import executed
 from eptq_onnx.proto import store
 from eptq_onnx.proto.weights import light
@@ -115,7 +114,7 @@ def verify(
     statistics = {name: comparison.result() for name, comparison in compared.items()}
     if runnable is not quantized:
         notes = (*notes, "bfloat16 was emulated for the comparison: onnxruntime does not compute in it")
-    sums = _Sums()
+    sums: defaultdict[str, NoiseSum] = defaultdict(NoiseSum)
     float_model = executed(versions.whole, found)
     flat = executed(versions.marked, found, versions.stands_for)
     walked = list(samples.batches(shares.unseen[:_LAYER_SAMPLES], samples.micro_batch())) or parts
@@ -127,13 +126,13 @@ def verify(
             quantized_walk.reach(versions.stands_for.get(layer.result, layer.result)),
         )
         for value, other in zip(*pair, strict=True):
-            sums.add(layer.node, value, other)
+            sums[layer.node].add(value, other)
         progress(k + 1, len(plan.layers))
     return Verification(
         samples=count,
         held_out=shares.held_out,
         outputs={name: round(of.sqnr_db, 3) for name, of in statistics.items()},
-        layers={layer.node: sums.ratio(layer.node) for layer in plan.layers},
+        layers={layer.node: sums[layer.node].sqnr_db for layer in plan.layers},
         planned=_planned_kernels(plan, target),
         kernels=kernels,
         float_bytes=versions.float_bytes,
@@ -181,30 +180,6 @@ def _worst(compared: Mapping[str, Comparison], parts: Sequence[NDArray[np.int64]
         for ratio, name, k in ranked[:_WORST]
         if ratio < np.inf
     )
-
-
-class _Sums:
-    """Sums of squares of layer outputs and of their differences."""
-
-    def __init__(self) -> None:
-        self._power: dict[str, float] = defaultdict(float)
-        self._noise: dict[str, float] = defaultdict(float)
-
-    def add(self, key: str, expected: NDArray[Any], got: NDArray[Any]) -> None:
-        """Compare two arrays; if their sizes differ, as may depend on values, the reference is all noise."""
-        reference = expected.astype(np.float64)
-        finite = np.isfinite(reference)
-        self._power[key] += float(np.square(reference[finite]).sum())
-        difference = np.where(finite, reference, 0)
-        if got.shape == reference.shape:
-            # Positions that are not finite in the float network are skipped; if only the other is not finite,
-            # all is lost.
-            np.subtract(reference, got, out=difference, where=finite & np.isfinite(got))
-        self._noise[key] += float(np.square(difference).sum())
-
-    def ratio(self, key: str) -> float:
-        """Return the SQNR in dB."""
-        return round(quant_math.sqnr_db(self._power[key], self._noise[key]), 3)
 
 
 def _planned_kernels(plan: Plan, target: Target) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.linear import LinearForm
 from eptq_onnx.numerics.types import Array, Float64
 from eptq_onnx.parallel import ordered_map
@@ -318,8 +319,7 @@ def sampled_moments(
 
 def _finite_rows(exact: Array, quantized: Array, weights: Array | None) -> tuple[Array, Array, Array | None]:
     """Return the rows (n_groups, n_rows, n_terms) that are finite in both networks."""
-    # The sum is finite if all values are, unless it overflows.
-    if np.isfinite(exact.sum()) and np.isfinite(quantized.sum()):
+    if quant_math.all_finite(exact) and quant_math.all_finite(quantized):
         return exact, quantized, weights
     known = (np.isfinite(exact) & np.isfinite(quantized)).all(axis=(0, 2))
     return exact[:, known], quantized[:, known], None if weights is None else weights[known]

@@ -24,8 +24,10 @@ Number = TypeVar("Number", bound=np.generic)
 
 _TINY = np.float32(1e-30)
 
-_FEW_BITS, _SEARCH_FEW_BITS, _SEARCH_MANY_BITS = 6, (40, 3), (12, 2)
-"""Width up to which scales are searched finely; ratios tried per round, and rounds, up to it and above."""
+FEW_BITS = 6
+"""Width up to which scales and integers are searched thoroughly, because rounding causes much noise."""
+_SEARCH_FEW_BITS, _SEARCH_MANY_BITS = (40, 3), (12, 2)
+"""Ratios tried per round, and rounds, for scales of such widths and of others."""
 _OCTAVES = 6
 """Powers of two tried below the scale that clips nothing."""
 
@@ -96,7 +98,7 @@ def weight_scales(
     """
     rows, h = _rows_and_importance(weight, spec, importance, damping)
     parts = slices(rows)
-    usual = _SEARCH_FEW_BITS if spec.bits <= _FEW_BITS else _SEARCH_MANY_BITS
+    usual = _SEARCH_FEW_BITS if spec.bits <= FEW_BITS else _SEARCH_MANY_BITS
     tried = points or usual[0], rounds or usual[1]
     found = ordered_map(lambda part: _row_scales(rows[part].astype(np.float32), h[part], spec, *tried), parts)
     scales = np.concatenate(list(found))
@@ -229,6 +231,13 @@ def finite_extremes(values: NDArray[np.floating]) -> tuple[float, float]:
         return low, high
     finite = np.isfinite(values)
     return float(values.min(initial=np.inf, where=finite)), float(values.max(initial=-np.inf, where=finite))
+
+
+def all_finite(values: NDArray[np.floating]) -> bool:
+    """Return True if no value is NaN or infinite."""
+    # The sum takes one reading, and is finite if all values are, unless it overflows.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
 
 
 def unit(*arrays: NDArray[np.floating]) -> np.float32:

@@ -21,12 +21,6 @@ RATIOS = {ScaleRule.ANY: (1.0, 0.85, 0.7, 0.55), ScaleRule.POWER_OF_TWO: (1.0, 0
 """Scales to try, relative to the scale with the least squared error of the corrected weight."""
 REFITS = 2
 """Rounds of refitting the scales to the integers and descending again."""
-FEW_BITS = 6
-"""Widths up to which scales are tried and integers are descended to the end.
-
-Above, the error that remains after compensated rounding is hardly that of the weights: the first scale, one
-refit and one pass of each descent serve as well.
-"""
 _OUTPUT_DAMPING = 0.1
 """Damping of the outputs' Hessian factor, over its mean diagonal: few probes leave directions unseen."""
 
@@ -121,7 +115,12 @@ class LayerProblem:
 
     @property
     def _thorough(self) -> bool:
-        return self.spec.bits <= FEW_BITS
+        """True if scales are tried and integers are descended to the end.
+
+        With many bits, the error that remains after compensated rounding is hardly that of the weights: the
+        first scale, one refit and one pass of each descent serve as well.
+        """
+        return self.spec.bits <= quant_math.FEW_BITS
 
     def _best_damping(self, rows: Array) -> Float64:
         """Return the damping of the correction.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,3 +44,27 @@ class PowerSum:
     def variance(self) -> float:
         """The variance; 0 without values."""
         return max(self.mean_square - (self._sum / max(self._count, 1)) ** 2, 0.0)
+
+
+class NoiseSum:
+    """Power of reference values, and of the differences of other values from them."""
+
+    def __init__(self) -> None:
+        self._power = self._noise = 0.0
+
+    def add(self, expected: NDArray[Any], got: NDArray[Any]) -> None:
+        """Compare two arrays; if their sizes differ, as may depend on values, the reference is all noise."""
+        reference = expected.astype(np.float64)
+        finite = np.isfinite(reference)
+        self._power += float(np.square(reference[finite]).sum())
+        difference = np.where(finite, reference, 0)
+        if got.shape == reference.shape:
+            # Positions that are not finite in the reference are skipped; if only the other is not finite, all
+            # is lost.
+            np.subtract(reference, got, out=difference, where=finite & np.isfinite(got))
+        self._noise += float(np.square(difference).sum())
+
+    @property
+    def sqnr_db(self) -> float:
+        """The signal-to-quantization-noise ratio in dB."""
+        return round(quant_math.sqnr_db(self._power, self._noise), 3)

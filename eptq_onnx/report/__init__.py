@@ -52,6 +52,11 @@ class LayerReport:
     nearest_db: float | None = None
     """As ``sqnr_db``, if all weights are rounded to nearest."""
 
+    @property
+    def bits(self) -> str:
+        """Bits of weights and input, such as ``W4A8``."""
+        return f"W{self.weight_bits}A{self.activation_bits}"
+
 
 @dataclass(frozen=True)
 class Report:

@@ -111,7 +111,7 @@ def layer_sheet(report: Report) -> Sheet:
         "#": [str(k + 1) for k in range(len(report.layers))],
         "layer": [x.node for x in report.layers],
         "operator": [x.op_type for x in report.layers],
-        "bits": [f"W{x.weight_bits}A{x.activation_bits}" for x in report.layers],
+        "bits": [x.bits for x in report.layers],
         "weights": [weights_of(x).removeprefix("in ").removeprefix("are ") for x in report.layers],
         "own (dB)": [decibels(x.own_db) for x in report.layers],
         "accumulated (dB)": [decibels(x.sqnr_db) for x in report.layers],
@@ -143,7 +143,7 @@ def weights_of(layer: LayerReport) -> str:
 
 
 def _bits(report: Report) -> str:
-    counts = Counter((f"W{x.weight_bits}A{x.activation_bits}", weights_of(x)) for x in report.layers)
+    counts = Counter((x.bits, weights_of(x)) for x in report.layers)
     return ", ".join(f"{n} layers {name} (weights {kind})" for (name, kind), n in counts.items())
 
 
@@ -180,7 +180,7 @@ def _weakest(report: Report) -> Sheet:
             (
                 x.node,
                 x.op_type,
-                f"W{x.weight_bits}A{x.activation_bits}",
+                x.bits,
                 decibels(x.own_db),
                 f"{x.sqnr_db:.2f}",
             )

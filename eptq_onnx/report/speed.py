@@ -7,6 +7,8 @@ from eptq_onnx.report.sheet import Sheet
 
 _NAMED, _SMALL = 3, 0.05
 """Most operators to name, and their smallest share of the total increase in run time."""
+_SHOWN = 0.02
+"""Smallest share of the run time of an operator in the table."""
 
 
 def in_words(speed: Speed | None) -> str:
@@ -43,18 +45,22 @@ def costly(speed: Speed) -> list[OperatorTime]:
     return [o for o in grown if o.quantized_seconds - o.float_seconds >= _SMALL * lost][:_NAMED]
 
 
-def operator_sheet(speed: Speed, runtime: str = "onnxruntime") -> Sheet:
-    """Return a table of both models' time by operator, without operators that take next to nothing."""
+def named_operators(speed: Speed) -> list[OperatorTime]:
+    """Return the operators that take more than next to nothing in either model."""
     most = max(
         sum(o.float_seconds for o in speed.operators), sum(o.quantized_seconds for o in speed.operators)
     )
+    return [o for o in speed.operators if max(o.float_seconds, o.quantized_seconds) >= _SHOWN * most]
+
+
+def operator_sheet(speed: Speed, runtime: str = "onnxruntime") -> Sheet:
+    """Return a table of both models' time by operator, without operators that take next to nothing."""
     return Sheet(
         f"Time of one run, by the profiler of {runtime}",
         ("operator", "float", "quantized"),
         tuple(
             (o.operator, time_text(o.float_seconds), time_text(o.quantized_seconds))
-            for o in speed.operators
-            if max(o.float_seconds, o.quantized_seconds) >= 0.02 * most
+            for o in named_operators(speed)
         ),
     )
 

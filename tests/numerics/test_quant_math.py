@@ -189,3 +189,18 @@ def test_only_zero_and_infinity_are_kept_by_powers_of_two():
     assert not qm.keeps_bounds(INT8, (0.0, np.inf)), "its zero point cannot move"
     assert qm.activation_grid(0.0, 6.0, powers, (0.0, 6.0)) == qm.activation_grid(0.0, 6.0, powers)
     assert float(qm.activation_grid(0.0, 6.0, powers, (0.0, 6.0)).scale) == 2.0**-5
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [
+        ([], True),
+        ([1, -1], True),
+        ([3e38, 3e38], True),
+        ([np.inf, 1], False),
+        ([np.inf, -np.inf], False),
+        ([np.nan, 1], False),
+    ],
+)
+def test_values_whose_sum_overflows_are_finite_and_nobody_is_warned(values, finite):
+    assert qm.all_finite(np.array(values, np.float32)) is finite

@@ -33,7 +33,8 @@ from eptq_onnx.method.reconstruct.layers import (
     wanted_rows,
 )
 from eptq_onnx.numerics.linear import row_shape
-from eptq_onnx.numerics.reconstruction import FEW_BITS, RATIOS, REFITS
+from eptq_onnx.numerics.quant_math import FEW_BITS
+from eptq_onnx.numerics.reconstruction import RATIOS, REFITS
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import linear_form, spec_of

@@ -19,7 +19,7 @@ from eptq_onnx.numerics.formats import PerAxis
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.linear import LinearForm, OutputsApart, Rows, WeightForm, row_shape, scale_places
 from eptq_onnx.numerics.moments import Moments, OutputNonlinearity, sampled_moments
-from eptq_onnx.numerics.reconstruction import FEW_BITS, Damping, LayerProblem
+from eptq_onnx.numerics.reconstruction import Damping, LayerProblem
 from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.numerics.types import Array, Values
 from eptq_onnx.ops import linear_form, pointwise
@@ -270,7 +270,7 @@ def read_together(
 
 def wanted_rows(terms: int, bits: int) -> int:
     """Return how many rows of inputs a layer's moments are taken from, at most."""
-    per_term, least, most = _ROWS_FEW_BITS if bits <= FEW_BITS else _ROWS_MANY_BITS
+    per_term, least, most = _ROWS_FEW_BITS if bits <= quant_math.FEW_BITS else _ROWS_MANY_BITS
     return int(np.clip(per_term * terms, least, most))
 
 
@@ -321,7 +321,7 @@ def activation_of(view: GraphView, layer: Layer, form: LinearForm, config: Confi
         if config.max_memory is None
         else min(_MOST_APART, config.max_memory // (4 * _BYTES_APART))
     )
-    if not axis or layer.weight_spec.bits > FEW_BITS or groups * outputs * terms**2 > most:
+    if not axis or layer.weight_spec.bits > quant_math.FEW_BITS or groups * outputs * terms**2 > most:
         return None
     row = tuple(groups * outputs if k == axis else 1 for k in range(rank))
 

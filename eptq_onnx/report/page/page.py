@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from eptq_onnx.diagnosis import Histogram, Picture
-from eptq_onnx.records import OperatorTime, Pace
+from eptq_onnx.records import Pace
 from eptq_onnx.report import placement as by_time
 from eptq_onnx.report.command import command_of
 from eptq_onnx.report.console import shown
@@ -26,7 +26,7 @@ from eptq_onnx.report.page.pictures import data_uri
 from eptq_onnx.report.page.strip import strip
 from eptq_onnx.report.plain import size_text
 from eptq_onnx.report.sheet import Sheet
-from eptq_onnx.report.speed import in_words, operator_sheet, time_text
+from eptq_onnx.report.speed import in_words, named_operators, operator_sheet, time_text
 
 if TYPE_CHECKING:
     from eptq_onnx.report import Report
@@ -148,7 +148,7 @@ def _head(report: Report) -> dict[str, Any]:
     if worst is not None:
         samples = "held-out samples" if v.held_out else "samples that calibration has seen"
         tiles.append(Tile("worst output", _db(worst[1].sqnr_db), f"{worst[0]}, on {v.samples} {samples}"))
-    bits = Counter(f"W{x.weight_bits}A{x.activation_bits}" for x in report.layers)
+    bits = Counter(x.bits for x in report.layers)
     tiles.append(
         Tile(
             "nodes on integers",
@@ -219,15 +219,9 @@ def _speed(report: Report) -> dict[str, Any]:
     speed, placement = report.speed, report.placement
     found = [] if speed is None or not speed.operators else [operator_sheet(speed)]
     return {
-        "operators": plots.operators(_named(speed.operators)) if speed is not None and found else None,
+        "operators": plots.operators(named_operators(speed)) if speed is not None and found else None,
         "speed_sheets": [*found, *(by_time.sheets(placement) if placement is not None else [])],
     }
-
-
-def _named(operators: tuple[OperatorTime, ...]) -> list[OperatorTime]:
-    """Return the operators that the table has rows of."""
-    most = max(sum(o.float_seconds for o in operators), sum(o.quantized_seconds for o in operators))
-    return [o for o in operators if max(o.float_seconds, o.quantized_seconds) >= 0.02 * most]
 
 
 def _network(report: Report) -> dict[str, Any]:
