@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +18,7 @@ from eptq_onnx.cli.manner import Manner, with_manner
 from eptq_onnx.cli.options import options_of, with_options
 from eptq_onnx.config import Config, Reading
 from eptq_onnx.config.files import read_options
+from eptq_onnx.config.option import written_as
 from eptq_onnx.data import readers
 from eptq_onnx.data.readers import Data
 from eptq_onnx.errors import OutputError
@@ -99,8 +102,14 @@ def quantize(
         elif manner.quiet:
             summary.print(line(f"{output}: {result.report.verdict}"), soft_wrap=True)
         else:
-            result.report.print(summary)
-            summary.print(line(f"wrote {output}"), soft_wrap=True)
+            result.report.print(summary, everything=manner.verbose)
+            written = [
+                output,
+                *(p for p, failure in zip(beside.values(), failures, strict=True) if not failure),
+            ]
+            summary.print(line(f"wrote {', '.join(map(str, written))}"), soft_wrap=True)
+            for text in _next(model, output, samples, given):
+                summary.print(line(text), soft_wrap=text.startswith("  "))  # a command is to be copied
         for failure in filter(None, failures):
             raise failure
 
@@ -120,6 +129,20 @@ def own_output(model: Path, config: Config) -> Path:
     if path.is_file() and read_file(path).producer_name != PRODUCER:
         raise OutputError(f"{path} exists, and was not written by {PRODUCER}: give another name with -o.")
     return path
+
+
+def _next(model: Path, output: Path, data: Data, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the commands to go on with, on the same samples."""
+    words = ["eptq-onnx", "verify", str(model), str(output), "--data", str(data.source)]
+    for name, field in Reading.model_fields.items():
+        # As it was written; a file of options may hold a recipe key by key.
+        value = given.get(name)
+        words += written_as(name, field, getattr(data.reading, name) if isinstance(value, Mapping) else value)
+    return (
+        "next, with a metric of your own, and samples that calibration has not seen:",
+        f"  {shlex.join([*words, '--evaluate', 'metric:accuracy'])}",
+        "with the same options: compare (where the models part) and bench (speed)",
+    )
 
 
 def _failure(name: str, path: Path, result: Result, output: Path) -> OutputError | None:

@@ -92,7 +92,8 @@ def describe(error: ValidationError, what: str) -> str:
     """Describe the first problem of a pydantic error in one sentence."""
     first = error.errors()[0]
     # An option may be given several times; which of them is wrong, the value says.
-    name = ".".join(part for part in first["loc"] if isinstance(part, str))
+    # What a union's member is called, such as constrained-int, is no name of an option.
+    name = ".".join(part for part in first["loc"] if isinstance(part, str) and part.isidentifier())
     if first["type"] == "extra_forbidden":
         return f"{what} {name} is unknown."
     if first["type"] == "missing":

@@ -182,8 +182,8 @@ class Report:
         """
         files.save(self, Path(path))
 
-    def render(self) -> Group:
-        """Return the summary for a console."""
+    def render(self, *, everything: bool = False) -> Group:
+        """Return the summary for a console; long tables are cut, unless it is to hold everything."""
         head = Table.grid(padding=(0, 2))
         style = _STYLES[self.verdict.assurance]
         head.add_row(Text("verdict", style="bold"), Text(str(self.verdict), style=style))
@@ -194,13 +194,13 @@ class Report:
         return Group(
             *(line(text, "bold red") for text in warnings_of(self)),
             head,
-            *map(for_console, sheets(self)),
+            *(for_console(sheet, everything=everything) for sheet in sheets(self)),
             *(line(f"note: {note}", "yellow") for note in self.notes),
         )
 
-    def print(self, console: Console | None = None) -> None:
-        """Print the summary."""
-        (console or standard_output()).print(self.render())
+    def print(self, console: Console | None = None, *, everything: bool = False) -> None:
+        """Print the summary; long tables are cut, unless it is to hold everything."""
+        (console or standard_output()).print(self.render(everything=everything))
 
 
 _STYLES = {Assurance.SAFE: "green", Assurance.CHECK: "yellow", Assurance.LOSS: "bold red"}

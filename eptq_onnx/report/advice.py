@@ -85,10 +85,11 @@ def _of_evidence(report: Report) -> Iterator[Advice]:
             f"{report.samples} samples were given, and {what}: from {ENOUGH} samples on, some are held out",
         )
     elif v.samples < FEW_SAMPLES:
+        enough = math.ceil(FEW_SAMPLES / v.samples * report.samples)
         yield Advice(
             "--data",
-            f"{v.samples} of the {report.samples} samples are held out for the comparison, and {FEW_SAMPLES} "
-            f"make it certain: give {math.ceil(FEW_SAMPLES / v.samples * report.samples)}",
+            f"{v.samples} of the {report.samples} samples are held out for the comparison, too few to be "
+            f"sure: with {enough} samples, {FEW_SAMPLES} are held out",
         )
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _WEAKEST = 5
 """Layers that are named."""
+_REASONS = 8
+"""Reasons for floating point that a console shows, unless it is to show everything."""
 
 
 def warnings_of(report: Report) -> list[str]:
@@ -168,7 +170,7 @@ def _cost(report: Report) -> str:
 def _optimization(report: Report) -> str:
     trace = report.optimization
     if trace is None:
-        return f"none ({report.config['start']} rounding)"
+        return "none: layer-wise reconstruction alone" if report.config["start"] == "closed-form" else "none"
     return trace.reason + (f"; {trace.flipped:.1%} of the weights flipped" if trace.best_step else "")
 
 
@@ -191,9 +193,21 @@ def _weakest(report: Report) -> Sheet:
 
 
 def _float_sheet(report: Report) -> Sheet:
-    counts = Counter((k.op_type, k.reason) for k in report.kept_float)
+    """Return the reasons, and for each how many nodes of which operators."""
+    counts = Counter(k.reason for k in report.kept_float)
+    operators = {reason: Counter[str]() for reason in counts}
+    for kept in report.kept_float:
+        operators[kept.reason][kept.op_type] += 1
     return Sheet(
         "Kept in floating point",
-        ("operator", "nodes", "why"),
-        tuple((op, str(n), reason) for (op, reason), n in counts.most_common()),
+        ("nodes", "why", "operators"),
+        tuple(
+            (
+                str(n),
+                reason,
+                ", ".join(f"{op} {k}" if n > k else op for op, k in operators[reason].most_common()),
+            )
+            for reason, n in counts.most_common()
+        ),
+        most=_REASONS,
     )
