@@ -309,6 +309,7 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     # quantizers
     ("", "QuantizeLinear"): (_same,),
     ("", "DequantizeLinear"): (_same,),
+    ("", "DynamicQuantizeLinear"): (_same,),
     (LSQ_DOMAIN, "FakeQuant"): (_fake_quant, _fake_quant_scale),
 }
 """(domain, operator) to one rule per input."""

@@ -218,7 +218,7 @@ class Cut:
 
     def has_layers(self, chosen: Sequence[bool]) -> bool:
         """Return True if a choice leaves a layer on integers: without one there is nothing to quantize."""
-        return any(chosen[k] for k in self.regions.layers)
+        return bool(self._plan.dynamic) or any(chosen[k] for k in self.regions.layers)
 
     def choose(
         self,

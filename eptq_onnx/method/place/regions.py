@@ -99,7 +99,7 @@ def regions_of(view: GraphView, plan: Plan) -> Regions:
         for nodes in groups
     )
     place = {n.name: k for k, nodes in enumerate(groups) for n in nodes}
-    weighted = {layer.node for layer in plan.integer_layers}
+    weighted = {layer.node for layer in plan.static_layers}
     links, layers = _links(view, place), frozenset(place[name] for name in weighted)
     return Regions(
         regions,
