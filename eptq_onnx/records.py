@@ -74,6 +74,26 @@ class ActivationQuantizer(Quantizer):
         return self.name, *self.others
 
 
+DYNAMIC_BITS = 8
+"""Bits of activations that are quantized in every run: DynamicQuantizeLinear makes uint8."""
+
+
+@dataclass(frozen=True)
+class DynamicQuantizer:
+    """A tensor that layers quantize in every run, with the range that it has there.
+
+    Parameters
+    ----------
+    name : str
+        The tensor; all its other readers get its float values.
+    nodes : tuple of str
+        The layers that read it so, in topological order.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class ConstantOperand(Quantizer):
     """A constant that an integer operator reads like an activation; its range is known."""
@@ -115,6 +135,8 @@ class Layer:
         True for a convolution with one input and one output channel per group.
     stored : bool
         True if only the weight is quantized: it is stored as integers, and the layer computes in float.
+    dynamic : bool
+        True if the layer runs on integers and its input is quantized in every run; see `DynamicQuantizer`.
     """
 
     node: str
@@ -130,6 +152,12 @@ class Layer:
     edge: bool
     depthwise: bool
     stored: bool = False
+    dynamic: bool = False
+
+    @property
+    def static(self) -> bool:
+        """Return True if the input has a fixed grid, of which an integer bias has the scale."""
+        return not (self.stored or self.dynamic)
 
     @property
     def tensors(self) -> tuple[str, str, str]:
@@ -177,6 +205,8 @@ class Plan:
         Quantized tensors without a pair of their own: their values are moved from others of the group.
     guarded : frozenset of str
         Results of float layers between quantizers, which the runtime would quantize unasked.
+    dynamic : tuple of DynamicQuantizer
+        In topological order of their first readers.
     """
 
     layers: tuple[Layer, ...]
@@ -192,11 +222,22 @@ class Plan:
     carried: frozenset[str] = frozenset()
     guarded: frozenset[str] = frozenset()
     held: tuple[HeldWeight, ...] = ()
+    dynamic: tuple[DynamicQuantizer, ...] = ()
 
     @property
     def integer_layers(self) -> tuple[Layer, ...]:
         """Return the layers that run on integers."""
         return tuple(layer for layer in self.layers if not layer.stored)
+
+    @property
+    def static_layers(self) -> tuple[Layer, ...]:
+        """Return the layers that run on integers and whose inputs have fixed grids."""
+        return tuple(layer for layer in self.layers if layer.static)
+
+    @property
+    def activation_names(self) -> list[str]:
+        """Return the names of all activations that are quantized, with a fixed or a dynamic range."""
+        return list(dict.fromkeys(q.name for q in (*self.activations, *self.dynamic)))
 
     @property
     def stored(self) -> tuple[Layer, ...]:

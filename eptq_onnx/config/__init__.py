@@ -3,6 +3,7 @@
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
+    Activations,
     Attention,
     BudgetUnit,
     FloatType,
@@ -23,6 +24,7 @@ __all__ = [
     "FLOAT_BITS",
     "PRESET_PASSES",
     "ActivationRange",
+    "Activations",
     "Attention",
     "Budget",
     "BudgetUnit",

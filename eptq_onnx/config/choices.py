@@ -53,6 +53,14 @@ class FloatType(str, Enum):
     BFLOAT16 = "bfloat16"
 
 
+class Activations(str, Enum):
+    """When the ranges of layers' inputs are known."""
+
+    STATIC = "static"
+    DYNAMIC = "dynamic"
+    AUTO = "auto"
+
+
 class Start(str, Enum):
     """Where the network-wise optimization starts."""
 

@@ -15,6 +15,7 @@ from typing_extensions import Self, Unpack
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
+    Activations,
     Attention,
     BudgetUnit,
     FloatType,
@@ -62,6 +63,11 @@ class Config(OptionModel):
     """Bits as wWaA: w4a8 sets the bits of all weights and activations. PATTERN=w8a16 sets those of matching
     nodes: of their weights and of the activations they read. a32 leaves activations float. A pattern is a
     node name, re:REGEX, op:TYPE or from:NAME..to:NAME; the last match counts. May be repeated."""
+    activations: Annotated[Activations, Option("widths")] = Activations.AUTO
+    """Ranges of activations. static: fixed, from the samples. dynamic: those of each run, for the inputs of
+    matrix products with constant weights; all other operators compute in float, and no samples are needed.
+    auto: static, but dynamic for the products of a network that loses much less so, measured on samples, if
+    the target has kernels for it."""
     exclude: Annotated[tuple[str, ...], Option("widths", metavar="PATTERN", default="none")] = ()
     """Keep the nodes that match a pattern (see bits) in floating point. May be repeated."""
     budget: Annotated[

@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
+    Activations,
     Attention,
     FloatType,
     Objective,
@@ -30,6 +31,7 @@ class Options(TypedDict, total=False):
     activation_bits: int
     edge_bits: int
     bits: Sequence[str] | str
+    activations: Activations | Literal["static", "dynamic", "auto"]
     exclude: Sequence[str] | str
     budget: Sequence[Budget | str] | Budget | str | None
     outputs: Sequence[str] | str

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from onnx import ModelProto
 
 from eptq_onnx.config import WeightStorage
+from eptq_onnx.graph.integer_products import integer_products
 from eptq_onnx.graph.native import native
 from eptq_onnx.graph.packing import packed
 
 
 def stored(model: ModelProto, storage: WeightStorage, types: Sequence[int]) -> tuple[ModelProto, list[str]]:
-    """Return a model with its weights as the option ``storage`` says.
+    """Return a model with its weights as the option ``storage`` says, and dynamic products of integers.
 
     Parameters
     ----------
     model : ModelProto
-        With weights in int8; it is not changed, and returned as it is if all weights stay so.
+        With weights in int8; it is not changed, and returned as it is if there is nothing to do.
     storage : WeightStorage
     types : sequence of int
         Widths of the ONNX types below 8 bits that the runtime supports, for native storage.
@@ -28,6 +29,7 @@ def stored(model: ModelProto, storage: WeightStorage, types: Sequence[int]) -> t
     list of str
         Weights of few bits that no type holds; see `eptq_onnx.graph.native`.
     """
+    model = integer_products(model)
     if storage is WeightStorage.NATIVE:
         return native(model, types)
     return packed(model) if storage is WeightStorage.PACKED else model, []

@@ -102,8 +102,8 @@ def layer_noise(
     nearest: dict[str, float] = {}
     worst: list[tuple[float, int, tuple[Histogram, ...]]] = []
     for k, layer in enumerate(plan.layers):
-        # A layer whose weight alone is quantized has no range to show.
-        grid = None if layer.stored else rounding.grids[plan.quantizer_of[layer.input].name]
+        # A layer whose weight alone is quantized has no range to show, and one that finds it in every run many.
+        grid = None if not layer.static else rounding.grids[plan.quantizer_of[layer.input].name]
         inputs = _sampled(exact.reach(layer.input))
         stands = versions.stands_for.get(layer.result, layer.result)
         reference = exact.reach(layer.result)
@@ -180,6 +180,7 @@ def only_weights(plan: Plan, nodes: Collection[str] | None = None) -> Plan:
         plan,
         layers=chosen,
         activations=(),
+        dynamic=(),
         operands=plan.operands if nodes is None else (),
         tables=plan.tables if nodes is None else (),
         held=plan.held if nodes is None else (),
@@ -199,6 +200,8 @@ def readers(plan: Plan, view: GraphView) -> dict[str, tuple[str, ...]]:
         )
         if nodes:
             found[q.name] = tuple(nodes)
+    for own in plan.dynamic:
+        found[own.name] = (*found.get(own.name, ()), *own.nodes)
     return found
 
 

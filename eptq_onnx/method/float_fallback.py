@@ -70,7 +70,7 @@ def sensitive_activations(
         Noise-to-signal power ratio at the outputs, each part normalized by its variance.
     """
     plan = network.plan
-    names = [q.name for q in plan.activations]
+    names = plan.activation_names
     if not names or config.activation_noise == 0:
         return {}
     deviation = Deviation(
@@ -88,6 +88,7 @@ def sensitive_activations(
     ratio = _spoilers(names, noise, config.activation_noise)
     progress(_MOST_RUNS, _MOST_RUNS)
     found = {tensor: ratio[q.name] for q in plan.activations if q.name in ratio for tensor in q.tensors}
+    found |= {q.name: ratio[q.name] for q in plan.dynamic if q.name in ratio}
     # If no layer were left, there would be nothing to quantize but stored weights.
     return found if plan.held or any(found.keys().isdisjoint(x.tensors) for x in plan.integer_layers) else {}
 

@@ -4,6 +4,9 @@ Every quantized activation gets a QuantizeLinear/DequantizeLinear pair that all 
 biases become quantized initializers behind a DequantizeLinear that takes over the tensor's name. For bit
 widths below the container's, a Clip on the integers between the two nodes keeps the range.
 
+A layer whose activations are quantized in every run reads them behind a DynamicQuantizeLinear and a
+DequantizeLinear; the stored file has other nodes there, see `eptq_onnx.graph.integer_products`.
+
 Float layers read their integer weights through Casts and Mul, which runtimes fold into float constants. They
 do not fold a DequantizeLinear, and some make an integer kernel of it.
 """
@@ -59,6 +62,8 @@ class _Writer:
         self._b = edit.Builder(model)
         self._quantizers = {tensor: q for q in plan.activations for tensor in q.tensors}
         self._layers = {layer.node: layer for layer in plan.layers}
+        self._dynamic = {node: q.name for q in plan.dynamic for node in q.nodes}
+        """Layer to the input that it quantizes in every run."""
         self.read_as: dict[str, str] = {}
         """Tensor to the one that its readers read instead."""
         self._layer_reads: dict[tuple[str, str], str] = {}
@@ -67,6 +72,8 @@ class _Writer:
         """Tensor to the name that its producer's output gets."""
         self._tables: dict[str, tuple[str, str]] = {}
         """Lookup table to the names of its integers and scales."""
+        self._ranged: dict[str, str] = {}
+        """Tensor to its dequantized values, of those that are quantized in every run."""
         self._replaced: set[str] = set()
         """Float constants whose name now belongs to a DequantizeLinear."""
 
@@ -169,6 +176,15 @@ class _Writer:
         b.add("DequantizeLinear", [q, scale, zero], target_name)
         self.read_as[tensor] = target_name
 
+    def _quantize_in_every_run(self, node: str, tensor: str) -> None:
+        """Let a layer read a tensor that is quantized with the range it has in the run, once for all such."""
+        b = self._b
+        if tensor not in self._ranged:
+            made = [b.unique(f"{tensor}_{what}") for what in ("quantized", "scale", "zero_point")]
+            b.add("DynamicQuantizeLinear", [self.read_as.get(tensor, tensor)], outputs=made)
+            self._ranged[tensor] = b.add("DequantizeLinear", made, b.unique(f"{tensor}_dequantized"))
+        self._layer_reads[node, tensor] = self._ranged[tensor]
+
     def _scale_names(self, stem: str, grid: Grid) -> tuple[str, str]:
         b, form = self._b, grid.format
         zero = form.raw(np.full(np.shape(grid.scale), grid.zero_point, form.container))
@@ -186,14 +202,14 @@ class _Writer:
             self._table(table)
         for held in self._plan.held:
             self._held(held)
-        for layer in self._plan.integer_layers:
+        for layer in self._plan.static_layers:
             if layer.op_type == "MatMul":
                 self._keep_apart(layer)
         spec = self._plan.bias
         for layer in self._plan.layers:
             if layer.bias is None or not (layer.has_bias or self._rounding.biases[layer.bias].any()):
                 continue
-            if spec is None or layer.stored:
+            if spec is None or not layer.static:
                 self._float_bias(layer.node, layer.bias)
             else:
                 self._bias(layer, spec)
@@ -280,6 +296,8 @@ class _Writer:
         Rows of a stored table are integers times scales, because no DequantizeLinear takes scales that depend
         on an index.
         """
+        if node.name in self._dynamic:
+            self._quantize_in_every_run(node.name, self._dynamic[node.name])
         b, copy, place = self._b, self._rewired(node), None
         rule = spec_of(node).table
         if rule is not None and node.name not in self._plan.integer_nodes:

@@ -90,7 +90,7 @@ def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> d
     """Return per weight the scales below which the integer bias would overflow."""
     quantizers = plan.quantizer_of
     result: dict[str, Array] = {}
-    for layer in plan.integer_layers:
+    for layer in plan.static_layers:
         if layer.bias is None or not layer.has_bias or plan.bias is None:
             continue
         bias, axis = np.asarray(view.constant(layer.bias), np.float32), layer.weight_spec.axis

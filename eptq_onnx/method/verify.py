@@ -186,7 +186,9 @@ def _planned_kernels(plan: Plan, target: Target) -> dict[str, int]:
     """Return the operators planned to run on integers; the target's kernels are for 8-bit types."""
     if any(q.spec.bits > 8 for q in plan.activations):
         return {}
-    return dict(sorted(Counter(t for t in plan.integer_nodes.values() if t in target.kernels).items()))
+    # Dynamic layers are products of matrices in the file.
+    nodes = [*plan.integer_nodes.values(), *("MatMul" for layer in plan.layers if layer.dynamic)]
+    return dict(sorted(Counter(t for t in nodes if t in target.kernels).items()))
 
 
 def count_kernels(found: Iterable[Kernel], target: Target) -> dict[str, int]:

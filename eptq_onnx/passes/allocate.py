@@ -58,7 +58,7 @@ def _goal(state: State, ctx: Context) -> Goal:
     deviation = deviation_of(state, ctx)
     noise = 0.0
     if deviation.parts:
-        noise = deviation(*with_activations(state, ctx, [q.name for q in state.plan.activations]))
+        noise = deviation(*with_activations(state, ctx, state.plan.activation_names))
     return Goal(minimized, config.width_budgets, config.total_noise, noise)
 
 

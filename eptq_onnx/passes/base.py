@@ -149,9 +149,17 @@ class Context:
             raise GradientError("no engine was chosen.")
         return self.engine
 
-    def chosen(self, indices: NDArray[np.int64]) -> Selection:
-        """Select some of the samples."""
-        return Selection(self.samples, indices)
+    def samples_of(self, plan: Plan) -> Samples:
+        """Return the samples as a plan's network runs them.
+
+        A range that is found in every run is that of one sample, as where the network is used, not that of
+        whichever samples share a batch.
+        """
+        return self.samples.alone() if plan.dynamic else self.samples
+
+    def chosen(self, indices: NDArray[np.int64], plan: Plan | None = None) -> Selection:
+        """Select some of the samples, by default as the float network runs them."""
+        return Selection(self.samples if plan is None else self.samples_of(plan), indices)
 
     def executed(self, model: ModelProto, read_as: Mapping[str, str] | None = None) -> ModelProto:
         """Return the part of a model that the samples execute, with recorded draws and choices as inputs."""
@@ -269,6 +277,8 @@ class State:
         Nodes kept in floating point because of measurements, each with the reason.
     exact : frozenset of str
         Tensors and nodes around which weights stay float, too.
+    dynamic : frozenset of str
+        Layers whose inputs are quantized in every run because of measurements.
     placement : Placement or None
         What was chosen by time.
     front : tuple of FrontPoint
@@ -296,6 +306,7 @@ class State:
     left_float: Mapping[str, str] = field(default_factory=dict)
     float_nodes: Mapping[str, str] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
+    dynamic: frozenset[str] = frozenset()
     placement: Placement | None = None
     front: tuple[FrontPoint, ...] = ()
     effects: Mapping[str, Candidates] = field(default_factory=dict)
@@ -391,10 +402,16 @@ def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[
 
     Returns the model, and which tensor holds the values of each quantized one.
     """
-    wanted = set(names)
-    chosen = tuple(q for q in state.plan.activations if q.name in wanted)
+    wanted, plan = set(names), state.plan
     plan = replace(
-        state.plan, layers=(), activations=chosen, operands=(), tables=(), integer_nodes={}, absorbed={}
+        plan,
+        layers=(),
+        activations=tuple(q for q in plan.activations if q.name in wanted),
+        dynamic=tuple(q for q in plan.dynamic if q.name in wanted),
+        operands=(),
+        tables=(),
+        integer_nodes={},
+        absorbed={},
     )
     marked, stands_for = write(state.model, plan, Rounding({}, {}, state.calibration.grids, {}, {}))
     return ctx.executed(marked, stands_for), stands_for
@@ -402,8 +419,9 @@ def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[
 
 def deviation_of(state: State, ctx: Context) -> Deviation:
     """Return what measures the noise of quantized activations at the outputs."""
+    samples = ctx.samples_of(state.plan)
     return Deviation(
-        state.executed, ctx.samples, ctx.walked, NOISE_SAMPLES, state.calibration.variance, ctx.config
+        state.executed, samples, ctx.walked, NOISE_SAMPLES, state.calibration.variance, ctx.config
     )
 
 
@@ -426,9 +444,21 @@ def leave_float(
     """
     if not tensors and not nodes and not exact:
         return state
-    left, kept = {**state.left_float, **tensors}, {**state.float_nodes, **(nodes or {})}
+    return _replanned(state, ctx, tensors, nodes or {}, exact)
+
+
+def quantize_in_every_run(state: State, ctx: Context, layers: Collection[str]) -> State:
+    """Replan with further layers whose inputs are quantized in every run."""
+    return _replanned(state.changed(dynamic=state.dynamic | set(layers)), ctx, {}, {}, ())
+
+
+def _replanned(
+    state: State, ctx: Context, tensors: Mapping[str, str], nodes: Mapping[str, str], exact: Collection[str]
+) -> State:
+    """Return the state with a new plan, and the ranges that it needs."""
+    left, kept = {**state.left_float, **tensors}, {**state.float_nodes, **nodes}
     around = state.exact | set(exact) if exact else state.exact
-    plan = make_plan(state.model, ctx.target, ctx.config, left, kept, around)
+    plan = make_plan(state.model, ctx.target, ctx.config, left, kept, around, state.dynamic)
     # What is left of a group may want another range.
     before = {q.name: q for q in state.plan.quantizers}
     same = {q.name: state.calibration.grids[q.name] for q in plan.quantizers if before.get(q.name) == q}

@@ -30,7 +30,7 @@ class FloatFallback(Pass):
         """Measure, and replan without the activations that are too noisy."""
         quantized = partial(with_activations, state, ctx)
         ratios = sensitive_activations(
-            state.network, quantized, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name)
+            state.network, quantized, ctx.chosen(ctx.walked, state.plan), ctx.config, ctx.tell(self.name)
         )
         reasons = {
             t: f"quantizing {t} alone would cause noise of {ratio:.1%} of the outputs' power"

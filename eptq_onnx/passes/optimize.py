@@ -45,7 +45,7 @@ class Optimize(Pass):
     def cost(self, state: State, ctx: Context) -> Cost:
         """Forward and backward passes of both networks in each step, and checks."""
         scored = len(ctx.shares.scored)
-        effort = Effort.of(ctx.config, state.plan, ctx.samples, scored, len(ctx.shares.held))
+        effort = Effort.of(ctx.config, state.plan, ctx.samples_of(state.plan), scored, len(ctx.shares.held))
         if not _is_likely(state, ctx):
             return Cost(passes=_LOOK, steps=effort.steps)
         return Cost(passes=effort.passes * scored, steps=effort.steps)
@@ -63,14 +63,14 @@ class Optimize(Pass):
         unpromising = None if ctx.config.steps is not None else _unpromising(state, ctx, judge)
         if unpromising is not None:
             return state.changed(trace=OptimizationTrace(reason=unpromising))
-        graph = training_graph(state.network, start, ctx.samples, ctx.config, ctx.gradients)
+        graph = training_graph(state.network, start, ctx.samples_of(state.plan), ctx.config, ctx.gradients)
         notes = [f"no gradient passes {note}" for note in graph.notes]
         notes += [f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items()]
 
         def tell(done: int, total: int, loss: float) -> None:
             ctx.progress(self.name, done, total, f"loss {loss:.4g}")
 
-        scored = ctx.chosen(ctx.shares.scored)
+        scored = ctx.chosen(ctx.shares.scored, state.plan)
         rounding, trace = optimize(
             state.network, start, graph, scored, ctx.shares.held, ctx.config, Hooks(tell, ctx.partial)
         )
@@ -96,7 +96,8 @@ def _unpromising(state: State, ctx: Context, judge: Judge) -> str | None:
     total = judge.noise(state.rounding)
     if not total.size:
         return None
-    fixed = [q.name for q in state.plan.activations if not is_learned(q, ctx.config)]
+    learned = {q.name for q in state.plan.activations if is_learned(q, ctx.config)}
+    fixed = [name for name in state.plan.activation_names if name not in learned]
     share = promised(total, judge.noise_of(*with_activations(state, ctx, fixed)))
     if share >= LITTLE:
         return None

@@ -77,7 +77,7 @@ class Place(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Measure or read timings, and replan with regions that are slower on integers left float."""
-        if not state.plan.integer_layers:
+        if not state.plan.integer_layers or not state.plan.activations:
             return state
         left = "which operators run on integers was not chosen by time"
         if ctx.target.verifier != ONNXRUNTIME:
@@ -218,7 +218,7 @@ class _Timed:
         state, ctx = self._state, self._ctx
         nodes: Mapping[str, str] = {**state.float_nodes, **kept}
         around = state.exact | {x.node for x in state.plan.layers if x.weight in exact}
-        return make_plan(state.model, ctx.target, ctx.config, state.left_float, nodes, around)
+        return make_plan(state.model, ctx.target, ctx.config, state.left_float, nodes, around, state.dynamic)
 
     def _planned_as(self, chosen: Sequence[bool], exact: Sequence[str] = ()) -> State:
         """Return the state with the plan of a choice."""
@@ -232,7 +232,7 @@ class _Timed:
         key = tuple(chosen)
         if key not in self._noise_of:
             state = self._planned_as(chosen)
-            names = [q.name for q in state.plan.activations]
+            names = state.plan.activation_names
             self._noise_of[key] = self._deviation(*with_activations(state, self._ctx, names))
         return self._noise_of[key]
 
@@ -284,6 +284,9 @@ class _Timed:
             return dict.fromkeys(names, 1.0)
         alone = {name: self._deviation(*with_activations(state, ctx, [name])) for name in names}
         together = self._noise(self._cut.as_planned) or 0.0
+        if ranged := [q.name for q in state.plan.dynamic]:
+            # Dynamic layers stay as they are, whatever is chosen.
+            together = max(together - self._deviation(*with_activations(state, ctx, ranged)), 0.0)
         return {name: noise * together / max(sum(alone.values()), 1e-30) for name, noise in alone.items()}
 
     @cached_property

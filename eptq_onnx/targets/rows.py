@@ -142,6 +142,9 @@ class Operator(Row):
         True if all inputs and the output share one scale.
     computed : bool
         False if a layer needs a constant weight, so that a product of two computed matrices stays float.
+    dynamic : bool
+        True if a layer also runs on integers with an input that is quantized in every run, with the range that
+        it has there.
     stored : bool
         True if the operator's constant lookup table is stored as int8 with one scale per row when the
         operator itself stays float.
@@ -164,6 +167,7 @@ class Operator(Row):
     inputs: Literal["all", "residual"] = "all"
     shared_scale: bool = False
     computed: bool = True
+    dynamic: bool = False
     stored: bool = False
     least: dict[Size, int] = {}
     most: dict[Size, int] = {}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from eptq_onnx.config import FLOAT_BITS, Config, FloatType, WeightStorage
+from eptq_onnx.config import FLOAT_BITS, Activations, Config, FloatType, WeightStorage
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.numerics.biases import BiasSpec
 from eptq_onnx.numerics.formats import FLOATS, IntFormat, PerAxis, PerTensor
@@ -106,6 +106,11 @@ class Target(Row):
         return frozenset(op for op, row in self.operators.items() if row.runs in runs)
 
     @property
+    def dynamic(self) -> frozenset[str]:
+        """Return the layers whose inputs can be quantized in every run."""
+        return frozenset(op for op, row in self.operators.items() if row.dynamic and row.runs == "layer")
+
+    @property
     def kernels(self) -> dict[str, tuple[str, ...]]:
         """Return each operator's integer kernels; empty if onnxruntime is not the verifier."""
         if self.verifier != ONNXRUNTIME:
@@ -181,6 +186,8 @@ class Target(Row):
                     f"target {self.name} does not support {min(other)}-bit {what}, because its {what} are "
                     f"{container}: choose {FLOATS[container].bits} bits."
                 )
+        if config.activations is Activations.DYNAMIC:
+            self._check_dynamic(activations)
         if FLOAT_BITS in activations and not self.weight.packed:
             raise ConfigError(
                 f"target {self.name} does not store the weights of float layers as integers (its "
@@ -190,6 +197,19 @@ class Target(Row):
             raise ConfigError(
                 f"target {self.name} does not support {least}-bit activations, because it takes no Clip "
                 "between QuantizeLinear and DequantizeLinear (its activation.narrow is false): choose 8 bits."
+            )
+
+    def _check_dynamic(self, widths: Collection[int]) -> None:
+        """Check that the runtime quantizes activations in every run, and at these widths."""
+        if not self.dynamic:
+            raise ConfigError(
+                f"option activations=dynamic is not for target {self.name}, which has no kernels that find the "
+                "ranges of activations in every run: choose activations=static with samples, or another target."
+            )
+        if other := set(widths) - {8, FLOAT_BITS}:
+            raise ConfigError(
+                f"option activations=dynamic quantizes activations to 8 bits, not {min(other)}: choose 8 bits, "
+                "or activations=static."
             )
 
     def storage_for(self, storage: WeightStorage | None) -> WeightStorage:

@@ -17,16 +17,16 @@ The rules, in terms of the operator table (`ops.TABLE`) and the target:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from onnx import AttributeProto, ModelProto, NodeProto
 
-from eptq_onnx.config import FLOAT_BITS, Config
+from eptq_onnx.config import FLOAT_BITS, Activations, Config
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.patterns import matching
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.method.plan.activations import lookup_tables, quantizers_of
+from eptq_onnx.method.plan.activations import dynamic_quantizers, lookup_tables, quantizers_of
 from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, weight_of
 from eptq_onnx.method.plan.guards import guarded_tensors
 from eptq_onnx.method.plan.held import held_weights
@@ -51,6 +51,7 @@ def plan(
     sensitive: Mapping[str, str] | None = None,
     kept: Mapping[str, str] | None = None,
     exact: Collection[str] = (),
+    dynamic: Collection[str] = (),
 ) -> Plan:
     """Make the plan for a normalized model.
 
@@ -65,6 +66,8 @@ def plan(
         Nodes that must stay float, each with the reason.
     exact : collection of str, optional
         Tensors and nodes around which weights stay float, too.
+    dynamic : collection of str, optional
+        Layers whose inputs are quantized in every run, where ``config.activations`` leaves it open.
 
     Raises
     ------
@@ -88,6 +91,8 @@ def plan(
         bits=bits,
         whole=regions(view, target.patterns.keep),
         activation_bits=config.activation_bits,
+        asked=_asked(config, dynamic),
+        only_dynamic=config.activations is Activations.DYNAMIC,
     )
     _absorb(draft)
     _choose(draft)
@@ -118,7 +123,16 @@ def plan(
         carried=_carried(draft),
         guarded=guarded_tensors(draft, activations) if target.rest.quantizes else frozenset(),
         held=held,
+        dynamic=dynamic_quantizers(layers),
     )
+
+
+def _asked(config: Config, dynamic: Collection[str]) -> Callable[[str], bool]:
+    """Return whether a layer of a name is to be dynamic."""
+    if config.activations is Activations.DYNAMIC:
+        return lambda name: True
+    chosen = frozenset(dynamic) if config.activations is Activations.AUTO else frozenset()
+    return chosen.__contains__
 
 
 def _absorb(draft: Draft) -> None:
@@ -149,7 +163,11 @@ def _choose(draft: Draft) -> None:
     for node in reversed(draft.view.nodes):
         spec = spec_of(node)
         reason = _objection(node, spec, draft)
-        if reason is None:
+        if reason is None and draft.is_dynamic(node):
+            draft.dynamic.add(node.name)
+        elif reason is None and draft.only_dynamic:
+            draft.reasons[node.name] = "the option activations leaves its activations float"
+        elif reason is None:
             draft.quantized[node.name] = spec
         else:
             draft.reasons[node.name] = reason
@@ -158,7 +176,7 @@ def _choose(draft: Draft) -> None:
         if (
             node.input
             and node.input[0] in draft.absorbed
-            and draft.view.producer[node.input[0]].name not in draft.reasons
+            and draft.view.producer[node.input[0]].name in draft.quantized
         ):
             del draft.reasons[node.name]
 

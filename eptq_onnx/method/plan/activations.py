@@ -9,7 +9,7 @@ from eptq_onnx.config import FLOAT_BITS, Config
 from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.method.plan.draft import Draft, bounds_of
 from eptq_onnx.ops import Role, channel_axes_of, pointwise, spec_of
-from eptq_onnx.records import ActivationQuantizer, ConstantOperand, Layer, LookupTable
+from eptq_onnx.records import ActivationQuantizer, ConstantOperand, DynamicQuantizer, Layer, LookupTable
 
 _LEAST_TABLE = 16_384
 """Values of a table below which storing it as integers does not pay."""
@@ -81,6 +81,15 @@ def quantizers_of(
             )
         )
     return tuple(activations), tuple(operands)
+
+
+def dynamic_quantizers(layers: tuple[Layer, ...]) -> tuple[DynamicQuantizer, ...]:
+    """Return the inputs of dynamic layers, each with its readers."""
+    readers: dict[str, list[str]] = defaultdict(list)
+    for layer in layers:
+        if layer.dynamic:
+            readers[layer.input].append(layer.node)
+    return tuple(DynamicQuantizer(name, tuple(nodes)) for name, nodes in readers.items())
 
 
 def lookup_tables(draft: Draft, layers: tuple[Layer, ...]) -> tuple[LookupTable, ...]:

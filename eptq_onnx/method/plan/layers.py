@@ -71,6 +71,7 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
                 edge=edge,
                 depthwise=depthwise,
                 stored=node.name in draft.stored,
+                dynamic=node.name in draft.dynamic,
             )
         )
     return tuple(layers)
@@ -92,13 +93,14 @@ def _leave(node: NodeProto, reason: str, draft: Draft) -> None:
     draft.reasons[node.name] = reason
     draft.quantized.pop(node.name, None)
     draft.stored.discard(node.name)
+    draft.dynamic.discard(node.name)
 
 
 def _layer_nodes(draft: Draft) -> list[NodeProto]:
     return [
         n
         for n in draft.view.nodes
-        if n.name in draft.stored or (n.name in draft.quantized and draft.is_weighted(n))
+        if n.name in draft.stored or n.name in draft.dynamic or (n.name in draft.quantized and draft.is_weighted(n))
     ]
 
 

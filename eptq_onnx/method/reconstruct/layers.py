@@ -84,7 +84,7 @@ class BiasGrid:
     @classmethod
     def of(cls, layer: Layer, plan: Plan, start: Rounding) -> BiasGrid:
         """Return that of a layer."""
-        if plan.bias is None or layer.stored:
+        if plan.bias is None or not layer.static:
             return cls(None, np.ones((), np.float32))
         return cls(plan.bias, start.grids[plan.quantizer_of[layer.input].name].scale)
 
@@ -263,7 +263,7 @@ def read_together(
         apart = count == 1 and np.array_equal(owners[0], np.arange(outputs))
         if apart and activation_of(view, layer, form, solver.config) is None:
             biased = layer.bias is not None
-            key = layer.input, inputs[layer.node], form, biased, layer.stored, layer.weight_spec
+            key = layer.input, inputs[layer.node], form, biased, layer.static, layer.weight_spec
             groups.setdefault(key, []).append(layer)
     return {group[0].node: tuple(group) for group in groups.values() if len(group) > 1}
 
