@@ -63,7 +63,8 @@ class Config(OptionModel):
     nodes: of their weights and of the activations they read. a32 leaves activations float. A pattern is a
     node name, re:REGEX, op:TYPE or from:NAME..to:NAME; the last match counts. May be repeated."""
     exclude: Annotated[tuple[str, ...], Option("widths", metavar="PATTERN", default="none")] = ()
-    """Keep the nodes that match a pattern (see bits) in floating point. May be repeated."""
+    """Keep the nodes that match a pattern (see bits) in floating point. tensor:NAME keeps a tensor float: the
+    nodes that make and read it compute in float, on weights stored at their bits. May be repeated."""
     budget: Annotated[
         tuple[Budget, ...], Option("widths", metavar="UNIT=AMOUNT", text=True, default="none")
     ] = ()

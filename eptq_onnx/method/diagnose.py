@@ -24,7 +24,7 @@ from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.quant_math import stride
 from eptq_onnx.numerics.sums import NoiseSum
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.records import Layer, Plan, Rounding
+from eptq_onnx.records import ActivationQuantizer, Layer, Plan, Rounding
 
 SAMPLES = 8
 """Samples that are run."""
@@ -173,21 +173,26 @@ def _histogram(
     return Histogram(layer, what, low, high, tuple(int(c) for c in counts), *covered, share)
 
 
-def only_weights(plan: Plan, nodes: Collection[str] | None = None) -> Plan:
-    """Return a plan that quantizes constants alone: all, or the weights of some nodes."""
-    chosen = tuple(x for x in plan.layers if nodes is None or x.node in nodes)
-    constants = (plan.operands, plan.tables) if nodes is None else ((), ())
+def part_of(plan: Plan, layers: Collection[Layer], activations: Collection[ActivationQuantizer]) -> Plan:
+    """Return a plan that quantizes some weights and some activations alone; biases stay float."""
     return replace(
         plan,
-        layers=chosen,
-        activations=(),
-        operands=constants[0],
-        tables=constants[1],
-        integer_nodes=plan.integer_nodes if nodes is None else {x.node: x.op_type for x in chosen},
+        layers=tuple(layers),
+        activations=tuple(activations),
+        operands=(),
+        tables=(),
+        integer_nodes={x.node: x.op_type for x in layers},
         absorbed={},
         bias=None,
-        carried=frozenset(),
     )
+
+
+def only_weights(plan: Plan, nodes: Collection[str] | None = None) -> Plan:
+    """Return a plan that quantizes constants alone: all, or the weights of some nodes."""
+    found = part_of(plan, [x for x in plan.layers if nodes is None or x.node in nodes], ())
+    if nodes is not None:
+        return found
+    return replace(found, operands=plan.operands, tables=plan.tables, integer_nodes=plan.integer_nodes)
 
 
 def readers(plan: Plan, view: GraphView) -> dict[str, tuple[str, ...]]:

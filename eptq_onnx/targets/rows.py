@@ -67,13 +67,14 @@ class ActivationRules(_Quantized):
 
     ``symmetric``: the zero point is 0. ``narrow``: the runtime accepts a Clip between QuantizeLinear and
     DequantizeLinear, which limits values to fewer than 8 bits. ``least_range``: the smallest real range that
-    the integers cover.
+    the integers cover. ``wide``: integer operators compute with 16 bits, too.
     """
 
     container: str
     symmetric: bool
     narrow: bool = True
     least_range: float = Field(0.0, ge=0)
+    wide: bool = False
 
     @field_validator("container")
     @classmethod

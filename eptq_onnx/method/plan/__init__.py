@@ -24,7 +24,7 @@ from onnx import AttributeProto, ModelProto, NodeProto
 from eptq_onnx.config import FLOAT_BITS, Config
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
-from eptq_onnx.graph.patterns import matching
+from eptq_onnx.graph.patterns import matching, tensor_of
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.plan.activations import lookup_tables, quantizers_of
 from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, weight_of
@@ -73,9 +73,12 @@ def plan(
         If a pattern matches no node.
     """
     view = GraphView(model)
+    excluded = {pattern: tensor_of(view, pattern) for pattern in config.exclude}
+    left = {t: f"excluded by the pattern {p}" for p, t in excluded.items() if t is not None}
     by_user = {
         name: f"excluded by the pattern {pattern}"
-        for pattern in config.exclude
+        for pattern, tensor in excluded.items()
+        if tensor is None
         for name in matching(view, pattern)
     }
     bits = {name: (w, a) for pattern, w, a in config.node_bits for name in matching(view, pattern)}
@@ -89,6 +92,7 @@ def plan(
         activation_bits=config.activation_bits,
     )
     _absorb(draft)
+    draft.sensitive = {**draft.sensitive, **{draft.final(t): why for t, why in left.items()}}
     _choose(draft)
     draft.stored |= stored_nodes(draft, {*exact, *by_user})
     layers = layers_of(draft, config, model)
@@ -101,7 +105,7 @@ def plan(
     activations, operands = quantizers_of(draft, layers, config)
     tables = lookup_tables(draft, layers)
     absorbed = _absorbed_nodes(draft, activations)
-    integer, left = _integer_nodes(draft), _kept_float(draft, absorbed)
+    integer, kept_float = _integer_nodes(draft), _kept_float(draft, absorbed)
     return Plan(
         layers,
         activations,
@@ -109,7 +113,7 @@ def plan(
         tables,
         integer,
         absorbed,
-        left,
+        kept_float,
         bias=target.bias_spec(),
         exact=_choosing(draft, integer),
         float_outputs=target.outputs == "float",
