@@ -16,7 +16,7 @@ from eptq_onnx.errors import (
 )
 
 if TYPE_CHECKING:
-    from eptq_onnx.api import Result, bench, compare, inspect, lint, quantize, samples, verify
+    from eptq_onnx.api import Result, bench, compare, inspect, lint, quantize, samples, sensitivity, verify
     from eptq_onnx.comparison import Compared, Sample
     from eptq_onnx.config import (
         ActivationRange,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from eptq_onnx.report import Report
     from eptq_onnx.rules import Finding, Lint, Severity
     from eptq_onnx.runtimes.bench import Bench
+    from eptq_onnx.sensitivities import Sensitivity
 
 __all__ = [
     "ActivationRange",
@@ -72,6 +73,7 @@ __all__ = [
     "Result",
     "RoundingVariable",
     "Sample",
+    "Sensitivity",
     "Severity",
     "Start",
     "Verified",
@@ -84,6 +86,7 @@ __all__ = [
     "lint",
     "quantize",
     "samples",
+    "sensitivity",
     "verify",
 ]
 
@@ -98,6 +101,7 @@ _PLACES = {
     "Report": "report",
     "Result": "api",
     "Sample": "comparison",
+    "Sensitivity": "sensitivities",
     "Severity": "rules",
     "Verified": "gate",
     "bench": "api",
@@ -106,6 +110,7 @@ _PLACES = {
     "lint": "api",
     "quantize": "api",
     "samples": "api",
+    "sensitivity": "api",
     "verify": "api",
 }
 """Modules of what is imported when it is asked for, other than `eptq_onnx.config`: the command has to handle

@@ -32,6 +32,7 @@ from eptq_onnx.parallel import owned_threads
 from eptq_onnx.passes.base import Progress
 from eptq_onnx.prepare import final
 from eptq_onnx.proto import store
+from eptq_onnx.ranking import sensitivity as ranking
 from eptq_onnx.report import Report
 from eptq_onnx.resume import Resume
 from eptq_onnx.rules import Lint
@@ -40,6 +41,7 @@ from eptq_onnx.runtime import custom_operators
 from eptq_onnx.runtimes.bench import Bench, effort_of
 from eptq_onnx.runtimes.bench import bench as measured
 from eptq_onnx.runtimes.feeds import inputs_of
+from eptq_onnx.sensitivities import Sensitivity
 from eptq_onnx.start import silent, start, target_of
 from eptq_onnx.summary import Costs, report_of
 from eptq_onnx.workdir import Workdir
@@ -174,6 +176,42 @@ def inspect(
     config = config or Config()
     with owned_threads(config.threads), custom_operators(config.custom_ops), scratch.folder() as folder:
         return look_at(model, config, Reading(**reading), folder)
+
+
+def sensitivity(
+    model: str | os.PathLike[str] | bytes | ModelProto,
+    data: Source,
+    config: Config | None = None,
+    *,
+    progress: Progress = silent,
+) -> Sensitivity:
+    """Rank the weights and activations of a float model by what they do to the outputs if quantized alone.
+
+    Takes at most 60 float passes (runs of all samples through the float model), calibration included.
+
+    Parameters
+    ----------
+    model : path, bytes or ModelProto
+        The float model; it is never modified.
+    data : Source
+        Calibration samples; see `quantize`.
+    config : Config, optional
+        The options that `quantize` would get; bits, patterns and target say what is quantized, and how.
+        Weights are rounded to nearest, and all operators with an integer kernel run on integers.
+    progress : callable, optional
+
+    Returns
+    -------
+    Sensitivity
+
+    Raises
+    ------
+    EptqError
+        If something is wrong; see `eptq_onnx.errors` for the subclasses.
+    """
+    config = config or Config()
+    with owned_threads(config.threads), custom_operators(config.custom_ops), scratch.folder() as folder:
+        return ranking(model, data, config, folder, progress)
 
 
 def compare(

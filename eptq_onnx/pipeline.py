@@ -85,6 +85,19 @@ class Runner:
     resume: Resume | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def part(self, first: str | None = None, last: str | None = None) -> Runner:
+        """Return a runner of the passes from one to another, both included, that times into the same record.
+
+        Parameters
+        ----------
+        first, last : str, optional
+            Names of passes; by default the first and the last of all.
+        """
+        names = [step.name for step in self.passes]
+        begin = 0 if first is None else names.index(first)
+        end = len(names) if last is None else names.index(last) + 1
+        return Runner(self.passes[begin:end], self.resume, self.seconds)
+
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Time a block of work."""

@@ -237,7 +237,8 @@ class Plan:
     @property
     def activation_names(self) -> list[str]:
         """Return the names of all activations that are quantized, with a fixed or a dynamic range."""
-        return list(dict.fromkeys(q.name for q in (*self.activations, *self.dynamic)))
+        ranged = [q.name for q in self.dynamic]
+        return list(dict.fromkeys([*(q.name for q in self.activations), *ranged]))
 
     @property
     def stored(self) -> tuple[Layer, ...]:

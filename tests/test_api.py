@@ -19,8 +19,8 @@ def test_public_names_are_pinned():
         "ActivationRange", "Attention", "Bench", "Budget", "BudgetUnit", "CapabilityError", "Compared", "Config",
         "ConfigError", "Data", "DataError", "EptqError", "Finding", "FloatType", "Gate", "GradientError", "Inspection",
         "InstallError", "Lint", "ModelError", "Objective", "Optimizer", "OutputError", "Preset", "Progress", "Report",
-        "Result", "RoundingVariable", "Sample", "Severity", "Start", "Verified", "WeightRange", "WeightStorage",
-        "__version__", "bench", "compare", "inspect", "lint", "quantize", "samples", "verify",
+        "Result", "RoundingVariable", "Sample", "Sensitivity", "Severity", "Start", "Verified", "WeightRange", "WeightStorage",
+        "__version__", "bench", "compare", "inspect", "lint", "quantize", "samples", "sensitivity", "verify",
     ]  # fmt: skip
     assert all(hasattr(eptq_onnx, name) for name in eptq_onnx.__all__)
 

@@ -69,7 +69,8 @@ class Config(OptionModel):
     auto: static, but dynamic for the products of a network that loses much less so, measured on samples, if
     the target has kernels for it."""
     exclude: Annotated[tuple[str, ...], Option("widths", metavar="PATTERN", default="none")] = ()
-    """Keep the nodes that match a pattern (see bits) in floating point. May be repeated."""
+    """Keep the nodes that match a pattern (see bits) in floating point. tensor:NAME keeps a tensor float: the
+    nodes that make and read it compute in float, on weights stored at their bits. May be repeated."""
     budget: Annotated[
         tuple[Budget, ...], Option("widths", metavar="UNIT=AMOUNT", text=True, default="none")
     ] = ()

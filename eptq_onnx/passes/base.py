@@ -24,6 +24,7 @@ from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.allocate import Candidates
 from eptq_onnx.method.calibrate import calibrate
+from eptq_onnx.method.diagnose import part_of
 from eptq_onnx.method.float_fallback import SAMPLES as NOISE_SAMPLES
 from eptq_onnx.method.judge import SAMPLES, Limit
 from eptq_onnx.method.plan import plan as make_plan
@@ -398,21 +399,8 @@ class Pass(ABC):
 
 
 def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:
-    """Quantize some activations of the float network only.
-
-    Returns the model, and which tensor holds the values of each quantized one.
-    """
-    wanted, plan = set(names), state.plan
-    plan = replace(
-        plan,
-        layers=(),
-        activations=tuple(q for q in plan.activations if q.name in wanted),
-        dynamic=tuple(q for q in plan.dynamic if q.name in wanted),
-        operands=(),
-        tables=(),
-        integer_nodes={},
-        absorbed={},
-    )
+    """Return the float network with some activations quantized, and which tensor holds whose values."""
+    plan = part_of(state.plan, (), names)
     marked, stands_for = write(state.model, plan, Rounding({}, {}, state.calibration.grids, {}, {}))
     return ctx.executed(marked, stands_for), stands_for
 
@@ -444,21 +432,32 @@ def leave_float(
     """
     if not tensors and not nodes and not exact:
         return state
-    return _replanned(state, ctx, tensors, nodes or {}, exact)
+    return replanned(
+        state.changed(
+            left_float={**state.left_float, **tensors},
+            float_nodes={**state.float_nodes, **(nodes or {})},
+            exact=state.exact | set(exact) if exact else state.exact,
+        ),
+        ctx,
+    )
 
 
 def quantize_in_every_run(state: State, ctx: Context, layers: Collection[str]) -> State:
     """Replan with further layers whose inputs are quantized in every run."""
-    return _replanned(state.changed(dynamic=state.dynamic | set(layers)), ctx, {}, {}, ())
+    return replanned(state.changed(dynamic=state.dynamic | set(layers)), ctx)
 
 
-def _replanned(
-    state: State, ctx: Context, tensors: Mapping[str, str], nodes: Mapping[str, str], exact: Collection[str]
-) -> State:
-    """Return the state with a new plan, and the ranges that it needs."""
-    left, kept = {**state.left_float, **tensors}, {**state.float_nodes, **nodes}
-    around = state.exact | set(exact) if exact else state.exact
-    plan = make_plan(state.model, ctx.target, ctx.config, left, kept, around, state.dynamic)
+def replanned(state: State, ctx: Context) -> State:
+    """Plan again with the options of a context; ranges that still fit are kept, others are chosen."""
+    plan = make_plan(
+        state.model,
+        ctx.target,
+        ctx.config,
+        state.left_float,
+        state.float_nodes,
+        state.exact,
+        state.dynamic,
+    )
     # What is left of a group may want another range.
     before = {q.name: q for q in state.plan.quantizers}
     same = {q.name: state.calibration.grids[q.name] for q in plan.quantizers if before.get(q.name) == q}
@@ -472,4 +471,4 @@ def _replanned(
         scores=channels,
         known=replace(state.calibration, grids=same),
     )
-    return state.changed(plan=plan, calibration=calibration, left_float=left, float_nodes=kept, exact=around)
+    return state.changed(plan=plan, calibration=calibration)

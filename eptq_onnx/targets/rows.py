@@ -67,13 +67,14 @@ class ActivationRules(_Quantized):
 
     ``symmetric``: the zero point is 0. ``narrow``: the runtime accepts a Clip between QuantizeLinear and
     DequantizeLinear, which limits values to fewer than 8 bits. ``least_range``: the smallest real range that
-    the integers cover.
+    the integers cover. ``wide``: integer operators compute with 16 bits, too.
     """
 
     container: str
     symmetric: bool
     narrow: bool = True
     least_range: float = Field(0.0, ge=0)
+    wide: bool = False
 
     @field_validator("container")
     @classmethod
@@ -143,8 +144,8 @@ class Operator(Row):
     computed : bool
         False if a layer needs a constant weight, so that a product of two computed matrices stays float.
     dynamic : bool
-        True if a layer also runs on integers with an input that is quantized in every run, with the range that
-        it has there.
+        True if a layer also runs on integers with an input that is quantized in every run, with the range
+        that it has there.
     stored : bool
         True if the operator's constant lookup table is stored as int8 with one scale per row when the
         operator itself stays float.

@@ -229,7 +229,9 @@ def test_a_dynamic_range_brings_less_noise_where_samples_differ():
 
 @pytest.mark.parametrize("name", [n for n in targets.names() if not targets.load(n).dynamic])
 def test_targets_without_kernels_refuse(name):
-    with pytest.raises(ConfigError, match=f"activations=dynamic is not for target {name}, which has no kernels"):
+    with pytest.raises(
+        ConfigError, match=f"activations=dynamic is not for target {name}, which has no kernels"
+    ):
         dynamic(block(), target=name)
 
 
