@@ -1,4 +1,4 @@
-"""Plots as inline SVG in the colours of the page; plain names of operators are all that is the user's in them."""
+"""Plots as inline SVG in the colours of the page; plain names of operators are the only texts of the user."""
 
 from __future__ import annotations
 
