@@ -39,7 +39,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("bits", _bits(report)),
         ("rotation", _rotation(report)),
         ("equalization", _equalization(report)),
-        *([("by time", by_time.in_words(report.placement))] if report.placement is not None else []),
+        *([("placement", by_time.in_words(report.placement))] if report.placement is not None else []),
         ("optimization", _optimization(report)),
         ("time, memory", _cost(report)),
     ]
@@ -101,7 +101,7 @@ def output_sheet(report: Report) -> Sheet:
         rows.append(tuple(row))
     return Sheet(
         f"Float against quantized, {v.samples} {what}",
-        ("output", "SQNR (dB)", "about the mean (dB)", "worst sample (dB)", "largest channel changes"),
+        ("output", "SQNR (dB)", "about the mean (dB)", "worst sample (dB)", "top-1 changes"),
         tuple(rows),
         names=(0,),
     )

@@ -141,7 +141,7 @@ def _judge_output(s: OutputStatistics) -> tuple[Assurance, str]:
     text = f"keeps {s.sqnr_db:.1f} dB" if s.sqnr_db < 100 else "is the same"
     if changes is not None:
         where = "samples" if s.decisions <= s.samples else "positions"
-        text += f", another channel is largest on {changes:.1%} of {where}"
+        text += f", its top-1 changes on {changes:.1%} of {where}"
     if s.sqnr_db >= VERY_HIGH_DB:
         return Assurance.SAFE, text
     spread = f"{text}, noise is {_noise(s.centred_sqnr_db)} of its spread"

@@ -110,6 +110,15 @@ def test_pairs_are_one_sample(tmp_path, tokenizer):
     np.testing.assert_array_equal(feeds["token_type_ids"], [[0, 0, 0, 1, 1, 1]])
 
 
+def test_a_text_is_named_by_its_number_and_how_it_begins(tmp_path, tokenizer):
+    long = "a b " * 40
+    file = written(tmp_path, ["a  b", "", long, "c", "d"])
+    assert loaded(file, model(), tokenizer).names == ("1: a b", f"2: {long[:59]}…", "3: c", "4: d")
+    assert loaded(file, model(), tokenizer, samples=2).names == ("1: a b", "4: d")
+    pair = written(tmp_path, [json.dumps(["a", "b c"])], "pair.jsonl")
+    assert loaded(pair, model(), tokenizer).names == ("1: a | b c",)
+
+
 def test_samples_are_spread_over_the_lines(tmp_path, tokenizer):
     file = written(tmp_path, ["a"] * 50 + ["b"] * 50)
     samples = loaded(file, model(), tokenizer, samples=10).samples[0]

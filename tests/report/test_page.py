@@ -17,6 +17,8 @@ from reports import FRONT, POOR, exhibits, layer, noise, report
 
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.diagnosis import Exhibits, NodePlace, Picture, SampleNoise
+from eptq_onnx.records import OperatorTime
+from eptq_onnx.report.page import plots
 from eptq_onnx.report.page.page import page_of
 from eptq_onnx.report.page.pictures import data_uri
 from eptq_onnx.report.page.strip import strip
@@ -201,6 +203,20 @@ def test_hostile_names_are_harmless(full):
         > 8
     )
     hostile.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("Conv", "Conv"), ("com.microsoft.QuickGelu", "com.microsoft.QuickGelu"), ("Sigmoid+Mul", "Sigmoid+Mul"),
+        ("$x$", "row 3"), ("<b>", "row 3"), ("", "row 3"), ("a\nb", "row 3"), ("x" * 25, "row 3"), ("é", "row 3"),
+    ],
+)  # fmt: skip
+def test_operators_are_named_where_they_take_time(name, label):
+    times = [OperatorTime("A", 1e-3, 2e-3), OperatorTime("B", 1e-3, 2e-3), OperatorTime(name, 1e-3, 1e-3)]
+    found = str(plots.operators(times))
+    assert f">{label}</text>" in found
+    assert (">row 3</text>" in found) == (label == "row 3")
 
 
 def test_the_same_report_gives_the_same_bytes(bare):

@@ -79,4 +79,4 @@ def test_json_leaves_out_what_only_a_page_shows_and_holds_the_advice():
     assert list(found)[:2] == ["verdict", "advice"]
     assert "exhibits" not in found
     assert found["layers"][0]["own_db"] == 25.0
-    assert found["verification"]["worst"] == [{"sample": 7, "output": "y", "sqnr_db": 4.0}]
+    assert found["verification"]["worst"] == [{"sample": 7, "output": "y", "sqnr_db": 4.0, "name": ""}]

@@ -32,6 +32,8 @@ _FILLED = {
 """Inputs that are filled, and what of the tokenizer's result each takes."""
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """Pieces of a vocabulary like BERT's that are never split."""
+_SHOWN = 60
+"""Characters of a text that its name holds."""
 _BATCH = 256
 """Texts that are tokenized at once."""
 Text = str | tuple[str, str]
@@ -69,7 +71,8 @@ class TextReader(Reader):
         if not count:
             raise DataError(f"data file {path} holds no text.")
         places = set(request.chosen(count))
-        chosen = [text for k, text in enumerate(_texts(path)) if k in places]
+        numbered = [(k, text) for k, text in enumerate(_texts(path), 1) if k - 1 in places]
+        chosen = [text for _, text in numbered]
         padding = tokenizer.padding or {}
         length, cut = _length(tokenizer, chosen, request.inputs)
         _fit(tokenizer, padding, length.tokens)
@@ -85,7 +88,8 @@ class TextReader(Reader):
         notes = [f"{cut} of {len(chosen)} texts have more than {length} and are cut"] if cut else []
         recipe = {"tokenizer": str(file)}
         origin = Origin(str(path), recipe, (*guessed, f"{length}"), tuple(notes))
-        return Opened({name: shelf.values() for name, shelf in shelves.items()}, origin)
+        names = tuple(_name(number, text) for number, text in numbered)
+        return Opened({name: shelf.values() for name, shelf in shelves.items()}, origin, names=names)
 
     def wanted(self, request: Request) -> Wanted | None:
         """Return text if a tokenizer fills all inputs, all of them with two axes."""
@@ -108,6 +112,12 @@ class _Length:
 
     def __str__(self) -> str:
         return f"{self.tokens} tokens ({self.why})"
+
+
+def _name(number: int, text: Text) -> str:
+    """Return the number of a text, counted from 1 without empty lines, and how it begins."""
+    words = " ".join((text if isinstance(text, str) else " | ".join(text)).split())
+    return f"{number}: {words if len(words) <= _SHOWN else words[: _SHOWN - 1] + '…'}"
 
 
 def _kinds(inputs: tuple[Input, ...]) -> dict[str, str]:

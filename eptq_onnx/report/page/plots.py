@@ -1,4 +1,4 @@
-"""Plots as inline SVG: no text of the user is in them, and colours follow the page's."""
+"""Plots as inline SVG in the colours of the page; plain names of operators are the only texts of the user."""
 
 from __future__ import annotations
 
@@ -287,6 +287,11 @@ def seconds(spent: Mapping[str, float], expected: Mapping[str, float]) -> Markup
     return Plot("seconds", "Time by pass", text).drawn(draw, (7.5, 0.6 + 0.2 * len(names)))
 
 
+def operator_label(name: str, place: int) -> str:
+    """Return the name of an operator if it is a plain word, and else its row in the table."""
+    return name if re.fullmatch(r"[A-Za-z][\w.+]{0,23}", name, re.ASCII) else f"row {place + 1}"
+
+
 def operators(times: Sequence[OperatorTime], name: str = "operators") -> Markup:
     """Return the time of each kind of operator in both models."""
     shown = times[:12]
@@ -297,11 +302,10 @@ def operators(times: Sequence[OperatorTime], name: str = "operators") -> Markup:
         axes.barh(
             places + 0.2, [o.quantized_seconds * 1e3 for o in shown], 0.38, color=_FIRST, label="quantized"
         )
-        axes.set_yticks(places, [str(k + 1) for k in places])
+        axes.set_yticks(places, [operator_label(o.operator, k) for k, o in enumerate(shown)])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("milliseconds of one run")
-        axes.set_ylabel("row of the table")
         _legend(axes)
 
     text = f"{len(shown)} kinds of operators; the table beside names them."
