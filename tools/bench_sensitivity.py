@@ -60,7 +60,10 @@ def main(
     table = Table("layer", "foretold", "alone", title=f"{model.name} W{weight}A{activation}")
     noises = []
     for node in chosen:
-        noises.append(_alone(model, str(data), given, config, node, samples))
+        # A layer that is alone is first and last: its bits are those that it has among the others.
+        own = next(p.bits for p in found.parts if p.what == "weights" and node in p.nodes)
+        rule = f"{node}=w{own}a{activation}"
+        noises.append(_alone(model, str(data), given, Config(bits=[rule]), samples))
         table.add_row(node, f"{foretold[node]:.3g}", f"{noises[-1]:.3g}")
     out = Console(width=140)
     out.print(table)
@@ -83,16 +86,17 @@ def _by_layer(found: Sensitivity) -> dict[str, float]:
     return dict(sorted(noises.items(), key=lambda item: -item[1]))
 
 
-def _alone(model: Path, data: str, seen: dict[str, Any], config: Config, node: str, samples: int) -> float:
+def _alone(model: Path, data: str, seen: dict[str, Any], config: Config, samples: int) -> float:
     """Return the noise of a file in which one layer alone is quantized."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "alone.onnx"
+    node = config.bits[0].rpartition("=")[0]
     others = rf"re:(?!{re.escape(node)}$).*"
-    options = {
+    options: dict[str, Any] = {
         "preset": "fast", "start": "nearest", "steps": 0, "objective": "integers", "measure_speed": False,
-        "max_noise": 0, "exclude": [others],
+        "max_noise": 0, "bits": config.bits, "exclude": [others],
     }  # fmt: skip
-    result = eptq_onnx.quantize(model, data, Config(**{**config.model_dump(exclude={"exclude"}), **options}))
+    result = eptq_onnx.quantize(model, data, Config(**options))
     result.save(path)
     return _noise(model, path, seen, samples)
 

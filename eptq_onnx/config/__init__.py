@@ -1,5 +1,6 @@
 """The options."""
 
+from eptq_onnx.config.accuracy import Accuracy
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
@@ -22,6 +23,7 @@ from eptq_onnx.config.reading import Reading
 __all__ = [
     "FLOAT_BITS",
     "PRESET_PASSES",
+    "Accuracy",
     "ActivationRange",
     "Attention",
     "Budget",
