@@ -51,7 +51,9 @@ def main(
     if model is None or data is None or seen is None:
         raise typer.BadParameter("give --shipped, or --model, --data and --seen")
     with np.load(seen) as arrays:
-        given = {p.name: arrays[p.name] for p in ports_of(read_file(model).graph)}
+        ports = ports_of(read_file(model).graph)
+        names = [p.name if p.name in arrays else arrays.files[k] for k, p in enumerate(ports)]
+        given = {p.name: arrays[n].astype(p.dtype) for p, n in zip(ports, names, strict=True)}
     weight, activation = (int(v) for v in bits.split(","))
     config = Config(weight_bits=weight, activation_bits=activation)
     found = eptq_onnx.sensitivity(model, str(data), config)
