@@ -181,6 +181,7 @@ def part_of(plan: Plan, layers: Collection[Layer], activations: Collection[Activ
         activations=tuple(activations),
         operands=(),
         tables=(),
+        held=(),
         integer_nodes={x.node: x.op_type for x in layers},
         absorbed={},
         bias=None,
@@ -192,7 +193,13 @@ def only_weights(plan: Plan, nodes: Collection[str] | None = None) -> Plan:
     found = part_of(plan, [x for x in plan.layers if nodes is None or x.node in nodes], ())
     if nodes is not None:
         return found
-    return replace(found, operands=plan.operands, tables=plan.tables, integer_nodes=plan.integer_nodes)
+    return replace(
+        found,
+        operands=plan.operands,
+        tables=plan.tables,
+        held=plan.held,
+        integer_nodes=plan.integer_nodes,
+    )
 
 
 def readers(plan: Plan, view: GraphView) -> dict[str, tuple[str, ...]]:
