@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from eptq_onnx.api import Result, bench, compare, inspect, lint, quantize, samples, sensitivity, verify
     from eptq_onnx.comparison import Compared, Sample
     from eptq_onnx.config import (
+        Accuracy,
         ActivationRange,
         Attention,
         Budget,
@@ -41,9 +42,12 @@ if TYPE_CHECKING:
     from eptq_onnx.report import Report
     from eptq_onnx.rules import Finding, Lint, Severity
     from eptq_onnx.runtimes.bench import Bench
+    from eptq_onnx.scoring import Runnable
     from eptq_onnx.sensitivities import Sensitivity
+    from eptq_onnx.trail import Trail
 
 __all__ = [
+    "Accuracy",
     "ActivationRange",
     "Attention",
     "Bench",
@@ -72,10 +76,12 @@ __all__ = [
     "Report",
     "Result",
     "RoundingVariable",
+    "Runnable",
     "Sample",
     "Sensitivity",
     "Severity",
     "Start",
+    "Trail",
     "Verified",
     "WeightRange",
     "WeightStorage",
@@ -100,9 +106,11 @@ _PLACES = {
     "Progress": "passes.base",
     "Report": "report",
     "Result": "api",
+    "Runnable": "scoring",
     "Sample": "comparison",
     "Sensitivity": "sensitivities",
     "Severity": "rules",
+    "Trail": "trail",
     "Verified": "gate",
     "bench": "api",
     "compare": "api",

@@ -14,8 +14,10 @@ from typing_extensions import Unpack
 from eptq_onnx import gate, runtimes, scratch
 from eptq_onnx.comparison import LEAST_DB, SAMPLES, Compared, Sample, samples_of
 from eptq_onnx.comparison import compare as side_by_side
-from eptq_onnx.config import Config, Gate, Reading
+from eptq_onnx.config import Accuracy, Config, Gate, Reading
+from eptq_onnx.config.accuracy import AccuracyOptions
 from eptq_onnx.config.reading import ReadingOptions
+from eptq_onnx.control import controlled
 from eptq_onnx.data.readers import Source
 from eptq_onnx.data.readers import files_of as files_of_data
 from eptq_onnx.data.sheet import contact_sheet
@@ -84,6 +86,7 @@ def quantize(
     config: Config | None = None,
     *,
     progress: Progress = silent,
+    **accuracy: Unpack[AccuracyOptions],
 ) -> Result:
     """Quantize a float ONNX model with EPTQ.
 
@@ -97,6 +100,11 @@ def quantize(
         it, such as ``Data("photos", image="imagenet")``.
     config : Config, optional
     progress : callable, optional
+    **accuracy
+        ``evaluate``, a function that scores a model, and ``max_drop``, how much worse than the float model's
+        the score may be; ``higher_is_better`` and ``max_evaluations``. The function takes an object with
+        ``run(names, feeds)``, ``get_inputs()`` and ``get_outputs()`` as onnxruntime's sessions have them, and
+        returns a number. See `Accuracy`.
 
     Returns
     -------
@@ -107,7 +115,7 @@ def quantize(
     EptqError
         If something is wrong; see `eptq_onnx.errors` for the subclasses.
     """
-    config = config or Config()
+    config, kept_score = config or Config(), Accuracy(**accuracy)
     inputs = tuple(input_files(model, data, config))
     if config.timings is not None and not config.timings.exists():
         check_writable(config.timings)
@@ -118,7 +126,8 @@ def quantize(
         scratch.folder() as folder,
         kept as workdir,
     ):
-        return replace(_quantize(model, data, config, progress, _Places(folder, workdir)), inputs=inputs)
+        found = _quantize(model, data, (config, kept_score), progress, _Places(folder, workdir))
+        return replace(found, inputs=inputs)
 
 
 def lint(model: str | os.PathLike[str] | bytes | ModelProto, target: str = "auto") -> Lint:
@@ -304,21 +313,31 @@ class _Places:
 def _quantize(
     model: str | os.PathLike[str] | bytes | ModelProto,
     data: Source,
-    given: Config,
+    options: tuple[Config, Accuracy],
     progress: Progress,
     places: _Places,
 ) -> Result:
     """Quantize a model; see `quantize`."""
+    given, accuracy = options
     begun = start(model, data, given, places.folder, progress)
     runner, prepared, state, ctx = begun.runner, begun.prepared, begun.state, begun.ctx
     if places.workdir is not None:
         runner.resume = Resume(places.workdir, state, ctx)
     with runner.timed("estimate"):
         expected = runner.estimate(state, ctx)
-    state = runner.run(state, replace(ctx, expected=expected.seconds))
-    report = report_of(prepared, state, ctx, Costs(expected, runner.seconds, peak_memory()))
+    ctx, trail = replace(ctx, expected=expected.seconds), None
+    if accuracy.evaluate is None:
+        state = runner.run(state, ctx)
+    else:
+        kept = controlled(begun, ctx, accuracy, places.workdir)
+        state, ctx, trail = kept.state, kept.ctx, kept.trail
+    found = report_of(prepared, state, ctx, Costs(expected, runner.seconds, peak_memory()))
+    if trail is not None:
+        # The options that were asked for lead to the same file again, by the same path.
+        asked = {**given.model_dump(mode="json"), **prepared.reading, **accuracy.given()}
+        found = replace(found, config=asked, trail=trail, notes=(*found.notes, *trail.unavailable))
     sheet = contact_sheet(ctx.samples, prepared.origin, prepared.model)
-    return Result(store.load_all(final(sink(state.packed), prepared)), report, contact_sheet=sheet)
+    return Result(store.load_all(final(sink(state.packed), prepared)), found, contact_sheet=sheet)
 
 
 def bench(

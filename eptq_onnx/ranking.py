@@ -9,21 +9,23 @@ are measured, too: alone, and by what is left once all of the group is spared.
 from __future__ import annotations
 
 import heapq
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from onnx import ModelProto
 
-from eptq_onnx.config import Config, Objective, Preset
+from eptq_onnx.config import FLOAT_BITS, Config, Objective, Preset
 from eptq_onnx.data.readers import Source
 from eptq_onnx.errors import ConfigError, ModelError
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph.patterns import matching
-from eptq_onnx.graph.view import GraphView
-from eptq_onnx.method.diagnose import part_of, readers
+from eptq_onnx.graph.view import GraphView, opset_of
+from eptq_onnx.method.diagnose import only_weights, part_of, readers
 from eptq_onnx.method.qdq import write
 from eptq_onnx.method.spare import Rules, Spare, most_bits, of_activation, of_weights, rules
 from eptq_onnx.passes.base import Context, Progress, State
@@ -37,8 +39,10 @@ SAMPLES, _FEW = 8, 2
 """Samples that each part runs on, and the fewest to do with."""
 _NEIGHBOURHOODS = 8
 """Groups that the network is cut into in the order of execution."""
-_FULL = 8
-"""Bits above which an option spares nothing but by floating point."""
+_FULL, _WIDE = 8, 16
+"""Bits that all runtimes compute with, and those that few do."""
+_LEAST_PRICE = 0.02
+"""Price of sparing any part, so that a list of many small ones is no bargain."""
 
 
 def sensitivity(
@@ -121,6 +125,26 @@ class Piece:
         return self.layers[0].weight_spec.bits if self.activation is None else self.activation.spec.bits
 
 
+@dataclass(frozen=True)
+class Move:
+    """A way to spare a part, and what it brings and costs.
+
+    Parameters
+    ----------
+    piece : Piece
+    spare : Spare
+    gain : float
+        Noise that is gone, beside what milder ways have taken away.
+    price : float
+        What it adds to the bytes of all weights in int8, and the share of multiplications that it slows down.
+    """
+
+    piece: Piece
+    spare: Spare
+    gain: float
+    price: float
+
+
 class Ranking:
     """Measures the parts of a network.
 
@@ -137,6 +161,8 @@ class Ranking:
         self._operators = {n.name: n.op_type for n in self._view.nodes}
         self.pieces = self._pieces()
         """All that an option can spare, in the order of execution."""
+        self.noises: dict[Piece, float] = {}
+        """The noise of each alone, once it is ranked."""
         self._runs = self._planned = 0
 
     def ranked(self, most: float) -> Sensitivity:
@@ -155,7 +181,7 @@ class Ranking:
         runs = max(int(most // deviation.samples), 5)
         groups = groups if runs >= wanted else groups[: runs // 8]
         self._planned = min(wanted, runs)
-        noises: dict[Piece, float] = {}
+        noises = self.noises
         notes = []
 
         def noise(chosen: Iterable[Piece]) -> float:
@@ -188,6 +214,70 @@ class Ranking:
             groups=tuple(sorted(found, key=lambda group: -group.noise)),
             notes=tuple(notes),
         )
+
+    def moves(self, most: float, multiplications: Mapping[str, float]) -> tuple[list[Move], float]:
+        """Return ways to spare parts, what helps most for its price first, and the noise of the whole.
+
+        The noise of the weights is that of their final rounding: less than that of nearest rounding, by
+        about the same factor for all of them.
+
+        Parameters
+        ----------
+        most : float
+            Most runs of the network for one sample.
+        multiplications : mapping of str to float
+            Of each layer, by node.
+        """
+        found = self.ranked(most)
+        state = self._state
+        rounded = state.changed(nearest=state.rounding)
+        weights = Ranking(rounded, self._ctx).noise_of_weights(found.samples)
+        together = {"weights": weights, "activation": found.activations}
+        moves: list[Move] = []
+        for what, noise in together.items():
+            own = {p: n for p, n in self.noises.items() if p.what == what}
+            factor = noise / max(sum(own.values()), 1e-30)
+            for piece, alone_noise in own.items():
+                moves += self._ways(piece, alone_noise * factor, multiplications)
+        return sorted(moves, key=lambda m: -m.gain / m.price), sum(together.values())
+
+    def noise_of_weights(self, count: int) -> float:
+        """Return the noise of all weights alone, on a number of samples."""
+        return self._noise(self._deviation(count), only_weights(self._state.plan))
+
+    def _ways(self, piece: Piece, noise: float, multiplications: Mapping[str, float]) -> Iterator[Move]:
+        """Yield the ways to spare a part, the mildest first, none a better bargain than the one before."""
+        total = max(sum(multiplications.values()), 1e-30)
+        left, best = 1.0, np.inf
+        for spare in piece.spares:
+            if spare.activation_bits == _WIDE and not self._has_wide_types:
+                continue
+            touched = set(spare.nodes)
+            if spare.tensor:
+                touched = {n.name for n in self._view.consumers[spare.tensor]}
+                maker = self._view.producer.get(spare.tensor)
+                touched |= {maker.name} if maker is not None else set()
+            slowed = sum(multiplications.get(n, 0.0) for n in touched) / total
+            price = _LEAST_PRICE
+            if spare.leaves_float or spare.activation_bits == _WIDE:
+                price += slowed
+            if piece.layers:
+                size = math.prod(self._view.constant_shape(piece.layers[0].weight)) / self._weights
+                price += size * ((spare.weight_bits or FLOAT_BITS) - piece.bits) / _FULL
+            gain = noise * (left - spare.left)
+            left = spare.left
+            best = min(best, gain / price)
+            yield Move(piece, spare, gain, max(price, gain / max(best, 1e-300)))
+
+    @cached_property
+    def _weights(self) -> int:
+        shapes = {p.layers[0].weight for p in self.pieces if p.layers}
+        return max(sum(math.prod(self._view.constant_shape(w)) for w in shapes), 1)
+
+    @property
+    def _has_wide_types(self) -> bool:
+        """Return True if the network's opset has the types of 16-bit activations."""
+        return opset_of(self._state.model) >= self._ctx.target.opset_for(_WIDE, self._ctx.config.storage)
 
     def rules(self, spares: Iterable[Spare]) -> Rules:
         """Return the options that spare several parts at once."""

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import eptq_onnx
 from eptq_onnx import demo, runtimes
 from eptq_onnx.cli import app
-from eptq_onnx.config import PRESET_PASSES, Config, Preset, Reading
+from eptq_onnx.config import PRESET_PASSES, Accuracy, Config, Preset, Reading
 from eptq_onnx.config.files import SECTIONS
 from eptq_onnx.config.recipes import IMAGE_RECIPES
 from eptq_onnx.data import readers
@@ -174,7 +174,8 @@ def test_the_page_of_options_holds_all_of_them(pages, help_text):
     for section in SECTIONS.values():
         assert f"Table `[{section}]`" in page
     rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*) \|$", page, re.MULTILINE)
-    assert len(rows) == len(Config.model_fields) + len(Reading.model_fields) + 9, (
+    fields = {**Config.model_fields, **Reading.model_fields, **Accuracy.model_fields}
+    assert len(rows) == len(fields) + 9, (
         "the options, the model, its samples, three outputs, a file of options, and how the command prints"
     )
     listed = re.findall(r"`(--[a-z-]+)", " ".join(flags for flags, _, _ in rows))

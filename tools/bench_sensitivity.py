@@ -51,7 +51,9 @@ def main(
     if model is None or data is None or seen is None:
         raise typer.BadParameter("give --shipped, or --model, --data and --seen")
     with np.load(seen) as arrays:
-        given = {p.name: arrays[p.name] for p in ports_of(read_file(model).graph)}
+        ports = ports_of(read_file(model).graph)
+        names = [p.name if p.name in arrays else arrays.files[k] for k, p in enumerate(ports)]
+        given = {p.name: arrays[n].astype(p.dtype) for p, n in zip(ports, names, strict=True)}
     weight, activation = (int(v) for v in bits.split(","))
     config = Config(weight_bits=weight, activation_bits=activation)
     found = eptq_onnx.sensitivity(model, str(data), config)
@@ -60,7 +62,10 @@ def main(
     table = Table("layer", "foretold", "alone", title=f"{model.name} W{weight}A{activation}")
     noises = []
     for node in chosen:
-        noises.append(_alone(model, str(data), given, config, node, samples))
+        # A layer that is alone is first and last: its bits are those that it has among the others.
+        own = next(p.bits for p in found.parts if p.what == "weights" and node in p.nodes)
+        rule = f"{node}=w{own}a{activation}"
+        noises.append(_alone(model, str(data), given, Config(bits=[rule]), samples))
         table.add_row(node, f"{foretold[node]:.3g}", f"{noises[-1]:.3g}")
     out = Console(width=140)
     out.print(table)
@@ -83,16 +88,17 @@ def _by_layer(found: Sensitivity) -> dict[str, float]:
     return dict(sorted(noises.items(), key=lambda item: -item[1]))
 
 
-def _alone(model: Path, data: str, seen: dict[str, Any], config: Config, node: str, samples: int) -> float:
+def _alone(model: Path, data: str, seen: dict[str, Any], config: Config, samples: int) -> float:
     """Return the noise of a file in which one layer alone is quantized."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "alone.onnx"
+    node = config.bits[0].rpartition("=")[0]
     others = rf"re:(?!{re.escape(node)}$).*"
-    options = {
+    options: dict[str, Any] = {
         "preset": "fast", "start": "nearest", "steps": 0, "objective": "integers", "measure_speed": False,
-        "max_noise": 0, "exclude": [others],
+        "max_noise": 0, "bits": config.bits, "exclude": [others],
     }  # fmt: skip
-    result = eptq_onnx.quantize(model, data, Config(**{**config.model_dump(exclude={"exclude"}), **options}))
+    result = eptq_onnx.quantize(model, data, Config(**options))
     result.save(path)
     return _noise(model, path, seen, samples)
 

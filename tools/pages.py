@@ -1,8 +1,9 @@
 """What the documentation takes from the code whenever it is built.
 
-The tables of docs/options.md come from the fields of `Reading` and `Config` and the command's own parameters,
-those of docs/targets.md from the target files, the operator table and the rules of ``lint``, the forms of
-data in docs/data.md from the readers, the list of passes in docs/how-it-works.md from `PIPELINE`, and the runtimes in docs/runtimes.md from what is found.
+The tables of docs/options.md come from the fields of `Reading`, `Config` and `Accuracy` and the command's own
+parameters, those of docs/targets.md from the target files, the operator table and the rules of ``lint``, the
+forms of data in docs/data.md from the readers, the list of passes in
+docs/how-it-works.md from `PIPELINE`, and the runtimes in docs/runtimes.md from what is found.
 
 ``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself.
 """
@@ -20,7 +21,7 @@ from pydantic.fields import FieldInfo
 from eptq_onnx import runtimes, targets
 from eptq_onnx.cli import app
 from eptq_onnx.cli.options import default_of, help_of
-from eptq_onnx.config import Config, Reading, option_of
+from eptq_onnx.config import Accuracy, Config, Reading, option_of
 from eptq_onnx.config.option import flags_of
 from eptq_onnx.data import readers
 from eptq_onnx.numerics.formats import FLOATS
@@ -47,7 +48,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def tables() -> str:
     """One table for the command's own parameters, and one for each section of the options."""
     sections: dict[str, list[tuple[str, FieldInfo]]] = {}
-    fields_of = {**Reading.model_fields, **Config.model_fields}
+    fields_of = {**Reading.model_fields, **Config.model_fields, **Accuracy.model_fields}
     for name, field in fields_of.items():
         sections.setdefault(option_of(field).section, []).append((name, field))
     parts = ["## Files", "", *_table(_OPTIONS, _parameters("quantize", fields_of))]

@@ -16,7 +16,7 @@ from eptq_onnx.api import quantize as run
 from eptq_onnx.cli.app import QUANTIZE, app, logged, one_sentence
 from eptq_onnx.cli.manner import Manner, with_manner
 from eptq_onnx.cli.options import options_of, with_options
-from eptq_onnx.config import Config, Reading
+from eptq_onnx.config import Accuracy, Config, Reading
 from eptq_onnx.config.files import read_options
 from eptq_onnx.config.option import written_as
 from eptq_onnx.data import readers
@@ -33,7 +33,7 @@ from eptq_onnx.start import silent
 
 
 @app.command(rich_help_panel=QUANTIZE)
-@with_options(Reading, Config)
+@with_options(Reading, Config, Accuracy)
 @with_manner("json", "quiet", "verbose")
 def quantize(
     *,
@@ -73,11 +73,15 @@ def quantize(
     manner: Manner,
     **options: Any,
 ) -> None:
-    """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime."""
+    """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime.
+
+    The exit code is 1 if the file misses --max-drop: it is written all the same, as good as was found.
+    """
     messages = console(stderr=True)
     with one_sentence(messages):
         given = {**(read_options(config) if config is not None else {}), **options}
         chosen, samples = Config(**options_of(Config, given)), Data(data, **options_of(Reading, given))
+        accuracy = options_of(Accuracy, given)
         output = own_output(model, chosen) if output is None else output
         asked = {"the report": report, "the contact sheet": contact_sheet}
         beside = {name: path for name, path in asked.items() if path is not None}
@@ -92,7 +96,7 @@ def quantize(
             tell_outcome(f"nothing was written; the same command goes on from {shown(chosen.workdir)}")
         shown_in = nullcontext(silent) if manner.quiet else display(messages, chosen.preset.value)
         with logged(messages, manner.verbose), shown_in as progress:
-            result = run(model, samples, chosen, progress=progress)
+            result = run(model, samples, chosen, progress=progress, **accuracy)
         result.save(output)
         tell_outcome(f"wrote {shown(output)}")
         failures = [_failure(name, path, result, output) for name, path in beside.items()]
@@ -112,6 +116,8 @@ def quantize(
                 summary.print(line(text), soft_wrap=text.startswith("  "))  # a command is to be copied
         for failure in filter(None, failures):
             raise failure
+    if result.report.trail is not None and not result.report.trail.reached:
+        raise typer.Exit(1)
 
 
 def own_output(model: Path, config: Config) -> Path:

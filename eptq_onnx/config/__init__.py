@@ -1,5 +1,6 @@
 """The options."""
 
+from eptq_onnx.config.accuracy import Accuracy
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
@@ -15,14 +16,16 @@ from eptq_onnx.config.choices import (
     WeightRange,
     WeightStorage,
 )
-from eptq_onnx.config.config import FLOAT_BITS, PRESET_PASSES, Config
+from eptq_onnx.config.config import FLOAT_BITS, Config
 from eptq_onnx.config.gate import Gate
 from eptq_onnx.config.option import Option, describe, option_of
+from eptq_onnx.config.presets import PRESET_PASSES
 from eptq_onnx.config.reading import Reading
 
 __all__ = [
     "FLOAT_BITS",
     "PRESET_PASSES",
+    "Accuracy",
     "ActivationRange",
     "Activations",
     "Attention",

@@ -10,6 +10,7 @@ class Preset(str, Enum):
 
     FAST = "fast"
     BALANCED = "balanced"
+    PAPER = "paper"
 
 
 class ActivationRange(str, Enum):

@@ -29,12 +29,8 @@ from eptq_onnx.config.choices import (
 )
 from eptq_onnx.config.option import Option, OptionModel, option_of
 from eptq_onnx.config.options import Options
+from eptq_onnx.config.presets import PRESET_PASSES, filled
 
-PRESET_PASSES = {Preset.FAST: (0, 0), Preset.BALANCED: (30, 90)}
-"""Most float passes that network-wise optimization may cost: with fine and with coarse steps.
-
-Coarse are those of weights below 4 bits, and of activations whose scales are learned, below 8.
-"""
 FLOAT_BITS = 32
 """The width of activations that stay float."""
 _ACTIVATION_WIDTHS = (*range(2, 9), 16, FLOAT_BITS)
@@ -112,7 +108,8 @@ class Config(OptionModel):
     """fast: layer-wise reconstruction only, without gradients. balanced: network-wise optimization, too, for
     about the time of 30 runs of all samples through the float model, or of 90 with weights below 4 bits or
     activations below 8. It starts only where the rounding of weights causes enough of the noise, and ends
-    when it gains little: see patience."""
+    when it gains little: see patience. paper: EPTQ as published, with 80,000 steps; options that are given
+    replace its own."""
     steps: Annotated[int | None, Option("optimization", default="by the preset")] = Field(None, ge=0)
     """Number of network-wise optimization steps, whatever the preset and however much they may gain."""
     engine: Annotated[str, Option("optimization", metavar="NAME")] = "auto"
@@ -259,8 +256,11 @@ class Config(OptionModel):
     @model_validator(mode="before")
     @classmethod
     def _bits_of_all(cls, given: Any) -> Any:
-        """Turn bits without a pattern into weight_bits and activation_bits."""
-        if not isinstance(given, Mapping) or "bits" not in given:
+        """Fill in the preset, and turn bits without a pattern into weight_bits and activation_bits."""
+        if not isinstance(given, Mapping):
+            return given
+        given = filled(given)
+        if "bits" not in given:
             return given
         rules = [given["bits"]] if isinstance(given["bits"], str) else list(given["bits"])
         options = {name: value for name, value in given.items() if name != "bits"}

@@ -15,7 +15,7 @@ from eptq_onnx.errors import ConfigError
 
 @dataclass(frozen=True)
 class Option:
-    """Metadata of a field of `Config` or `Gate`; its help is the field's docstring.
+    """Metadata of a field of `Config`, `Accuracy` or `Gate`; its help is the field's docstring.
 
     Parameters
     ----------
@@ -23,6 +23,8 @@ class Option:
         Table of a configuration file that holds it.
     flag : str
         Name on the command line, if it is not that of the field with dashes.
+    off : str
+        For a switch, the name that turns it off, if it is not the flag's with ``no-``.
     metavar : str
         What stands for the value in help, if the type does not tell.
     text : bool
@@ -37,6 +39,7 @@ class Option:
 
     section: str
     flag: str = ""
+    off: str = ""
     metavar: str = ""
     text: bool = False
     default: str = ""
@@ -52,7 +55,8 @@ def option_of(field: FieldInfo) -> Option:
 def flags_of(name: str, field: FieldInfo) -> list[str]:
     """Return its name on the command line, and for a switch the one that turns it off, too."""
     flag = option_of(field).flag or "--" + name.replace("_", "-")
-    return [flag, f"--no-{flag[2:]}"] if field.annotation is bool else [flag]
+    off = option_of(field).off or f"--no-{flag[2:]}"
+    return [flag, off] if field.annotation is bool else [flag]
 
 
 def written_as(name: str, field: FieldInfo, value: object) -> list[str]:

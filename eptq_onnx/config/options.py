@@ -41,7 +41,7 @@ class Options(TypedDict, total=False):
     objective: Objective | Literal["time", "integers", "noise", "bytes"]
     runtime_threads: int
     timings: str | Path | None
-    preset: Preset | Literal["fast", "balanced"]
+    preset: Preset | Literal["fast", "balanced", "paper"]
     steps: int | None
     engine: str
     seed: int

@@ -27,6 +27,7 @@ from eptq_onnx.report.facts import facts, sheets, warnings_of
 from eptq_onnx.report.plain import plain
 from eptq_onnx.report.sheet import for_console
 from eptq_onnx.report.verdict import Assurance, Verdict, judge
+from eptq_onnx.trail import Trail
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Report:
         Bytes of each part of the written model; see `eptq_onnx.graph.sizes`.
     noise : OutputNoise or None
         Causes of the noise of the outputs, if accuracy fell.
+    trail : Trail or None
+        What was scored on the way, if a function that scores was given.
     exhibits : Exhibits
         What only a page shows.
     """
@@ -133,6 +136,7 @@ class Report:
     peak_memory_bytes: int
     sizes: Mapping[str, int]
     noise: OutputNoise | None = None
+    trail: Trail | None = None
     exhibits: Exhibits = field(default_factory=Exhibits)
 
     @property
@@ -152,6 +156,8 @@ class Report:
         """
         found = dataclasses.asdict(dataclasses.replace(self, exhibits=Exhibits()))
         del found["exhibits"]
+        if self.trail is not None:
+            found["trail"] |= {"reached": self.trail.reached, "score": self.trail.written.score}
         advice = [dataclasses.asdict(a) for a in self.advice]
         first = {"verdict": dataclasses.asdict(self.verdict), "advice": advice}
         return json.dumps(plain({**first, **found}), indent=2) + "\n"

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from eptq_onnx.config import Config, Reading
+from eptq_onnx.config import Accuracy, Config, Reading
 from eptq_onnx.config.option import written_as
 from eptq_onnx.data.origin import Origin
 
@@ -30,7 +30,7 @@ def command_of(model: str, data: Origin, config: Mapping[str, Any]) -> str:
     for name, recipe in data.recipe.items():
         words += [f"--{name}", recipe]
     given = {name: value for name, value in config.items() if name not in data.recipe}
-    for options in (Reading, Config):
+    for options in (Reading, Config, Accuracy):
         words += _changed(options, given)
     return shlex.join(words)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from eptq_onnx.report import placement as by_time
+from eptq_onnx.report import trail as scores
 from eptq_onnx.report.front import front_sheet
 from eptq_onnx.report.plain import size_text
 from eptq_onnx.report.sheet import Sheet
@@ -24,13 +25,15 @@ _REASONS = 8
 
 def warnings_of(report: Report) -> list[str]:
     """Return what is to be said before all else."""
-    return [text for text in (MADE_UP if report.data.made_up else "", warning(report.speed)) if text]
+    texts = MADE_UP if report.data.made_up else "", scores.warning(report.trail), warning(report.speed)
+    return [text for text in texts if text]
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
     """Return labels and texts, one line each, without the verdict."""
     v = report.verification
     return [
+        *([("score", scores.in_words(report.trail))] if report.trail is not None else []),
         ("size", smaller(v.float_bytes, v.quantized_bytes)),
         ("parts", ", ".join(f"{part} {size_text(count)}" for part, count in report.sizes.items() if count)),
         ("speed", in_words(report.speed)),
@@ -49,6 +52,8 @@ def sheets(report: Report) -> Iterator[Sheet]:
     """Yield the tables, without that of all layers."""
     if report.advice:
         yield advice_sheet(report)
+    if report.trail is not None:
+        yield scores.trail_sheet(report.trail)
     if report.verification.planned:
         yield kernel_sheet(report)
     yield output_sheet(report)

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import eptq_onnx
 from eptq_onnx import Config, targets
 from eptq_onnx.cli import app
-from eptq_onnx.config import Objective, Option
+from eptq_onnx.config import Accuracy, Objective, Option
+from eptq_onnx.config.accuracy import AccuracyOptions
 from eptq_onnx.config.files import SECTIONS, read_options
 from eptq_onnx.config.options import Options
 from eptq_onnx.errors import ConfigError
@@ -23,7 +24,8 @@ from eptq_onnx.errors import ConfigError
 
 def test_every_option_has_a_type_for_users_a_section_and_help():
     assert list(get_type_hints(Options)) == list(Config.model_fields)
-    for name, field in Config.model_fields.items():
+    assert list(get_type_hints(AccuracyOptions)) == list(Accuracy.model_fields)
+    for name, field in {**Config.model_fields, **Accuracy.model_fields}.items():
         assert len([m for m in field.metadata if isinstance(m, Option)]) == 1, name
         assert field.description, name
     assert not set(SECTIONS.values()) & set(SECTIONS), "a table and an option of one name"
