@@ -26,11 +26,12 @@ from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.patterns import matching
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.method.plan.activations import lookup_tables, quantizers_of
+from eptq_onnx.method.plan.activations import quantizers_of
 from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, weight_of
 from eptq_onnx.method.plan.guards import guarded_tensors
 from eptq_onnx.method.plan.layers import bias_objection, layers_of
 from eptq_onnx.method.plan.storing import stored_nodes
+from eptq_onnx.method.plan.tables import lookup_tables
 from eptq_onnx.numerics.quant_math import keeps_bounds
 from eptq_onnx.ops import OpSpec, Role, is_known, recorded, sizes, spec_of
 from eptq_onnx.ops.regions import regions
@@ -90,7 +91,7 @@ def plan(
     )
     _absorb(draft)
     _choose(draft)
-    draft.stored |= stored_nodes(draft, {*exact, *by_user})
+    draft.stored |= stored_nodes(draft, {*exact, *by_user}, config.block)
     layers = layers_of(draft, config, model)
     if all(layer.stored for layer in layers) and not (layers and config.weights_only):
         reasons = "; ".join(f"{name}: {why}" for name, why in list(draft.reasons.items())[:3])
@@ -99,7 +100,7 @@ def plan(
             f"with a constant float32 weight{' (' + reasons + ')' if reasons else ''}."
         )
     activations, operands = quantizers_of(draft, layers, config)
-    tables = lookup_tables(draft, layers)
+    tables = lookup_tables(draft, layers, config)
     absorbed = _absorbed_nodes(draft, activations)
     integer, left = _integer_nodes(draft), _kept_float(draft, absorbed)
     return Plan(
