@@ -24,7 +24,8 @@ from eptq_onnx.method.ladder import lowest
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.spare import Rules
 from eptq_onnx.parallel import available_cores
-from eptq_onnx.passes.base import UNSET, Context, State, replanned
+from eptq_onnx.passes.base import UNSET, Context, State
+from eptq_onnx.passes.plans import replanned
 from eptq_onnx.pipeline import Runner
 from eptq_onnx.prepare import final
 from eptq_onnx.proto import store

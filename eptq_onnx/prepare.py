@@ -101,7 +101,7 @@ def prepare(
     original = io.load(model, folder)
     read = load(data, original, config.batch_axes)
     rest = target.rest_for(config.rest, other_float_types(original))
-    plain = normalize(original, target.opset_for(config.most_activation_bits, config.storage))
+    plain = normalize(original, target.opset_for(config.most_activation_bits, config.storage, config.block))
     arranged = arrange(plain, read.samples, config.seed)
     whole = settle(plain, arranged.samples)
     samples, found, left = record(flattened(whole), arranged.samples, config.seed)

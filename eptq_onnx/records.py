@@ -101,7 +101,15 @@ class ConstantOperand(Quantizer):
 
 @dataclass(frozen=True)
 class LookupTable(Quantizer):
-    """A table that float operators look rows up in, stored as integers with one scale per row."""
+    """A table that float operators look rows up in, stored as integers with one scale per row or block.
+
+    Parameters
+    ----------
+    weight : str
+        The weight of a layer that holds the same rows, stored once for both; or empty.
+    """
+
+    weight: str = ""
 
 
 @dataclass(frozen=True)

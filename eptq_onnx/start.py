@@ -77,7 +77,7 @@ def start(
     """
     runner = pipeline.Runner(pipeline.PIPELINE)
     target = target_of(given.target)
-    target.storage_for(given.storage)
+    target.storage_for(given.storage, given.block)
     target.check_bits(given)
     chosen = engines.choose(given.engine)
     engine = chosen() if given.needs_gradients else None

@@ -213,8 +213,8 @@ def _rule(rule: ScaleRule) -> str:
 
 _HINTS = (
     "*Tables of this page are made from the code: `make docs` builds the page with them.*\n\n",
-    "*The lists of forms are made from the code, when `make docs` builds this page. `eptq-onnx quantize --help` has "
-    "them, too.*\n\n",
+    "*The lists of forms are made from the code, when `make docs` builds this page. "
+    "`eptq-onnx quantize --help` has them, too.*\n\n",
 )
 """For readers of the sources."""
 PLACES = {

@@ -44,6 +44,7 @@ class WeightStorage(str, Enum):
     PACKED = "packed"
     NATIVE = "native"
     INT8 = "int8"
+    MATMULNBITS = "matmulnbits"
 
 
 class FloatType(str, Enum):

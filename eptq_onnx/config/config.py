@@ -67,6 +67,10 @@ class Config(OptionModel):
     exclude: Annotated[tuple[str, ...], Option("widths", metavar="PATTERN", default="none")] = ()
     """Keep the nodes that match a pattern (see bits) in floating point. tensor:NAME keeps a tensor float: the
     nodes that make and read it compute in float, on weights stored at their bits. May be repeated."""
+    block: Annotated[int | None, Option("widths", metavar="SIZE", default="per channel")] = Field(None, ge=2)
+    """One scale and one zero point for each SIZE terms of a matrix product's weight, and for each SIZE
+    columns of a lookup table. Only with activations of 32 bits, as in bits w4a32. Convolutions keep one scale
+    per channel."""
     budget: Annotated[
         tuple[Budget, ...], Option("widths", metavar="UNIT=AMOUNT", text=True, default="none")
     ] = ()
@@ -84,7 +88,8 @@ class Config(OptionModel):
     ] = None
     """How weights of 2 to 6 bits are stored. packed: in as many bytes as their bits need, with nodes that
     unpack them to int8 when the model is loaded. native: in ONNX's own types, if the target supports them.
-    int8: one byte each."""
+    int8: one byte each. matmulnbits: in onnxruntime's own operator MatMulNBits, for weights in blocks; the
+    default for those, if the target has it."""
     rest: Annotated[
         FloatType | None,
         Option("runtime", default="the model's own, if the target supports it; else float32"),
@@ -296,6 +301,15 @@ class Config(OptionModel):
         if self.chooses_widths and self.bits:
             what = "a budget" if self.width_budgets else "objective=bytes"
             raise ValueError(f"{what} chooses the bits of all weights: leave bits with patterns out")
+        if self.block is not None and not self.weights_only:
+            raise ValueError("block is for weights alone: give activations 32 bits, as in bits w4a32")
+        if self.block is not None and self.chooses_widths:
+            what = "a budget" if self.width_budgets else "objective=bytes"
+            raise ValueError(f"{what} chooses no bits of weights in blocks: leave it out, or leave block out")
+        if self.block is not None and self.steps:
+            raise ValueError("steps are not for weights in blocks, which no step learns: leave steps out")
+        if self.storage is WeightStorage.MATMULNBITS and self.block is None:
+            raise ValueError("storage=matmulnbits is for weights in blocks: give block, such as 32")
         units = [b.unit.value for b in self.budget]
         if len(set(units)) < len(units):
             raise ValueError("a budget is given twice for one unit: leave one out")
@@ -393,6 +407,8 @@ class Config(OptionModel):
     @property
     def optimizes(self) -> bool:
         """True if network-wise optimization is on."""
+        if self.block is not None:
+            return False
         return (max(PRESET_PASSES[self.preset]) if self.steps is None else self.steps) > 0
 
     @property

@@ -33,10 +33,11 @@ class Options(TypedDict, total=False):
     bits: Sequence[str] | str
     activations: Activations | Literal["static", "dynamic", "auto"]
     exclude: Sequence[str] | str
+    block: int | None
     budget: Sequence[Budget | str] | Budget | str | None
     outputs: Sequence[str] | str
     target: str
-    storage: WeightStorage | Literal["packed", "native", "int8"] | None
+    storage: WeightStorage | Literal["packed", "native", "int8", "matmulnbits"] | None
     rest: FloatType | Literal["float32", "float16", "bfloat16"] | None
     objective: Objective | Literal["time", "integers", "noise", "bytes"]
     runtime_threads: int

@@ -22,6 +22,8 @@ from eptq_onnx.execute.pieces import function_of
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.blocks import block_grid
+from eptq_onnx.numerics.formats import PerBlock
 from eptq_onnx.numerics.grid import Grid, Levels
 from eptq_onnx.numerics.sums import PowerSum
 from eptq_onnx.numerics.types import Array
@@ -259,7 +261,7 @@ def calibrate(
         for q in plan.activations
     }
     grids |= {q.name: before.grids.get(q.name) or _operand_grid(q, view) for q in plan.operands}
-    grids |= {q.name: before.grids.get(q.name) or _table_grid(q, view) for q in plan.tables}
+    grids |= {q.name: before.grids.get(q.name) or _table_grid(q, view) for q in plan.tables if not q.weight}
     grids |= {q.name: before.grids.get(q.name) or _weight_grid(q, view) for q in plan.held}
     return Calibration(
         grids,
@@ -436,6 +438,8 @@ def _operand_grid(operand: ConstantOperand, view: GraphView) -> Grid:
 
 
 def _table_grid(table: LookupTable, view: GraphView) -> Grid:
+    if isinstance(table.spec.granularity, PerBlock):
+        return block_grid(np.asarray(view.constant(table.name), np.float32), table.spec)
     scales = [quant_math.weight_scales(rows, table.spec) for _, rows in view.constant_parts(table.name)]
     return table.spec.grid(np.concatenate(scales))
 

@@ -26,12 +26,13 @@ from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.patterns import matching, tensor_of
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.method.plan.activations import dynamic_quantizers, lookup_tables, quantizers_of
+from eptq_onnx.method.plan.activations import dynamic_quantizers, quantizers_of
 from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, weight_of
 from eptq_onnx.method.plan.guards import guarded_tensors
 from eptq_onnx.method.plan.held import held_weights
 from eptq_onnx.method.plan.layers import bias_objection, layers_of
 from eptq_onnx.method.plan.storing import stored_nodes
+from eptq_onnx.method.plan.tables import lookup_tables
 from eptq_onnx.numerics.quant_math import keeps_bounds
 from eptq_onnx.ops import OpSpec, Role, is_known, recorded, sizes, spec_of
 from eptq_onnx.ops.regions import regions
@@ -100,7 +101,7 @@ def plan(
     _absorb(draft)
     draft.sensitive = {**draft.sensitive, **{draft.final(t): why for t, why in left.items()}}
     _choose(draft)
-    draft.stored |= stored_nodes(draft, {*exact, *by_user})
+    draft.stored |= stored_nodes(draft, {*exact, *by_user}, config.block)
     layers = layers_of(draft, config, model)
     held = held_weights(draft, layers, {*exact, *by_user})
     if all(layer.stored for layer in layers) and not held and not (layers and config.weights_only):
@@ -110,7 +111,7 @@ def plan(
             f"with a constant float32 weight{' (' + reasons + ')' if reasons else ''}."
         )
     activations, operands = quantizers_of(draft, layers, config)
-    tables = lookup_tables(draft, layers)
+    tables = lookup_tables(draft, layers, config)
     absorbed = _absorbed_nodes(draft, activations)
     integer, kept_float = _integer_nodes(draft), _kept_float(draft, absorbed)
     return Plan(
