@@ -14,9 +14,10 @@ from eptq_onnx.estimates import Estimate
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.sizes import size_of_parts
 from eptq_onnx.graph.view import GraphView, opset_of
+from eptq_onnx.outcome import Verification
 from eptq_onnx.passes.base import Context, State
 from eptq_onnx.prepare import Prepared
-from eptq_onnx.records import DYNAMIC_BITS, Calibration, Layer, Plan, Scores, Verification
+from eptq_onnx.records import DYNAMIC_BITS, Calibration, Layer, Plan, Scores
 from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.training.attention import layer_attention
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.once
 quantization: Any = pytest.importorskip("onnxruntime.quantization")
 
 
-class Reader(quantization.CalibrationDataReader):
+class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
     """What a script that calibrates for onnxruntime has."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from reports import FRONT, POOR, exhibits, layer, noise, report
 
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.diagnosis import Exhibits, NodePlace, Picture, SampleNoise
-from eptq_onnx.records import OperatorTime
+from eptq_onnx.outcome import OperatorTime
 from eptq_onnx.report.page import plots
 from eptq_onnx.report.page.page import page_of
 from eptq_onnx.report.page.pictures import data_uri
