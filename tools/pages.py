@@ -2,7 +2,8 @@
 
 The tables of docs/options.md come from the fields of `Reading` and `Config` and the command's own parameters,
 those of docs/targets.md from the target files, the operator table and the rules of ``lint``, the forms of
-data in docs/data.md from the readers, the list of passes in docs/how-it-works.md from `PIPELINE`, and the runtimes in docs/runtimes.md from what is found.
+data in docs/data.md from the readers, the list of passes in docs/how-it-works.md from `PIPELINE`, and the
+runtimes in docs/runtimes.md from what is found.
 
 ``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself.
 """
@@ -212,8 +213,8 @@ def _rule(rule: ScaleRule) -> str:
 
 _HINTS = (
     "*Tables of this page are made from the code: `make docs` builds the page with them.*\n\n",
-    "*The lists of forms are made from the code, when `make docs` builds this page. `eptq-onnx quantize --help` has "
-    "them, too.*\n\n",
+    "*The lists of forms are made from the code, when `make docs` builds this page. `eptq-onnx quantize "
+    "--help` has them, too.*\n\n",
 )
 """For readers of the sources."""
 PLACES = {
