@@ -12,12 +12,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer.main
 from conftest import MODELS
 from typer.testing import CliRunner
 
 import eptq_onnx
-from eptq_onnx import demo, runtimes
+from eptq_onnx import Gate, demo, runtimes
 from eptq_onnx.cli import app
+from eptq_onnx.cli.options import options_of
 from eptq_onnx.config import PRESET_PASSES, Accuracy, Config, Preset, Reading
 from eptq_onnx.config.files import SECTIONS
 from eptq_onnx.config.recipes import IMAGE_RECIPES
@@ -146,6 +148,18 @@ def test_commands_stand_where_they_are_run():
         assert len(_commands(text)) == len(shown), page
         assert {lang for lang, _ in shown} <= {"bash", "text"}, page
     assert {lang for _, lang, _ in BLOCKS} <= {"bash", "python", "console", "text", "toml"}
+
+
+SHOWN = sorted({command for _, lang, text in BLOCKS if lang == "text" for command in _commands(text)})
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_commands_that_are_only_shown_have_options_that_are_taken(command):
+    name, *arguments = shlex.split(command)
+    found = typer.main.get_command(app).commands[name].make_context(name, arguments).params
+    given = {key: value for key, value in found.items() if value not in (None, ())}
+    for options in (Config, Reading, Gate):
+        options(**options_of(options, given))
 
 
 def test_readme_is_short():

@@ -151,7 +151,9 @@ def weights_of(layer: LayerReport) -> str:
 
 def _bits(report: Report) -> str:
     counts = Counter((x.bits, weights_of(x)) for x in report.layers)
-    return ", ".join(f"{n} layers {name} (weights {kind})" for (name, kind), n in counts.items())
+    return ", ".join(
+        f"{n} layer{'s' * (n > 1)} {name} (weights {kind})" for (name, kind), n in counts.items()
+    )
 
 
 def _rotation(report: Report) -> str:

@@ -294,6 +294,14 @@ def test_the_first_frame_of_what_moves_is_taken(tmp_path):
     np.testing.assert_allclose(found.mean(axis=(1, 2, 3)), 40, atol=2)
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
+@pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
+def test_files_in_the_colours_of_print_show_what_others_show(tmp_path, suffix, mode):
+    Image.new("RGB", (20, 20), (200, 60, 60)).convert(mode).save(tmp_path / f"a.{suffix}")
+    found = loaded(tmp_path, image="raw").samples[0].take([0])["x"][0].mean(axis=(1, 2))
+    np.testing.assert_allclose(found, (102, 102, 102) if mode == "L" else (200, 60, 60), atol=4)
+
+
 def test_16_bits_are_scaled_and_not_cut(tmp_path):
     Image.fromarray(np.full((20, 20), 257 * 77, np.uint16)).save(tmp_path / "a.png")
     Image.fromarray(np.full((20, 20), 257 * 77, np.uint16)).save(tmp_path / "b.tif")

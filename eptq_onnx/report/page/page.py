@@ -157,12 +157,12 @@ def _head(report: Report) -> dict[str, Any]:
         Tile(
             "nodes on integers",
             f"{runs['integers']} of {sum(runs.values())}",
-            ", ".join(f"{n} layers {name}" for name, n in bits.most_common(3)),
+            ", ".join(f"{n} layer{'s' * (n > 1)} {name}" for name, n in bits.most_common(3)),
         )
     )
     return {
         "tiles": tiles,
-        "warnings": warnings_of(report),
+        "warnings": [_sentence(text) for text in warnings_of(report)],
         "advice": report.advice,
         "worst": "" if worst is None else _db(worst[1].sqnr_db),
         "speed": _sentence(in_words(speed)),
@@ -300,7 +300,7 @@ def _shown(picture: Picture) -> Shown:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def _db(value: float) -> str:
