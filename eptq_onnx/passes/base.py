@@ -407,12 +407,6 @@ def deviation_of(state: State, ctx: Context) -> Deviation:
     )
 
 
-def without_equal_steps(plan: Plan) -> str | None:
-    """Return a type of weights or activations whose steps grow with the values; None if there is none."""
-    specs = [*plan.weight_specs.values(), *(q.spec for q in plan.activations)]
-    return next((spec.format.type_name for spec in specs if not spec.format.has_equal_steps), None)
-
-
 def leave_float(
     state: State,
     ctx: Context,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.method.equalize import equalize, needed_bytes
-from eptq_onnx.passes.base import Context, Pass, State, without_equal_steps
+from eptq_onnx.passes.base import Context, Pass, State
 
 
 class Equalize(Pass):
@@ -29,7 +29,7 @@ class Equalize(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Scale the channels where possible."""
-        floats = without_equal_steps(state.plan)
+        floats = state.plan.uneven_type
         if floats is not None:
             return state.noting(
                 f"no channels are scaled: steps of {floats} grow with the values, so a shared range costs "

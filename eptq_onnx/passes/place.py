@@ -33,7 +33,6 @@ from eptq_onnx.passes.base import (
     deviation_of,
     leave_float,
     with_activations,
-    without_equal_steps,
 )
 from eptq_onnx.passes.trial import Trial, trial
 from eptq_onnx.placement import Placement, Timings
@@ -82,7 +81,7 @@ class Place(Pass):
         left = "which operators run on integers was not chosen by time"
         if ctx.target.verifier != ONNXRUNTIME:
             return state.noting(f"{left}: {ctx.target.name} is for a runtime other than onnxruntime")
-        if (name := without_equal_steps(state.plan)) is not None:
+        if (name := state.plan.uneven_type) is not None:
             return state.noting(f"{left}: onnxruntime has no kernels for {name}")
         if store.folder_of(state.model) is not None:
             return state.noting(f"{left}: the float and the quantized model together need too much memory")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.method.rotate import needed_bytes, rotate
-from eptq_onnx.passes.base import Context, Pass, State, without_equal_steps
+from eptq_onnx.passes.base import Context, Pass, State
 
 
 class Rotate(Pass):
@@ -29,7 +29,7 @@ class Rotate(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Mix channels where possible."""
-        floats = without_equal_steps(state.plan)
+        floats = state.plan.uneven_type
         if floats is not None:
             return state.noting(
                 f"no channels are mixed: steps of {floats} grow with the values, so spreading large weights "

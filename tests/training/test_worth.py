@@ -129,7 +129,7 @@ def test_at_8_bits_nothing_starts_and_the_report_says_why():
     trace = result.report.optimization
     assert trace is not None
     assert (trace.steps, trace.checkpoints, trace.passes) == (0, (), 0.0)
-    assert trace.reason.startswith("not started: it could take less than 1 % off the noise of the outputs")
+    assert trace.reason.startswith("not started: next to weights of 7 bits or more, quantized activations")
     console = Console(record=True, width=200, file=StringIO())
     result.report.print(console)
     assert "not started" in console.export_text()
