@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from eptq_onnx.data.samples import Samples
-from eptq_onnx.method.equalize import equalize, needed_bytes
-from eptq_onnx.passes.base import Context, Pass, State
+from eptq_onnx.method.equalize import FLOAT_PASSES, SAMPLES, equalize, needed_bytes
+from eptq_onnx.passes.base import Context, Cost, Pass, State
 
 
 class Equalize(Pass):
@@ -26,6 +26,10 @@ class Equalize(Pass):
     def memory(self, state: State, samples: Samples) -> int:
         """A second set of weights, and histograms of all channels."""
         return needed_bytes(state.model, state.plan)
+
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """Magnitudes of all channels on a few samples, and a descent on them."""
+        return Cost(passes=FLOAT_PASSES * min(len(ctx.shares.training), SAMPLES))
 
     def run(self, state: State, ctx: Context) -> State:
         """Scale the channels where possible."""

@@ -72,7 +72,9 @@ class Place(Pass):
     def cost(self, state: State, ctx: Context) -> Cost:
         """Runs with each quantizer alone, if noise counts."""
         counts = NOISE in _limits(ctx.config) or ctx.config.objective is Objective.NOISE
-        return Cost(passes=counts * min(len(ctx.shares.scored), SAMPLES) * len(state.plan.activations))
+        return Cost(
+            passes=counts * min(len(ctx.shares.scored), SAMPLES) * len(state.plan.activations), share=_SHARE
+        )
 
     def run(self, state: State, ctx: Context) -> State:
         """Measure or read timings, and replan with regions that are slower on integers left float."""
