@@ -7,7 +7,7 @@ that the optimization has not seen, including the start. A candidate is the movi
 around which single steps fluctuate. It must beat the start sample by sample, by more than chance, and without
 larger errors of the outputs. Minimizing squared errors shrinks outputs, rare strong responses most of all;
 finally the last layers get back the slope that they have in the float network, if the result still beats the
-start.
+start, and the outputs stay about as near.
 """
 
 from __future__ import annotations
