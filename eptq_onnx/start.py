@@ -17,7 +17,12 @@ from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.ops import check_roles, executed
 from eptq_onnx.passes.base import Context, Progress, State
 from eptq_onnx.prepare import Prepared, counting, prepare
+from eptq_onnx.records import OptimizationTrace
 from eptq_onnx.targets import Target
+from eptq_onnx.training.worth import may_pay
+
+_FEW_SCORED = 64
+"""Samples that are scored where the network-wise optimization does not run."""
 
 
 def silent(step: str, done: int, total: int, detail: object = "") -> None:
@@ -94,6 +99,7 @@ def start(
         config, state = runner.affordable(
             counting(given, prepared), State(prepared.model, float_model, plan), prepared.samples
         )
+        config, state = _worthwhile(config, state)
         fit = targets.fit_of(given.target, target)
         state = state if fit is None else state.noting(fit)
     ctx = Context(
@@ -112,3 +118,21 @@ def start(
         progress=progress,
     )
     return Start(runner, prepared, state, ctx)
+
+
+def _worthwhile(config: Config, state: State) -> tuple[Config, State]:
+    """Return the options without network-wise optimization where it does not pay, and the reason as a trace.
+
+    Scores then only weigh ranges and positions, for which few samples do.
+    """
+    if not config.wants_scores or may_pay(state.plan, config):
+        return config, state
+    few: dict[str, int] = {} if "score_samples" in config.model_fields_set else {"score_samples": _FEW_SCORED}
+    config = config.model_copy(update=few)
+    if not config.optimizes:
+        return config, state
+    why = (
+        "not started: next to weights of 7 bits or more, quantized activations cause nearly all of the "
+        "noise, which no rounding of weights changes"
+    )
+    return config.model_copy(update={"steps": 0}), state.changed(trace=OptimizationTrace(reason=why))

@@ -203,9 +203,10 @@ class Config(OptionModel):
     gradual_activations: Annotated[bool, Option("optimization", advanced=True)] = False
     """Phase in activation quantization gradually. This helps with thousands of steps and hurts with
     hundreds."""
-    augment: Annotated[bool, Option("optimization", advanced=True)] = True
-    """Augment the samples of each step: mirror and shift images, mix float inputs. Without augmentation a few
-    hundred samples are overfitted."""
+    augment: Annotated[bool | None, Option("optimization", advanced=True, default="by the length")] = None
+    """Augment the samples of each step: mirror and shift images, mix float inputs. Default: where each sample
+    is seen more than 20 times, because long runs overfit a few hundred samples. Short ones gain more from the
+    samples as they are."""
     max_memory: Annotated[
         ByteSize | None,
         Option("limits", metavar="SIZE", text=True, default="nine tenths of RAM for models above 256 MB"),

@@ -73,7 +73,7 @@ class Options(TypedDict, total=False):
     rounding_strength: float
     warmup: float
     gradual_activations: bool
-    augment: bool
+    augment: bool | None
     max_memory: int | str | None
     threads: int | None
     workdir: str | Path | None

@@ -32,8 +32,10 @@ from eptq_onnx.records import Plan
 from eptq_onnx.runtimes.base import Kernel
 from eptq_onnx.targets import ONNXRUNTIME, Target
 
-_LAYER_SAMPLES = 32
+SAMPLES = 32
 """Samples on which layers are compared."""
+RUNS, WALKS = 2.0, 4.0
+"""Cost of the comparison of outputs and of that of layers for one sample, in float passes."""
 _WORST = 12
 """Samples that are named."""
 
@@ -118,7 +120,7 @@ def verify(
     sums: defaultdict[str, NoiseSum] = defaultdict(NoiseSum)
     float_model = executed(versions.whole, found)
     flat = executed(versions.marked, found, versions.stands_for)
-    walked = list(samples.batches(shares.unseen[:_LAYER_SAMPLES], samples.micro_batch())) or parts
+    walked = list(samples.batches(shares.unseen[:SAMPLES], samples.micro_batch())) or parts
     feeds = [samples.take(part) for part in walked]
     exact, quantized_walk = Walk(float_model, feeds), Walk(infer_shapes(flat), feeds, integers=integers)
     for k, layer in enumerate(plan.layers):

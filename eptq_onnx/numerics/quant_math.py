@@ -214,6 +214,10 @@ _LEAST_SQUARED, _MOST_SQUARED = 1e-15, 1e15
 """Magnitudes between which float32 holds squares and sums of many squares."""
 
 
+_LEAST_SURE, _MOST_SURE = 1e-6, 1e6
+"""Magnitudes between which that is so for products of two values, too."""
+
+
 def finite_extremes(values: NDArray[np.floating]) -> tuple[float, float]:
     """Return the smallest and largest finite value; inf and -inf if there is none."""
     if not values.size:
@@ -250,6 +254,9 @@ def layer_units(
 
     Both are 1 if float32 holds the squares anyway.
     """
+    inputs = list(inputs)
+    if all(map(_surely_holds_squares, (*inputs, weight))):
+        return np.float32(1), np.float32(1)
     reaches = [
         max((max(-low, high) for low, high in map(finite_extremes, part) if low <= high), default=0.0)
         for part in (inputs, [weight])
@@ -261,6 +268,19 @@ def layer_units(
         np.float32(2.0 ** np.clip(np.floor(np.log2(r)), -126, 126)) if r else np.float32(1) for r in reaches
     )
     return first, second
+
+
+def _surely_holds_squares(values: NDArray[np.floating]) -> bool:
+    """Return True if the largest magnitude is far from where float32 no longer holds squares and products.
+
+    The sum of squares bounds it from both sides, in a single reading.
+    """
+    flat = values.reshape(-1)
+    if not flat.size:
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        power = float(np.dot(flat, flat))
+    return _LEAST_SURE**2 * flat.size < power < _MOST_SURE**2
 
 
 def square_sum(values: NDArray[np.floating]) -> float:

@@ -329,11 +329,20 @@ class Cost:
         Multiplications of linear algebra beside those, at the speed of large matrix products.
     steps : int
         Maximum number of network-wise optimization steps.
+    pieces : float
+        Parts of networks that get a session of their own.
+    seconds : float
+        Time that depends on neither model nor machine.
+    share : float
+        Time as a share of that of all other passes, at most.
     """
 
     passes: float = 0.0
     operations: float = 0.0
     steps: int = 0
+    pieces: float = 0.0
+    seconds: float = 0.0
+    share: float = 0.0
 
 
 class Pass(ABC):

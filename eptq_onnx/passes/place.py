@@ -26,7 +26,7 @@ from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.passes.base import Context, Cost, Pass, State
-from eptq_onnx.passes.plans import deviation_of, leave_float, with_activations, without_equal_steps
+from eptq_onnx.passes.plans import deviation_of, leave_float, with_activations
 from eptq_onnx.passes.trial import Trial, trial
 from eptq_onnx.placement import Placement, Timings
 from eptq_onnx.program import BYTES, NOISE, TIME
@@ -65,7 +65,9 @@ class Place(Pass):
     def cost(self, state: State, ctx: Context) -> Cost:
         """Runs with each quantizer alone, if noise counts."""
         counts = NOISE in _limits(ctx.config) or ctx.config.objective is Objective.NOISE
-        return Cost(passes=counts * min(len(ctx.shares.scored), SAMPLES) * len(state.plan.activations))
+        return Cost(
+            passes=counts * min(len(ctx.shares.scored), SAMPLES) * len(state.plan.activations), share=_SHARE
+        )
 
     def run(self, state: State, ctx: Context) -> State:
         """Measure or read timings, and replan with regions that are slower on integers left float."""
@@ -74,7 +76,7 @@ class Place(Pass):
         left = "which operators run on integers was not chosen by time"
         if ctx.target.verifier != ONNXRUNTIME:
             return state.noting(f"{left}: {ctx.target.name} is for a runtime other than onnxruntime")
-        if (name := without_equal_steps(state.plan)) is not None:
+        if (name := state.plan.uneven_type) is not None:
             return state.noting(f"{left}: onnxruntime has no kernels for {name}")
         if store.folder_of(state.model) is not None:
             return state.noting(f"{left}: the float and the quantized model together need too much memory")

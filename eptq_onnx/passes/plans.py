@@ -14,7 +14,7 @@ from eptq_onnx.method.float_fallback import SAMPLES
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.passes.base import Context, State
-from eptq_onnx.records import Plan, Rounding
+from eptq_onnx.records import Rounding
 
 
 def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:
@@ -28,12 +28,6 @@ def deviation_of(state: State, ctx: Context) -> Deviation:
     """Return what measures the noise of quantized activations at the outputs."""
     samples = ctx.samples_of(state.plan)
     return Deviation(state.executed, samples, ctx.walked, SAMPLES, state.calibration.variance, ctx.config)
-
-
-def without_equal_steps(plan: Plan) -> str | None:
-    """Return a type of weights or activations whose steps grow with the values; None if there is none."""
-    specs = [*plan.weight_specs.values(), *(q.spec for q in plan.activations)]
-    return next((spec.format.type_name for spec in specs if not spec.format.has_equal_steps), None)
 
 
 def leave_float(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from eptq_onnx.data.samples import Samples
-from eptq_onnx.method.rotate import needed_bytes, rotate
-from eptq_onnx.passes.base import Context, Pass, State
-from eptq_onnx.passes.plans import without_equal_steps
+from eptq_onnx.method.rotate import needed_bytes, operations, rotate
+from eptq_onnx.passes.base import Context, Cost, Pass, State
 
 
 class Rotate(Pass):
@@ -24,13 +23,18 @@ class Rotate(Pass):
         """Return True if the option is on."""
         return ctx.config.rotate
 
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """The descents on rotations."""
+        floats = state.plan.uneven_type is not None
+        return Cost(operations=0.0 if floats else operations(state.model, state.plan))
+
     def memory(self, state: State, samples: Samples) -> int:
         """Two sets of weights."""
         return needed_bytes(state.model)
 
     def run(self, state: State, ctx: Context) -> State:
         """Mix channels where possible."""
-        floats = without_equal_steps(state.plan)
+        floats = state.plan.uneven_type
         if floats is not None:
             return state.noting(
                 f"no channels are mixed: steps of {floats} grow with the values, so spreading large weights "
