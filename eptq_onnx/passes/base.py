@@ -25,6 +25,7 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.allocate import Candidates
 from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.float_fallback import SAMPLES as NOISE_SAMPLES
+from eptq_onnx.method.float_fallback import Sensitivity
 from eptq_onnx.method.judge import SAMPLES, Limit
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.qdq import write
@@ -263,6 +264,8 @@ class State:
     speed : Speed or None
     rotated, equalized : mapping
         See `eptq_onnx.report.Report`.
+    sensitivity : Sensitivity
+        Noise of each activation quantizer at the outputs, if it is limited.
     left_float : mapping of str to str
         Tensors kept in floating point because of measurements, each with the reason.
     float_nodes : mapping of str to str
@@ -293,6 +296,7 @@ class State:
     speed: Speed | None = None
     rotated: Mapping[str, int] = field(default_factory=dict)
     equalized: Mapping[str, float] = field(default_factory=dict)
+    sensitivity: Sensitivity = field(default_factory=Sensitivity)
     left_float: Mapping[str, str] = field(default_factory=dict)
     float_nodes: Mapping[str, str] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
