@@ -15,7 +15,7 @@ A runtime that only builds (tensorrt-rtx) leaves out what needs runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ from eptq_onnx.data.readers.function import function_named
 from eptq_onnx.errors import EptqError, one_line
 from eptq_onnx.graph import io
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.numerics.quant_math import sqnr_db
 from eptq_onnx.runtime import Session
 from eptq_onnx.runtimes.base import Verifier
 
@@ -99,7 +100,7 @@ class Cells:
         """Why outputs are not known."""
 
     def noise(
-        self, batches: list[Mapping[str, NDArray[Any]]], exact: list[Mapping[str, NDArray[Any]]]
+        self, batches: Sequence[Mapping[str, NDArray[Any]]], exact: Sequence[Mapping[str, NDArray[Any]]]
     ) -> NDArray[np.float64]:
         """Return power and noise of each batch, of shape (n_batches, 2); empty if nothing can be run."""
         try:
@@ -121,7 +122,7 @@ class Cells:
         """Return what a function of the user returns."""
         try:
             with self._verifier.load(self._pair[1], self._threads) as loaded:
-                evaluate: Callable[..., float] = function_named(name)
+                evaluate: Callable[..., float] = function_named(name, "option score")
                 return f"{evaluate(lambda feeds: loaded.run(dict(feeds))):.4f}"
         except EptqError as e:
             return one_line(e)
@@ -159,7 +160,7 @@ def layers(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 
 def decibel(mean: NDArray[np.float64]) -> float:
     """Return the SQNR of mean power and noise."""
-    return float(10 * np.log10(mean[..., 0] / max(mean[..., 1], 1e-30)))
+    return sqnr_db(float(mean[0]), float(mean[1]))
 
 
 def compared(first: NDArray[np.float64] | None, own: NDArray[np.float64]) -> str:

@@ -531,7 +531,8 @@ def test_a_choice_for_noise_stays_faster_than_the_float_model(bench):
     assert 1.05 * taken.ratio <= exact.ratio
 
 
-def test_noise_within_its_limit_is_not_looked_at(bench):
+def test_noise_within_its_limit_costs_no_time(bench):
+    bench.depthwise = 0.9
     result = eptq_onnx.quantize(chain(), images(16, 8, 6), Config(max_noise=1e-3, **LOUD), progress=silent)
     assert not floats(result)
-    assert all(c.noise is None for c in known(result.report.placement).candidates)
+    assert known(result.report.placement).chosen == "all integers"
