@@ -15,9 +15,9 @@ from eptq_onnx.data.splits import share_out
 from eptq_onnx.method.estimate import multiplications
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.ops import check_roles, executed
+from eptq_onnx.outcome import OptimizationTrace
 from eptq_onnx.passes.base import Context, Progress, State
 from eptq_onnx.prepare import Prepared, counting, prepare
-from eptq_onnx.records import OptimizationTrace
 from eptq_onnx.targets import Target
 from eptq_onnx.training.worth import may_pay
 

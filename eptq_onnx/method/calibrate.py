@@ -98,8 +98,8 @@ class Histogram:
         if importance is not None:
             inner = math.prod(values.shape[axis + 1 :])
             # Short integers are divided several times as fast.
-            kind = np.int32 if values.size < 2**31 else np.int64
-            weights = importance[np.arange(0, values.size, step, kind) // inner % len(importance)]
+            kind = np.dtype(np.int32) if values.size < 2**31 else np.dtype(np.int64)
+            weights = importance[np.arange(0, values.size, step, dtype=kind) // inner % len(importance)]
         finite = np.isfinite(flat)
         if not finite.all():
             flat, weights = flat[finite], None if weights is None else weights[finite]

@@ -23,6 +23,7 @@ from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.allocate import Candidates
+from eptq_onnx.method.float_fallback import Sensitivity
 from eptq_onnx.method.judge import SAMPLES, Limit
 from eptq_onnx.method.qdq import write
 from eptq_onnx.ops import executed, output_parts
@@ -260,6 +261,8 @@ class State:
     speed : Speed or None
     rotated, equalized : mapping
         See `eptq_onnx.report.Report`.
+    sensitivity : Sensitivity
+        Noise of each activation quantizer at the outputs, if it is limited.
     left_float : mapping of str to str
         Tensors kept in floating point because of measurements, each with the reason.
     float_nodes : mapping of str to str
@@ -292,6 +295,7 @@ class State:
     speed: Speed | None = None
     rotated: Mapping[str, int] = field(default_factory=dict)
     equalized: Mapping[str, float] = field(default_factory=dict)
+    sensitivity: Sensitivity = field(default_factory=Sensitivity)
     left_float: Mapping[str, str] = field(default_factory=dict)
     float_nodes: Mapping[str, str] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()

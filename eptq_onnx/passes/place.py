@@ -41,6 +41,8 @@ from eptq_onnx.workdir import HashOnly, encode
 _MINIMIZED = {Objective.TIME: TIME, Objective.NOISE: NOISE, Objective.BYTES: BYTES}
 _SHARE = 0.1
 """Time limit of timing regions, as a share of the expected run."""
+_MOST_SLOWER = 1.1
+"""How much slower a model may be for noise that no option limits along with its time."""
 
 
 class Place(Pass):
@@ -126,6 +128,9 @@ class _Timed:
             _limits(config),
             {b.unit.value: b.amount for b in config.width_budgets if b.unit is not BudgetUnit.BYTES},
         )
+        most = config.activation_noise
+        if not self._goal.counts_more_than_time and state.sensitivity.left > most > 0:
+            self._goal = replace(self._goal, limits={NOISE: most}, most_slower=_MOST_SLOWER)
         self._digest = self._cut.digest
         if self._goal.counts_more_than_time:
             # What is noisy depends on the samples and on all options.
@@ -276,7 +281,10 @@ class _Timed:
         names = [q.name for q in state.plan.activations]
         if not self._deviation.parts:
             return dict.fromkeys(names, 1.0)
-        alone = {name: self._deviation(*with_activations(state, ctx, [name])) for name in names}
+        if self._goal.most_slower is None:
+            alone = {name: self._deviation(*with_activations(state, ctx, [name])) for name in names}
+        else:
+            alone = {name: state.sensitivity.others.get(name, 0.0) for name in names}
         together = self._noise(self._cut.as_planned) or 0.0
         if ranged := [q.name for q in state.plan.dynamic]:
             # Dynamic layers stay as they are, whatever is chosen.
