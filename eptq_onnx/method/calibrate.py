@@ -254,7 +254,7 @@ def calibrate(
         for q in plan.activations
     }
     grids |= {q.name: before.grids.get(q.name) or _operand_grid(q, view) for q in plan.operands}
-    grids |= {q.name: before.grids.get(q.name) or _table_grid(q, view) for q in plan.tables if not q.weight}
+    grids |= table_grids(plan, view, before.grids)
     return Calibration(
         grids,
         {**before.power, **{n: s.mean_square for n, s in sums.items()}},
@@ -427,6 +427,12 @@ def _activation_grid(
 def _operand_grid(operand: ConstantOperand, view: GraphView) -> Grid:
     value = view.constant(operand.name)
     return quant_math.activation_grid(float(value.min()), float(value.max()), operand.spec)
+
+
+def table_grids(plan: Plan, view: GraphView, known: Mapping[str, Grid] | None = None) -> dict[str, Grid]:
+    """Return the grids of all lookup tables but those that are weights, too."""
+    own = [q for q in plan.tables if not q.weight]
+    return {q.name: (known or {}).get(q.name) or _table_grid(q, view) for q in own}
 
 
 def _table_grid(table: LookupTable, view: GraphView) -> Grid:

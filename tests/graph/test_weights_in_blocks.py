@@ -17,7 +17,7 @@ from eptq_onnx.config import WeightStorage
 from eptq_onnx.graph import blocks
 from eptq_onnx.graph.storing import stored, stored_in_blocks
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.method.calibrate import _table_grid
+from eptq_onnx.method.calibrate import table_grids
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.qdq import write
@@ -68,8 +68,7 @@ def planned(model, bits, size, target="ort-x64", edge=None, storage=None):
     found = targets.load(target)
     whole = normalize(model, max(21, found.min_opset))
     made = plan(whole, found, config)
-    view = GraphView(whole)
-    tables = {q.name: _table_grid(q, view) for q in made.tables if not q.weight}
+    tables = table_grids(made, GraphView(whole))
     rounding = weight_ranges(whole, made, Calibration(tables, {}, {}), None, Config(preset="fast"))
     return whole, made, rounding
 
@@ -104,22 +103,23 @@ def agree(one, other, feeds, **options):
         np.testing.assert_allclose(found, value, rtol=2e-4, atol=2e-4 * np.abs(value).max())
 
 
-STORAGES = [WeightStorage.PACKED, WeightStorage.INT8, WeightStorage.MATMULNBITS] + [WeightStorage.NATIVE] * INT4
+STORAGES = [WeightStorage.PACKED, WeightStorage.INT8, WeightStorage.MATMULNBITS] + [
+    WeightStorage.NATIVE
+] * INT4
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    terms=st.sampled_from([48, 64, 77]),
-    outputs=st.integers(33, 50),
-    shared=st.booleans(),
-    rank=st.integers(2, 4),
-    table=st.booleans(),
+    net=st.tuples(
+        st.sampled_from([48, 64, 77]), st.integers(33, 50), st.booleans(), st.integers(2, 4), st.booleans()
+    ),
     bits=st.sampled_from([2, 3, 4, 8]),
     size=st.sampled_from([16, 32, 64]),
     storage=st.sampled_from(STORAGES),
 )
-def test_the_file_computes_what_the_plan_says(terms, outputs, shared, rank, table, bits, size, storage):
-    model = network(terms, outputs, shared, rank, table)
+def test_the_file_computes_what_the_plan_says(net, bits, size, storage):
+    terms, _, _, rank, table = net
+    model = network(*net)
     whole, made, rounding = planned(model, bits, size)
     assert {x.op_type for x in made.layers} == {"MatMul", "Gemm"}
     marked, _ = write(whole, made, rounding)
@@ -205,14 +205,24 @@ def test_symmetric_blocks_have_no_zero_points():
 )  # fmt: skip
 def test_what_does_not_go_together_is_one_sentence(options, sentence):
     with pytest.raises(ConfigError) as e:
-        eptq_onnx.quantize(network(), {"x": normal(8, 3, 40)}, Config(**{"target": "ort-x64", **options}), progress=silent)
+        eptq_onnx.quantize(
+            network(), {"x": normal(8, 3, 40)}, Config(**{"target": "ort-x64", **options}), progress=silent
+        )
     assert str(e.value) == sentence
 
 
 @pytest.mark.parametrize("storage", [s.value for s in STORAGES])
 def test_from_data_to_a_file_that_obeys_its_target(storage):
     model, data = network(64, 24), {"x": normal(40, 6, 64)}
-    config = Config(bits="w4a32", edge_bits=4, block=32, preset="fast", storage=storage, target="ort-x64", measure_speed=False)
+    config = Config(
+        bits="w4a32",
+        edge_bits=4,
+        block=32,
+        preset="fast",
+        storage=storage,
+        target="ort-x64",
+        measure_speed=False,
+    )
     result = eptq_onnx.quantize(model, data, config, progress=silent)
     assert min(result.report.verification.outputs.values()) > 9
     assert result.report.sizes["weights"] < 0.65 * 64 * 64 * 5
@@ -225,3 +235,29 @@ def test_from_data_to_a_file_that_obeys_its_target(storage):
 def test_the_runtime_is_asked_which_widths_it_has():
     assert has_matmul_nbits(4)
     assert not has_matmul_nbits(3)
+
+
+@pytest.mark.parametrize("options", [{"block": 32}, {"block": 32, "edge_bits": 4, "storage": "packed"}, {}])
+def test_without_data_weights_are_rounded_to_nearest(options):
+    model = network(64, 24, table=True)
+    result = eptq_onnx.quantize(model, config=Config(bits="w4a32", target="ort-x64", **options), progress=silent)
+    report = result.report
+    assert (report.samples, report.verification.samples) == (0, 0)
+    assert "no samples were given" in str(report.verdict)
+    assert not report.advice
+    assert report.sizes["weights"] < 0.4 * model.ByteSize()
+    assert "no samples" in report.to_markdown()
+    x = {"x": np.arange(20).reshape(2, 10)}
+    exact, found = Session(model).run(x), Session(result.model).run(x)
+    for name, value in exact.items():
+        assert np.square(found[name] - value).sum() < 0.1 * np.square(value).sum()
+    if options.get("storage") is None and "block" in options:
+        assert report.verification.planned["MatMulNBits"] == report.verification.kernels["MatMulNBits"] >= 3
+        assert report.sizes["scales and zero points"] > 64 * 64 * 4 / 32
+
+
+def test_activations_need_data():
+    with pytest.raises(eptq_onnx.DataError, match="ranges of activations come from samples: give them with --data"):
+        eptq_onnx.quantize(network(), config=Config(), progress=silent)
+    with pytest.raises(ConfigError, match="rest=float16 needs samples"):
+        eptq_onnx.quantize(network(), config=Config(bits="w4a32", rest="float16"), progress=silent)

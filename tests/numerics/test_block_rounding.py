@@ -23,7 +23,9 @@ def unsigned(bits, axis, size, rule=ScaleRule.ANY):
 
 
 @given(
-    granularity=st.sampled_from([PerTensor(), PerAxis(0), PerAxis(1), PerBlock(0, 3), PerBlock(1, 4), PerBlock(-1, 2)]),
+    granularity=st.sampled_from(
+        [PerTensor(), PerAxis(0), PerAxis(1), PerBlock(0, 3), PerBlock(1, 4), PerBlock(-1, 2)]
+    ),
     shape=st.tuples(st.integers(1, 7), st.integers(1, 9)),
 )
 def test_rows_and_scales_belong_together(granularity, shape):
@@ -56,7 +58,9 @@ def test_no_uniform_search_finds_much_better_scales(bits, axis, size, shape):
     own = np.add.reduceat(error, np.arange(0, shape[axis], size), axis=axis)
     # At 8 bits the best of a thousand grids owes it to chance: a block has fewer values than levels.
     assert own.sum() < (1.1 if bits < 8 else 2.0) * least.sum()
-    assert (found.zero_point >= 0).all() and (np.asarray(found.zero_point) < 2**bits).all()
+    points = np.asarray(found.zero_point)
+    assert points.min() >= 0
+    assert points.max() < 2**bits
 
 
 def test_terms_that_matter_get_the_finer_range():
@@ -73,7 +77,8 @@ def test_scales_may_be_powers_of_two_and_tiny():
     assert (np.frexp(found.scale)[0] == 0.5).all()
     for factor in (1e-25, 1e25, 0):
         grid = block_grid((weight * factor).astype(np.float32), unsigned(4, 1, 16))
-        assert np.isfinite(grid.scale).all() and (grid.scale > 0).all()
+        assert np.isfinite(grid.scale).all()
+        assert (grid.scale > 0).all()
         np.testing.assert_allclose(grid.round(weight * np.float32(factor)), weight * factor, atol=factor)
 
 
@@ -108,7 +113,8 @@ def test_compensation_and_descent_come_close_to_the_best_integers(seed):
     assert best - 1e-6 <= costs[2] <= max(1.6 * best, best + 0.05)
     assert costs[2] <= costs[0] + 1e-6
     inside = done + p.levels.zero
-    assert inside.min() >= 0 and inside.max() <= 3
+    assert inside.min() >= 0
+    assert inside.max() <= 3
 
 
 @given(seed=st.integers(0, 50), size=st.integers(1, 8), terms=st.integers(1, 9))
@@ -132,5 +138,7 @@ def test_with_one_block_a_row_it_is_what_scales_per_row_give():
 
     p, grid = problem(4, 6, 70, 70)
     zero = np.asarray(grid.zero_point, np.float32)[:, :, 0]
-    whole = compensated_rounding(p.target, grid.scale[:, :, 0], Feedback.of(p.moment), Levels(grid.format, zero))
+    whole = compensated_rounding(
+        p.target, grid.scale[:, :, 0], Feedback.of(p.moment), Levels(grid.format, zero)
+    )
     assert (whole == p.compensated(grid.scale)).mean() > 0.99
