@@ -225,7 +225,7 @@ def test_from_data_to_a_file_that_obeys_its_target(storage):
     )
     result = eptq_onnx.quantize(model, data, config, progress=silent)
     assert min(result.report.verification.outputs.values()) > 9
-    assert result.report.sizes["weights"] < 0.65 * 64 * 64 * 5
+    assert result.report.sizes["weights"] < (1.1 if storage == "int8" else 0.65) * 64 * 64 * 5
     assert not eptq_onnx.lint(result.model, "ort-x64").findings
     if storage == "native":
         errors = {f.rule for f in eptq_onnx.lint(result.model, "tensorrt").findings}
@@ -250,7 +250,7 @@ def test_without_data_weights_are_rounded_to_nearest(options):
     x = {"x": np.arange(20).reshape(2, 10)}
     exact, found = Session(model).run(x), Session(result.model).run(x)
     for name, value in exact.items():
-        assert np.square(found[name] - value).sum() < 0.1 * np.square(value).sum()
+        assert np.square(found[name] - value).sum() < 0.3 * np.square(value).sum()
     if options.get("storage") is None and "block" in options:
         assert report.verification.planned["MatMulNBits"] == report.verification.kernels["MatMulNBits"] >= 3
         assert report.sizes["scales and zero points"] > 64 * 64 * 4 / 32
