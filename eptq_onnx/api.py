@@ -21,6 +21,7 @@ from eptq_onnx.control import controlled
 from eptq_onnx.data.readers import Source
 from eptq_onnx.data.readers import files_of as files_of_data
 from eptq_onnx.data.sheet import contact_sheet
+from eptq_onnx.dataless import without_data
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.files import check_apart, check_writable, model_outputs
 from eptq_onnx.gate import Verified
@@ -82,7 +83,7 @@ class Result:
 
 def quantize(
     model: str | os.PathLike[str] | bytes | ModelProto,
-    data: Source,
+    data: Source | None = None,
     config: Config | None = None,
     *,
     progress: Progress = silent,
@@ -94,10 +95,10 @@ def quantize(
     ----------
     model : path, bytes or ModelProto
         The float model; it is never modified.
-    data : Source
-        Calibration samples without labels: one array per model input, samples along the first axis; or feeds,
-        loaders, data sets, files, folders, or a function that gives them. `Data` around it says how to read
-        it, such as ``Data("photos", image="imagenet")``.
+    data : Source, optional
+        Calibration samples without labels, which weights alone can do without: one array per model input,
+        samples along the first axis; or feeds, loaders, data sets, files, folders, or a function that gives
+        them. `Data` around it says how to read it, such as ``Data("photos", image="imagenet")``.
     config : Config, optional
     progress : callable, optional
     **accuracy
@@ -283,7 +284,7 @@ def samples(model: str | os.PathLike[str] | bytes | ModelProto, data: Source) ->
 
 
 def input_files(
-    model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config
+    model: str | os.PathLike[str] | bytes | ModelProto, data: Source | None, config: Config
 ) -> list[tuple[str, Path]]:
     """List the files that `quantize` reads, with descriptions; none may be overwritten."""
     target = (
@@ -291,7 +292,13 @@ def input_files(
     )
     libraries = [("a custom-operator library", path) for path in config.custom_ops]
     timings = [("the timings file", config.timings)] if config.timings is not None else []
-    return [*files_of_model(model), *files_of_data(data), *target, *libraries, *timings]
+    return [
+        *files_of_model(model),
+        *(files_of_data(data) if data is not None else []),
+        *target,
+        *libraries,
+        *timings,
+    ]
 
 
 @dataclass(frozen=True)
@@ -312,13 +319,16 @@ class _Places:
 
 def _quantize(
     model: str | os.PathLike[str] | bytes | ModelProto,
-    data: Source,
+    data: Source | None,
     options: tuple[Config, Accuracy],
     progress: Progress,
     places: _Places,
 ) -> Result:
     """Quantize a model; see `quantize`."""
     given, accuracy = options
+    if data is None:
+        made, report = without_data(model, given, places.folder, progress)
+        return Result(store.load_all(made), report)
     begun = start(model, data, given, places.folder, progress)
     runner, prepared, state, ctx = begun.runner, begun.prepared, begun.state, begun.ctx
     if places.workdir is not None:
@@ -337,7 +347,8 @@ def _quantize(
         asked = {**given.model_dump(mode="json"), **prepared.reading, **accuracy.given()}
         found = replace(found, config=asked, trail=trail, notes=(*found.notes, *trail.unavailable))
     sheet = contact_sheet(ctx.samples, prepared.origin, prepared.model)
-    return Result(store.load_all(final(sink(state.packed), prepared)), found, contact_sheet=sheet)
+    whole = final(sink(state.packed), prepared.opset, prepared.ir_version)
+    return Result(store.load_all(whole), found, contact_sheet=sheet)
 
 
 def bench(

@@ -39,12 +39,14 @@ def quantize(
     *,
     model: Annotated[Path, typer.Argument(help="The float ONNX model.", show_default=False)],
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--data",
-            help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}.",
+            help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}. Weights alone "
+            "(bits w4a32) can do without.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -80,7 +82,8 @@ def quantize(
     messages = console(stderr=True)
     with one_sentence(messages):
         given = {**(read_options(config) if config is not None else {}), **options}
-        chosen, samples = Config(**options_of(Config, given)), Data(data, **options_of(Reading, given))
+        chosen, reading = Config(**options_of(Config, given)), options_of(Reading, given)
+        samples = None if data is None else Data(data, **reading)
         accuracy = options_of(Accuracy, given)
         output = own_output(model, chosen) if output is None else output
         asked = {"the report": report, "the contact sheet": contact_sheet}

@@ -127,10 +127,22 @@ def found(view: GraphView) -> list[Found]:
     return [one for node in view.nodes if node.op_type == "Mul" and (one := _read(view, node)) is not None]
 
 
+def scales(view: GraphView) -> list[str]:
+    """Return the scales of all tensors in blocks, whatever holds their integers."""
+    spread = [view.producer.get(n.input[1]) for n in view.nodes if n.op_type == "Mul"]
+    own = [_constant(view, n.input[0])[0] for n in spread if n is not None and _is_spread(view, n)]
+    return [name for name in own if name is not None and view.is_float(name)]
+
+
+def _is_spread(view: GraphView, node: NodeProto) -> bool:
+    """Return True for a Gather that gives every term the number of its block."""
+    return _is_gather(node, -1) and view.elem_type(node.input[1]) == TensorProto.INT32
+
+
 def _read(view: GraphView, mul: NodeProto) -> Found | None:
     """Return the tensor in blocks whose floats a Mul makes, or None."""
     spread = view.producer.get(mul.input[1])
-    if spread is None or not _is_gather(spread, -1) or not view.is_constant(spread.input[1]):
+    if spread is None or not _is_spread(view, spread) or not view.is_constant(spread.input[1]):
         return None
     places = spread.input[1]
     scale, rows = _constant(view, spread.input[0])

@@ -20,6 +20,7 @@ from eptq_onnx.graph.view import GraphView, attribute, int_attribute
 from eptq_onnx.proto import store
 
 MICROSOFT = "com.microsoft"
+MATMUL_NBITS = "MatMulNBits"
 _TYPES = {
     (2, True): "int2", (2, False): "uint2", (4, True): "int4", (4, False): "uint4", (8, True): "int8",
     (8, False): "uint8",
@@ -106,7 +107,7 @@ def matmul_nbits(model: ModelProto, widths: Collection[int], accuracy_level: int
             x, bias = node.input[0], node.input[2] if len(node.input) > 2 else ""
             made = change.b.unique(f"{node.output[0]}_product") if bias else node.output[0]
             change.b.add(
-                "MatMulNBits",
+                MATMUL_NBITS,
                 [x, *constants],
                 made,
                 domain=MICROSOFT,
@@ -187,6 +188,15 @@ def _dequantize(change: _Change, one: Found, bits: int, readers: list[NodeProto]
         elif node.output[0] != made:
             change.b.nodes.append(helper.make_node("Identity", [made], [node.output[0]], name=node.name))
         change.put(node)
+
+
+def products(model: ModelProto) -> int:
+    """Return how many products are MatMulNBits, or what onnxruntime makes MatMulNBits of."""
+    blocked = {n.output[0] for n in model.graph.node if int_attribute(n, "block_size", 0)}
+    return sum(
+        n.op_type == MATMUL_NBITS or (n.op_type in ("Gemm", "MatMul") and n.input[1] in blocked)
+        for n in model.graph.node
+    )
 
 
 def packed_tables(model: ModelProto) -> ModelProto:

@@ -268,8 +268,7 @@ def calibrate(
         for q in plan.activations
     }
     grids |= {q.name: before.grids.get(q.name) or _operand_grid(q, view) for q in plan.operands}
-    grids |= {q.name: before.grids.get(q.name) or _table_grid(q, view) for q in plan.tables if not q.weight}
-    grids |= {q.name: before.grids.get(q.name) or _weight_grid(q, view) for q in plan.held}
+    grids |= table_grids(plan, view, before.grids)
     return Calibration(
         grids,
         {**before.power, **{n: s.mean_square for n, s in sums.items()}},
@@ -442,6 +441,13 @@ def _activation_grid(
 def _operand_grid(operand: ConstantOperand, view: GraphView) -> Grid:
     value = view.constant(operand.name)
     return quant_math.activation_grid(float(value.min()), float(value.max()), operand.spec)
+
+
+def table_grids(plan: Plan, view: GraphView, known: Mapping[str, Grid] | None = None) -> dict[str, Grid]:
+    """Return the grids of what float operators hold: lookup tables that are no weights, and weights."""
+    before = known or {}
+    grids = {q.name: before.get(q.name) or _table_grid(q, view) for q in plan.tables if not q.weight}
+    return grids | {q.name: before.get(q.name) or _weight_grid(q, view) for q in plan.held}
 
 
 def _table_grid(table: LookupTable, view: GraphView) -> Grid:

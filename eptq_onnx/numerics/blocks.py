@@ -17,10 +17,9 @@ from eptq_onnx.parallel import ordered_map
 
 _COLUMNS = 4096
 """Blocks searched at a time, so that intermediate results stay in the cache."""
-_COARSE = tuple(np.linspace(1.0, 0.3, 8, dtype=np.float32)[1:])
-"""Ranges tried, relative to the one that clips nothing."""
-_STEPS = (0.05, 0.025)
-"""Steps to either side of the best range, in turn."""
+_FEW_BITS = tuple(np.linspace(0.9, 0.3, 7, dtype=np.float32)), (0.05, 0.025)
+_MANY_BITS = tuple(np.linspace(1.01, 0.94, 8, dtype=np.float32)), (0.005, 0.0025)
+"""Ranges tried, relative to the one that clips nothing; and steps to either side of the best one, in turn."""
 
 
 def block_grid(
@@ -89,9 +88,10 @@ def _searched(columns: Array, spec: QuantSpec, h: Array | None, *, search: bool)
         for octave in (1, 2):
             try_scale(np.ldexp(widest, -octave))
         return best, zero
-    for ratio in _COARSE:
+    ratios, steps = _FEW_BITS if spec.bits <= quant_math.FEW_BITS else _MANY_BITS
+    for ratio in ratios:
         try_scale(widest * ratio)
-    for step in _STEPS:
+    for step in steps:
         middle = best
         for side in (-step, step):
             try_scale((middle + widest * np.float32(side)).clip(widest * np.float32(0.05)))

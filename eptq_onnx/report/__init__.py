@@ -48,7 +48,7 @@ class LayerReport:
     attention: float | None
     """Mean sample-layer attention weight, relative to the largest layer's."""
     sqnr_db: float
-    """Of the quantized output, with all errors from upstream."""
+    """Of the quantized output, with all errors from upstream; NaN without samples."""
     own_db: float | None = None
     """The same if all layers in front have their float outputs."""
     nearest_db: float | None = None

@@ -78,6 +78,8 @@ def advise(report: Report) -> tuple[Advice, ...]:
 def _of_evidence(report: Report) -> Iterator[Advice]:
     """Yield what makes the verdict itself more certain."""
     v = report.verification
+    if not report.samples:
+        return
     if report.samples < ENOUGH:
         what = "calibration has seen them all" if not v.held_out else "few are held out"
         yield Advice(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -38,7 +39,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("parts", ", ".join(f"{part} {size_text(count)}" for part, count in report.sizes.items() if count)),
         ("speed", in_words(report.speed)),
         ("model", f"{report.model} → {report.target}, opset {report.opset}"),
-        ("data", f"{report.samples} samples of {report.data}"),
+        ("data", f"{report.samples} samples of {report.data}" if report.samples else str(report.data)),
         ("bits", _bits(report)),
         ("rotation", _rotation(report)),
         ("equalization", _equalization(report)),
@@ -56,8 +57,9 @@ def sheets(report: Report) -> Iterator[Sheet]:
         yield scores.trail_sheet(report.trail)
     if report.verification.planned:
         yield kernel_sheet(report)
-    yield output_sheet(report)
-    yield _weakest(report)
+    if report.samples:
+        yield output_sheet(report)
+        yield _weakest(report)
     if report.speed is not None and report.speed.operators:
         yield operator_sheet(report.speed)
     if report.placement is not None:
@@ -131,7 +133,7 @@ def layer_sheet(report: Report) -> Sheet:
 
 def decibels(value: float | None) -> str:
     """Return a ratio as text."""
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 def smaller(before: int, after: int) -> str:
@@ -191,7 +193,7 @@ def _weakest(report: Report) -> Sheet:
                 x.op_type,
                 x.bits,
                 decibels(x.own_db),
-                f"{x.sqnr_db:.2f}",
+                decibels(x.sqnr_db),
             )
             for x in sorted(report.layers, key=lambda x: x.sqnr_db)[:_WEAKEST]
         ),

@@ -36,6 +36,11 @@ MISMATCHED = 0.1
 FEW_SAMPLES = 16
 """Number of samples below which a verdict is uncertain."""
 MADE_UP = "samples are random numbers: ranges are wrong, and no figure here says anything about accuracy"
+"""What is said of runs on made-up data."""
+UNMEASURED = (
+    "no samples were given: weights are rounded to nearest, and nothing was measured; with samples they are "
+    "rounded so that the layers' outputs stay the same, which halves the error or better"
+)
 """What is said of runs without data."""
 
 
@@ -84,6 +89,8 @@ def judge(verification: Verification, origin: Origin) -> Verdict:
     origin : Origin
         Where the samples come from.
     """
+    if verification.samples == 0 and not verification.statistics:
+        return Verdict(Assurance.CHECK, (UNMEASURED,), "give samples with --data")
     if origin.made_up:
         return Verdict(Assurance.CHECK, (MADE_UP,), "give real samples with --data")
     return judge_outputs(verification.statistics, verification.samples, verification.held_out)
