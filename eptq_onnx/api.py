@@ -16,7 +16,7 @@ from eptq_onnx.comparison import LEAST_DB, SAMPLES, Compared, Sample, samples_of
 from eptq_onnx.comparison import compare as side_by_side
 from eptq_onnx.config import Config, Gate, Reading
 from eptq_onnx.config.reading import ReadingOptions
-from eptq_onnx.data.readers import Source
+from eptq_onnx.data.readers import Nothing, Source
 from eptq_onnx.data.readers import files_of as files_of_data
 from eptq_onnx.data.sheet import contact_sheet
 from eptq_onnx.errors import ConfigError
@@ -78,7 +78,7 @@ class Result:
 
 def quantize(
     model: str | os.PathLike[str] | bytes | ModelProto,
-    data: Source,
+    data: Source | None = None,
     config: Config | None = None,
     *,
     progress: Progress = silent,
@@ -92,7 +92,8 @@ def quantize(
     data : Source
         Calibration samples without labels: one array per model input, samples along the first axis; or feeds,
         loaders, data sets, files, folders, or a function that gives them. `Data` around it says how to read
-        it, such as ``Data("photos", image="imagenet")``.
+        it, such as ``Data("photos", image="imagenet")``. None where no ranges are needed: with
+        ``activations="dynamic"``, and where only weights are quantized.
     config : Config, optional
     progress : callable, optional
 
@@ -105,7 +106,7 @@ def quantize(
     EptqError
         If something is wrong; see `eptq_onnx.errors` for the subclasses.
     """
-    config = config or Config()
+    config, data = config or Config(), Nothing() if data is None else data
     inputs = tuple(input_files(model, data, config))
     if config.timings is not None and not config.timings.exists():
         check_writable(config.timings)

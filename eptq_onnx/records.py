@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -229,7 +228,7 @@ class Plan:
     @property
     def activation_names(self) -> list[str]:
         """Return the names of all activations that are quantized, with a fixed or a dynamic range."""
-        return list(dict.fromkeys(q.name for q in (*self.activations, *self.dynamic)))
+        return list(dict.fromkeys([*(q.name for q in self.activations), *(q.name for q in self.dynamic)]))
 
     @property
     def stored(self) -> tuple[Layer, ...]:
@@ -359,56 +358,6 @@ class Rounding:
     grids: Mapping[str, Grid]
     biases: Mapping[str, Array]
     targets: Mapping[str, Array]
-
-
-@dataclass(frozen=True)
-class OperatorTime:
-    """Time of one kind of operator in one run of the float and of the quantized model, in seconds."""
-
-    operator: str
-    float_seconds: float
-    quantized_seconds: float
-
-
-class Pace(str, Enum):
-    """The quantized model's run time compared with the float model's, as far as noise allows."""
-
-    FASTER = "faster"
-    SAME = "about as fast"
-    SLOWER = "slower"
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Run times of the float and of the written model in onnxruntime on this machine, measured in turn.
-
-    Parameters
-    ----------
-    pace : Pace
-    float_seconds, quantized_seconds : float
-        Median time of one run.
-    ratio : float
-        Median over pairs of the quantized model's time divided by the float model's; above 1 it is slower.
-    low, high : float
-        Confidence interval of that median, at 99.8 %.
-    pairs : int
-        Measurements of each model.
-    samples : int
-        Samples per run.
-    operators : tuple of OperatorTime
-        If the model is not faster, the time of each kind of operator, largest increase over the float model
-        first.
-    """
-
-    pace: Pace
-    float_seconds: float
-    quantized_seconds: float
-    ratio: float
-    low: float
-    high: float
-    pairs: int
-    samples: int
-    operators: tuple[OperatorTime, ...] = ()
 
 
 @dataclass(frozen=True)

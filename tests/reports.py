@@ -11,13 +11,11 @@ from eptq_onnx.data.origin import Origin
 from eptq_onnx.diagnosis import Exhibits, Histogram, NodePlace, OutputNoise, Picture, SampleNoise
 from eptq_onnx.estimates import Estimate
 from eptq_onnx.numerics.statistics import OutputStatistics
+from eptq_onnx.pace import OperatorTime, Pace, Speed
 from eptq_onnx.placement import FrontPoint
 from eptq_onnx.records import (
     KeptFloat,
-    OperatorTime,
     OptimizationTrace,
-    Pace,
-    Speed,
     Verification,
 )
 from eptq_onnx.report import LayerReport, Report

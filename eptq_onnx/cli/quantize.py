@@ -17,7 +17,7 @@ from eptq_onnx.cli.options import options_of, with_options
 from eptq_onnx.config import Config, Reading
 from eptq_onnx.config.files import read_options
 from eptq_onnx.data import readers
-from eptq_onnx.data.readers import Data
+from eptq_onnx.data.readers import Data, Nothing
 from eptq_onnx.errors import OutputError
 from eptq_onnx.files import check_apart, check_writable, model_outputs, write_atomically
 from eptq_onnx.graph.io import read_file
@@ -36,12 +36,13 @@ def quantize(
     *,
     model: Annotated[Path, typer.Argument(help="The float ONNX model.", show_default=False)],
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--data",
             help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -74,7 +75,10 @@ def quantize(
     messages = console(stderr=True)
     with one_sentence(messages):
         given = {**(read_options(config) if config is not None else {}), **options}
-        chosen, samples = Config(**options_of(Config, given)), Data(data, **options_of(Reading, given))
+        chosen, samples = (
+            Config(**options_of(Config, given)),
+            Data(Nothing() if data is None else data, **options_of(Reading, given)),
+        )
         output = own_output(model, chosen) if output is None else output
         asked = {"the report": report, "the contact sheet": contact_sheet}
         beside = {name: path for name, path in asked.items() if path is not None}

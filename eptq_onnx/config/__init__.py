@@ -19,10 +19,12 @@ from eptq_onnx.config.config import FLOAT_BITS, PRESET_PASSES, Config
 from eptq_onnx.config.gate import Gate
 from eptq_onnx.config.option import Option, describe, option_of
 from eptq_onnx.config.reading import Reading
+from eptq_onnx.config.without_samples import WITHOUT_SAMPLES, without_samples
 
 __all__ = [
     "FLOAT_BITS",
     "PRESET_PASSES",
+    "WITHOUT_SAMPLES",
     "ActivationRange",
     "Activations",
     "Attention",
@@ -42,4 +44,5 @@ __all__ = [
     "WeightStorage",
     "describe",
     "option_of",
+    "without_samples",
 ]

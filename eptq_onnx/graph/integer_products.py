@@ -7,12 +7,14 @@ integer operators:
     →  Mul(Cast(MatMulInteger(x, W, zero)), Mul(scale, scales of W)) [+ bias]
 
 with D = DequantizeLinear and x, scale, zero of one DynamicQuantizeLinear, which all products of X share.
-onnxruntime (1.18 to 1.32) makes a DynamicQuantizeMatMul of the nodes of a product, or a MatMulIntegerToFloat if
-several share x, the Add of a bias included. It also makes these kernels of the quantizers themselves, but then
-adds the bias in a node of its own, and has no such kernel for a Gemm.
+onnxruntime (1.18 to 1.32) makes a DynamicQuantizeMatMul of the nodes of a product, or a MatMulIntegerToFloat
+if several share x, the Add of a bias included. It also makes these kernels of the quantizers themselves, but
+then adds the bias in a node of its own, and has no such kernel for a Gemm.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
@@ -58,14 +60,15 @@ def _quantized(node: NodeProto, view: GraphView) -> tuple[NodeProto | None, Node
     """Return the DynamicQuantizeLinear of a product's input, and the DequantizeLinear of its weight."""
     if node.op_type not in PRODUCTS:
         return None, None
-    makers = [view.producer.get(name) for name in node.input[:2]]
-    if any(m is None or m.op_type != "DequantizeLinear" for m in makers):
+    data, weight = (
+        maker if maker is not None and maker.op_type == "DequantizeLinear" else None
+        for maker in map(view.producer.get, node.input[:2])
+    )
+    if data is None or weight is None or not view.is_constant(weight.input[0]):
         return None, None
-    data, weight = makers
-    assert data is not None and weight is not None
     quantize = view.producer.get(data.input[0])
     dynamic = quantize is not None and quantize.op_type == "DynamicQuantizeLinear"
-    return (quantize, weight) if dynamic and view.is_constant(weight.input[0]) else (None, None)
+    return (quantize, weight) if dynamic else (None, None)
 
 
 def _product(
@@ -85,7 +88,7 @@ def _product(
     names = [b.unique(f"{stem}/{step}") for step in ("integers", "floats", "scales", "product")]
     integers, floats, both, product = names
 
-    def made(op_type: str, inputs: list[str], output: str, **attributes: int) -> NodeProto:
+    def made(op_type: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
         name = node.name if output == result else b.unique(f"{output}/{op_type}")
         return helper.make_node(op_type, inputs, [output], name=name, **attributes)
 

@@ -27,7 +27,8 @@ from eptq_onnx.method.diagnose import (
     readers,
 )
 from eptq_onnx.method.qdq import write
-from eptq_onnx.passes.base import Context, Cost, Pass, State, with_activations
+from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.passes.versions import with_activations
 from eptq_onnx.records import Plan
 from eptq_onnx.report.verdict import Assurance, judge_outputs
 from eptq_onnx.targets import ONNXRUNTIME

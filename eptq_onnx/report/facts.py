@@ -11,7 +11,7 @@ from eptq_onnx.report.front import front_sheet
 from eptq_onnx.report.plain import size_text
 from eptq_onnx.report.sheet import Sheet
 from eptq_onnx.report.speed import in_words, operator_sheet, warning
-from eptq_onnx.report.verdict import MADE_UP
+from eptq_onnx.report.verdict import of_made_up
 
 if TYPE_CHECKING:
     from eptq_onnx.report import LayerReport, Report
@@ -22,7 +22,11 @@ _WEAKEST = 5
 
 def warnings_of(report: Report) -> list[str]:
     """Return what is to be said before all else."""
-    return [text for text in (MADE_UP if report.data.made_up else "", warning(report.speed)) if text]
+    return [
+        text
+        for text in (of_made_up(report.data) if report.data.made_up else "", warning(report.speed))
+        if text
+    ]
 
 
 def facts(report: Report) -> list[tuple[str, str]]:

@@ -36,6 +36,10 @@ MISMATCHED = 0.1
 FEW_SAMPLES = 16
 """Number of samples below which a verdict is uncertain."""
 MADE_UP = "samples are random numbers: ranges are wrong, and no figure here says anything about accuracy"
+"""What is said of runs on data that is made up."""
+NO_SAMPLES = (
+    "there were no samples: inputs are random numbers, and no figure here says anything about accuracy"
+)
 """What is said of runs without data."""
 
 
@@ -85,8 +89,13 @@ def judge(verification: Verification, origin: Origin) -> Verdict:
         Where the samples come from.
     """
     if origin.made_up:
-        return Verdict(Assurance.CHECK, (MADE_UP,), "give real samples with --data")
+        return Verdict(Assurance.CHECK, (of_made_up(origin),), "give real samples with --data")
     return judge_outputs(verification.statistics, verification.samples, verification.held_out)
+
+
+def of_made_up(origin: Origin) -> str:
+    """Return what is said of figures on inputs that are made up."""
+    return MADE_UP if origin.needed else NO_SAMPLES
 
 
 def judge_outputs(statistics: Mapping[str, OutputStatistics], samples: int, held_out: bool) -> Verdict:

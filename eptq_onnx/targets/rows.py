@@ -143,8 +143,8 @@ class Operator(Row):
     computed : bool
         False if a layer needs a constant weight, so that a product of two computed matrices stays float.
     dynamic : bool
-        True if a layer also runs on integers with an input that is quantized in every run, with the range that
-        it has there.
+        True if a layer also runs on integers with an input that is quantized in every run, with the range
+        that it has there.
     stored : bool
         True if the operator's constant lookup table is stored as int8 with one scale per row when the
         operator itself stays float.

@@ -196,13 +196,14 @@ class Target(Row):
         """Check that the runtime quantizes activations in every run, and at these widths."""
         if not self.dynamic:
             raise ConfigError(
-                f"option activations=dynamic is not for target {self.name}, which has no kernels that find the "
-                "ranges of activations in every run: choose activations=static with samples, or another target."
+                f"option activations=dynamic is not for target {self.name}, which has no kernels that find "
+                "the ranges of activations in every run: choose activations=static with samples, or another "
+                "target."
             )
         if other := set(widths) - {8, FLOAT_BITS}:
             raise ConfigError(
-                f"option activations=dynamic quantizes activations to 8 bits, not {min(other)}: choose 8 bits, "
-                "or activations=static."
+                f"option activations=dynamic quantizes activations to 8 bits, not {min(other)}: choose 8 "
+                "bits, or activations=static."
             )
 
     def storage_for(self, storage: WeightStorage | None) -> WeightStorage:

@@ -17,6 +17,7 @@ from eptq_onnx.data.readers.base import (
     Content,
     Data,
     Feed,
+    Nothing,
     Opened,
     Reader,
     Request,
@@ -26,8 +27,8 @@ from eptq_onnx.data.readers.base import (
 from eptq_onnx.discovery import classes
 
 __all__ = [
-    "Arrays", "Content", "Data", "Feed", "Opened", "Reader", "Request", "Source", "Wanted", "files_of",
-    "forms", "open_source", "registered", "wanted",
+    "Arrays", "Content", "Data", "Feed", "Nothing", "Opened", "Reader", "Request", "Source", "Wanted",
+    "files_of", "forms", "open_source", "registered", "wanted",
 ]  # fmt: skip
 
 

@@ -100,7 +100,9 @@ def _layer_nodes(draft: Draft) -> list[NodeProto]:
     return [
         n
         for n in draft.view.nodes
-        if n.name in draft.stored or n.name in draft.dynamic or (n.name in draft.quantized and draft.is_weighted(n))
+        if n.name in draft.stored
+        or n.name in draft.dynamic
+        or (n.name in draft.quantized and draft.is_weighted(n))
     ]
 
 
