@@ -89,8 +89,8 @@ def sensitive_activations(
     progress(_MOST_RUNS, _MOST_RUNS)
     found = {tensor: ratio[q.name] for q in plan.activations if q.name in ratio for tensor in q.tensors}
     found |= {q.name: ratio[q.name] for q in plan.dynamic if q.name in ratio}
-    # If no layer were left, there would be nothing to quantize.
-    return found if any(found.keys().isdisjoint(x.tensors) for x in plan.integer_layers) else {}
+    # If no layer were left, there would be nothing to quantize but stored weights.
+    return found if plan.held or any(found.keys().isdisjoint(x.tensors) for x in plan.integer_layers) else {}
 
 
 def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], most: float) -> dict[str, float]:
