@@ -25,9 +25,10 @@ from eptq_onnx.graph.replay import Replay
 from eptq_onnx.numerics.statistics import Comparison
 from eptq_onnx.numerics.sums import NoiseSum
 from eptq_onnx.ops import executed
+from eptq_onnx.outcome import Verification
 from eptq_onnx.proto import store
 from eptq_onnx.proto.weights import light
-from eptq_onnx.records import Plan, Verification
+from eptq_onnx.records import Plan
 from eptq_onnx.runtimes.base import Kernel
 from eptq_onnx.targets import ONNXRUNTIME, Target
 

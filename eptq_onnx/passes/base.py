@@ -26,17 +26,9 @@ from eptq_onnx.method.allocate import Candidates
 from eptq_onnx.method.judge import SAMPLES, Limit
 from eptq_onnx.method.qdq import write
 from eptq_onnx.ops import executed, output_parts
-from eptq_onnx.pace import Speed
+from eptq_onnx.outcome import OptimizationTrace, Speed, Verification
 from eptq_onnx.placement import FrontPoint, Placement
-from eptq_onnx.records import (
-    Calibration,
-    Network,
-    OptimizationTrace,
-    Plan,
-    Rounding,
-    Scores,
-    Verification,
-)
+from eptq_onnx.records import Calibration, Network, Plan, Rounding, Scores
 from eptq_onnx.targets import Target
 from eptq_onnx.workdir import Partial
 

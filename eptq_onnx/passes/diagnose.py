@@ -28,7 +28,7 @@ from eptq_onnx.method.diagnose import (
 )
 from eptq_onnx.method.qdq import write
 from eptq_onnx.passes.base import Context, Cost, Pass, State
-from eptq_onnx.passes.versions import with_activations
+from eptq_onnx.passes.plans import with_activations
 from eptq_onnx.records import Plan
 from eptq_onnx.report.verdict import Assurance, judge_outputs
 from eptq_onnx.targets import ONNXRUNTIME

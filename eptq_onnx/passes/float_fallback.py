@@ -6,7 +6,7 @@ from functools import partial
 
 from eptq_onnx.method.float_fallback import FLOAT_PASSES, SAMPLES, sensitive_activations
 from eptq_onnx.passes.base import Context, Cost, Pass, State
-from eptq_onnx.passes.versions import leave_float, with_activations
+from eptq_onnx.passes.plans import leave_float, with_activations
 
 
 class FloatFallback(Pass):

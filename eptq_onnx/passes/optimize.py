@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.method.judge import SAMPLES, still_better
+from eptq_onnx.outcome import OptimizationTrace
 from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
-from eptq_onnx.passes.versions import with_activations, without_equal_steps
-from eptq_onnx.records import OptimizationTrace
+from eptq_onnx.passes.plans import with_activations, without_equal_steps
 from eptq_onnx.training.graph import training_graph
 from eptq_onnx.training.loop import Hooks, needed_bytes, optimize
 from eptq_onnx.training.worth import LITTLE, Effort, is_learned, promised

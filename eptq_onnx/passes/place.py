@@ -26,8 +26,8 @@ from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.passes.plans import deviation_of, leave_float, with_activations, without_equal_steps
 from eptq_onnx.passes.trial import Trial, trial
-from eptq_onnx.passes.versions import deviation_of, leave_float, with_activations, without_equal_steps
 from eptq_onnx.placement import Placement, Timings
 from eptq_onnx.program import BYTES, NOISE, TIME
 from eptq_onnx.proto import store

@@ -5,7 +5,7 @@ from __future__ import annotations
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.method.rotate import needed_bytes, rotate
 from eptq_onnx.passes.base import Context, Pass, State
-from eptq_onnx.passes.versions import without_equal_steps
+from eptq_onnx.passes.plans import without_equal_steps
 
 
 class Rotate(Pass):

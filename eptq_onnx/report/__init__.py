@@ -17,9 +17,9 @@ from rich.text import Text
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.diagnosis import Exhibits, OutputNoise
 from eptq_onnx.estimates import Estimate
-from eptq_onnx.pace import Speed
+from eptq_onnx.outcome import OptimizationTrace, Speed, Verification
 from eptq_onnx.placement import FrontPoint, Placement
-from eptq_onnx.records import KeptFloat, OptimizationTrace, Verification
+from eptq_onnx.records import KeptFloat
 from eptq_onnx.report import files
 from eptq_onnx.report.advice import Advice, advise
 from eptq_onnx.report.console import console as standard_output

@@ -14,7 +14,7 @@ from enum import Enum
 
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.numerics.statistics import OutputStatistics
-from eptq_onnx.records import Verification
+from eptq_onnx.outcome import Verification
 
 SAFE_DB, VERY_HIGH_DB = 30.0, 40.0
 """SQNR at which an output is safe whatever its use, and at which few or already seen samples suffice."""

@@ -17,7 +17,7 @@ from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.passes.base import State
-from eptq_onnx.passes.versions import with_activations
+from eptq_onnx.passes.plans import with_activations
 from eptq_onnx.records import Network
 from eptq_onnx.runtime import Session
 

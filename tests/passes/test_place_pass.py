@@ -14,7 +14,7 @@ from eptq_onnx import Config
 from eptq_onnx.errors import ConfigError, ModelError, OutputError
 from eptq_onnx.graph.view import QUANTIZERS, GraphView, int_attribute
 from eptq_onnx.method.allocate import candidates
-from eptq_onnx.pace import Pace, Speed
+from eptq_onnx.outcome import Pace, Speed
 from eptq_onnx.passes.place import Place
 from eptq_onnx.placement import Representation, Way
 from eptq_onnx.runtimes.attribute import joined

@@ -22,7 +22,7 @@ from eptq_onnx.method.place.network import VARIANTS, Chosen, Cut, Times, reasons
 from eptq_onnx.method.place.pieces import between_convolutions
 from eptq_onnx.method.place.regions import Region
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.pace import Speed
+from eptq_onnx.outcome import Speed
 from eptq_onnx.placement import Candidate, Placement, TimedRegion, Timings, Way
 from eptq_onnx.program import TIME
 from eptq_onnx.runtimes.pieces import Stopwatch

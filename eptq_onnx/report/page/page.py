@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from eptq_onnx.diagnosis import Histogram, Picture
-from eptq_onnx.pace import Pace
+from eptq_onnx.outcome import Pace
 from eptq_onnx.report import placement as by_time
 from eptq_onnx.report.command import command_of
 from eptq_onnx.report.console import shown

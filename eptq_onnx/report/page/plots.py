@@ -16,9 +16,8 @@ from matplotlib.figure import Figure
 
 from eptq_onnx.diagnosis import Histogram
 from eptq_onnx.numerics.types import Array
-from eptq_onnx.pace import OperatorTime
+from eptq_onnx.outcome import OperatorTime, OptimizationTrace
 from eptq_onnx.placement import FrontPoint
-from eptq_onnx.records import OptimizationTrace
 
 _INK, _LINE, _FIRST, _SECOND, _THIRD = "#010101", "#020202", "#030303", "#040404", "#050505"
 """Stand-ins for colours, which the page's style sheet chooses."""
