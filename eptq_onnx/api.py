@@ -18,7 +18,7 @@ from eptq_onnx.config import Accuracy, Config, Gate, Reading
 from eptq_onnx.config.accuracy import AccuracyOptions
 from eptq_onnx.config.reading import ReadingOptions
 from eptq_onnx.control import controlled
-from eptq_onnx.data.readers import Source
+from eptq_onnx.data.readers import Nothing, Source, is_nothing
 from eptq_onnx.data.readers import files_of as files_of_data
 from eptq_onnx.data.sheet import contact_sheet
 from eptq_onnx.dataless import without_data
@@ -96,9 +96,10 @@ def quantize(
     model : path, bytes or ModelProto
         The float model; it is never modified.
     data : Source, optional
-        Calibration samples without labels, which weights alone can do without: one array per model input,
-        samples along the first axis; or feeds, loaders, data sets, files, folders, or a function that gives
-        them. `Data` around it says how to read it, such as ``Data("photos", image="imagenet")``.
+        Calibration samples without labels: one array per model input, samples along the first axis; or feeds,
+        loaders, data sets, files, folders, or a function that gives them. `Data` around it says how to read
+        it, such as ``Data("photos", image="imagenet")``. None where no ranges are needed: with
+        ``activations="dynamic"``, and where only weights are quantized.
     config : Config, optional
     progress : callable, optional
     **accuracy
@@ -117,6 +118,7 @@ def quantize(
         If something is wrong; see `eptq_onnx.errors` for the subclasses.
     """
     config, kept_score = config or Config(), Accuracy(**accuracy)
+    data = Nothing() if data is None else data
     inputs = tuple(input_files(model, data, config))
     if config.timings is not None and not config.timings.exists():
         check_writable(config.timings)
@@ -284,7 +286,7 @@ def samples(model: str | os.PathLike[str] | bytes | ModelProto, data: Source) ->
 
 
 def input_files(
-    model: str | os.PathLike[str] | bytes | ModelProto, data: Source | None, config: Config
+    model: str | os.PathLike[str] | bytes | ModelProto, data: Source, config: Config
 ) -> list[tuple[str, Path]]:
     """List the files that `quantize` reads, with descriptions; none may be overwritten."""
     target = (
@@ -294,7 +296,7 @@ def input_files(
     timings = [("the timings file", config.timings)] if config.timings is not None else []
     return [
         *files_of_model(model),
-        *(files_of_data(data) if data is not None else []),
+        *files_of_data(data),
         *target,
         *libraries,
         *timings,
@@ -319,14 +321,18 @@ class _Places:
 
 def _quantize(
     model: str | os.PathLike[str] | bytes | ModelProto,
-    data: Source | None,
+    data: Source,
     options: tuple[Config, Accuracy],
     progress: Progress,
     places: _Places,
 ) -> Result:
     """Quantize a model; see `quantize`."""
     given, accuracy = options
-    if data is None:
+    if is_nothing(data) and accuracy.evaluate is not None:
+        raise ConfigError(
+            "option evaluate needs samples, from which the search knows what to spare: give some with --data."
+        )
+    if is_nothing(data) and given.weights_only:
         made, report = without_data(model, given, places.folder, progress)
         return Result(store.load_all(made), report)
     begun = start(model, data, given, places.folder, progress)

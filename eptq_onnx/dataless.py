@@ -10,7 +10,7 @@ from onnx import ModelProto
 from eptq_onnx._version import __version__
 from eptq_onnx.config import FLOAT_BITS, Config, FloatType
 from eptq_onnx.data.origin import Origin
-from eptq_onnx.errors import ConfigError, DataError
+from eptq_onnx.errors import ConfigError
 from eptq_onnx.estimates import Estimate
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import sink
@@ -18,7 +18,7 @@ from eptq_onnx.graph.sizes import size_of_parts
 from eptq_onnx.graph.view import GraphView, opset_of
 from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.memory import peak_memory
-from eptq_onnx.method.calibrate import table_grids
+from eptq_onnx.method.calibrate.constants import constant_grids
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.verify import look_at_file
@@ -53,16 +53,9 @@ def without_data(
 
     Raises
     ------
-    DataError
-        If activations are quantized, whose ranges only samples tell.
     ConfigError, ModelError
         As `eptq_onnx.quantize` does.
     """
-    if not given.weights_only:
-        raise DataError(
-            "the ranges of activations come from samples: give them with --data, or quantize weights alone "
-            "with bits w4a32, for example."
-        )
     if given.rest not in (None, FloatType.FLOAT32):
         raise ConfigError(
             f"option rest={given.rest.value} needs samples, which show what it holds: give data."
@@ -77,7 +70,7 @@ def without_data(
         whole = normalize(original, target.opset_for(FLOAT_BITS, given.storage, given.block))
     with runner.timed("plan"):
         plan = make_plan(whole, target, given)
-        tables = table_grids(plan, GraphView(whole))
+        tables = constant_grids(plan, GraphView(whole))
     state = State(whole, whole, plan, Calibration(tables, {}, {}))
     size = store.model_bytes(original)
     ctx = Context(

@@ -24,6 +24,7 @@ from eptq_onnx.passes.base import Context, Pass, State
 from eptq_onnx.passes.calibrate import Calibrate
 from eptq_onnx.passes.choices import KeepChoices
 from eptq_onnx.passes.diagnose import Diagnose
+from eptq_onnx.passes.dynamic import Dynamic
 from eptq_onnx.passes.effects import Effects
 from eptq_onnx.passes.equalize import Equalize
 from eptq_onnx.passes.float_fallback import FloatFallback
@@ -46,6 +47,7 @@ PIPELINE: tuple[Pass, ...] = (
     Score(),
     Equalize(),
     Calibrate(),
+    Dynamic(),
     FloatFallback(),
     KeepChoices(),
     Effects(),

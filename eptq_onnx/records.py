@@ -226,8 +226,8 @@ class Plan:
     float_outputs: bool = False
     carried: frozenset[str] = frozenset()
     guarded: frozenset[str] = frozenset()
-    held: tuple[HeldWeight, ...] = ()
     dynamic: tuple[DynamicQuantizer, ...] = ()
+    held: tuple[HeldWeight, ...] = ()
 
     @property
     def integer_layers(self) -> tuple[Layer, ...]:
@@ -242,8 +242,7 @@ class Plan:
     @property
     def activation_names(self) -> list[str]:
         """Return the names of all activations that are quantized, with a fixed or a dynamic range."""
-        ranged = [q.name for q in self.dynamic]
-        return list(dict.fromkeys([*(q.name for q in self.activations), *ranged]))
+        return list(dict.fromkeys([*(q.name for q in self.activations), *(q.name for q in self.dynamic)]))
 
     @property
     def stored(self) -> tuple[Layer, ...]:

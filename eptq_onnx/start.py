@@ -9,8 +9,8 @@ import numpy as np
 from onnx import ModelProto
 
 from eptq_onnx import engines, pipeline, targets
-from eptq_onnx.config import Config
-from eptq_onnx.data.readers import Source
+from eptq_onnx.config import WITHOUT_SAMPLES, Config, without_samples
+from eptq_onnx.data.readers import Source, is_nothing
 from eptq_onnx.data.splits import share_out
 from eptq_onnx.method.estimate import multiplications
 from eptq_onnx.method.plan import plan as make_plan
@@ -84,8 +84,10 @@ def start(
     target = target_of(given.target)
     target.storage_for(given.storage, given.block)
     target.check_bits(given)
+    blind = is_nothing(data)
+    options = without_samples(given) if blind else given
     chosen = engines.choose(given.engine)
-    engine = chosen() if given.needs_gradients else None
+    engine = chosen() if options.needs_gradients else None
     with runner.timed("normalize"):
         prepared = prepare(model, data, target, given, folder)
         if imagined is not None:
@@ -95,13 +97,14 @@ def start(
             progress("data", 1, 1, prepared.origin)
         float_model = executed(prepared.model, prepared.found)
     with runner.timed("plan"):
-        plan = make_plan(prepared.model, target, given)
+        plan = make_plan(prepared.model, target, options)
         config, state = runner.affordable(
-            counting(given, prepared), State(prepared.model, float_model, plan), prepared.samples
+            counting(options, prepared), State(prepared.model, float_model, plan), prepared.samples
         )
         config, state = _worthwhile(config, state)
         fit = targets.fit_of(given.target, target)
         state = state if fit is None else state.noting(fit)
+        state = state.noting(WITHOUT_SAMPLES) if blind else state
     ctx = Context(
         given=given,
         config=config,

@@ -1,4 +1,4 @@
-"""onnxruntime's own static quantizer, as a peer for the benchmarks."""
+"""onnxruntime's own quantizers, as peers for the benchmarks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.calibrate import create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quantize import load_model_with_shape_infer
+from onnxruntime.quantization.quantize import quantize_dynamic as dynamic
 from onnxruntime.quantization.registry import QDQRegistry
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -136,6 +137,47 @@ def quantize_static(
                 path = folder / f"{str(setting).replace(' ', '_')}.onnx"
                 quantizer.model.save_model_to_file(str(path))
                 yield setting, path
+
+
+DYNAMIC = tuple(
+    (weights, per_channel, operators)
+    for operators in (("MatMul", "Gemm", "Gather", "LSTM"), ())
+    for weights, per_channel in ((QuantType.QInt8, True), (QuantType.QInt8, False), (QuantType.QUInt8, False))
+)
+"""Settings of ``quantize_dynamic``: type of weights, scales per channel, operators (all if none)."""
+
+
+def quantize_dynamic(model: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Quantize with every setting of ``onnxruntime.quantization.quantize_dynamic``.
+
+    Parameters
+    ----------
+    model : path
+    folder : path
+        For the files; it must exist.
+
+    Yields
+    ------
+    str
+        What the setting is.
+    path
+        The file; onnxruntime has no kernels for some of them.
+    """
+    prepared = folder / "prepared_dynamic.onnx"
+    logging.disable(logging.WARNING)
+    with redirect_stdout(sys.stderr):
+        quant_pre_process(_readable(model, folder), prepared, skip_symbolic_shape=True)
+        for k, (weights, per_channel, operators) in enumerate(DYNAMIC):
+            path = folder / f"dynamic_{k}.onnx"
+            dynamic(
+                prepared,
+                path,
+                weight_type=weights,
+                per_channel=per_channel,
+                op_types_to_quantize=list(operators) or None,
+            )
+            scales = "per channel" if per_channel else "per tensor"
+            yield f"{weights.name[1:].lower()} {scales}{'' if operators else ', all operators'}", path
 
 
 def _readable(model: Path, folder: Path) -> Path:

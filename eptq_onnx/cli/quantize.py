@@ -20,7 +20,7 @@ from eptq_onnx.config import Accuracy, Config, Reading
 from eptq_onnx.config.files import read_options
 from eptq_onnx.config.option import written_as
 from eptq_onnx.data import readers
-from eptq_onnx.data.readers import Data
+from eptq_onnx.data.readers import Data, Nothing
 from eptq_onnx.errors import OutputError
 from eptq_onnx.files import check_apart, check_writable, model_outputs, write_atomically
 from eptq_onnx.graph.io import read_file
@@ -42,8 +42,7 @@ def quantize(
         str | None,
         typer.Option(
             "--data",
-            help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}. Weights alone "
-            "(bits w4a32) can do without.",
+            help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}.",
             show_default=False,
         ),
     ] = None,
@@ -82,8 +81,10 @@ def quantize(
     messages = console(stderr=True)
     with one_sentence(messages):
         given = {**(read_options(config) if config is not None else {}), **options}
-        chosen, reading = Config(**options_of(Config, given)), options_of(Reading, given)
-        samples = None if data is None else Data(data, **reading)
+        chosen, samples = (
+            Config(**options_of(Config, given)),
+            Data(Nothing() if data is None else data, **options_of(Reading, given)),
+        )
         accuracy = options_of(Accuracy, given)
         output = own_output(model, chosen) if output is None else output
         asked = {"the report": report, "the contact sheet": contact_sheet}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,10 +29,8 @@ from eptq_onnx.config.choices import (
 from eptq_onnx.config.option import Option, OptionModel, option_of
 from eptq_onnx.config.options import Options
 from eptq_onnx.config.presets import PRESET_PASSES, filled
+from eptq_onnx.config.widths import ACTIVATION_WIDTHS, FLOAT_BITS, widths
 
-FLOAT_BITS = 32
-"""The width of activations that stay float."""
-_ACTIVATION_WIDTHS = (*range(2, 9), 16, FLOAT_BITS)
 _ACTIVATION_NOISE = 0.02
 """Default limit of the noise of activations."""
 _TOTAL_NOISE = 0.05
@@ -336,7 +333,7 @@ class Config(OptionModel):
     @field_validator("activation_bits")
     @classmethod
     def _stored(cls, bits: int) -> int:
-        if bits not in _ACTIVATION_WIDTHS:
+        if bits not in ACTIVATION_WIDTHS:
             raise ValueError("give 2 to 8, 16, or 32")
         return bits
 
@@ -444,13 +441,3 @@ class Config(OptionModel):
     def needs_gradients(self) -> bool:
         """True if any pass uses the gradient engine."""
         return self.optimizes or self.weight_range_method is WeightRange.HMSE
-
-
-def widths(text: str) -> tuple[int, int]:
-    """Parse wWaA, such as w4a8, into weight and activation bits."""
-    found = re.fullmatch(r"w(\d+)a(\d+)", str(text))
-    if found is None or not 2 <= int(found[1]) <= 8 or int(found[2]) not in _ACTIVATION_WIDTHS:
-        raise ValueError(
-            f"write bits as w4a8, of 2 to 8 for weights and 2 to 8, 16 or 32 for activations, not {text}"
-        )
-    return int(found[1]), int(found[2])

@@ -60,13 +60,15 @@ def _quantized(node: NodeProto, view: GraphView) -> tuple[NodeProto | None, Node
     """Return the DynamicQuantizeLinear of a product's input, and the DequantizeLinear of its weight."""
     if node.op_type not in PRODUCTS:
         return None, None
-    makers = [view.producer.get(name) for name in node.input[:2]]
-    data, weight = makers
-    if data is None or weight is None or {data.op_type, weight.op_type} != {"DequantizeLinear"}:
+    data, weight = (
+        maker if maker is not None and maker.op_type == "DequantizeLinear" else None
+        for maker in map(view.producer.get, node.input[:2])
+    )
+    if data is None or weight is None or not view.is_constant(weight.input[0]):
         return None, None
     quantize = view.producer.get(data.input[0])
     dynamic = quantize is not None and quantize.op_type == "DynamicQuantizeLinear"
-    return (quantize, weight) if dynamic and view.is_constant(weight.input[0]) else (None, None)
+    return (quantize, weight) if dynamic else (None, None)
 
 
 def _product(

@@ -102,7 +102,7 @@ def layer_noise(
     nearest: dict[str, float] = {}
     worst: list[tuple[float, int, tuple[Histogram, ...]]] = []
     for k, layer in enumerate(plan.layers):
-        # A layer whose weight alone is quantized has no range to show; a dynamic one has one for every run.
+        # A layer whose weight alone is quantized has no range to show, a dynamic one has many.
         grid = None if not layer.static else rounding.grids[plan.quantizer_of[layer.input].name]
         inputs = _sampled(exact.reach(layer.input))
         stands = versions.stands_for.get(layer.result, layer.result)

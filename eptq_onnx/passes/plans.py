@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto
 
 from eptq_onnx.execute.deviation import Deviation
@@ -24,10 +26,10 @@ def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[
     return ctx.executed(marked, stands_for), stands_for
 
 
-def deviation_of(state: State, ctx: Context) -> Deviation:
-    """Return what measures the noise of quantized activations at the outputs."""
-    samples = ctx.samples_of(state.plan)
-    return Deviation(state.executed, samples, ctx.walked, SAMPLES, state.calibration.variance, ctx.config)
+def deviation_of(state: State, ctx: Context, indices: NDArray[np.int64] | None = None) -> Deviation:
+    """Return what measures the noise of quantized activations, by default on training samples."""
+    samples, chosen = ctx.samples_of(state.plan), ctx.walked if indices is None else indices
+    return Deviation(state.executed, samples, chosen, SAMPLES, state.calibration.variance, ctx.config)
 
 
 def leave_float(
@@ -45,8 +47,8 @@ def leave_float(
         return state
     return replanned(
         state.changed(
-            left_float={**state.left_float, **tensors},
-            float_nodes={**state.float_nodes, **(nodes or {})},
+            left_float={**state.left_float, **tensors} if tensors else state.left_float,
+            float_nodes={**state.float_nodes, **nodes} if nodes else state.float_nodes,
             exact=state.exact | set(exact) if exact else state.exact,
         ),
         ctx,

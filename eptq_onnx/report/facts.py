@@ -13,7 +13,7 @@ from eptq_onnx.report.front import front_sheet
 from eptq_onnx.report.plain import size_text
 from eptq_onnx.report.sheet import Sheet
 from eptq_onnx.report.speed import in_words, operator_sheet, warning
-from eptq_onnx.report.verdict import MADE_UP
+from eptq_onnx.report.verdict import of_made_up
 
 if TYPE_CHECKING:
     from eptq_onnx.report import LayerReport, Report
@@ -26,8 +26,8 @@ _REASONS = 8
 
 def warnings_of(report: Report) -> list[str]:
     """Return what is to be said before all else."""
-    texts = MADE_UP if report.data.made_up else "", scores.warning(report.trail), warning(report.speed)
-    return [text for text in texts if text]
+    made_up = of_made_up(report.data) if report.data.made_up else ""
+    return [text for text in (made_up, scores.warning(report.trail), warning(report.speed)) if text]
 
 
 def facts(report: Report) -> list[tuple[str, str]]:

@@ -36,7 +36,11 @@ MISMATCHED = 0.1
 FEW_SAMPLES = 16
 """Number of samples below which a verdict is uncertain."""
 MADE_UP = "samples are random numbers: ranges are wrong, and no figure here says anything about accuracy"
-"""What is said of runs on made-up data."""
+"""What is said of runs on data that is made up."""
+NO_SAMPLES = (
+    "there were no samples: inputs are random numbers, and no figure here says anything about accuracy"
+)
+"""What is said of runs that drew inputs for want of data."""
 UNMEASURED = (
     "no samples were given: weights are rounded to nearest, and nothing was measured; with samples they are "
     "rounded so that the layers' outputs stay the same, which halves the error or better"
@@ -92,8 +96,13 @@ def judge(verification: Verification, origin: Origin) -> Verdict:
     if verification.samples == 0 and not verification.statistics:
         return Verdict(Assurance.CHECK, (UNMEASURED,), "give samples with --data")
     if origin.made_up:
-        return Verdict(Assurance.CHECK, (MADE_UP,), "give real samples with --data")
+        return Verdict(Assurance.CHECK, (of_made_up(origin),), "give real samples with --data")
     return judge_outputs(verification.statistics, verification.samples, verification.held_out)
+
+
+def of_made_up(origin: Origin) -> str:
+    """Return what is said of figures on inputs that are made up."""
+    return MADE_UP if origin.needed else NO_SAMPLES
 
 
 def judge_outputs(statistics: Mapping[str, OutputStatistics], samples: int, held_out: bool) -> Verdict:

@@ -12,9 +12,11 @@ from graphs import normal, parse, silent
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import ModelProto
+from typer.testing import CliRunner
 
 from eptq_onnx import Config, ConfigError, quantize, runtimes, targets
 from eptq_onnx.api import Result
+from eptq_onnx.cli import app
 from eptq_onnx.engines.base import ATTENTION
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
@@ -22,6 +24,7 @@ from eptq_onnx.graph.integer_products import integer_products
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.qdq import write
+from eptq_onnx.report.command import command_of
 from eptq_onnx.runtime import Session
 from eptq_onnx.training import loop
 
@@ -257,3 +260,83 @@ def test_what_no_product_is_keeps_float_activations():
     bits = {layer.op_type: layer.activation_bits for layer in result.report.layers}
     assert bits == {"Conv": 32, "Gemm": 8}
     assert operators(result.model)["MatMulInteger"] == 1
+
+
+def test_no_samples_are_needed():
+    result = quantize(block(), config=Config(activations="dynamic"), progress=silent)
+    assert operators(result.model)["MatMulInteger"] == 6
+    report = result.report
+    assert report.verdict.assurance.value == "check"
+    assert "there were no samples" in str(report.verdict)
+    assert any("with samples (--data), layers are reconstructed" in note for note in report.notes)
+    assert "--data" not in command_of("m.onnx", report.data, report.config)
+    # It is as good as nearest rounding with samples, whatever the inputs that were made up.
+    x, exact = tokens(8, seed=5), block()
+    other = dynamic(block(), start="nearest", equalize=False)
+    of = [Session(m).run(x)["y"] for m in (exact, result.model, other.model)]
+    np.testing.assert_allclose(of[1], of[2], atol=1e-5)
+    assert np.abs(of[1] - of[0]).mean() < 0.05 * np.abs(of[0]).mean()
+
+
+def test_weights_alone_need_no_samples():
+    result = quantize(block(), None, Config(bits="w4a32"), progress=silent)
+    assert {x.activation_bits for x in result.report.layers} == {32}
+    x = tokens(2)
+    assert np.isfinite(Session(result.model).run(x)["y"]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({}, "fixed ranges of activations need samples"),
+        ({"activations": "static"}, "fixed ranges of activations need samples"),
+        ({"activations": "dynamic", "steps": 5}, "option steps needs samples"),
+        ({"activations": "dynamic", "budget": "weights=4"}, "option budget needs samples"),
+        ({"activations": "dynamic", "weight_range": "hmse"}, "option weight_range=hmse needs samples"),
+        ({"bits": "w4a32", "objective": "bytes"}, "option objective=bytes needs samples"),
+    ],
+)
+def test_what_needs_samples_says_so(options, what):
+    with pytest.raises(ConfigError, match=what):
+        quantize(block(), None, Config(**options), progress=silent)
+
+
+def test_the_command_line_works_without_samples(tmp_path):
+    onnx.save(block(), tmp_path / "model.onnx")
+    made = tmp_path / "int8.onnx"
+    given = ["quantize", str(tmp_path / "model.onnx"), "-o", str(made), "--no-measure-speed"]
+    refused = CliRunner().invoke(app, given)
+    assert refused.exit_code == 2
+    assert "need samples: give some with --data" in " ".join(refused.stderr.split())
+    result = CliRunner().invoke(app, [*given, "--activations", "dynamic"])
+    assert result.exit_code == 0, result.stderr
+    assert operators(onnx.load(made))["MatMulInteger"] == 6
+
+
+def test_auto_takes_dynamic_ranges_where_samples_differ_and_fixed_ones_where_not():
+    spread = tokens(64)
+    spread["x"] *= np.geomspace(0.02, 2, 64, dtype=np.float32)[:, None, None]
+    wide = dynamic(block(), spread, activations="auto")
+    assert [note for note in wide.report.notes if "find the ranges of their inputs in every run" in note]
+    assert operators(wide.model)["MatMulInteger"] == 6
+    conv = parse(
+        "g (float[N,3,8,8] x) => (float[N,5] y) "
+        "{ c = Conv <pads = [1, 1, 1, 1]> (x, k)  r = Relu (c)  d = Conv <pads = [1, 1, 1, 1]> (r, k2)  "
+        "p = GlobalAveragePool (d)  f = Flatten (p)  y = Gemm (f, w, b) }",
+        {
+            "k": normal(16, 3, 3, 3),
+            "k2": normal(16, 16, 3, 3, seed=4),
+            "w": normal(16, 5, seed=1),
+            "b": normal(5, seed=2),
+        },
+    )
+    left = dynamic(conv, {"x": normal(64, 3, 8, 8, seed=3)}, activations="auto")
+    assert operators(left.model)["MatMulInteger"] == 0
+
+
+def test_the_result_of_auto_is_kept_in_a_workdir(tmp_path):
+    data = tokens(64)
+    data["x"] *= np.geomspace(0.02, 2, 64, dtype=np.float32)[:, None, None]
+    first, again = (dynamic(block(), data, activations="auto", workdir=tmp_path) for _ in range(2))
+    assert "dynamic" in next(n for n in again.report.notes if n.startswith("taken from the workdir"))
+    assert first.model.SerializeToString() == again.model.SerializeToString()

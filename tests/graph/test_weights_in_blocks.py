@@ -17,7 +17,6 @@ from eptq_onnx.config import WeightStorage
 from eptq_onnx.graph import blocks
 from eptq_onnx.graph.storing import stored, stored_in_blocks
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.method.calibrate import table_grids
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.qdq import write
@@ -68,7 +67,7 @@ def planned(model, bits, size, target="ort-x64", edge=None, storage=None):
     found = targets.load(target)
     whole = normalize(model, max(21, found.min_opset))
     made = plan(whole, found, config)
-    tables = table_grids(made, GraphView(whole))
+    tables = constant_grids(made, GraphView(whole))
     rounding = weight_ranges(whole, made, Calibration(tables, {}, {}), None, Config(preset="fast"))
     return whole, made, rounding
 
@@ -259,9 +258,7 @@ def test_without_data_weights_are_rounded_to_nearest(options):
 
 
 def test_activations_need_data():
-    with pytest.raises(
-        eptq_onnx.DataError, match="ranges of activations come from samples: give them with --data"
-    ):
+    with pytest.raises(ConfigError, match="fixed ranges of activations need samples"):
         eptq_onnx.quantize(network(), config=Config(), progress=silent)
     with pytest.raises(ConfigError, match="rest=float16 needs samples"):
         eptq_onnx.quantize(network(), config=Config(bits="w4a32", rest="float16"), progress=silent)

@@ -106,7 +106,7 @@ def regions_of(view: GraphView, plan: Plan) -> Regions:
         links,
         _needs(view, groups, place, regions, weighted),
         _bound(regions, links, layers),
-        # Stored weights and dynamic layers are something quantized without any layer here on integers.
+        # Stored weights and dynamic layers are worth a file without any other layer on integers.
         frozenset() if plan.held or plan.dynamic else layers,
     )
 

@@ -127,8 +127,8 @@ def plan(
         float_outputs=target.outputs == "float",
         carried=_carried(draft),
         guarded=guarded_tensors(draft, activations) if target.rest.quantizes else frozenset(),
-        held=held,
         dynamic=dynamic_quantizers(layers),
+        held=held,
     )
 
 

@@ -12,6 +12,7 @@ from onnx import NodeProto
 from eptq_onnx.graph.integer_products import dynamic_objection
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import Bounds, OpSpec, Role, spec_of
+from eptq_onnx.records import DYNAMIC_BITS
 from eptq_onnx.targets import Operator, Target
 
 NO_BOUNDS: Bounds = (-np.inf, np.inf)
@@ -78,7 +79,7 @@ class Draft:
     def is_dynamic(self, node: NodeProto) -> bool:
         """Return True if a layer that nothing objects to is to quantize its input in every run."""
         asked = self.row(node).dynamic and self.is_weighted(node) and self.asked(node.name)
-        return asked and dynamic_objection(node, self.view) is None
+        return asked and self.bits_read(node) == DYNAMIC_BITS and dynamic_objection(node, self.view) is None
 
     def is_weighted(self, node: NodeProto) -> bool:
         """Return True for a layer with a constant weight."""

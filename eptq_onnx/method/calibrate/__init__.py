@@ -22,9 +22,8 @@ from eptq_onnx.execute.finite import has_infinite_source
 from eptq_onnx.execute.pieces import function_of
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.method.calibrate.constants import constant_grids
 from eptq_onnx.numerics import quant_math
-from eptq_onnx.numerics.blocks import block_grid
-from eptq_onnx.numerics.formats import PerBlock
 from eptq_onnx.numerics.grid import Grid, Levels
 from eptq_onnx.numerics.sums import PowerSum
 from eptq_onnx.numerics.types import Array
@@ -32,9 +31,6 @@ from eptq_onnx.ops import output_parts
 from eptq_onnx.records import (
     ActivationQuantizer,
     Calibration,
-    ConstantOperand,
-    HeldWeight,
-    LookupTable,
     Plan,
 )
 
@@ -267,8 +263,7 @@ def calibrate(
         q.name: before.grids.get(q.name) or _activation_grid(q, ranges[q.name], view, config)
         for q in plan.activations
     }
-    grids |= {q.name: before.grids.get(q.name) or _operand_grid(q, view) for q in plan.operands}
-    grids |= table_grids(plan, view, before.grids)
+    grids |= constant_grids(plan, view, before.grids)
     return Calibration(
         grids,
         {**before.power, **{n: s.mean_square for n, s in sums.items()}},
@@ -436,26 +431,3 @@ def _activation_grid(
         histogram, quantizer, config, scalar_function(view.model, quantizer)
     )
     return quant_math.activation_grid(low, high, quantizer.spec, quantizer.bounds)
-
-
-def _operand_grid(operand: ConstantOperand, view: GraphView) -> Grid:
-    value = view.constant(operand.name)
-    return quant_math.activation_grid(float(value.min()), float(value.max()), operand.spec)
-
-
-def table_grids(plan: Plan, view: GraphView, known: Mapping[str, Grid] | None = None) -> dict[str, Grid]:
-    """Return the grids of what float operators hold: lookup tables that are no weights, and weights."""
-    before = known or {}
-    grids = {q.name: before.get(q.name) or _table_grid(q, view) for q in plan.tables if not q.weight}
-    return grids | {q.name: before.get(q.name) or _weight_grid(q, view) for q in plan.held}
-
-
-def _table_grid(table: LookupTable, view: GraphView) -> Grid:
-    if isinstance(table.spec.granularity, PerBlock):
-        return block_grid(np.asarray(view.constant(table.name), np.float32), table.spec)
-    scales = [quant_math.weight_scales(rows, table.spec) for _, rows in view.constant_parts(table.name)]
-    return table.spec.grid(np.concatenate(scales))
-
-
-def _weight_grid(weight: HeldWeight, view: GraphView) -> Grid:
-    return weight.spec.grid(quant_math.weight_scales(view.constant(weight.name), weight.spec))
