@@ -17,6 +17,7 @@ from eptq_onnx.config import WeightStorage
 from eptq_onnx.graph import blocks
 from eptq_onnx.graph.storing import stored, stored_in_blocks
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.method.calibrate.constants import constant_grids
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.qdq import write
