@@ -258,9 +258,9 @@ def _sizes(whole: ModelProto, float_bytes: int, config: Config) -> dict[str, int
 
 
 def _size(view: GraphView, plan: Plan, float_bytes: int) -> int:
-    """Return the approximate bytes of a file: weights and tables at their bits, with a scale per channel."""
+    """Return the approximate bytes of a file: constants at their bits, weights with a scale per channel."""
     size = float_bytes
-    kept = {**plan.weight_specs, **{table.name: table.spec for table in plan.tables}}
+    kept = plan.weight_specs | {q.name: q.spec for q in (*plan.tables, *plan.held)}
     for name, spec in kept.items():
         count = math.prod(view.constant_shape(name))
         bits = spec.bits if spec.bits in (2, 3, 4, 5, 6) else 8

@@ -85,6 +85,11 @@ class LookupTable(Quantizer):
 
 
 @dataclass(frozen=True)
+class HeldWeight(Quantizer):
+    """A weight of float operators that are no layers, as LSTM; it is stored as integers."""
+
+
+@dataclass(frozen=True)
 class Layer:
     """One node with a constant weight that is quantized.
 
@@ -154,6 +159,8 @@ class Plan:
     operands : tuple of ConstantOperand
         In the order of their first readers.
     tables : tuple of LookupTable
+    held : tuple of HeldWeight
+        In the order of their first readers.
     integer_nodes : dict of str to str
         Name and operator of every node that should run on integers, layers included.
     absorbed : dict of str to str
@@ -184,6 +191,7 @@ class Plan:
     float_outputs: bool = False
     carried: frozenset[str] = frozenset()
     guarded: frozenset[str] = frozenset()
+    held: tuple[HeldWeight, ...] = ()
 
     @property
     def integer_layers(self) -> tuple[Layer, ...]:
@@ -198,7 +206,12 @@ class Plan:
     @property
     def quantizers(self) -> tuple[Quantizer, ...]:
         """Return all quantizers but those of weights."""
-        return (*self.activations, *self.operands, *self.tables)
+        return (*self.activations, *self.constants)
+
+    @property
+    def constants(self) -> tuple[Quantizer, ...]:
+        """Return the quantizers of constants that are no weights of layers."""
+        return (*self.operands, *self.tables, *self.held)
 
     @property
     def quantizer_of(self) -> dict[str, Quantizer]:

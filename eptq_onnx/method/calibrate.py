@@ -26,7 +26,14 @@ from eptq_onnx.numerics.grid import Grid, Levels
 from eptq_onnx.numerics.sums import PowerSum
 from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import output_parts
-from eptq_onnx.records import ActivationQuantizer, Calibration, ConstantOperand, LookupTable, Plan
+from eptq_onnx.records import (
+    ActivationQuantizer,
+    Calibration,
+    ConstantOperand,
+    HeldWeight,
+    LookupTable,
+    Plan,
+)
 
 FLOAT_PASSES = 2.0
 """Cost of a calibration, in float passes over the samples."""
@@ -253,6 +260,7 @@ def calibrate(
     }
     grids |= {q.name: before.grids.get(q.name) or _operand_grid(q, view) for q in plan.operands}
     grids |= {q.name: before.grids.get(q.name) or _table_grid(q, view) for q in plan.tables}
+    grids |= {q.name: before.grids.get(q.name) or _weight_grid(q, view) for q in plan.held}
     return Calibration(
         grids,
         {**before.power, **{n: s.mean_square for n, s in sums.items()}},
@@ -430,3 +438,7 @@ def _operand_grid(operand: ConstantOperand, view: GraphView) -> Grid:
 def _table_grid(table: LookupTable, view: GraphView) -> Grid:
     scales = [quant_math.weight_scales(rows, table.spec) for _, rows in view.constant_parts(table.name)]
     return table.spec.grid(np.concatenate(scales))
+
+
+def _weight_grid(weight: HeldWeight, view: GraphView) -> Grid:
+    return weight.spec.grid(quant_math.weight_scales(view.constant(weight.name), weight.spec))

@@ -176,13 +176,13 @@ def _histogram(
 def only_weights(plan: Plan, nodes: Collection[str] | None = None) -> Plan:
     """Return a plan that quantizes constants alone: all, or the weights of some nodes."""
     chosen = tuple(x for x in plan.layers if nodes is None or x.node in nodes)
-    constants = (plan.operands, plan.tables) if nodes is None else ((), ())
     return replace(
         plan,
         layers=chosen,
         activations=(),
-        operands=constants[0],
-        tables=constants[1],
+        operands=plan.operands if nodes is None else (),
+        tables=plan.tables if nodes is None else (),
+        held=plan.held if nodes is None else (),
         integer_nodes=plan.integer_nodes if nodes is None else {x.node: x.op_type for x in chosen},
         absorbed={},
         bias=None,

@@ -101,8 +101,8 @@ def sensitive_activations(
     found = _spoilers(names, noise, config.activation_noise)
     progress(_MOST_RUNS, _MOST_RUNS)
     loud = {t: found.loud[q.name] for q in plan.activations if q.name in found.loud for t in q.tensors}
-    if all(not loud.keys().isdisjoint(x.tensors) for x in plan.integer_layers):
-        # There would be nothing to quantize.
+    if not plan.held and all(not loud.keys().isdisjoint(x.tensors) for x in plan.integer_layers):
+        # There would be nothing to quantize but stored weights.
         return Sensitivity()
     return replace(found, loud=loud)
 

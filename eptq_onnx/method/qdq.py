@@ -26,7 +26,7 @@ from eptq_onnx.numerics.formats import Granularity, PerAxis, PerTensor
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.types import Values
 from eptq_onnx.ops import spec_of
-from eptq_onnx.records import ConstantOperand, Layer, LookupTable, Plan, Rounding
+from eptq_onnx.records import ConstantOperand, HeldWeight, Layer, LookupTable, Plan, Rounding
 
 PRODUCER = "eptq-onnx"
 
@@ -184,6 +184,11 @@ class _Writer:
             self._constant_operand(operand)
         for table in self._plan.tables:
             self._table(table)
+        for held in self._plan.held:
+            self._held(held)
+        for layer in self._plan.integer_layers:
+            if layer.op_type == "MatMul":
+                self._keep_apart(layer)
         spec = self._plan.bias
         for layer in self._plan.layers:
             if layer.bias is None or not (layer.has_bias or self._rounding.biases[layer.bias].any()):
@@ -259,6 +264,16 @@ class _Writer:
             b.keep(value, name)
         self._tables[tensor] = names
 
+    def _held(self, weight: HeldWeight) -> None:
+        """Add the integers of a weight that float operators read, and what these read."""
+        tensor, grid = weight.name, self._rounding.grids[weight.name]
+        readers = [n.name for n in self._view.consumers[tensor] if spec_of(n).held]
+        values, folded = quant_math.folded(grid.in_container(self._view.constant(tensor)), grid)
+        name = self._take_over(tensor, readers)
+        self._as_floats(self._stored(tensor, values, folded), tensor, folded, name)
+        for node in readers:
+            self._layer_reads[node, tensor] = name
+
     def _written(self, node: NodeProto) -> list[NodeProto]:
         """Return the nodes that replace a node; the last one makes its results.
 
@@ -296,6 +311,23 @@ class _Writer:
         name = self._dequantized(tensor, values, grid, readers)
         for node in readers:
             self._layer_reads[node, tensor] = name
+
+    def _keep_apart(self, layer: Layer) -> None:
+        """Give a vector that is added to the float result of an integer MatMul a second axis.
+
+        onnxruntime 1.32 joins MatMul and Add into a Gemm, for which it has no integer kernel without a
+        quantizer behind it: MatMul(x, W) + b[n] → MatMul(x, W) + b[1, n].
+        """
+        view, b = self._view, self._b
+        readers = view.consumers[layer.output]
+        if layer.output in self._quantizers or len(readers) != 1 or readers[0].op_type != "Add":
+            return
+        vector = next((i for i in readers[0].input if view.is_constant(i)), None)
+        if vector is None or len(view.constant_shape(vector)) != 1 or len(view.shape(layer.output) or ()) < 2:
+            return
+        name = b.unique(f"{vector}_row")
+        b.keep(view.constant(vector)[None], name)
+        self._layer_reads[readers[0].name, vector] = name
 
     def _bias(self, layer: Layer, spec: BiasSpec) -> None:
         """Add a bias as integers with the zero point 0."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 from onnx import NodeProto
@@ -67,6 +67,8 @@ class OpSpec:
         (node, view) to the layer as a matrix product; None if it is not one.
     table : callable or None
         Node to position of the input whose rows (axis 0) it looks up; None if it does not look up rows.
+    held : mapping of int to int
+        Positions of constant inputs that a float operator reads as weights, each with its channel axis.
     lowering : Lowering or None
     gradient : Gradient
     rearranges : bool
@@ -97,6 +99,7 @@ class OpSpec:
     axis: channel_axes.Rule | None = None
     linear: Callable[[NodeProto, GraphView], LinearForm | None] | None = None
     table: Callable[[NodeProto], int | None] | None = None
+    held: Mapping[int, int] = field(default_factory=dict)
     lowering: Lowering | None = None
     gradient: Gradient = Gradient.ENGINE
     rearranges: bool = False

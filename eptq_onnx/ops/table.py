@@ -341,11 +341,14 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     ("", "ScatterElements"): OpSpec(data=(0, 2), lowering=moves.scatter, axis=channel_axes.keeps),
     ("", "ScatterND"): OpSpec(data=(0, 2), lowering=moves.scatter, axis=channel_axes.keeps),
     # recurrent layers and losses
-    **{("", name): _features(recurrent.recurrent, data=(0,)) for name in ("GRU", "LSTM", "RNN")},
+    **{
+        ("", name): _features(recurrent.recurrent, data=(0,), held={1: 1, 2: 1})
+        for name in ("GRU", "LSTM", "RNN")
+    },
     ("", "NegativeLogLikelihoodLoss"): _lowered(losses.negative_log_likelihood),
     ("", "SoftmaxCrossEntropyLoss"): _lowered(losses.softmax_cross_entropy),
     # onnxruntime's own
-    (_MS, "Attention"): _features(attention.attention),
+    (_MS, "Attention"): _features(attention.attention, held={1: 1}),
     (_MS, "BiasGelu"): _features(activations.gelu, data=(0, 1), axis=channel_axes.keeps),
     (_MS, "FastGelu"): _kept(activations.fast_gelu),
     (_MS, "FusedConv"): _image(fused.fused_conv),

@@ -137,6 +137,13 @@ class Target(Row):
         """Return the spec of a stored lookup table: one scale per row, by the scale rule of weights."""
         return QuantSpec(IntFormat(8, True, -127, 127), PerAxis(0), scales=self.weight.scale)
 
+    def held_spec(self, bits: int, axis: int) -> QuantSpec:
+        """Return the spec of a weight that only float kernels read: no integer product limits its range."""
+        granularity = PerAxis(axis) if self.weight.per_channel else PerTensor()
+        low, high = max(-(2 ** (bits - 1)), -127), 2 ** (bits - 1) - 1
+        zero_points = high - 127, low + 127
+        return QuantSpec(IntFormat(bits, True, low, high), granularity, zero_points, self.weight.scale)
+
     def opset_for(self, activation_bits: int, storage: WeightStorage | None = None) -> int:
         """Return the lowest opset with the types of these activations and of weights stored like this."""
         native = self.weight.storage if storage is WeightStorage.NATIVE else ()

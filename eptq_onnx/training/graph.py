@@ -68,7 +68,7 @@ def training_graph(
     """
     model, plan = network.model, network.plan
     size = samples.micro_batch(config.batch_size)
-    kept = {*plan.weight_specs, *(q.name for q in (*plan.operands, *plan.tables))}
+    kept = {*plan.weight_specs, *(q.name for q in plan.constants)}
     private = fold_sizes(specialize(model, samples.two_batches(size)), kept)
     empty = empty_tensor(private)
     if empty is not None:
@@ -183,7 +183,7 @@ def _compose(
         *_zero_biases(plan, start),
         *_constant_operands(view, plan, start),
     ]
-    replaced = {q.name for q in (*plan.operands, *plan.tables)}
+    replaced = {q.name for q in plan.constants}
     result = edit.with_nodes(lowered, [*teacher, *student, *losses], constants, drop=replaced)
     if learned:
         result.graph.input.append(
@@ -349,5 +349,5 @@ def _constant_operands(view: GraphView, plan: Plan, start: Rounding) -> list[Ten
     folder = store.folder_of(view.model)
     return [
         store.constant(start.grids[q.name].round(view.constant(q.name)), q.name, folder)
-        for q in (*plan.operands, *plan.tables)
+        for q in plan.constants
     ]

@@ -80,7 +80,7 @@ def needed_bytes(model: ModelProto, plan: Plan, samples: Samples) -> int:
     """
     view = GraphView(model)
     weights = sum(math.prod(view.constant_shape(name)) for name in plan.weight_specs)
-    constants = sum(math.prod(view.constant_shape(q.name)) for q in (*plan.operands, *plan.tables))
+    constants = sum(math.prod(view.constant_shape(q.name)) for q in plan.constants)
     tensors = tensor_bytes(specialize(model, samples.two_batches(samples.micro_batch())))
     return (
         _BYTES_A_WEIGHT * weights

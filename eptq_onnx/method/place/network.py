@@ -217,8 +217,8 @@ class Cut:
         return tuple(r.movable and gained[r.operators] >= 0 for r in self.regions.regions)
 
     def has_layers(self, chosen: Sequence[bool]) -> bool:
-        """Return True if a choice leaves a layer on integers: without one there is nothing to quantize."""
-        return any(chosen[k] for k in self.regions.layers)
+        """Return True if a choice leaves one of the layers on integers of which it must leave one."""
+        return not self.regions.layers or any(chosen[k] for k in self.regions.layers)
 
     def choose(
         self,

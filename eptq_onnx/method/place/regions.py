@@ -106,7 +106,8 @@ def regions_of(view: GraphView, plan: Plan) -> Regions:
         links,
         _needs(view, groups, place, regions, weighted),
         _bound(regions, links, layers),
-        layers,
+        # Stored weights make the file small without any layer on integers.
+        frozenset() if plan.held else layers,
     )
 
 

@@ -11,7 +11,7 @@ The rules, in terms of the operator table (`ops.TABLE`) and the target:
 - nodes of a pattern that the target keeps whole stay float;
 - tensors joined by equal-scale operators, and by operators whose scale is shared, have one scale;
 - the weight of a layer that stays float is stored as integers, if the target's runtime turns them back into
-  floats when it loads the model.
+  floats when it loads the model; so are the weights of recurrent layers.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.plan.activations import lookup_tables, quantizers_of
 from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, weight_of
 from eptq_onnx.method.plan.guards import guarded_tensors
+from eptq_onnx.method.plan.held import held_weights
 from eptq_onnx.method.plan.layers import bias_objection, layers_of
 from eptq_onnx.method.plan.storing import stored_nodes
 from eptq_onnx.numerics.quant_math import keeps_bounds
@@ -92,7 +93,8 @@ def plan(
     _choose(draft)
     draft.stored |= stored_nodes(draft, {*exact, *by_user})
     layers = layers_of(draft, config, model)
-    if all(layer.stored for layer in layers) and not (layers and config.weights_only):
+    held = held_weights(draft, layers, {*exact, *by_user})
+    if all(layer.stored for layer in layers) and not held and not (layers and config.weights_only):
         reasons = "; ".join(f"{name}: {why}" for name, why in list(draft.reasons.items())[:3])
         raise ModelError(
             f"there is nothing to quantize: no {', '.join(sorted(target.that_run('layer')))} "
@@ -115,6 +117,7 @@ def plan(
         float_outputs=target.outputs == "float",
         carried=_carried(draft),
         guarded=guarded_tensors(draft, activations) if target.rest.quantizes else frozenset(),
+        held=held,
     )
 
 
