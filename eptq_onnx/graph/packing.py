@@ -36,8 +36,7 @@ def packed(model: ModelProto) -> ModelProto:
     Weights are the int8 constants of two or more axes that the main graph turns into floats; see
     `weights_of`. The range of their integers gives the bits that they need; each channel has its own offset.
     The unpacked integers are the same, under the same name. A weight stays as it is if the nodes that unpack
-    it take more bytes than packing saves, or if it is one of the smallest, which together have 3 % of the
-    values: folding their nodes takes long for what they save.
+    it take more bytes than packing saves.
 
     Parameters
     ----------

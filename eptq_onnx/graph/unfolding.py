@@ -24,8 +24,6 @@ PREFIX = "unfold/"
 """Prefix of new names, kept short because names take bytes too."""
 _TOGETHER = 2**20
 """Values above which no more weights join, as an index of each pair is in memory."""
-_NEGLIGIBLE = 0.03
-"""Share of the values that stays int8 because the nodes that unpack so few take long to fold."""
 _CUT = 12
 """Bytes of an output of the node that cuts weights apart, without the weight's name."""
 
@@ -123,23 +121,11 @@ def worthwhile(weights: Iterable[Packing], with_offsets: bool) -> list[Chunk]:
                 group.append([])
             group[-1].append(weight)
     every: list[Chunk] = [chunk for group in groups.values() for chunk in group]
-    chunks = _without_small([c for c in every if _chunk_bytes(c, with_offsets) < _as_int8([c])])
+    chunks = [c for c in every if _chunk_bytes(c, with_offsets) < _as_int8([c])]
     tally = Tally(PREFIX)
     if chunks:
         unfold(tally, chunks, _blank(chunks, with_offsets))
     return chunks if tally.bytes < _as_int8(chunks) else []
-
-
-def _without_small(chunks: list[Chunk]) -> list[Chunk]:
-    """Return all but the smallest chunks, which have a negligible share of the values together."""
-    left = _NEGLIGIBLE * _as_int8(chunks)
-    small = set[int]()
-    for k in sorted(range(len(chunks)), key=lambda k: _as_int8([chunks[k]])):
-        left -= _as_int8([chunks[k]])
-        if left < 0:
-            break
-        small.add(k)
-    return [chunk for k, chunk in enumerate(chunks) if k not in small]
 
 
 def bytes_saved(weights: Sequence[Packing], with_offsets: Mapping[int, bool]) -> int:

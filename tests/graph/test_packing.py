@@ -66,22 +66,6 @@ def test_weights_of_one_shape_are_unpacked_together():
     assert nodes["Split"] == 1
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(2, 6))
-def test_only_the_smallest_weights_stay_int8_and_have_a_negligible_share(counts, bits):
-    """Shapes differ, so that each weight would have nodes of its own."""
-    rng = np.random.default_rng(0)
-    shapes = {"w": (512, 512)} | {f"v{k}": (64, 128 * n + k) for k, n in enumerate(counts)}
-    result = packed(quantized({n: (drawn(rng, bits, s, 0, spread=False), 0) for n, s in shapes.items()}, 13))
-    size = {name: int(np.prod(shape)) for name, shape in shapes.items()}
-    left = {name for name, kind in types(result).items() if name in size and kind == TensorProto.INT8}
-    assert sum(size[n] for n in left) <= 0.031 * sum(size.values())
-    others = size.keys() - left
-    assert max((size[n] for n in left), default=0) <= min(size[n] for n in others)
-    # One more would be too many.
-    assert sum(size[n] for n in left) + min(size[n] for n in others) > 0.029 * sum(size.values())
-
-
 def test_the_size_does_not_depend_on_how_many_offsets_differ():
     values = drawn(np.random.default_rng(0), 4, (64, 160), 0, spread=False)
     sizes = set()
