@@ -52,7 +52,7 @@ def option_of(field: FieldInfo) -> Option:
 def flags_of(name: str, field: FieldInfo) -> list[str]:
     """Return its name on the command line, and for a switch the one that turns it off, too."""
     flag = option_of(field).flag or "--" + name.replace("_", "-")
-    return [flag, f"--no-{flag[2:]}"] if field.annotation is bool else [flag]
+    return [flag, f"--no-{flag[2:]}"] if field.annotation in (bool, bool | None) else [flag]
 
 
 def written_as(name: str, field: FieldInfo, value: object) -> list[str]:
