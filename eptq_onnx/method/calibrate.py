@@ -95,7 +95,6 @@ class Histogram:
         weights = None
         if importance is not None:
             inner = math.prod(values.shape[axis + 1 :])
-            # Short integers are divided several times as fast.
             kind = np.int32 if values.size < 2**31 else np.int64
             weights = importance[np.arange(0, values.size, step, kind) // inner % len(importance)]
         finite = np.isfinite(flat)
