@@ -270,12 +270,6 @@ class Plan:
         return {layer.weight: layer.weight_spec for layer in self.layers}
 
     @property
-    def uneven_type(self) -> str | None:
-        """A type of weights or activations whose steps grow with the values; None if there is none."""
-        specs = [*self.weight_specs.values(), *(q.spec for q in self.activations)]
-        return next((spec.format.type_name for spec in specs if not spec.format.has_equal_steps), None)
-
-    @property
     def shared_weights(self) -> set[str]:
         """Return the weights that several layers read."""
         return {name for name, count in Counter(layer.weight for layer in self.layers).items() if count > 1}

@@ -56,7 +56,7 @@ def flags_of(name: str, field: FieldInfo) -> list[str]:
     """Return its name on the command line, and for a switch the one that turns it off, too."""
     flag = option_of(field).flag or "--" + name.replace("_", "-")
     off = option_of(field).off or f"--no-{flag[2:]}"
-    return [flag, off] if field.annotation is bool else [flag]
+    return [flag, off] if field.annotation in (bool, bool | None) else [flag]
 
 
 def written_as(name: str, field: FieldInfo, value: object) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.method.equalize import FLOAT_PASSES, SAMPLES, equalize, needed_bytes
 from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.training.worth import uneven_type
 
 
 class Equalize(Pass):
@@ -33,7 +34,7 @@ class Equalize(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Scale the channels where possible."""
-        floats = state.plan.uneven_type
+        floats = uneven_type(state.plan)
         if floats is not None:
             return state.noting(
                 f"no channels are scaled: steps of {floats} grow with the values, so a shared range costs "

@@ -36,6 +36,7 @@ from eptq_onnx.runtime import Session
 from eptq_onnx.runtimes import timings
 from eptq_onnx.runtimes.pieces import Stopwatch
 from eptq_onnx.targets import ONNXRUNTIME
+from eptq_onnx.training.worth import uneven_type
 from eptq_onnx.workdir import HashOnly, encode
 
 _MINIMIZED = {Objective.TIME: TIME, Objective.NOISE: NOISE, Objective.BYTES: BYTES}
@@ -78,7 +79,7 @@ class Place(Pass):
         left = "which operators run on integers was not chosen by time"
         if ctx.target.verifier != ONNXRUNTIME:
             return state.noting(f"{left}: {ctx.target.name} is for a runtime other than onnxruntime")
-        if (name := state.plan.uneven_type) is not None:
+        if (name := uneven_type(state.plan)) is not None:
             return state.noting(f"{left}: onnxruntime has no kernels for {name}")
         if store.folder_of(state.model) is not None:
             return state.noting(f"{left}: the float and the quantized model together need too much memory")

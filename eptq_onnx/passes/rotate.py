@@ -5,6 +5,7 @@ from __future__ import annotations
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.method.rotate import needed_bytes, operations, rotate
 from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.training.worth import uneven_type
 
 
 class Rotate(Pass):
@@ -25,7 +26,7 @@ class Rotate(Pass):
 
     def cost(self, state: State, ctx: Context) -> Cost:
         """The descents on rotations."""
-        floats = state.plan.uneven_type is not None
+        floats = uneven_type(state.plan) is not None
         return Cost(operations=0.0 if floats else operations(state.model, state.plan))
 
     def memory(self, state: State, samples: Samples) -> int:
@@ -34,7 +35,7 @@ class Rotate(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Mix channels where possible."""
-        floats = state.plan.uneven_type
+        floats = uneven_type(state.plan)
         if floats is not None:
             return state.noting(
                 f"no channels are mixed: steps of {floats} grow with the values, so spreading large weights "

@@ -172,11 +172,17 @@ def may_pay(plan: Plan, config: Config) -> bool:
 
     That is so next to weights of 7 bits and more, with evenly spaced steps and activations of 8 bits.
     """
-    if config.steps or config.chooses_widths or plan.uneven_type is not None:
+    if config.steps or config.chooses_widths or uneven_type(plan) is not None:
         return True
     weights = [spec.bits for spec in plan.weight_specs.values()]
     activations = [q.spec.bits for q in plan.activations]
     return min(weights, default=_FINE) < _FINE or set(activations) != {_CALM}
+
+
+def uneven_type(plan: Plan) -> str | None:
+    """Return a type of weights or activations whose steps grow with the values; None if there is none."""
+    specs = [*plan.weight_specs.values(), *(q.spec for q in plan.activations)]
+    return next((spec.format.type_name for spec in specs if not spec.format.has_equal_steps), None)
 
 
 def views(augments: bool) -> int:
