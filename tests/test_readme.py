@@ -156,7 +156,8 @@ SHOWN = sorted({command for _, lang, text in BLOCKS if lang == "text" for comman
 @pytest.mark.parametrize("command", SHOWN)
 def test_commands_that_are_only_shown_have_options_that_are_taken(command):
     name, *arguments = shlex.split(command)
-    found = typer.main.get_command(app).commands[name].make_context(name, arguments).params
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = commands[name].make_context(name, arguments).params
     given = {key: value for key, value in found.items() if value not in (None, ())}
     for options in (Config, Reading, Gate):
         options(**options_of(options, given))
