@@ -22,7 +22,7 @@ from eptq_onnx.report.plain import size_text
 
 _NAMED = 3
 """Nodes of one reason that are named."""
-_NAME = 24
+_NAME = 21
 """Characters of the name of a node, of which the end tells most."""
 
 

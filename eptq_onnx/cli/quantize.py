@@ -149,7 +149,7 @@ def _next(model: Path, output: Path, data: Data, given: Mapping[str, Any]) -> tu
         value = given.get(name)
         words += written_as(name, field, getattr(data.reading, name) if isinstance(value, Mapping) else value)
     return (
-        "next, with a metric of your own, and samples that calibration has not seen:",
+        "next, with a metric of your own, and better with --data that calibration has not seen:",
         f"  {shlex.join([*words, '--evaluate', 'metric:accuracy'])}",
         "with the same options: compare (where the models part) and bench (speed)",
     )
