@@ -236,7 +236,7 @@ def _named(domain: str, op_type: str) -> str:
 
 def _operators(whole: ModelProto, plan: Plan) -> tuple[Operators, ...]:
     """Count nodes by operator, those that can run on integers first."""
-    own = {**plan.integer_nodes, **plan.absorbed}
+    own = {*plan.integer_nodes, *plan.absorbed, *(x.node for x in plan.layers if x.dynamic)}
     nodes = Counter(_named(n.domain, n.op_type) for n in whole.graph.node)
     integer = Counter(_named(n.domain, n.op_type) for n in whole.graph.node if n.name in own)
     found = [Operators(operator, count, integer[operator]) for operator, count in nodes.items()]

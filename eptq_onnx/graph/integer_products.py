@@ -56,6 +56,20 @@ def integer_products(model: ModelProto) -> ModelProto:
     return result
 
 
+def parts_of_products(view: GraphView) -> set[str]:
+    """Return the nodes of integer products in a file, which runtimes fuse, and whose sums are large."""
+    found: set[str] = set()
+    inside: set[str] = set()
+    for node in view.nodes:
+        varying = [i for i in node.input if i and not view.is_constant(i)]
+        starts = node.op_type in ("DynamicQuantizeLinear", "MatMulInteger")
+        if starts or (node.op_type in ("Cast", "Mul") and inside.issuperset(varying)):
+            found.add(node.name)
+            # A Mul of two such tensors is the product itself.
+            inside.update(node.output if starts or len(varying) == 1 else ())
+    return found
+
+
 def _quantized(node: NodeProto, view: GraphView) -> tuple[NodeProto | None, NodeProto | None]:
     """Return the DynamicQuantizeLinear of a product's input, and the DequantizeLinear of its weight."""
     if node.op_type not in PRODUCTS:

@@ -11,9 +11,10 @@ import pytest
 from graphs import normal, parse, silent
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from typer.testing import CliRunner
 
+import eptq_onnx
 from eptq_onnx import Config, ConfigError, quantize, runtimes, targets
 from eptq_onnx.api import Result
 from eptq_onnx.cli import app
@@ -21,6 +22,7 @@ from eptq_onnx.engines.base import ATTENTION
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.integer_products import integer_products
+from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.qdq import write
@@ -340,3 +342,23 @@ def test_the_result_of_auto_is_kept_in_a_workdir(tmp_path):
     first, again = (dynamic(block(), data, activations="auto", workdir=tmp_path) for _ in range(2))
     assert "dynamic" in next(n for n in again.report.notes if n.startswith("taken from the workdir"))
     assert first.model.SerializeToString() == again.model.SerializeToString()
+
+
+def test_sums_of_integers_stay_float32_where_the_rest_is_float16():
+    # A sum of 600 products of 8 bits does not fit float16, which the samples alone would not show.
+    model = parse(
+        "g (float[N,3,600] x) => (float[N,3,40] y) { h = MatMul (x, w1)  r = Relu (h)  y = MatMul (r, w2) }",
+        {"w1": np.abs(normal(600, 64)), "w2": normal(64, 40, seed=1)},
+    )
+    data = {"x": normal(24, 3, 600, seed=2, scale=0.01)}
+    result = dynamic(model, data, target="ort-web", rest="float16")
+    view = GraphView(infer_shapes(result.model))
+    casts = [n for n in view.nodes if n.op_type == "Cast" and "integers" in n.input[0]]
+    assert [view.elem_type(n.output[0]) for n in casts] == [TensorProto.FLOAT] * 2
+    loud = Session(result.model).run({"x": np.ones((1, 3, 600), np.float32)})["y"]
+    assert np.isfinite(loud).all()
+
+
+def test_inspect_counts_dynamic_layers():
+    found = eptq_onnx.inspect(block(), Config(activations="dynamic"))
+    assert {o.operator: o.integer for o in found.operators}["MatMul"] == 6
