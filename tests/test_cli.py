@@ -189,7 +189,9 @@ def test_an_existing_output_survives_a_failure(folder):
 
 def test_weights_alone_need_no_data(tmp_path):
     path, output = tmp_path / "model.onnx", tmp_path / "model.w4a32.onnx"
-    onnx.save(parse("g (float[N,64] x) => (float[N,96] y) { y = MatMul (x, w) }", {"w": normal(64, 96)}), path)
+    onnx.save(
+        parse("g (float[N,64] x) => (float[N,96] y) { y = MatMul (x, w) }", {"w": normal(64, 96)}), path
+    )
     arguments = ["quantize", str(path), "--bits", "w4a32", "--edge-bits", "4", "--block", "32"]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output

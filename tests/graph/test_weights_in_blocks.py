@@ -240,7 +240,9 @@ def test_the_runtime_is_asked_which_widths_it_has():
 @pytest.mark.parametrize("options", [{"block": 32}, {"block": 32, "edge_bits": 4, "storage": "packed"}, {}])
 def test_without_data_weights_are_rounded_to_nearest(options):
     model = network(64, 24, table=True)
-    result = eptq_onnx.quantize(model, config=Config(bits="w4a32", target="ort-x64", **options), progress=silent)
+    result = eptq_onnx.quantize(
+        model, config=Config(bits="w4a32", target="ort-x64", **options), progress=silent
+    )
     report = result.report
     assert (report.samples, report.verification.samples) == (0, 0)
     assert "no samples were given" in str(report.verdict)
@@ -257,7 +259,9 @@ def test_without_data_weights_are_rounded_to_nearest(options):
 
 
 def test_activations_need_data():
-    with pytest.raises(eptq_onnx.DataError, match="ranges of activations come from samples: give them with --data"):
+    with pytest.raises(
+        eptq_onnx.DataError, match="ranges of activations come from samples: give them with --data"
+    ):
         eptq_onnx.quantize(network(), config=Config(), progress=silent)
     with pytest.raises(ConfigError, match="rest=float16 needs samples"):
         eptq_onnx.quantize(network(), config=Config(bits="w4a32", rest="float16"), progress=silent)
