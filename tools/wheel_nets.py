@@ -42,7 +42,9 @@ class Graph:
         """Add a constant; Python's numbers become float32 and int64."""
         array = np.asarray(value, np.float32 if isinstance(value, float) else None)
         name = name or f"{array.dtype.name}_{array.ndim}_{'_'.join(map(str, array.reshape(-1).tolist()))}"
-        self.constants.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.constants.setdefault(
+            name, numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
+        )
         return name
 
     def __call__(self, op: str, *inputs: Any, output: str = "", **attributes: Any) -> str:
