@@ -17,7 +17,11 @@ from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.ops import check_roles, executed
 from eptq_onnx.passes.base import Context, Progress, State
 from eptq_onnx.prepare import Prepared, counting, prepare
+from eptq_onnx.records import Plan
 from eptq_onnx.targets import Target
+
+_MOST_NAMED = 5
+"""Most tensors that a note names."""
 
 
 def silent(step: str, done: int, total: int, detail: object = "") -> None:
@@ -95,7 +99,7 @@ def start(
             counting(given, prepared), State(prepared.model, float_model, plan), prepared.samples
         )
         fit = targets.fit_of(given.target, target)
-        state = state if fit is None else state.noting(fit)
+        state = (state if fit is None else state.noting(fit)).noting(*_encoding_notes(given, plan))
     ctx = Context(
         given=given,
         config=config,
@@ -112,3 +116,23 @@ def start(
         progress=progress,
     )
     return Start(runner, prepared, state, ctx)
+
+
+def _encoding_notes(config: Config, plan: Plan) -> list[str]:
+    """Return what of given ranges is not taken."""
+    if config.encodings is None:
+        return []
+    known, notes = plan.quantizer_of, []
+    left = [name for name in config.encodings.ranges if name not in known]
+    if left:
+        more = f" and {len(left) - _MOST_NAMED} more" if len(left) > _MOST_NAMED else ""
+        notes.append(
+            f"{len(left)} of {len(config.encodings.ranges)} tensors in the encodings are not quantized here: "
+            f"{', '.join(left[:_MOST_NAMED])}{more}"
+        )
+    if config.encodings.weights:
+        notes.append(
+            f"the encodings of {config.encodings.weights} weights are not taken: weights get ranges of their "
+            "own"
+        )
+    return notes

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.once
 quantization: Any = pytest.importorskip("onnxruntime.quantization")
 
 
-class Reader(quantization.CalibrationDataReader):
+class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
     """What a script that calibrates for onnxruntime has."""
 
     def __init__(self) -> None:
@@ -33,10 +33,10 @@ def static(tmp_path, **arguments) -> onnx.ModelProto:
     return onnx.load(tmp_path / "q.onnx")
 
 
-def weights(model) -> dict[str, np.ndarray]:
+def weights(model) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     reads = {o: n for n in model.graph.node for o in n.output}
-    found = {}
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for node in model.graph.node:
         maker = reads.get(node.input[1]) if node.op_type in ("Conv", "Gemm") else None
         if maker is not None and maker.op_type == "DequantizeLinear" and maker.input[0] in constants:
@@ -102,7 +102,11 @@ def test_operators_and_nodes_are_chosen(tmp_path):
         node.name = f"n{k}"
     first = next(n.name for n in named.graph.node if n.op_type == "Conv")
     options: dict[str, Any] = {"preset": "fast", "measure_speed": False, "objective": "integers"}
-    for arguments, count in (({"nodes_to_quantize": [first]}, 1), ({"nodes_to_exclude": [first]}, 3)):
+    chosen: list[tuple[dict[str, Any], int]] = [
+        ({"nodes_to_quantize": [first]}, 1),
+        ({"nodes_to_exclude": [first]}, 3),
+    ]
+    for arguments, count in chosen:
         compat.quantize_static(named, tmp_path / "n.onnx", Reader(), **arguments, **options)
         assert len(weights(onnx.load(tmp_path / "n.onnx"))) == count
 

@@ -21,7 +21,7 @@ class Rotate(Pass):
 
     def enabled(self, ctx: Context) -> bool:
         """Return True if the option is on."""
-        return ctx.config.rotate
+        return ctx.config.rotate and ctx.config.changes_channels
 
     def memory(self, state: State, samples: Samples) -> int:
         """Two sets of weights."""
