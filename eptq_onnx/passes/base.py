@@ -421,14 +421,13 @@ def leave_float(
     """
     if not tensors and not nodes and not exact:
         return state
-    return replanned(
-        state.changed(
-            left_float={**state.left_float, **tensors},
-            float_nodes={**state.float_nodes, **(nodes or {})},
-            exact=state.exact | set(exact) if exact else state.exact,
-        ),
-        ctx,
-    )
+    # A field that stays the same object counts as unchanged.
+    more = {
+        "left_float": {**state.left_float, **tensors} if tensors else state.left_float,
+        "float_nodes": {**state.float_nodes, **nodes} if nodes else state.float_nodes,
+        "exact": state.exact | set(exact) if exact else state.exact,
+    }
+    return replanned(state.changed(**more), ctx)
 
 
 def replanned(state: State, ctx: Context) -> State:
