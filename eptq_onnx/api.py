@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto
 from typing_extensions import Unpack
@@ -22,6 +23,7 @@ from eptq_onnx.data.readers import Nothing, Source, is_nothing
 from eptq_onnx.data.readers import files_of as files_of_data
 from eptq_onnx.data.sheet import contact_sheet
 from eptq_onnx.dataless import without_data
+from eptq_onnx.encodings import encodings_of
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.files import check_apart, check_writable, model_outputs
 from eptq_onnx.gate import Verified
@@ -62,12 +64,15 @@ class Result:
         Files that the run read, each with a description.
     contact_sheet : bytes
         A PNG of what the network saw, if the samples are pictures that a recipe prepared; else empty.
+    encodings : dict of str to object
+        The scales of activations and weights in AIMET's schema 1.0; see the option ``encodings`` of `Config`.
     """
 
     model: ModelProto
     report: Report
     inputs: tuple[tuple[str, Path], ...] = ()
     contact_sheet: bytes = b""
+    encodings: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model; see `eptq_onnx.graph.io.save`.
@@ -294,13 +299,9 @@ def input_files(
     )
     libraries = [("a custom-operator library", path) for path in config.custom_ops]
     timings = [("the timings file", config.timings)] if config.timings is not None else []
-    return [
-        *files_of_model(model),
-        *files_of_data(data),
-        *target,
-        *libraries,
-        *timings,
-    ]
+    given = config.encodings.file if config.encodings is not None else ""
+    ranges = [("the encodings", Path(given))] if given else []
+    return [*files_of_model(model), *files_of_data(data), *target, *libraries, *timings, *ranges]
 
 
 @dataclass(frozen=True)
@@ -353,8 +354,8 @@ def _quantize(
         asked = {**given.model_dump(mode="json"), **prepared.reading, **accuracy.given()}
         found = replace(found, config=asked, trail=trail, notes=(*found.notes, *trail.unavailable))
     sheet = contact_sheet(ctx.samples, prepared.origin, prepared.model)
-    whole = final(sink(state.packed), prepared.opset, prepared.ir_version)
-    return Result(store.load_all(whole), found, contact_sheet=sheet)
+    written = store.load_all(final(sink(state.packed), prepared.opset, prepared.ir_version))
+    return Result(written, found, contact_sheet=sheet, encodings=encodings_of(state.plan, state.rounding))
 
 
 def bench(

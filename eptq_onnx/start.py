@@ -18,11 +18,15 @@ from eptq_onnx.ops import check_roles, executed
 from eptq_onnx.outcome import OptimizationTrace
 from eptq_onnx.passes.base import Context, Progress, State
 from eptq_onnx.prepare import Prepared, counting, prepare
+from eptq_onnx.records import Plan
 from eptq_onnx.targets import Target
 from eptq_onnx.training.worth import may_pay
 
 _FEW_SCORED = 64
 """Samples that are scored where the network-wise optimization does not run."""
+
+_MOST_NAMED = 5
+"""Most tensors that a note names."""
 
 
 def silent(step: str, done: int, total: int, detail: object = "") -> None:
@@ -105,6 +109,7 @@ def start(
         fit = targets.fit_of(given.target, target)
         state = state if fit is None else state.noting(fit)
         state = state.noting(WITHOUT_SAMPLES) if blind else state
+        state = state.noting(*_encoding_notes(given, plan))
     ctx = Context(
         given=given,
         config=config,
@@ -139,3 +144,23 @@ def _worthwhile(config: Config, state: State) -> tuple[Config, State]:
         "noise, which no rounding of weights changes"
     )
     return config.model_copy(update={"steps": 0}), state.changed(trace=OptimizationTrace(reason=why))
+
+
+def _encoding_notes(config: Config, plan: Plan) -> list[str]:
+    """Return what of given ranges is not taken."""
+    if config.encodings is None:
+        return []
+    known, notes = plan.quantizer_of, []
+    left = [name for name in config.encodings.ranges if name not in known]
+    if left:
+        more = f" and {len(left) - _MOST_NAMED} more" if len(left) > _MOST_NAMED else ""
+        notes.append(
+            f"{len(left)} of {len(config.encodings.ranges)} tensors in the encodings are not quantized here: "
+            f"{', '.join(left[:_MOST_NAMED])}{more}"
+        )
+    if config.encodings.weights:
+        notes.append(
+            f"the encodings of {config.encodings.weights} weights are not taken: weights get ranges of their "
+            "own"
+        )
+    return notes

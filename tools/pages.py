@@ -23,6 +23,7 @@ from eptq_onnx.cli import app
 from eptq_onnx.cli.options import default_of, help_of
 from eptq_onnx.config import Accuracy, Config, Reading, option_of
 from eptq_onnx.config.option import flags_of
+from eptq_onnx.config.presets import PAPER
 from eptq_onnx.data import readers
 from eptq_onnx.numerics.formats import FLOATS
 from eptq_onnx.numerics.scales import ScaleRule
@@ -101,6 +102,22 @@ def rules() -> str:
     """Return a table with one row for each rule of ``lint``."""
     rows = [(f"`{rule.name}`", rule.severity.value, rule.about) for rule in RULES]
     return "\n".join(_table(("rule", "severity", "what must hold"), rows))
+
+
+def paper() -> str:
+    """Return a table with one row for each option that the preset of the paper sets."""
+    ours, rows = Config(), []
+    for name, value in PAPER.items():
+        field = Config.model_fields[name]
+        default = default_of(field) if getattr(ours, name) is None else _word(getattr(ours, name))
+        rows.append((f"`{flags_of(name, field)[0]}`", _word(value), default))
+    return "\n".join(_table(("option", "paper", "default"), rows))
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:,g}" if isinstance(value, (int, float)) else str(getattr(value, "value", value))
 
 
 def bench() -> str:
@@ -223,6 +240,7 @@ PLACES = {
     "<!-- the forms of data -->": forms,
     "<!-- the forms of data in Python -->": forms_of_python,
     "<!-- the list of passes -->": passes,
+    "<!-- the preset of the paper -->": paper,
     "<!-- the parameters of bench -->": bench,
     "<!-- the parameters of verify -->": verify,
     "<!-- the table of runtimes -->": verifiers,

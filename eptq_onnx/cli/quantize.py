@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from eptq_onnx.cli.manner import Manner, with_manner
 from eptq_onnx.cli.options import options_of, with_options
 from eptq_onnx.config import Accuracy, Config, Reading
 from eptq_onnx.config.files import read_options
-from eptq_onnx.config.option import written_as
+from eptq_onnx.config.option import Option, OptionModel, written_as
 from eptq_onnx.data import readers
 from eptq_onnx.data.readers import Data, Nothing
 from eptq_onnx.errors import OutputError
@@ -32,8 +33,20 @@ from eptq_onnx.report.console import console, display, line, shown
 from eptq_onnx.start import silent
 
 
+class Beside(OptionModel):
+    """Files that are written beside the model."""
+
+    report: Annotated[Path | None, Option("files", default="none")] = None
+    """Where to write the report, as the suffix says: .html is one page with tables and plots (needs the extra
+    report), .md is Markdown, .json holds all figures."""
+    contact_sheet: Annotated[Path | None, Option("files", default="none")] = None
+    """Where to write a PNG of what the network sees, if DATA holds pictures."""
+    export_encodings: Annotated[Path | None, Option("files", default="none")] = None
+    """Where to write the scales of activations and weights as encodings (AIMET's schema 1.0)."""
+
+
 @app.command(rich_help_panel=QUANTIZE)
-@with_options(Reading, Config, Accuracy)
+@with_options(Beside, Reading, Config, Accuracy)
 @with_manner("json", "quiet", "verbose")
 def quantize(
     *,
@@ -53,17 +66,6 @@ def quantize(
             "-o",
             help="Where to write the QDQ model; by default NAME.w8a8.onnx beside the model, with its bits.",
         ),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where to write the report, as the suffix says: .html is one page with tables and plots "
-            "(needs the extra report), .md is Markdown, .json holds all figures."
-        ),
-    ] = None,
-    contact_sheet: Annotated[
-        Path | None,
-        typer.Option(help="Where to write a PNG of what the network sees, if DATA holds pictures."),
     ] = None,
     config: Annotated[
         Path | None,
@@ -87,15 +89,20 @@ def quantize(
         )
         accuracy = options_of(Accuracy, given)
         output = own_output(model, chosen) if output is None else output
-        asked = {"the report": report, "the contact sheet": contact_sheet}
+        files_beside = Beside(**options_of(Beside, options))
+        asked = {
+            "the report": files_beside.report,
+            "the contact sheet": files_beside.contact_sheet,
+            "the encodings": files_beside.export_encodings,
+        }
         beside = {name: path for name, path in asked.items() if path is not None}
         outputs = {**model_outputs(output), **beside}
         for path in (output, *beside.values()):
             check_writable(path)
         inputs = input_files(model, samples, chosen)
         check_apart(outputs, [*inputs, ("the configuration", config)] if config is not None else inputs)
-        if report is not None:
-            files.check(report)
+        if files_beside.report is not None:
+            files.check(files_beside.report)
         if chosen.workdir is not None:
             tell_outcome(f"nothing was written; the same command goes on from {shown(chosen.workdir)}")
         shown_in = nullcontext(silent) if manner.quiet else display(messages, chosen.preset.value)
@@ -159,7 +166,10 @@ def _failure(name: str, path: Path, result: Result, output: Path) -> OutputError
     """Write a file beside the model; return what went wrong, to be told behind the summary, which may be all
     that is left of it."""
     sheet = name == "the contact sheet"
-    content = result.contact_sheet if sheet else files.content(result.report, path)
+    if name == "the encodings":
+        content = (json.dumps(result.encodings, indent=2) + "\n").encode()
+    else:
+        content = result.contact_sheet if sheet else files.content(result.report, path)
     if not content:
         return OutputError(f"{output} was written, but not {name}: no recipe made the samples of pictures.")
     try:

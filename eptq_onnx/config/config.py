@@ -26,6 +26,7 @@ from eptq_onnx.config.choices import (
     WeightRange,
     WeightStorage,
 )
+from eptq_onnx.config.encodings import Encodings
 from eptq_onnx.config.option import Option, OptionModel, option_of
 from eptq_onnx.config.options import Options
 from eptq_onnx.config.presets import PRESET_PASSES, filled
@@ -127,6 +128,12 @@ class Config(OptionModel):
     cheaper and always uses up to 1,024."""
     activation_range: Annotated[ActivationRange, Option("calibration")] = ActivationRange.MSE
     """Method for choosing activation ranges."""
+    encodings: Annotated[
+        Encodings | None, Option("calibration", metavar="FILE", text=True, default="none")
+    ] = None
+    """Ranges of activations that are given: a JSON file of encodings in AIMET's schema 1.0. Tensors that it
+    names keep their ranges, and channels are neither mixed nor scaled, which would change them. Widths are
+    those of the other options, and weights get ranges of their own."""
     percentile: Annotated[float, Option("calibration", advanced=True)] = Field(99.99, gt=50, le=100)
     """Percentile of each tail, for activation_range=percentile."""
     weight_range: Annotated[
@@ -352,6 +359,11 @@ class Config(OptionModel):
             default=lambda v: sorted(v) if isinstance(v, frozenset) else str(v),
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def changes_channels(self) -> bool:
+        """True if channels of activations may be mixed or scaled: ranges that are given would not fit."""
+        return self.encodings is None
 
     @property
     def chooses_by_time(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
@@ -22,6 +22,7 @@ from eptq_onnx.config.choices import (
     WeightRange,
     WeightStorage,
 )
+from eptq_onnx.config.encodings import Encodings
 
 
 class Options(TypedDict, total=False):
@@ -49,6 +50,7 @@ class Options(TypedDict, total=False):
     batch_size: int
     score_samples: int
     activation_range: ActivationRange | Literal["minmax", "percentile", "mse"]
+    encodings: Encodings | Mapping[str, Any] | str | Path | None
     percentile: float
     weight_range: WeightRange | Literal["minmax", "mse", "hmse"] | None
     damping: float

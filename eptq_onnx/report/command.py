@@ -46,5 +46,7 @@ def _changed(options: type[BaseModel], config: Mapping[str, Any]) -> list[str]:
         value = config[name]
         if name == "budget":
             value = [b if isinstance(b, str) else f"{b['unit']}={b['amount']:g}" for b in value]
+        if name == "encodings":
+            value = value["file"] or "encodings.json"
         found += written_as(name, field, value)
     return found

@@ -198,3 +198,25 @@ def test_how_time_is_measured_counts_only_where_it_decides():
         assert len(hashes) == (2 if objective in (Objective.TIME, Objective.NOISE) else 1)
         seen |= hashes
     assert len(seen) == 6
+
+
+def test_the_paper_is_a_preset_whose_options_may_be_replaced():
+    config = Config(preset="paper")
+    assert (config.steps, config.rounding.value, config.optimizer.value) == (80_000, "soft", "radam")
+    assert (config.start.value, config.attention.value, config.output_share) == ("nearest", "layer", 0)
+    assert config.gradual_activations
+    assert not config.rotate
+    assert config.optimizes
+    shorter = Config(preset="paper", steps=500, rotate=True, weight_range=None)
+    assert (shorter.steps, shorter.rotate, shorter.rounding.value) == (500, True, "soft")
+    assert shorter.weight_range_method.value == "hmse"
+    # A report holds all options.
+    assert Config(**json.loads(shorter.model_dump_json())) == shorter
+
+
+def test_the_preset_of_the_paper_quantizes():
+    config = Config(preset="paper", steps=6, weight_bits=4, target="ort-x64")
+    found = eptq_onnx.quantize(small_convnet(), {"image": images(24)}, config, progress=silent)
+    assert found.report.optimization is not None
+    assert found.report.optimization.steps == 6
+    assert found.report.rotated == {}

@@ -93,14 +93,9 @@ class Histogram:
         weights = None
         if importance is not None:
             inner = math.prod(values.shape[axis + 1 :])
-<<<<<<< HEAD:eptq_onnx/method/calibrate/__init__.py
             # Short integers are divided several times as fast.
             kind = np.dtype(np.int32) if values.size < 2**31 else np.dtype(np.int64)
             weights = importance[np.arange(0, values.size, step, dtype=kind) // inner % len(importance)]
-=======
-            kind = np.int32 if values.size < 2**31 else np.int64
-            weights = importance[np.arange(0, values.size, step, kind) // inner % len(importance)]
->>>>>>> 524184c95d98e3fe8cd1db5d72038353bae12823:eptq_onnx/method/calibrate.py
         finite = np.isfinite(flat)
         if not finite.all():
             flat, weights = flat[finite], None if weights is None else weights[finite]

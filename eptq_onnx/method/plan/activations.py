@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 from eptq_onnx.config import FLOAT_BITS, Config
 from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.method.plan.draft import Draft, bounds_of
-from eptq_onnx.ops import Role, channel_axes_of, pointwise
+from eptq_onnx.numerics.formats import IntFormat
+from eptq_onnx.numerics.spec import QuantSpec
+from eptq_onnx.ops import Bounds, Role, channel_axes_of, pointwise
 from eptq_onnx.records import ActivationQuantizer, ConstantOperand, DynamicQuantizer, Layer
 
 
@@ -72,12 +75,26 @@ def quantizers_of(
         bounds = min(lows), max(highs)
         maker = view.producer.get(first)
         prescribed = draft.row(maker).output_range if maker is not None and not others else None
+        if prescribed is None:
+            prescribed = _given(members, bounds, own, config)
         activations.append(
             ActivationQuantizer(
                 first, tuple(members), own, bounds, through, axes.get(first), others, prescribed
             )
         )
     return tuple(activations), tuple(operands)
+
+
+def _given(members: Sequence[str], bounds: Bounds, spec: QuantSpec, config: Config) -> Bounds | None:
+    """Return the range that the options give tensors with one scale, to be divided among all values."""
+    ranges = {} if config.encodings is None else config.encodings.ranges
+    own = [ranges[m] for m in members if m in ranges]
+    if not own or not isinstance(spec.format, IntFormat):
+        return None
+    # What comes behind an absorbed function has its limits.
+    low, high = max(min(low for low, _ in own), bounds[0]), min(max(high for _, high in own), bounds[1])
+    steps = spec.qmax - spec.qmin
+    return (low, low + (high - low) * (steps + 1) / steps) if low < high else None
 
 
 def dynamic_quantizers(layers: tuple[Layer, ...]) -> tuple[DynamicQuantizer, ...]:
