@@ -225,4 +225,4 @@ def test_weights_alone_need_no_data(tmp_path):
     assert "MatMulNBits" in done.stdout
     refused = CliRunner().invoke(app, ["quantize", str(path), "-o", str(tmp_path / "x.onnx")])
     assert refused.exit_code == 2
-    assert "give them with --data" in refused.stderr
+    assert "need samples: give some with --data" in refused.stderr

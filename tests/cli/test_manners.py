@@ -27,6 +27,7 @@ COMMANDS: dict[str, list[str]] = {
     "quantize": ["f.onnx", *SAMPLES, "-o", "out.onnx", "--preset", "fast"],
     "compare": [*PAIR, *SAMPLES],
     "verify": [*PAIR, *SAMPLES],
+    "sensitivity": ["f.onnx", *SAMPLES],
     "lint": ["q.onnx"],
     "bench": [*PAIR, *SAMPLES, "--seconds", "0.2"],
     "targets": [],
