@@ -95,7 +95,7 @@ class Histogram:
         weights = None
         if importance is not None:
             inner = math.prod(values.shape[axis + 1 :])
-            kind = np.int32 if values.size < 2**31 else np.int64
+            kind = "int32" if values.size < 2**31 else "int64"
             weights = importance[np.arange(0, values.size, step, kind) // inner % len(importance)]
         finite = np.isfinite(flat)
         if not finite.all():
