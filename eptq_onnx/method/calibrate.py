@@ -94,9 +94,9 @@ class Histogram:
         flat = flat[::step]
         weights = None
         if importance is not None:
-            inner = math.prod(values.shape[axis + 1 :])
-            kind = "int32" if values.size < 2**31 else "int64"
-            weights = importance[np.arange(0, values.size, step, kind) // inner % len(importance)]
+            size, inner = values.size, math.prod(values.shape[axis + 1 :])
+            order = np.arange(0, size, step, dtype=np.int32) if size < 2**31 else np.arange(0, size, step)
+            weights = importance[order // inner % len(importance)]
         finite = np.isfinite(flat)
         if not finite.all():
             flat, weights = flat[finite], None if weights is None else weights[finite]
