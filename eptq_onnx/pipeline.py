@@ -24,6 +24,7 @@ from eptq_onnx.passes.base import Context, Pass, State
 from eptq_onnx.passes.calibrate import Calibrate
 from eptq_onnx.passes.choices import KeepChoices
 from eptq_onnx.passes.diagnose import Diagnose
+from eptq_onnx.passes.dynamic import Dynamic
 from eptq_onnx.passes.effects import Effects
 from eptq_onnx.passes.equalize import Equalize
 from eptq_onnx.passes.float_fallback import FloatFallback
@@ -46,6 +47,7 @@ PIPELINE: tuple[Pass, ...] = (
     Score(),
     Equalize(),
     Calibrate(),
+    Dynamic(),
     FloatFallback(),
     KeepChoices(),
     Effects(),
@@ -84,6 +86,19 @@ class Runner:
     passes: Sequence[Pass]
     resume: Resume | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def part(self, first: str | None = None, last: str | None = None) -> Runner:
+        """Return a runner of the passes from one to another, both included, that times into the same record.
+
+        Parameters
+        ----------
+        first, last : str, optional
+            Names of passes; by default the first and the last of all.
+        """
+        names = [step.name for step in self.passes]
+        begin = 0 if first is None else names.index(first)
+        end = len(names) if last is None else names.index(last) + 1
+        return Runner(self.passes[begin:end], self.resume, self.seconds)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -9,20 +9,24 @@ import numpy as np
 from onnx import ModelProto
 
 from eptq_onnx import engines, pipeline, targets
-from eptq_onnx.config import Config
-from eptq_onnx.data.readers import Source
+from eptq_onnx.config import WITHOUT_SAMPLES, Config, without_samples
+from eptq_onnx.data.readers import Source, is_nothing
 from eptq_onnx.data.splits import share_out
 from eptq_onnx.method.estimate import multiplications
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.ops import check_roles, executed
+from eptq_onnx.outcome import OptimizationTrace
 from eptq_onnx.passes.base import Context, Progress, State
 from eptq_onnx.prepare import Prepared, counting, prepare
-from eptq_onnx.records import OptimizationTrace
+from eptq_onnx.records import Plan
 from eptq_onnx.targets import Target
 from eptq_onnx.training.worth import may_pay
 
 _FEW_SCORED = 64
 """Samples that are scored where the network-wise optimization does not run."""
+
+_MOST_NAMED = 5
+"""Most tensors that a note names."""
 
 
 def silent(step: str, done: int, total: int, detail: object = "") -> None:
@@ -82,10 +86,12 @@ def start(
     """
     runner = pipeline.Runner(pipeline.PIPELINE)
     target = target_of(given.target)
-    target.storage_for(given.storage)
+    target.storage_for(given.storage, given.block)
     target.check_bits(given)
+    blind = is_nothing(data)
+    options = without_samples(given) if blind else given
     chosen = engines.choose(given.engine)
-    engine = chosen() if given.needs_gradients else None
+    engine = chosen() if options.needs_gradients else None
     with runner.timed("normalize"):
         prepared = prepare(model, data, target, given, folder)
         if imagined is not None:
@@ -95,13 +101,15 @@ def start(
             progress("data", 1, 1, prepared.origin)
         float_model = executed(prepared.model, prepared.found)
     with runner.timed("plan"):
-        plan = make_plan(prepared.model, target, given)
+        plan = make_plan(prepared.model, target, options)
         config, state = runner.affordable(
-            counting(given, prepared), State(prepared.model, float_model, plan), prepared.samples
+            counting(options, prepared), State(prepared.model, float_model, plan), prepared.samples
         )
         config, state = _worthwhile(config, state)
         fit = targets.fit_of(given.target, target)
         state = state if fit is None else state.noting(fit)
+        state = state.noting(WITHOUT_SAMPLES) if blind else state
+        state = state.noting(*_encoding_notes(given, plan))
     ctx = Context(
         given=given,
         config=config,
@@ -136,3 +144,23 @@ def _worthwhile(config: Config, state: State) -> tuple[Config, State]:
         "noise, which no rounding of weights changes"
     )
     return config.model_copy(update={"steps": 0}), state.changed(trace=OptimizationTrace(reason=why))
+
+
+def _encoding_notes(config: Config, plan: Plan) -> list[str]:
+    """Return what of given ranges is not taken."""
+    if config.encodings is None:
+        return []
+    known, notes = plan.quantizer_of, []
+    left = [name for name in config.encodings.ranges if name not in known]
+    if left:
+        more = f" and {len(left) - _MOST_NAMED} more" if len(left) > _MOST_NAMED else ""
+        notes.append(
+            f"{len(left)} of {len(config.encodings.ranges)} tensors in the encodings are not quantized here: "
+            f"{', '.join(left[:_MOST_NAMED])}{more}"
+        )
+    if config.encodings.weights:
+        notes.append(
+            f"the encodings of {config.encodings.weights} weights are not taken: weights get ranges of their "
+            "own"
+        )
+    return notes

@@ -10,6 +10,7 @@ class Preset(str, Enum):
 
     FAST = "fast"
     BALANCED = "balanced"
+    PAPER = "paper"
 
 
 class ActivationRange(str, Enum):
@@ -43,6 +44,7 @@ class WeightStorage(str, Enum):
     PACKED = "packed"
     NATIVE = "native"
     INT8 = "int8"
+    MATMULNBITS = "matmulnbits"
 
 
 class FloatType(str, Enum):
@@ -51,6 +53,14 @@ class FloatType(str, Enum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
+
+
+class Activations(str, Enum):
+    """When the ranges of layers' inputs are known."""
+
+    STATIC = "static"
+    DYNAMIC = "dynamic"
+    AUTO = "auto"
 
 
 class Start(str, Enum):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
+    Activations,
     Attention,
     FloatType,
     Objective,
@@ -21,6 +22,7 @@ from eptq_onnx.config.choices import (
     WeightRange,
     WeightStorage,
 )
+from eptq_onnx.config.encodings import Encodings
 
 
 class Options(TypedDict, total=False):
@@ -30,22 +32,25 @@ class Options(TypedDict, total=False):
     activation_bits: int
     edge_bits: int
     bits: Sequence[str] | str
+    activations: Activations | Literal["static", "dynamic", "auto"]
     exclude: Sequence[str] | str
+    block: int | None
     budget: Sequence[Budget | str] | Budget | str | None
     outputs: Sequence[str] | str
     target: str
-    storage: WeightStorage | Literal["packed", "native", "int8"] | None
+    storage: WeightStorage | Literal["packed", "native", "int8", "matmulnbits"] | None
     rest: FloatType | Literal["float32", "float16", "bfloat16"] | None
     objective: Objective | Literal["time", "integers", "noise", "bytes"]
     runtime_threads: int
     timings: str | Path | None
-    preset: Preset | Literal["fast", "balanced"]
+    preset: Preset | Literal["fast", "balanced", "paper"]
     steps: int | None
     engine: str
     seed: int
     batch_size: int
     score_samples: int
     activation_range: ActivationRange | Literal["minmax", "percentile", "mse"]
+    encodings: Encodings | Mapping[str, Any] | str | Path | None
     percentile: float
     weight_range: WeightRange | Literal["minmax", "mse", "hmse"] | None
     damping: float

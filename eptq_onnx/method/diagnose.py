@@ -102,8 +102,8 @@ def layer_noise(
     nearest: dict[str, float] = {}
     worst: list[tuple[float, int, tuple[Histogram, ...]]] = []
     for k, layer in enumerate(plan.layers):
-        # A layer whose weight alone is quantized has no range to show.
-        grid = None if layer.stored else rounding.grids[plan.quantizer_of[layer.input].name]
+        # A layer whose weight alone is quantized has no range to show, a dynamic one has many.
+        grid = None if not layer.static else rounding.grids[plan.quantizer_of[layer.input].name]
         inputs = _sampled(exact.reach(layer.input))
         stands = versions.stands_for.get(layer.result, layer.result)
         reference = exact.reach(layer.result)
@@ -173,20 +173,43 @@ def _histogram(
     return Histogram(layer, what, low, high, tuple(int(c) for c in counts), *covered, share)
 
 
-def only_weights(plan: Plan, nodes: Collection[str] | None = None) -> Plan:
-    """Return a plan that quantizes constants alone: all, or the weights of some nodes."""
-    chosen = tuple(x for x in plan.layers if nodes is None or x.node in nodes)
+def part_of(plan: Plan, layers: Collection[Layer], activations: Collection[str]) -> Plan:
+    """Return a plan that quantizes some weights and some activations alone; biases stay float.
+
+    Parameters
+    ----------
+    plan : Plan
+    layers : collection of Layer
+        Those whose weights are quantized.
+    activations : collection of str
+        Names of their quantizers.
+    """
+    wanted = set(activations)
     return replace(
         plan,
-        layers=chosen,
-        activations=(),
-        operands=plan.operands if nodes is None else (),
-        tables=plan.tables if nodes is None else (),
-        held=plan.held if nodes is None else (),
-        integer_nodes=plan.integer_nodes if nodes is None else {x.node: x.op_type for x in chosen},
+        layers=tuple(layers),
+        activations=tuple(q for q in plan.activations if q.name in wanted),
+        dynamic=tuple(q for q in plan.dynamic if q.name in wanted),
+        operands=(),
+        tables=(),
+        held=(),
+        integer_nodes={x.node: x.op_type for x in layers},
         absorbed={},
         bias=None,
-        carried=frozenset(),
+    )
+
+
+def only_weights(plan: Plan, nodes: Collection[str] | None = None) -> Plan:
+    """Return a plan that quantizes constants alone: all, or the weights of some nodes."""
+    found = part_of(plan, [x for x in plan.layers if nodes is None or x.node in nodes], ())
+    if nodes is not None:
+        return found
+    return replace(
+        found,
+        operands=plan.operands,
+        tables=plan.tables,
+        held=plan.held,
+        integer_nodes=plan.integer_nodes,
     )
 
 
@@ -199,6 +222,8 @@ def readers(plan: Plan, view: GraphView) -> dict[str, tuple[str, ...]]:
         )
         if nodes:
             found[q.name] = tuple(nodes)
+    for own in plan.dynamic:
+        found[own.name] = (*found.get(own.name, ()), *own.nodes)
     return found
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol
 
@@ -23,23 +23,13 @@ from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.allocate import Candidates
-from eptq_onnx.method.calibrate import calibrate
-from eptq_onnx.method.float_fallback import SAMPLES as NOISE_SAMPLES
+from eptq_onnx.method.float_fallback import Sensitivity
 from eptq_onnx.method.judge import SAMPLES, Limit
-from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.ops import executed, output_parts
+from eptq_onnx.outcome import OptimizationTrace, Speed, Verification
 from eptq_onnx.placement import FrontPoint, Placement
-from eptq_onnx.records import (
-    Calibration,
-    Network,
-    OptimizationTrace,
-    Plan,
-    Rounding,
-    Scores,
-    Speed,
-    Verification,
-)
+from eptq_onnx.records import Calibration, Network, Plan, Rounding, Scores
 from eptq_onnx.targets import Target
 from eptq_onnx.workdir import Partial
 
@@ -149,9 +139,17 @@ class Context:
             raise GradientError("no engine was chosen.")
         return self.engine
 
-    def chosen(self, indices: NDArray[np.int64]) -> Selection:
-        """Select some of the samples."""
-        return Selection(self.samples, indices)
+    def samples_of(self, plan: Plan) -> Samples:
+        """Return the samples as a plan's network runs them.
+
+        A range that is found in every run is that of one sample, as where the network is used, not that of
+        whichever samples share a batch.
+        """
+        return self.samples.alone() if plan.dynamic else self.samples
+
+    def chosen(self, indices: NDArray[np.int64], plan: Plan | None = None) -> Selection:
+        """Select some of the samples, by default as the float network runs them."""
+        return Selection(self.samples if plan is None else self.samples_of(plan), indices)
 
     def executed(self, model: ModelProto, read_as: Mapping[str, str] | None = None) -> ModelProto:
         """Return the part of a model that the samples execute, with recorded draws and choices as inputs."""
@@ -263,12 +261,16 @@ class State:
     speed : Speed or None
     rotated, equalized : mapping
         See `eptq_onnx.report.Report`.
+    sensitivity : Sensitivity
+        Noise of each activation quantizer at the outputs, if it is limited.
     left_float : mapping of str to str
         Tensors kept in floating point because of measurements, each with the reason.
     float_nodes : mapping of str to str
         Nodes kept in floating point because of measurements, each with the reason.
     exact : frozenset of str
         Tensors and nodes around which weights stay float, too.
+    dynamic : frozenset of str
+        Layers whose inputs are quantized in every run because of measurements.
     placement : Placement or None
         What was chosen by time.
     front : tuple of FrontPoint
@@ -293,9 +295,11 @@ class State:
     speed: Speed | None = None
     rotated: Mapping[str, int] = field(default_factory=dict)
     equalized: Mapping[str, float] = field(default_factory=dict)
+    sensitivity: Sensitivity = field(default_factory=Sensitivity)
     left_float: Mapping[str, str] = field(default_factory=dict)
     float_nodes: Mapping[str, str] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
+    dynamic: frozenset[str] = frozenset()
     placement: Placement | None = None
     front: tuple[FrontPoint, ...] = ()
     effects: Mapping[str, Candidates] = field(default_factory=dict)
@@ -393,56 +397,3 @@ class Pass(ABC):
         GradientError
             If gradients are not available: the pass is skipped, with a note.
         """
-
-
-def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:
-    """Quantize some activations of the float network only.
-
-    Returns the model, and which tensor holds the values of each quantized one.
-    """
-    wanted = set(names)
-    chosen = tuple(q for q in state.plan.activations if q.name in wanted)
-    plan = replace(
-        state.plan, layers=(), activations=chosen, operands=(), tables=(), integer_nodes={}, absorbed={}
-    )
-    marked, stands_for = write(state.model, plan, Rounding({}, {}, state.calibration.grids, {}, {}))
-    return ctx.executed(marked, stands_for), stands_for
-
-
-def deviation_of(state: State, ctx: Context) -> Deviation:
-    """Return what measures the noise of quantized activations at the outputs."""
-    return Deviation(
-        state.executed, ctx.samples, ctx.walked, NOISE_SAMPLES, state.calibration.variance, ctx.config
-    )
-
-
-def leave_float(
-    state: State,
-    ctx: Context,
-    tensors: Mapping[str, str],
-    nodes: Mapping[str, str] | None = None,
-    exact: Collection[str] = (),
-) -> State:
-    """Replan with further tensors and nodes in floating point, each with its reason.
-
-    Weights around those that are ``exact`` stay float, too.
-    """
-    if not tensors and not nodes and not exact:
-        return state
-    left, kept = {**state.left_float, **tensors}, {**state.float_nodes, **(nodes or {})}
-    around = state.exact | set(exact) if exact else state.exact
-    plan = make_plan(state.model, ctx.target, ctx.config, left, kept, around)
-    # What is left of a group may want another range.
-    before = {q.name: q for q in state.plan.quantizers}
-    same = {q.name: state.calibration.grids[q.name] for q in plan.quantizers if before.get(q.name) == q}
-    channels = state.scores.channels if state.scores is not None else None
-    calibration = calibrate(
-        state.executed,
-        plan,
-        ctx.training,
-        ctx.config,
-        ctx.tell("calibrate"),
-        scores=channels,
-        known=replace(state.calibration, grids=same),
-    )
-    return state.changed(plan=plan, calibration=calibration, left_float=left, float_nodes=kept, exact=around)

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from eptq_onnx.data.samples import spread
+from eptq_onnx.data.samples import Samples, spread
 from eptq_onnx.diagnosis import Diagnosis, Loud, OutputNoise
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.execute.walk import affordable_batches
@@ -27,7 +27,8 @@ from eptq_onnx.method.diagnose import (
     readers,
 )
 from eptq_onnx.method.qdq import write
-from eptq_onnx.passes.base import Context, Cost, Pass, State, with_activations
+from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.passes.plans import with_activations
 from eptq_onnx.records import Plan
 from eptq_onnx.report.verdict import Assurance, judge_outputs
 from eptq_onnx.targets import ONNXRUNTIME
@@ -65,12 +66,13 @@ class Diagnose(Pass):
         layers = len(state.plan.layers)
         steps = layers if safe else layers + _STEPS
         versions = _versions(state, ctx)
-        chosen = _walked(versions, ctx)
+        samples = ctx.samples_of(state.plan)
+        chosen = _walked(versions, ctx, samples)
         found = layer_noise(
             versions,
             state.plan,
             state.rounding,
-            [ctx.samples.take(part) for part in chosen],
+            [samples.take(part) for part in chosen],
             lambda done, _: ctx.progress(self.name, done, steps),
             integers=ctx.target.verifier == ONNXRUNTIME,
         )
@@ -110,9 +112,9 @@ def _versions(state: State, ctx: Context) -> Versions:
     )
 
 
-def _walked(versions: Versions, ctx: Context) -> list[NDArray[np.int64]]:
+def _walked(versions: Versions, ctx: Context, samples: Samples) -> list[NDArray[np.int64]]:
     """Return the samples of each run: few, and no more than fit into memory; at least one run."""
-    samples, unseen = ctx.samples, ctx.shares.unseen
+    unseen = ctx.shares.unseen
     size = samples.micro_batch()
     shaped = specialize(versions.exact, samples.two_batches(size))
     most = min(max(SAMPLES, size), size * affordable_batches(shaped, WALKS, ctx.config.max_memory))
@@ -135,12 +137,12 @@ class _Causes:
     def _on(self, indices: NDArray[np.int64]) -> Deviation:
         return Deviation(
             self.state.executed,
-            self.ctx.samples,
+            self.ctx.samples_of(self.state.plan),
             indices,
             SAMPLES,
             self.state.calibration.variance,
             self.ctx.config,
-            self.ctx.samples.fixed_batch,
+            self.ctx.samples_of(self.state.plan).fixed_batch,
         )
 
     def found(self) -> OutputNoise | None:
@@ -150,7 +152,7 @@ class _Causes:
         plan = self.state.plan
         read_by = readers(plan, GraphView(self.state.executed))
         total, weights = self._noise(plan), self._noise(only_weights(plan))
-        activations = self._noise_of([q.name for q in plan.activations])
+        activations = self._noise_of(plan.activation_names)
         loud_weights: dict[str, float] = {}
         loud_activations: dict[str, float] = {}
         # What causes little is not worth a search.

@@ -22,7 +22,7 @@ class Equalize(Pass):
 
     def enabled(self, ctx: Context) -> bool:
         """Return True if the option is on."""
-        return ctx.config.equalize
+        return ctx.config.equalize and ctx.config.changes_channels
 
     def memory(self, state: State, samples: Samples) -> int:
         """A second set of weights, and histograms of all channels."""

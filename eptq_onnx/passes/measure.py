@@ -7,9 +7,9 @@ from eptq_onnx.config import Objective
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import sink
+from eptq_onnx.outcome import Pace
 from eptq_onnx.passes.base import Context, Cost, Pass, State
 from eptq_onnx.proto import store
-from eptq_onnx.records import Pace
 from eptq_onnx.runtimes.speed import SECONDS, measure
 from eptq_onnx.targets import ONNXRUNTIME
 

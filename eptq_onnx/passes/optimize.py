@@ -6,15 +6,9 @@ from dataclasses import replace
 
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.method.judge import still_better
-from eptq_onnx.passes.base import (
-    Context,
-    Cost,
-    Judge,
-    Pass,
-    State,
-    with_activations,
-)
-from eptq_onnx.records import OptimizationTrace
+from eptq_onnx.outcome import OptimizationTrace
+from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
+from eptq_onnx.passes.plans import with_activations
 from eptq_onnx.training.graph import training_graph
 from eptq_onnx.training.loop import Hooks, needed_bytes, optimize
 from eptq_onnx.training.worth import LITTLE, Effort, is_learned, promised
@@ -39,7 +33,7 @@ class Optimize(Pass):
     def cost(self, state: State, ctx: Context) -> Cost:
         """Forward and backward passes of both networks in each step, and checks."""
         scored = len(ctx.shares.scored)
-        effort = Effort.of(ctx.config, state.plan, ctx.samples, scored, len(ctx.shares.held))
+        effort = Effort.of(ctx.config, state.plan, ctx.samples_of(state.plan), scored, len(ctx.shares.held))
         return Cost(passes=effort.passes * scored, steps=effort.steps)
 
     def memory(self, state: State, samples: Samples) -> int:
@@ -55,14 +49,14 @@ class Optimize(Pass):
         unpromising = None if ctx.config.steps is not None else _unpromising(state, ctx, judge)
         if unpromising is not None:
             return state.changed(trace=OptimizationTrace(reason=unpromising))
-        graph = training_graph(state.network, start, ctx.samples, ctx.config, ctx.gradients)
+        graph = training_graph(state.network, start, ctx.samples_of(state.plan), ctx.config, ctx.gradients)
         notes = [f"no gradient passes {note}" for note in graph.notes]
         notes += [f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items()]
 
         def tell(done: int, total: int, loss: float) -> None:
             ctx.progress(self.name, done, total, f"loss {loss:.4g}")
 
-        scored = ctx.chosen(ctx.shares.scored)
+        scored = ctx.chosen(ctx.shares.scored, state.plan)
         rounding, trace = optimize(
             state.network, start, graph, scored, ctx.shares.held, ctx.config, Hooks(tell, ctx.partial)
         )
@@ -80,7 +74,8 @@ def _unpromising(state: State, ctx: Context, judge: Judge) -> str | None:
     total = judge.noise(state.rounding)
     if not total.size:
         return None
-    fixed = [q.name for q in state.plan.activations if not is_learned(q, ctx.config)]
+    learned = {q.name for q in state.plan.activations if is_learned(q, ctx.config)}
+    fixed = [name for name in state.plan.activation_names if name not in learned]
     share = promised(total, judge.noise_of(*with_activations(state, ctx, fixed)))
     if share >= LITTLE:
         return None

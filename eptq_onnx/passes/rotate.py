@@ -22,7 +22,7 @@ class Rotate(Pass):
 
     def enabled(self, ctx: Context) -> bool:
         """Return True if the option is on."""
-        return ctx.config.rotate
+        return ctx.config.rotate and ctx.config.changes_channels
 
     def cost(self, state: State, ctx: Context) -> Cost:
         """The descents on rotations."""

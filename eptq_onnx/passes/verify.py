@@ -33,6 +33,12 @@ class Verify(Pass):
             ctx.config.outputs,
         )
         found = verify(
-            versions, state.plan, ctx.target, ctx.samples, ctx.shares, ctx.found, ctx.tell(self.name)
+            versions,
+            state.plan,
+            ctx.target,
+            ctx.samples_of(state.plan),
+            ctx.shares,
+            ctx.found,
+            ctx.tell(self.name),
         )
         return state.changed(verification=found)

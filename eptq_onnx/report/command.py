@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from eptq_onnx.config import Config, Reading
+from eptq_onnx.config import Accuracy, Config, Reading
 from eptq_onnx.config.option import written_as
 from eptq_onnx.data.origin import Origin
 
@@ -26,11 +26,12 @@ def command_of(model: str, data: Origin, config: Mapping[str, Any]) -> str:
     config : mapping of str to object
         All options with their values, as JSON; see `eptq_onnx.report.Report`.
     """
-    words = ["eptq-onnx", "quantize", model or "model.onnx", "--data", data.label]
+    words = ["eptq-onnx", "quantize", model or "model.onnx"]
+    words += ["--data", data.label] if data.needed else []
     for name, recipe in data.recipe.items():
         words += [f"--{name}", recipe]
     given = {name: value for name, value in config.items() if name not in data.recipe}
-    for options in (Reading, Config):
+    for options in (Reading, Config, Accuracy):
         words += _changed(options, given)
     return shlex.join(words)
 
@@ -45,5 +46,7 @@ def _changed(options: type[BaseModel], config: Mapping[str, Any]) -> list[str]:
         value = config[name]
         if name == "budget":
             value = [b if isinstance(b, str) else f"{b['unit']}={b['amount']:g}" for b in value]
+        if name == "encodings":
+            value = value["file"] or "encodings.json"
         found += written_as(name, field, value)
     return found

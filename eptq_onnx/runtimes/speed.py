@@ -16,7 +16,7 @@ import numpy as np
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.view import QUANTIZERS
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.records import OperatorTime, Pace, Speed
+from eptq_onnx.outcome import OperatorTime, Pace, Speed
 from eptq_onnx.runtimes.base import Kernel, Model, NodeTime, Timed, Verifier
 
 _FEWEST = 10

@@ -209,7 +209,7 @@ class Learned:
         if spec is not None:
             activations = {n: p.scale for n, p in self._start.grids.items()}
             activations.update(zip(self._graph.quantizers, scales, strict=True))
-            for layer in self._plan.integer_layers:
+            for layer in self._plan.static_layers:
                 if layer.bias is not None:
                     grid = activations[self._quantizers[layer.input].name], steps[layer.weight]
                     exact = np.asarray(feeds[layer.bias], np.float32)

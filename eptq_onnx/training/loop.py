@@ -31,8 +31,9 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics.gains import Comparison
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array, Feeds
+from eptq_onnx.outcome import OptimizationTrace
 from eptq_onnx.parallel import ordered_map, worker_count
-from eptq_onnx.records import Network, OptimizationTrace, Plan, Rounding
+from eptq_onnx.records import Network, Plan, Rounding
 from eptq_onnx.runtime import Session
 from eptq_onnx.training.attention import channel_attention, part_weights
 from eptq_onnx.training.batches import Batches, HeldOut

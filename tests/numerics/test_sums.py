@@ -51,7 +51,7 @@ def test_units_bring_values_whose_squares_float32_does_not_hold_near_one(first, 
     units = layer_units([inputs, inputs[:0]], weight)
     # Far from the limits, nothing changes.
     if all(abs(k) < 14 for k in (first, second, first + second)):
-        assert units == (1, 1)
+        assert [float(u) for u in units] == [1, 1]
     with np.errstate(over="raise", under="raise", invalid="ignore"):
         known = inputs[np.isfinite(inputs)] / units[0]
         scaled = weight / units[1]

@@ -131,10 +131,10 @@ def score(
 
     sums = _Sums(len(indices), size)
     rounds = -(-len(indices) // size)
-    together = _rounds_together(blocks, view, config)
+    at_once = _rounds_together(blocks, view, config)
     done, total = 0, rounds * config.probes * len(stages)
-    for first in range(0, rounds, together):
-        chunk: Iterable[Batch] = batches(range(first, min(first + together, rounds)))
+    for first in range(0, rounds, at_once):
+        chunk: Iterable[Batch] = batches(range(first, min(first + at_once, rounds)))
         if len(blocks) > 1:
             chunk = list(chunk)
             for block in blocks[:-1]:

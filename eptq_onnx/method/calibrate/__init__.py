@@ -22,6 +22,7 @@ from eptq_onnx.execute.finite import has_infinite_source
 from eptq_onnx.execute.pieces import function_of
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.method.calibrate.constants import constant_grids
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.grid import Grid, Levels
 from eptq_onnx.numerics.sums import PowerSum
@@ -30,9 +31,6 @@ from eptq_onnx.ops import output_parts
 from eptq_onnx.records import (
     ActivationQuantizer,
     Calibration,
-    ConstantOperand,
-    HeldWeight,
-    LookupTable,
     Plan,
 )
 
@@ -94,9 +92,10 @@ class Histogram:
         flat = flat[::step]
         weights = None
         if importance is not None:
-            size, inner = values.size, math.prod(values.shape[axis + 1 :])
-            order = np.arange(0, size, step, dtype=np.int32) if size < 2**31 else np.arange(0, size, step)
-            weights = importance[order // inner % len(importance)]
+            inner = math.prod(values.shape[axis + 1 :])
+            # Short integers are divided several times as fast.
+            kind = np.dtype(np.int32) if values.size < 2**31 else np.dtype(np.int64)
+            weights = importance[np.arange(0, values.size, step, dtype=kind) // inner % len(importance)]
         finite = np.isfinite(flat)
         if not finite.all():
             flat, weights = flat[finite], None if weights is None else weights[finite]
@@ -264,9 +263,7 @@ def calibrate(
         q.name: before.grids.get(q.name) or _activation_grid(q, ranges[q.name], view, config)
         for q in plan.activations
     }
-    grids |= {q.name: before.grids.get(q.name) or _operand_grid(q, view) for q in plan.operands}
-    grids |= {q.name: before.grids.get(q.name) or _table_grid(q, view) for q in plan.tables}
-    grids |= {q.name: before.grids.get(q.name) or _weight_grid(q, view) for q in plan.held}
+    grids |= constant_grids(plan, view, before.grids)
     return Calibration(
         grids,
         {**before.power, **{n: s.mean_square for n, s in sums.items()}},
@@ -434,17 +431,3 @@ def _activation_grid(
         histogram, quantizer, config, scalar_function(view.model, quantizer)
     )
     return quant_math.activation_grid(low, high, quantizer.spec, quantizer.bounds)
-
-
-def _operand_grid(operand: ConstantOperand, view: GraphView) -> Grid:
-    value = view.constant(operand.name)
-    return quant_math.activation_grid(float(value.min()), float(value.max()), operand.spec)
-
-
-def _table_grid(table: LookupTable, view: GraphView) -> Grid:
-    scales = [quant_math.weight_scales(rows, table.spec) for _, rows in view.constant_parts(table.name)]
-    return table.spec.grid(np.concatenate(scales))
-
-
-def _weight_grid(weight: HeldWeight, view: GraphView) -> Grid:
-    return weight.spec.grid(quant_math.weight_scales(view.constant(weight.name), weight.spec))
