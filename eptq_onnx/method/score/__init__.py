@@ -102,10 +102,10 @@ def score(
     blocks = [Block(private)] if config.block_bytes is None else cut(private, private, config.block_bytes)
     placed = scored_positions(view, plan, axes, size, len(indices), config.block_bytes or _POSITIONS_MEMORY)
     # Only weights of few bits are rounded for what errors of several channels do together.
-    together = {
+    joint = {
         x.output for x in plan.layers if config.chooses_widths or x.weight_spec.bits <= quant_math.FEW_BITS
     }
-    wanted = Wanted(view, plan, probes, axes, placed, weights, together, size)
+    wanted = Wanted(view, plan, probes, axes, placed, weights, joint, size)
     stages, unreached = stages_of(blocks, wanted, engine)
     shapes = {name: static_shape(view, point) for point, name in probes.items()}
     unit = _units(probes, shapes, network.calibration)
