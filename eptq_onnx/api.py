@@ -19,9 +19,10 @@ from eptq_onnx.config import Accuracy, Config, Gate, Reading
 from eptq_onnx.config.accuracy import AccuracyOptions
 from eptq_onnx.config.reading import ReadingOptions
 from eptq_onnx.control import controlled
-from eptq_onnx.data.readers import Source
+from eptq_onnx.data.readers import Nothing, Source, is_nothing
 from eptq_onnx.data.readers import files_of as files_of_data
 from eptq_onnx.data.sheet import contact_sheet
+from eptq_onnx.dataless import without_data
 from eptq_onnx.encodings import encodings_of
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.files import check_apart, check_writable, model_outputs
@@ -87,7 +88,7 @@ class Result:
 
 def quantize(
     model: str | os.PathLike[str] | bytes | ModelProto,
-    data: Source,
+    data: Source | None = None,
     config: Config | None = None,
     *,
     progress: Progress = silent,
@@ -99,10 +100,11 @@ def quantize(
     ----------
     model : path, bytes or ModelProto
         The float model; it is never modified.
-    data : Source
+    data : Source, optional
         Calibration samples without labels: one array per model input, samples along the first axis; or feeds,
         loaders, data sets, files, folders, or a function that gives them. `Data` around it says how to read
-        it, such as ``Data("photos", image="imagenet")``.
+        it, such as ``Data("photos", image="imagenet")``. None where no ranges are needed: with
+        ``activations="dynamic"``, and where only weights are quantized.
     config : Config, optional
     progress : callable, optional
     **accuracy
@@ -121,6 +123,7 @@ def quantize(
         If something is wrong; see `eptq_onnx.errors` for the subclasses.
     """
     config, kept_score = config or Config(), Accuracy(**accuracy)
+    data = Nothing() if data is None else data
     inputs = tuple(input_files(model, data, config))
     if config.timings is not None and not config.timings.exists():
         check_writable(config.timings)
@@ -326,6 +329,13 @@ def _quantize(
 ) -> Result:
     """Quantize a model; see `quantize`."""
     given, accuracy = options
+    if is_nothing(data) and accuracy.evaluate is not None:
+        raise ConfigError(
+            "option evaluate needs samples, from which the search knows what to spare: give some with --data."
+        )
+    if is_nothing(data) and given.weights_only:
+        made, report = without_data(model, given, places.folder, progress)
+        return Result(store.load_all(made), report)
     begun = start(model, data, given, places.folder, progress)
     runner, prepared, state, ctx = begun.runner, begun.prepared, begun.state, begun.ctx
     if places.workdir is not None:
@@ -344,7 +354,7 @@ def _quantize(
         asked = {**given.model_dump(mode="json"), **prepared.reading, **accuracy.given()}
         found = replace(found, config=asked, trail=trail, notes=(*found.notes, *trail.unavailable))
     sheet = contact_sheet(ctx.samples, prepared.origin, prepared.model)
-    written = store.load_all(final(sink(state.packed), prepared))
+    written = store.load_all(final(sink(state.packed), prepared.opset, prepared.ir_version))
     return Result(written, found, contact_sheet=sheet, encodings=encodings_of(state.plan, state.rounding))
 
 

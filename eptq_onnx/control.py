@@ -24,7 +24,8 @@ from eptq_onnx.method.ladder import lowest
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.spare import Rules
 from eptq_onnx.parallel import available_cores
-from eptq_onnx.passes.base import UNSET, Context, State, replanned
+from eptq_onnx.passes.base import UNSET, Context, State
+from eptq_onnx.passes.plans import replanned
 from eptq_onnx.pipeline import Runner
 from eptq_onnx.prepare import final
 from eptq_onnx.proto import store
@@ -227,8 +228,8 @@ class _Search:
 
     def _score(self, what: str, state: State, rung: _Rung | None, began: float) -> None:
         """Score the file of a state, in the target's runtime."""
-        path = self._folder / "candidate.onnx"
-        io.save(store.load_all(final(sink(state.packed), self._begun.prepared)), path)
+        path, prepared = self._folder / "candidate.onnx", self._begun.prepared
+        io.save(store.load_all(final(sink(state.packed), prepared.opset, prepared.ir_version)), path)
         size = sum(f.stat().st_size for f in self._folder.iterdir())
         with quantized_model(path, self._runtime, self._threads) as (model, who, why):
             score = score_of(self._evaluate, model)

@@ -22,8 +22,8 @@ from eptq_onnx.graph.outputs import numbers
 from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.ops import executed
+from eptq_onnx.outcome import Speed
 from eptq_onnx.prepare import Prepared, prepare
-from eptq_onnx.records import Speed
 from eptq_onnx.report.plain import plain
 from eptq_onnx.rules import Lint, Severity, lint
 from eptq_onnx.runtimes.base import Verifier, ports_of

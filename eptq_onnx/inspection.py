@@ -161,7 +161,9 @@ def inspect(model: Model, config: Config, reading: Reading, folder: str) -> Insp
     begun, unavailable = _begun(model, config, folder, samples)
     if begun is None:
         target = target_of(config.target)
-        whole = normalize(original, target.opset_for(config.most_activation_bits, config.storage))
+        whole = normalize(
+            original, target.opset_for(config.most_activation_bits, config.storage, config.block)
+        )
         plan = make_plan(whole, target, config)
     else:
         target, whole, plan = begun.ctx.target, begun.state.model, begun.state.plan
@@ -234,7 +236,7 @@ def _named(domain: str, op_type: str) -> str:
 
 def _operators(whole: ModelProto, plan: Plan) -> tuple[Operators, ...]:
     """Count nodes by operator, those that can run on integers first."""
-    own = {**plan.integer_nodes, **plan.absorbed}
+    own = {*plan.integer_nodes, *plan.absorbed, *(x.node for x in plan.layers if x.dynamic)}
     nodes = Counter(_named(n.domain, n.op_type) for n in whole.graph.node)
     integer = Counter(_named(n.domain, n.op_type) for n in whole.graph.node if n.name in own)
     found = [Operators(operator, count, integer[operator]) for operator, count in nodes.items()]

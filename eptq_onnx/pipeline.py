@@ -18,12 +18,13 @@ from eptq_onnx.config import Config
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.errors import GradientError
 from eptq_onnx.estimates import Estimate
-from eptq_onnx.method.estimate import seconds_a_pass, seconds_an_operation
+from eptq_onnx.method.estimate import A_PIECE, seconds_a_pass, seconds_an_operation
 from eptq_onnx.passes.allocate import Allocate
 from eptq_onnx.passes.base import Context, Pass, State
 from eptq_onnx.passes.calibrate import Calibrate
 from eptq_onnx.passes.choices import KeepChoices
 from eptq_onnx.passes.diagnose import Diagnose
+from eptq_onnx.passes.dynamic import Dynamic
 from eptq_onnx.passes.effects import Effects
 from eptq_onnx.passes.equalize import Equalize
 from eptq_onnx.passes.float_fallback import FloatFallback
@@ -46,6 +47,7 @@ PIPELINE: tuple[Pass, ...] = (
     Score(),
     Equalize(),
     Calibrate(),
+    Dynamic(),
     FloatFallback(),
     KeepChoices(),
     Effects(),
@@ -135,7 +137,12 @@ class Runner:
         costs = {step.name: step.cost(state, ctx) for step in enabled if step.name not in known}
         pace = seconds_a_pass(state.executed, state.plan, ctx.samples, ctx.config)
         operation = seconds_an_operation() if any(cost.operations for cost in costs.values()) else 0.0
-        shares = {name: pace * cost.passes + operation * cost.operations for name, cost in costs.items()}
+        shares = {
+            name: pace * cost.passes + operation * cost.operations + A_PIECE * cost.pieces + cost.seconds
+            for name, cost in costs.items()
+        }
+        total = sum(shares.values())
+        shares = {name: seconds + costs[name].share * total for name, seconds in shares.items()}
         found = Estimate(
             sum(shares.values()),
             sum(cost.steps for cost in costs.values()),

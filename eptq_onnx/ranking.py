@@ -308,11 +308,7 @@ class Ranking:
         nodes = {x.node for p in chosen for x in p.layers}
         names = {p.name for p in chosen if p.activation is not None}
         plan = self._state.plan
-        return part_of(
-            plan,
-            [x for x in plan.layers if x.node in nodes],
-            [q for q in plan.activations if q.name in names],
-        )
+        return part_of(plan, [x for x in plan.layers if x.node in nodes], names)
 
     def _pieces(self) -> tuple[Piece, ...]:
         plan, most = self._state.plan, most_bits(self._ctx.target)

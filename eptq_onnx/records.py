@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from eptq_onnx.diagnosis import SampleNoise
 from eptq_onnx.numerics.biases import BiasSpec
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.spec import QuantSpec
-from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.numerics.types import Array, Values
 
 
@@ -74,6 +71,26 @@ class ActivationQuantizer(Quantizer):
         return self.name, *self.others
 
 
+DYNAMIC_BITS = 8
+"""Bits of activations that are quantized in every run: DynamicQuantizeLinear makes uint8."""
+
+
+@dataclass(frozen=True)
+class DynamicQuantizer:
+    """A tensor that layers quantize in every run, with the range that it has there.
+
+    Parameters
+    ----------
+    name : str
+        The tensor; all its other readers get its float values.
+    nodes : tuple of str
+        The layers that read it so, in topological order.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+
+
 @dataclass(frozen=True)
 class ConstantOperand(Quantizer):
     """A constant that an integer operator reads like an activation; its range is known."""
@@ -81,7 +98,15 @@ class ConstantOperand(Quantizer):
 
 @dataclass(frozen=True)
 class LookupTable(Quantizer):
-    """A table that float operators look rows up in, stored as integers with one scale per row."""
+    """A table that float operators look rows up in, stored as integers with one scale per row or block.
+
+    Parameters
+    ----------
+    weight : str
+        The weight of a layer that holds the same rows, stored once for both; or empty.
+    """
+
+    weight: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +140,8 @@ class Layer:
         True for a convolution with one input and one output channel per group.
     stored : bool
         True if only the weight is quantized: it is stored as integers, and the layer computes in float.
+    dynamic : bool
+        True if the layer runs on integers and its input is quantized in every run; see `DynamicQuantizer`.
     """
 
     node: str
@@ -130,6 +157,12 @@ class Layer:
     edge: bool
     depthwise: bool
     stored: bool = False
+    dynamic: bool = False
+
+    @property
+    def static(self) -> bool:
+        """Return True if the input has a fixed grid, of which an integer bias has the scale."""
+        return not (self.stored or self.dynamic)
 
     @property
     def tensors(self) -> tuple[str, str, str]:
@@ -177,6 +210,8 @@ class Plan:
         Quantized tensors without a pair of their own: their values are moved from others of the group.
     guarded : frozenset of str
         Results of float layers between quantizers, which the runtime would quantize unasked.
+    dynamic : tuple of DynamicQuantizer
+        In topological order of their first readers.
     """
 
     layers: tuple[Layer, ...]
@@ -191,12 +226,23 @@ class Plan:
     float_outputs: bool = False
     carried: frozenset[str] = frozenset()
     guarded: frozenset[str] = frozenset()
+    dynamic: tuple[DynamicQuantizer, ...] = ()
     held: tuple[HeldWeight, ...] = ()
 
     @property
     def integer_layers(self) -> tuple[Layer, ...]:
         """Return the layers that run on integers."""
         return tuple(layer for layer in self.layers if not layer.stored)
+
+    @property
+    def static_layers(self) -> tuple[Layer, ...]:
+        """Return the layers that run on integers and whose inputs have fixed grids."""
+        return tuple(layer for layer in self.layers if layer.static)
+
+    @property
+    def activation_names(self) -> list[str]:
+        """Return the names of all activations that are quantized, with a fixed or a dynamic range."""
+        return list(dict.fromkeys([*(q.name for q in self.activations), *(q.name for q in self.dynamic)]))
 
     @property
     def stored(self) -> tuple[Layer, ...]:
@@ -331,125 +377,3 @@ class Rounding:
     grids: Mapping[str, Grid]
     biases: Mapping[str, Array]
     targets: Mapping[str, Array]
-
-
-@dataclass(frozen=True)
-class OperatorTime:
-    """Time of one kind of operator in one run of the float and of the quantized model, in seconds."""
-
-    operator: str
-    float_seconds: float
-    quantized_seconds: float
-
-
-class Pace(str, Enum):
-    """The quantized model's run time compared with the float model's, as far as noise allows."""
-
-    FASTER = "faster"
-    SAME = "about as fast"
-    SLOWER = "slower"
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Run times of the float and of the written model in onnxruntime on this machine, measured in turn.
-
-    Parameters
-    ----------
-    pace : Pace
-    float_seconds, quantized_seconds : float
-        Median time of one run.
-    ratio : float
-        Median over pairs of the quantized model's time divided by the float model's; above 1 it is slower.
-    low, high : float
-        Confidence interval of that median, at 99.8 %.
-    pairs : int
-        Measurements of each model.
-    samples : int
-        Samples per run.
-    operators : tuple of OperatorTime
-        If the model is not faster, the time of each kind of operator, largest increase over the float model
-        first.
-    """
-
-    pace: Pace
-    float_seconds: float
-    quantized_seconds: float
-    ratio: float
-    low: float
-    high: float
-    pairs: int
-    samples: int
-    operators: tuple[OperatorTime, ...] = ()
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Comparison of the float model with the written model, both run in onnxruntime.
-
-    Parameters
-    ----------
-    samples : int
-        Samples compared.
-    outputs : dict of str to float
-        SQNR in dB per float output.
-    layers : dict of str to float
-        SQNR in dB of each layer's quantized output, including all errors from upstream.
-    planned : dict of str to int
-        Operator to the number of nodes that should run on integers.
-    kernels : dict of str to int
-        Operator to the number of integer kernels found in the runtime's optimized graph.
-    float_bytes, quantized_bytes : int
-    notes : tuple of str
-        Unusual circumstances of the comparison.
-    statistics : dict of str to OutputStatistics
-        Per float output.
-    held_out : bool
-        False if a step of the quantization has seen these samples.
-    worst : tuple of SampleNoise
-        The samples on which the models differ most, worst first.
-    """
-
-    samples: int
-    outputs: Mapping[str, float]
-    layers: Mapping[str, float]
-    planned: Mapping[str, int]
-    kernels: Mapping[str, int]
-    float_bytes: int
-    quantized_bytes: int
-    notes: tuple[str, ...] = ()
-    statistics: Mapping[str, OutputStatistics] = field(default_factory=dict)
-    held_out: bool = True
-    worst: tuple[SampleNoise, ...] = ()
-
-
-@dataclass(frozen=True)
-class OptimizationTrace:
-    """Course and result of the network-wise optimization; by default, one that did not start.
-
-    Parameters
-    ----------
-    reason : str
-        Why that candidate was kept, or why there was no optimization, as a sentence without a full stop.
-    steps : int
-    losses : tuple of float
-        Training loss of each step.
-    checkpoints : tuple of (int, float)
-        Step and held-out objective of each hard-rounded candidate; step 0 is the start.
-    best_step : int
-        Step of the candidate that was kept.
-    flipped : float
-        Share of the weights whose integers differ from the start.
-    seconds : float
-    passes : float
-        What it cost, in float passes: runs of all scored samples through the float network.
-    """
-
-    reason: str
-    steps: int = 0
-    losses: tuple[float, ...] = ()
-    checkpoints: tuple[tuple[int, float], ...] = ()
-    best_step: int = 0
-    flipped: float = 0.0
-    seconds: float = 0.0
-    passes: float = 0.0

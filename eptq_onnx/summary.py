@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eptq_onnx._version import __version__
 from eptq_onnx.config import FLOAT_BITS
@@ -14,9 +14,10 @@ from eptq_onnx.estimates import Estimate
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.sizes import size_of_parts
 from eptq_onnx.graph.view import GraphView, opset_of
+from eptq_onnx.outcome import Verification
 from eptq_onnx.passes.base import Context, State
 from eptq_onnx.prepare import Prepared
-from eptq_onnx.records import Calibration, Scores
+from eptq_onnx.records import DYNAMIC_BITS, Calibration, Layer, Plan, Scores
 from eptq_onnx.report import LayerReport, Report
 from eptq_onnx.training.attention import layer_attention
 
@@ -84,7 +85,7 @@ def report_of(prepared: Prepared, state: State, ctx: Context, costs: Costs) -> R
         placement=state.placement,
         front=state.front,
         optimization=state.trace,
-        verification=state.verification,
+        verification=_named(state.verification, prepared),
         speed=state.speed,
         estimate=costs.estimate,
         seconds=costs.seconds,
@@ -98,7 +99,7 @@ def report_of(prepared: Prepared, state: State, ctx: Context, costs: Costs) -> R
 def _layers(state: State, count: int) -> tuple[LayerReport, ...]:
     plan, scores = state.plan, state.scores
     weights = layer_attention(plan, scores, count).mean(axis=1) if scores is not None else None
-    quantizers, found = plan.quantizer_of, state.diagnosis
+    found = state.diagnosis
     return tuple(
         LayerReport(
             node=layer.node,
@@ -107,7 +108,7 @@ def _layers(state: State, count: int) -> tuple[LayerReport, ...]:
             weight_bits=layer.weight_spec.bits,
             weight_range=(layer.weight_spec.qmin, layer.weight_spec.qmax),
             weight_zero_points=not layer.weight_spec.symmetric,
-            activation_bits=FLOAT_BITS if layer.stored else quantizers[layer.input].spec.bits,
+            activation_bits=_activation_bits(layer, plan),
             edge=layer.edge,
             attention=None if weights is None else float(weights[k]),
             sqnr_db=state.verification.layers[layer.node],
@@ -116,6 +117,13 @@ def _layers(state: State, count: int) -> tuple[LayerReport, ...]:
         )
         for k, layer in enumerate(plan.layers)
     )
+
+
+def _activation_bits(layer: Layer, plan: Plan) -> int:
+    """Return the width of the activations that a layer reads."""
+    if layer.stored:
+        return FLOAT_BITS
+    return DYNAMIC_BITS if layer.dynamic else plan.quantizer_of[layer.input].spec.bits
 
 
 def _exhibits(prepared: Prepared, state: State, ctx: Context) -> Exhibits:
@@ -134,7 +142,7 @@ def _exhibits(prepared: Prepared, state: State, ctx: Context) -> Exhibits:
 def _network(state: State) -> Iterator[NodePlace]:
     """Yield all nodes in the order of execution."""
     plan = state.plan
-    quantizers, layers = plan.quantizer_of, {layer.node: layer for layer in plan.layers}
+    layers = {layer.node: layer for layer in plan.layers}
     reasons = {kept.node: kept.reason for kept in plan.kept_float}
     for node in GraphView(state.model).nodes:
         name, kind = node.name, node.op_type
@@ -143,7 +151,8 @@ def _network(state: State) -> Iterator[NodePlace]:
             yield NodePlace(name, kind, "float", "; ".join(filter(None, (kept, reasons.get(name, "")))))
         elif name in layers:
             layer = layers[name]
-            bits = f"W{layer.weight_spec.bits}A{quantizers[layer.input].spec.bits}"
+            how = " dynamic" if layer.dynamic else ""
+            bits = f"W{layer.weight_spec.bits}A{_activation_bits(layer, plan)}{how}"
             yield NodePlace(name, kind, "integers", bits)
         elif name in plan.integer_nodes:
             yield NodePlace(name, kind, "integers", "")
@@ -153,6 +162,15 @@ def _network(state: State) -> Iterator[NodePlace]:
             yield NodePlace(name, kind, "float", reasons[name])
         else:
             yield NodePlace(name, kind, "other", "it computes shapes, indices or conditions")
+
+
+def _named(verification: Verification, prepared: Prepared) -> Verification:
+    """Give the worst samples their names, where they have some."""
+    if not prepared.names:
+        return verification
+    return replace(
+        verification, worst=tuple(replace(s, name=prepared.name_of(s.sample)) for s in verification.worst)
+    )
 
 
 def _pictures(prepared: Prepared, state: State, ctx: Context) -> Iterator[Picture]:

@@ -102,11 +102,11 @@ def test_operators_and_nodes_are_chosen(tmp_path):
         node.name = f"n{k}"
     first = next(n.name for n in named.graph.node if n.op_type == "Conv")
     options: dict[str, Any] = {"preset": "fast", "measure_speed": False, "objective": "integers"}
-    chosen: list[tuple[dict[str, Any], int]] = [
+    cases: list[tuple[dict[str, Any], int]] = [
         ({"nodes_to_quantize": [first]}, 1),
         ({"nodes_to_exclude": [first]}, 3),
     ]
-    for arguments, count in chosen:
+    for arguments, count in cases:
         compat.quantize_static(named, tmp_path / "n.onnx", Reader(), **arguments, **options)
         assert len(weights(onnx.load(tmp_path / "n.onnx"))) == count
 

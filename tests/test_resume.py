@@ -31,6 +31,7 @@ ALL = [
     "score",
     "equalize",
     "calibrate",
+    "dynamic",
     "float fallback",
     "ranges",
     "reconstruct",

@@ -1,25 +1,28 @@
 """Any ONNX files through the command line: what becomes integer, what stays float and why, and how true the
 outputs are.
 
-    python tools/bench_files.py FOLDER_OR_FILE ... --data FOLDER
+    python tools/bench_files.py FOLDER_OR_FILE ... --data FOLDER --options '--activations dynamic'
 
 Samples of ``name.onnx`` are read from ``FOLDER/name.npz`` (one array per model input, samples along the first
 axis); a file without them gets random ones of the shapes that its inputs tell, with ``--size`` for open
 dimensions. A third of the samples is kept from calibration, and the outputs are compared on those. Beside it
 stands onnxruntime's static quantizer at the best of its settings (min-max, percentile, entropy; uint8 or int8
 activations; 7 and 8 bits), calibrated with the same samples and judged on the same others; on the graph that
-ours works on where it stops, or finds nothing to do, in the file as it is.
+ours works on where it stops, or finds nothing to do, in the file as it is. Then its dynamic quantizer at the
+best of its settings. All are run sample by sample; behind each figure stand the size of the file and the time
+of a run, as a share of the float model's, measured in turn.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +35,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from eptq_onnx import data
+from eptq_onnx import bench, data
 from eptq_onnx.data.inputs import expected
 from eptq_onnx.errors import EptqError
 from eptq_onnx.graph import io
@@ -42,6 +45,8 @@ from eptq_onnx.numerics.quant_math import sqnr_db
 from eptq_onnx.runtime import Session
 
 Arrays = Mapping[str, NDArray[Any]]
+_SECONDS = 3.0
+"""Seconds to compare the time of two files."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Outcome:
     floats: str
     sqnr: str
     peer: str
+    dynamic: str
 
 
 def main(
@@ -61,9 +67,10 @@ def main(
         Path | None, typer.Option("--data", help="Folder with a .npz of samples for each file.")
     ] = None,
     preset: Annotated[str, typer.Option(help="Preset of ours.")] = "balanced",
+    more: Annotated[str, typer.Option("--options", help="More options of ours, as in '--bits w4a8'.")] = "",
     count: Annotated[int, typer.Option("--samples", help="Random samples, where no data is given.")] = 12,
     size: Annotated[int, typer.Option(help="Open dimensions of random samples.")] = 64,
-    peer: Annotated[bool, typer.Option(help="Run onnxruntime's static quantizer too.")] = True,
+    peer: Annotated[bool, typer.Option(help="Run onnxruntime's quantizers too.")] = True,
 ) -> None:
     """Print the table."""
     table = Table(
@@ -74,6 +81,7 @@ def main(
         "stays float",
         "SQNR (dB)",
         "quantize_static (dB)",
+        "quantize_dynamic (dB)",
         show_lines=True,
     )
     found = [f for path in files for f in (sorted(path.rglob("*.onnx")) if path.is_dir() else [path])]
@@ -87,9 +95,10 @@ def main(
                     if given is not None and kind == "given"
                     else random_samples(file, count, size)
                 )
-                outcome = run(file, arrays, preset, peer, Path(temporary))
+                options = ["--preset", preset, *shlex.split(more)]
+                outcome = run(file, arrays, options, peer, Path(temporary))
             except EptqError as e:
-                table.add_row(file.name, kind, "", "told", str(e), "", "")
+                table.add_row(file.name, kind, "", "told", str(e), "", "", "")
             else:
                 table.add_row(
                     file.name,
@@ -99,12 +108,13 @@ def main(
                     outcome.floats,
                     outcome.sqnr,
                     outcome.peer,
+                    outcome.dynamic,
                 )
         Console(stderr=True).print(f"done: {file}", highlight=False)
     Console(width=180).print(table)
 
 
-def run(file: Path, arrays: Arrays, preset: str, with_peer: bool, folder: Path) -> Outcome:
+def run(file: Path, arrays: Arrays, options: Sequence[str], with_peer: bool, folder: Path) -> Outcome:
     """Quantize one file by the command line, run the result, and let the peer do the same."""
     model = io.load(file)
     everything = data.read(arrays, model)
@@ -128,7 +138,7 @@ def run(file: Path, arrays: Arrays, preset: str, with_peer: bool, folder: Path) 
     ]
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-m", "eptq_onnx", *command, "--preset", preset],
+        [sys.executable, "-m", "eptq_onnx", *command, *options],
         capture_output=True,
         text=True,
         check=False,
@@ -144,11 +154,41 @@ def run(file: Path, arrays: Arrays, preset: str, with_peer: bool, folder: Path) 
     else:
         written = json.loads(report.read_text(encoding="utf-8"))
         layers, floats = counted(written["layers"]), reasons(written["kept_float"])
-        sqnr = fidelity(reference, outputs(Session(ours), evaluation))
-    best = (
-        peer_fidelity(file, data.read(calibration, model), evaluation, reference, folder) if with_peer else ""
-    )
-    return Outcome(seconds, layers, floats, sqnr, best)
+        sqnr = f"{fidelity(reference, outputs(Session(ours), evaluation))}{costs(file, ours, evaluation)}"
+    static = dynamic = ""
+    if with_peer:
+        static = peer_fidelity(file, data.read(calibration, model), evaluation, reference, folder)
+        dynamic = best_dynamic(file, evaluation, reference, folder)
+    return Outcome(seconds, layers, floats, sqnr, static, dynamic)
+
+
+def costs(file: Path, made: Path, evaluation: data.Samples) -> str:
+    """Size of a file, and the time of a run beside the float model's."""
+    first = evaluation.take(np.arange(evaluation.fixed_batch or 1))
+    speed = bench(file, made, [first], seconds=_SECONDS).speed
+    return f", {made.stat().st_size / 1e6:.2f} MB, {speed.ratio:.2f} of the time"
+
+
+def best_dynamic(file: Path, evaluation: data.Samples, reference: list[Arrays], folder: Path) -> str:
+    """Figure and name of the best setting of onnxruntime's dynamic quantizer."""
+    found: list[tuple[float, str, str, Path]] = []
+    stops = ""
+    try:
+        for setting, path in peers.quantize_dynamic(file, folder):
+            try:
+                got = outputs(Session(path), evaluation)
+            except EptqError as e:
+                # Its 8-bit convolutions need unsigned weights.
+                stops = str(e)
+                continue
+            found.append((mean_ratio(ratio(reference, got)), fidelity(reference, got), setting, path))
+    except Exception as e:
+        # Whatever stops the peer is its own answer.
+        stops = f"{type(e).__name__}: {e}"
+    if not found:
+        return f"stops: {' '.join(stops.split())[:120]}"
+    _, figure, setting, path = max(found, key=lambda f: f[0])
+    return f"{figure}{costs(file, path, evaluation)}, {setting}"
 
 
 def counted(layers: list[dict[str, Any]]) -> str:
@@ -165,8 +205,8 @@ def reasons(kept: list[dict[str, Any]], most: int = 4) -> str:
 
 
 def outputs(session: Session, samples: data.Samples) -> list[Arrays]:
-    """Float outputs, batch by batch."""
-    parts = samples.batches(range(samples.count), samples.micro_batch(4))
+    """Float outputs, sample by sample: ranges that are found in every run are those of one."""
+    parts = samples.batches(range(samples.count), samples.fixed_batch or 1)
     return [{n: v for n, v in session.run(samples.take(p)).items() if v.dtype.kind == "f"} for p in parts]
 
 
@@ -223,14 +263,14 @@ def best_setting(
     file: Path, calibration: data.Samples, evaluation: data.Samples, reference: list[Arrays], folder: Path
 ) -> str:
     """Figure and name of the setting with the best figure."""
-    found: list[tuple[float, str, peers.Setting]] = []
+    found: list[tuple[float, str, peers.Setting, Path]] = []
     for setting, path in peers.quantize_static(file, calibration, peers.ALL, folder):
         if not any(n.op_type == "QuantizeLinear" for n in onnx.load(path).graph.node):
             return "nothing quantized"
         got = outputs(Session(path), evaluation)
-        found.append((mean_ratio(ratio(reference, got)), fidelity(reference, got), setting))
-    _, figure, setting = max(found, key=lambda f: f[0])
-    return f"{figure}, {setting}"
+        found.append((mean_ratio(ratio(reference, got)), fidelity(reference, got), setting, path))
+    _, figure, setting, path = max(found, key=lambda f: f[0])
+    return f"{figure}{costs(file, path, evaluation)}, {setting}"
 
 
 def random_samples(file: Path, count: int, size: int) -> dict[str, NDArray[Any]]:

@@ -2,7 +2,7 @@
 
 The tables of docs/options.md come from the fields of `Reading`, `Config` and `Accuracy` and the command's own
 parameters, those of docs/targets.md from the target files, the operator table and the rules of ``lint``, the
-forms of data and the recipes in docs/data.md from the readers and their options, the list of passes in
+forms of data in docs/data.md from the readers, the list of passes in
 docs/how-it-works.md from `PIPELINE`, and the runtimes in docs/runtimes.md from what is found.
 
 ``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself.
@@ -24,7 +24,6 @@ from eptq_onnx.cli.options import default_of, help_of
 from eptq_onnx.config import Accuracy, Config, Reading, option_of
 from eptq_onnx.config.option import flags_of
 from eptq_onnx.config.presets import PAPER
-from eptq_onnx.config.recipes import IMAGE_RECIPES
 from eptq_onnx.data import readers
 from eptq_onnx.numerics.formats import FLOATS
 from eptq_onnx.numerics.scales import ScaleRule
@@ -76,12 +75,6 @@ def forms() -> str:
 def forms_of_python() -> str:
     """One item for each form of data that only Python has."""
     return "\n".join(f"- {form}" for form in readers.forms(on_command_line=False))
-
-
-def recipes() -> str:
-    """Return a table with one row for each named recipe for pictures."""
-    rows = [(f"`{name}`", f"`{text}`") for name, text in IMAGE_RECIPES.items()]
-    return "\n".join(_table(("name", "stands for"), rows))
 
 
 def shipped_targets() -> str:
@@ -235,14 +228,17 @@ def _rule(rule: ScaleRule) -> str:
     return "" if rule is ScaleRule.ANY else f", scales that are a {rule.value}"
 
 
-_HINT = "*Tables of this page are made from the code: `make docs` builds the page with them.*\n\n"
+_HINTS = (
+    "*Tables of this page are made from the code: `make docs` builds the page with them.*\n\n",
+    "*The lists of forms are made from the code, when `make docs` builds this page. "
+    "`eptq-onnx quantize --help` has them, too.*\n\n",
+)
 """For readers of the sources."""
 PLACES = {
-    _HINT: lambda: "",
+    **dict.fromkeys(_HINTS, lambda: ""),
     "<!-- the tables of all options -->": tables,
     "<!-- the forms of data -->": forms,
     "<!-- the forms of data in Python -->": forms_of_python,
-    "<!-- the recipes for pictures -->": recipes,
     "<!-- the list of passes -->": passes,
     "<!-- the preset of the paper -->": paper,
     "<!-- the parameters of bench -->": bench,

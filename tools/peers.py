@@ -1,14 +1,15 @@
-"""onnxruntime's own static quantizer, as a peer for the benchmarks."""
+"""onnxruntime's own quantizers, as peers for the benchmarks."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx.version_converter
@@ -16,6 +17,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.calibrate import create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quantize import load_model_with_shape_infer
+from onnxruntime.quantization.quantize import quantize_dynamic as dynamic
 from onnxruntime.quantization.registry import QDQRegistry
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -136,6 +138,77 @@ def quantize_static(
                 path = folder / f"{str(setting).replace(' ', '_')}.onnx"
                 quantizer.model.save_model_to_file(str(path))
                 yield setting, path
+
+
+DYNAMIC = tuple(
+    (weights, per_channel, operators)
+    for operators in (("MatMul", "Gemm", "Gather", "LSTM"), ())
+    for weights, per_channel in ((QuantType.QInt8, True), (QuantType.QInt8, False), (QuantType.QUInt8, False))
+)
+"""Settings of ``quantize_dynamic``: type of weights, scales per channel, operators (all if none)."""
+
+
+def quantize_dynamic(model: Path, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Quantize with every setting of ``onnxruntime.quantization.quantize_dynamic``.
+
+    Parameters
+    ----------
+    model : path
+    folder : path
+        For the files; it must exist.
+
+    Yields
+    ------
+    str
+        What the setting is.
+    path
+        The file; onnxruntime has no kernels for some of them.
+    """
+    prepared = folder / "prepared_dynamic.onnx"
+    logging.disable(logging.WARNING)
+    with redirect_stdout(sys.stderr):
+        quant_pre_process(_readable(model, folder), prepared, skip_symbolic_shape=True)
+        for k, (weights, per_channel, operators) in enumerate(DYNAMIC):
+            path = folder / f"dynamic_{k}.onnx"
+            dynamic(
+                prepared,
+                path,
+                weight_type=weights,
+                per_channel=per_channel,
+                op_types_to_quantize=list(operators) or None,
+            )
+            scales = "per channel" if per_channel else "per tensor"
+            yield f"{weights.name[1:].lower()} {scales}{'' if operators else ', all operators'}", path
+
+
+def weights_in_blocks(method: str, model: Path, samples: Samples, sizes: tuple[int, int], path: Path) -> None:
+    """Write the file of onnxruntime's quantizer of weights in blocks; it needs the package onnx-ir.
+
+    Parameters
+    ----------
+    method : str
+        ``"default"``, ``"hqq"`` (with PyTorch) or ``"gptq"``.
+    model : path
+    samples : Samples
+        For GPTQ.
+    sizes : tuple of int
+        Bits, and terms of a block.
+    path : path
+    """
+    from onnxruntime.quantization import matmul_nbits_quantizer as theirs
+
+    bits, block = sizes
+    configs: dict[str, Callable[[], Any]] = {
+        "default": lambda: theirs.DefaultWeightOnlyQuantConfig(block, accuracy_level=4, bits=bits),
+        "hqq": lambda: theirs.HQQWeightOnlyQuantConfig(block, bits),
+        "gptq": lambda: theirs.GPTQWeightOnlyQuantConfig(Reader(samples), block_size=block),
+    }
+    with redirect_stdout(sys.stderr):
+        quantizer = theirs.MatMulNBitsQuantizer(
+            onnx.load(model), block, is_symmetric=False, accuracy_level=4, algo_config=configs[method]()
+        )
+        quantizer.process()
+        quantizer.model.save_model_to_file(str(path))
 
 
 def _readable(model: Path, folder: Path) -> Path:

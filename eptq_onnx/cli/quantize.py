@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,9 +19,9 @@ from eptq_onnx.cli.manner import Manner, with_manner
 from eptq_onnx.cli.options import options_of, with_options
 from eptq_onnx.config import Accuracy, Config, Reading
 from eptq_onnx.config.files import read_options
-from eptq_onnx.config.option import Option, OptionModel
+from eptq_onnx.config.option import Option, OptionModel, written_as
 from eptq_onnx.data import readers
-from eptq_onnx.data.readers import Data
+from eptq_onnx.data.readers import Data, Nothing
 from eptq_onnx.errors import OutputError
 from eptq_onnx.files import check_apart, check_writable, model_outputs, write_atomically
 from eptq_onnx.graph.io import read_file
@@ -50,12 +52,13 @@ def quantize(
     *,
     model: Annotated[Path, typer.Argument(help="The float ONNX model.", show_default=False)],
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--data",
             help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}.",
+            show_default=False,
         ),
-    ],
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -80,7 +83,10 @@ def quantize(
     messages = console(stderr=True)
     with one_sentence(messages):
         given = {**(read_options(config) if config is not None else {}), **options}
-        chosen, samples = Config(**options_of(Config, given)), Data(data, **options_of(Reading, given))
+        chosen, samples = (
+            Config(**options_of(Config, given)),
+            Data(Nothing() if data is None else data, **options_of(Reading, given)),
+        )
         accuracy = options_of(Accuracy, given)
         output = own_output(model, chosen) if output is None else output
         files_beside = Beside(**options_of(Beside, options))
@@ -111,8 +117,14 @@ def quantize(
         elif manner.quiet:
             summary.print(line(f"{output}: {result.report.verdict}"), soft_wrap=True)
         else:
-            result.report.print(summary)
-            summary.print(line(f"wrote {output}"), soft_wrap=True)
+            result.report.print(summary, everything=manner.verbose)
+            written = [
+                output,
+                *(p for p, failure in zip(beside.values(), failures, strict=True) if not failure),
+            ]
+            summary.print(line(f"wrote {', '.join(map(str, written))}"), soft_wrap=True)
+            for text in _next(model, output, samples, given):
+                summary.print(line(text), soft_wrap=text.startswith("  "))  # a command is to be copied
         for failure in filter(None, failures):
             raise failure
     if result.report.trail is not None and not result.report.trail.reached:
@@ -134,6 +146,20 @@ def own_output(model: Path, config: Config) -> Path:
     if path.is_file() and read_file(path).producer_name != PRODUCER:
         raise OutputError(f"{path} exists, and was not written by {PRODUCER}: give another name with -o.")
     return path
+
+
+def _next(model: Path, output: Path, data: Data, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the commands to go on with, on the same samples."""
+    words = ["eptq-onnx", "verify", str(model), str(output), "--data", str(data.source)]
+    for name, field in Reading.model_fields.items():
+        # As it was written; a file of options may hold a recipe key by key.
+        value = given.get(name)
+        words += written_as(name, field, getattr(data.reading, name) if isinstance(value, Mapping) else value)
+    return (
+        "next, with a metric of your own, and better with --data that calibration has not seen:",
+        f"  {shlex.join([*words, '--evaluate', 'metric:accuracy'])}",
+        "with the same options: compare (where the models part) and bench (speed)",
+    )
 
 
 def _failure(name: str, path: Path, result: Result, output: Path) -> OutputError | None:

@@ -4,6 +4,7 @@ from eptq_onnx.config.accuracy import Accuracy
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
+    Activations,
     Attention,
     BudgetUnit,
     FloatType,
@@ -15,17 +16,21 @@ from eptq_onnx.config.choices import (
     WeightRange,
     WeightStorage,
 )
-from eptq_onnx.config.config import FLOAT_BITS, Config
+from eptq_onnx.config.config import Config
 from eptq_onnx.config.gate import Gate
 from eptq_onnx.config.option import Option, describe, option_of
 from eptq_onnx.config.presets import PRESET_PASSES
 from eptq_onnx.config.reading import Reading
+from eptq_onnx.config.widths import FLOAT_BITS
+from eptq_onnx.config.without_samples import WITHOUT_SAMPLES, without_samples
 
 __all__ = [
     "FLOAT_BITS",
     "PRESET_PASSES",
+    "WITHOUT_SAMPLES",
     "Accuracy",
     "ActivationRange",
+    "Activations",
     "Attention",
     "Budget",
     "BudgetUnit",
@@ -43,4 +48,5 @@ __all__ = [
     "WeightStorage",
     "describe",
     "option_of",
+    "without_samples",
 ]

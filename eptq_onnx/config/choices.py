@@ -44,6 +44,7 @@ class WeightStorage(str, Enum):
     PACKED = "packed"
     NATIVE = "native"
     INT8 = "int8"
+    MATMULNBITS = "matmulnbits"
 
 
 class FloatType(str, Enum):
@@ -52,6 +53,14 @@ class FloatType(str, Enum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
+
+
+class Activations(str, Enum):
+    """When the ranges of layers' inputs are known."""
+
+    STATIC = "static"
+    DYNAMIC = "dynamic"
+    AUTO = "auto"
 
 
 class Start(str, Enum):

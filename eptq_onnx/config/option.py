@@ -56,7 +56,7 @@ def flags_of(name: str, field: FieldInfo) -> list[str]:
     """Return its name on the command line, and for a switch the one that turns it off, too."""
     flag = option_of(field).flag or "--" + name.replace("_", "-")
     off = option_of(field).off or f"--no-{flag[2:]}"
-    return [flag, off] if field.annotation is bool else [flag]
+    return [flag, off] if field.annotation in (bool, bool | None) else [flag]
 
 
 def written_as(name: str, field: FieldInfo, value: object) -> list[str]:
@@ -96,7 +96,8 @@ def describe(error: ValidationError, what: str) -> str:
     """Describe the first problem of a pydantic error in one sentence."""
     first = error.errors()[0]
     # An option may be given several times; which of them is wrong, the value says.
-    name = ".".join(part for part in first["loc"] if isinstance(part, str))
+    # What a union's member is called, such as constrained-int, is no name of an option.
+    name = ".".join(part for part in first["loc"] if isinstance(part, str) and part.isidentifier())
     if first["type"] == "extra_forbidden":
         return f"{what} {name} is unknown."
     if first["type"] == "missing":

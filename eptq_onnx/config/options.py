@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
+    Activations,
     Attention,
     FloatType,
     Objective,
@@ -31,11 +32,13 @@ class Options(TypedDict, total=False):
     activation_bits: int
     edge_bits: int
     bits: Sequence[str] | str
+    activations: Activations | Literal["static", "dynamic", "auto"]
     exclude: Sequence[str] | str
+    block: int | None
     budget: Sequence[Budget | str] | Budget | str | None
     outputs: Sequence[str] | str
     target: str
-    storage: WeightStorage | Literal["packed", "native", "int8"] | None
+    storage: WeightStorage | Literal["packed", "native", "int8", "matmulnbits"] | None
     rest: FloatType | Literal["float32", "float16", "bfloat16"] | None
     objective: Objective | Literal["time", "integers", "noise", "bytes"]
     runtime_threads: int
@@ -72,7 +75,7 @@ class Options(TypedDict, total=False):
     rounding_strength: float
     warmup: float
     gradual_activations: bool
-    augment: bool
+    augment: bool | None
     max_memory: int | str | None
     threads: int | None
     workdir: str | Path | None

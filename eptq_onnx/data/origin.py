@@ -21,6 +21,8 @@ class Origin:
         What was left out, cut or taken for something, each with the reason.
     made_up : bool
         True for values that are not samples at all.
+    needed : bool
+        False if the run learns nothing from samples.
     """
 
     label: str
@@ -28,6 +30,7 @@ class Origin:
     guessed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     made_up: bool = False
+    needed: bool = True
 
     def __str__(self) -> str:
         done = [f"--{name} '{text}'" for name, text in self.recipe.items()]

@@ -97,6 +97,12 @@ class Samples:
         """Return the same samples with a fixed number per run."""
         return Samples(self._columns, size, self._order, self.rows)
 
+    def alone(self) -> Samples:
+        """Return the same samples, one per run unless the model prescribes more: for networks whose results
+        depend on what else is in a batch.
+        """
+        return self.in_batches_of(self.fixed_batch or 1)
+
     def grouped(self, size: int) -> Samples:
         """Group ``size`` consecutive samples into one that fills a run; leftover samples are dropped."""
         parts = list(self.in_batches_of(size).batches(range(self.count), size))

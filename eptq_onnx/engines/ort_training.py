@@ -30,7 +30,9 @@ from eptq_onnx.proto.bodies import defined, node_reads, subgraphs
 from eptq_onnx.proto.weights import light, with_weights
 
 _ATEN = "org.pytorch.aten"
-_STOP, _ROUND_TRIP = "eptq_stop_gradient", "eptq_round_trip"
+_STOP, _ROUND_TRIP, _DYNAMIC = "eptq_stop_gradient", "eptq_round_trip", "eptq_dynamic_round_trip"
+_TRIPS = {"QuantizeLinear": _ROUND_TRIP, "DynamicQuantizeLinear": _DYNAMIC}
+"""Quantizer to what it and its DequantizeLinear become for the builder."""
 
 
 class OrtTrainingEngine(Engine):
@@ -154,7 +156,7 @@ def _register() -> None:
                 _node(c, "FakeQuantGrad", ["GO(0)", "kept"], ["GI(0)"], LSQ_DOMAIN),
             ],
         )
-    for operator in (_STOP, _ROUND_TRIP):
+    for operator in (_STOP, _ROUND_TRIP, _DYNAMIC):
         c.register_gradient_definition(
             f"{_ATEN}::ATen::{operator}::", [_node(c, "Identity", ["GO(0)"], ["GI(0)"])]
         )
@@ -165,7 +167,8 @@ def _prepared(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
     """Return a copy in which no gradient enters ``blocked`` nodes, and no node reads a tensor twice.
 
     The builder would give the gradient of a graph input one name for each time that a node reads it. A
-    QuantizeLinear with its DequantizeLinear becomes one ATen node of x, scale and zero point.
+    QuantizeLinear with its DequantizeLinear becomes one ATen node of x, scale and zero point, a
+    DynamicQuantizeLinear with its DequantizeLinear one of x.
     """
     view, builder, infos = GraphView(model), edit.Builder(model, "engine/"), []
 
@@ -182,11 +185,12 @@ def _prepared(model: ModelProto, blocked: frozenset[str]) -> ModelProto:
         return result
 
     for node in view.nodes:
-        if node.op_type == "QuantizeLinear":
+        if node.op_type in _TRIPS:
             continue
         if node.op_type == "DequantizeLinear" and node.input[0] in view.producer:
             quantize = view.producer[node.input[0]]
-            builder.add("ATen", list(quantize.input), node.output[0], domain=_ATEN, operator=_ROUND_TRIP)
+            trip = _TRIPS[quantize.op_type]
+            builder.add("ATen", list(quantize.input), node.output[0], domain=_ATEN, operator=trip)
             described(node.output[0], quantize.input[0])
             continue
         copy = NodeProto()
@@ -226,7 +230,11 @@ def _replace_kernels(model: ModelProto) -> None:
     builder = edit.Builder(model, "gradient/")
     tape = Tape(GraphView(model), builder)
     for node in model.graph.node:
-        if attribute(node, "operator") == _ROUND_TRIP:
+        if attribute(node, "operator") == _DYNAMIC:
+            made = [builder.unique(f"{node.output[0]}/{what}") for what in ("integers", "scale", "zero")]
+            builder.add("DynamicQuantizeLinear", list(node.input), outputs=made)
+            builder.add("DequantizeLinear", made, node.output[0])
+        elif attribute(node, "operator") == _ROUND_TRIP:
             constants = node.input[1:]
             builder.add(
                 "DequantizeLinear",

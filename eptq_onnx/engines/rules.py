@@ -308,7 +308,8 @@ RULES: dict[tuple[str, str], tuple[Rule, ...]] = {
     ("", "Trilu"): (moves.trilu,),
     # quantizers
     ("", "QuantizeLinear"): (_same,),
-    ("", "DequantizeLinear"): (_same,),
+    ("", "DequantizeLinear"): (_same, _nothing),
+    ("", "DynamicQuantizeLinear"): (_same,),
     (LSQ_DOMAIN, "FakeQuant"): (_fake_quant, _fake_quant_scale),
 }
 """(domain, operator) to one rule per input."""

@@ -38,7 +38,7 @@ from eptq_onnx.ops import linear_form
 from eptq_onnx.placement import FrontPoint, InFloat, Representation
 from eptq_onnx.program import BYTES, EXACT, NOISE, Option, Program, Shared
 from eptq_onnx.program import solve as least_of
-from eptq_onnx.records import Layer, Network, Plan, Scores
+from eptq_onnx.records import DYNAMIC_BITS, Layer, Network, Plan, Scores
 from eptq_onnx.targets import Target
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -197,7 +197,8 @@ def candidates(
             known = weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
             positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
             if not layer.stored:
-                known.operations += value.size * positions * quantizers[layer.input].spec.bits
+                bits = DYNAMIC_BITS if layer.dynamic else quantizers[layer.input].spec.bits
+                known.operations += value.size * positions * bits
             specs = {
                 bits: target.of(layer.op_type).weight_spec(bits, layer.weight_spec.axis, layer.depthwise)
                 for bits in known.effects

@@ -24,7 +24,7 @@ from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.quant_math import stride
 from eptq_onnx.numerics.sums import NoiseSum
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.records import ActivationQuantizer, Layer, Plan, Rounding
+from eptq_onnx.records import Layer, Plan, Rounding
 
 SAMPLES = 8
 """Samples that are run."""
@@ -102,8 +102,8 @@ def layer_noise(
     nearest: dict[str, float] = {}
     worst: list[tuple[float, int, tuple[Histogram, ...]]] = []
     for k, layer in enumerate(plan.layers):
-        # A layer whose weight alone is quantized has no range to show.
-        grid = None if layer.stored else rounding.grids[plan.quantizer_of[layer.input].name]
+        # A layer whose weight alone is quantized has no range to show, a dynamic one has many.
+        grid = None if not layer.static else rounding.grids[plan.quantizer_of[layer.input].name]
         inputs = _sampled(exact.reach(layer.input))
         stands = versions.stands_for.get(layer.result, layer.result)
         reference = exact.reach(layer.result)
@@ -173,12 +173,23 @@ def _histogram(
     return Histogram(layer, what, low, high, tuple(int(c) for c in counts), *covered, share)
 
 
-def part_of(plan: Plan, layers: Collection[Layer], activations: Collection[ActivationQuantizer]) -> Plan:
-    """Return a plan that quantizes some weights and some activations alone; biases stay float."""
+def part_of(plan: Plan, layers: Collection[Layer], activations: Collection[str]) -> Plan:
+    """Return a plan that quantizes some weights and some activations alone; biases stay float.
+
+    Parameters
+    ----------
+    plan : Plan
+    layers : collection of Layer
+        Those whose weights are quantized.
+    activations : collection of str
+        Names of their quantizers.
+    """
+    wanted = set(activations)
     return replace(
         plan,
         layers=tuple(layers),
-        activations=tuple(activations),
+        activations=tuple(q for q in plan.activations if q.name in wanted),
+        dynamic=tuple(q for q in plan.dynamic if q.name in wanted),
         operands=(),
         tables=(),
         held=(),
@@ -211,6 +222,8 @@ def readers(plan: Plan, view: GraphView) -> dict[str, tuple[str, ...]]:
         )
         if nodes:
             found[q.name] = tuple(nodes)
+    for own in plan.dynamic:
+        found[own.name] = (*found.get(own.name, ()), *own.nodes)
     return found
 
 

@@ -4,6 +4,9 @@ Every quantized activation gets a QuantizeLinear/DequantizeLinear pair that all 
 biases become quantized initializers behind a DequantizeLinear that takes over the tensor's name. For bit
 widths below the container's, a Clip on the integers between the two nodes keeps the range.
 
+A layer whose activations are quantized in every run reads them behind a DynamicQuantizeLinear and a
+DequantizeLinear; the stored file has other nodes there, see `eptq_onnx.graph.integer_products`.
+
 Float layers read their integer weights through Casts and Mul, which runtimes fold into float constants. They
 do not fold a DequantizeLinear, and some make an integer kernel of it.
 """
@@ -18,13 +21,14 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from eptq_onnx.graph import branches, edit
+from eptq_onnx.graph import blocks, branches, edit
+from eptq_onnx.graph.blocks import Blocks
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.biases import BiasSpec
-from eptq_onnx.numerics.formats import Granularity, PerAxis, PerTensor
+from eptq_onnx.numerics.formats import Granularity, IntFormat, PerAxis, PerBlock, PerTensor
 from eptq_onnx.numerics.grid import Grid
-from eptq_onnx.numerics.types import Values
+from eptq_onnx.numerics.types import Array, Values
 from eptq_onnx.ops import spec_of
 from eptq_onnx.records import ConstantOperand, HeldWeight, Layer, LookupTable, Plan, Rounding
 
@@ -59,6 +63,8 @@ class _Writer:
         self._b = edit.Builder(model)
         self._quantizers = {tensor: q for q in plan.activations for tensor in q.tensors}
         self._layers = {layer.node: layer for layer in plan.layers}
+        self._dynamic = {node: q.name for q in plan.dynamic for node in q.nodes}
+        """Layer to the input that it quantizes in every run."""
         self.read_as: dict[str, str] = {}
         """Tensor to the one that its readers read instead."""
         self._layer_reads: dict[tuple[str, str], str] = {}
@@ -67,6 +73,10 @@ class _Writer:
         """Tensor to the name that its producer's output gets."""
         self._tables: dict[str, tuple[str, str]] = {}
         """Lookup table to the names of its integers and scales."""
+        self._ranged: dict[str, str] = {}
+        """Tensor to its dequantized values, of those that are quantized in every run."""
+        self._blocks: dict[str, Blocks] = {}
+        """Weight or lookup table in blocks to its constants."""
         self._replaced: set[str] = set()
         """Float constants whose name now belongs to a DequantizeLinear."""
 
@@ -169,6 +179,15 @@ class _Writer:
         b.add("DequantizeLinear", [q, scale, zero], target_name)
         self.read_as[tensor] = target_name
 
+    def _quantize_in_every_run(self, node: str, tensor: str) -> None:
+        """Let a layer read a tensor that is quantized with the range it has in the run, once for all such."""
+        b = self._b
+        if tensor not in self._ranged:
+            made = [b.unique(f"{tensor}_{what}") for what in ("quantized", "scale", "zero_point")]
+            b.add("DynamicQuantizeLinear", [self.read_as.get(tensor, tensor)], outputs=made)
+            self._ranged[tensor] = b.add("DequantizeLinear", made, b.unique(f"{tensor}_dequantized"))
+        self._layer_reads[node, tensor] = self._ranged[tensor]
+
     def _scale_names(self, stem: str, grid: Grid) -> tuple[str, str]:
         b, form = self._b, grid.format
         zero = form.raw(np.full(np.shape(grid.scale), grid.zero_point, form.container))
@@ -186,14 +205,14 @@ class _Writer:
             self._table(table)
         for held in self._plan.held:
             self._held(held)
-        for layer in self._plan.integer_layers:
+        for layer in self._plan.static_layers:
             if layer.op_type == "MatMul":
                 self._keep_apart(layer)
         spec = self._plan.bias
         for layer in self._plan.layers:
             if layer.bias is None or not (layer.has_bias or self._rounding.biases[layer.bias].any()):
                 continue
-            if spec is None or layer.stored:
+            if spec is None or not layer.static:
                 self._float_bias(layer.node, layer.bias)
             else:
                 self._bias(layer, spec)
@@ -201,6 +220,11 @@ class _Writer:
     def _weight(self, tensor: str) -> None:
         """Add the integers of a weight, and what its layers read."""
         readers = {layer.node: layer.stored for layer in self._plan.layers if layer.weight == tensor}
+        if isinstance(self._rounding.weights[tensor].granularity, PerBlock):
+            name = self._take_over(tensor, list(readers))
+            self._weight_in_blocks(tensor, name)
+            self._layer_reads |= {(node, tensor): name for node in readers}
+            return
         values, grid = quant_math.folded(self._rounding.integers[tensor], self._rounding.weights[tensor])
         stored = self._stored(tensor, values, grid)
         for in_float in sorted(set(readers.values())):
@@ -212,6 +236,29 @@ class _Writer:
             for node, own in readers.items():
                 if own is in_float:
                     self._layer_reads[node, tensor] = name
+
+    def _weight_in_blocks(self, tensor: str, name: str) -> None:
+        """Add the rows of a weight in blocks, and the nodes that make floats of them; see `graph.blocks`."""
+        values, grid = self._rounding.integers[tensor], self._rounding.weights[tensor]
+        own = self._blocks[tensor] = self._rows_in_blocks(tensor, values, grid)
+        rank, axis = values.ndim, grid.granularity.axis if isinstance(grid.granularity, PerBlock) else 0
+        if axis % rank == rank - 1:
+            blocks.as_floats(self._b, own, name)
+            return
+        turned = [*range(rank - 2), rank - 1, rank - 2]
+        self._b.add("Transpose", [blocks.as_floats(self._b, own)], name, perm=turned)
+
+    def _rows_in_blocks(self, tensor: str, values: Values, grid: Grid) -> Blocks:
+        """Add the constants of a weight or table in blocks."""
+        assert isinstance(grid.granularity, PerBlock)
+        assert isinstance(grid.format, IntFormat)
+        axis, size = grid.granularity.axis, grid.granularity.size
+        middle = 0 if grid.format.signed else 2 ** (grid.format.bits - 1)
+        zero = np.broadcast_to(np.asarray(grid.zero_point, np.int16), grid.scale.shape)
+        rows = [np.moveaxis(v, axis, -1) for v in (values, zero)]
+        integers, points = ((v.astype(np.int16) - middle).astype(np.int8) for v in rows)
+        scale: Array = np.ascontiguousarray(np.moveaxis(grid.scale, axis, -1))
+        return blocks.added(self._b, tensor, (integers, scale, points), size)
 
     def _stored(self, tensor: str, values: Values, grid: Grid) -> str:
         """Add the initializer with a constant's integers; return its name."""
@@ -254,6 +301,14 @@ class _Writer:
     def _table(self, table: LookupTable) -> None:
         """Store the integers and scales of a table under new names, for `_written` to look rows up in."""
         b, tensor = self._b, table.name
+        if isinstance(table.spec.granularity, PerBlock):
+            if table.weight:
+                self._blocks[tensor] = self._blocks[table.weight]
+                return
+            grid = self._rounding.grids[tensor]
+            values = grid.in_container(np.asarray(self._view.constant(tensor), np.float32))
+            self._blocks[tensor] = self._rows_in_blocks(tensor, values, grid)
+            return
         shape, grid = self._view.constant_shape(tensor), self._rounding.grids[tensor]
         names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
         integers = np.empty(shape, grid.format.container)
@@ -280,11 +335,19 @@ class _Writer:
         Rows of a stored table are integers times scales, because no DequantizeLinear takes scales that depend
         on an index.
         """
+        if node.name in self._dynamic:
+            self._quantize_in_every_run(node.name, self._dynamic[node.name])
         b, copy, place = self._b, self._rewired(node), None
         rule = spec_of(node).table
         if rule is not None and node.name not in self._plan.integer_nodes:
             place = rule(node)
-        if place is None or node.input[place] not in self._tables:
+        table = None if place is None else node.input[place]
+        if place is not None and table in self._blocks and self._is_table(table):
+            blocks.as_floats(b, self._blocks[table], copy.output[0], copy.input[1 - place])
+            last = b.nodes.pop()
+            last.name = node.name
+            return [last]
+        if place is None or table not in self._tables:
             return [copy]
         parts = []
         for name in self._tables[node.input[place]]:
@@ -302,6 +365,9 @@ class _Writer:
             cast,
             helper.make_node("Mul", [as_float, parts[1].output[0]], list(node.output), name=node.name),
         ]
+
+    def _is_table(self, tensor: str) -> bool:
+        return any(table.name == tensor for table in self._plan.tables)
 
     def _constant_operand(self, operand: ConstantOperand) -> None:
         view, tensor = self._view, operand.name

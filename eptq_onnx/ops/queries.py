@@ -10,6 +10,7 @@ from eptq_onnx.errors import ConfigError
 from eptq_onnx.graph import channel_axes, channels, replay
 from eptq_onnx.graph.branches import flattened
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.integer_products import PRODUCTS
 from eptq_onnx.graph.view import STOP, GraphView, int_attribute
 from eptq_onnx.ops.regions import REGIONS
 from eptq_onnx.ops.spec import Gradient, OpSpec, Role
@@ -59,6 +60,7 @@ def check_roles(target: Target) -> None:
             "shared_scale": row.shared_scale,
             "computed": not row.computed,
             "weight": row.weight is not None,
+            "dynamic": row.dynamic,
             "stored": row.stored,
             "output_range": row.output_range is not None,
             "shifts": bool(row.shifts),
@@ -93,6 +95,7 @@ def operators_by_field() -> dict[str, set[str]]:
         "shared_scale": those(lambda row: row.role is Role.ARITHMETIC and row.rearranges),
         "computed": those(lambda row: row.weight is not None and row.weight in (row.data or ())),
         "weight": layers,
+        "dynamic": set(PRODUCTS),
         "stored": those(lambda row: row.table is not None),
         "output_range": those(lambda row: row.role is Role.ARITHMETIC),
         "shifts": those(lambda row: row.role in (Role.LAYER, Role.ARITHMETIC)),

@@ -363,6 +363,7 @@ TABLE: dict[tuple[str, str], OpSpec] = {
     (LSQ_DOMAIN, "FakeQuant"): _FLOAT,
     ("", "QuantizeLinear"): _FLOAT,
     ("", "DequantizeLinear"): _FLOAT,
+    ("", "DynamicQuantizeLinear"): _FLOAT,
 }
 """(domain, operator) to row."""
 

@@ -12,7 +12,8 @@ from eptq_onnx.graph.message_sizes import file_bytes
 from eptq_onnx.graph.storing import stored
 from eptq_onnx.method.allocate import Candidates, Goal, front_of, keeps_within, solve, with_widths
 from eptq_onnx.method.fit_bytes import fit_bytes, smallest_file
-from eptq_onnx.passes.base import Context, Pass, State, deviation_of, with_activations
+from eptq_onnx.passes.base import Context, Pass, State
+from eptq_onnx.passes.plans import deviation_of, with_activations
 from eptq_onnx.passes.trial import trial
 from eptq_onnx.placement import FrontPoint
 from eptq_onnx.program import BYTES, NOISE
@@ -58,7 +59,7 @@ def _goal(state: State, ctx: Context) -> Goal:
     deviation = deviation_of(state, ctx)
     noise = 0.0
     if deviation.parts:
-        noise = deviation(*with_activations(state, ctx, [q.name for q in state.plan.activations]))
+        noise = deviation(*with_activations(state, ctx, state.plan.activation_names))
     return Goal(minimized, config.width_budgets, config.total_noise, noise)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol
 
@@ -23,24 +23,13 @@ from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.allocate import Candidates
-from eptq_onnx.method.calibrate import calibrate
-from eptq_onnx.method.diagnose import part_of
-from eptq_onnx.method.float_fallback import SAMPLES as NOISE_SAMPLES
+from eptq_onnx.method.float_fallback import Sensitivity
 from eptq_onnx.method.judge import SAMPLES, Limit
-from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.ops import executed, output_parts
+from eptq_onnx.outcome import OptimizationTrace, Speed, Verification
 from eptq_onnx.placement import FrontPoint, Placement
-from eptq_onnx.records import (
-    Calibration,
-    Network,
-    OptimizationTrace,
-    Plan,
-    Rounding,
-    Scores,
-    Speed,
-    Verification,
-)
+from eptq_onnx.records import Calibration, Network, Plan, Rounding, Scores
 from eptq_onnx.targets import Target
 from eptq_onnx.workdir import Partial
 
@@ -150,9 +139,17 @@ class Context:
             raise GradientError("no engine was chosen.")
         return self.engine
 
-    def chosen(self, indices: NDArray[np.int64]) -> Selection:
-        """Select some of the samples."""
-        return Selection(self.samples, indices)
+    def samples_of(self, plan: Plan) -> Samples:
+        """Return the samples as a plan's network runs them.
+
+        A range that is found in every run is that of one sample, as where the network is used, not that of
+        whichever samples share a batch.
+        """
+        return self.samples.alone() if plan.dynamic else self.samples
+
+    def chosen(self, indices: NDArray[np.int64], plan: Plan | None = None) -> Selection:
+        """Select some of the samples, by default as the float network runs them."""
+        return Selection(self.samples if plan is None else self.samples_of(plan), indices)
 
     def executed(self, model: ModelProto, read_as: Mapping[str, str] | None = None) -> ModelProto:
         """Return the part of a model that the samples execute, with recorded draws and choices as inputs."""
@@ -264,12 +261,16 @@ class State:
     speed : Speed or None
     rotated, equalized : mapping
         See `eptq_onnx.report.Report`.
+    sensitivity : Sensitivity
+        Noise of each activation quantizer at the outputs, if it is limited.
     left_float : mapping of str to str
         Tensors kept in floating point because of measurements, each with the reason.
     float_nodes : mapping of str to str
         Nodes kept in floating point because of measurements, each with the reason.
     exact : frozenset of str
         Tensors and nodes around which weights stay float, too.
+    dynamic : frozenset of str
+        Layers whose inputs are quantized in every run because of measurements.
     placement : Placement or None
         What was chosen by time.
     front : tuple of FrontPoint
@@ -294,9 +295,11 @@ class State:
     speed: Speed | None = None
     rotated: Mapping[str, int] = field(default_factory=dict)
     equalized: Mapping[str, float] = field(default_factory=dict)
+    sensitivity: Sensitivity = field(default_factory=Sensitivity)
     left_float: Mapping[str, str] = field(default_factory=dict)
     float_nodes: Mapping[str, str] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
+    dynamic: frozenset[str] = frozenset()
     placement: Placement | None = None
     front: tuple[FrontPoint, ...] = ()
     effects: Mapping[str, Candidates] = field(default_factory=dict)
@@ -330,11 +333,20 @@ class Cost:
         Multiplications of linear algebra beside those, at the speed of large matrix products.
     steps : int
         Maximum number of network-wise optimization steps.
+    pieces : float
+        Parts of networks that get a session of their own.
+    seconds : float
+        Time that depends on neither model nor machine.
+    share : float
+        Time as a share of that of all other passes, at most.
     """
 
     passes: float = 0.0
     operations: float = 0.0
     steps: int = 0
+    pieces: float = 0.0
+    seconds: float = 0.0
+    share: float = 0.0
 
 
 class Pass(ABC):
@@ -385,65 +397,3 @@ class Pass(ABC):
         GradientError
             If gradients are not available: the pass is skipped, with a note.
         """
-
-
-def with_activations(state: State, ctx: Context, names: Sequence[str]) -> tuple[ModelProto, dict[str, str]]:
-    """Return the float network with some activations quantized, and which tensor holds whose values."""
-    wanted = set(names)
-    plan = part_of(state.plan, (), [q for q in state.plan.activations if q.name in wanted])
-    marked, stands_for = write(state.model, plan, Rounding({}, {}, state.calibration.grids, {}, {}))
-    return ctx.executed(marked, stands_for), stands_for
-
-
-def deviation_of(state: State, ctx: Context) -> Deviation:
-    """Return what measures the noise of quantized activations at the outputs."""
-    return Deviation(
-        state.executed, ctx.samples, ctx.walked, NOISE_SAMPLES, state.calibration.variance, ctx.config
-    )
-
-
-def without_equal_steps(plan: Plan) -> str | None:
-    """Return a type of weights or activations whose steps grow with the values; None if there is none."""
-    specs = [*plan.weight_specs.values(), *(q.spec for q in plan.activations)]
-    return next((spec.format.type_name for spec in specs if not spec.format.has_equal_steps), None)
-
-
-def leave_float(
-    state: State,
-    ctx: Context,
-    tensors: Mapping[str, str],
-    nodes: Mapping[str, str] | None = None,
-    exact: Collection[str] = (),
-) -> State:
-    """Replan with further tensors and nodes in floating point, each with its reason.
-
-    Weights around those that are ``exact`` stay float, too.
-    """
-    if not tensors and not nodes and not exact:
-        return state
-    # A field that stays the same object counts as unchanged.
-    more = {
-        "left_float": {**state.left_float, **tensors} if tensors else state.left_float,
-        "float_nodes": {**state.float_nodes, **nodes} if nodes else state.float_nodes,
-        "exact": state.exact | set(exact) if exact else state.exact,
-    }
-    return replanned(state.changed(**more), ctx)
-
-
-def replanned(state: State, ctx: Context) -> State:
-    """Plan again with the options of a context; ranges that still fit are kept, others are chosen."""
-    plan = make_plan(state.model, ctx.target, ctx.config, state.left_float, state.float_nodes, state.exact)
-    # What is left of a group may want another range.
-    before = {q.name: q for q in state.plan.quantizers}
-    same = {q.name: state.calibration.grids[q.name] for q in plan.quantizers if before.get(q.name) == q}
-    channels = state.scores.channels if state.scores is not None else None
-    calibration = calibrate(
-        state.executed,
-        plan,
-        ctx.training,
-        ctx.config,
-        ctx.tell("calibrate"),
-        scores=channels,
-        known=replace(state.calibration, grids=same),
-    )
-    return state.changed(plan=plan, calibration=calibration)

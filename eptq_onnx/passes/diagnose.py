@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from eptq_onnx.data.samples import spread
+from eptq_onnx.data.samples import Samples, spread
 from eptq_onnx.diagnosis import Diagnosis, Loud, OutputNoise
 from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.execute.walk import affordable_batches
@@ -27,7 +27,8 @@ from eptq_onnx.method.diagnose import (
     readers,
 )
 from eptq_onnx.method.qdq import write
-from eptq_onnx.passes.base import Context, Cost, Pass, State, with_activations
+from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.passes.plans import with_activations
 from eptq_onnx.records import Plan
 from eptq_onnx.report.verdict import Assurance, judge_outputs
 from eptq_onnx.targets import ONNXRUNTIME
@@ -36,6 +37,10 @@ _WORTH = 0.25
 """Share of the noise of the outputs from which on it is worth knowing which members cause it."""
 _STEPS = 20
 """Runs to find causes, for the progress; there may be fewer, or a few more."""
+_A_WALK, _A_RUN = 2.0, 1.5
+"""Cost of a walk and of a run for one sample, in float passes."""
+_FEW = 5
+"""Bits of weights or activations below which the verdict is rarely safe."""
 
 
 class Diagnose(Pass):
@@ -49,8 +54,10 @@ class Diagnose(Pass):
     provides = ("diagnosis",)
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """Walks through both networks on a few samples; causes are looked for only where accuracy fell."""
-        return Cost(passes=WALKS * min(len(ctx.shares.unseen), SAMPLES))
+        """Walks of three networks on a few samples, and the search for causes where accuracy may fall."""
+        samples, pieces = min(len(ctx.shares.unseen), SAMPLES), WALKS * len(state.plan.layers)
+        runs = _STEPS if _is_risky(state.plan) else 0
+        return Cost(passes=(_A_WALK * WALKS + _A_RUN * runs) * samples, pieces=pieces + runs)
 
     def run(self, state: State, ctx: Context) -> State:
         """Compare layers, then find causes if the verdict is not safe."""
@@ -59,12 +66,13 @@ class Diagnose(Pass):
         layers = len(state.plan.layers)
         steps = layers if safe else layers + _STEPS
         versions = _versions(state, ctx)
-        chosen = _walked(versions, ctx)
+        samples = ctx.samples_of(state.plan)
+        chosen = _walked(versions, ctx, samples)
         found = layer_noise(
             versions,
             state.plan,
             state.rounding,
-            [ctx.samples.take(part) for part in chosen],
+            [samples.take(part) for part in chosen],
             lambda done, _: ctx.progress(self.name, done, steps),
             integers=ctx.target.verifier == ONNXRUNTIME,
         )
@@ -86,6 +94,12 @@ class Diagnose(Pass):
         )
 
 
+def _is_risky(plan: Plan) -> bool:
+    """Return True if the verdict will probably not be safe."""
+    specs = [*plan.weight_specs.values(), *(q.spec for q in plan.activations)]
+    return any(spec.bits < _FEW for spec in specs)
+
+
 def _versions(state: State, ctx: Context) -> Versions:
     written = state.written
     rounded, stands_for = write(state.model, state.plan, state.nearest)
@@ -98,9 +112,9 @@ def _versions(state: State, ctx: Context) -> Versions:
     )
 
 
-def _walked(versions: Versions, ctx: Context) -> list[NDArray[np.int64]]:
+def _walked(versions: Versions, ctx: Context, samples: Samples) -> list[NDArray[np.int64]]:
     """Return the samples of each run: few, and no more than fit into memory; at least one run."""
-    samples, unseen = ctx.samples, ctx.shares.unseen
+    unseen = ctx.shares.unseen
     size = samples.micro_batch()
     shaped = specialize(versions.exact, samples.two_batches(size))
     most = min(max(SAMPLES, size), size * affordable_batches(shaped, WALKS, ctx.config.max_memory))
@@ -123,12 +137,12 @@ class _Causes:
     def _on(self, indices: NDArray[np.int64]) -> Deviation:
         return Deviation(
             self.state.executed,
-            self.ctx.samples,
+            self.ctx.samples_of(self.state.plan),
             indices,
             SAMPLES,
             self.state.calibration.variance,
             self.ctx.config,
-            self.ctx.samples.fixed_batch,
+            self.ctx.samples_of(self.state.plan).fixed_batch,
         )
 
     def found(self) -> OutputNoise | None:
@@ -138,7 +152,7 @@ class _Causes:
         plan = self.state.plan
         read_by = readers(plan, GraphView(self.state.executed))
         total, weights = self._noise(plan), self._noise(only_weights(plan))
-        activations = self._noise_of([q.name for q in plan.activations])
+        activations = self._noise_of(plan.activation_names)
         loud_weights: dict[str, float] = {}
         loud_activations: dict[str, float] = {}
         # What causes little is not worth a search.

@@ -5,25 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from eptq_onnx.data.samples import Samples
-from eptq_onnx.method.judge import SAMPLES, still_better
-from eptq_onnx.passes.base import (
-    Context,
-    Cost,
-    Judge,
-    Pass,
-    State,
-    with_activations,
-    without_equal_steps,
-)
-from eptq_onnx.records import OptimizationTrace
+from eptq_onnx.method.judge import still_better
+from eptq_onnx.outcome import OptimizationTrace
+from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
+from eptq_onnx.passes.plans import with_activations
 from eptq_onnx.training.graph import training_graph
 from eptq_onnx.training.loop import Hooks, needed_bytes, optimize
 from eptq_onnx.training.worth import LITTLE, Effort, is_learned, promised
-
-_FINE = 7
-"""Bits of weights from which activations cause most of the noise, as a rule."""
-_LOOK = 6.0 * SAMPLES
-"""Cost of finding out that it is not worth its time, in runs of the float network for one sample."""
 
 
 class Optimize(Pass):
@@ -45,9 +33,7 @@ class Optimize(Pass):
     def cost(self, state: State, ctx: Context) -> Cost:
         """Forward and backward passes of both networks in each step, and checks."""
         scored = len(ctx.shares.scored)
-        effort = Effort.of(ctx.config, state.plan, ctx.samples, scored, len(ctx.shares.held))
-        if not _is_likely(state, ctx):
-            return Cost(passes=_LOOK, steps=effort.steps)
+        effort = Effort.of(ctx.config, state.plan, ctx.samples_of(state.plan), scored, len(ctx.shares.held))
         return Cost(passes=effort.passes * scored, steps=effort.steps)
 
     def memory(self, state: State, samples: Samples) -> int:
@@ -63,14 +49,14 @@ class Optimize(Pass):
         unpromising = None if ctx.config.steps is not None else _unpromising(state, ctx, judge)
         if unpromising is not None:
             return state.changed(trace=OptimizationTrace(reason=unpromising))
-        graph = training_graph(state.network, start, ctx.samples, ctx.config, ctx.gradients)
+        graph = training_graph(state.network, start, ctx.samples_of(state.plan), ctx.config, ctx.gradients)
         notes = [f"no gradient passes {note}" for note in graph.notes]
         notes += [f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items()]
 
         def tell(done: int, total: int, loss: float) -> None:
             ctx.progress(self.name, done, total, f"loss {loss:.4g}")
 
-        scored = ctx.chosen(ctx.shares.scored)
+        scored = ctx.chosen(ctx.shares.scored, state.plan)
         rounding, trace = optimize(
             state.network, start, graph, scored, ctx.shares.held, ctx.config, Hooks(tell, ctx.partial)
         )
@@ -83,20 +69,13 @@ class Optimize(Pass):
         return state.changed(rounding=rounding, trace=trace).noting(*notes)
 
 
-def _is_likely(state: State, ctx: Context) -> bool:
-    """Return True unless the optimization hardly ever starts: with fine, evenly spaced steps everywhere."""
-    if ctx.config.steps is not None or any(is_learned(q, ctx.config) for q in state.plan.activations):
-        return True
-    specs = state.plan.weight_specs.values()
-    return without_equal_steps(state.plan) is not None or any(spec.bits < _FINE for spec in specs)
-
-
 def _unpromising(state: State, ctx: Context, judge: Judge) -> str | None:
     """Return why an optimization would gain too little, as a sentence; None if it may gain enough."""
     total = judge.noise(state.rounding)
     if not total.size:
         return None
-    fixed = [q.name for q in state.plan.activations if not is_learned(q, ctx.config)]
+    learned = {q.name for q in state.plan.activations if is_learned(q, ctx.config)}
+    fixed = [name for name in state.plan.activation_names if name not in learned]
     share = promised(total, judge.noise_of(*with_activations(state, ctx, fixed)))
     if share >= LITTLE:
         return None

@@ -42,7 +42,12 @@ class Reconstruct(Pass):
         judge = Judge(state, ctx)
         quantized, _ = judge.written(state.nearest)
         rounded, skipped = reconstruct(
-            state.network, quantized, state.nearest, ctx.chosen(ctx.walked), ctx.config, ctx.tell(self.name)
+            state.network,
+            quantized,
+            state.nearest,
+            ctx.chosen(ctx.walked, state.plan),
+            ctx.config,
+            ctx.tell(self.name),
         )
         notes = [f"{node} keeps nearest rounding: {why}" for node, why in skipped.items()]
         targets = ctx.config.optimizes

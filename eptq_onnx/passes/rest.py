@@ -11,6 +11,7 @@ from eptq_onnx.config import FloatType
 from eptq_onnx.data.samples import spread
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.integer_products import parts_of_products
 from eptq_onnx.graph.narrow import narrow
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.passes.base import Context, Pass, State
@@ -41,7 +42,8 @@ class Rest(Pass):
         """Give tensors the type, and note what keeps float32."""
         flat = infer_shapes(ctx.executed(state.written.marked, state.written.stands_for))
         largest = _magnitudes(flat, ctx)
-        found = narrow(state.packed, _TYPES[ctx.rest], largest, state.plan.integer_nodes)
+        wide = {*state.plan.integer_nodes, *parts_of_products(GraphView(state.packed))}
+        found = narrow(state.packed, _TYPES[ctx.rest], largest, wide)
         counts, first = (
             Counter(found.wide.values()),
             {why: node for node, why in reversed(found.wide.items())},

@@ -17,8 +17,9 @@ from rich.text import Text
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.diagnosis import Exhibits, OutputNoise
 from eptq_onnx.estimates import Estimate
+from eptq_onnx.outcome import OptimizationTrace, Speed, Verification
 from eptq_onnx.placement import FrontPoint, Placement
-from eptq_onnx.records import KeptFloat, OptimizationTrace, Speed, Verification
+from eptq_onnx.records import KeptFloat
 from eptq_onnx.report import files
 from eptq_onnx.report.advice import Advice, advise
 from eptq_onnx.report.console import console as standard_output
@@ -47,7 +48,7 @@ class LayerReport:
     attention: float | None
     """Mean sample-layer attention weight, relative to the largest layer's."""
     sqnr_db: float
-    """Of the quantized output, with all errors from upstream."""
+    """Of the quantized output, with all errors from upstream; NaN without samples."""
     own_db: float | None = None
     """The same if all layers in front have their float outputs."""
     nearest_db: float | None = None
@@ -188,8 +189,8 @@ class Report:
         """
         files.save(self, Path(path))
 
-    def render(self) -> Group:
-        """Return the summary for a console."""
+    def render(self, *, everything: bool = False) -> Group:
+        """Return the summary for a console; long tables are cut, unless it is to hold everything."""
         head = Table.grid(padding=(0, 2))
         style = _STYLES[self.verdict.assurance]
         head.add_row(Text("verdict", style="bold"), Text(str(self.verdict), style=style))
@@ -200,13 +201,13 @@ class Report:
         return Group(
             *(line(text, "bold red") for text in warnings_of(self)),
             head,
-            *map(for_console, sheets(self)),
+            *(for_console(sheet, everything=everything) for sheet in sheets(self)),
             *(line(f"note: {note}", "yellow") for note in self.notes),
         )
 
-    def print(self, console: Console | None = None) -> None:
-        """Print the summary."""
-        (console or standard_output()).print(self.render())
+    def print(self, console: Console | None = None, *, everything: bool = False) -> None:
+        """Print the summary; long tables are cut, unless it is to hold everything."""
+        (console or standard_output()).print(self.render(everything=everything))
 
 
 _STYLES = {Assurance.SAFE: "green", Assurance.CHECK: "yellow", Assurance.LOSS: "bold red"}

@@ -26,7 +26,8 @@ def command_of(model: str, data: Origin, config: Mapping[str, Any]) -> str:
     config : mapping of str to object
         All options with their values, as JSON; see `eptq_onnx.report.Report`.
     """
-    words = ["eptq-onnx", "quantize", model or "model.onnx", "--data", data.label]
+    words = ["eptq-onnx", "quantize", model or "model.onnx"]
+    words += ["--data", data.label] if data.needed else []
     for name, recipe in data.recipe.items():
         words += [f"--{name}", recipe]
     given = {name: value for name, value in config.items() if name not in data.recipe}

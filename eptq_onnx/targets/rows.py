@@ -62,6 +62,28 @@ class WeightRules(_Quantized):
         return None if info.field_name != "range_8_bits" and value == info.data.get("range_8_bits") else value
 
 
+class BlockRules(Row):
+    """How the runtime reads weights with a scale for each block of terms.
+
+    Parameters
+    ----------
+    sizes : tuple of int
+        Blocks that DequantizeLinear may have, for storage in ONNX types; none if the runtime reads no blocks.
+    zero_points : bool
+        False if their zero points are always 0.
+    matmul_nbits : tuple of int
+        Widths for which the runtime has onnxruntime's operator MatMulNBits.
+    accuracy_level : int
+        What MatMulNBits computes in: 4 for int8, into which it rounds activations block by block; 1 for
+        float32.
+    """
+
+    sizes: tuple[int, ...] = ()
+    zero_points: bool = True
+    matmul_nbits: tuple[Literal[2, 4, 8], ...] = ()
+    accuracy_level: Literal[1, 2, 3, 4] = 4
+
+
 class ActivationRules(_Quantized):
     """How the runtime expects activations, which always have one scale per tensor.
 
@@ -143,6 +165,9 @@ class Operator(Row):
         True if all inputs and the output share one scale.
     computed : bool
         False if a layer needs a constant weight, so that a product of two computed matrices stays float.
+    dynamic : bool
+        True if a layer also runs on integers with an input that is quantized in every run, with the range
+        that it has there.
     stored : bool
         True if the operator's constant lookup table is stored as int8 with one scale per row when the
         operator itself stays float.
@@ -165,6 +190,7 @@ class Operator(Row):
     inputs: Literal["all", "residual"] = "all"
     shared_scale: bool = False
     computed: bool = True
+    dynamic: bool = False
     stored: bool = False
     least: dict[Size, int] = {}
     most: dict[Size, int] = {}

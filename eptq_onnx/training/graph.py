@@ -210,7 +210,9 @@ def _student(
     plan, start, learned = made_of.plan, made_of.start, made_of.learned
     quantizers = {tensor: q for q in plan.activations for tensor in q.sources}
     with_new_bias = {x.node: x.bias for x in plan.layers if x.bias is not None and not x.has_bias}
+    dynamic = {node: q.name for q in plan.dynamic for node in q.nodes}
     renamed: dict[str, str] = {}
+    ranged: dict[str, str] = {}
     infos: list[ValueInfoProto] = []
     scales = {name: f"eptq/scale_{k}" for k, name in enumerate(learned)}
     for k, name in enumerate(scales.values()):
@@ -258,11 +260,21 @@ def _student(
         # The engine needs the shape, which cannot be inferred behind a quantizer.
         infos.append(helper.make_tensor_value_info(exact, TensorProto.FLOAT, view.shape(tensor)))
 
+    def quantized_in_every_run(tensor: str) -> str:
+        """Return what stands for the input of dynamic layers."""
+        if tensor not in ranged:
+            made = [b.unique(f"{tensor}/{what}") for what in ("integers", "scale", "zero")]
+            b.add("DynamicQuantizeLinear", [renamed.get(tensor, tensor)], outputs=made)
+            ranged[tensor] = b.add("DequantizeLinear", made, b.unique(f"{tensor}/dynamic"))
+            infos.append(helper.make_tensor_value_info(ranged[tensor], TensorProto.FLOAT, view.shape(tensor)))
+        return ranged[tensor]
+
     for name in view.inputs:
         if name in quantizers:
             fake_quantize(name)
     for node in view.nodes:
-        copy = edit.renamed(node, renamed)
+        own = {dynamic[node.name]: quantized_in_every_run(dynamic[node.name])} if node.name in dynamic else {}
+        copy = edit.renamed(node, {**renamed, **own})
         if node.name in with_new_bias:
             del copy.input[2:]
             copy.input.append(with_new_bias[node.name] or "")

@@ -134,11 +134,14 @@ def test_the_command_line_comes_before_the_file(tmp_path, monkeypatch):
         "--weight-bits",
         "5",
         "--no-equalize",
+        "--no-augment",
         "--batch-axis",
         "image=none",
     ]
     assert CliRunner().invoke(app, ["quantize", *common, *given]).exit_code == 2
-    assert seen == [Config(seed=3, weight_bits=5, rotate=False, equalize=False, batch_axes={"image": None})]
+    assert seen == [
+        Config(seed=3, weight_bits=5, rotate=False, equalize=False, augment=False, batch_axes={"image": None})
+    ]
 
 
 def test_the_configuration_is_not_overwritten(tmp_path):

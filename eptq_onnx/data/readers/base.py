@@ -51,8 +51,12 @@ class Data:
         return found
 
 
+class Nothing:
+    """What is read where there are no samples."""
+
+
 Source: TypeAlias = (
-    str | os.PathLike[str] | Arrays | NDArray[np.generic] | Iterable[Feed] | Iterable[Any] | Data
+    str | os.PathLike[str] | Arrays | NDArray[np.generic] | Iterable[Feed] | Iterable[Any] | Data | Nothing
 )
 
 

@@ -99,15 +99,15 @@ def regions_of(view: GraphView, plan: Plan) -> Regions:
         for nodes in groups
     )
     place = {n.name: k for k, nodes in enumerate(groups) for n in nodes}
-    weighted = {layer.node for layer in plan.integer_layers}
+    weighted = {layer.node for layer in plan.static_layers}
     links, layers = _links(view, place), frozenset(place[name] for name in weighted)
     return Regions(
         regions,
         links,
         _needs(view, groups, place, regions, weighted),
         _bound(regions, links, layers),
-        # Stored weights make the file small without any layer on integers.
-        frozenset() if plan.held else layers,
+        # Stored weights and dynamic layers are worth a file without any other layer on integers.
+        frozenset() if plan.held or plan.dynamic else layers,
     )
 
 

@@ -17,21 +17,22 @@ The rules, in terms of the operator table (`ops.TABLE`) and the target:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from onnx import AttributeProto, ModelProto, NodeProto
 
-from eptq_onnx.config import FLOAT_BITS, Config
+from eptq_onnx.config import FLOAT_BITS, Activations, Config
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
 from eptq_onnx.graph.patterns import matching, tensor_of
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.method.plan.activations import lookup_tables, quantizers_of
+from eptq_onnx.method.plan.activations import dynamic_quantizers, quantizers_of
 from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, weight_of
 from eptq_onnx.method.plan.guards import guarded_tensors
 from eptq_onnx.method.plan.held import held_weights
 from eptq_onnx.method.plan.layers import bias_objection, layers_of
 from eptq_onnx.method.plan.storing import stored_nodes
+from eptq_onnx.method.plan.tables import lookup_tables
 from eptq_onnx.numerics.quant_math import keeps_bounds
 from eptq_onnx.ops import OpSpec, Role, is_known, recorded, sizes, spec_of
 from eptq_onnx.ops.regions import regions
@@ -51,6 +52,7 @@ def plan(
     sensitive: Mapping[str, str] | None = None,
     kept: Mapping[str, str] | None = None,
     exact: Collection[str] = (),
+    dynamic: Collection[str] = (),
 ) -> Plan:
     """Make the plan for a normalized model.
 
@@ -65,6 +67,8 @@ def plan(
         Nodes that must stay float, each with the reason.
     exact : collection of str, optional
         Tensors and nodes around which weights stay float, too.
+    dynamic : collection of str, optional
+        Layers whose inputs are quantized in every run, where ``config.activations`` leaves it open.
 
     Raises
     ------
@@ -91,11 +95,13 @@ def plan(
         bits=bits,
         whole=regions(view, target.patterns.keep),
         activation_bits=config.activation_bits,
+        asked=_asked(config, dynamic),
+        only_dynamic=config.activations is Activations.DYNAMIC,
     )
     _absorb(draft)
     draft.sensitive = {**draft.sensitive, **{draft.final(t): why for t, why in left.items()}}
     _choose(draft)
-    draft.stored |= stored_nodes(draft, {*exact, *by_user})
+    draft.stored |= stored_nodes(draft, {*exact, *by_user}, config.block)
     layers = layers_of(draft, config, model)
     held = held_weights(draft, layers, {*exact, *by_user})
     if all(layer.stored for layer in layers) and not held and not (layers and config.weights_only):
@@ -105,7 +111,7 @@ def plan(
             f"with a constant float32 weight{' (' + reasons + ')' if reasons else ''}."
         )
     activations, operands = quantizers_of(draft, layers, config)
-    tables = lookup_tables(draft, layers)
+    tables = lookup_tables(draft, layers, config)
     absorbed = _absorbed_nodes(draft, activations)
     integer, kept_float = _integer_nodes(draft), _kept_float(draft, absorbed)
     return Plan(
@@ -121,8 +127,17 @@ def plan(
         float_outputs=target.outputs == "float",
         carried=_carried(draft),
         guarded=guarded_tensors(draft, activations) if target.rest.quantizes else frozenset(),
+        dynamic=dynamic_quantizers(layers),
         held=held,
     )
+
+
+def _asked(config: Config, dynamic: Collection[str]) -> Callable[[str], bool]:
+    """Return whether a layer of a name is to be dynamic."""
+    if config.activations is Activations.DYNAMIC:
+        return lambda name: True
+    chosen = frozenset(dynamic) if config.activations is Activations.AUTO else frozenset()
+    return chosen.__contains__
 
 
 def _absorb(draft: Draft) -> None:
@@ -153,7 +168,11 @@ def _choose(draft: Draft) -> None:
     for node in reversed(draft.view.nodes):
         spec = spec_of(node)
         reason = _objection(node, spec, draft)
-        if reason is None:
+        if reason is None and draft.is_dynamic(node):
+            draft.dynamic.add(node.name)
+        elif reason is None and draft.only_dynamic:
+            draft.reasons[node.name] = "the option activations leaves its activations float"
+        elif reason is None:
             draft.quantized[node.name] = spec
         else:
             draft.reasons[node.name] = reason
@@ -162,7 +181,7 @@ def _choose(draft: Draft) -> None:
         if (
             node.input
             and node.input[0] in draft.absorbed
-            and draft.view.producer[node.input[0]].name not in draft.reasons
+            and draft.view.producer[node.input[0]].name in draft.quantized
         ):
             del draft.reasons[node.name]
 

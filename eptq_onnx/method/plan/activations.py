@@ -1,4 +1,4 @@
-"""Plan the quantizers of activations, constant operands and tables, and which tensors share one."""
+"""Plan the quantizers of activations and of constant operands, and which tensors share one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.method.plan.draft import Draft, bounds_of
 from eptq_onnx.numerics.formats import IntFormat
 from eptq_onnx.numerics.spec import QuantSpec
-from eptq_onnx.ops import Bounds, Role, channel_axes_of, pointwise, spec_of
-from eptq_onnx.records import ActivationQuantizer, ConstantOperand, Layer, LookupTable
-
-_LEAST_TABLE = 16_384
-"""Values of a table below which storing it as integers does not pay."""
+from eptq_onnx.ops import Bounds, Role, channel_axes_of, pointwise
+from eptq_onnx.records import ActivationQuantizer, ConstantOperand, DynamicQuantizer, Layer
 
 
 def quantizers_of(
@@ -100,32 +97,13 @@ def _given(members: Sequence[str], bounds: Bounds, spec: QuantSpec, config: Conf
     return (low, low + (high - low) * (steps + 1) / steps) if low < high else None
 
 
-def lookup_tables(draft: Draft, layers: tuple[Layer, ...]) -> tuple[LookupTable, ...]:
-    """Return the lookup tables of float nodes: 8-bit integers with one scale per row."""
-    view, weights = draft.view, {layer.weight for layer in layers}
-    found: dict[str, None] = {}
-    for node in view.nodes:
-        row = spec_of(node)
-        place = row.table(node) if row.table is not None and draft.row(node).stored else None
-        if place is None or node.name in draft.quantized or not view.is_constant(node.input[place]):
-            continue
-        table = node.input[place]
-        shape = view.constant_shape(table)
-        if not view.is_float(table) or len(shape) < 2 or not view.is_finite(table):
-            continue
-        if math.prod(shape) < _LEAST_TABLE:
-            draft.reasons[node.name] = (
-                f"its table has fewer than {_LEAST_TABLE} values: storing it as integers would not pay"
-            )
-            continue
-        if table in weights:
-            draft.reasons[node.name] = "its table is the weight of a layer too"
-            continue
-        draft.reasons[node.name] = (
-            "its table is stored in 8 bits with one scale per row; looked-up rows are float"
-        )
-        found[table] = None
-    return tuple(LookupTable(t, (t,), draft.target.table_spec()) for t in found)
+def dynamic_quantizers(layers: tuple[Layer, ...]) -> tuple[DynamicQuantizer, ...]:
+    """Return the inputs of dynamic layers, each with its readers."""
+    readers: dict[str, list[str]] = defaultdict(list)
+    for layer in layers:
+        if layer.dynamic:
+            readers[layer.input].append(layer.node)
+    return tuple(DynamicQuantizer(name, tuple(nodes)) for name, nodes in readers.items())
 
 
 def _topological(view: GraphView, wanted: dict[str, str]) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from onnx import NodeProto
 
+from eptq_onnx.graph.integer_products import dynamic_objection
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops import Bounds, OpSpec, Role, spec_of
+from eptq_onnx.records import DYNAMIC_BITS
 from eptq_onnx.targets import Operator, Target
 
 NO_BOUNDS: Bounds = (-np.inf, np.inf)
@@ -42,6 +44,12 @@ class Draft:
     """Sum to the branch that it reads in float."""
     stored: set[str] = field(default_factory=set)
     """Nodes that stay float and whose weights are quantized."""
+    dynamic: set[str] = field(default_factory=set)
+    """Layers that run on integers and whose inputs are quantized in every run."""
+    asked: Callable[[str], bool] = lambda node: False
+    """Whether a layer of a name is to be dynamic where it can be."""
+    only_dynamic: bool = False
+    """True if no activation has a fixed range."""
     activation_bits: int = 8
     """Activation bits of nodes that no rule names."""
 
@@ -67,6 +75,11 @@ class Draft:
         """Return True if a node that runs on integers reads `final` of the tensor as integers."""
         final = self.final(tensor)
         return any(n.name in self.quantized and final in self.inputs(n) for n in self.view.consumers[final])
+
+    def is_dynamic(self, node: NodeProto) -> bool:
+        """Return True if a layer that nothing objects to is to quantize its input in every run."""
+        asked = self.row(node).dynamic and self.is_weighted(node) and self.asked(node.name)
+        return asked and self.bits_read(node) == DYNAMIC_BITS and dynamic_objection(node, self.view) is None
 
     def is_weighted(self, node: NodeProto) -> bool:
         """Return True for a layer with a constant weight."""
