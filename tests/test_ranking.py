@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,12 @@ import eptq_onnx
 from eptq_onnx import Config, ConfigError, ModelError, ranking
 from eptq_onnx.ranking import alone
 
-OPTIONS = {"target": "ort-x64", "rotate": False, "equalize": False}
+OPTIONS: dict[str, Any] = {
+    "target": "ort-x64",
+    "rotate": False,
+    "equalize": False,
+    "activations": "static",
+}
 
 
 def ranked(model, data=None, **options):

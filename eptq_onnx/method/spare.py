@@ -135,8 +135,11 @@ def _bits_of(node: str, plan: Plan, config: Config) -> tuple[int, int]:
     layer = next((x for x in plan.layers if x.node == node), None)
     if layer is None:
         return config.weight_bits, config.activation_bits
-    activation = FLOAT_BITS if layer.stored else plan.quantizer_of[layer.input].spec.bits
-    return layer.weight_spec.bits, activation
+    if layer.stored:
+        return layer.weight_spec.bits, FLOAT_BITS
+    # Inputs with a range of each run have the bits of the options.
+    quantizer = plan.quantizer_of.get(layer.input)
+    return layer.weight_spec.bits, config.activation_bits if quantizer is None else quantizer.spec.bits
 
 
 def _noise_left(before: int, after: int) -> float:

@@ -7,14 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eptq_onnx.method.ladder import lowest, passed
-
-
-def test_a_rung_passes_by_its_own_score_and_by_the_smoothed_one():
-    # The second is good by chance: its neighbour above is worse.
-    assert passed({0: 0.1, 3: 0.01, 5: 0.08, 9: 0.0}, 0.02) == {0: False, 3: False, 5: False, 9: True}
-    assert passed({0: 0.1, 3: 0.019, 5: 0.018}, 0.02) == {0: False, 3: True, 5: True}
-
+from eptq_onnx.method.ladder import fitted, lowest
 
 ladders = st.lists(st.floats(0.5, 0.97), min_size=1, max_size=60).map(lambda steps: np.cumprod([1.0, *steps]))
 
@@ -36,7 +29,7 @@ def test_the_lowest_rung_is_found_in_few_tries(noises, limit, power):
     assert found is not None
     assert drops[found] <= limit
     # What is found has hardly less noise than the lowest that passes.
-    assert noises[found] >= noises[good[0]] / 1.25 or found - good[0] <= 1
+    assert noises[found] >= 0.9 * noises[good[0]] or found - good[0] <= 1
 
 
 @given(ladders, st.integers(0, 10_000))
@@ -47,6 +40,32 @@ def test_what_is_found_has_passed_whatever_the_chance(noises, seed):
         assert drops[found] <= 0.3
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_what_is_found_keeps_the_limit_on_other_samples_more_often_than_a_search_for_the_first_pass(power):
+    """Scores of a thousand samples: the drop is 2.5 points, a point is allowed, and chance makes half of one."""
+    noises = list(0.9 ** np.arange(40))
+    rng = np.random.default_rng(0)
+
+    def true(k):
+        return 0.025 * noises[k] ** power
+
+    missed = first = 0
+    for _ in range(300):
+        found, _drops = lowest(noises, 0.025, 0.01, lambda k: true(k) + rng.normal(0, 0.005), 9)
+        missed += found is None or true(found) > 0.0125
+        first += true(next(k for k in range(1, 40) if true(k) + rng.normal(0, 0.005) <= 0.01)) > 0.0125
+    assert missed < 0.2 * 300
+    assert missed < 0.3 * first
+
+
+def test_outputs_that_are_lost_say_nothing_of_the_others():
+    assert fitted([1.0, 0.5], {0: np.inf}).tolist() == [np.inf, np.inf]
+    noises = list(0.8 ** np.arange(30))
+    found, drops = lowest(noises, np.inf, 0.1, lambda k: np.inf if k < 5 else noises[k], 9)
+    assert found is not None
+    assert drops[found] <= 0.1
+
+
 def test_the_highest_rung_comes_last():
     calls = []
 
@@ -54,7 +73,7 @@ def test_the_highest_rung_comes_last():
         calls.append(k)
         return 1.0
 
-    noises = list(np.linspace(1, 0, 200))
+    noises = list(np.linspace(1, 0.5, 200))
     assert lowest(noises, 1.0, 0.9, drop, 3)[0] is None
     assert calls[-1] == 199
 
