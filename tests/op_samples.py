@@ -647,6 +647,9 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
             differentiable=(),
         )
     ],
+    ("", "DynamicQuantizeLinear"): [
+        Sample("DynamicQuantizeLinear", (grid(2, 3),), outputs=3, differentiable=())
+    ],
     ("", "DequantizeLinear"): [
         Sample(
             "DequantizeLinear",

@@ -234,7 +234,7 @@ def test_a_signal_after_the_model_was_written_says_so(tmp_path):
     body = """
     import os, signal
     import eptq_onnx.report
-    def late(*arguments): os.kill(os.getpid(), signal.SIGINT)
+    def late(*arguments, **options): os.kill(os.getpid(), signal.SIGINT)
     eptq_onnx.report.Report.print = late
 """
     body += TWO_STEPS
