@@ -87,8 +87,9 @@ def deciding_activations(
     choices = _choices(model, plan, found)
     if not choices:
         return {}, None
-    before = GraphView(model).upstream(source for sources in choices.values() for source in sources)
-    path = [q for q in plan.activations if not before.isdisjoint(q.tensors)]
+    view = GraphView(model)
+    before = view.upstream(source for sources in choices.values() for source in sources)
+    path = [group for group in _groups(plan, view) if not before.isdisjoint(group)]
     operations = {layer.node: multiplications[layer.node] for layer in plan.layers}
     count = np.clip(_MULTIPLICATIONS / max(sum(operations.values()), 1), _LEAST_SAMPLES, SAMPLES)
     chosen = spread(samples.count, int(count))
@@ -104,7 +105,7 @@ def deciding_activations(
         f"{where} would choose other rows, and the outputs would be {lost:.1f} dB noisier "
         "than with those of the float model"
     )
-    tensors = [[t for q in path[len(path) - count :] for t in q.tensors] for count in range(len(path) + 1)]
+    tensors = [[t for group in path[len(path) - count :] for t in group] for count in range(len(path) + 1)]
     afforded = _afforded(model, plan, operations, tensors)
 
     def settled(count: int) -> bool:
@@ -117,7 +118,7 @@ def deciding_activations(
     try:
         if afforded and settled(afforded):
             count = bisect.bisect_left(range(1, afforded), True, key=settled) + 1
-            share = f"{count} of {len(plan.activations)} activations"
+            share = f"{count} of {len(plan.activation_names)} activations"
             left = f"{share} in front of choices by value stay float: {reason}"
             return dict.fromkeys(tensors[count], reason), left
     except ModelError:
@@ -131,6 +132,15 @@ def deciding_activations(
         else "keeping them float does not help"
     )
     return {}, f"{reason}: {why}"
+
+
+def _groups(plan: Plan, view: GraphView) -> list[tuple[str, ...]]:
+    """Return the tensors that are quantized together, in topological order."""
+    made = {name: k for k, name in enumerate([*view.inputs, *(o for n in view.nodes for o in n.output)])}
+    groups = {q.name: q.tensors for q in plan.activations}
+    for q in plan.dynamic:
+        groups.setdefault(q.name, (q.name,))
+    return sorted(groups.values(), key=lambda group: made[group[0]])
 
 
 def _choices(model: ModelProto, plan: Plan, found: Replay) -> dict[str, list[str]]:
