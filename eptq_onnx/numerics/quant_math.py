@@ -126,7 +126,8 @@ def zero_points(
         own: Array = rows[part].astype(np.float32)
         _, zero = _best_grid(own, h[part], scales[part], spec)
         found.append(zero)
-    return spec.granularity.scales_of(np.concatenate(found), weight.shape).astype(np.int32)
+    zeros = spec.granularity.scales_of(np.concatenate(found), weight.shape)
+    return zeros.reshape(np.shape(scale)).astype(np.int32)
 
 
 def _rows_and_importance(

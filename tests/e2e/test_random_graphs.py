@@ -21,9 +21,11 @@ from eptq_onnx.runtime import Session
 
 SAMPLES = 24
 PRESETS = {
-    "fast": Config(preset="fast", rotate=False, equalize=False),
-    "two steps": Config(steps=2, batch_size=4, probes=1, rotate=False, equalize=False),
-}  # neither rotated nor equalized: the weights that are rounded at random are those of the given model
+    "fast": Config(preset="fast", activations="static", rotate=False, equalize=False),
+    "two steps": Config(steps=2, batch_size=4, probes=1, activations="static", rotate=False, equalize=False),
+}
+"""Neither rotated nor equalized, so the weights that are rounded at random are those of the given model. With fixed
+ranges, whose bound is known."""
 
 
 def randomly_rounded(quantized: ModelProto, original: ModelProto, seed: int) -> ModelProto:
