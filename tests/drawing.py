@@ -19,6 +19,7 @@ INPUTS = {"a": 12, "b": 7}
 NOT_DRAWN = {
     "QuantizeLinear",
     "DequantizeLinear",
+    "DynamicQuantizeLinear",
     "FakeQuant",
     "GroupNormalization",
     "RMSNormalization",

@@ -654,6 +654,9 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
             differentiable=(),
         )
     ],
+    ("", "DynamicQuantizeLinear"): [
+        Sample("DynamicQuantizeLinear", (grid(2, 3),), outputs=3, differentiable=())
+    ],
     (LSQ_DOMAIN, "FakeQuant"): [
         Sample(
             "FakeQuant",
