@@ -16,9 +16,10 @@ from eptq_onnx.errors import (
 )
 
 if TYPE_CHECKING:
-    from eptq_onnx.api import Result, bench, compare, inspect, lint, quantize, samples, verify
+    from eptq_onnx.api import Result, bench, compare, inspect, lint, quantize, samples, sensitivity, verify
     from eptq_onnx.comparison import Compared, Sample
     from eptq_onnx.config import (
+        Accuracy,
         ActivationRange,
         Attention,
         Budget,
@@ -41,8 +42,12 @@ if TYPE_CHECKING:
     from eptq_onnx.report import Report
     from eptq_onnx.rules import Finding, Lint, Severity
     from eptq_onnx.runtimes.bench import Bench
+    from eptq_onnx.scoring import Runnable
+    from eptq_onnx.sensitivities import Sensitivity
+    from eptq_onnx.trail import Trail
 
 __all__ = [
+    "Accuracy",
     "ActivationRange",
     "Attention",
     "Bench",
@@ -71,9 +76,12 @@ __all__ = [
     "Report",
     "Result",
     "RoundingVariable",
+    "Runnable",
     "Sample",
+    "Sensitivity",
     "Severity",
     "Start",
+    "Trail",
     "Verified",
     "WeightRange",
     "WeightStorage",
@@ -84,6 +92,7 @@ __all__ = [
     "lint",
     "quantize",
     "samples",
+    "sensitivity",
     "verify",
 ]
 
@@ -97,8 +106,11 @@ _PLACES = {
     "Progress": "passes.base",
     "Report": "report",
     "Result": "api",
+    "Runnable": "scoring",
     "Sample": "comparison",
+    "Sensitivity": "sensitivities",
     "Severity": "rules",
+    "Trail": "trail",
     "Verified": "gate",
     "bench": "api",
     "compare": "api",
@@ -106,6 +118,7 @@ _PLACES = {
     "lint": "api",
     "quantize": "api",
     "samples": "api",
+    "sensitivity": "api",
     "verify": "api",
 }
 """Modules of what is imported when it is asked for, other than `eptq_onnx.config`: the command has to handle

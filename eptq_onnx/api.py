@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from onnx import ModelProto
 from typing_extensions import Unpack
@@ -14,11 +15,15 @@ from typing_extensions import Unpack
 from eptq_onnx import gate, runtimes, scratch
 from eptq_onnx.comparison import LEAST_DB, SAMPLES, Compared, Sample, samples_of
 from eptq_onnx.comparison import compare as side_by_side
-from eptq_onnx.config import Config, Gate, Reading
+from eptq_onnx.config import Accuracy, Config, Gate, Reading
+from eptq_onnx.config.accuracy import AccuracyOptions
 from eptq_onnx.config.reading import ReadingOptions
-from eptq_onnx.data.readers import Nothing, Source
+from eptq_onnx.control import controlled
+from eptq_onnx.data.readers import Nothing, Source, is_nothing
 from eptq_onnx.data.readers import files_of as files_of_data
 from eptq_onnx.data.sheet import contact_sheet
+from eptq_onnx.dataless import without_data
+from eptq_onnx.encodings import encodings_of
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.files import check_apart, check_writable, model_outputs
 from eptq_onnx.gate import Verified
@@ -32,6 +37,7 @@ from eptq_onnx.parallel import owned_threads
 from eptq_onnx.passes.base import Progress
 from eptq_onnx.prepare import final
 from eptq_onnx.proto import store
+from eptq_onnx.ranking import sensitivity as ranking
 from eptq_onnx.report import Report
 from eptq_onnx.resume import Resume
 from eptq_onnx.rules import Lint
@@ -40,6 +46,7 @@ from eptq_onnx.runtime import custom_operators
 from eptq_onnx.runtimes.bench import Bench, effort_of
 from eptq_onnx.runtimes.bench import bench as measured
 from eptq_onnx.runtimes.feeds import inputs_of
+from eptq_onnx.sensitivities import Sensitivity
 from eptq_onnx.start import silent, start, target_of
 from eptq_onnx.summary import Costs, report_of
 from eptq_onnx.workdir import Workdir
@@ -57,12 +64,15 @@ class Result:
         Files that the run read, each with a description.
     contact_sheet : bytes
         A PNG of what the network saw, if the samples are pictures that a recipe prepared; else empty.
+    encodings : dict of str to object
+        The scales of activations and weights in AIMET's schema 1.0; see the option ``encodings`` of `Config`.
     """
 
     model: ModelProto
     report: Report
     inputs: tuple[tuple[str, Path], ...] = ()
     contact_sheet: bytes = b""
+    encodings: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model; see `eptq_onnx.graph.io.save`.
@@ -82,6 +92,7 @@ def quantize(
     config: Config | None = None,
     *,
     progress: Progress = silent,
+    **accuracy: Unpack[AccuracyOptions],
 ) -> Result:
     """Quantize a float ONNX model with EPTQ.
 
@@ -89,13 +100,18 @@ def quantize(
     ----------
     model : path, bytes or ModelProto
         The float model; it is never modified.
-    data : Source
+    data : Source, optional
         Calibration samples without labels: one array per model input, samples along the first axis; or feeds,
         loaders, data sets, files, folders, or a function that gives them. `Data` around it says how to read
         it, such as ``Data("photos", image="imagenet")``. None where no ranges are needed: with
         ``activations="dynamic"``, and where only weights are quantized.
     config : Config, optional
     progress : callable, optional
+    **accuracy
+        ``evaluate``, a function that scores a model, and ``max_drop``, how much worse than the float model's
+        the score may be; ``higher_is_better`` and ``max_evaluations``. The function takes an object with
+        ``run(names, feeds)``, ``get_inputs()`` and ``get_outputs()`` as onnxruntime's sessions have them, and
+        returns a number. See `Accuracy`.
 
     Returns
     -------
@@ -106,7 +122,8 @@ def quantize(
     EptqError
         If something is wrong; see `eptq_onnx.errors` for the subclasses.
     """
-    config, data = config or Config(), Nothing() if data is None else data
+    config, kept_score = config or Config(), Accuracy(**accuracy)
+    data = Nothing() if data is None else data
     inputs = tuple(input_files(model, data, config))
     if config.timings is not None and not config.timings.exists():
         check_writable(config.timings)
@@ -117,7 +134,8 @@ def quantize(
         scratch.folder() as folder,
         kept as workdir,
     ):
-        return replace(_quantize(model, data, config, progress, _Places(folder, workdir)), inputs=inputs)
+        found = _quantize(model, data, (config, kept_score), progress, _Places(folder, workdir))
+        return replace(found, inputs=inputs)
 
 
 def lint(model: str | os.PathLike[str] | bytes | ModelProto, target: str = "auto") -> Lint:
@@ -175,6 +193,42 @@ def inspect(
     config = config or Config()
     with owned_threads(config.threads), custom_operators(config.custom_ops), scratch.folder() as folder:
         return look_at(model, config, Reading(**reading), folder)
+
+
+def sensitivity(
+    model: str | os.PathLike[str] | bytes | ModelProto,
+    data: Source,
+    config: Config | None = None,
+    *,
+    progress: Progress = silent,
+) -> Sensitivity:
+    """Rank the weights and activations of a float model by what they do to the outputs if quantized alone.
+
+    Takes at most 60 float passes (runs of all samples through the float model), calibration included.
+
+    Parameters
+    ----------
+    model : path, bytes or ModelProto
+        The float model; it is never modified.
+    data : Source
+        Calibration samples; see `quantize`.
+    config : Config, optional
+        The options that `quantize` would get; bits, patterns and target say what is quantized, and how.
+        Weights are rounded to nearest, and all operators with an integer kernel run on integers.
+    progress : callable, optional
+
+    Returns
+    -------
+    Sensitivity
+
+    Raises
+    ------
+    EptqError
+        If something is wrong; see `eptq_onnx.errors` for the subclasses.
+    """
+    config = config or Config()
+    with owned_threads(config.threads), custom_operators(config.custom_ops), scratch.folder() as folder:
+        return ranking(model, data, config, folder, progress)
 
 
 def compare(
@@ -245,7 +299,9 @@ def input_files(
     )
     libraries = [("a custom-operator library", path) for path in config.custom_ops]
     timings = [("the timings file", config.timings)] if config.timings is not None else []
-    return [*files_of_model(model), *files_of_data(data), *target, *libraries, *timings]
+    given = config.encodings.file if config.encodings is not None else ""
+    ranges = [("the encodings", Path(given))] if given else []
+    return [*files_of_model(model), *files_of_data(data), *target, *libraries, *timings, *ranges]
 
 
 @dataclass(frozen=True)
@@ -267,21 +323,39 @@ class _Places:
 def _quantize(
     model: str | os.PathLike[str] | bytes | ModelProto,
     data: Source,
-    given: Config,
+    options: tuple[Config, Accuracy],
     progress: Progress,
     places: _Places,
 ) -> Result:
     """Quantize a model; see `quantize`."""
+    given, accuracy = options
+    if is_nothing(data) and accuracy.evaluate is not None:
+        raise ConfigError(
+            "option evaluate needs samples, from which the search knows what to spare: give some with --data."
+        )
+    if is_nothing(data) and given.weights_only:
+        made, report = without_data(model, given, places.folder, progress)
+        return Result(store.load_all(made), report)
     begun = start(model, data, given, places.folder, progress)
     runner, prepared, state, ctx = begun.runner, begun.prepared, begun.state, begun.ctx
     if places.workdir is not None:
         runner.resume = Resume(places.workdir, state, ctx)
     with runner.timed("estimate"):
         expected = runner.estimate(state, ctx)
-    state = runner.run(state, replace(ctx, expected=expected.seconds))
-    report = report_of(prepared, state, ctx, Costs(expected, runner.seconds, peak_memory()))
+    ctx, trail = replace(ctx, expected=expected.seconds), None
+    if accuracy.evaluate is None:
+        state = runner.run(state, ctx)
+    else:
+        kept = controlled(begun, ctx, accuracy, places.workdir)
+        state, ctx, trail = kept.state, kept.ctx, kept.trail
+    found = report_of(prepared, state, ctx, Costs(expected, runner.seconds, peak_memory()))
+    if trail is not None:
+        # The options that were asked for lead to the same file again, by the same path.
+        asked = {**given.model_dump(mode="json"), **prepared.reading, **accuracy.given()}
+        found = replace(found, config=asked, trail=trail, notes=(*found.notes, *trail.unavailable))
     sheet = contact_sheet(ctx.samples, prepared.origin, prepared.model)
-    return Result(store.load_all(final(sink(state.packed), prepared)), report, contact_sheet=sheet)
+    written = store.load_all(final(sink(state.packed), prepared.opset, prepared.ir_version))
+    return Result(written, found, contact_sheet=sheet, encodings=encodings_of(state.plan, state.rounding))
 
 
 def bench(

@@ -72,7 +72,7 @@ class SampleDifference:
     Parameters
     ----------
     name : str
-        Its file, or its number in the data, counted from 0.
+        Its file; of a text its number and how it begins; else its number in the data, counted from 0.
     output : str
         The output that differs most.
     sqnr_db : float
@@ -137,7 +137,7 @@ class Sample:
     Parameters
     ----------
     name : str
-        Its file, or its number in the data, counted from 0.
+        Its file; of a text its number and how it begins; else its number in the data, counted from 0.
     feeds : dict of str to ndarray
         Input to value, with the axes that the model takes.
     """

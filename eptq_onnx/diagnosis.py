@@ -23,11 +23,14 @@ class SampleNoise:
         The output that differs most.
     sqnr_db : float
         SQNR of that output on this sample, in dB.
+    name : str
+        The sample's own name, such as that of its file; empty if it has none.
     """
 
     sample: int
     output: str
     sqnr_db: float
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,28 +15,22 @@ from numpy.typing import NDArray
 from eptq_onnx import runtimes, targets
 from eptq_onnx.config import Config, Gate
 from eptq_onnx.data.readers import Source
-from eptq_onnx.data.readers.function import function_named
-from eptq_onnx.errors import CapabilityError, ConfigError, EptqError, InstallError, ModelError, one_line
+from eptq_onnx.errors import CapabilityError, ConfigError, InstallError, ModelError
 from eptq_onnx.execute.pairing import Pairing, comparisons, within_bytes
 from eptq_onnx.graph import io
 from eptq_onnx.graph.outputs import numbers
 from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.ops import executed
-from eptq_onnx.pace import Speed
+from eptq_onnx.outcome import Speed
 from eptq_onnx.prepare import Prepared, prepare
 from eptq_onnx.report.plain import plain
 from eptq_onnx.rules import Lint, Severity, lint
-from eptq_onnx.runtime import Session
 from eptq_onnx.runtimes.base import Verifier, ports_of
 from eptq_onnx.runtimes.bench import effort_of
 from eptq_onnx.runtimes.speed import latency
+from eptq_onnx.scoring import Runnable, evaluate_of, float_model, quantized_model, score_of
 from eptq_onnx.targets import Target
-
-Run: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], Feeds]
-"""Runs a model: input names to arrays, output names to arrays."""
-Evaluate: TypeAlias = Callable[[Run], float]
-"""Scores a model on data of the user's own."""
 
 
 @dataclass(frozen=True)
@@ -172,23 +165,12 @@ class _Check:
         return found
 
     @contextmanager
-    def _quantized(self, runtime: Verifier | None) -> Iterator[tuple[Run, str]]:
+    def _quantized(self, runtime: Verifier | None) -> Iterator[tuple[Runnable, str]]:
         """Provide what runs the quantized file: the target's runtime, or else the operators' definitions."""
-        file = self._pair[1]
-        if runtime is not None:
-            try:
-                context = runtime.load(file)
-            except CapabilityError as e:
-                self.unavailable.append(f"outputs in the runtime of {self._target.name}: {e}".rstrip("."))
-            else:
-                with context as loaded:
-                    yield lambda feeds: loaded.run(dict(feeds)), f"{runtime.name} {runtime.version}"
-                return
-        session, ort = Session(io.load(file, quantized=True), integers=False), runtimes.make()
-        yield (
-            _running(session),
-            f"{ort.name} {ort.version}, with the operators as ONNX defines them and no integer kernels",
-        )
+        with quantized_model(self._pair[1], runtime) as (model, who, why):
+            if why:
+                self.unavailable.append(f"outputs in the runtime of {self._target.name}: {why}")
+            yield model, who
 
     def _judge_rules(self, found: Lint) -> None:
         for severity, count in found.counts.items():
@@ -197,7 +179,7 @@ class _Check:
                 what = f"{count} {severity}{'s' * (count > 1)}"
                 self.failures.append(f"the rules of {found.target} find {what}: {rules}")
 
-    def _outputs(self, run: Run) -> tuple[dict[str, OutputStatistics], int]:
+    def _outputs(self, run: Runnable) -> tuple[dict[str, OutputStatistics], int]:
         """Compare the outputs on all samples."""
         prepared = self._prepared
         pairing = Pairing(prepared.model, self._samples, self._parts, prepared.found)
@@ -226,22 +208,12 @@ class _Check:
             ]
         return statistics, pairing.samples_of(len(reference))
 
-    def _scores(self, run: Run) -> tuple[float | None, float | None]:
+    def _scores(self, run: Runnable) -> tuple[float | None, float | None]:
         """Return the scores of both models; None without a function that scores."""
-        evaluate = self._gate.evaluate
-        if evaluate is None:
+        if self._gate.evaluate is None:
             return None, None
-        if isinstance(evaluate, str):
-            evaluate = function_named(evaluate, "the function")
-        scores = []
-        for model in (run, _running(Session(str(self._pair[0])))):
-            try:
-                scores.append(float(evaluate(model)))
-            except EptqError:
-                raise
-            except Exception as e:
-                # The function is the user's own, and may raise whatever it likes.
-                raise ConfigError(f"evaluate gives no score: {type(e).__name__}: {one_line(e)}.") from e
+        evaluate = evaluate_of(self._gate.evaluate)
+        scores = [score_of(evaluate, model) for model in (run, float_model(self._pair[0]))]
         least = self._gate.min_score
         if least is not None and not scores[0] >= least:
             self.failures.append(f"the score is {scores[0]:.4g}, less than {least:g}")
@@ -287,8 +259,3 @@ class _Check:
                 f"one run takes {speed.ratio:.2f} times as long as the float model's, more than {most:g}"
             )
         return speed
-
-
-def _running(session: Session) -> Run:
-    """Return a function that runs a model on those of its inputs that it takes."""
-    return lambda feeds: session.run(session.taken(dict(feeds)))

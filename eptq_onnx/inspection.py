@@ -161,7 +161,9 @@ def inspect(model: Model, config: Config, reading: Reading, folder: str) -> Insp
     begun, unavailable = _begun(model, config, folder, samples)
     if begun is None:
         target = target_of(config.target)
-        whole = normalize(original, target.opset_for(config.most_activation_bits, config.storage))
+        whole = normalize(
+            original, target.opset_for(config.most_activation_bits, config.storage, config.block)
+        )
         plan = make_plan(whole, target, config)
     else:
         target, whole, plan = begun.ctx.target, begun.state.model, begun.state.plan

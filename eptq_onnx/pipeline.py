@@ -18,7 +18,7 @@ from eptq_onnx.config import Config
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.errors import GradientError
 from eptq_onnx.estimates import Estimate
-from eptq_onnx.method.estimate import seconds_a_pass, seconds_an_operation
+from eptq_onnx.method.estimate import A_PIECE, seconds_a_pass, seconds_an_operation
 from eptq_onnx.passes.allocate import Allocate
 from eptq_onnx.passes.base import Context, Pass, State
 from eptq_onnx.passes.calibrate import Calibrate
@@ -87,6 +87,19 @@ class Runner:
     resume: Resume | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def part(self, first: str | None = None, last: str | None = None) -> Runner:
+        """Return a runner of the passes from one to another, both included, that times into the same record.
+
+        Parameters
+        ----------
+        first, last : str, optional
+            Names of passes; by default the first and the last of all.
+        """
+        names = [step.name for step in self.passes]
+        begin = 0 if first is None else names.index(first)
+        end = len(names) if last is None else names.index(last) + 1
+        return Runner(self.passes[begin:end], self.resume, self.seconds)
+
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         """Time a block of work."""
@@ -124,7 +137,12 @@ class Runner:
         costs = {step.name: step.cost(state, ctx) for step in enabled if step.name not in known}
         pace = seconds_a_pass(state.executed, state.plan, ctx.samples, ctx.config)
         operation = seconds_an_operation() if any(cost.operations for cost in costs.values()) else 0.0
-        shares = {name: pace * cost.passes + operation * cost.operations for name, cost in costs.items()}
+        shares = {
+            name: pace * cost.passes + operation * cost.operations + A_PIECE * cost.pieces + cost.seconds
+            for name, cost in costs.items()
+        }
+        total = sum(shares.values())
+        shares = {name: seconds + costs[name].share * total for name, seconds in shares.items()}
         found = Estimate(
             sum(shares.values()),
             sum(cost.steps for cost in costs.values()),

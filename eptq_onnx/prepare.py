@@ -101,11 +101,10 @@ def prepare(
     original = io.load(model, folder)
     read = load(data, original, config.batch_axes)
     rest = target.rest_for(config.rest, other_float_types(original))
-    plain = normalize(original, target.opset_for(config.most_activation_bits, config.storage))
+    plain = normalize(original, target.opset_for(config.most_activation_bits, config.storage, config.block))
     arranged = arrange(plain, read.samples, config.seed)
     whole = settle(plain, arranged.samples)
     samples, found, left = record(flattened(whole), arranged.samples, config.seed)
-    name = str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name
     notes = [
         *read.origin.notes,
         *([] if read.origin.made_up else sample_notes(arranged.samples)),
@@ -121,7 +120,7 @@ def prepare(
         origin=read.origin,
         reading=data.reading.given() if isinstance(data, Data) else {},
         found=found,
-        name=name,
+        name=name_of(model, original),
         opset=opset_of(original),
         ir_version=original.ir_version,
         float_bytes=size,
@@ -151,13 +150,18 @@ def counting(config: Config, prepared: Prepared) -> Config:
     return config.model_copy(update={"outputs": (*config.outputs, *prepared.found.decisive)})
 
 
-def final(quantized: ModelProto, prepared: Prepared) -> ModelProto:
+def name_of(model: object, original: ModelProto) -> str:
+    """Return the path of a model, or the name of its graph."""
+    return str(Path(model)) if isinstance(model, (str, os.PathLike)) else original.graph.name
+
+
+def final(quantized: ModelProto, opset: int, ir_version: int) -> ModelProto:
     """Return the verified model in the opset and IR version of the original.
 
     Loads it in onnxruntime if that supports the opset.
     """
     newest = newest_readable()
-    result = restored(quantized, prepared.opset, prepared.ir_version, *newest)
+    result = restored(quantized, opset, ir_version, *newest)
     if result is not quantized and opset_of(result) <= newest[0]:
         Session(result, optimize=False)
     return result

@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from eptq_onnx.diagnosis import SampleNoise
 from eptq_onnx.numerics.biases import BiasSpec
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.spec import QuantSpec
-from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.numerics.types import Array, Values
 
 
@@ -100,7 +98,15 @@ class ConstantOperand(Quantizer):
 
 @dataclass(frozen=True)
 class LookupTable(Quantizer):
-    """A table that float operators look rows up in, stored as integers with one scale per row."""
+    """A table that float operators look rows up in, stored as integers with one scale per row or block.
+
+    Parameters
+    ----------
+    weight : str
+        The weight of a layer that holds the same rows, stored once for both; or empty.
+    """
+
+    weight: str = ""
 
 
 @dataclass(frozen=True)
@@ -371,75 +377,3 @@ class Rounding:
     grids: Mapping[str, Grid]
     biases: Mapping[str, Array]
     targets: Mapping[str, Array]
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Comparison of the float model with the written model, both run in onnxruntime.
-
-    Parameters
-    ----------
-    samples : int
-        Samples compared.
-    outputs : dict of str to float
-        SQNR in dB per float output.
-    layers : dict of str to float
-        SQNR in dB of each layer's quantized output, including all errors from upstream.
-    planned : dict of str to int
-        Operator to the number of nodes that should run on integers.
-    kernels : dict of str to int
-        Operator to the number of integer kernels found in the runtime's optimized graph.
-    float_bytes, quantized_bytes : int
-    notes : tuple of str
-        Unusual circumstances of the comparison.
-    statistics : dict of str to OutputStatistics
-        Per float output.
-    held_out : bool
-        False if a step of the quantization has seen these samples.
-    worst : tuple of SampleNoise
-        The samples on which the models differ most, worst first.
-    """
-
-    samples: int
-    outputs: Mapping[str, float]
-    layers: Mapping[str, float]
-    planned: Mapping[str, int]
-    kernels: Mapping[str, int]
-    float_bytes: int
-    quantized_bytes: int
-    notes: tuple[str, ...] = ()
-    statistics: Mapping[str, OutputStatistics] = field(default_factory=dict)
-    held_out: bool = True
-    worst: tuple[SampleNoise, ...] = ()
-
-
-@dataclass(frozen=True)
-class OptimizationTrace:
-    """Course and result of the network-wise optimization; by default, one that did not start.
-
-    Parameters
-    ----------
-    reason : str
-        Why that candidate was kept, or why there was no optimization, as a sentence without a full stop.
-    steps : int
-    losses : tuple of float
-        Training loss of each step.
-    checkpoints : tuple of (int, float)
-        Step and held-out objective of each hard-rounded candidate; step 0 is the start.
-    best_step : int
-        Step of the candidate that was kept.
-    flipped : float
-        Share of the weights whose integers differ from the start.
-    seconds : float
-    passes : float
-        What it cost, in float passes: runs of all scored samples through the float network.
-    """
-
-    reason: str
-    steps: int = 0
-    losses: tuple[float, ...] = ()
-    checkpoints: tuple[tuple[int, float], ...] = ()
-    best_step: int = 0
-    flipped: float = 0.0
-    seconds: float = 0.0
-    passes: float = 0.0

@@ -10,14 +10,23 @@ from onnx import ModelProto
 
 from eptq_onnx import engines, pipeline, targets
 from eptq_onnx.config import WITHOUT_SAMPLES, Config, without_samples
-from eptq_onnx.data.readers import Data, Nothing, Source
+from eptq_onnx.data.readers import Source, is_nothing
 from eptq_onnx.data.splits import share_out
 from eptq_onnx.method.estimate import multiplications
 from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.ops import check_roles, executed
+from eptq_onnx.outcome import OptimizationTrace
 from eptq_onnx.passes.base import Context, Progress, State
 from eptq_onnx.prepare import Prepared, counting, prepare
+from eptq_onnx.records import Plan
 from eptq_onnx.targets import Target
+from eptq_onnx.training.worth import may_pay
+
+_FEW_SCORED = 64
+"""Samples that are scored where the network-wise optimization does not run."""
+
+_MOST_NAMED = 5
+"""Most tensors that a note names."""
 
 
 def silent(step: str, done: int, total: int, detail: object = "") -> None:
@@ -77,9 +86,9 @@ def start(
     """
     runner = pipeline.Runner(pipeline.PIPELINE)
     target = target_of(given.target)
-    target.storage_for(given.storage)
+    target.storage_for(given.storage, given.block)
     target.check_bits(given)
-    blind = isinstance(data.source if isinstance(data, Data) else data, Nothing)
+    blind = is_nothing(data)
     options = without_samples(given) if blind else given
     chosen = engines.choose(given.engine)
     engine = chosen() if options.needs_gradients else None
@@ -96,9 +105,11 @@ def start(
         config, state = runner.affordable(
             counting(options, prepared), State(prepared.model, float_model, plan), prepared.samples
         )
+        config, state = _worthwhile(config, state)
         fit = targets.fit_of(given.target, target)
         state = state if fit is None else state.noting(fit)
         state = state.noting(WITHOUT_SAMPLES) if blind else state
+        state = state.noting(*_encoding_notes(given, plan))
     ctx = Context(
         given=given,
         config=config,
@@ -115,3 +126,41 @@ def start(
         progress=progress,
     )
     return Start(runner, prepared, state, ctx)
+
+
+def _worthwhile(config: Config, state: State) -> tuple[Config, State]:
+    """Return the options without network-wise optimization where it does not pay, and the reason as a trace.
+
+    Scores then only weigh ranges and positions, for which few samples do.
+    """
+    if not config.wants_scores or may_pay(state.plan, config):
+        return config, state
+    few: dict[str, int] = {} if "score_samples" in config.model_fields_set else {"score_samples": _FEW_SCORED}
+    config = config.model_copy(update=few)
+    if not config.optimizes:
+        return config, state
+    why = (
+        "not started: next to weights of 7 bits or more, quantized activations cause nearly all of the "
+        "noise, which no rounding of weights changes"
+    )
+    return config.model_copy(update={"steps": 0}), state.changed(trace=OptimizationTrace(reason=why))
+
+
+def _encoding_notes(config: Config, plan: Plan) -> list[str]:
+    """Return what of given ranges is not taken."""
+    if config.encodings is None:
+        return []
+    known, notes = plan.quantizer_of, []
+    left = [name for name in config.encodings.ranges if name not in known]
+    if left:
+        more = f" and {len(left) - _MOST_NAMED} more" if len(left) > _MOST_NAMED else ""
+        notes.append(
+            f"{len(left)} of {len(config.encodings.ranges)} tensors in the encodings are not quantized here: "
+            f"{', '.join(left[:_MOST_NAMED])}{more}"
+        )
+    if config.encodings.weights:
+        notes.append(
+            f"the encodings of {config.encodings.weights} weights are not taken: weights get ranges of their "
+            "own"
+        )
+    return notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eptq_onnx._version import __version__
 from eptq_onnx.config import FLOAT_BITS
@@ -14,6 +14,7 @@ from eptq_onnx.estimates import Estimate
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.sizes import size_of_parts
 from eptq_onnx.graph.view import GraphView, opset_of
+from eptq_onnx.outcome import Verification
 from eptq_onnx.passes.base import Context, State
 from eptq_onnx.prepare import Prepared
 from eptq_onnx.records import DYNAMIC_BITS, Calibration, Layer, Plan, Scores
@@ -84,7 +85,7 @@ def report_of(prepared: Prepared, state: State, ctx: Context, costs: Costs) -> R
         placement=state.placement,
         front=state.front,
         optimization=state.trace,
-        verification=state.verification,
+        verification=_named(state.verification, prepared),
         speed=state.speed,
         estimate=costs.estimate,
         seconds=costs.seconds,
@@ -161,6 +162,15 @@ def _network(state: State) -> Iterator[NodePlace]:
             yield NodePlace(name, kind, "float", reasons[name])
         else:
             yield NodePlace(name, kind, "other", "it computes shapes, indices or conditions")
+
+
+def _named(verification: Verification, prepared: Prepared) -> Verification:
+    """Give the worst samples their names, where they have some."""
+    if not prepared.names:
+        return verification
+    return replace(
+        verification, worst=tuple(replace(s, name=prepared.name_of(s.sample)) for s in verification.worst)
+    )
 
 
 def _pictures(prepared: Prepared, state: State, ctx: Context) -> Iterator[Picture]:

@@ -11,13 +11,9 @@ from eptq_onnx.data.origin import Origin
 from eptq_onnx.diagnosis import Exhibits, Histogram, NodePlace, OutputNoise, Picture, SampleNoise
 from eptq_onnx.estimates import Estimate
 from eptq_onnx.numerics.statistics import OutputStatistics
-from eptq_onnx.pace import OperatorTime, Pace, Speed
+from eptq_onnx.outcome import OperatorTime, OptimizationTrace, Pace, Speed, Verification
 from eptq_onnx.placement import FrontPoint
-from eptq_onnx.records import (
-    KeptFloat,
-    OptimizationTrace,
-    Verification,
-)
+from eptq_onnx.records import KeptFloat
 from eptq_onnx.report import LayerReport, Report
 
 SAFE = OutputStatistics(32, 45.0, 44.0, 40.0, 38.0, decisions=32, divergence=0.001)

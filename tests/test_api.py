@@ -16,11 +16,11 @@ from eptq_onnx import Config, ConfigError, EptqError, errors, targets
 
 def test_public_names_are_pinned():
     assert sorted(eptq_onnx.__all__) == [
-        "ActivationRange", "Attention", "Bench", "Budget", "BudgetUnit", "CapabilityError", "Compared", "Config",
+        "Accuracy", "ActivationRange", "Attention", "Bench", "Budget", "BudgetUnit", "CapabilityError", "Compared", "Config",
         "ConfigError", "Data", "DataError", "EptqError", "Finding", "FloatType", "Gate", "GradientError", "Inspection",
         "InstallError", "Lint", "ModelError", "Objective", "Optimizer", "OutputError", "Preset", "Progress", "Report",
-        "Result", "RoundingVariable", "Sample", "Severity", "Start", "Verified", "WeightRange", "WeightStorage",
-        "__version__", "bench", "compare", "inspect", "lint", "quantize", "samples", "verify",
+        "Result", "RoundingVariable", "Runnable", "Sample", "Sensitivity", "Severity", "Start", "Trail", "Verified", "WeightRange", "WeightStorage",
+        "__version__", "bench", "compare", "inspect", "lint", "quantize", "samples", "sensitivity", "verify",
     ]  # fmt: skip
     assert all(hasattr(eptq_onnx, name) for name in eptq_onnx.__all__)
 

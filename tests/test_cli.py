@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from graphs import images, normal, parse, small_convnet
+from PIL import Image
 from typer.testing import CliRunner
 
 import eptq_onnx
@@ -45,8 +47,22 @@ def test_quantize_writes_the_model_and_the_report(folder):
     assert 2 <= report["optimization"]["steps"] <= 3  # it may end early
     assert report["verification"]["kernels"] == {"Add": 1, "Conv": 3, "Gemm": 1, "GlobalAveragePool": 1}
     assert report["verification"]["outputs"]["logits"] > 5
-    for text in ("wrote out.onnx", "Integer kernels", "SQNR"):
+    for text in ("wrote out.onnx, report.json", "Integer kernels", "SQNR"):
         assert text in result.stdout
+
+
+@pytest.mark.parametrize("extra", [[], ["--samples", "10"]])
+def test_the_commands_to_go_on_with_take_the_same_samples(folder, extra):
+    result = good(*FAST, *extra)
+    [command] = [text.strip() for text in result.stdout.splitlines() if "--evaluate" in text]
+    words = shlex.split(command)
+    assert words == [
+        *["eptq-onnx", "verify", "model.onnx", "out.onnx", "--data", "data.npz", *extra],
+        *["--evaluate", "metric:accuracy"],
+    ]
+    checked = CliRunner().invoke(app, words[1:-2])
+    assert checked.exit_code in (0, 1), checked.output
+    assert "Outputs on" in checked.stdout
 
 
 def test_without_an_output_the_file_lies_beside_the_model_with_its_bits(folder):
@@ -75,6 +91,16 @@ def test_verbose_prints_what_the_passes_log(folder):
     result = good("--verbose", *FAST)
     assert result.exit_code == 0, result.output
     assert "reconstruct: " in result.stderr
+
+
+def test_what_a_file_of_options_says_of_samples_is_in_the_commands_to_go_on_with(folder):
+    for k in range(12):
+        Image.new("RGB", (8, 8), (20 * k, 9, 200 - 9 * k)).save(f"{k}.png")
+    Path("run.toml").write_text('preset = "fast"\n[data.image]\nfit = "stretch"\nmean = 0\nstd = 255\n')
+    result = invoke("model.onnx", "--data", ".", "--config", "run.toml")
+    assert result.exit_code == 0, result.output
+    [command] = [text.strip() for text in result.stdout.splitlines() if "--evaluate" in text]
+    assert "--image fit=stretch,mean=0,std=255 --evaluate" in command
 
 
 def _spoil(**arrays: Any) -> None:
@@ -185,3 +211,18 @@ def test_an_existing_output_survives_a_failure(folder):
     _spoil(x=images(4), z=images(4))
     assert good().exit_code == 2
     assert Path("out.onnx").read_text() == "precious"
+
+
+def test_weights_alone_need_no_data(tmp_path):
+    path, output = tmp_path / "model.onnx", tmp_path / "model.w4a32.onnx"
+    onnx.save(
+        parse("g (float[N,64] x) => (float[N,96] y) { y = MatMul (x, w) }", {"w": normal(64, 96)}), path
+    )
+    arguments = ["quantize", str(path), "--bits", "w4a32", "--edge-bits", "4", "--block", "32"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert output.stat().st_size < path.stat().st_size / 3
+    assert "MatMulNBits" in done.stdout
+    refused = CliRunner().invoke(app, ["quantize", str(path), "-o", str(tmp_path / "x.onnx")])
+    assert refused.exit_code == 2
+    assert "give them with --data" in refused.stderr

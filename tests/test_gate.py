@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import eptq_onnx
 from eptq_onnx import CapabilityError, Config, ConfigError, DataError, Gate, ModelError, gate, targets
 from eptq_onnx.cli import app
-from eptq_onnx.pace import Pace, Speed
+from eptq_onnx.outcome import Pace, Speed
 from eptq_onnx.runtimes import tensorrt_rtx
 
 pytestmark = pytest.mark.once

@@ -12,14 +12,17 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import typer.main
 from conftest import MODELS
 from typer.testing import CliRunner
 
 import eptq_onnx
-from eptq_onnx import demo, runtimes
+from eptq_onnx import Gate, demo, runtimes
 from eptq_onnx.cli import app
-from eptq_onnx.config import PRESET_PASSES, Config, Preset, Reading
+from eptq_onnx.cli.options import options_of
+from eptq_onnx.config import PRESET_PASSES, Accuracy, Config, Preset, Reading
 from eptq_onnx.config.files import SECTIONS
+from eptq_onnx.config.recipes import IMAGE_RECIPES
 from eptq_onnx.data import readers
 from eptq_onnx.pipeline import PIPELINE
 from eptq_onnx.runtimes import bench
@@ -80,7 +83,8 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def help_of(command: str) -> str:
-    return CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    """Return the help of a command; of no command, that of the program."""
+    return CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "200"}).output
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +150,18 @@ def test_commands_stand_where_they_are_run():
     assert {lang for _, lang, _ in BLOCKS} <= {"bash", "python", "console", "text", "toml"}
 
 
+SHOWN = sorted({command for _, lang, text in BLOCKS if lang == "text" for command in _commands(text)})
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_commands_that_are_only_shown_have_options_that_are_taken(command):
+    name, *arguments = shlex.split(command)
+    found = typer.main.get_group(app).commands[name].make_context(name, arguments).params
+    given = {key: value for key, value in found.items() if value not in (None, ())}
+    for options in (Config, Reading, Gate):
+        options(**options_of(options, given))
+
+
 def test_readme_is_short():
     assert len(README.split()) <= 900
 
@@ -172,8 +188,9 @@ def test_the_page_of_options_holds_all_of_them(pages, help_text):
     for section in SECTIONS.values():
         assert f"Table `[{section}]`" in page
     rows = re.findall(r"^\| (`.*?) \| (.*?) \| (.*) \|$", page, re.MULTILINE)
-    assert len(rows) == len(Config.model_fields) + len(Reading.model_fields) + 9, (
-        "the options, the model, its samples, three outputs, a file of options, and how the command prints"
+    fields = {**Config.model_fields, **Reading.model_fields, **Accuracy.model_fields}
+    assert len(rows) == len(fields) + 10, (
+        "the options, the model, its samples, four outputs, a file of options, and how the command prints"
     )
     listed = re.findall(r"`(--[a-z-]+)", " ".join(flags for flags, _, _ in rows))
     assert set(listed) <= set(re.findall(r"--[a-z-]+", help_text))
@@ -190,7 +207,7 @@ def test_the_page_of_options_is_left_alone_elsewhere(pages):
 
 def test_options_that_pages_name_exist():
     tools = [path.read_text(encoding="utf-8") for path in ROOT.glob("tools/*.py")]
-    known = set(re.findall(r"--[a-z-]+", "".join([*map(help_of, NAMES), *tools])))
+    known = set(re.findall(r"--[a-z-]+", "".join([help_of(""), *map(help_of, NAMES), *tools])))
     for page, text in PAGES.items():
         own = re.sub(r"^npm .*$", "", text, flags=re.MULTILINE)
         named = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", own))
@@ -218,6 +235,11 @@ def test_the_forms_of_data_are_those_that_are_read(pages, help_text):
     for reader in readers.registered():
         assert f"- {reader.form}\n" in page
         assert (reader.form in words) == reader.on_command_line
+
+
+def test_the_table_of_recipes_is_that_of_the_code():
+    rows = re.findall(r"^\| `([\w-]+)` \| `(fit=.*)` \| .* \|$", PAGES["docs/data.md"], re.MULTILINE)
+    assert dict(rows) == IMAGE_RECIPES
 
 
 def test_the_page_of_runtimes_holds_all_of_them_and_what_the_command_takes(pages):

@@ -299,3 +299,13 @@ def test_weights_in_files_go_on_too(tmp_path, monkeypatch):
     again = run(tmp_path / "w", max_memory="8GB")
     assert taken(again) == ALL[: ALL.index("optimize")]
     assert content(again) == content(run(None, max_memory="8GB"))
+
+
+def test_what_is_left_float_is_kept_by_a_workdir(tmp_path):
+    # A range that spoils the outputs, so that the input stays float.
+    spoiling = {"name": "image", "bw": 8, "scale": [0.01], "offset": [0]}
+    ranges = {"version": "1.0.0", "activation_encodings": [spoiling]}
+    first, second = (run(tmp_path / "w", preset="fast", steps=0, encodings=ranges) for _ in "ab")
+    assert any("quantizing image alone" in kept.reason for kept in first.report.kept_float)
+    assert content(second) == content(first)
+    assert "float fallback" in taken(second)

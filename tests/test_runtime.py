@@ -15,7 +15,7 @@ from graphs import images, normal, parse, small_convnet
 import eptq_onnx
 from eptq_onnx import runtime
 from eptq_onnx.errors import InstallError, ModelError
-from eptq_onnx.runtime import Session
+from eptq_onnx.runtime import ExactSession, Session
 
 
 @pytest.fixture
@@ -148,3 +148,13 @@ def test_float_weights_between_quantizers_stay_as_they_are(layer, small):
     found = runtime.ExactSession(model).run(feeds)["y"]
     assert np.abs(found - exact).max() < 1.01 * small / 8
     assert np.mean(found != exact) < 0.02
+
+
+def test_a_clip_of_an_input_in_front_of_a_quantizer_is_computed():
+    model = parse(
+        "g (float[N,4] x) => (float[N,4] y)"
+        "{ c = Clip (x, low, high) q = QuantizeLinear (c, s, z) y = DequantizeLinear (q, s, z) }",
+        {"low": np.float32(-1), "high": np.float32(1), "s": np.float32(1 / 127), "z": np.int8(0)},
+    )
+    values = np.array([[-3, -0.5, 0.5, 2]], np.float32)
+    np.testing.assert_allclose(ExactSession(model).run({"x": values})["y"], values.clip(-1, 1), atol=0.004)

@@ -1,8 +1,8 @@
 """What the documentation takes from the code whenever it is built.
 
-The tables of docs/options.md come from the fields of `Reading` and `Config` and the command's own parameters,
-those of docs/targets.md from the target files, the operator table and the rules of ``lint``, the forms of
-data and the recipes in docs/data.md from the readers and their options, the list of passes in
+The tables of docs/options.md come from the fields of `Reading`, `Config` and `Accuracy` and the command's own
+parameters, those of docs/targets.md from the target files, the operator table and the rules of ``lint``, the
+forms of data in docs/data.md from the readers, the list of passes in
 docs/how-it-works.md from `PIPELINE`, and the runtimes in docs/runtimes.md from what is found.
 
 ``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself.
@@ -21,9 +21,9 @@ from pydantic.fields import FieldInfo
 from eptq_onnx import runtimes, targets
 from eptq_onnx.cli import app
 from eptq_onnx.cli.options import default_of, help_of
-from eptq_onnx.config import Config, Reading, option_of
+from eptq_onnx.config import Accuracy, Config, Reading, option_of
 from eptq_onnx.config.option import flags_of
-from eptq_onnx.config.recipes import IMAGE_RECIPES
+from eptq_onnx.config.presets import PAPER
 from eptq_onnx.data import readers
 from eptq_onnx.numerics.formats import FLOATS
 from eptq_onnx.numerics.scales import ScaleRule
@@ -49,7 +49,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def tables() -> str:
     """One table for the command's own parameters, and one for each section of the options."""
     sections: dict[str, list[tuple[str, FieldInfo]]] = {}
-    fields_of = {**Reading.model_fields, **Config.model_fields}
+    fields_of = {**Reading.model_fields, **Config.model_fields, **Accuracy.model_fields}
     for name, field in fields_of.items():
         sections.setdefault(option_of(field).section, []).append((name, field))
     parts = ["## Files", "", *_table(_OPTIONS, _parameters("quantize", fields_of))]
@@ -77,12 +77,6 @@ def forms_of_python() -> str:
     return "\n".join(f"- {form}" for form in readers.forms(on_command_line=False))
 
 
-def recipes() -> str:
-    """Return a table with one row for each named recipe for pictures."""
-    rows = [(f"`{name}`", f"`{text}`") for name, text in IMAGE_RECIPES.items()]
-    return "\n".join(_table(("name", "stands for"), rows))
-
-
 def shipped_targets() -> str:
     """Return a table with one row for each shipped target."""
     head = ("name", "runtime", "weights at 8 bits", "activations at 8 bits", "bias")
@@ -108,6 +102,22 @@ def rules() -> str:
     """Return a table with one row for each rule of ``lint``."""
     rows = [(f"`{rule.name}`", rule.severity.value, rule.about) for rule in RULES]
     return "\n".join(_table(("rule", "severity", "what must hold"), rows))
+
+
+def paper() -> str:
+    """Return a table with one row for each option that the preset of the paper sets."""
+    ours, rows = Config(), []
+    for name, value in PAPER.items():
+        field = Config.model_fields[name]
+        default = default_of(field) if getattr(ours, name) is None else _word(getattr(ours, name))
+        rows.append((f"`{flags_of(name, field)[0]}`", _word(value), default))
+    return "\n".join(_table(("option", "paper", "default"), rows))
+
+
+def _word(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:,g}" if isinstance(value, (int, float)) else str(getattr(value, "value", value))
 
 
 def bench() -> str:
@@ -218,15 +228,19 @@ def _rule(rule: ScaleRule) -> str:
     return "" if rule is ScaleRule.ANY else f", scales that are a {rule.value}"
 
 
-_HINT = "*Tables of this page are made from the code: `make docs` builds the page with them.*\n\n"
+_HINTS = (
+    "*Tables of this page are made from the code: `make docs` builds the page with them.*\n\n",
+    "*The lists of forms are made from the code, when `make docs` builds this page. "
+    "`eptq-onnx quantize --help` has them, too.*\n\n",
+)
 """For readers of the sources."""
 PLACES = {
-    _HINT: lambda: "",
+    **dict.fromkeys(_HINTS, lambda: ""),
     "<!-- the tables of all options -->": tables,
     "<!-- the forms of data -->": forms,
     "<!-- the forms of data in Python -->": forms_of_python,
-    "<!-- the recipes for pictures -->": recipes,
     "<!-- the list of passes -->": passes,
+    "<!-- the preset of the paper -->": paper,
     "<!-- the parameters of bench -->": bench,
     "<!-- the parameters of verify -->": verify,
     "<!-- the table of runtimes -->": verifiers,

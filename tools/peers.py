@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx.version_converter
@@ -178,6 +179,36 @@ def quantize_dynamic(model: Path, folder: Path) -> Iterator[tuple[str, Path]]:
             )
             scales = "per channel" if per_channel else "per tensor"
             yield f"{weights.name[1:].lower()} {scales}{'' if operators else ', all operators'}", path
+
+
+def weights_in_blocks(method: str, model: Path, samples: Samples, sizes: tuple[int, int], path: Path) -> None:
+    """Write the file of onnxruntime's quantizer of weights in blocks; it needs the package onnx-ir.
+
+    Parameters
+    ----------
+    method : str
+        ``"default"``, ``"hqq"`` (with PyTorch) or ``"gptq"``.
+    model : path
+    samples : Samples
+        For GPTQ.
+    sizes : tuple of int
+        Bits, and terms of a block.
+    path : path
+    """
+    from onnxruntime.quantization import matmul_nbits_quantizer as theirs
+
+    bits, block = sizes
+    configs: dict[str, Callable[[], Any]] = {
+        "default": lambda: theirs.DefaultWeightOnlyQuantConfig(block, accuracy_level=4, bits=bits),
+        "hqq": lambda: theirs.HQQWeightOnlyQuantConfig(block, bits),
+        "gptq": lambda: theirs.GPTQWeightOnlyQuantConfig(Reader(samples), block_size=block),
+    }
+    with redirect_stdout(sys.stderr):
+        quantizer = theirs.MatMulNBitsQuantizer(
+            onnx.load(model), block, is_symmetric=False, accuracy_level=4, algo_config=configs[method]()
+        )
+        quantizer.process()
+        quantizer.model.save_model_to_file(str(path))
 
 
 def _readable(model: Path, folder: Path) -> Path:

@@ -74,7 +74,7 @@ def _in_words(found: Compared) -> str:
 
 def _show(found: Compared, out: Console, shown: int) -> None:
     title = line(f"Outputs on {found.samples} samples, by {found.computed_by}")
-    columns = ("output", "SQNR (dB)", "cosine", "largest difference", "same largest channel")
+    columns = ("output", "SQNR (dB)", "cosine", "largest difference", "same top-1")
     table = Table(*columns, title=title, title_justify="left")
     for name, output in found.outputs.items():
         agreement = "-" if output.agreement is None else f"{output.agreement:.2%}"

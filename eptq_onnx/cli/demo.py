@@ -16,7 +16,8 @@ from eptq_onnx.api import quantize
 from eptq_onnx.cli.app import START, app, one_sentence
 from eptq_onnx.cli.manner import Manner, with_manner
 from eptq_onnx.config import Config, Preset
-from eptq_onnx.files import write_atomically
+from eptq_onnx.errors import InstallError
+from eptq_onnx.report import Report
 from eptq_onnx.report.console import console, display, line
 from eptq_onnx.runtime import Session
 from eptq_onnx.start import silent
@@ -31,25 +32,25 @@ def demo(
 ) -> None:
     """Quantize a small classifier that comes with the package, and leave all files in FOLDER to play with.
 
-    Writes a model, pictures, labelled pictures and a metric, then the quantized model and its report.
+    Writes a model, pictures, labelled pictures and a metric, then the quantized model and its report, as a
+    page if the extra report is installed.
     """
     messages = console(stderr=True)
     with one_sentence(messages):
         shipped.write(folder)
-        model, quantized, report = (
-            folder / name for name in ("model.onnx", "model.w8a8.onnx", "report.json")
-        )
+        model, quantized = folder / "model.onnx", folder / "model.w8a8.onnx"
         photos = shipped.draw(shipped.PHOTOS, seed=1).as_input()
         silence = nullcontext(silent) if manner.quiet or manner.json else display(messages, Preset.FAST.value)
         with silence as progress:
             result = quantize(model, {"image": photos}, Config(preset=Preset.FAST), progress=progress)
         result.save(quantized)
-        write_atomically(report, result.report.to_json().encode())
+        report, no_page = _save(result.report, folder)
         before, after = _accuracy(model), _accuracy(quantized)
         if manner.json:
             files = {"folder": str(folder), "quantized": str(quantized), "report": str(report)}
             scores = {"float_accuracy": before, "accuracy": after}
-            print(json.dumps({**files, **scores, "verdict": str(result.report.verdict)}, indent=2))
+            notes = {"verdict": str(result.report.verdict), "notes": [no_page] if no_page else []}
+            print(json.dumps({**files, **scores, **notes}, indent=2))
             return
         out = console()
         right = f"{after:.1%} of {shipped.TEST} labelled pictures are right; the float model: {before:.1%}"
@@ -58,6 +59,8 @@ def demo(
             return
         result.report.print(out)
         out.print(line(right, "bold"), soft_wrap=True)
+        if no_page:
+            out.print(line(f"note: {no_page}", "yellow"), soft_wrap=True)
         wrote = f"wrote {quantized} and {report}; the pictures are in {folder / 'photos'}"
         for text in (wrote, f"next: cd {shlex.quote(str(folder))}, and", *(f"  {c}" for c in _NEXT)):
             out.print(line(text), soft_wrap=True)
@@ -70,6 +73,17 @@ _NEXT = (
     "eptq-onnx compare model.onnx model.w4a8.onnx --data test --image imagenet",
 )
 """Commands to go on with."""
+
+
+def _save(report: Report, folder: Path) -> tuple[Path, str]:
+    """Write the report as a page and as JSON; return the page, or the JSON and why there is no page."""
+    figures, page = folder / "report.json", folder / "report.html"
+    report.save(figures)
+    try:
+        report.save(page)
+    except InstallError as e:
+        return figures, str(e)
+    return page, ""
 
 
 def _accuracy(model: Path) -> float:

@@ -22,6 +22,8 @@ from eptq_onnx.report.plain import size_text
 
 _NAMED = 3
 """Nodes of one reason that are named."""
+_NAME = 21
+"""Characters of the name of a node, of which the end tells most."""
 
 
 @app.command(rich_help_panel=LOOK)
@@ -44,10 +46,10 @@ def inspect(
         elif manner.quiet:
             console().print(line(found.command), soft_wrap=True)
         else:
-            _show(found, console(), _NAMED if not manner.verbose else len(found.kept_float))
+            _show(found, console(), manner.verbose)
 
 
-def _show(found: Inspection, out: Console, named: int) -> None:
+def _show(found: Inspection, out: Console, verbose: bool) -> None:
     head = Table.grid(padding=(0, 2))
     for label, text in _facts(found):
         cell = line(text)
@@ -61,7 +63,7 @@ def _show(found: Inspection, out: Console, named: int) -> None:
         operators.add_row(line(row.operator), str(row.nodes), str(row.integer) if row.integer else "-")
     out.print(operators)
     if found.kept_float:
-        out.print(_float_table(found, named))
+        out.print(_float_table(found, verbose))
     for sentence in found.unavailable:
         out.print(line(f"not found out: {sentence}", "yellow"), soft_wrap=True)
     for note in found.data.notes:
@@ -74,6 +76,8 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     """Return the lines at the top, each with its label."""
     guessed = f"; guessed: {'; '.join(found.data.guessed)}" if found.data.guessed else ""
     integer, nodes = sum(o.integer for o in found.operators), sum(o.nodes for o in found.operators)
+    others = nodes - integer - len(found.kept_float)
+    shapes = f", {others} compute no floats (shapes, indices)" if others > 0 else ""
     why = f", because {found.why_target}" if found.why_target else ""
     rows = [
         (
@@ -85,7 +89,10 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         *(("output", f"{p.name} {p.type} {p.shape}") for p in found.outputs),
         ("data", f"{found.data.about}{guessed}"),
         ("target", f"{found.target}{why}"),
-        ("integers", f"{integer} of {nodes} nodes can run on integers; the run decides by measured time"),
+        (
+            "integers",
+            f"{integer} of {nodes} nodes can run on integers{shapes}; the run decides by measured time",
+        ),
         ("size", ", ".join(f"{name} about {size_text(size)}" for name, size in found.sizes.items())),
     ]
     if found.multiply_adds is not None:
@@ -96,7 +103,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     return rows
 
 
-def _float_table(found: Inspection, named: int) -> Table:
+def _float_table(found: Inspection, verbose: bool) -> Table:
     reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
     for kept in found.kept_float:
         reasons[kept.op_type, kept.reason].append(kept.node)
@@ -109,8 +116,13 @@ def _float_table(found: Inspection, named: int) -> Table:
         title_justify="left",
     )
     for (operator, reason), nodes in sorted(reasons.items(), key=lambda item: -len(item[1])):
-        more = f" and {len(nodes) - named} more (--verbose)" if len(nodes) > named else ""
-        table.add_row(
-            line(operator), str(len(nodes)), line(reason), line(f"{', '.join(nodes[:named])}{more}")
-        )
+        names = nodes if verbose else [_short(node) for node in nodes[:_NAMED]]
+        more = f" and {len(nodes) - len(names)} more (--verbose)" if len(nodes) > len(names) else ""
+        which = line(f"{', '.join(names)}{more}")
+        which.overflow = "fold"
+        table.add_row(line(operator), str(len(nodes)), line(reason), which)
     return table
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"

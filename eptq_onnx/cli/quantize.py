@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +17,9 @@ from eptq_onnx.api import quantize as run
 from eptq_onnx.cli.app import QUANTIZE, app, logged, one_sentence
 from eptq_onnx.cli.manner import Manner, with_manner
 from eptq_onnx.cli.options import options_of, with_options
-from eptq_onnx.config import Config, Reading
+from eptq_onnx.config import Accuracy, Config, Reading
 from eptq_onnx.config.files import read_options
+from eptq_onnx.config.option import Option, OptionModel, written_as
 from eptq_onnx.data import readers
 from eptq_onnx.data.readers import Data, Nothing
 from eptq_onnx.errors import OutputError
@@ -29,8 +33,20 @@ from eptq_onnx.report.console import console, display, line, shown
 from eptq_onnx.start import silent
 
 
+class Beside(OptionModel):
+    """Files that are written beside the model."""
+
+    report: Annotated[Path | None, Option("files", default="none")] = None
+    """Where to write the report, as the suffix says: .html is one page with tables and plots (needs the extra
+    report), .md is Markdown, .json holds all figures."""
+    contact_sheet: Annotated[Path | None, Option("files", default="none")] = None
+    """Where to write a PNG of what the network sees, if DATA holds pictures."""
+    export_encodings: Annotated[Path | None, Option("files", default="none")] = None
+    """Where to write the scales of activations and weights as encodings (AIMET's schema 1.0)."""
+
+
 @app.command(rich_help_panel=QUANTIZE)
-@with_options(Reading, Config)
+@with_options(Beside, Reading, Config, Accuracy)
 @with_manner("json", "quiet", "verbose")
 def quantize(
     *,
@@ -51,17 +67,6 @@ def quantize(
             help="Where to write the QDQ model; by default NAME.w8a8.onnx beside the model, with its bits.",
         ),
     ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            help="Where to write the report, as the suffix says: .html is one page with tables and plots "
-            "(needs the extra report), .md is Markdown, .json holds all figures."
-        ),
-    ] = None,
-    contact_sheet: Annotated[
-        Path | None,
-        typer.Option(help="Where to write a PNG of what the network sees, if DATA holds pictures."),
-    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -71,7 +76,10 @@ def quantize(
     manner: Manner,
     **options: Any,
 ) -> None:
-    """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime."""
+    """Quantize MODEL with the samples in DATA, and write a QDQ model for the target runtime.
+
+    The exit code is 1 if the file misses --max-drop: it is written all the same, as good as was found.
+    """
     messages = console(stderr=True)
     with one_sentence(messages):
         given = {**(read_options(config) if config is not None else {}), **options}
@@ -79,21 +87,27 @@ def quantize(
             Config(**options_of(Config, given)),
             Data(Nothing() if data is None else data, **options_of(Reading, given)),
         )
+        accuracy = options_of(Accuracy, given)
         output = own_output(model, chosen) if output is None else output
-        asked = {"the report": report, "the contact sheet": contact_sheet}
+        files_beside = Beside(**options_of(Beside, options))
+        asked = {
+            "the report": files_beside.report,
+            "the contact sheet": files_beside.contact_sheet,
+            "the encodings": files_beside.export_encodings,
+        }
         beside = {name: path for name, path in asked.items() if path is not None}
         outputs = {**model_outputs(output), **beside}
         for path in (output, *beside.values()):
             check_writable(path)
         inputs = input_files(model, samples, chosen)
         check_apart(outputs, [*inputs, ("the configuration", config)] if config is not None else inputs)
-        if report is not None:
-            files.check(report)
+        if files_beside.report is not None:
+            files.check(files_beside.report)
         if chosen.workdir is not None:
             tell_outcome(f"nothing was written; the same command goes on from {shown(chosen.workdir)}")
         shown_in = nullcontext(silent) if manner.quiet else display(messages, chosen.preset.value)
         with logged(messages, manner.verbose), shown_in as progress:
-            result = run(model, samples, chosen, progress=progress)
+            result = run(model, samples, chosen, progress=progress, **accuracy)
         result.save(output)
         tell_outcome(f"wrote {shown(output)}")
         failures = [_failure(name, path, result, output) for name, path in beside.items()]
@@ -103,10 +117,18 @@ def quantize(
         elif manner.quiet:
             summary.print(line(f"{output}: {result.report.verdict}"), soft_wrap=True)
         else:
-            result.report.print(summary)
-            summary.print(line(f"wrote {output}"), soft_wrap=True)
+            result.report.print(summary, everything=manner.verbose)
+            written = [
+                output,
+                *(p for p, failure in zip(beside.values(), failures, strict=True) if not failure),
+            ]
+            summary.print(line(f"wrote {', '.join(map(str, written))}"), soft_wrap=True)
+            for text in _next(model, output, samples, given):
+                summary.print(line(text), soft_wrap=text.startswith("  "))  # a command is to be copied
         for failure in filter(None, failures):
             raise failure
+    if result.report.trail is not None and not result.report.trail.reached:
+        raise typer.Exit(1)
 
 
 def own_output(model: Path, config: Config) -> Path:
@@ -126,11 +148,28 @@ def own_output(model: Path, config: Config) -> Path:
     return path
 
 
+def _next(model: Path, output: Path, data: Data, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the commands to go on with, on the same samples."""
+    words = ["eptq-onnx", "verify", str(model), str(output), "--data", str(data.source)]
+    for name, field in Reading.model_fields.items():
+        # As it was written; a file of options may hold a recipe key by key.
+        value = given.get(name)
+        words += written_as(name, field, getattr(data.reading, name) if isinstance(value, Mapping) else value)
+    return (
+        "next, with a metric of your own, and better with --data that calibration has not seen:",
+        f"  {shlex.join([*words, '--evaluate', 'metric:accuracy'])}",
+        "with the same options: compare (where the models part) and bench (speed)",
+    )
+
+
 def _failure(name: str, path: Path, result: Result, output: Path) -> OutputError | None:
     """Write a file beside the model; return what went wrong, to be told behind the summary, which may be all
     that is left of it."""
     sheet = name == "the contact sheet"
-    content = result.contact_sheet if sheet else files.content(result.report, path)
+    if name == "the encodings":
+        content = (json.dumps(result.encodings, indent=2) + "\n").encode()
+    else:
+        content = result.contact_sheet if sheet else files.content(result.report, path)
     if not content:
         return OutputError(f"{output} was written, but not {name}: no recipe made the samples of pictures.")
     try:

@@ -1,5 +1,6 @@
 """The options."""
 
+from eptq_onnx.config.accuracy import Accuracy
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
@@ -15,16 +16,19 @@ from eptq_onnx.config.choices import (
     WeightRange,
     WeightStorage,
 )
-from eptq_onnx.config.config import FLOAT_BITS, PRESET_PASSES, Config
+from eptq_onnx.config.config import Config
 from eptq_onnx.config.gate import Gate
 from eptq_onnx.config.option import Option, describe, option_of
+from eptq_onnx.config.presets import PRESET_PASSES
 from eptq_onnx.config.reading import Reading
+from eptq_onnx.config.widths import FLOAT_BITS
 from eptq_onnx.config.without_samples import WITHOUT_SAMPLES, without_samples
 
 __all__ = [
     "FLOAT_BITS",
     "PRESET_PASSES",
     "WITHOUT_SAMPLES",
+    "Accuracy",
     "ActivationRange",
     "Activations",
     "Attention",

@@ -10,6 +10,7 @@ class Preset(str, Enum):
 
     FAST = "fast"
     BALANCED = "balanced"
+    PAPER = "paper"
 
 
 class ActivationRange(str, Enum):
@@ -43,6 +44,7 @@ class WeightStorage(str, Enum):
     PACKED = "packed"
     NATIVE = "native"
     INT8 = "int8"
+    MATMULNBITS = "matmulnbits"
 
 
 class FloatType(str, Enum):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ByteSize, Field, field_validator, model_validator
 from typing_extensions import Self, Unpack
 
+from eptq_onnx.config.axes import axes_of
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
@@ -27,19 +27,16 @@ from eptq_onnx.config.choices import (
     WeightRange,
     WeightStorage,
 )
+from eptq_onnx.config.encodings import Encodings
 from eptq_onnx.config.option import Option, OptionModel, option_of
 from eptq_onnx.config.options import Options
+from eptq_onnx.config.presets import PRESET_PASSES, filled
+from eptq_onnx.config.widths import ACTIVATION_WIDTHS, FLOAT_BITS, widths
 
-PRESET_PASSES = {Preset.FAST: (0, 0), Preset.BALANCED: (30, 90)}
-"""Most float passes that network-wise optimization may cost: with fine and with coarse steps.
-
-Coarse are those of weights below 4 bits, and of activations whose scales are learned, below 8.
-"""
-FLOAT_BITS = 32
-"""The width of activations that stay float."""
-_ACTIVATION_WIDTHS = (*range(2, 9), 16, FLOAT_BITS)
-_ACTIVATION_NOISE = 0.05
+_ACTIVATION_NOISE = 0.02
 """Default limit of the noise of activations."""
+_TOTAL_NOISE = 0.05
+"""Default limit of the noise of weights and activations together, for the smallest file."""
 
 
 class Config(OptionModel):
@@ -69,7 +66,12 @@ class Config(OptionModel):
     auto: static, but dynamic for the products of a network that loses much less so, measured on samples, if
     the target has kernels for it."""
     exclude: Annotated[tuple[str, ...], Option("widths", metavar="PATTERN", default="none")] = ()
-    """Keep the nodes that match a pattern (see bits) in floating point. May be repeated."""
+    """Keep the nodes that match a pattern (see bits) in floating point. tensor:NAME keeps a tensor float: the
+    nodes that make and read it compute in float, on weights stored at their bits. May be repeated."""
+    block: Annotated[int | None, Option("widths", metavar="SIZE", default="per channel")] = Field(None, ge=2)
+    """One scale and one zero point for each SIZE terms of a matrix product's weight, and for each SIZE
+    columns of a lookup table. Only with activations of 32 bits, as in bits w4a32. Convolutions keep one scale
+    per channel."""
     budget: Annotated[
         tuple[Budget, ...], Option("widths", metavar="UNIT=AMOUNT", text=True, default="none")
     ] = ()
@@ -87,7 +89,8 @@ class Config(OptionModel):
     ] = None
     """How weights of 2 to 6 bits are stored. packed: in as many bytes as their bits need, with nodes that
     unpack them to int8 when the model is loaded. native: in ONNX's own types, if the target supports them.
-    int8: one byte each."""
+    int8: one byte each. matmulnbits: in onnxruntime's own operator MatMulNBits, for weights in blocks; the
+    default for those, if the target has it."""
     rest: Annotated[
         FloatType | None,
         Option("runtime", default="the model's own, if the target supports it; else float32"),
@@ -111,7 +114,8 @@ class Config(OptionModel):
     """fast: layer-wise reconstruction only, without gradients. balanced: network-wise optimization, too, for
     about the time of 30 runs of all samples through the float model, or of 90 with weights below 4 bits or
     activations below 8. It starts only where the rounding of weights causes enough of the noise, and ends
-    when it gains little: see patience."""
+    when it gains little: see patience. paper: EPTQ as published, with 80,000 steps; options that are given
+    replace its own."""
     steps: Annotated[int | None, Option("optimization", default="by the preset")] = Field(None, ge=0)
     """Number of network-wise optimization steps, whatever the preset and however much they may gain."""
     engine: Annotated[str, Option("optimization", metavar="NAME")] = "auto"
@@ -125,6 +129,12 @@ class Config(OptionModel):
     cheaper and always uses up to 1,024."""
     activation_range: Annotated[ActivationRange, Option("calibration")] = ActivationRange.MSE
     """Method for choosing activation ranges."""
+    encodings: Annotated[
+        Encodings | None, Option("calibration", metavar="FILE", text=True, default="none")
+    ] = None
+    """Ranges of activations that are given: a JSON file of encodings in AIMET's schema 1.0. Tensors that it
+    names keep their ranges, and channels are neither mixed nor scaled, which would change them. Widths are
+    those of the other options, and weights get ranges of their own."""
     percentile: Annotated[float, Option("calibration", advanced=True)] = Field(99.99, gt=50, le=100)
     """Percentile of each tail, for activation_range=percentile."""
     weight_range: Annotated[
@@ -143,10 +153,12 @@ class Config(OptionModel):
     """Scale the channels of activations to fit their shared range, where neighbouring layers can absorb the
     scaling."""
     max_noise: Annotated[
-        float | None, Option("calibration", default=f"{_ACTIVATION_NOISE:g}, for activations alone")
+        float | None,
+        Option("calibration", default=f"{_ACTIVATION_NOISE:g}; with objective=bytes {_TOTAL_NOISE:g}"),
     ] = Field(None, ge=0)
     """Maximum noise-to-signal power ratio at the outputs. The activations that cause most of it stay in
-    floating point until the others are within this limit, or until none stands out. Where a budget or
+    floating point until the others are within this limit, or until none stands out; with objective=time,
+    further operators do where the model gets at most a tenth slower by that. Where a budget or
     objective=bytes chooses the widths of weights, weights and activations together keep within a limit that
     is given. 0 disables the check."""
     start: Annotated[Start, Option("weights", advanced=True)] = Start.CLOSED_FORM
@@ -200,9 +212,10 @@ class Config(OptionModel):
     gradual_activations: Annotated[bool, Option("optimization", advanced=True)] = False
     """Phase in activation quantization gradually. This helps with thousands of steps and hurts with
     hundreds."""
-    augment: Annotated[bool, Option("optimization", advanced=True)] = True
-    """Augment the samples of each step: mirror and shift images, mix float inputs. Without augmentation a few
-    hundred samples are overfitted."""
+    augment: Annotated[bool | None, Option("optimization", advanced=True, default="by the length")] = None
+    """Augment the samples of each step: mirror and shift images, mix float inputs. Default: where each sample
+    is seen more than 20 times, because long runs overfit a few hundred samples. Short ones gain more from the
+    samples as they are."""
     max_memory: Annotated[
         ByteSize | None,
         Option("limits", metavar="SIZE", text=True, default="nine tenths of RAM for models above 256 MB"),
@@ -242,24 +255,16 @@ class Config(OptionModel):
     @field_validator("batch_axes", mode="before")
     @classmethod
     def _named(cls, given: object) -> object:
-        """Accept NAME=AXIS and NAME=none, too."""
-        if given is None:
-            return {}
-        if isinstance(given, Mapping):
-            return given
-        axes: dict[str, int | None] = {}
-        for item in [given] if isinstance(given, str) else list(given):  # type: ignore[call-overload]
-            name, equals, axis = str(item).rpartition("=")
-            if not equals or not name or not (axis == "none" or axis.isdecimal()):
-                raise ValueError(f"give NAME=AXIS, an axis counted from 0, or NAME=none, not {item}")
-            axes[name] = None if axis == "none" else int(axis)
-        return axes
+        return given if isinstance(given, Mapping) else axes_of(given)
 
     @model_validator(mode="before")
     @classmethod
     def _bits_of_all(cls, given: Any) -> Any:
-        """Turn bits without a pattern into weight_bits and activation_bits."""
-        if not isinstance(given, Mapping) or "bits" not in given:
+        """Fill in the preset, and turn bits without a pattern into weight_bits and activation_bits."""
+        if not isinstance(given, Mapping):
+            return given
+        given = filled(given)
+        if "bits" not in given:
             return given
         rules = [given["bits"]] if isinstance(given["bits"], str) else list(given["bits"])
         options = {name: value for name, value in given.items() if name != "bits"}
@@ -295,6 +300,15 @@ class Config(OptionModel):
         if self.chooses_widths and self.bits:
             what = "a budget" if self.width_budgets else "objective=bytes"
             raise ValueError(f"{what} chooses the bits of all weights: leave bits with patterns out")
+        if self.block is not None and not self.weights_only:
+            raise ValueError("block is for weights alone: give activations 32 bits, as in bits w4a32")
+        if self.block is not None and self.chooses_widths:
+            what = "a budget" if self.width_budgets else "objective=bytes"
+            raise ValueError(f"{what} chooses no bits of weights in blocks: leave it out, or leave block out")
+        if self.block is not None and self.steps:
+            raise ValueError("steps are not for weights in blocks, which no step learns: leave steps out")
+        if self.storage is WeightStorage.MATMULNBITS and self.block is None:
+            raise ValueError("storage=matmulnbits is for weights in blocks: give block, such as 32")
         units = [b.unit.value for b in self.budget]
         if len(set(units)) < len(units):
             raise ValueError("a budget is given twice for one unit: leave one out")
@@ -316,7 +330,7 @@ class Config(OptionModel):
     @field_validator("activation_bits")
     @classmethod
     def _stored(cls, bits: int) -> int:
-        if bits not in _ACTIVATION_WIDTHS:
+        if bits not in ACTIVATION_WIDTHS:
             raise ValueError("give 2 to 8, 16, or 32")
         return bits
 
@@ -335,6 +349,11 @@ class Config(OptionModel):
             default=lambda v: sorted(v) if isinstance(v, frozenset) else str(v),
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def changes_channels(self) -> bool:
+        """True if channels of activations may be mixed or scaled: ranges that are given would not fit."""
+        return self.encodings is None
 
     @property
     def chooses_by_time(self) -> bool:
@@ -366,7 +385,8 @@ class Config(OptionModel):
         """Limit of the noise of weights and activations together, if there is one."""
         if not self.chooses_widths or self.max_noise == 0:
             return None
-        return self.activation_noise if self.objective is Objective.BYTES else self.max_noise
+        default = _TOTAL_NOISE if self.objective is Objective.BYTES else None
+        return default if self.max_noise is None else self.max_noise
 
     @property
     def node_bits(self) -> list[tuple[str, int, int]]:
@@ -392,6 +412,8 @@ class Config(OptionModel):
     @property
     def optimizes(self) -> bool:
         """True if network-wise optimization is on."""
+        if self.block is not None:
+            return False
         return (max(PRESET_PASSES[self.preset]) if self.steps is None else self.steps) > 0
 
     @property
@@ -421,13 +443,3 @@ class Config(OptionModel):
     def needs_gradients(self) -> bool:
         """True if any pass uses the gradient engine."""
         return self.optimizes or self.weight_range_method is WeightRange.HMSE
-
-
-def widths(text: str) -> tuple[int, int]:
-    """Parse wWaA, such as w4a8, into weight and activation bits."""
-    found = re.fullmatch(r"w(\d+)a(\d+)", str(text))
-    if found is None or not 2 <= int(found[1]) <= 8 or int(found[2]) not in _ACTIVATION_WIDTHS:
-        raise ValueError(
-            f"write bits as w4a8, of 2 to 8 for weights and 2 to 8, 16 or 32 for activations, not {text}"
-        )
-    return int(found[1]), int(found[2])

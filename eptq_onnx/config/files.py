@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from eptq_onnx.config.accuracy import Accuracy
 from eptq_onnx.config.config import Config
 from eptq_onnx.config.option import option_of
 from eptq_onnx.config.reading import Reading
@@ -18,7 +19,9 @@ else:
     import tomli as tomllib
 
 SECTIONS = {
-    name: option_of(field).section for name, field in {**Config.model_fields, **Reading.model_fields}.items()
+    name: option_of(field).section
+    for options in (Config, Reading, Accuracy)
+    for name, field in options.model_fields.items()
 }
 """The table of each option."""
 

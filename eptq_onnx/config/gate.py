@@ -30,8 +30,8 @@ class Gate(OptionModel):
         Callable[..., float] | str | None,
         Option("gate", metavar="MODULE:FUNCTION", text=True, default="none"),
     ] = None
-    """Function that scores a model. Its argument is the model: a function from a dict of inputs to a dict of
-    outputs."""
+    """Function that scores a model on data of yours. Its argument is the model; see the same option of
+    quantize."""
     min_score: Annotated[float | None, Option("gate", default="none")] = None
     """Score that the quantized model must reach."""
     strict: Annotated[bool, Option("gate")] = False

@@ -15,7 +15,7 @@ from eptq_onnx.errors import ConfigError
 
 @dataclass(frozen=True)
 class Option:
-    """Metadata of a field of `Config` or `Gate`; its help is the field's docstring.
+    """Metadata of a field of `Config`, `Accuracy` or `Gate`; its help is the field's docstring.
 
     Parameters
     ----------
@@ -23,6 +23,8 @@ class Option:
         Table of a configuration file that holds it.
     flag : str
         Name on the command line, if it is not that of the field with dashes.
+    off : str
+        For a switch, the name that turns it off, if it is not the flag's with ``no-``.
     metavar : str
         What stands for the value in help, if the type does not tell.
     text : bool
@@ -37,6 +39,7 @@ class Option:
 
     section: str
     flag: str = ""
+    off: str = ""
     metavar: str = ""
     text: bool = False
     default: str = ""
@@ -52,7 +55,8 @@ def option_of(field: FieldInfo) -> Option:
 def flags_of(name: str, field: FieldInfo) -> list[str]:
     """Return its name on the command line, and for a switch the one that turns it off, too."""
     flag = option_of(field).flag or "--" + name.replace("_", "-")
-    return [flag, f"--no-{flag[2:]}"] if field.annotation is bool else [flag]
+    off = option_of(field).off or f"--no-{flag[2:]}"
+    return [flag, off] if field.annotation in (bool, bool | None) else [flag]
 
 
 def written_as(name: str, field: FieldInfo, value: object) -> list[str]:
@@ -92,7 +96,8 @@ def describe(error: ValidationError, what: str) -> str:
     """Describe the first problem of a pydantic error in one sentence."""
     first = error.errors()[0]
     # An option may be given several times; which of them is wrong, the value says.
-    name = ".".join(part for part in first["loc"] if isinstance(part, str))
+    # What a union's member is called, such as constrained-int, is no name of an option.
+    name = ".".join(part for part in first["loc"] if isinstance(part, str) and part.isidentifier())
     if first["type"] == "extra_forbidden":
         return f"{what} {name} is unknown."
     if first["type"] == "missing":

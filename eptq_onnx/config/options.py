@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
@@ -22,6 +22,7 @@ from eptq_onnx.config.choices import (
     WeightRange,
     WeightStorage,
 )
+from eptq_onnx.config.encodings import Encodings
 
 
 class Options(TypedDict, total=False):
@@ -33,21 +34,23 @@ class Options(TypedDict, total=False):
     bits: Sequence[str] | str
     activations: Activations | Literal["static", "dynamic", "auto"]
     exclude: Sequence[str] | str
+    block: int | None
     budget: Sequence[Budget | str] | Budget | str | None
     outputs: Sequence[str] | str
     target: str
-    storage: WeightStorage | Literal["packed", "native", "int8"] | None
+    storage: WeightStorage | Literal["packed", "native", "int8", "matmulnbits"] | None
     rest: FloatType | Literal["float32", "float16", "bfloat16"] | None
     objective: Objective | Literal["time", "integers", "noise", "bytes"]
     runtime_threads: int
     timings: str | Path | None
-    preset: Preset | Literal["fast", "balanced"]
+    preset: Preset | Literal["fast", "balanced", "paper"]
     steps: int | None
     engine: str
     seed: int
     batch_size: int
     score_samples: int
     activation_range: ActivationRange | Literal["minmax", "percentile", "mse"]
+    encodings: Encodings | Mapping[str, Any] | str | Path | None
     percentile: float
     weight_range: WeightRange | Literal["minmax", "mse", "hmse"] | None
     damping: float
@@ -72,7 +75,7 @@ class Options(TypedDict, total=False):
     rounding_strength: float
     warmup: float
     gradual_activations: bool
-    augment: bool
+    augment: bool | None
     max_memory: int | str | None
     threads: int | None
     workdir: str | Path | None

@@ -36,14 +36,15 @@ class Reading(OptionModel):
         ImageRecipe | None, Option("data", metavar="RECIPE", text=True, default="guessed from the model")
     ] = None
     """What is done to pictures, as 'size=224,resize=256,crop=center,mean=imagenet,std=imagenet,layout=nchw,
-    color=rgb' or by a name, which keys may follow. What is left out is guessed and shown."""
+    color=rgb' or by a name, which keys may follow: imagenet, clip, tf, caffe, unit, raw, yolo-letterbox or
+    yolox. What is left out is guessed and shown."""
     audio: Annotated[
         AudioRecipe | None,
         Option("data", metavar="RECIPE", text=True, default="from the model and the files"),
     ] = None
     """What is done to sounds, as 'rate=16000,seconds=1,channels=mono'."""
     tokenizer: Annotated[Path | None, Option("data", metavar="FILE", default="none")] = None
-    """The tokenizer.json of a model that reads text."""
+    """The tokenizer.json of a model that reads text, or the vocab.txt of one like BERT."""
 
     def __init__(self, **options: Unpack[ReadingOptions]) -> None:
         super().__init__(**options)

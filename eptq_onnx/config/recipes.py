@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
@@ -19,13 +19,13 @@ WORDS: dict[str, dict[str, tuple[float, ...]]] = {
 }
 """Statistics of well-known training sets: red, green, blue, of values from 0 to 1."""
 IMAGE_RECIPES: dict[str, str] = {
-    "imagenet": "fit=crop,mean=imagenet,std=imagenet",
-    "clip": "fit=crop,mean=clip,std=clip,resample=bicubic",
-    "tf": "fit=crop,mean=127.5,std=127.5",
-    "caffe": "fit=crop,mean=103.939,116.779,123.68,std=1,color=bgr",
-    "unit": "fit=crop,mean=0,std=255",
+    "imagenet": "fit=crop,mean=imagenet,std=imagenet,units=fractions",
+    "clip": "fit=crop,mean=clip,std=clip,units=fractions,resample=bicubic",
+    "tf": "fit=crop,mean=127.5,std=127.5,units=pixels",
+    "caffe": "fit=crop,mean=103.939,116.779,123.68,std=1,units=pixels,color=bgr",
+    "unit": "fit=crop,mean=0,std=255,units=pixels",
     "raw": "fit=crop,mean=0,std=1,units=pixels",
-    "yolo-letterbox": "fit=letterbox,fill=114,mean=0,std=255",
+    "yolo-letterbox": "fit=letterbox,fill=114,mean=0,std=255,units=pixels",
     "yolox": "fit=letterbox-corner,fill=114,mean=0,std=1,units=pixels,color=bgr",
 }
 """What the named recipes stand for. Sizes and layouts come from the model."""
@@ -95,8 +95,8 @@ class ImageRecipe(_Recipe):
     ----------
     size : tuple of two ints
         Height and width of the model's input.
-    resize : int
-        Pixels of the short side before a crop.
+    resize : int or "none"
+        Pixels of the short side before a crop; ``none``: a picture is only scaled if the crop is larger.
     fit : Fit
         ``crop``: scale the short side to ``resize`` and cut out the middle. ``stretch``: scale to ``size``.
         ``letterbox``: scale into ``size`` and fill both sides; ``letterbox-corner``: fill right and below.
@@ -114,7 +114,7 @@ class ImageRecipe(_Recipe):
     size: tuple[Annotated[int, Field(ge=1, le=_LARGEST)], Annotated[int, Field(ge=1, le=_LARGEST)]] | None = (
         None
     )
-    resize: int | None = Field(None, ge=1, le=2 * _LARGEST)
+    resize: Annotated[int, Field(ge=1, le=2 * _LARGEST)] | Literal["none"] | None = None
     fit: Fit | None = None
     fill: int | None = Field(None, ge=0, le=255)
     mean: tuple[float, ...] | None = None
@@ -174,7 +174,7 @@ class ImageRecipe(_Recipe):
             raise ValueError(
                 f"resize is the short side before a crop: leave it out with fit={_written(self.fit)}"
             )
-        if self.resize is not None and self.size is not None and self.resize < min(self.size):
+        if isinstance(self.resize, int) and self.size is not None and self.resize < min(self.size):
             raise ValueError(f"resize={self.resize} is smaller than size={_written(self.size)}")
         return self
 

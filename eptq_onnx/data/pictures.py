@@ -156,7 +156,7 @@ def sight_of(model: ModelProto, inputs: tuple[Input, ...], given: ImageRecipe | 
     named = ImageRecipe.model_validate(IMAGE_RECIPES[values])
     fit = wanted.fit or (Fit.CROP if wanted.resize is not None else named.fit) or Fit.CROP
     size, where = _size(target, wanted, sides, facts, fit)
-    if wanted.resize is not None and wanted.resize < min(size):
+    if isinstance(wanted.resize, int) and wanted.resize < min(size):
         raise DataError(f"resize={wanted.resize} is smaller than what is cut out of it, {size[0]}×{size[1]}.")
     numbers = (wanted if wanted.mean is not None else named).in_pixels()
     mean, std, units = numbers or ((0.0,), (1.0,), Units.PIXELS)
@@ -191,8 +191,9 @@ def sight_of(model: ModelProto, inputs: tuple[Input, ...], given: ImageRecipe | 
 
 
 _UNKNOWN = (
-    "nothing in the model says how pixels are scaled, so the recipe {!r} was taken: if the model was trained "
-    "with another one, ranges and figures are wrong; --image says it"
+    "nothing in the model says how pixels are scaled, so the recipe {!r} was taken. If the model was trained "
+    "with another one, ranges and figures are wrong: give it with --image (by name: "
+    f"{', '.join(IMAGE_RECIPES)})"
 )
 _BOXED = (Fit.LETTERBOX, Fit.LETTERBOX_CORNER)
 
@@ -346,7 +347,8 @@ def _fitted(picture: Any, recipe: ImageRecipe) -> Any:
     if recipe.fit is Fit.STRETCH:
         return picture.resize((width, height), kernel)
     if recipe.fit is Fit.CROP:
-        scale = (recipe.resize or min(height, width)) / min(picture.size)
+        short = recipe.resize or min(height, width)
+        scale = 1.0 if short == "none" else short / min(picture.size)
         scale = max(scale, width / picture.width, height / picture.height)
         whole = [
             max(int(side * scale), need) for side, need in zip(picture.size, (width, height), strict=True)

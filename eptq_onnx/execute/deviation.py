@@ -65,7 +65,10 @@ class Deviation:
         shaped = GraphView(specialize(model, self._shapes))
         most = max(1, _MOST_BYTES // max(sum(bytes_of(shaped, p) for p in self.parts), 1))
         run = indices[spread(len(indices), max(count, size))]
-        self._batches = [samples.take(chosen) for chosen in samples.batches(run, size)][:most]
+        chosen = list(samples.batches(run, size))[:most]
+        self.samples = sum(map(len, chosen))
+        """Number of samples that are run."""
+        self._batches = [samples.take(part) for part in chosen]
         self._exact = self._outputs(model, {}) if self.parts else []
 
     def __call__(self, other: ModelProto, read_as: Mapping[str, str] | None = None) -> float:

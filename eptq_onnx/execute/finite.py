@@ -18,6 +18,7 @@ from eptq_onnx.execute.blocks import Block, cut, observe
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import STOP, GraphView
+from eptq_onnx.numerics.quant_math import all_finite
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.proto.bodies import all_nodes, node_reads, subgraphs
 
@@ -98,7 +99,7 @@ def _not_finite(model: ModelProto, batches: Sequence[Feeds], most: int | None) -
     blocks = [Block(model)] if most is None else cut(model, model, most)
     for _, values in observe(blocks, batches, wanted):
         for name, value in values.items():
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
+            if value.dtype.kind == "f" and not all_finite(value):
                 found[name] = found.get(name, False) or bool(np.isnan(value).any())
     return found
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto
 
-from eptq_onnx.graph import edit
+from eptq_onnx.graph import blocks, edit
 from eptq_onnx.graph.unfolding import PREFIX, Chunk, Content, Packing, unfold, worthwhile
 from eptq_onnx.graph.view import GraphView, int_attribute, opset_of
 from eptq_onnx.numerics import bitpacking
@@ -67,10 +67,11 @@ def weights_of(view: GraphView) -> dict[str, int | None]:
     """Return the int8 constants that are turned into floats, each with the axis of its scales or None.
 
     A DequantizeLinear or a MatMulInteger reads those of layers on integers; the others go through Casts and
-    Mul.
+    Mul. Those in blocks, and their zero points, lie in rows.
     """
     given = {i.name for i in view.model.graph.input}
-    found: dict[str, int | None] = {}
+    whole = [one.blocks for one in blocks.found(view) if one.rows is None]
+    found: dict[str, int | None] = {n: 0 for own in whole for n in (own.integers, own.zero) if n is not None}
     places = {"DequantizeLinear": 0, "Cast": 0, "MatMulInteger": 1}
     for node in view.nodes:
         name = node.input[places[node.op_type]] if node.op_type in places and not node.domain else ""

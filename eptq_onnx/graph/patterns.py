@@ -9,6 +9,37 @@ from eptq_onnx.errors import ConfigError
 from eptq_onnx.graph.view import GraphView
 
 _PATH = re.compile(r"from:(.+)\.\.to:(.+)")
+_TENSOR = "tensor:"
+_PREFIXES = ("re:", "op:", "from:", _TENSOR)
+
+
+def exactly(name: str) -> str:
+    """Return the pattern that matches the node of a name and no other."""
+    return f"re:{re.escape(name)}" if name.startswith(_PREFIXES) else name
+
+
+def of_tensor(name: str) -> str:
+    """Return the pattern of a tensor; see `tensor_of`."""
+    return f"{_TENSOR}{name}"
+
+
+def tensor_of(view: GraphView, pattern: str) -> str | None:
+    """Return the tensor that a pattern ``tensor:NAME`` means; None for patterns of nodes.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such tensor.
+    """
+    if not pattern.startswith(_TENSOR):
+        return None
+    name = pattern.removeprefix(_TENSOR)
+    known = [*view.inputs, *(o for n in view.nodes for o in n.output if o)]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"; similar names: {', '.join(near)}" if near else ""
+        raise ConfigError(f"there is no tensor {name!r} in the normalized network{hint}.")
+    return name
 
 
 def matching(view: GraphView, pattern: str) -> frozenset[str]:

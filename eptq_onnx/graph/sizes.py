@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable
 
 from onnx import ModelProto, NodeProto, TensorProto
 
-from eptq_onnx.graph.view import QUANTIZERS
+from eptq_onnx.graph import blocks
+from eptq_onnx.graph.view import QUANTIZERS, GraphView
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import all_nodes, initializers
 
@@ -30,7 +31,7 @@ def size_of_parts(model: ModelProto) -> dict[str, int]:
     producers = {o: n for n in nodes for o in n.output}
     constants = {t.name: t for t in initializers(model.graph)}
     scales = _scales(nodes, constants)
-    part: dict[str, str] = {}
+    part = dict.fromkeys(blocks.scales(GraphView(model)), "scales and zero points")
     for node in nodes:
         if node.op_type in QUANTIZERS or node.output[0] in scales:
             part.update(dict.fromkeys(scales.get(node.output[0], node.input[1:]), "scales and zero points"))
@@ -42,6 +43,10 @@ def size_of_parts(model: ModelProto) -> dict[str, int]:
                     part.setdefault(name, "biases" if is_bias else "weights")
                 elif name in producers and producers[name].op_type not in (*QUANTIZERS, "Clip"):
                     waiting.extend(producers[name].input)
+        elif node.op_type == "MatMulNBits":
+            part.update(
+                {name: "scales and zero points" for name in node.input[2:]} | {node.input[1]: "weights"}
+            )
         elif node.op_type in _BIASED:
             part.update(dict.fromkeys(node.input[2:3], "biases"))
     sizes = Counter(dict.fromkeys(PARTS, 0))

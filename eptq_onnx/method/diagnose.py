@@ -173,21 +173,43 @@ def _histogram(
     return Histogram(layer, what, low, high, tuple(int(c) for c in counts), *covered, share)
 
 
-def only_weights(plan: Plan, nodes: Collection[str] | None = None) -> Plan:
-    """Return a plan that quantizes constants alone: all, or the weights of some nodes."""
-    chosen = tuple(x for x in plan.layers if nodes is None or x.node in nodes)
+def part_of(plan: Plan, layers: Collection[Layer], activations: Collection[str]) -> Plan:
+    """Return a plan that quantizes some weights and some activations alone; biases stay float.
+
+    Parameters
+    ----------
+    plan : Plan
+    layers : collection of Layer
+        Those whose weights are quantized.
+    activations : collection of str
+        Names of their quantizers.
+    """
+    wanted = set(activations)
     return replace(
         plan,
-        layers=chosen,
-        activations=(),
-        dynamic=(),
-        operands=plan.operands if nodes is None else (),
-        tables=plan.tables if nodes is None else (),
-        held=plan.held if nodes is None else (),
-        integer_nodes=plan.integer_nodes if nodes is None else {x.node: x.op_type for x in chosen},
+        layers=tuple(layers),
+        activations=tuple(q for q in plan.activations if q.name in wanted),
+        dynamic=tuple(q for q in plan.dynamic if q.name in wanted),
+        operands=(),
+        tables=(),
+        held=(),
+        integer_nodes={x.node: x.op_type for x in layers},
         absorbed={},
         bias=None,
-        carried=frozenset(),
+    )
+
+
+def only_weights(plan: Plan, nodes: Collection[str] | None = None) -> Plan:
+    """Return a plan that quantizes constants alone: all, or the weights of some nodes."""
+    found = part_of(plan, [x for x in plan.layers if nodes is None or x.node in nodes], ())
+    if nodes is not None:
+        return found
+    return replace(
+        found,
+        operands=plan.operands,
+        tables=plan.tables,
+        held=plan.held,
+        integer_nodes=plan.integer_nodes,
     )
 
 

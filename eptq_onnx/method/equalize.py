@@ -39,8 +39,10 @@ from eptq_onnx.numerics.types import Array, Float64
 from eptq_onnx.ops import channels_of, linear_form
 from eptq_onnx.records import Plan, Scores
 
-_SAMPLES = 64
+SAMPLES = 64
 """Samples to look at, at most."""
+FLOAT_PASSES = 3.0
+"""Cost for one sample, in float passes."""
 _ROWS = 4.0
 """Exponent of the norm that stands for the largest elements of rows, which lie in different channels."""
 _BYTES_A_CHANNEL = 16_000
@@ -273,7 +275,7 @@ def _observe(
     """Collect the magnitudes of the channels of all tensors."""
     tensors = {name: t for g in groups for name, t in g.tensors.items()}
     size = samples.micro_batch()
-    parts = list(samples.batches(spread(samples.count, _SAMPLES), size))
+    parts = list(samples.batches(spread(samples.count, SAMPLES), size))
     blocks = blocks_of(model, samples.two_batches(size), config.block_bytes)
     done, total = 0, len(blocks) * sum(map(len, parts))
     for k, values in observe(blocks, map(samples.take, parts), list(tensors)):

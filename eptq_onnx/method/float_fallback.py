@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from onnx import ModelProto
 
@@ -41,16 +42,33 @@ for it in that model.
 """
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """The noise of activation quantizers: a power ratio at the outputs, each part normalized by its variance.
+
+    Parameters
+    ----------
+    loud : dict of str to float
+        Tensors to keep float to the noise that the quantizer of each causes alone.
+    others : dict of str to float
+        Quantizers that may stay to their noise. A group that was not split shares its noise evenly.
+    left : float
+        Noise of all quantizers that may stay, together.
+    """
+
+    loud: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, float] = field(default_factory=dict)
+    left: float = 0.0
+
+
 def sensitive_activations(
     network: Network,
     quantized: Quantized,
     selection: Selection,
     config: Config,
     progress: Callable[[int, int], None],
-) -> dict[str, float]:
-    """Return the tensors to keep float so that the rest stays within the limit of noise, with their noise.
-
-    The noise of each tensor is what its quantizer causes alone.
+) -> Sensitivity:
+    """Return the tensors to keep float so that the rest stays within the limit of noise, and all noise.
 
     Parameters
     ----------
@@ -63,21 +81,16 @@ def sensitive_activations(
     config : Config
     progress : callable
         Called with the number of runs done and the most there may be.
-
-    Returns
-    -------
-    dict of str to float
-        Noise-to-signal power ratio at the outputs, each part normalized by its variance.
     """
     plan = network.plan
     names = plan.activation_names
     if not names or config.activation_noise == 0:
-        return {}
+        return Sensitivity()
     deviation = Deviation(
         network.model, selection.samples, selection.indices, SAMPLES, network.calibration.variance, config
     )
     if not deviation.parts:
-        return {}
+        return Sensitivity()
     runs = itertools.count(1)
 
     def noise(group: Sequence[str]) -> float:
@@ -85,32 +98,34 @@ def sensitive_activations(
         progress(next(runs), _MOST_RUNS)
         return total
 
-    ratio = _spoilers(names, noise, config.activation_noise)
+    found = _spoilers(names, noise, config.activation_noise)
     progress(_MOST_RUNS, _MOST_RUNS)
-    found = {tensor: ratio[q.name] for q in plan.activations if q.name in ratio for tensor in q.tensors}
-    found |= {q.name: ratio[q.name] for q in plan.dynamic if q.name in ratio}
-    # If no layer were left, there would be nothing to quantize but stored weights.
-    return found if plan.held or any(found.keys().isdisjoint(x.tensors) for x in plan.integer_layers) else {}
+    loud = {t: found.loud[q.name] for q in plan.activations if q.name in found.loud for t in q.tensors}
+    loud |= {q.name: found.loud[q.name] for q in plan.dynamic if q.name in found.loud}
+    if not plan.held and all(not loud.keys().isdisjoint(x.tensors) for x in plan.integer_layers):
+        # There would be nothing to quantize but stored weights.
+        return Sensitivity()
+    return replace(found, loud=loud)
 
 
-def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], most: float) -> dict[str, float]:
-    """Return the noisiest quantizers and their noise.
+def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], most: float) -> Sensitivity:
+    """Return the noisiest quantizers, by name, and the noise of all.
 
     Bisection stops when the rest stay within ``most`` together, or when none stands out. The noise of a group
     is about the sum of its members' noise.
     """
     groups = [(noise(names), 0, len(names))]
+    together = {0: groups[0][0]}
     found: dict[str, float] = {}
-    if groups[0][0] <= most:
-        return found
     for _ in range(_MOST_RUNS // 2):
         if sum(ratio for ratio, _, _ in groups) <= most:
             break
         loudest, first, last = max(groups)
-        groups.remove((loudest, first, last))
-        others = sum(end - begin for _, begin, end in groups)
-        if others and loudest <= _OUTLIER * sum(ratio for ratio, _, _ in groups) / others:
+        rest = [group for group in groups if group != (loudest, first, last)]
+        others = sum(end - begin for _, begin, end in rest)
+        if others and loudest <= _OUTLIER * sum(ratio for ratio, _, _ in rest) / others:
             break
+        groups = rest
         if last - first == 1:
             found[names[first]] = loudest
             continue
@@ -118,10 +133,18 @@ def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], mos
         groups += [(noise(names[begin:end]), begin, end) for begin, end in ((first, middle), (middle, last))]
     order = list(found)
 
-    def quiet_without(count: int) -> bool:
-        gone = set(order[:count])
-        return noise([n for n in names if n not in gone]) <= most
+    def left(count: int) -> float:
+        """Return the noise of all but the first of those found."""
+        if count not in together:
+            gone = set(order[:count])
+            together[count] = noise([n for n in names if n not in gone])
+        return together[count]
 
     # The separate noises sum to more than their joint noise, so return only as many as necessary.
-    count = bisect.bisect_left(range(len(order)), True, key=quiet_without)
-    return {name: found[name] for name in order[:count]}
+    count = bisect.bisect_left(range(len(order)), True, key=lambda count: left(count) <= most)
+    shares = {n: ratio / (end - begin) for ratio, begin, end in groups for n in names[begin:end]}
+    return Sensitivity(
+        {name: found[name] for name in order[:count]},
+        shares | {name: found[name] for name in order[count:]},
+        left(count),
+    )

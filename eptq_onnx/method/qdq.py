@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from eptq_onnx.graph import branches, edit
+from eptq_onnx.graph import blocks, branches, edit
+from eptq_onnx.graph.blocks import Blocks
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.biases import BiasSpec
-from eptq_onnx.numerics.formats import Granularity, PerAxis, PerTensor
+from eptq_onnx.numerics.formats import Granularity, IntFormat, PerAxis, PerBlock, PerTensor
 from eptq_onnx.numerics.grid import Grid
-from eptq_onnx.numerics.types import Values
+from eptq_onnx.numerics.types import Array, Values
 from eptq_onnx.ops import spec_of
 from eptq_onnx.records import ConstantOperand, HeldWeight, Layer, LookupTable, Plan, Rounding
 
@@ -74,6 +75,8 @@ class _Writer:
         """Lookup table to the names of its integers and scales."""
         self._ranged: dict[str, str] = {}
         """Tensor to its dequantized values, of those that are quantized in every run."""
+        self._blocks: dict[str, Blocks] = {}
+        """Weight or lookup table in blocks to its constants."""
         self._replaced: set[str] = set()
         """Float constants whose name now belongs to a DequantizeLinear."""
 
@@ -202,7 +205,7 @@ class _Writer:
             self._table(table)
         for held in self._plan.held:
             self._held(held)
-        for layer in self._plan.integer_layers:
+        for layer in self._plan.static_layers:
             if layer.op_type == "MatMul":
                 self._keep_apart(layer)
         spec = self._plan.bias
@@ -217,6 +220,11 @@ class _Writer:
     def _weight(self, tensor: str) -> None:
         """Add the integers of a weight, and what its layers read."""
         readers = {layer.node: layer.stored for layer in self._plan.layers if layer.weight == tensor}
+        if isinstance(self._rounding.weights[tensor].granularity, PerBlock):
+            name = self._take_over(tensor, list(readers))
+            self._weight_in_blocks(tensor, name)
+            self._layer_reads |= {(node, tensor): name for node in readers}
+            return
         values, grid = quant_math.folded(self._rounding.integers[tensor], self._rounding.weights[tensor])
         stored = self._stored(tensor, values, grid)
         for in_float in sorted(set(readers.values())):
@@ -228,6 +236,29 @@ class _Writer:
             for node, own in readers.items():
                 if own is in_float:
                     self._layer_reads[node, tensor] = name
+
+    def _weight_in_blocks(self, tensor: str, name: str) -> None:
+        """Add the rows of a weight in blocks, and the nodes that make floats of them; see `graph.blocks`."""
+        values, grid = self._rounding.integers[tensor], self._rounding.weights[tensor]
+        own = self._blocks[tensor] = self._rows_in_blocks(tensor, values, grid)
+        rank, axis = values.ndim, grid.granularity.axis if isinstance(grid.granularity, PerBlock) else 0
+        if axis % rank == rank - 1:
+            blocks.as_floats(self._b, own, name)
+            return
+        turned = [*range(rank - 2), rank - 1, rank - 2]
+        self._b.add("Transpose", [blocks.as_floats(self._b, own)], name, perm=turned)
+
+    def _rows_in_blocks(self, tensor: str, values: Values, grid: Grid) -> Blocks:
+        """Add the constants of a weight or table in blocks."""
+        assert isinstance(grid.granularity, PerBlock)
+        assert isinstance(grid.format, IntFormat)
+        axis, size = grid.granularity.axis, grid.granularity.size
+        middle = 0 if grid.format.signed else 2 ** (grid.format.bits - 1)
+        zero = np.broadcast_to(np.asarray(grid.zero_point, np.int16), grid.scale.shape)
+        rows = [np.moveaxis(v, axis, -1) for v in (values, zero)]
+        integers, points = ((v.astype(np.int16) - middle).astype(np.int8) for v in rows)
+        scale: Array = np.ascontiguousarray(np.moveaxis(grid.scale, axis, -1))
+        return blocks.added(self._b, tensor, (integers, scale, points), size)
 
     def _stored(self, tensor: str, values: Values, grid: Grid) -> str:
         """Add the initializer with a constant's integers; return its name."""
@@ -270,6 +301,14 @@ class _Writer:
     def _table(self, table: LookupTable) -> None:
         """Store the integers and scales of a table under new names, for `_written` to look rows up in."""
         b, tensor = self._b, table.name
+        if isinstance(table.spec.granularity, PerBlock):
+            if table.weight:
+                self._blocks[tensor] = self._blocks[table.weight]
+                return
+            grid = self._rounding.grids[tensor]
+            values = grid.in_container(np.asarray(self._view.constant(tensor), np.float32))
+            self._blocks[tensor] = self._rows_in_blocks(tensor, values, grid)
+            return
         shape, grid = self._view.constant_shape(tensor), self._rounding.grids[tensor]
         names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
         integers = np.empty(shape, grid.format.container)
@@ -302,7 +341,13 @@ class _Writer:
         rule = spec_of(node).table
         if rule is not None and node.name not in self._plan.integer_nodes:
             place = rule(node)
-        if place is None or node.input[place] not in self._tables:
+        table = None if place is None else node.input[place]
+        if place is not None and table in self._blocks and self._is_table(table):
+            blocks.as_floats(b, self._blocks[table], copy.output[0], copy.input[1 - place])
+            last = b.nodes.pop()
+            last.name = node.name
+            return [last]
+        if place is None or table not in self._tables:
             return [copy]
         parts = []
         for name in self._tables[node.input[place]]:
@@ -320,6 +365,9 @@ class _Writer:
             cast,
             helper.make_node("Mul", [as_float, parts[1].output[0]], list(node.output), name=node.name),
         ]
+
+    def _is_table(self, tensor: str) -> bool:
+        return any(table.name == tensor for table in self._plan.tables)
 
     def _constant_operand(self, operand: ConstantOperand) -> None:
         view, tensor = self._view, operand.name

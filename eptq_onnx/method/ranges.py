@@ -10,6 +10,8 @@ from onnx import ModelProto
 from eptq_onnx.config import Config, WeightRange
 from eptq_onnx.graph.view import Constants, GraphView
 from eptq_onnx.numerics import quant_math
+from eptq_onnx.numerics.blocks import block_grid
+from eptq_onnx.numerics.formats import PerBlock
 from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import output_channels
@@ -53,6 +55,11 @@ def weight_ranges(
         importance = scores.weights.get(name) if scores else None
         method = config.weight_range_method if searched is None or name in searched else WeightRange.MINMAX
         weighed = importance if method is WeightRange.HMSE else None
+        if isinstance(spec.granularity, PerBlock):
+            # Layers with blocks have no integer bias.
+            grids[name] = block_grid(weight, spec, weighed, search=method is not WeightRange.MINMAX)
+            integers[name] = grids[name].in_container(weight)
+            continue
         scale = np.maximum(
             _scales(weight, spec, weighed, method, config.damping), smallest.get(name, np.float32(0))
         )
@@ -78,11 +85,11 @@ def _scales(
     weight: Array, spec: QuantSpec, importance: Array | None, method: WeightRange, damping: float
 ) -> Array:
     if method is WeightRange.MINMAX:
-        rows = quant_math.channel_rows(weight, spec.axis)
+        rows = spec.granularity.rows(weight)
         scales = np.where(rows.any(axis=1), quant_math.max_scales(rows, spec), np.float32(1)).astype(
             np.float32
         )
-        return np.asarray(scales[0]) if spec.axis is None else scales
+        return spec.granularity.scales_of(scales, weight.shape)
     return quant_math.weight_scales(weight, spec, importance, damping)
 
 

@@ -17,7 +17,7 @@ from eptq_onnx.diagnosis import SampleNoise
 from eptq_onnx.errors import ModelError, OutputError, one_line
 from eptq_onnx.execute.pairing import Pairing, comparisons, within_bytes
 from eptq_onnx.execute.walk import Walk
-from eptq_onnx.graph import io
+from eptq_onnx.graph import io, nbits
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.narrow import emulated
@@ -25,14 +25,17 @@ from eptq_onnx.graph.replay import Replay
 from eptq_onnx.numerics.statistics import Comparison
 from eptq_onnx.numerics.sums import NoiseSum
 from eptq_onnx.ops import executed
+from eptq_onnx.outcome import Verification
 from eptq_onnx.proto import store
 from eptq_onnx.proto.weights import light
-from eptq_onnx.records import Plan, Verification
+from eptq_onnx.records import Plan
 from eptq_onnx.runtimes.base import Kernel
 from eptq_onnx.targets import ONNXRUNTIME, Target
 
-_LAYER_SAMPLES = 32
+SAMPLES = 32
 """Samples on which layers are compared."""
+RUNS, WALKS = 2.0, 4.0
+"""Cost of the comparison of outputs and of that of layers for one sample, in float passes."""
 _WORST = 12
 """Samples that are named."""
 
@@ -105,7 +108,7 @@ def verify(
     quantized = sink(versions.packed)
     _check(quantized, versions.whole)
     runnable = emulated(quantized)
-    kernels = count_kernels(runtimes.make().kernels(runnable), target)
+    kernels = _all_kernels(runnable, target)
     parts = list(samples.batches(shares.unseen, samples.fixed_batch or 1))
     # The integer kernels of this machine say nothing about another runtime: without VNNI they overflow.
     integers = target.verifier == ONNXRUNTIME
@@ -117,7 +120,7 @@ def verify(
     sums: defaultdict[str, NoiseSum] = defaultdict(NoiseSum)
     float_model = executed(versions.whole, found)
     flat = executed(versions.marked, found, versions.stands_for)
-    walked = list(samples.batches(shares.unseen[:_LAYER_SAMPLES], samples.micro_batch())) or parts
+    walked = list(samples.batches(shares.unseen[:SAMPLES], samples.micro_batch())) or parts
     feeds = [samples.take(part) for part in walked]
     exact, quantized_walk = Walk(float_model, feeds), Walk(infer_shapes(flat), feeds, integers=integers)
     for k, layer in enumerate(plan.layers):
@@ -133,7 +136,7 @@ def verify(
         held_out=shares.held_out,
         outputs={name: round(of.sqnr_db, 3) for name, of in statistics.items()},
         layers={layer.node: sums[layer.node].sqnr_db for layer in plan.layers},
-        planned=_planned_kernels(plan, target),
+        planned=_planned_kernels(plan, target, quantized),
         kernels=kernels,
         float_bytes=versions.float_bytes,
         quantized_bytes=store.model_bytes(quantized),
@@ -182,13 +185,48 @@ def _worst(compared: Mapping[str, Comparison], parts: Sequence[NDArray[np.int64]
     )
 
 
-def _planned_kernels(plan: Plan, target: Target) -> dict[str, int]:
+def look_at_file(
+    quantized: ModelProto, whole: ModelProto, plan: Plan, target: Target, float_bytes: int
+) -> Verification:
+    """Check a file whose outputs nobody has samples for: its form, its kernels, its size.
+
+    Parameters
+    ----------
+    quantized, whole : ModelProto
+        The written model and the float one.
+    plan : Plan
+    target : Target
+    float_bytes : int
+        Size of the original model.
+
+    Raises
+    ------
+    OutputError, ModelError
+        As `verify` does.
+    """
+    _check(quantized, whole)
+    kernels = _all_kernels(quantized, target)
+    planned = _planned_kernels(plan, target, quantized)
+    return Verification(0, {}, {}, planned, kernels, float_bytes, store.model_bytes(quantized))
+
+
+def _planned_kernels(plan: Plan, target: Target, quantized: ModelProto) -> dict[str, int]:
     """Return the operators planned to run on integers; the target's kernels are for 8-bit types."""
     if any(q.spec.bits > 8 for q in plan.activations):
         return {}
     # Dynamic layers are products of matrices in the file.
     nodes = [*plan.integer_nodes.values(), *("MatMul" for layer in plan.layers if layer.dynamic)]
-    return dict(sorted(Counter(t for t in nodes if t in target.kernels).items()))
+    counts = Counter(t for t in nodes if t in target.kernels)
+    if target.verifier == ONNXRUNTIME and (products := nbits.products(quantized)):
+        counts[nbits.MATMUL_NBITS] = products
+    return dict(sorted(counts.items()))
+
+
+def _all_kernels(model: ModelProto, target: Target) -> dict[str, int]:
+    """Return the integer kernels that onnxruntime runs, and those of weights in blocks."""
+    found = runtimes.make().kernels(model)
+    blocked = sum(kernel.kernel == nbits.MATMUL_NBITS for kernel in found)
+    return count_kernels(found, target) | ({nbits.MATMUL_NBITS: blocked} if blocked else {})
 
 
 def count_kernels(found: Iterable[Kernel], target: Target) -> dict[str, int]:

@@ -296,6 +296,18 @@ class PerTensor:
         """Return the scale in a shape that broadcasts to the tensor's."""
         return scale
 
+    def rows(self, values: NDArray[Number]) -> NDArray[Number]:
+        """Return a tensor as one row for each scale: a single one."""
+        return values.reshape(1, -1)
+
+    def scales_of(self, rows: NDArray[Number], shape: tuple[int, ...]) -> NDArray[Number]:
+        """Return one number for each row in the scale's shape."""
+        return np.asarray(rows[0])
+
+    def flat(self, scales: NDArray[Number]) -> NDArray[Number]:
+        """Return scales in the order of `rows`; inverse of `scales_of`."""
+        return scales.reshape(-1)
+
 
 @dataclass(frozen=True)
 class PerAxis:
@@ -310,6 +322,18 @@ class PerAxis:
     def spread(self, scale: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.generic]:
         """Return the scale in a shape that broadcasts to the tensor's."""
         return along_axis(scale, self.axis % len(shape), len(shape)) if scale.ndim else scale
+
+    def rows(self, values: NDArray[Number]) -> NDArray[Number]:
+        """Return a tensor as one row for each index of the axis."""
+        return np.moveaxis(values, self.axis, 0).reshape(values.shape[self.axis], -1)
+
+    def scales_of(self, rows: NDArray[Number], shape: tuple[int, ...]) -> NDArray[Number]:
+        """Return one number for each row in the scale's shape."""
+        return rows
+
+    def flat(self, scales: NDArray[Number]) -> NDArray[Number]:
+        """Return scales in the order of `rows`; inverse of `scales_of`."""
+        return scales.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -334,6 +358,24 @@ class PerBlock:
             return scale
         axis = self.axis % len(shape)
         return np.repeat(scale, self.size, axis=axis).take(np.arange(shape[axis]), axis=axis)
+
+    def rows(self, values: NDArray[Number]) -> NDArray[Number]:
+        """Return a tensor as one row for each block; short blocks are padded with zeros."""
+        last = np.moveaxis(values, self.axis, -1)
+        left = -last.shape[-1] % self.size
+        if left:
+            last = np.pad(last, [(0, 0)] * (last.ndim - 1) + [(0, left)])
+        return last.reshape(-1, self.size)
+
+    def scales_of(self, rows: NDArray[Number], shape: tuple[int, ...]) -> NDArray[Number]:
+        """Return one number for each row in the scale's shape."""
+        sizes = list(self.scale_shape(shape))
+        sizes.append(sizes.pop(self.axis % len(shape)))
+        return np.ascontiguousarray(np.moveaxis(rows.reshape(sizes), -1, self.axis))
+
+    def flat(self, scales: NDArray[Number]) -> NDArray[Number]:
+        """Return scales in the order of `rows`; inverse of `scales_of`."""
+        return np.moveaxis(scales, self.axis, -1).reshape(-1)
 
 
 Granularity: TypeAlias = PerTensor | PerAxis | PerBlock

@@ -33,13 +33,6 @@ _OCTAVES = 6
 
 
 # ---- channels ----------------------------------------------------------------------------------------------
-def channel_rows(values: NDArray[np.floating], axis: int | None) -> NDArray[np.floating]:
-    """View a tensor as one row per channel: shape (n_channels, n_elements), or (1, size) without axis."""
-    if axis is None:
-        return values.reshape(1, -1)
-    return np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
-
-
 def channel_sum(values: Array, axis: int | None) -> Array:
     """Sum over all axes but the channel axis; returns shape (n_channels,), or a scalar without axis."""
     if axis is None:
@@ -101,8 +94,7 @@ def weight_scales(
     usual = _SEARCH_FEW_BITS if spec.bits <= FEW_BITS else _SEARCH_MANY_BITS
     tried = points or usual[0], rounds or usual[1]
     found = ordered_map(lambda part: _row_scales(rows[part].astype(np.float32), h[part], spec, *tried), parts)
-    scales = np.concatenate(list(found))
-    return np.asarray(scales[0]) if spec.axis is None else scales
+    return spec.granularity.scales_of(np.concatenate(list(found)), weight.shape)
 
 
 def zero_points(
@@ -128,23 +120,23 @@ def zero_points(
     if spec.symmetric:
         return np.zeros(np.shape(scale), np.int32)
     rows, h = _rows_and_importance(weight, spec, importance, damping)
-    scales = np.reshape(scale, -1)
+    scales = spec.granularity.flat(np.asarray(scale))
     found = []
     for part in slices(rows):
         own: Array = rows[part].astype(np.float32)
         _, zero = _best_grid(own, h[part], scales[part], spec)
         found.append(zero)
-    return np.concatenate(found).reshape(np.shape(scale)).astype(np.int32)
+    return spec.granularity.scales_of(np.concatenate(found), weight.shape).astype(np.int32)
 
 
 def _rows_and_importance(
     weight: Array, spec: QuantSpec, importance: Array | None, damping: float
 ) -> tuple[NDArray[np.floating], Array]:
     """Return one row per channel and the weights of its elements, or a single column if all are equal."""
-    rows = channel_rows(weight, spec.axis)
+    rows = spec.granularity.rows(weight)
     h: Array = np.ones((len(rows), 1), np.float32)
     if importance is not None and importance.any():
-        h = channel_rows(importance, spec.axis).astype(np.float32)
+        h = spec.granularity.rows(importance).astype(np.float32)
         h = h / np.float32(h.mean(dtype=np.float64)) + np.float32(damping)
     return rows, h
 
@@ -222,6 +214,10 @@ _LEAST_SQUARED, _MOST_SQUARED = 1e-15, 1e15
 """Magnitudes between which float32 holds squares and sums of many squares."""
 
 
+_LEAST_SURE, _MOST_SURE = 1e-6, 1e6
+"""Magnitudes between which that is so for products of two values, too."""
+
+
 def finite_extremes(values: NDArray[np.floating]) -> tuple[float, float]:
     """Return the smallest and largest finite value; inf and -inf if there is none."""
     if not values.size:
@@ -258,6 +254,9 @@ def layer_units(
 
     Both are 1 if float32 holds the squares anyway.
     """
+    inputs = list(inputs)
+    if all(map(_surely_holds_squares, (*inputs, weight))):
+        return np.float32(1), np.float32(1)
     reaches = [
         max((max(-low, high) for low, high in map(finite_extremes, part) if low <= high), default=0.0)
         for part in (inputs, [weight])
@@ -269,6 +268,19 @@ def layer_units(
         np.float32(2.0 ** np.clip(np.floor(np.log2(r)), -126, 126)) if r else np.float32(1) for r in reaches
     )
     return first, second
+
+
+def _surely_holds_squares(values: NDArray[np.floating]) -> bool:
+    """Return True if the largest magnitude is far from where float32 no longer holds squares and products.
+
+    The sum of squares bounds it from both sides, in a single reading.
+    """
+    flat = values.reshape(-1)
+    if not flat.size:
+        return True
+    with np.errstate(over="ignore", invalid="ignore"):
+        power = float(np.dot(flat, flat))
+    return _LEAST_SURE**2 * flat.size < power < _MOST_SURE**2
 
 
 def square_sum(values: NDArray[np.floating]) -> float:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.numerics import compensation, quant_math
+from eptq_onnx.numerics.block_rounding import BlockProblem
+from eptq_onnx.numerics.blocks import block_grid
+from eptq_onnx.numerics.formats import PerBlock
 from eptq_onnx.numerics.grid import Grid, Levels
 from eptq_onnx.numerics.linear import WeightForm, scale_places
 from eptq_onnx.numerics.moments import Moments
@@ -74,6 +77,8 @@ class LayerProblem:
         chosen = self._best_damping(rows) if damping is None else damping
         target = compensation.corrected_target(rows, moment, cross, power, chosen)
         moment = compensation.damped(moment, self.damping.rounding)
+        if isinstance(self.spec.granularity, PerBlock):
+            return self._in_blocks(target, moment, self.spec.granularity.size)
         full = self.form.weight_from_rows(target)
         base = quant_math.weight_scales(full, self.spec).reshape(-1)
         owners = scale_places(self.form, self.weight.shape, self.spec.axis)
@@ -112,6 +117,30 @@ class LayerProblem:
         grid = self.spec.grid(scale[places] * unit, best.zero[places])
         stored = self.form.weight_from_rows(integers + best.zero[owners][:, :, None])
         return stored.astype(self.spec.format.container), grid, full * unit
+
+    def _in_blocks(self, target: Array, moment: Float64, size: int) -> tuple[Values, Grid, Array]:
+        """Return what `solve` does, for a scale and a zero point for each block of terms."""
+        unit, passes = self.units[1], self.passes if self._thorough else min(self.passes, 1)
+        spec = replace(self.spec, granularity=PerBlock(2, size))
+        # What clips or rounds a term that matters costs more.
+        diagonal = np.einsum("gii->gi", moment)[:, None, :]
+        start = block_grid(target, spec, np.asarray(diagonal / diagonal.mean(), np.float32))
+        _, zero = start.spread(target.shape)
+        levels = Levels(spec.format, np.broadcast_to(zero, target.shape))
+        problem = BlockProblem(target, moment, levels, size)
+        integers, scale = self._in_turns(
+            problem.compensated(start.scale),
+            start.scale,
+            np.zeros(1, np.float32),
+            lambda q, s: problem.descended(q, s.reshape(start.scale.shape), passes),
+            lambda q, s: problem.refitted(q, s.reshape(start.scale.shape)),
+        )
+        back, points = self.form.weight_from_rows, np.asarray(start.zero_point)
+        grid = self.spec.grid(
+            back(scale.reshape(start.scale.shape)) * unit, back(points) if points.ndim else 0
+        )
+        values = back(integers + levels.zero).astype(spec.format.container)
+        return values, grid, back(target) * unit
 
     @property
     def _thorough(self) -> bool:

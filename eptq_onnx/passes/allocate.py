@@ -13,8 +13,8 @@ from eptq_onnx.graph.storing import stored
 from eptq_onnx.method.allocate import Candidates, Goal, front_of, keeps_within, solve, with_widths
 from eptq_onnx.method.fit_bytes import fit_bytes, smallest_file
 from eptq_onnx.passes.base import Context, Pass, State
+from eptq_onnx.passes.plans import deviation_of, with_activations
 from eptq_onnx.passes.trial import trial
-from eptq_onnx.passes.versions import deviation_of, with_activations
 from eptq_onnx.placement import FrontPoint
 from eptq_onnx.program import BYTES, NOISE
 

@@ -23,20 +23,13 @@ from eptq_onnx.execute.deviation import Deviation
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.allocate import Candidates
+from eptq_onnx.method.float_fallback import Sensitivity
 from eptq_onnx.method.judge import SAMPLES, Limit
 from eptq_onnx.method.qdq import write
 from eptq_onnx.ops import executed, output_parts
-from eptq_onnx.pace import Speed
+from eptq_onnx.outcome import OptimizationTrace, Speed, Verification
 from eptq_onnx.placement import FrontPoint, Placement
-from eptq_onnx.records import (
-    Calibration,
-    Network,
-    OptimizationTrace,
-    Plan,
-    Rounding,
-    Scores,
-    Verification,
-)
+from eptq_onnx.records import Calibration, Network, Plan, Rounding, Scores
 from eptq_onnx.targets import Target
 from eptq_onnx.workdir import Partial
 
@@ -268,6 +261,8 @@ class State:
     speed : Speed or None
     rotated, equalized : mapping
         See `eptq_onnx.report.Report`.
+    sensitivity : Sensitivity
+        Noise of each activation quantizer at the outputs, if it is limited.
     left_float : mapping of str to str
         Tensors kept in floating point because of measurements, each with the reason.
     float_nodes : mapping of str to str
@@ -300,6 +295,7 @@ class State:
     speed: Speed | None = None
     rotated: Mapping[str, int] = field(default_factory=dict)
     equalized: Mapping[str, float] = field(default_factory=dict)
+    sensitivity: Sensitivity = field(default_factory=Sensitivity)
     left_float: Mapping[str, str] = field(default_factory=dict)
     float_nodes: Mapping[str, str] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
@@ -337,11 +333,20 @@ class Cost:
         Multiplications of linear algebra beside those, at the speed of large matrix products.
     steps : int
         Maximum number of network-wise optimization steps.
+    pieces : float
+        Parts of networks that get a session of their own.
+    seconds : float
+        Time that depends on neither model nor machine.
+    share : float
+        Time as a share of that of all other passes, at most.
     """
 
     passes: float = 0.0
     operations: float = 0.0
     steps: int = 0
+    pieces: float = 0.0
+    seconds: float = 0.0
+    share: float = 0.0
 
 
 class Pass(ABC):

@@ -11,7 +11,7 @@ from eptq_onnx.method.choices import FLOAT_PASSES, SAMPLES, deciding_activations
 from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.passes.base import Context, Cost, Pass, State
-from eptq_onnx.passes.versions import leave_float
+from eptq_onnx.passes.plans import leave_float
 from eptq_onnx.records import Rounding
 
 

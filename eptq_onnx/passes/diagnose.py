@@ -28,7 +28,7 @@ from eptq_onnx.method.diagnose import (
 )
 from eptq_onnx.method.qdq import write
 from eptq_onnx.passes.base import Context, Cost, Pass, State
-from eptq_onnx.passes.versions import with_activations
+from eptq_onnx.passes.plans import with_activations
 from eptq_onnx.records import Plan
 from eptq_onnx.report.verdict import Assurance, judge_outputs
 from eptq_onnx.targets import ONNXRUNTIME
@@ -37,6 +37,10 @@ _WORTH = 0.25
 """Share of the noise of the outputs from which on it is worth knowing which members cause it."""
 _STEPS = 20
 """Runs to find causes, for the progress; there may be fewer, or a few more."""
+_A_WALK, _A_RUN = 2.0, 1.5
+"""Cost of a walk and of a run for one sample, in float passes."""
+_FEW = 5
+"""Bits of weights or activations below which the verdict is rarely safe."""
 
 
 class Diagnose(Pass):
@@ -50,8 +54,10 @@ class Diagnose(Pass):
     provides = ("diagnosis",)
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """Walks through both networks on a few samples; causes are looked for only where accuracy fell."""
-        return Cost(passes=WALKS * min(len(ctx.shares.unseen), SAMPLES))
+        """Walks of three networks on a few samples, and the search for causes where accuracy may fall."""
+        samples, pieces = min(len(ctx.shares.unseen), SAMPLES), WALKS * len(state.plan.layers)
+        runs = _STEPS if _is_risky(state.plan) else 0
+        return Cost(passes=(_A_WALK * WALKS + _A_RUN * runs) * samples, pieces=pieces + runs)
 
     def run(self, state: State, ctx: Context) -> State:
         """Compare layers, then find causes if the verdict is not safe."""
@@ -86,6 +92,12 @@ class Diagnose(Pass):
                 noise=noise,
             )
         )
+
+
+def _is_risky(plan: Plan) -> bool:
+    """Return True if the verdict will probably not be safe."""
+    specs = [*plan.weight_specs.values(), *(q.spec for q in plan.activations)]
+    return any(spec.bits < _FEW for spec in specs)
 
 
 def _versions(state: State, ctx: Context) -> Versions:

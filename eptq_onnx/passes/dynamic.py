@@ -5,7 +5,7 @@ from __future__ import annotations
 from eptq_onnx.config import Activations
 from eptq_onnx.method.float_fallback import SAMPLES
 from eptq_onnx.passes.base import Context, Cost, Pass, State
-from eptq_onnx.passes.versions import deviation_of, leave_float, quantize_in_every_run, with_activations
+from eptq_onnx.passes.plans import deviation_of, leave_float, quantize_in_every_run, with_activations
 
 _LESS, _MUCH_LESS = 0.7, 0.5
 """Ratios of noise below which products get other ranges, and below which all else stays float: 1.5, 3 dB."""

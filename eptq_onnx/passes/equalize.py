@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from eptq_onnx.data.samples import Samples
-from eptq_onnx.method.equalize import equalize, needed_bytes
-from eptq_onnx.passes.base import Context, Pass, State
-from eptq_onnx.passes.versions import without_equal_steps
+from eptq_onnx.method.equalize import FLOAT_PASSES, SAMPLES, equalize, needed_bytes
+from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.training.worth import uneven_type
 
 
 class Equalize(Pass):
@@ -22,15 +22,19 @@ class Equalize(Pass):
 
     def enabled(self, ctx: Context) -> bool:
         """Return True if the option is on."""
-        return ctx.config.equalize
+        return ctx.config.equalize and ctx.config.changes_channels
 
     def memory(self, state: State, samples: Samples) -> int:
         """A second set of weights, and histograms of all channels."""
         return needed_bytes(state.model, state.plan)
 
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """Magnitudes of all channels on a few samples, and a descent on them."""
+        return Cost(passes=FLOAT_PASSES * min(len(ctx.shares.training), SAMPLES))
+
     def run(self, state: State, ctx: Context) -> State:
         """Scale the channels where possible."""
-        floats = without_equal_steps(state.plan)
+        floats = uneven_type(state.plan)
         if floats is not None:
             return state.noting(
                 f"no channels are scaled: steps of {floats} grow with the values, so a shared range costs "

@@ -6,7 +6,7 @@ from functools import partial
 
 from eptq_onnx.method.float_fallback import FLOAT_PASSES, SAMPLES, sensitive_activations
 from eptq_onnx.passes.base import Context, Cost, Pass, State
-from eptq_onnx.passes.versions import leave_float, with_activations
+from eptq_onnx.passes.plans import leave_float, with_activations
 
 
 class FloatFallback(Pass):
@@ -17,7 +17,7 @@ class FloatFallback(Pass):
 
     name = "float fallback"
     requires = ("calibration",)
-    provides = ("plan", "calibration", "left_float")
+    provides = ("plan", "calibration", "left_float", "sensitivity")
 
     def enabled(self, ctx: Context) -> bool:
         """Return True if noise is limited."""
@@ -30,11 +30,11 @@ class FloatFallback(Pass):
     def run(self, state: State, ctx: Context) -> State:
         """Measure, and replan without the activations that are too noisy."""
         quantized = partial(with_activations, state, ctx)
-        ratios = sensitive_activations(
+        found = sensitive_activations(
             state.network, quantized, ctx.chosen(ctx.walked, state.plan), ctx.config, ctx.tell(self.name)
         )
         reasons = {
             t: f"quantizing {t} alone would cause noise of {ratio:.1%} of the outputs' power"
-            for t, ratio in ratios.items()
+            for t, ratio in found.loud.items()
         }
-        return leave_float(state, ctx, reasons)
+        return leave_float(state, ctx, reasons).changed(sensitivity=found)

@@ -7,10 +7,10 @@ from eptq_onnx.config import Objective
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import sink
-from eptq_onnx.pace import Pace
-from eptq_onnx.passes.base import Context, Pass, State
+from eptq_onnx.outcome import Pace
+from eptq_onnx.passes.base import Context, Cost, Pass, State
 from eptq_onnx.proto import store
-from eptq_onnx.runtimes.speed import measure
+from eptq_onnx.runtimes.speed import SECONDS, measure
 from eptq_onnx.targets import ONNXRUNTIME
 
 
@@ -28,6 +28,10 @@ class Measure(Pass):
     def enabled(self, ctx: Context) -> bool:
         """Return True if the option is on."""
         return ctx.config.measure_speed
+
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """Both models in turn for a while, and a profile of each."""
+        return Cost(seconds=SECONDS if ctx.target.verifier == ONNXRUNTIME else 0.0)
 
     def run(self, state: State, ctx: Context) -> State:
         """Time both models, or note why that is not possible."""

@@ -5,18 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from eptq_onnx.data.samples import Samples
-from eptq_onnx.method.judge import SAMPLES, still_better
+from eptq_onnx.method.judge import still_better
+from eptq_onnx.outcome import OptimizationTrace
 from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
-from eptq_onnx.passes.versions import with_activations, without_equal_steps
-from eptq_onnx.records import OptimizationTrace
+from eptq_onnx.passes.plans import with_activations
 from eptq_onnx.training.graph import training_graph
 from eptq_onnx.training.loop import Hooks, needed_bytes, optimize
 from eptq_onnx.training.worth import LITTLE, Effort, is_learned, promised
-
-_FINE = 7
-"""Bits of weights from which activations cause most of the noise, as a rule."""
-_LOOK = 6.0 * SAMPLES
-"""Cost of finding out that it is not worth its time, in runs of the float network for one sample."""
 
 
 class Optimize(Pass):
@@ -39,8 +34,6 @@ class Optimize(Pass):
         """Forward and backward passes of both networks in each step, and checks."""
         scored = len(ctx.shares.scored)
         effort = Effort.of(ctx.config, state.plan, ctx.samples_of(state.plan), scored, len(ctx.shares.held))
-        if not _is_likely(state, ctx):
-            return Cost(passes=_LOOK, steps=effort.steps)
         return Cost(passes=effort.passes * scored, steps=effort.steps)
 
     def memory(self, state: State, samples: Samples) -> int:
@@ -74,14 +67,6 @@ class Optimize(Pass):
             )
             rounding, trace = start, replace(trace, best_step=0)
         return state.changed(rounding=rounding, trace=trace).noting(*notes)
-
-
-def _is_likely(state: State, ctx: Context) -> bool:
-    """Return True unless the optimization hardly ever starts: with fine, evenly spaced steps everywhere."""
-    if ctx.config.steps is not None or any(is_learned(q, ctx.config) for q in state.plan.activations):
-        return True
-    specs = state.plan.weight_specs.values()
-    return without_equal_steps(state.plan) is not None or any(spec.bits < _FINE for spec in specs)
 
 
 def _unpromising(state: State, ctx: Context, judge: Judge) -> str | None:

@@ -26,8 +26,8 @@ from eptq_onnx.method.ranges import weight_ranges
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.passes.plans import deviation_of, leave_float, with_activations
 from eptq_onnx.passes.trial import Trial, trial
-from eptq_onnx.passes.versions import deviation_of, leave_float, with_activations, without_equal_steps
 from eptq_onnx.placement import Placement, Timings
 from eptq_onnx.program import BYTES, NOISE, TIME
 from eptq_onnx.proto import store
@@ -36,11 +36,14 @@ from eptq_onnx.runtime import Session
 from eptq_onnx.runtimes import timings
 from eptq_onnx.runtimes.pieces import Stopwatch
 from eptq_onnx.targets import ONNXRUNTIME
+from eptq_onnx.training.worth import uneven_type
 from eptq_onnx.workdir import HashOnly, encode
 
 _MINIMIZED = {Objective.TIME: TIME, Objective.NOISE: NOISE, Objective.BYTES: BYTES}
 _SHARE = 0.1
 """Time limit of timing regions, as a share of the expected run."""
+_MOST_SLOWER = 1.1
+"""How much slower a model may be for noise that no option limits along with its time."""
 
 
 class Place(Pass):
@@ -65,7 +68,9 @@ class Place(Pass):
     def cost(self, state: State, ctx: Context) -> Cost:
         """Runs with each quantizer alone, if noise counts."""
         counts = NOISE in _limits(ctx.config) or ctx.config.objective is Objective.NOISE
-        return Cost(passes=counts * min(len(ctx.shares.scored), SAMPLES) * len(state.plan.activations))
+        return Cost(
+            passes=counts * min(len(ctx.shares.scored), SAMPLES) * len(state.plan.activations), share=_SHARE
+        )
 
     def run(self, state: State, ctx: Context) -> State:
         """Measure or read timings, and replan with regions that are slower on integers left float."""
@@ -74,7 +79,7 @@ class Place(Pass):
         left = "which operators run on integers was not chosen by time"
         if ctx.target.verifier != ONNXRUNTIME:
             return state.noting(f"{left}: {ctx.target.name} is for a runtime other than onnxruntime")
-        if (name := without_equal_steps(state.plan)) is not None:
+        if (name := uneven_type(state.plan)) is not None:
             return state.noting(f"{left}: onnxruntime has no kernels for {name}")
         if store.folder_of(state.model) is not None:
             return state.noting(f"{left}: the float and the quantized model together need too much memory")
@@ -124,6 +129,9 @@ class _Timed:
             _limits(config),
             {b.unit.value: b.amount for b in config.width_budgets if b.unit is not BudgetUnit.BYTES},
         )
+        most = config.activation_noise
+        if not self._goal.counts_more_than_time and state.sensitivity.left > most > 0:
+            self._goal = replace(self._goal, limits={NOISE: most}, most_slower=_MOST_SLOWER)
         self._digest = self._cut.digest
         if self._goal.counts_more_than_time:
             # What is noisy depends on the samples and on all options.
@@ -274,7 +282,10 @@ class _Timed:
         names = [q.name for q in state.plan.activations]
         if not self._deviation.parts:
             return dict.fromkeys(names, 1.0)
-        alone = {name: self._deviation(*with_activations(state, ctx, [name])) for name in names}
+        if self._goal.most_slower is None:
+            alone = {name: self._deviation(*with_activations(state, ctx, [name])) for name in names}
+        else:
+            alone = {name: state.sensitivity.others.get(name, 0.0) for name in names}
         together = self._noise(self._cut.as_planned) or 0.0
         if ranged := [q.name for q in state.plan.dynamic]:
             # Dynamic layers stay as they are, whatever is chosen.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from eptq_onnx.data.samples import Samples
-from eptq_onnx.method.rotate import needed_bytes, rotate
-from eptq_onnx.passes.base import Context, Pass, State
-from eptq_onnx.passes.versions import without_equal_steps
+from eptq_onnx.method.rotate import needed_bytes, operations, rotate
+from eptq_onnx.passes.base import Context, Cost, Pass, State
+from eptq_onnx.training.worth import uneven_type
 
 
 class Rotate(Pass):
@@ -22,7 +22,12 @@ class Rotate(Pass):
 
     def enabled(self, ctx: Context) -> bool:
         """Return True if the option is on."""
-        return ctx.config.rotate
+        return ctx.config.rotate and ctx.config.changes_channels
+
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """The descents on rotations."""
+        floats = uneven_type(state.plan) is not None
+        return Cost(operations=0.0 if floats else operations(state.model, state.plan))
 
     def memory(self, state: State, samples: Samples) -> int:
         """Two sets of weights."""
@@ -30,7 +35,7 @@ class Rotate(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Mix channels where possible."""
-        floats = without_equal_steps(state.plan)
+        floats = uneven_type(state.plan)
         if floats is not None:
             return state.noting(
                 f"no channels are mixed: steps of {floats} grow with the values, so spreading large weights "

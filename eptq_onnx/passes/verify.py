@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from eptq_onnx.method.verify import Versions, verify
-from eptq_onnx.passes.base import Context, Pass, State
+from eptq_onnx.method.verify import RUNS, SAMPLES, WALKS, Versions, verify
+from eptq_onnx.passes.base import Context, Cost, Pass, State
 
 
 class Verify(Pass):
@@ -15,6 +15,11 @@ class Verify(Pass):
     name = "verify"
     requires = ("written", "packed")
     provides = ("verification",)
+
+    def cost(self, state: State, ctx: Context) -> Cost:
+        """Runs and walks of both networks."""
+        unseen = len(ctx.shares.unseen)
+        return Cost(passes=RUNS * unseen + WALKS * min(unseen, SAMPLES), pieces=2 * len(state.plan.layers))
 
     def run(self, state: State, ctx: Context) -> State:
         """Compare outputs and layers, and count integer kernels."""

@@ -17,9 +17,9 @@ from rich.text import Text
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.diagnosis import Exhibits, OutputNoise
 from eptq_onnx.estimates import Estimate
-from eptq_onnx.pace import Speed
+from eptq_onnx.outcome import OptimizationTrace, Speed, Verification
 from eptq_onnx.placement import FrontPoint, Placement
-from eptq_onnx.records import KeptFloat, OptimizationTrace, Verification
+from eptq_onnx.records import KeptFloat
 from eptq_onnx.report import files
 from eptq_onnx.report.advice import Advice, advise
 from eptq_onnx.report.console import console as standard_output
@@ -28,6 +28,7 @@ from eptq_onnx.report.facts import facts, sheets, warnings_of
 from eptq_onnx.report.plain import plain
 from eptq_onnx.report.sheet import for_console
 from eptq_onnx.report.verdict import Assurance, Verdict, judge
+from eptq_onnx.trail import Trail
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class LayerReport:
     attention: float | None
     """Mean sample-layer attention weight, relative to the largest layer's."""
     sqnr_db: float
-    """Of the quantized output, with all errors from upstream."""
+    """Of the quantized output, with all errors from upstream; NaN without samples."""
     own_db: float | None = None
     """The same if all layers in front have their float outputs."""
     nearest_db: float | None = None
@@ -105,6 +106,8 @@ class Report:
         Bytes of each part of the written model; see `eptq_onnx.graph.sizes`.
     noise : OutputNoise or None
         Causes of the noise of the outputs, if accuracy fell.
+    trail : Trail or None
+        What was scored on the way, if a function that scores was given.
     exhibits : Exhibits
         What only a page shows.
     """
@@ -134,6 +137,7 @@ class Report:
     peak_memory_bytes: int
     sizes: Mapping[str, int]
     noise: OutputNoise | None = None
+    trail: Trail | None = None
     exhibits: Exhibits = field(default_factory=Exhibits)
 
     @property
@@ -153,6 +157,8 @@ class Report:
         """
         found = dataclasses.asdict(dataclasses.replace(self, exhibits=Exhibits()))
         del found["exhibits"]
+        if self.trail is not None:
+            found["trail"] |= {"reached": self.trail.reached, "score": self.trail.written.score}
         advice = [dataclasses.asdict(a) for a in self.advice]
         first = {"verdict": dataclasses.asdict(self.verdict), "advice": advice}
         return json.dumps(plain({**first, **found}), indent=2) + "\n"
@@ -183,8 +189,8 @@ class Report:
         """
         files.save(self, Path(path))
 
-    def render(self) -> Group:
-        """Return the summary for a console."""
+    def render(self, *, everything: bool = False) -> Group:
+        """Return the summary for a console; long tables are cut, unless it is to hold everything."""
         head = Table.grid(padding=(0, 2))
         style = _STYLES[self.verdict.assurance]
         head.add_row(Text("verdict", style="bold"), Text(str(self.verdict), style=style))
@@ -195,13 +201,13 @@ class Report:
         return Group(
             *(line(text, "bold red") for text in warnings_of(self)),
             head,
-            *map(for_console, sheets(self)),
+            *(for_console(sheet, everything=everything) for sheet in sheets(self)),
             *(line(f"note: {note}", "yellow") for note in self.notes),
         )
 
-    def print(self, console: Console | None = None) -> None:
-        """Print the summary."""
-        (console or standard_output()).print(self.render())
+    def print(self, console: Console | None = None, *, everything: bool = False) -> None:
+        """Print the summary; long tables are cut, unless it is to hold everything."""
+        (console or standard_output()).print(self.render(everything=everything))
 
 
 _STYLES = {Assurance.SAFE: "green", Assurance.CHECK: "yellow", Assurance.LOSS: "bold red"}

@@ -78,6 +78,8 @@ def advise(report: Report) -> tuple[Advice, ...]:
 def _of_evidence(report: Report) -> Iterator[Advice]:
     """Yield what makes the verdict itself more certain."""
     v = report.verification
+    if not report.samples:
+        return
     if report.samples < ENOUGH:
         what = "calibration has seen them all" if not v.held_out else "few are held out"
         yield Advice(
@@ -85,10 +87,11 @@ def _of_evidence(report: Report) -> Iterator[Advice]:
             f"{report.samples} samples were given, and {what}: from {ENOUGH} samples on, some are held out",
         )
     elif v.samples < FEW_SAMPLES:
+        enough = math.ceil(FEW_SAMPLES / v.samples * report.samples)
         yield Advice(
             "--data",
-            f"{v.samples} of the {report.samples} samples are held out for the comparison, and {FEW_SAMPLES} "
-            f"make it certain: give {math.ceil(FEW_SAMPLES / v.samples * report.samples)}",
+            f"{v.samples} of the {report.samples} samples are held out for the comparison, too few to be "
+            f"sure: with {enough} samples, {FEW_SAMPLES} are held out",
         )
 
 

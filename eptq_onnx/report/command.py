@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from eptq_onnx.config import Config, Reading
+from eptq_onnx.config import Accuracy, Config, Reading
 from eptq_onnx.config.option import written_as
 from eptq_onnx.data.origin import Origin
 
@@ -31,7 +31,7 @@ def command_of(model: str, data: Origin, config: Mapping[str, Any]) -> str:
     for name, recipe in data.recipe.items():
         words += [f"--{name}", recipe]
     given = {name: value for name, value in config.items() if name not in data.recipe}
-    for options in (Reading, Config):
+    for options in (Reading, Config, Accuracy):
         words += _changed(options, given)
     return shlex.join(words)
 
@@ -46,5 +46,7 @@ def _changed(options: type[BaseModel], config: Mapping[str, Any]) -> list[str]:
         value = config[name]
         if name == "budget":
             value = [b if isinstance(b, str) else f"{b['unit']}={b['amount']:g}" for b in value]
+        if name == "encodings":
+            value = value["file"] or "encodings.json"
         found += written_as(name, field, value)
     return found

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from eptq_onnx.report import placement as by_time
+from eptq_onnx.report import trail as scores
 from eptq_onnx.report.front import front_sheet
 from eptq_onnx.report.plain import size_text
 from eptq_onnx.report.sheet import Sheet
@@ -18,30 +20,30 @@ if TYPE_CHECKING:
 
 _WEAKEST = 5
 """Layers that are named."""
+_REASONS = 8
+"""Reasons for floating point that a console shows, unless it is to show everything."""
 
 
 def warnings_of(report: Report) -> list[str]:
     """Return what is to be said before all else."""
-    return [
-        text
-        for text in (of_made_up(report.data) if report.data.made_up else "", warning(report.speed))
-        if text
-    ]
+    made_up = of_made_up(report.data) if report.data.made_up else ""
+    return [text for text in (made_up, scores.warning(report.trail), warning(report.speed)) if text]
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
     """Return labels and texts, one line each, without the verdict."""
     v = report.verification
     return [
+        *([("score", scores.in_words(report.trail))] if report.trail is not None else []),
         ("size", smaller(v.float_bytes, v.quantized_bytes)),
         ("parts", ", ".join(f"{part} {size_text(count)}" for part, count in report.sizes.items() if count)),
         ("speed", in_words(report.speed)),
         ("model", f"{report.model} → {report.target}, opset {report.opset}"),
-        ("data", f"{report.samples} samples of {report.data}"),
+        ("data", f"{report.samples} samples of {report.data}" if report.samples else str(report.data)),
         ("bits", _bits(report)),
         ("rotation", _rotation(report)),
         ("equalization", _equalization(report)),
-        *([("by time", by_time.in_words(report.placement))] if report.placement is not None else []),
+        *([("placement", by_time.in_words(report.placement))] if report.placement is not None else []),
         ("optimization", _optimization(report)),
         ("time, memory", _cost(report)),
     ]
@@ -51,10 +53,13 @@ def sheets(report: Report) -> Iterator[Sheet]:
     """Yield the tables, without that of all layers."""
     if report.advice:
         yield advice_sheet(report)
+    if report.trail is not None:
+        yield scores.trail_sheet(report.trail)
     if report.verification.planned:
         yield kernel_sheet(report)
-    yield output_sheet(report)
-    yield _weakest(report)
+    if report.samples:
+        yield output_sheet(report)
+        yield _weakest(report)
     if report.speed is not None and report.speed.operators:
         yield operator_sheet(report.speed)
     if report.placement is not None:
@@ -103,7 +108,7 @@ def output_sheet(report: Report) -> Sheet:
         rows.append(tuple(row))
     return Sheet(
         f"Float against quantized, {v.samples} {what}",
-        ("output", "SQNR (dB)", "about the mean (dB)", "worst sample (dB)", "largest channel changes"),
+        ("output", "SQNR (dB)", "about the mean (dB)", "worst sample (dB)", "top-1 changes"),
         tuple(rows),
         names=(0,),
     )
@@ -128,7 +133,7 @@ def layer_sheet(report: Report) -> Sheet:
 
 def decibels(value: float | None) -> str:
     """Return a ratio as text."""
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 def smaller(before: int, after: int) -> str:
@@ -148,7 +153,9 @@ def weights_of(layer: LayerReport) -> str:
 
 def _bits(report: Report) -> str:
     counts = Counter((x.bits, weights_of(x)) for x in report.layers)
-    return ", ".join(f"{n} layers {name} (weights {kind})" for (name, kind), n in counts.items())
+    return ", ".join(
+        f"{n} layer{'s' * (n > 1)} {name} (weights {kind})" for (name, kind), n in counts.items()
+    )
 
 
 def _rotation(report: Report) -> str:
@@ -172,7 +179,7 @@ def _cost(report: Report) -> str:
 def _optimization(report: Report) -> str:
     trace = report.optimization
     if trace is None:
-        return f"none ({report.config['start']} rounding)"
+        return "none: layer-wise reconstruction alone" if report.config["start"] == "closed-form" else "none"
     return trace.reason + (f"; {trace.flipped:.1%} of the weights flipped" if trace.best_step else "")
 
 
@@ -186,7 +193,7 @@ def _weakest(report: Report) -> Sheet:
                 x.op_type,
                 x.bits,
                 decibels(x.own_db),
-                f"{x.sqnr_db:.2f}",
+                decibels(x.sqnr_db),
             )
             for x in sorted(report.layers, key=lambda x: x.sqnr_db)[:_WEAKEST]
         ),
@@ -195,9 +202,21 @@ def _weakest(report: Report) -> Sheet:
 
 
 def _float_sheet(report: Report) -> Sheet:
-    counts = Counter((k.op_type, k.reason) for k in report.kept_float)
+    """Return the reasons, and for each how many nodes of which operators."""
+    counts = Counter(k.reason for k in report.kept_float)
+    operators = {reason: Counter[str]() for reason in counts}
+    for kept in report.kept_float:
+        operators[kept.reason][kept.op_type] += 1
     return Sheet(
         "Kept in floating point",
-        ("operator", "nodes", "why"),
-        tuple((op, str(n), reason) for (op, reason), n in counts.most_common()),
+        ("nodes", "why", "operators"),
+        tuple(
+            (
+                str(n),
+                reason,
+                ", ".join(f"{op} {k}" if n > k else op for op, k in operators[reason].most_common()),
+            )
+            for reason, n in counts.most_common()
+        ),
+        most=_REASONS,
     )

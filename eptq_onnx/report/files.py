@@ -65,6 +65,7 @@ def content(report: Report, path: Path) -> bytes:
 
 def save(report: Report, path: Path) -> None:
     """Write a report; see `eptq_onnx.report.Report.save`."""
+    check(path)
     write_atomically(path, content(report, path))
 
 
@@ -82,6 +83,6 @@ def _check_installed(what: str) -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise InstallError(
-            f"{what} is a page, which needs {' and '.join(missing)}: "
-            'pip install "eptq-onnx[report]", or give a name that ends in .md or .json.'
+            f"{what} is not written: a page needs {' and '.join(missing)}. Install them with "
+            'pip install "eptq-onnx[report]", or write the report as .md or .json.'
         )

@@ -35,7 +35,8 @@ def _candidate_sheet(placement: Placement) -> Sheet:
     rows = []
     for c in placement.candidates:
         name = f"{c.name} (chosen)" if c.name == placement.chosen else c.name
-        rows.append((name, str(c.regions), _ms(c.predicted), _ms(c.seconds), _beside(c), _share(c.noise)))
+        beside = "-" if c is placement.candidates[0] else _beside(c)
+        rows.append((name, str(c.regions), _ms(c.predicted), _ms(c.seconds), beside, _share(c.noise)))
     return Sheet(
         "Integers or float, by time of one run",
         (

@@ -25,6 +25,8 @@ class Sheet:
         Columns that hold names, which may be long, or contain anything.
     alarming : frozenset of int
         Rows that say that something is wrong.
+    most : int or None
+        Rows that a console shows, unless it is to show everything; None for all.
     """
 
     title: str
@@ -32,12 +34,17 @@ class Sheet:
     rows: tuple[tuple[str, ...], ...]
     names: tuple[int, ...] = ()
     alarming: frozenset[int] = frozenset()
+    most: int | None = None
 
 
-def for_console(sheet: Sheet) -> Table:
-    """Return a sheet as a table for a console."""
-    table = Table(*sheet.columns, title=line(sheet.title), title_justify="left")
-    for k, row in enumerate(sheet.rows):
+def for_console(sheet: Sheet, *, everything: bool = True) -> Table:
+    """Return a sheet as a table for a console; what is left out is counted below it."""
+    most = len(sheet.rows) if everything or sheet.most is None else sheet.most
+    left = len(sheet.rows) - most
+    more = f"and {left} more, which --verbose and --report show" if left > 0 else None
+    table = Table(*sheet.columns, title=line(sheet.title), title_justify="left", caption=more)
+    table.caption_justify = "left"
+    for k, row in enumerate(sheet.rows[:most]):
         style = "bold red" if k in sheet.alarming else ""
         cells = [
             line(text, style, most=_NAME) if c in sheet.names else line(text, style)

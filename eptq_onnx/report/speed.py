@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eptq_onnx.pace import OperatorTime, Pace, Speed
+from eptq_onnx.outcome import OperatorTime, Pace, Speed
 from eptq_onnx.report.sheet import Sheet
 
 _NAMED, _SMALL = 3, 0.05

@@ -14,7 +14,7 @@ from enum import Enum
 
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.numerics.statistics import OutputStatistics
-from eptq_onnx.records import Verification
+from eptq_onnx.outcome import Verification
 
 SAFE_DB, VERY_HIGH_DB = 30.0, 40.0
 """SQNR at which an output is safe whatever its use, and at which few or already seen samples suffice."""
@@ -39,6 +39,11 @@ MADE_UP = "samples are random numbers: ranges are wrong, and no figure here says
 """What is said of runs on data that is made up."""
 NO_SAMPLES = (
     "there were no samples: inputs are random numbers, and no figure here says anything about accuracy"
+)
+"""What is said of runs that drew inputs for want of data."""
+UNMEASURED = (
+    "no samples were given: weights are rounded to nearest, and nothing was measured; with samples they are "
+    "rounded so that the layers' outputs stay the same, which halves the error or better"
 )
 """What is said of runs without data."""
 
@@ -88,6 +93,8 @@ def judge(verification: Verification, origin: Origin) -> Verdict:
     origin : Origin
         Where the samples come from.
     """
+    if verification.samples == 0 and not verification.statistics:
+        return Verdict(Assurance.CHECK, (UNMEASURED,), "give samples with --data")
     if origin.made_up:
         return Verdict(Assurance.CHECK, (of_made_up(origin),), "give real samples with --data")
     return judge_outputs(verification.statistics, verification.samples, verification.held_out)
@@ -150,7 +157,7 @@ def _judge_output(s: OutputStatistics) -> tuple[Assurance, str]:
     text = f"keeps {s.sqnr_db:.1f} dB" if s.sqnr_db < 100 else "is the same"
     if changes is not None:
         where = "samples" if s.decisions <= s.samples else "positions"
-        text += f", another channel is largest on {changes:.1%} of {where}"
+        text += f", its top-1 changes on {changes:.1%} of {where}"
     if s.sqnr_db >= VERY_HIGH_DB:
         return Assurance.SAFE, text
     spread = f"{text}, noise is {_noise(s.centred_sqnr_db)} of its spread"

@@ -57,7 +57,7 @@ def opset(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
             continue
         needed = OPSETS.get(q.type_name, 1)
         needed = max(needed, _PER_AXIS if q.axis is not None else 1)
-        needed = max(needed, _BLOCKED if int_attribute(q.node, "block_size", 0) else 1)
+        needed = max(needed, _BLOCKED if q.block else 1)
         if own < needed:
             yield q.node.name, f"this use of {q.type_name} needs opset {needed}, but the model imports {own}"
 
@@ -95,7 +95,7 @@ def _foreign_types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     biases, weight, bias = biases_of(view), target.weight, target.bias
     narrow = {f"{sign}int{width}" for width in weight.storage for sign in ("", "u")}
     for q in view.dequantizers:
-        if not q.constant:
+        if not q.constant or (q.block and target.blocks.sizes):
             continue
         if q.node.name in biases:
             taken = f"{bias.container} biases" if bias.integer else "float biases"
@@ -129,10 +129,12 @@ def clipped_floats(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 )
 def zero_point(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: onnx-tensorrt importers; onnxruntime qdq_selectors.cc (weights and biases)."""
-    weights, biases = {w.node.name for _, w, _ in weights_of(view, target)}, biases_of(view)
+    shifting = target.blocks.zero_points
+    weights = {w.node.name for _, w, _ in weights_of(view, target) if not (w.block and shifting)}
+    biases = biases_of(view)
     for q in (*view.quantizers, *view.dequantizers):
         fixed = q.node.name in weights or q.node.name in biases
-        if q.is_shifted and (fixed or target.activation.symmetric):
+        if q.is_shifted and (fixed or (target.activation.symmetric and not (q.block and shifting))):
             what = "a weight" if q.node.name in weights else "a bias" if fixed else "an activation"
             yield q.node.name, f"the zero point of {what} is not 0"
 
@@ -236,7 +238,7 @@ def _bits_of(q: Quantized) -> int:
 def weight_axis(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: TensorRT, working with quantized types; ONNX QLinearConv."""
     for node, weight, axis in weights_of(view, target):
-        if weight.axis is None:
+        if weight.axis is None or weight.block:
             continue
         if not target.of(node.op_type).weight.per_channel:
             yield node.name, f"its weight has several scales, but {target.name} takes one for {node.op_type}"
@@ -245,6 +247,21 @@ def weight_axis(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
                 node.name,
                 f"its weight scales lie along axis {weight.axis}, but its output channels along axis {axis}",
             )
+
+
+@rule(
+    "block-size",
+    Severity.ERROR,
+    "Blocks of weights have a size that the target reads.",
+    "Quantize in blocks of such a size, or with one scale per output channel.",
+)
+def block_size(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: TensorRT, working with quantized types (blocks of 64 and 128); onnxruntime."""
+    sizes = target.blocks.sizes
+    for q in view.dequantizers:
+        if q.constant and q.block and q.block not in sizes:
+            taken = f"blocks of {', '.join(map(str, sizes))} terms" if sizes else "no blocks"
+            yield q.node.name, f"its blocks have {q.block} terms, and {target.name} reads {taken}"
 
 
 @rule(
@@ -276,7 +293,7 @@ def weight_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: vpmaddubsw adds two products of uint8 and int8 in 16 bits; TensorRT uses −127 to 127."""
     for node, weight, _ in weights_of(view, target):
         values = view.value(weight.integers)
-        if values is None or weight.type_name != "int8" or not values.size:
+        if values is None or weight.type_name != "int8" or not values.size or weight.block:
             continue
         shape = view.graph.static_shape(node.input[1])
         single = (int_attribute(node, "group", 1), 1)
@@ -293,5 +310,5 @@ def weight_range(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
 
 NUMBERS: tuple[Rule, ...] = (
     scale, opset, types, kernel_types, clipped_floats, zero_point, bias_zero_point, bias_scales,
-    activation_scale, least_range, output_range, weight_axis, power_of_two, weight_range,
+    activation_scale, least_range, output_range, weight_axis, block_size, power_of_two, weight_range,
 )  # fmt: skip

@@ -81,6 +81,8 @@ def layer_input(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         x, weight = activation_of(node.input[0], view, target), view.read(node.input[place])
         if not view.is_constant(node.input[place]) or (x is None) == (weight is None):
             continue
+        if x is None and weight is not None and weight.block and target.blocks.sizes:
+            continue
         missing = "input" if x is None else "weight"
         yield node.name, f"its {missing} is float, so it runs in float"
 

@@ -55,6 +55,11 @@ class Quantized:
         return str(TensorProto.DataType.Name(self.elem_type)).lower()
 
     @property
+    def block(self) -> int:
+        """Return the size of its blocks; 0 if it has none."""
+        return int_attribute(self.node, "block_size", 0)
+
+    @property
     def zeros(self) -> NDArray[np.int64]:
         """Return the zero points, 0 where there are none."""
         return np.zeros((), np.int64) if self.zero_point is None else self.zero_point.astype(np.int64)

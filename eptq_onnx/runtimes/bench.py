@@ -10,7 +10,7 @@ import numpy as np
 
 from eptq_onnx.errors import CapabilityError
 from eptq_onnx.graph.external import files_of
-from eptq_onnx.pace import Pace, Speed
+from eptq_onnx.outcome import Pace, Speed
 from eptq_onnx.runtimes.base import LoadCost, Verifier, clock_name
 from eptq_onnx.runtimes.feeds import Inputs
 from eptq_onnx.runtimes.speed import Effort, by_operator, latency

@@ -18,7 +18,7 @@ from onnx import GraphProto, ModelProto, helper
 
 from eptq_onnx import runtimes, scratch
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.pace import Speed
+from eptq_onnx.outcome import Speed
 from eptq_onnx.placement import Representation, Way
 from eptq_onnx.runtime import Session, load
 from eptq_onnx.runtimes import ort_profile

@@ -16,7 +16,7 @@ import numpy as np
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.view import QUANTIZERS
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.pace import OperatorTime, Pace, Speed
+from eptq_onnx.outcome import OperatorTime, Pace, Speed
 from eptq_onnx.runtimes.base import Kernel, Model, NodeTime, Timed, Verifier
 
 _FEWEST = 10
@@ -31,6 +31,8 @@ _TURN, _REPEATS = 0.02, 20
 
 Only the fastest run counts, because slower runs were interrupted.
 """
+_OF_RUNS, SECONDS = 1.5, 2.5
+"""Seconds of all runs together, and of the whole comparison, with sessions and profiles, about."""
 _MARGIN = 1.05
 """A ratio within this factor of 1 makes no difference to a user."""
 
@@ -54,7 +56,7 @@ class Effort:
     """
 
     longest_run: float = 2.0
-    seconds: float = 1.5
+    seconds: float = _OF_RUNS
     pairs: int = 41
     decided: bool = True
     advice: str = ""

@@ -62,18 +62,41 @@ class WeightRules(_Quantized):
         return None if info.field_name != "range_8_bits" and value == info.data.get("range_8_bits") else value
 
 
+class BlockRules(Row):
+    """How the runtime reads weights with a scale for each block of terms.
+
+    Parameters
+    ----------
+    sizes : tuple of int
+        Blocks that DequantizeLinear may have, for storage in ONNX types; none if the runtime reads no blocks.
+    zero_points : bool
+        False if their zero points are always 0.
+    matmul_nbits : tuple of int
+        Widths for which the runtime has onnxruntime's operator MatMulNBits.
+    accuracy_level : int
+        What MatMulNBits computes in: 4 for int8, into which it rounds activations block by block; 1 for
+        float32.
+    """
+
+    sizes: tuple[int, ...] = ()
+    zero_points: bool = True
+    matmul_nbits: tuple[Literal[2, 4, 8], ...] = ()
+    accuracy_level: Literal[1, 2, 3, 4] = 4
+
+
 class ActivationRules(_Quantized):
     """How the runtime expects activations, which always have one scale per tensor.
 
     ``symmetric``: the zero point is 0. ``narrow``: the runtime accepts a Clip between QuantizeLinear and
     DequantizeLinear, which limits values to fewer than 8 bits. ``least_range``: the smallest real range that
-    the integers cover.
+    the integers cover. ``wide``: integer operators compute with 16 bits, too.
     """
 
     container: str
     symmetric: bool
     narrow: bool = True
     least_range: float = Field(0.0, ge=0)
+    wide: bool = False
 
     @field_validator("container")
     @classmethod

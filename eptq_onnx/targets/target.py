@@ -10,11 +10,12 @@ from pydantic import Field, model_validator
 from eptq_onnx.config import FLOAT_BITS, Activations, Config, FloatType, WeightStorage
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.numerics.biases import BiasSpec
-from eptq_onnx.numerics.formats import FLOATS, IntFormat, PerAxis, PerTensor
+from eptq_onnx.numerics.formats import FLOATS, IntFormat, PerAxis, PerBlock, PerTensor
 from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.targets.rows import (
     ActivationRules,
     BiasRules,
+    BlockRules,
     Operator,
     PatternRules,
     RestRules,
@@ -25,6 +26,8 @@ from eptq_onnx.targets.rows import (
 
 _OLDEST_OPSET = 13
 """First opset in which quantizers have an axis, and axes are inputs, as the graph rewrites need them."""
+_LEAST_NBITS = 16
+"""Smallest block of MatMulNBits."""
 OPSETS = {
     "int16": 21, "uint16": 21, "int4": 21, "uint4": 21, "int2": 25, "uint2": 25, "float4e2m1": 23,
     "float8e4m3fn": 19, "float8e4m3fnuz": 19, "float8e5m2": 19, "float8e5m2fnuz": 19,
@@ -53,7 +56,7 @@ class Target(Row):
         ``"vnni"``: 8-bit products saturate on x86-64 processors that lack it; ``"any"``.
     elsewhere : str
         Name of the target for the same runtime on processors that lack it; may be empty.
-    weight, activation, bias, rest, patterns
+    weight, blocks, activation, bias, rest, patterns
         See the classes of these rules.
     operators : dict of str to Operator
         Operator, without its domain, to its row.
@@ -68,6 +71,7 @@ class Target(Row):
     processor: Literal["any", "vnni"] = "any"
     elsewhere: str = ""
     weight: WeightRules
+    blocks: BlockRules = BlockRules()
     activation: ActivationRules
     bias: BiasRules
     rest: RestRules = RestRules()
@@ -133,6 +137,14 @@ class Target(Row):
         zero_points = high - most, low - least
         return QuantSpec(IntFormat(bits, True, low, high), granularity, zero_points, self.weight.scale)
 
+    def block_spec(self, bits: int, axis: int, size: int) -> QuantSpec:
+        """Return the spec of a weight with one scale for each block of ``size`` values along an axis."""
+        granularity = PerBlock(axis, size)
+        if not self.blocks.zero_points:
+            return QuantSpec(IntFormat.full(bits, signed=True), granularity, scales=self.weight.scale)
+        form = IntFormat.full(bits, signed=False)
+        return QuantSpec(form, granularity, (form.qmin, form.qmax), self.weight.scale)
+
     def bias_spec(self) -> BiasSpec | None:
         """Return how biases are stored as integers; None if they stay float."""
         rules = self.bias
@@ -149,9 +161,13 @@ class Target(Row):
         zero_points = high - 127, low + 127
         return QuantSpec(IntFormat(bits, True, low, high), granularity, zero_points, self.weight.scale)
 
-    def opset_for(self, activation_bits: int, storage: WeightStorage | None = None) -> int:
+    def opset_for(
+        self, activation_bits: int, storage: WeightStorage | None = None, block: int | None = None
+    ) -> int:
         """Return the lowest opset with the types of these activations and of weights stored like this."""
-        native = self.weight.storage if storage is WeightStorage.NATIVE else ()
+        native: tuple[int, ...] = self.weight.storage if storage is WeightStorage.NATIVE else ()
+        if block is not None and self._storage_of_blocks(storage) is WeightStorage.NATIVE:
+            native = (*native, 4)
         types = {
             self.weight.container,
             self.activation.type_name(activation_bits),
@@ -188,7 +204,9 @@ class Target(Row):
                 )
         if config.activations is Activations.DYNAMIC:
             self._check_dynamic(activations)
-        if FLOAT_BITS in activations and not self.weight.packed:
+        if config.block is not None:
+            self._check_block(config.block, self.storage_for(config.storage, config.block))
+        elif FLOAT_BITS in activations and not self.weight.packed:
             raise ConfigError(
                 f"target {self.name} does not store the weights of float layers as integers (its "
                 "weight.packed is false): choose other activation bits than 32."
@@ -213,14 +231,42 @@ class Target(Row):
                 "bits, or activations=static."
             )
 
-    def storage_for(self, storage: WeightStorage | None) -> WeightStorage:
+    def _check_block(self, size: int, storage: WeightStorage) -> None:
+        """Check that the runtime reads blocks of this size if they are stored so.
+
+        Raises
+        ------
+        ConfigError
+            If it does not.
+        """
+        if storage is WeightStorage.NATIVE and size not in self.blocks.sizes:
+            sizes = ", ".join(map(str, self.blocks.sizes))
+            raise ConfigError(
+                f"option block={size} is not for target {self.name}, which reads blocks of {sizes} (its "
+                "blocks.sizes): choose one of these."
+            )
+        if storage is WeightStorage.MATMULNBITS and (size < _LEAST_NBITS or size & (size - 1)):
+            raise ConfigError(
+                f"option block={size} is not for storage=matmulnbits, whose blocks are a power of two of at "
+                f"least {_LEAST_NBITS}: choose such a size, or storage=packed."
+            )
+
+    def storage_for(self, storage: WeightStorage | None, block: int | None = None) -> WeightStorage:
         """Return how weights are stored: by the option, or by default as the runtime supports it.
+
+        Parameters
+        ----------
+        storage : WeightStorage or None
+        block : int or None
+            Size of the blocks of weights, if they have any.
 
         Raises
         ------
         ConfigError
             If the runtime does not support the option.
         """
+        if block is not None:
+            return self._storage_of_blocks(storage)
         if storage is None:
             return WeightStorage.PACKED if self.weight.packed else WeightStorage.INT8
         if storage is WeightStorage.PACKED and not self.weight.packed:
@@ -232,6 +278,28 @@ class Target(Row):
             raise ConfigError(
                 f"option storage=native is not for target {self.name}, which reads no ONNX type below 8 bits "
                 "(its weight.storage is empty): leave the option out, or choose int8."
+            )
+        return storage
+
+    def _storage_of_blocks(self, storage: WeightStorage | None) -> WeightStorage:
+        """Return how weights in blocks are stored; see `storage_for`."""
+        has = {
+            WeightStorage.MATMULNBITS: bool(self.blocks.matmul_nbits),
+            WeightStorage.PACKED: self.weight.packed,
+            WeightStorage.NATIVE: bool(self.blocks.sizes),
+            WeightStorage.INT8: self.weight.packed,
+        }
+        if not any(has.values()) or self.weight.container in FLOATS:
+            raise ConfigError(
+                f"option block is not for target {self.name}, which reads no weights in blocks (its "
+                "blocks.sizes is empty): leave it out."
+            )
+        if storage is None:
+            return next(one for one, there in has.items() if there)
+        if not has[storage]:
+            raise ConfigError(
+                f"option storage={storage.value} is not for target {self.name} with weights in blocks: "
+                f"choose {' or '.join(one.value for one, there in has.items() if there)}, or leave it out."
             )
         return storage
 

@@ -7,14 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from eptq_onnx.config import Config
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.engines.base import ATTENTION, ERRORS, TrainingGraph
 from eptq_onnx.numerics.types import Array, Feeds
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.runtime import Session
 from eptq_onnx.training import augment
-from eptq_onnx.training.worth import views
 
 
 class Batches:
@@ -88,10 +86,11 @@ class HeldOut:
         session: Session,
         batches: Batches,
         held: NDArray[np.int64],
-        config: Config,
+        views: int,
+        seed: int,
     ) -> None:
         self._session, self._batches, self._held = session, batches, held
-        self._views, self._seed = views(config), config.seed
+        self._views, self._seed = views, seed
         self._layers = sum(graph.channels)
 
     def __call__(self, parameters: Feeds) -> Array:

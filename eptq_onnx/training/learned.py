@@ -20,6 +20,7 @@ from eptq_onnx.parallel import ordered_map
 from eptq_onnx.records import Calibration, Plan, Rounding
 from eptq_onnx.runtime import Session
 from eptq_onnx.training.batches import Batches
+from eptq_onnx.training.worth import Effort
 
 _RISE = 0.1
 """Share of the steps in which the learning rates rise to their full values."""
@@ -46,8 +47,10 @@ class Learned:
         graph: TrainingGraph,
         calibration: Calibration,
         config: Config,
-        total: int,
+        effort: Effort,
     ) -> None:
+        total = effort.steps
+        self._augments = effort.augments
         self._plan, self._start, self._graph, self._config, self._total = plan, start, graph, config, total
         learnable = [n for n in plan.weight_specs if n in graph.gradients]
         kind = _KINDS[config.rounding]
@@ -111,7 +114,7 @@ class Learned:
         wanted = [LOSS, *self._graph.gradients.values()]
         for values in ordered_map(
             lambda run: session.run(run, wanted),
-            batches.runs(chosen, feeds, session, rng if self._config.augment else None),
+            batches.runs(chosen, feeds, session, rng if self._augments else None),
         ):
             loss += float(values[LOSS])
             for name, output in self._graph.gradients.items():

@@ -7,7 +7,7 @@ that the optimization has not seen, including the start. A candidate is the movi
 around which single steps fluctuate. It must beat the start sample by sample, by more than chance, and without
 larger errors of the outputs. Minimizing squared errors shrinks outputs, rare strong responses most of all;
 finally the last layers get back the slope that they have in the float network, if the result still beats the
-start.
+start, and the outputs stay about as near.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics.gains import Comparison
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array, Feeds
+from eptq_onnx.outcome import OptimizationTrace
 from eptq_onnx.parallel import ordered_map, worker_count
-from eptq_onnx.records import Network, OptimizationTrace, Plan, Rounding
+from eptq_onnx.records import Network, Plan, Rounding
 from eptq_onnx.runtime import Session
 from eptq_onnx.training.attention import channel_attention, part_weights
 from eptq_onnx.training.batches import Batches, HeldOut
 from eptq_onnx.training.kept import Balance, Kept
 from eptq_onnx.training.learned import Learned
-from eptq_onnx.training.worth import RESTORED, Effort
+from eptq_onnx.training.worth import RESTORED, Effort, views
 from eptq_onnx.workdir import Partial
 
 _BYTES_A_WEIGHT = 40
@@ -131,14 +132,21 @@ def optimize(
         selection.indices,
     )
     effort = Effort.of(config, plan, samples, len(indices), len(held))
-    state = Learned(plan, start, graph, calibration, config, effort.steps)
+    state = Learned(plan, start, graph, calibration, config, effort)
     attention = channel_attention(plan, network.scores, graph.channels, len(indices), config)
     layer_weights = np.maximum.reduceat(attention, np.cumsum([0, *graph.channels[:-1]]), axis=1).mean(axis=0)
     attention = np.hstack([attention, np.tile(part_weights(graph, calibration), (len(indices), 1))])
     seen = np.setdiff1d(np.arange(len(indices)), held)
     seen = seen if len(seen) else held
     evaluation = GradientSession(graph.evaluate, integers=False)
-    judge = HeldOut(graph, evaluation, Batches(graph, samples, indices, attention), held, config)
+    judge = HeldOut(
+        graph,
+        evaluation,
+        Batches(graph, samples, indices, attention),
+        held,
+        views(effort.augments),
+        config.seed,
+    )
     found = judge(state.hard_parameters(start))
     if not np.isfinite(found).all():
         raise GradientError("the errors of layers or outputs are beyond the numbers of float32.")

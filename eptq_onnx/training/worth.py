@@ -29,8 +29,19 @@ _VARIATIONS = 3
 """Augmented variants of each held-out sample that candidates are judged on, besides the sample itself."""
 _FEW = 128
 """Fewest samples that count as a float pass: the fewer there are, the less time matters."""
+_OFTEN = 20
+"""How often each sample may be seen before it is varied.
+
+Within the budgets of the presets, a sample is seen less than 10 times.
+"""
 _COARSE = 4
 """Bits of weights below which the optimization gets more time."""
+_FINE, _CALM = 7, 8
+"""Bits of weights from which, next to activations of so many, activations cause most of the noise.
+
+The share of the noise that is due to weights at W8A8, and W7A8 without VNNI: digits_resnet 0.03; ResNet-20
+0.17; shapes_detector, digits_mobile less than can be measured. Of a share of 0.3, the optimization takes 1 %.
+"""
 _MOST_CHECKS = 10
 _APART = 5.0
 """Float passes between checks, at least."""
@@ -61,6 +72,8 @@ class Effort:
         Cost of a step and of a check, in float passes.
     restoring : float
         Cost of what follows the last step, in float passes.
+    augments : bool
+        True if the samples of the steps are varied.
     patience : float
         Float passes in which the held-out error must fall by `LITTLE`; 0 if there is no limit.
     """
@@ -71,6 +84,7 @@ class Effort:
     a_step: float
     a_check: float
     restoring: float
+    augments: bool
     patience: float
 
     @classmethod
@@ -87,10 +101,14 @@ class Effort:
         held : int
             How many of them candidates are judged on.
         """
-        batch = min(max(1, config.batch_size // samples.rows), scored - held or held)
+        seen = scored - held or held
+        batch = min(max(1, config.batch_size // samples.rows), seen)
+        augments = config.augment
+        if augments is None:
+            augments = (config.steps or 0) * batch > _OFTEN * seen
         a_pass = max(scored, _FEW)
         a_step = A_STEP * batch / a_pass
-        a_check = A_CHECK * views(config) * held / a_pass
+        a_check = A_CHECK * views(augments) * held / a_pass
         # The result with restored slopes is judged, too.
         restoring = A_CHECK * min(scored, RESTORED) / a_pass + a_check
         steps, count = config.steps, _MOST_CHECKS
@@ -99,7 +117,7 @@ class Effort:
             count = min(max(int(budget / (_APART + a_check)), 1), count)
             steps = max(int((budget - count * a_check) / a_step), 1)
         checks = tuple(sorted({-(-steps * k // count) for k in range(1, count + 1)}))
-        return cls(steps, batch, checks, a_step, a_check, restoring, float(config.patience))
+        return cls(steps, batch, checks, a_step, a_check, restoring, augments, float(config.patience))
 
     @property
     def passes(self) -> float:
@@ -149,9 +167,27 @@ def is_coarse(plan: Plan, config: Config) -> bool:
     return low or any(is_learned(q, config) for q in plan.activations)
 
 
-def views(config: Config) -> int:
+def may_pay(plan: Plan, config: Config) -> bool:
+    """Return False where quantized activations cause nearly all noise, which no rounding of weights changes.
+
+    That is so next to weights of 7 bits and more, with evenly spaced steps and activations of 8 bits.
+    """
+    if config.steps or config.chooses_widths or uneven_type(plan) is not None:
+        return True
+    weights = [spec.bits for spec in plan.weight_specs.values()]
+    activations = [q.spec.bits for q in plan.activations]
+    return min(weights, default=_FINE) < _FINE or set(activations) != {_CALM}
+
+
+def uneven_type(plan: Plan) -> str | None:
+    """Return a type of weights or activations whose steps grow with the values; None if there is none."""
+    specs = [*plan.weight_specs.values(), *(q.spec for q in plan.activations)]
+    return next((spec.format.type_name for spec in specs if not spec.format.has_equal_steps), None)
+
+
+def views(augments: bool) -> int:
     """Return how often a check runs each held-out sample: as it is, and varied if those of steps are."""
-    return 1 + _VARIATIONS * config.augment
+    return 1 + _VARIATIONS * augments
 
 
 def promised(total: NDArray[np.float64], fixed: NDArray[np.float64]) -> float:

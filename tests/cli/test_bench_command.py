@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from eptq_onnx import api
 from eptq_onnx.cli import app
-from eptq_onnx.pace import OperatorTime, Pace, Speed
+from eptq_onnx.outcome import OperatorTime, Pace, Speed
 from eptq_onnx.runtimes import bench
 from eptq_onnx.runtimes.bench import Bench, FileCost
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import eptq_onnx
 from eptq_onnx import demo
 from eptq_onnx.cli import app
+from eptq_onnx.report import files
 from eptq_onnx.runtime import Session
 
 
@@ -34,7 +35,6 @@ def test_the_quantized_model_is_about_as_good_as_the_float_model(folder):
     assert found["float_accuracy"] > 0.9
     assert found["accuracy"] > found["float_accuracy"] - 0.03
     assert Path(found["quantized"]).stat().st_size < demo.MODEL.stat().st_size
-    assert json.loads(Path(found["report"]).read_text())["verdict"]
 
 
 def test_pictures_are_read_as_they_were_drawn(folder):
@@ -54,6 +54,26 @@ def test_the_metric_gives_the_accuracy_that_the_command_printed(folder, monkeypa
     found = json.loads((folder / "found.json").read_text())
     assert namespace["accuracy"](session.run) == pytest.approx(found["float_accuracy"])
     assert namespace["CLASSES"] == list(demo.CLASSES)
+
+
+def test_the_report_is_a_page_beside_the_model(folder):
+    found = json.loads((folder / "found.json").read_text())
+    assert found["report"] == str(folder / "report.html")
+    assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert json.loads((folder / "report.json").read_text())["verdict"]
+
+
+def test_without_the_extra_the_report_is_json_and_the_reason_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "find_spec", lambda name: None)
+    monkeypatch.setattr(demo, "PHOTOS", 40)
+    result = invoke(str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "note: " in result.stdout
+    assert "report.html is not written: a page needs jinja2 and matplotlib" in result.stdout
+    assert 'pip install "eptq-onnx[report]"' in result.stdout
+    assert f"wrote {tmp_path / 'model.w8a8.onnx'} and {tmp_path / 'report.json'}" in result.stdout
+    assert not (tmp_path / "report.html").exists()
+    assert (tmp_path / "report.json").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):

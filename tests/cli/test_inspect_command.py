@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -70,6 +71,38 @@ def test_nodes_that_stay_float_are_named_with_the_reason(folder):
     text = invoke("model.onnx", "--target", "portable").stdout
     assert "why it stays float" in text
     assert "Erf" in text
+
+
+def test_nodes_that_compute_shapes_are_no_riddle(folder):
+    text = (
+        "g (float[N,4] x) => (float[N,4] y) { a = MatMul (x, w)  s = Shape (x)  r = Reshape (a, s)"
+        "  y = MatMul (r, w) }"
+    )
+    onnx.save(parse(text, {"w": normal(4, 4)}), "model.onnx")
+    assert ", 1 compute no floats (shapes, indices)" in " ".join(invoke("model.onnx").stdout.split())
+
+
+@pytest.mark.parametrize("length", [5, 21, 22, 90])
+def test_of_long_names_the_end_is_shown_and_with_verbose_all(folder, length):
+    name = "n" * (length - 4) + "/end"
+    model = parse(
+        "g (float[N,4] x) => (float[N,4] y) { a = MatMul (x, w)  b = Erf (a)  y = MatMul (b, w) }",
+        {"w": normal(4, 4)},
+    )
+    model.graph.node[1].name = name
+    onnx.save(model, "model.onnx")
+    for columns in ("80", "200"):
+        shown = {
+            option: CliRunner()
+            .invoke(app, ["inspect", "model.onnx", *option], env={"COLUMNS": columns})
+            .stdout
+            for option in ((), ("--verbose",))
+        }
+        letters = {option: re.sub(r"[│\s]", "", text) for option, text in shown.items()}
+        assert "/end" in letters[()]
+        assert (name in shown[()]) == (length <= 21)
+        if columns == "200":
+            assert name in letters["--verbose",]
 
 
 EXAMPLES = {

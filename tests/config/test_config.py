@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 import eptq_onnx
 from eptq_onnx import Config, targets
 from eptq_onnx.cli import app
-from eptq_onnx.config import Objective, Option
+from eptq_onnx.config import Accuracy, Objective, Option
+from eptq_onnx.config.accuracy import AccuracyOptions
 from eptq_onnx.config.files import SECTIONS, read_options
 from eptq_onnx.config.options import Options
 from eptq_onnx.errors import ConfigError
@@ -23,7 +24,8 @@ from eptq_onnx.errors import ConfigError
 
 def test_every_option_has_a_type_for_users_a_section_and_help():
     assert list(get_type_hints(Options)) == list(Config.model_fields)
-    for name, field in Config.model_fields.items():
+    assert list(get_type_hints(AccuracyOptions)) == list(Accuracy.model_fields)
+    for name, field in {**Config.model_fields, **Accuracy.model_fields}.items():
         assert len([m for m in field.metadata if isinstance(m, Option)]) == 1, name
         assert field.description, name
     assert not set(SECTIONS.values()) & set(SECTIONS), "a table and an option of one name"
@@ -132,11 +134,14 @@ def test_the_command_line_comes_before_the_file(tmp_path, monkeypatch):
         "--weight-bits",
         "5",
         "--no-equalize",
+        "--no-augment",
         "--batch-axis",
         "image=none",
     ]
     assert CliRunner().invoke(app, ["quantize", *common, *given]).exit_code == 2
-    assert seen == [Config(seed=3, weight_bits=5, rotate=False, equalize=False, batch_axes={"image": None})]
+    assert seen == [
+        Config(seed=3, weight_bits=5, rotate=False, equalize=False, augment=False, batch_axes={"image": None})
+    ]
 
 
 def test_the_configuration_is_not_overwritten(tmp_path):
@@ -193,3 +198,25 @@ def test_how_time_is_measured_counts_only_where_it_decides():
         assert len(hashes) == (2 if objective in (Objective.TIME, Objective.NOISE) else 1)
         seen |= hashes
     assert len(seen) == 6
+
+
+def test_the_paper_is_a_preset_whose_options_may_be_replaced():
+    config = Config(preset="paper")
+    assert (config.steps, config.rounding.value, config.optimizer.value) == (80_000, "soft", "radam")
+    assert (config.start.value, config.attention.value, config.output_share) == ("nearest", "layer", 0)
+    assert config.gradual_activations
+    assert not config.rotate
+    assert config.optimizes
+    shorter = Config(preset="paper", steps=500, rotate=True, weight_range=None)
+    assert (shorter.steps, shorter.rotate, shorter.rounding.value) == (500, True, "soft")
+    assert shorter.weight_range_method.value == "hmse"
+    # A report holds all options.
+    assert Config(**json.loads(shorter.model_dump_json())) == shorter
+
+
+def test_the_preset_of_the_paper_quantizes():
+    config = Config(preset="paper", steps=6, weight_bits=4, target="ort-x64")
+    found = eptq_onnx.quantize(small_convnet(), {"image": images(24)}, config, progress=silent)
+    assert found.report.optimization is not None
+    assert found.report.optimization.steps == 6
+    assert found.report.rotated == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, get_type_hints
 
 import pytest
@@ -60,6 +61,20 @@ def test_numbers_up_to_2_are_fractions_and_larger_ones_pixels(text, mean, std):
     assert (found[0][0], found[1][0]) == pytest.approx((mean, std))
 
 
+@pytest.mark.parametrize("name", IMAGE_RECIPES)
+def test_a_name_leaves_no_units_open_and_help_lists_it(name):
+    assert image(name).units is not None
+    assert re.search(
+        rf"follow: .*\b{name}\b", " ".join((Reading.model_fields["image"].description or "").split())
+    )
+    assert image(f"{name},mean=0.5,std=0.5").units is None
+
+
+def test_a_picture_may_stay_unscaled_before_the_crop():
+    assert image("tf,resize=none").resize == "none"
+    assert image(str(image("tf,resize=none"))) == image("tf,resize=none")
+
+
 def test_words_follow_the_order_of_colours_and_numbers_do_not():
     turned = image("mean=imagenet,std=imagenet,color=bgr")
     assert turned.mean == (0.406, 0.456, 0.485)
@@ -89,6 +104,9 @@ def test_a_named_recipe_may_be_changed_and_written_again(name):
         ("size=99999", "less than or equal to 16384"),
         ("size=224,resize=200,crop=center", "resize=200 is smaller than size=224"),
         ("resize=256,fit=stretch", "leave it out with fit=stretch"),
+        ("resize=none,fit=letterbox", "leave it out with fit=letterbox"),
+        ("resize=0", "greater than or equal to 1"),
+        ("resize=half", "valid integer"),
         ("crop=left", "crop is center or none"),
         ("crop=center,fit=crop", "crop is center or none"),
         ("mean=0.5", "mean and std go together"),
@@ -106,7 +124,7 @@ def test_a_named_recipe_may_be_changed_and_written_again(name):
 def test_what_is_no_recipe_is_told(text, message):
     with pytest.raises(ValidationError, match=message):
         image(text)
-    with pytest.raises(ConfigError, match="option image") as e:
+    with pytest.raises(ConfigError, match=r"^option image(\.\w+)?(=| is )") as e:
         Data("photos", image=text)
     assert "\n" not in str(e.value)
 

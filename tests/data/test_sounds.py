@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,26 @@ def test_longer_sounds_keep_their_middle(tmp_path):
     soundfile.write(tmp_path / "a.wav", ramp, RATE, subtype="FLOAT")
     found = loaded(tmp_path).samples[0].take([0])["x"][0]
     np.testing.assert_allclose(found, ramp[4000:8000], atol=1e-3)
+
+
+def test_of_a_sound_of_hours_only_the_middle_is_read(tmp_path):
+    """Eighteen hours: 1 GB, of which nothing but the middle is in the file."""
+    size = 2**30
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", size + 36, b"WAVE", b"fmt ", 16, 1, 1, RATE, 2 * RATE,
+                         2, 16, b"data", size)  # fmt: skip
+    with open(tmp_path / "a.wav", "wb") as file:
+        file.write(header)
+        file.seek(len(header) + size // 2 - 4000)
+        file.write(np.full(4000, 2**14, "<i2").tobytes())
+        file.truncate(len(header) + size)
+    tracemalloc.start()
+    try:
+        found = loaded(tmp_path, audio=f"rate={RATE}").samples[0].take([0])["x"]
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_allclose(found, 0.5, atol=1e-3)
+    assert most < 2**24
 
 
 def test_what_the_model_leaves_open_is_that_of_the_files(sounds):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from graphs import parse
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import BertWordPieceTokenizer, Tokenizer, models, pre_tokenizers, processors
 
 from eptq_onnx import Data, DataError, InstallError, data
 
@@ -110,6 +110,15 @@ def test_pairs_are_one_sample(tmp_path, tokenizer):
     np.testing.assert_array_equal(feeds["token_type_ids"], [[0, 0, 0, 1, 1, 1]])
 
 
+def test_a_text_is_named_by_its_number_and_how_it_begins(tmp_path, tokenizer):
+    long = "a b " * 40
+    file = written(tmp_path, ["a  b", "", long, "c", "d"])
+    assert loaded(file, model(), tokenizer).names == ("1: a b", f"2: {long[:59]}…", "3: c", "4: d")
+    assert loaded(file, model(), tokenizer, samples=2).names == ("1: a b", "4: d")
+    pair = written(tmp_path, [json.dumps(["a", "b c"])], "pair.jsonl")
+    assert loaded(pair, model(), tokenizer).names == ("1: a | b c",)
+
+
 def test_samples_are_spread_over_the_lines(tmp_path, tokenizer):
     file = written(tmp_path, ["a"] * 50 + ["b"] * 50)
     samples = loaded(file, model(), tokenizer, samples=10).samples[0]
@@ -137,11 +146,48 @@ def test_files_that_are_no_text_are_told(tmp_path, tokenizer, name, content, mes
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("cased", [False, True])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_a_vocabulary_like_berts_is_a_tokenizer(tmp_path, cased, ending):
+    """As transformers' BertTokenizer, by the library's own implementation."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "un", "##able", "able", "é", "e", "!", "[", "]"]
+    pieces += ["Un", "Able"] * cased
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_bytes(ending.join([*pieces, ""]).encode())
+    texts = ["Unable able!", "é Able", "able [MASK] nothing", "[un]"]
+    found = loaded(written(tmp_path, texts), model(), vocabulary)
+    wanted = BertWordPieceTokenizer({p: k for k, p in enumerate(pieces)}, lowercase=not cased)
+    wanted.enable_padding(length=found.samples[0].take([0])["input_ids"].shape[1])
+    for k, text in enumerate(texts):
+        assert found.samples[0].take([k])["input_ids"][0].tolist() == wanted.encode(text).ids
+    guess = "case counts (some pieces have capitals)" if cased else "lower case (no piece has capitals)"
+    assert guess in str(found.origin)
+    pair = written(tmp_path, [json.dumps(["un", "able able"])], "pair.jsonl")
+    feeds = loaded(pair, model(), vocabulary).samples[0].take([0])
+    assert feeds["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"lacks \[UNK\], \[CLS\], \[SEP\]"),
+        (b"some words\nof a text\n", r"is not a vocabulary like BERT's"),
+        (b"[PAD]\n[UNK]\n[CLS]\n", r"lacks \[SEP\]\. Give a tokenizer\.json"),
+        (b"\xff\xfe\x00", "cannot be read as text in UTF-8"),
+    ],
+)
+def test_what_is_no_vocabulary_is_told(tmp_path, content, message):
+    (tmp_path / "vocab.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message) as e:
+        loaded(written(tmp_path, TEXTS), model(), tmp_path / "vocab.txt")
+    assert "\n" not in str(e.value)
+
+
 def test_what_is_missing_is_told(tmp_path, tokenizer, monkeypatch):
     file = written(tmp_path, TEXTS)
     with pytest.raises(DataError, match=r"missing\.txt cannot be read: No such file"):
         loaded(tmp_path / "missing.txt", model(), tokenizer)
-    with pytest.raises(DataError, match=r"give the model's tokenizer\.json with --tokenizer"):
+    with pytest.raises(DataError, match=r"give the model's tokenizer\.json, or the vocab\.txt"):
         loaded(file, model(), None)
     with pytest.raises(DataError, match=r"tokenizer .*none\.json does not exist"):
         loaded(file, model(), tmp_path / "none.json")

@@ -54,12 +54,15 @@ def test_better_presets_cost_more():
         found: list[Any] = []
         with pytest.raises(Stop):
             eptq_onnx.quantize(
-                small_convnet(), images(24), Config(preset=preset), progress=stopping_at_estimate(found)
+                small_convnet(),
+                images(24),
+                Config(preset=preset, weight_bits=4),
+                progress=stopping_at_estimate(found),
             )
         told[preset] = str(found[0])
         assert found[0].seconds == pytest.approx(sum(found[0].shares.values()))
     assert "no optimization steps" in told["fast"]
-    assert "at most 19 optimization steps" in told["balanced"]
+    assert "at most 22 optimization steps" in told["balanced"]
 
 
 class Stop(Exception):

@@ -55,7 +55,7 @@ def _scored(model, the_plan, samples, engine, config):
 def case(engine):
     model = normalize(tiny(), 13)
     images = np.random.default_rng(1).normal(size=(6, 2, 4, 4)).astype(np.float32)
-    config = Config(probes=1500, batch_size=4)
+    config = Config(weight_bits=4, edge_bits=4, probes=1500, batch_size=4)
     target = targets.load("ort-x64")
     the_plan = plan(model, target, config)
     samples = data.read({"image": images}, model)
@@ -174,7 +174,7 @@ def test_a_short_last_batch_counts_no_sample_twice(case, engine):
 def test_block_by_block_gives_the_same_scores(case, engine, limit):
     model, images, the_plan, _, _ = case
     samples = data.read({"image": images}, model)
-    config = Config(probes=3, batch_size=4)
+    config = Config(weight_bits=4, edge_bits=4, probes=3, batch_size=4)
     calibration = calibrate(model, the_plan, samples, config, silent)
     calls = []
     whole, parts = (
@@ -186,7 +186,7 @@ def test_block_by_block_gives_the_same_scores(case, engine, limit):
             c,
             lambda *a: calls.append(a),
         )
-        for c in (config, Config(probes=3, batch_size=4, max_memory=limit))
+        for c in (config, Config(weight_bits=4, edge_bits=4, probes=3, batch_size=4, max_memory=limit))
     )
     assert calls[-1][0] == calls[-1][1] > 2 * 3
     for name in ("channels", "weights", "outputs"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from eptq_onnx import Config
 from eptq_onnx.errors import ConfigError, ModelError, OutputError
 from eptq_onnx.graph.view import QUANTIZERS, GraphView, int_attribute
 from eptq_onnx.method.allocate import candidates
-from eptq_onnx.pace import Pace, Speed
+from eptq_onnx.outcome import Pace, Speed
 from eptq_onnx.passes.place import Place
 from eptq_onnx.placement import Representation, Way
 from eptq_onnx.runtimes.attribute import joined
@@ -398,7 +399,7 @@ def chosen(result):
 
 
 def floats(result):
-    return {k.node for k in result.report.kept_float if "chosen for the" in k.reason}
+    return {k.node for k in result.report.kept_float if "chosen for " in k.reason}
 
 
 def test_the_least_time_within_limits_of_bytes_and_noise(bench, few):
@@ -471,3 +472,67 @@ def test_weights_stay_float_only_where_the_noise_needs_it(bench, few, monkeypatc
     shapes = [tuple(t.dims) for t in result.model.graph.initializer if t.data_type == 1 and len(t.dims) == 4]
     assert shapes.count((96, 64, 1, 1)) == 1
     assert (64, 1, 3, 3) not in shapes
+
+
+# ---- a limit of noise that gives way ---------------------------------------------------------------------------
+
+
+def chain():
+    """Return three depthwise convolutions and three others, whose quantizers are about as loud."""
+    body, constants, x = [], {}, "x"
+    for k in range(6):
+        body.append(
+            f"a{k} = Conv {'<group = 8, pads = [1,1,1,1]>' if k < 3 else ''} ({x}, w{k})  r{k} = Relu (a{k})"
+        )
+        constants[f"w{k}"] = normal(*((8, 1, 3, 3) if k < 3 else (8, 8, 1, 1)), seed=k)
+        x = f"r{k}"
+    return parse(
+        f"g (float[N,8,6,6] x) => (float[N,8] y) {{ {'  '.join(body)} h = GlobalAveragePool (r5)  y = Flatten (h) }}",
+        constants,
+    )
+
+
+LOUD: Any = {"preset": "fast", "target": "ort-x64-vnni", "measure_speed": False}
+
+
+@pytest.mark.parametrize(("depthwise", "regions"), [(0.9, 3), (0.75, 1), (0.5, 0)])
+def test_noise_above_its_limit_is_avoided_where_that_takes_little_time(bench, depthwise, regions):
+    """No quantizer stands out, so that regions stay float for the noise of all."""
+    bench.depthwise = depthwise
+    result = eptq_onnx.quantize(chain(), images(16, 8, 6), Config(max_noise=3e-6, **LOUD), progress=silent)
+    placement = known(result.report.placement)
+    planned, *_, taken = (
+        c
+        for c in (placement.candidates[0], *placement.candidates)
+        if c.name in ("all integers", placement.chosen)
+    )
+    assert len(floats(result)) == 2 * regions, "with their Relus"
+    if regions:
+        assert taken.name == "less noise for little time"
+        assert known(taken.noise) < known(planned.noise)
+        assert taken.ratio <= 1.1
+    else:
+        assert taken is planned
+
+
+def test_a_choice_for_noise_stays_faster_than_the_float_model(bench):
+    """Integers gain little here, and noise must not cost all of it."""
+    bench.depthwise, seconds = 0.99, bench.seconds
+
+    def even(self, model):
+        quantized = any(n.op_type == "DequantizeLinear" for n in model.graph.node)
+        return seconds(self, model) * (1.15 if quantized else 1)
+
+    bench.seconds = even
+    result = eptq_onnx.quantize(chain(), images(16, 8, 6), Config(max_noise=3e-6, **LOUD), progress=silent)
+    placement = known(result.report.placement)
+    *_, taken = (c for c in placement.candidates if c.name == placement.chosen)
+    [exact] = (c for c in placement.candidates if c.name == "float")
+    assert 1.05 * taken.ratio <= exact.ratio
+
+
+def test_noise_within_its_limit_costs_no_time(bench):
+    bench.depthwise = 0.9
+    result = eptq_onnx.quantize(chain(), images(16, 8, 6), Config(max_noise=1e-3, **LOUD), progress=silent)
+    assert not floats(result)
+    assert known(result.report.placement).chosen == "all integers"

@@ -169,7 +169,7 @@ def test_samples_that_are_too_few_to_tell():
     assert one.expected == ""
     more = report(statistics={"y": good}, samples=100, verification={"samples": 10})
     assert "10 of the 100 samples are held out" in more.advice[0].why
-    assert "give 160" in more.advice[0].why
+    assert "with 160 samples, 16 are held out" in more.advice[0].why
 
 
 def test_what_gains_next_to_nothing_is_not_advised():

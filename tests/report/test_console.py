@@ -262,7 +262,7 @@ def test_a_narrow_terminal_shows_bars_and_one_time_that_is_left(folder, columns)
     code, sent = on_terminal(folder, "--steps", "40", columns=columns)
     assert code == 0, sent
     lines = screen_lines(sent)
-    assert max(map(len, lines)) <= columns
+    assert max(len(x) for x in lines if not x.startswith("  eptq-onnx ")) <= columns, "commands are copied"
     bars = [x for x in lines if x.startswith("optimize") and x.count("━") >= 8]
     assert bars
     assert any(re.search(r"\b\d+%", x) for x in bars)

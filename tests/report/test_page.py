@@ -17,6 +17,9 @@ from reports import FRONT, POOR, exhibits, layer, noise, report
 
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.diagnosis import Exhibits, NodePlace, Picture, SampleNoise
+from eptq_onnx.outcome import OperatorTime
+from eptq_onnx.placement import FrontPoint
+from eptq_onnx.report.page import plots
 from eptq_onnx.report.page.page import page_of
 from eptq_onnx.report.page.pictures import data_uri
 from eptq_onnx.report.page.strip import strip
@@ -201,6 +204,39 @@ def test_hostile_names_are_harmless(full):
         > 8
     )
     hostile.encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("Conv", "Conv"), ("com.microsoft.QuickGelu", "com.microsoft.QuickGelu"), ("Sigmoid+Mul", "Sigmoid+Mul"),
+        ("QuantizeLinear/DequantizeLinear around Flatten", "Q/DQ around Flatten"),
+        ("$x$", "row 3"), ("<b>", "row 3"), ("", "row 3"), ("a\nb", "row 3"), ("x" * 31, "row 3"), ("é", "row 3"),
+    ],
+)  # fmt: skip
+def test_operators_are_named_where_they_take_time(name, label):
+    times = [OperatorTime("A", 1e-3, 2e-3), OperatorTime("B", 1e-3, 2e-3), OperatorTime(name, 1e-3, 1e-3)]
+    found = str(plots.operators(times))
+    assert f">{label}</text>" in found
+    assert (">row 3</text>" in found) == (label == "row 3")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "unit"), [(9e-4, "microseconds"), (2e-3, "milliseconds"), (1, "milliseconds")]
+)
+def test_times_of_operators_are_in_a_unit_that_suits_them(seconds, unit):
+    assert f"{unit} of one run" in str(plots.operators([OperatorTime("A", seconds / 2, seconds)]))
+
+
+@pytest.mark.parametrize(("size", "unit"), [(900_000, "kB"), (1_100_000, "MB")])
+@pytest.mark.parametrize("falls", [True, False])
+def test_a_front_is_a_line_only_where_noise_falls_with_the_size(size, unit, falls):
+    noises = (0.3, 0.2, 0.1) if falls else (0.3, 0.1, 0.2)
+    points = [FrontPoint(noise, bytes=size - 1000 * k) for k, noise in zip((2, 1, 0), noises, strict=True)]
+    found = str(plots.front(points))
+    assert f"size of the file ({unit})" in found
+    lines = re.findall(r'<path d="M[^"]*"[^>]*style="fill: none; stroke: var\(--first\)', found)
+    assert len(lines) == int(falls)
 
 
 def test_the_same_report_gives_the_same_bytes(bare):

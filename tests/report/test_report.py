@@ -11,7 +11,7 @@ from rich.console import Console
 import eptq_onnx
 from eptq_onnx import Config
 from eptq_onnx.data.origin import Origin
-from eptq_onnx.pace import OperatorTime, Pace, Speed
+from eptq_onnx.outcome import OperatorTime, Pace, Speed
 from eptq_onnx.report.speed import costly, in_words, warning
 
 SLOW = Speed(

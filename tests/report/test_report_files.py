@@ -58,10 +58,8 @@ def test_a_missing_extra_is_told_before_any_work(folder, monkeypatch, missing):
     result = invoke("--report", "r.html")
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
-    assert (
-        f'r.html is a page, which needs {" and ".join(missing)}: pip install "eptq-onnx[report]"'
-        in result.stderr
-    )
+    wanted = f'a page needs {" and ".join(missing)}. Install them with pip install "eptq-onnx[report]"'
+    assert f"r.html is not written: {wanted}" in result.stderr
     assert not list(folder.glob("[or]*"))
     with pytest.raises(InstallError):
         report().to_html()
@@ -81,4 +79,4 @@ def test_json_leaves_out_what_only_a_page_shows_and_holds_the_advice():
     assert list(found)[:2] == ["verdict", "advice"]
     assert "exhibits" not in found
     assert found["layers"][0]["own_db"] == 25.0
-    assert found["verification"]["worst"] == [{"sample": 7, "output": "y", "sqnr_db": 4.0}]
+    assert found["verification"]["worst"] == [{"sample": 7, "output": "y", "sqnr_db": 4.0, "name": ""}]

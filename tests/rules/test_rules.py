@@ -171,6 +171,11 @@ PARSED: dict[str, tuple[str, str]] = {
         "  wd = DequantizeLinear (wi, s)  y = MatMul (xd, wd) }",
         "[weight]\npacked = false\n",
     ),
+    "block-size": (
+        "g (float[2,64] x) => (float[2,4] y) { wd = DequantizeLinear <axis = 0, block_size = 16> (wb, sb)"
+        "  y = MatMul (x, wd) }",
+        "[blocks]\nsizes = [64, 128]\n",
+    ),
     "clipped-floats": (
         "g (float[2,3] x) => (float[2,4] y) { r = Relu (x)  rq = QuantizeLinear (r, s, f)"
         "  rd = DequantizeLinear (rq, s, f)  wd = DequantizeLinear (w, s)  y = MatMul (rd, wd) }",
@@ -197,8 +202,11 @@ def broken(rule: str, written: ModelProto) -> tuple[ModelProto, str]:
         constants: dict[str, Any] = {
             "s": np.array(ONE), "z": np.array(EIGHT), "low": np.array(0, np.uint8), "high": np.array(15, np.uint8),
             "w": normal(3, 4, scale=9).astype(np.int8), "wt": normal(4, 3, scale=9).astype(np.int8), "eye": np.eye(3, dtype=np.uint8),
+            "wb": normal(64, 4, scale=9).astype(np.int8), "sb": np.ones((4, 4), np.float32),
         }  # fmt: skip
         model = parse(text, {k: v for k, v in constants.items() if re.search(rf"\b{k}\b", text)})
+        if "block_size" in text:
+            model.opset_import[0].version = 21
         if "f)" in text:
             float8 = onnx.TensorProto.FLOAT8E4M3FN
             model.graph.initializer.append(onnx.TensorProto(name="f", data_type=float8, raw_data=b"\0"))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import eptq_onnx
 from eptq_onnx import Config, runtimes
 from eptq_onnx.errors import ModelError
-from eptq_onnx.pace import Pace, Speed
+from eptq_onnx.outcome import Pace, Speed
 from eptq_onnx.runtimes import ort_profile, speed
 from eptq_onnx.runtimes.base import Kernel
 

@@ -47,9 +47,9 @@ def test_a_preset_is_a_budget_that_is_used_and_kept(options, budget, scored):
 def test_costs_follow_from_numbers_of_samples():
     effort = _effort(1000, 100)
     assert effort.a_step == pytest.approx(10 * 16 / 1000)
-    assert effort.a_check == pytest.approx(4 * 4 * 100 / 1000)
-    assert _effort(1000, 100, augment=False).a_check == pytest.approx(4 * 100 / 1000)
-    assert (views(Config()), views(Config(augment=False))) == (4, 1)
+    assert effort.a_check == pytest.approx(4 * 100 / 1000)
+    assert _effort(1000, 100, augment=True).a_check == pytest.approx(4 * 4 * 100 / 1000)
+    assert (views(True), views(False)) == (4, 1)
     assert _effort(64, 8).a_step == pytest.approx(10 * 16 / 128), "few samples count as 128"
     assert effort.spent(0) == effort.a_check
     second = effort.checks[1]
@@ -129,7 +129,7 @@ def test_at_8_bits_nothing_starts_and_the_report_says_why():
     trace = result.report.optimization
     assert trace is not None
     assert (trace.steps, trace.checkpoints, trace.passes) == (0, (), 0.0)
-    assert trace.reason.startswith("not started: it could take less than 1 % off the noise of the outputs")
+    assert trace.reason.startswith("not started: next to weights of 7 bits or more, quantized activations")
     console = Console(record=True, width=200, file=StringIO())
     result.report.print(console)
     assert "not started" in console.export_text()
@@ -157,3 +157,12 @@ def test_weights_without_rounding_errors_promise_nothing():
     trace = eptq_onnx.quantize(model, images(40), config, progress=silent).report.optimization
     assert trace is not None
     assert trace.steps == 0
+
+
+@pytest.mark.parametrize("steps", [1, 19, 225, 226, 1000])
+def test_samples_are_varied_only_where_they_are_seen_often(steps):
+    """Of 180 samples to train on, 16 are seen in a step."""
+    assert _effort(200, 20, steps=steps).augments == (steps > 225)
+    assert _effort(200, 20, steps=steps, augment=True).augments
+    assert not _effort(200, 20, steps=steps, augment=False).augments
+    assert not _effort(200, 20, **LONG).augments

@@ -28,7 +28,7 @@ from eptq_onnx.discovery import classes
 
 __all__ = [
     "Arrays", "Content", "Data", "Feed", "Nothing", "Opened", "Reader", "Request", "Source", "Wanted",
-    "files_of", "forms", "open_source", "registered", "wanted",
+    "files_of", "forms", "is_nothing", "open_source", "registered", "wanted",
 ]  # fmt: skip
 
 
@@ -36,6 +36,11 @@ __all__ = [
 def registered() -> tuple[Reader, ...]:
     """Return one reader for each form, in the order in which they are asked."""
     return tuple(sorted((found() for found in classes(__name__, Reader)), key=lambda reader: reader.order))  # type: ignore[type-abstract]
+
+
+def is_nothing(source: Source) -> bool:
+    """Return True if there are no samples."""
+    return isinstance(source.source if isinstance(source, Data) else source, Nothing)
 
 
 def open_source(source: Source, request: Request) -> Opened:

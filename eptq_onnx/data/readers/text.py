@@ -30,6 +30,10 @@ _FILLED = {
     "segment_ids": "type_ids",
 }
 """Inputs that are filled, and what of the tokenizer's result each takes."""
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+"""Pieces of a vocabulary like BERT's that are never split."""
+_SHOWN = 60
+"""Characters of a text that its name holds."""
 _BATCH = 256
 """Texts that are tokenized at once."""
 Text = str | tuple[str, str]
@@ -58,13 +62,17 @@ class TextReader(Reader):
         path, file = Path(source), request.reading.tokenizer
         kinds = _kinds(request.inputs)
         if file is None:
-            raise DataError(f"data file {path} holds text: give the model's tokenizer.json with --tokenizer.")
-        tokenizer = _tokenizer(file)
+            raise DataError(
+                f"data file {path} holds text: give the model's tokenizer.json, or the vocab.txt of one like "
+                "BERT, with --tokenizer."
+            )
+        tokenizer, guessed = _tokenizer(file)
         count = sum(1 for _ in _texts(path))
         if not count:
             raise DataError(f"data file {path} holds no text.")
         places = set(request.chosen(count))
-        chosen = [text for k, text in enumerate(_texts(path)) if k in places]
+        numbered = [(k, text) for k, text in enumerate(_texts(path), 1) if k - 1 in places]
+        chosen = [text for _, text in numbered]
         padding = tokenizer.padding or {}
         length, cut = _length(tokenizer, chosen, request.inputs)
         _fit(tokenizer, padding, length.tokens)
@@ -79,8 +87,9 @@ class TextReader(Reader):
                     shelves[name].add(row.astype(dtypes[name] or np.int64))
         notes = [f"{cut} of {len(chosen)} texts have more than {length} and are cut"] if cut else []
         recipe = {"tokenizer": str(file)}
-        origin = Origin(str(path), recipe, (f"{length}",), tuple(notes))
-        return Opened({name: shelf.values() for name, shelf in shelves.items()}, origin)
+        origin = Origin(str(path), recipe, (*guessed, f"{length}"), tuple(notes))
+        names = tuple(_name(number, text) for number, text in numbered)
+        return Opened({name: shelf.values() for name, shelf in shelves.items()}, origin, names=names)
 
     def wanted(self, request: Request) -> Wanted | None:
         """Return text if a tokenizer fills all inputs, all of them with two axes."""
@@ -105,6 +114,12 @@ class _Length:
         return f"{self.tokens} tokens ({self.why})"
 
 
+def _name(number: int, text: Text) -> str:
+    """Return the number of a text, counted from 1 without empty lines, and how it begins."""
+    words = " ".join((text if isinstance(text, str) else " | ".join(text)).split())
+    return f"{number}: {words if len(words) <= _SHOWN else words[: _SHOWN - 1] + '…'}"
+
+
 def _kinds(inputs: tuple[Input, ...]) -> dict[str, str]:
     """Return what of the tokenizer's result each input takes.
 
@@ -126,17 +141,51 @@ def _kinds(inputs: tuple[Input, ...]) -> dict[str, str]:
     return {i.name: _FILLED[i.name] for i in inputs}
 
 
-def _tokenizer(file: Path) -> Any:
+def _tokenizer(file: Path) -> tuple[Any, tuple[str, ...]]:
+    """Return the tokenizer of a file, and what the file does not say."""
     if not file.is_file():
         raise DataError(f"tokenizer {file} does not exist.")
     try:
         library = import_module("tokenizers")
     except ImportError as e:
         raise InstallError("text needs the library tokenizers: pip install 'eptq-onnx[text]'.") from e
+    if file.suffix.lower() == ".txt":
+        return _word_pieces(file)
     try:
-        return library.Tokenizer.from_file(str(file))
+        return library.Tokenizer.from_file(str(file)), ()
     except Exception as e:  # the library has no errors of its own
         raise DataError(f"tokenizer {file} is not a readable tokenizer.json: {one_line(e, 150)}.") from e
+
+
+def _word_pieces(file: Path) -> tuple[Any, tuple[str, ...]]:
+    """Return the tokenizer of a vocabulary like BERT's: one piece a line. Whether case counts is guessed.
+
+    Raises
+    ------
+    DataError
+        If it is no such vocabulary.
+    """
+    try:
+        pieces = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"tokenizer {file} cannot be read as text in UTF-8: {one_line(e, 150)}.") from e
+    numbers = {piece.rstrip("\r"): k for k, piece in enumerate(pieces) if piece.rstrip("\r")}
+    missing = [token for token in ("[UNK]", "[CLS]", "[SEP]") if token not in numbers]
+    if missing:
+        raise DataError(
+            f"tokenizer {file} is not a vocabulary like BERT's, one piece a line: it lacks "
+            f"{', '.join(missing)}. Give a tokenizer.json."
+        )
+    library, part = import_module("tokenizers"), import_module
+    cased = any(piece != piece.lower() for piece in numbers if not piece.startswith("["))
+    tokenizer = library.Tokenizer(part("tokenizers.models").WordPiece(numbers, unk_token="[UNK]"))
+    tokenizer.add_special_tokens([token for token in _SPECIAL if token in numbers])
+    tokenizer.normalizer = part("tokenizers.normalizers").BertNormalizer(lowercase=not cased)
+    tokenizer.pre_tokenizer = part("tokenizers.pre_tokenizers").BertPreTokenizer()
+    ends = (("[SEP]", numbers["[SEP]"]), ("[CLS]", numbers["[CLS]"]))
+    tokenizer.post_processor = part("tokenizers.processors").BertProcessing(*ends)
+    why = "some pieces have" if cased else "no piece has"
+    return tokenizer, (f"{'case counts' if cased else 'lower case'} ({why} capitals)",)
 
 
 def _length(tokenizer: Any, texts: list[Text], inputs: tuple[Input, ...]) -> tuple[_Length, int]:

@@ -26,12 +26,16 @@ class Goal:
         of their power, bytes of the file.
     others : dict of str to float
         Currency to its limit, for those that count weights on integers alone.
+    most_slower : float, optional
+        The limits give way where they would make the model slower than the fastest choice by more than this
+        factor. By default they never do.
     """
 
     limit: float
     minimized: str = TIME
     limits: Mapping[str, float] = field(default_factory=dict)
     others: Mapping[str, float] = field(default_factory=dict)
+    most_slower: float | None = None
 
     @property
     def counts_more_than_time(self) -> bool:

@@ -114,6 +114,19 @@ class Limited:
             for seconds, name, choice in likely[:_MOST_TRIED]
         }
 
+    def quietest(self, seconds: float) -> Chosen | None:
+        """Return the fastest choice within the limits, or if it takes too long, the quietest that does not.
+
+        Parameters
+        ----------
+        seconds : float
+            Predicted time of one run that is not too long.
+        """
+        choice = self._fitting(self._asked)
+        if choice is not None and choice.predicted <= seconds:
+            return choice
+        return self._cut.choose(self._times, asked=Asked(NOISE, {TIME: seconds}, self._measures.parts))
+
     def best(self, planned: Candidate) -> Found:
         """Return the choice that minimizes noise or bytes.
 

@@ -22,12 +22,12 @@ from eptq_onnx.method.place.network import VARIANTS, Chosen, Cut, Times, reasons
 from eptq_onnx.method.place.pieces import between_convolutions
 from eptq_onnx.method.place.regions import Region
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.pace import Speed
+from eptq_onnx.outcome import Speed
 from eptq_onnx.placement import Candidate, Placement, TimedRegion, Timings, Way
 from eptq_onnx.program import TIME
 from eptq_onnx.runtimes.pieces import Stopwatch
 
-ALL, FLOAT = "all integers", "float"
+ALL, FLOAT, QUIETER = "all integers", "float", "less noise for little time"
 _SHORTEST = 1e-3
 """Seconds of one float run below which nothing is chosen, because call overhead would dominate."""
 _LITTLE = 0.1
@@ -38,6 +38,8 @@ _DOUBT, _MOST_TRIED = 1.1, 2
 """Factor on the planned model's predicted time up to which choices are timed as a whole, and how many."""
 _TIE = 1.02
 """Ratio of times that makes no difference between two choices."""
+_FASTER = 1.05
+"""How many times as fast as the float model a choice must stay for which limits give way."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Search:
         cut, bench, models = self._cut, self._bench, self._models
         base = self._compare(models.given)
         limited = self._goal.counts_more_than_time and not self._fast_plan_will_do()
-        if base.quantized_seconds < _SHORTEST and not limited:
+        firm = self._goal.counts_more_than_time and self._goal.most_slower is None
+        if base.quantized_seconds < _SHORTEST and not (limited and firm):
             why = f"one float run takes only {base.quantized_seconds * 1e3:.2g} ms, most of it call overhead"
             return self._as_planned(base, why)
         profile = bench.profile(models.exact, models.planned, models.feeds)
@@ -133,8 +136,11 @@ class Search:
                 noise=0.0,
             ),
         )
-        goal = self._goal
-        found = self._within(times, ends) if goal.counts_more_than_time else self._fastest(times, ends)
+        if firm:
+            found = self._within(times, ends)
+        else:
+            found = self._fastest(times, ends)
+            found = self._quieter(found, times, ends) if limited else found
         best, chosen, others, front, exact = found
         timed = cut.times(times, chosen)
         kept = cut.nodes(chosen)
@@ -169,7 +175,13 @@ class Search:
         """Return the reason of each node that is kept float."""
         if not self._goal.counts_more_than_time:
             return reasons(timed, kept)
-        return {name: f"chosen for the {self._goal}" for region in kept for name in region.nodes}
+        firm = self._goal.most_slower is None
+        why = f"chosen for the {self._goal}" if firm else f"chosen for {QUIETER}"
+        found = {name: why for region in kept for name in region.nodes}
+        if firm:
+            return found
+        slower = {t.nodes for t in timed if t.integer_seconds > t.float_seconds}
+        return found | reasons(timed, [region for region in kept if region.nodes in slower])
 
     def _within(self, times: Times, ends: tuple[Candidate, Candidate]) -> Found:
         """Return the best choice within the limits of the goal."""
@@ -190,6 +202,24 @@ class Search:
             raise limited.refusal(planned.seconds)
         chosen = min(tried, key=lambda on: tried[on].ratio)
         return Found(tried[chosen].name, chosen, tuple(tried.values()))
+
+    def _quieter(self, found: Found, times: Times, ends: tuple[Candidate, Candidate]) -> Found:
+        """Return a quieter choice that is not much slower than what was found, if there is one."""
+        own = next((c for c in found.others if c.name == found.name), ends[0])
+        foreseen = self._cut.choose(times, fixed=found.on_integers)
+        most = min((self._goal.most_slower or 1.0) * own.ratio, ends[1].ratio / _FASTER)
+        if foreseen is None or most <= own.ratio:
+            return found
+        limited, tried = self._limited(times, ends[0].predicted / ends[0].seconds), list(found.others)
+        # Predictions ignore interactions, so what turns out too slow is chosen again within half the way.
+        for allowed in (most, (most + own.ratio) / 2):
+            choice = limited.quietest(foreseen.predicted * allowed / own.ratio)
+            if choice is None or choice.on_integers == found.on_integers:
+                break
+            tried.append(self._timed(QUIETER, choice))
+            if tried[-1].ratio <= most:
+                return Found(tried[-1].name, choice.on_integers, tuple(tried))
+        return found._replace(others=tuple(tried))
 
     def _as_planned(self, base: Speed, why: str) -> Timings:
         count = sum(self._cut.as_planned)

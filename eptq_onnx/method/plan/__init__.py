@@ -24,14 +24,15 @@ from onnx import AttributeProto, ModelProto, NodeProto
 from eptq_onnx.config import FLOAT_BITS, Activations, Config
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
-from eptq_onnx.graph.patterns import matching
+from eptq_onnx.graph.patterns import matching, tensor_of
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.method.plan.activations import dynamic_quantizers, lookup_tables, quantizers_of
+from eptq_onnx.method.plan.activations import dynamic_quantizers, quantizers_of
 from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, weight_of
 from eptq_onnx.method.plan.guards import guarded_tensors
 from eptq_onnx.method.plan.held import held_weights
 from eptq_onnx.method.plan.layers import bias_objection, layers_of
 from eptq_onnx.method.plan.storing import stored_nodes
+from eptq_onnx.method.plan.tables import lookup_tables
 from eptq_onnx.numerics.quant_math import keeps_bounds
 from eptq_onnx.ops import OpSpec, Role, is_known, recorded, sizes, spec_of
 from eptq_onnx.ops.regions import regions
@@ -77,9 +78,12 @@ def plan(
         If a pattern matches no node.
     """
     view = GraphView(model)
+    excluded = {pattern: tensor_of(view, pattern) for pattern in config.exclude}
+    left = {t: f"excluded by the pattern {p}" for p, t in excluded.items() if t is not None}
     by_user = {
         name: f"excluded by the pattern {pattern}"
-        for pattern in config.exclude
+        for pattern, tensor in excluded.items()
+        if tensor is None
         for name in matching(view, pattern)
     }
     bits = {name: (w, a) for pattern, w, a in config.node_bits for name in matching(view, pattern)}
@@ -95,8 +99,9 @@ def plan(
         only_dynamic=config.activations is Activations.DYNAMIC,
     )
     _absorb(draft)
+    draft.sensitive = {**draft.sensitive, **{draft.final(t): why for t, why in left.items()}}
     _choose(draft)
-    draft.stored |= stored_nodes(draft, {*exact, *by_user})
+    draft.stored |= stored_nodes(draft, {*exact, *by_user}, config.block)
     layers = layers_of(draft, config, model)
     held = held_weights(draft, layers, {*exact, *by_user})
     if all(layer.stored for layer in layers) and not held and not (layers and config.weights_only):
@@ -106,9 +111,9 @@ def plan(
             f"with a constant float32 weight{' (' + reasons + ')' if reasons else ''}."
         )
     activations, operands = quantizers_of(draft, layers, config)
-    tables = lookup_tables(draft, layers)
+    tables = lookup_tables(draft, layers, config)
     absorbed = _absorbed_nodes(draft, activations)
-    integer, left = _integer_nodes(draft), _kept_float(draft, absorbed)
+    integer, kept_float = _integer_nodes(draft), _kept_float(draft, absorbed)
     return Plan(
         layers,
         activations,
@@ -116,7 +121,7 @@ def plan(
         tables,
         integer,
         absorbed,
-        left,
+        kept_float,
         bias=target.bias_spec(),
         exact=_choosing(draft, integer),
         float_outputs=target.outputs == "float",

@@ -1,18 +1,18 @@
-"""Plan the quantizers of activations, constant operands and tables, and which tensors share one."""
+"""Plan the quantizers of activations and of constant operands, and which tensors share one."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 from eptq_onnx.config import FLOAT_BITS, Config
 from eptq_onnx.graph.view import GraphView, last_layers
 from eptq_onnx.method.plan.draft import Draft, bounds_of
-from eptq_onnx.ops import Role, channel_axes_of, pointwise, spec_of
-from eptq_onnx.records import ActivationQuantizer, ConstantOperand, DynamicQuantizer, Layer, LookupTable
-
-_LEAST_TABLE = 16_384
-"""Values of a table below which storing it as integers does not pay."""
+from eptq_onnx.numerics.formats import IntFormat
+from eptq_onnx.numerics.spec import QuantSpec
+from eptq_onnx.ops import Bounds, Role, channel_axes_of, pointwise
+from eptq_onnx.records import ActivationQuantizer, ConstantOperand, DynamicQuantizer, Layer
 
 
 def quantizers_of(
@@ -75,12 +75,26 @@ def quantizers_of(
         bounds = min(lows), max(highs)
         maker = view.producer.get(first)
         prescribed = draft.row(maker).output_range if maker is not None and not others else None
+        if prescribed is None:
+            prescribed = _given(members, bounds, own, config)
         activations.append(
             ActivationQuantizer(
                 first, tuple(members), own, bounds, through, axes.get(first), others, prescribed
             )
         )
     return tuple(activations), tuple(operands)
+
+
+def _given(members: Sequence[str], bounds: Bounds, spec: QuantSpec, config: Config) -> Bounds | None:
+    """Return the range that the options give tensors with one scale, to be divided among all values."""
+    ranges = {} if config.encodings is None else config.encodings.ranges
+    own = [ranges[m] for m in members if m in ranges]
+    if not own or not isinstance(spec.format, IntFormat):
+        return None
+    # What comes behind an absorbed function has its limits.
+    low, high = max(min(low for low, _ in own), bounds[0]), min(max(high for _, high in own), bounds[1])
+    steps = spec.qmax - spec.qmin
+    return (low, low + (high - low) * (steps + 1) / steps) if low < high else None
 
 
 def dynamic_quantizers(layers: tuple[Layer, ...]) -> tuple[DynamicQuantizer, ...]:
@@ -90,34 +104,6 @@ def dynamic_quantizers(layers: tuple[Layer, ...]) -> tuple[DynamicQuantizer, ...
         if layer.dynamic:
             readers[layer.input].append(layer.node)
     return tuple(DynamicQuantizer(name, tuple(nodes)) for name, nodes in readers.items())
-
-
-def lookup_tables(draft: Draft, layers: tuple[Layer, ...]) -> tuple[LookupTable, ...]:
-    """Return the lookup tables of float nodes: 8-bit integers with one scale per row."""
-    view, weights = draft.view, {layer.weight for layer in layers}
-    found: dict[str, None] = {}
-    for node in view.nodes:
-        row = spec_of(node)
-        place = row.table(node) if row.table is not None and draft.row(node).stored else None
-        if place is None or node.name in draft.quantized or not view.is_constant(node.input[place]):
-            continue
-        table = node.input[place]
-        shape = view.constant_shape(table)
-        if not view.is_float(table) or len(shape) < 2 or not view.is_finite(table):
-            continue
-        if math.prod(shape) < _LEAST_TABLE:
-            draft.reasons[node.name] = (
-                f"its table has fewer than {_LEAST_TABLE} values: storing it as integers would not pay"
-            )
-            continue
-        if table in weights:
-            draft.reasons[node.name] = "its table is the weight of a layer too"
-            continue
-        draft.reasons[node.name] = (
-            "its table is stored in 8 bits with one scale per row; looked-up rows are float"
-        )
-        found[table] = None
-    return tuple(LookupTable(t, (t,), draft.target.table_spec()) for t in found)
 
 
 def _topological(view: GraphView, wanted: dict[str, str]) -> list[str]:

@@ -7,10 +7,12 @@ from onnx import ModelProto, NodeProto
 from eptq_onnx.config import Config
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.method.plan.draft import Draft, weight_of
+from eptq_onnx.method.plan.storing import PRODUCTS
+from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.ops import output_channels, spec_of
 from eptq_onnx.proto.bodies import all_names
 from eptq_onnx.records import Layer
-from eptq_onnx.targets import WeightRules
+from eptq_onnx.targets import Target, WeightRules
 
 
 def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, ...]:
@@ -63,10 +65,7 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
                 result=draft.final(node.output[0]),
                 bias=bias,
                 has_bias=has_bias,
-                # Integer kernels for stacked matrices take a single scale.
-                weight_spec=target.weight_spec(
-                    bits, None if spec.weight in (spec.data or ()) and rank > 2 else axis, depthwise
-                ),
+                weight_spec=_weight_spec(node, target, (bits, axis, depthwise), rank, config.block),
                 output_axis=-1 if spec.output_axis is None else spec.output_axis,
                 edge=edge,
                 depthwise=depthwise,
@@ -75,6 +74,19 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
             )
         )
     return tuple(layers)
+
+
+def _weight_spec(
+    node: NodeProto, target: Target, wanted: tuple[int, int, bool], rank: int, block: int | None
+) -> QuantSpec:
+    """Return the spec of a weight; ``wanted``: its bits, the axis of its outputs, whether it is depthwise."""
+    bits, axis, depthwise = wanted
+    if block is not None and node.op_type in PRODUCTS:
+        # Of the last two axes, the terms have the one that the outputs do not have.
+        return target.block_spec(bits, rank - 1 if axis == rank - 2 else rank - 2, block)
+    # Integer kernels for stacked matrices take a single scale.
+    stacked = node.op_type == "MatMul" and rank > 2
+    return target.weight_spec(bits, None if stacked else axis, depthwise)
 
 
 def bias_objection(node: NodeProto, view: GraphView) -> str | None:

@@ -169,13 +169,15 @@ def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:
     """Return the layers that cannot be reconstructed, each with the reason."""
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    shared = plan.shared_weights
+    shared, tables = plan.shared_weights, {table.weight for table in plan.tables}
     found = {}
     for layer in plan.layers:
         if linear_form(nodes[layer.node], view) is None:
             found[layer.node] = f"this {layer.op_type} is not a plain matrix product"
         elif layer.weight in shared:
             found[layer.node] = f"its weight {layer.weight} is shared by several layers"
+        elif layer.weight in tables:
+            found[layer.node] = f"its weight {layer.weight} is a lookup table, too"
     return found
 
 

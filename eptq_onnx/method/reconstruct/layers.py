@@ -15,7 +15,7 @@ from eptq_onnx.execute.pieces import function_of
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.biases import BiasSpec
-from eptq_onnx.numerics.formats import PerAxis
+from eptq_onnx.numerics.formats import PerAxis, PerBlock
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.numerics.linear import LinearForm, OutputsApart, Rows, WeightForm, row_shape, scale_places
 from eptq_onnx.numerics.moments import Moments, OutputNonlinearity, sampled_moments
@@ -175,7 +175,9 @@ class Solver:
         if moments.is_empty:
             return {}
         if len(layers) > 1:
-            spec = replace(first.weight_spec, granularity=PerAxis(1))
+            block = first.weight_spec.granularity
+            own_axis = PerBlock(2, block.size) if isinstance(block, PerBlock) else PerAxis(1)
+            spec = replace(first.weight_spec, granularity=own_axis)
             problem = self._problem(Rows(), rows, units, spec, moments, None)
             values, grid, target = problem.solve(np.concatenate([self._least(x, apart=True) for x in layers]))
             return _parted(layers, weights, form, moments, units, (values, grid, target))
@@ -225,9 +227,12 @@ def _parted(
     found, begin = {}, 0
     for layer, weight in zip(layers, weights, strict=True):
         part = slice(begin, begin + form.weight_rows(weight).shape[1])
+        scale, points = grid.scale[part], zero[part]
+        if isinstance(grid.granularity, PerBlock):
+            scale, points = (form.weight_from_rows(v[:, part]) for v in (grid.scale, zero))
         own = (
             form.weight_from_rows(values[:, part]),
-            layer.weight_spec.grid(grid.scale[part], zero[part]),
+            layer.weight_spec.grid(scale, points),
             form.weight_from_rows(target[:, part]),
         )
         found[layer.node] = Solution(form, moments, units, part, own)
@@ -260,7 +265,8 @@ def read_together(
         shape = view.constant_shape(layer.weight)
         count, outputs, _ = row_shape(form, shape)
         owners = scale_places(form, shape, layer.weight_spec.axis)
-        apart = count == 1 and np.array_equal(owners[0], np.arange(outputs))
+        in_blocks = isinstance(layer.weight_spec.granularity, PerBlock)
+        apart = count == 1 and (in_blocks or np.array_equal(owners[0], np.arange(outputs)))
         if apart and activation_of(view, layer, form, solver.config) is None:
             biased = layer.bias is not None
             key = layer.input, inputs[layer.node], form, biased, layer.static, layer.weight_spec

@@ -101,7 +101,11 @@ def score(
     axes = scored_tensors(view, plan)
     blocks = [Block(private)] if config.block_bytes is None else cut(private, private, config.block_bytes)
     placed = scored_positions(view, plan, axes, size, len(indices), config.block_bytes or _POSITIONS_MEMORY)
-    wanted = Wanted(view, plan, probes, axes, placed, weights, size)
+    # Only weights of few bits are rounded for what errors of several channels do together.
+    together = {
+        x.output for x in plan.layers if config.chooses_widths or x.weight_spec.bits <= quant_math.FEW_BITS
+    }
+    wanted = Wanted(view, plan, probes, axes, placed, weights, together, size)
     stages, unreached = stages_of(blocks, wanted, engine)
     shapes = {name: static_shape(view, point) for point, name in probes.items()}
     unit = _units(probes, shapes, network.calibration)
@@ -127,10 +131,10 @@ def score(
 
     sums = _Sums(len(indices), size)
     rounds = -(-len(indices) // size)
-    together = _rounds_together(blocks, view, config)
+    at_once = _rounds_together(blocks, view, config)
     done, total = 0, rounds * config.probes * len(stages)
-    for first in range(0, rounds, together):
-        chunk: Iterable[Batch] = batches(range(first, min(first + together, rounds)))
+    for first in range(0, rounds, at_once):
+        chunk: Iterable[Batch] = batches(range(first, min(first + at_once, rounds)))
         if len(blocks) > 1:
             chunk = list(chunk)
             for block in blocks[:-1]:
@@ -204,11 +208,11 @@ class _Sums:
         """Add the outputs of one probe of a batch; gradients that are not finite count nothing."""
         column = 0
         for tensor, width in stage.channels.items():
-            if not np.isfinite(values[CHANNEL_SCORES][:, column : column + width]).all():
+            if not quant_math.all_finite(values[CHANNEL_SCORES][:, column : column + width]):
                 self.spoiled.add(tensor)
             column += width
         values = {
-            name: value if np.isfinite(value).all() else np.where(np.isfinite(value), value, 0)
+            name: value if quant_math.all_finite(value) else np.where(np.isfinite(value), value, 0)
             for name, value in values.items()
         }
         column = 0
@@ -224,9 +228,17 @@ class _Sums:
             own = places[turn * self._size :][: self._size]
             own += values[name][: len(own)]
         for name, gradient in stage.weights.items():
-            self.weights[name] = self.weights.get(name, 0.0) + np.square(values[gradient]).astype(np.float64)
+            _add(self.weights, name, np.square(values[gradient]))
         for name, product in stage.products.items():
-            self.outputs[name] = self.outputs.get(name, 0.0) + values[product].astype(np.float64)
+            _add(self.outputs, name, values[product])
+
+
+def _add(sums: dict[str, NDArray[np.float64]], name: str, value: Array) -> None:
+    """Add to a sum in place."""
+    if name in sums:
+        sums[name] += value
+    else:
+        sums[name] = value.astype(np.float64)
 
 
 def _rounds_together(blocks: Sequence[Block], view: GraphView, config: Config) -> int:

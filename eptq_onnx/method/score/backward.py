@@ -92,8 +92,9 @@ class Wanted:
         Parts of the outputs to the inputs that carry their signs.
     axes : mapping of str to int
         Scored tensors and their channel axes.
-    placed, weights : collection of str
-        Tensors whose positions are scored, and scored weights.
+    placed, weights, together : collection of str
+        Tensors whose positions are scored, scored weights, and layer outputs whose channels may be scored
+        jointly.
     size : int
         Samples per batch.
     """
@@ -104,6 +105,7 @@ class Wanted:
     axes: Mapping[str, int]
     placed: Collection[str]
     weights: Collection[str]
+    together: Collection[str]
     size: int
 
 
@@ -198,7 +200,7 @@ def scored_tensors(view: GraphView, plan: Plan) -> dict[str, int]:
     return {tensor: axis % ranks[tensor] for tensor, axis in axes.items() if ranks[tensor]}
 
 
-def _jointly_scored(view: GraphView, plan: Plan, reached: Iterable[str]) -> list[str]:
+def _jointly_scored(view: GraphView, plan: Plan, reached: Collection[str]) -> list[str]:
     """Return the outputs of layers whose groups have several channels each, but not very many."""
     # A node that replaced a layer has the layer's output and no groups.
     groups = {
@@ -247,7 +249,7 @@ def _summarize(
         wanted.size,
         wanted.placed,
     )
-    joint = _jointly_scored(shapes, wanted.plan, axes)
+    joint = _jointly_scored(shapes, wanted.plan, axes.keys() & wanted.together)
     builder, parts, channels = edit.Builder(model, "eptq/"), [], []
     products = {
         tensor: _product(builder, gradients[tensor], axes[tensor], static_shape(shapes, tensor))

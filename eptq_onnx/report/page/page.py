@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from eptq_onnx.diagnosis import Histogram, Picture
-from eptq_onnx.pace import Pace
+from eptq_onnx.outcome import Pace
 from eptq_onnx.report import placement as by_time
 from eptq_onnx.report.command import command_of
 from eptq_onnx.report.console import shown
@@ -38,6 +38,10 @@ _SECTIONS = {
     "time": "Time", "notes": "Notes",
 }  # fmt: skip
 """Sections in their order; a page holds those that it has something for."""
+
+
+_ELSEWHERE = ("size", "parts", "speed", "model")
+"""Facts that the page shows elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -153,15 +157,15 @@ def _head(report: Report) -> dict[str, Any]:
         Tile(
             "nodes on integers",
             f"{runs['integers']} of {sum(runs.values())}",
-            ", ".join(f"{n} layers {name}" for name, n in bits.most_common(3)),
+            ", ".join(f"{n} layer{'s' * (n > 1)} {name}" for name, n in bits.most_common(3)),
         )
     )
     return {
         "tiles": tiles,
-        "warnings": warnings_of(report),
+        "warnings": [_sentence(text) for text in warnings_of(report)],
         "advice": report.advice,
         "worst": "" if worst is None else _db(worst[1].sqnr_db),
-        "speed": in_words(speed),
+        "speed": _sentence(in_words(speed)),
     }
 
 
@@ -183,7 +187,7 @@ def _run(report: Report) -> dict[str, Any]:
     return {
         "command": command_of(report.model, report.data, report.config),
         "options": [(name, json.dumps(value, ensure_ascii=False)) for name, value in report.config.items()],
-        "facts": facts(report),
+        "facts": [(label, text) for label, text in facts(report) if label not in _ELSEWHERE],
         "seconds": plots.seconds(report.seconds, report.estimate.shares),
         "seconds_caption": f"{spent:.1f} s in all; {expected:.0f} s were expected before the run.",
     }
@@ -199,7 +203,8 @@ def _accuracy(report: Report) -> dict[str, Any]:
     attention = report.exhibits.attention
     return {
         "outputs": output_sheet(report),
-        "compared": f"{seen} Changes are of the largest channel; KL is the mean divergence in nats.",
+        "compared": f"{seen} Top-1 is the largest channel, such as the class of a classifier; KL is the mean "
+        "divergence of the scores in nats.",
         "by_layer": plots.by_layer(
             [x.sqnr_db for x in layers], [x.nearest_db for x in layers], [x.own_db for x in layers]
         )
@@ -209,7 +214,7 @@ def _accuracy(report: Report) -> dict[str, Any]:
         "layers": layer_sheet(report),
         "attention": plots.attention(attention) if attention is not None and attention.size else None,
         "losses": plots.losses(trace) if trace is not None and trace.losses else None,
-        "losses_caption": "" if trace is None else f"{trace.reason[:1].upper()}{trace.reason[1:]}.",
+        "losses_caption": "" if trace is None else _sentence(trace.reason),
         "front": plots.front(report.front) if report.front else None,
         "front_sheet": front_sheet(report.front) if report.front else None,
     }
@@ -220,6 +225,8 @@ def _speed(report: Report) -> dict[str, Any]:
     found = [] if speed is None or not speed.operators else [operator_sheet(speed)]
     return {
         "operators": plots.operators(named_operators(speed)) if speed is not None and found else None,
+        "operators_caption": "Time of each kind of operator in one run, float and quantized. Kernels that "
+        "stand for several operators have names of their own; layout is the change of the memory layout.",
         "speed_sheets": [*found, *(by_time.sheets(placement) if placement is not None else [])],
     }
 
@@ -264,7 +271,7 @@ def _range_in_words(item: Histogram) -> str:
 def _samples(report: Report) -> dict[str, Any]:
     pictures = report.exhibits.pictures
     recipe = report.data.recipe.get("image")
-    worst = [(str(s.sample), _db(s.sqnr_db), s.output) for s in report.verification.worst]
+    worst = [(s.name or str(s.sample), _ratio(s.sqnr_db), s.output) for s in report.verification.worst]
     return {
         "pictures": [_shown(p) for p in pictures],
         "seen_as": f"The recipe --image '{recipe}' is undone."
@@ -274,7 +281,7 @@ def _samples(report: Report) -> dict[str, Any]:
             "Samples on which the models differ most",
             ("sample", "SQNR (dB)", "output"),
             tuple(worst),
-            names=(2,),
+            names=(0, 2),
         ),
     }
 
@@ -292,5 +299,13 @@ def _shown(picture: Picture) -> Shown:
     )
 
 
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
+
+
 def _db(value: float) -> str:
     return f"{value:.1f} dB" if math.isfinite(value) else "exact"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else "exact"

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: no text of the user is in them, and colours follow the page's."""
+"""Plots as inline SVG in the colours of the page; plain names of operators are the only texts of the user."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from matplotlib.figure import Figure
 
 from eptq_onnx.diagnosis import Histogram
 from eptq_onnx.numerics.types import Array
-from eptq_onnx.pace import OperatorTime
+from eptq_onnx.outcome import OperatorTime, OptimizationTrace
 from eptq_onnx.placement import FrontPoint
-from eptq_onnx.records import OptimizationTrace
 
 _INK, _LINE, _FIRST, _SECOND, _THIRD = "#010101", "#020202", "#030303", "#040404", "#050505"
 """Stand-ins for colours, which the page's style sheet chooses."""
@@ -232,6 +231,7 @@ def losses(trace: OptimizationTrace) -> Markup:
 
 def front(points: Sequence[FrontPoint]) -> Markup:
     """Return noise against time, size and bits, one panel each."""
+    large = max((p.bytes or 0 for p in points), default=0) >= 1e6
     kinds = [
         (
             label,
@@ -239,7 +239,7 @@ def front(points: Sequence[FrontPoint]) -> Markup:
         )
         for name, unit, label in (
             ("seconds", 1e3, "time of one run (ms)"),
-            ("bytes", 1e-6, "bytes (MB)"),
+            ("bytes", 1e-6 if large else 1e-3, f"size of the file ({'MB' if large else 'kB'})"),
             ("bits", 1.0, "mean bits of a weight"),
         )
     ]
@@ -250,7 +250,10 @@ def front(points: Sequence[FrontPoint]) -> Markup:
             # What was chosen may be limited in another unit, and then lies beside the line.
             others = [value for value in sorted(values) if not value[2]]
             chosen = [value for value in values if value[2]]
-            place.plot([x for x, *_ in others], [y for _, y, _ in others], "o-", color=_FIRST, markersize=4)
+            noises = [y for _, y, _ in others]
+            # What was limited in another unit is a cloud of points in this one.
+            form = "o-" if noises == sorted(noises, reverse=True) else "o"
+            place.plot([x for x, *_ in others], noises, form, color=_FIRST, markersize=4)
             place.plot([x for x, *_ in chosen], [y for _, y, _ in chosen], "D", color=_SECOND, label="chosen")
             ys = [y for _, y, _ in values]
             if min(ys) > 0 and max(ys) > _DECADE * min(ys):
@@ -288,21 +291,28 @@ def seconds(spent: Mapping[str, float], expected: Mapping[str, float]) -> Markup
     return Plot("seconds", "Time by pass", text).drawn(draw, (7.5, 0.6 + 0.2 * len(names)))
 
 
+def operator_label(name: str, place: int) -> str:
+    """Return the name of an operator if it is short and plain, and else its row in the table."""
+    short = name.replace("QuantizeLinear/DequantizeLinear", "Q/DQ")
+    return short if re.fullmatch(r"[A-Za-z][\w.+/ ]{0,29}", short, re.ASCII) else f"row {place + 1}"
+
+
 def operators(times: Sequence[OperatorTime], name: str = "operators") -> Markup:
     """Return the time of each kind of operator in both models."""
     shown = times[:12]
+    short = max((max(o.float_seconds, o.quantized_seconds) for o in shown), default=0.0) < 1e-3
+    unit, what = (1e6, "microseconds") if short else (1e3, "milliseconds")
 
     def draw(axes: Any) -> None:
         places = np.arange(len(shown))
-        axes.barh(places - 0.2, [o.float_seconds * 1e3 for o in shown], 0.38, color=_SECOND, label="float")
+        axes.barh(places - 0.2, [o.float_seconds * unit for o in shown], 0.38, color=_SECOND, label="float")
         axes.barh(
-            places + 0.2, [o.quantized_seconds * 1e3 for o in shown], 0.38, color=_FIRST, label="quantized"
+            places + 0.2, [o.quantized_seconds * unit for o in shown], 0.38, color=_FIRST, label="quantized"
         )
-        axes.set_yticks(places, [str(k + 1) for k in places])
+        axes.set_yticks(places, [operator_label(o.operator, k) for k, o in enumerate(shown)])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("milliseconds of one run")
-        axes.set_ylabel("row of the table")
+        axes.set_xlabel(f"{what} of one run")
         _legend(axes)
 
     text = f"{len(shown)} kinds of operators; the table beside names them."

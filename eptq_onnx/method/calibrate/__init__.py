@@ -6,6 +6,7 @@ not depend on the number of samples. Minima and maxima are exact.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -21,6 +22,7 @@ from eptq_onnx.execute.finite import has_infinite_source
 from eptq_onnx.execute.pieces import function_of
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.method.calibrate.constants import constant_grids
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.grid import Grid, Levels
 from eptq_onnx.numerics.sums import PowerSum
@@ -29,9 +31,6 @@ from eptq_onnx.ops import output_parts
 from eptq_onnx.records import (
     ActivationQuantizer,
     Calibration,
-    ConstantOperand,
-    HeldWeight,
-    LookupTable,
     Plan,
 )
 
@@ -40,7 +39,7 @@ FLOAT_PASSES = 2.0
 _BINS = 8192
 """Bins of a histogram."""
 _VALUES_PER_SAMPLE = 16384
-"""Values of each sample that enter a histogram, at most."""
+"""Values of each sample that enter a histogram, or the power of what is no output, at most."""
 _GRID = 32
 """Points of the range search."""
 
@@ -93,13 +92,17 @@ class Histogram:
         flat = flat[::step]
         weights = None
         if importance is not None:
-            inner = int(np.prod(values.shape[axis + 1 :]))
-            weights = importance[np.arange(0, values.size, step) // inner % len(importance)]
+            inner = math.prod(values.shape[axis + 1 :])
+            # Short integers are divided several times as fast.
+            kind = np.dtype(np.int32) if values.size < 2**31 else np.dtype(np.int64)
+            weights = importance[np.arange(0, values.size, step, dtype=kind) // inner % len(importance)]
         finite = np.isfinite(flat)
         if not finite.all():
             flat, weights = flat[finite], None if weights is None else weights[finite]
-        places = (flat * np.float32(_BINS / (2 * self.reach)) + np.float32(_BINS / 2)).astype(np.int32)
-        self.counts += np.bincount(np.clip(places, 0, _BINS - 1), weights, minlength=_BINS)
+        places = flat * np.float32(_BINS / (2 * self.reach))
+        places += np.float32(_BINS / 2)
+        np.clip(places, 0, _BINS - 1, out=places)
+        self.counts += np.bincount(places.astype(np.intp), weights, minlength=_BINS)
 
     def centres(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return centres and counts of the non-empty bins, centres clipped to the exact extremes."""
@@ -234,7 +237,7 @@ def calibrate(
         if name in ranges
     }
     sums = {name: PowerSum() for name in _measured(view, plan, config) if name not in before.power}
-    found = _Finite(view)
+    found, exact = _Finite(view), set(output_parts(view))
     if known is None:
         # Outputs are always checked for NaN and infinity, even if nothing else is measured of them.
         wanted = list(dict.fromkeys([*observed, *sums, *found.outputs]))
@@ -253,14 +256,14 @@ def calibrate(
             )
         if name in sums:
             flat = value.reshape(-1)
+            if name not in exact:
+                flat = flat[:: quant_math.stride(flat.size, _VALUES_PER_SAMPLE * max(1, len(numbers)))]
             sums[name].add(flat if name not in found.none else flat[np.isfinite(flat)])
     grids = {
         q.name: before.grids.get(q.name) or _activation_grid(q, ranges[q.name], view, config)
         for q in plan.activations
     }
-    grids |= {q.name: before.grids.get(q.name) or _operand_grid(q, view) for q in plan.operands}
-    grids |= {q.name: before.grids.get(q.name) or _table_grid(q, view) for q in plan.tables}
-    grids |= {q.name: before.grids.get(q.name) or _weight_grid(q, view) for q in plan.held}
+    grids |= constant_grids(plan, view, before.grids)
     return Calibration(
         grids,
         {**before.power, **{n: s.mean_square for n, s in sums.items()}},
@@ -428,17 +431,3 @@ def _activation_grid(
         histogram, quantizer, config, scalar_function(view.model, quantizer)
     )
     return quant_math.activation_grid(low, high, quantizer.spec, quantizer.bounds)
-
-
-def _operand_grid(operand: ConstantOperand, view: GraphView) -> Grid:
-    value = view.constant(operand.name)
-    return quant_math.activation_grid(float(value.min()), float(value.max()), operand.spec)
-
-
-def _table_grid(table: LookupTable, view: GraphView) -> Grid:
-    scales = [quant_math.weight_scales(rows, table.spec) for _, rows in view.constant_parts(table.name)]
-    return table.spec.grid(np.concatenate(scales))
-
-
-def _weight_grid(weight: HeldWeight, view: GraphView) -> Grid:
-    return weight.spec.grid(quant_math.weight_scales(view.constant(weight.name), weight.spec))

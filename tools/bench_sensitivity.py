@@ -1,0 +1,121 @@
+"""How far the ranking of `eptq-onnx sensitivity` agrees with files in which one layer alone is quantized.
+
+    python tools/bench_sensitivity.py --shipped digits_mobile --bits 4,8
+    python tools/bench_sensitivity.py --model m.onnx --data calib.npz --seen held.npz --bits 4,8 --layers 24
+
+Of the layers, spread evenly over the ranking, each gets a file of its own (`quantize` with all other nodes
+excluded), which runs on samples that nothing has seen. Prints Spearman's correlation of the noise that the
+ranking foretells (the layer's weights and the activations that it reads) with the noise of these files, and
+exits with 1 if it is below 0.8.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from bench_accuracy import MODELS
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+import eptq_onnx
+from eptq_onnx import Config, Sensitivity
+from eptq_onnx.graph.io import read_file
+from eptq_onnx.runtimes import make
+from eptq_onnx.runtimes.base import ports_of
+
+LEAST = 0.8
+"""Correlation below which the ranking is no good."""
+FOLDER = Path("build/sensitivity")
+"""Where the files are left."""
+
+
+def main(
+    bits: Annotated[str, typer.Option(help="Bits of weights and activations, as 4,8.")] = "4,8",
+    shipped: Annotated[str, typer.Option(help="A model in models/.")] = "",
+    model: Annotated[Path | None, typer.Option(help="Another model.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Its calibration data.")] = None,
+    seen: Annotated[Path | None, typer.Option(help="Samples to compare outputs on.")] = None,
+    layers: Annotated[int, typer.Option(help="Layers that get a file of their own.")] = 24,
+    samples: Annotated[int, typer.Option(help="Samples that they run on.")] = 64,
+) -> None:
+    """Print the table."""
+    if shipped:
+        model = MODELS / f"{shipped}.onnx"
+        data = MODELS / f"{shipped.partition('_')[0]}_calib.npz"
+        seen = MODELS / f"{shipped.partition('_')[0]}_eval.npz"
+    if model is None or data is None or seen is None:
+        raise typer.BadParameter("give --shipped, or --model, --data and --seen")
+    with np.load(seen) as arrays:
+        ports = ports_of(read_file(model).graph)
+        names = [p.name if p.name in arrays else arrays.files[k] for k, p in enumerate(ports)]
+        given = {p.name: arrays[n].astype(p.dtype) for p, n in zip(ports, names, strict=True)}
+    weight, activation = (int(v) for v in bits.split(","))
+    config = Config(weight_bits=weight, activation_bits=activation)
+    found = eptq_onnx.sensitivity(model, str(data), config)
+    foretold = _by_layer(found)
+    chosen = [list(foretold)[k] for k in np.unique(np.linspace(0, len(foretold) - 1, layers).astype(int))]
+    table = Table("layer", "foretold", "alone", title=f"{model.name} W{weight}A{activation}")
+    noises = []
+    for node in chosen:
+        # A layer that is alone is first and last: its bits are those that it has among the others.
+        own = next(p.bits for p in found.parts if p.what == "weights" and node in p.nodes)
+        rule = f"{node}=w{own}a{activation}"
+        noises.append(_alone(model, str(data), given, Config(bits=[rule]), samples))
+        table.add_row(node, f"{foretold[node]:.3g}", f"{noises[-1]:.3g}")
+    out = Console(width=140)
+    out.print(table)
+    rank = float(spearmanr([foretold[n] for n in chosen], noises).statistic)
+    out.print(
+        f"Spearman {rank:.3f} over {len(chosen)} of {len(foretold)} layers; "
+        f"{found.float_passes:.1f} float passes, {found.samples} samples a part",
+        highlight=False,
+    )
+    raise typer.Exit(int(rank < LEAST))
+
+
+def _by_layer(found: Sensitivity) -> dict[str, float]:
+    """Return the noise that the ranking foretells for each layer, loudest first."""
+    noises = {node: p.noise for p in found.parts if p.what == "weights" for node in p.nodes}
+    for part in found.parts:
+        if part.what == "activation":
+            for node in noises.keys() & set(part.nodes):
+                noises[node] += part.noise
+    return dict(sorted(noises.items(), key=lambda item: -item[1]))
+
+
+def _alone(model: Path, data: str, seen: dict[str, Any], config: Config, samples: int) -> float:
+    """Return the noise of a file in which one layer alone is quantized."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / "alone.onnx"
+    node = config.bits[0].rpartition("=")[0]
+    others = rf"re:(?!{re.escape(node)}$).*"
+    options: dict[str, Any] = {
+        "preset": "fast", "start": "nearest", "steps": 0, "objective": "integers", "measure_speed": False,
+        "max_noise": 0, "bits": config.bits, "exclude": [others],
+    }  # fmt: skip
+    result = eptq_onnx.quantize(model, data, Config(**options))
+    result.save(path)
+    return _noise(model, path, seen, samples)
+
+
+def _noise(exact: Path, other: Path, seen: dict[str, Any], samples: int) -> float:
+    """Return the noise of the outputs as a share of their variance, each output in units of its own."""
+    runtime = make()
+    sums: dict[str, list[np.ndarray[Any, Any]]] = {}
+    with runtime.load(exact) as first, runtime.load(other) as second:
+        for k in range(min(samples, len(next(iter(seen.values()))))):
+            feeds = {name: values[k : k + 1] for name, values in seen.items()}
+            expected, got = first.run(feeds), second.run(feeds)
+            for name, value in expected.items():
+                sums.setdefault(name, []).append(np.stack([value, got[name]]).reshape(2, -1))
+    joined = [np.concatenate(v, axis=1) for v in sums.values()]
+    return float(np.mean([np.square(v[0] - v[1]).mean() / v[0].var() for v in joined]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
