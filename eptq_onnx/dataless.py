@@ -8,7 +8,7 @@ import os
 from onnx import ModelProto
 
 from eptq_onnx._version import __version__
-from eptq_onnx.config import FLOAT_BITS, Config, FloatType
+from eptq_onnx.config import FLOAT_BITS, Config, FloatType, without_samples
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.estimates import Estimate
@@ -56,6 +56,7 @@ def without_data(
     ConfigError, ModelError
         As `eptq_onnx.quantize` does.
     """
+    without_samples(given)  # refuses what needs them
     if given.rest not in (None, FloatType.FLOAT32):
         raise ConfigError(
             f"option rest={given.rest.value} needs samples, which show what it holds: give data."
