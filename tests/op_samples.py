@@ -647,15 +647,15 @@ SAMPLES: dict[tuple[str, str], list[Sample]] = {
             differentiable=(),
         )
     ],
-    ("", "DynamicQuantizeLinear"): [
-        Sample("DynamicQuantizeLinear", (grid(2, 3),), outputs=3, differentiable=())
-    ],
     ("", "DequantizeLinear"): [
         Sample(
             "DequantizeLinear",
             (np.arange(6, dtype=np.uint8).reshape(2, 3), np.array(0.2, np.float32), np.array(7, np.uint8)),
             differentiable=(),
         )
+    ],
+    ("", "DynamicQuantizeLinear"): [
+        Sample("DynamicQuantizeLinear", (grid(2, 3),), outputs=3, differentiable=())
     ],
     (LSQ_DOMAIN, "FakeQuant"): [
         Sample(
