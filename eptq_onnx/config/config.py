@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ByteSize, Field, field_validator, model_validator
 from typing_extensions import Self, Unpack
 
+from eptq_onnx.config.axes import axes_of
 from eptq_onnx.config.budget import Budget
 from eptq_onnx.config.choices import (
     ActivationRange,
@@ -254,18 +255,7 @@ class Config(OptionModel):
     @field_validator("batch_axes", mode="before")
     @classmethod
     def _named(cls, given: object) -> object:
-        """Accept NAME=AXIS and NAME=none, too."""
-        if given is None:
-            return {}
-        if isinstance(given, Mapping):
-            return given
-        axes: dict[str, int | None] = {}
-        for item in [given] if isinstance(given, str) else list(given):  # type: ignore[call-overload]
-            name, equals, axis = str(item).rpartition("=")
-            if not equals or not name or not (axis == "none" or axis.isdecimal()):
-                raise ValueError(f"give NAME=AXIS, an axis counted from 0, or NAME=none, not {item}")
-            axes[name] = None if axis == "none" else int(axis)
-        return axes
+        return given if isinstance(given, Mapping) else axes_of(given)
 
     @model_validator(mode="before")
     @classmethod
