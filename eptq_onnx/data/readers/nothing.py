@@ -14,7 +14,7 @@ class NothingReader(RandomReader):
     """Draws inputs at random for runs that learn nothing from samples: so the file is known to run."""
 
     form = "left out, where no ranges are needed: with --activations dynamic, and with --bits w8a32"
-    order = 5
+    order = 26
 
     def takes(self, source: Any) -> bool:
         """Return True for an object that says so."""
