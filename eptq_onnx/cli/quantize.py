@@ -55,7 +55,8 @@ def quantize(
         str | None,
         typer.Option(
             "--data",
-            help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}.",
+            help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}. Not needed with "
+            "--activations dynamic and with --bits w8a32.",
             show_default=False,
         ),
     ] = None,

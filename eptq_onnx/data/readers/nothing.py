@@ -13,8 +13,9 @@ from eptq_onnx.data.readers.made_up import RandomReader
 class NothingReader(RandomReader):
     """Draws inputs at random for runs that learn nothing from samples: so the file is known to run."""
 
-    form = "left out, where no ranges are needed: with --activations dynamic, and with --bits w8a32"
-    order = 26
+    form = "None, where no ranges are needed: with activations=dynamic, and where only weights are quantized"
+    on_command_line = False
+    order = 5
 
     def takes(self, source: Any) -> bool:
         """Return True for an object that says so."""
