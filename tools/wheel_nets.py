@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -22,61 +22,12 @@ import numpy as np
 import onnx
 import typer
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "models"))
+from decoder import Graph, Sizes, decoder
 
 Weights = Mapping[str, NDArray[np.float32]]
-_OPSET = 17
-_FAR = -1e9
-"""What a masked score gets."""
-
-
-class Graph:
-    """A graph in the making."""
-
-    def __init__(self) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.constants: dict[str, onnx.TensorProto] = {}
-        self._count = 0
-
-    def constant(self, value: Any, name: str = "") -> str:
-        """Add a constant; Python's numbers become float32 and int64."""
-        array = np.asarray(value, np.float32 if isinstance(value, float) else None)
-        name = name or f"{array.dtype.name}_{array.ndim}_{'_'.join(map(str, array.reshape(-1).tolist()))}"
-        self.constants.setdefault(
-            name, numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
-        )
-        return name
-
-    def __call__(self, op: str, *inputs: Any, output: str = "", **attributes: Any) -> str:
-        """Add a node; inputs that are no names are constants."""
-        self._count += 1
-        name = output or f"{op}_{self._count}"
-        reads = [i if isinstance(i, str) else self.constant(i) for i in inputs]
-        self.nodes.append(helper.make_node(op, reads, [name], name=f"node_{self._count}_{op}", **attributes))
-        return name
-
-    def split(self, x: str, count: int, axis: int) -> list[str]:
-        """Split a tensor evenly."""
-        self._count += 1
-        names = [f"part_{self._count}_{k}" for k in range(count)]
-        self.nodes.append(helper.make_node("Split", [x], names, name=f"node_{self._count}_Split", axis=axis))
-        return names
-
-    def model(
-        self, inputs: Mapping[str, tuple[int, list[Any]]], outputs: Mapping[str, list[Any]]
-    ) -> ModelProto:
-        """Return the model; inputs have types and shapes, outputs are float."""
-        graph = helper.make_graph(
-            self.nodes,
-            "net",
-            [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
-            [
-                helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-                for name, shape in outputs.items()
-            ],
-            list(self.constants.values()),
-        )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=8)
 
 
 # ---- a sentence encoder ------------------------------------------------------------------------------------
@@ -141,100 +92,6 @@ def safetensors(content: bytes) -> Weights:
 
 
 # ---- a decoder ---------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of a Llama."""
-
-    layers: int
-    heads: int
-    groups: int
-    theta: float
-    epsilon: float
-
-
-def decoder(weights: Weights, sizes: Sizes) -> ModelProto:
-    """Llama with tied embeddings; it takes tokens with what it keeps of those before them, and gives both."""
-    g = Graph()
-    width = weights["token_embd.weight"].shape[1]
-    head = width // sizes.heads
-
-    def weight(name: str, turned: bool = False) -> str:
-        value = weights[name]
-        return g.constant(value.T if turned else value, f"{name}_T" if turned else name)
-
-    def normed(x: str, name: str) -> str:
-        mean = g("ReduceMean", g("Mul", x, x), axes=[-1], keepdims=1)
-        return g("Mul", g("Div", x, g("Sqrt", g("Add", mean, sizes.epsilon))), weight(f"{name}.weight"))
-
-    ids = "input_ids"
-    past, length = g("Gather", g("Shape", "past_key_0"), 2), g("Gather", g("Shape", ids), 1)
-    end = g("Add", past, length)
-    places = g("Range", past, end, 1)
-    rates = (sizes.theta ** (-np.arange(0, head, 2) / head)).astype(np.float32)
-    angles = g(
-        "Mul",
-        g("Unsqueeze", g("Cast", places, to=TensorProto.FLOAT), np.array([1])),
-        g.constant(rates, "rates"),
-    )
-    angles = g("Concat", angles, angles, axis=-1)
-    cosine, sine = g("Cos", angles), g("Sin", angles)
-    later = g(
-        "Greater", g("Unsqueeze", g("Range", 0, end, 1), np.array([0])), g("Unsqueeze", places, np.array([1]))
-    )
-    hidden = g("Where", later, _FAR, 0.0)
-
-    def turned(x: str) -> str:
-        first, second = g.split(x, 2, -1)
-        other = g("Concat", g("Neg", second), first, axis=-1)
-        return g("Add", g("Mul", x, cosine), g("Mul", other, sine))
-
-    x = g("Gather", weight("token_embd.weight"), ids)
-    inputs: dict[str, tuple[int, list[Any]]] = {ids: (TensorProto.INT64, ["batch", "tokens"])}
-    outputs: dict[str, list[Any]] = {"logits": ["batch", "tokens", weights["token_embd.weight"].shape[0]]}
-    for k in range(sizes.layers):
-        y = normed(x, f"blk.{k}.attn_norm")
-        q, key, v = (
-            g(
-                "Transpose",
-                g(
-                    "Reshape",
-                    g("MatMul", y, weight(f"blk.{k}.attn_{n}.weight", True)),
-                    np.array([0, 0, count, head]),
-                ),
-                perm=[0, 2, 1, 3],
-            )
-            for n, count in (("q", sizes.heads), ("k", sizes.groups), ("v", sizes.groups))
-        )
-        q, key = turned(q), turned(key)
-        kept = []
-        for name, own in (("key", key), ("value", v)):
-            inputs[f"past_{name}_{k}"] = (TensorProto.FLOAT, ["batch", sizes.groups, "past", head])
-            outputs[f"present_{name}_{k}"] = ["batch", sizes.groups, "all", head]
-            whole = g("Concat", f"past_{name}_{k}", own, axis=2, output=f"present_{name}_{k}")
-            # Several heads read one key.
-            many = np.array([1, 1, sizes.heads // sizes.groups, 1, 1])
-            kept.append(
-                g(
-                    "Reshape",
-                    g("Tile", g("Unsqueeze", whole, np.array([2])), many),
-                    np.array([0, sizes.heads, -1, head]),
-                )
-            )
-        scores = g("Mul", g("MatMul", q, g("Transpose", kept[0], perm=[0, 1, 3, 2])), float(head**-0.5))
-        mixed = g("MatMul", g("Softmax", g("Add", scores, hidden), axis=-1), kept[1])
-        mixed = g("Reshape", g("Transpose", mixed, perm=[0, 2, 1, 3]), np.array([0, 0, width]))
-        x = g("Add", x, g("MatMul", mixed, weight(f"blk.{k}.attn_output.weight", True)))
-        y = normed(x, f"blk.{k}.ffn_norm")
-        gate = g("MatMul", y, weight(f"blk.{k}.ffn_gate.weight", True))
-        inner = g(
-            "Mul", g("Mul", gate, g("Sigmoid", gate)), g("MatMul", y, weight(f"blk.{k}.ffn_up.weight", True))
-        )
-        x = g("Add", x, g("MatMul", inner, weight(f"blk.{k}.ffn_down.weight", True)))
-    table = g("Transpose", weight("token_embd.weight"), perm=[1, 0])
-    g("MatMul", normed(x, "output_norm"), table, output="logits")
-    return g.model(inputs, outputs)
-
-
 def rows_in_halves(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """Rows of each head with the pairs that turn together half a head apart; GGUF has them side by side."""
     return weight.reshape(heads, -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)

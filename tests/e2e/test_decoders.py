@@ -13,26 +13,15 @@ import eptq_onnx
 from eptq_onnx import Config
 from eptq_onnx.runtime import Session
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-from wheel_nets import Sizes, decoder
+sys.path.insert(0, str(Path(__file__).parents[2] / "models"))
+from decoder import Sizes, decoder, initial, train
 
 SIZES = Sizes(layers=2, heads=4, groups=2, theta=10000.0, epsilon=1e-5)
 WIDTH, INNER, TOKENS = 64, 96, 600
 
 
-def model(seed=0):
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return (rng.standard_normal(shape) / np.sqrt(shape[-1])).astype(np.float32)
-
-    weights = {"token_embd.weight": normal(TOKENS, WIDTH), "output_norm.weight": np.ones(WIDTH, np.float32)}
-    for k in range(SIZES.layers):
-        shapes = {"attn_q": (WIDTH, WIDTH), "attn_k": (WIDTH // 2, WIDTH), "attn_v": (WIDTH // 2, WIDTH)}
-        shapes |= {"attn_output": (WIDTH, WIDTH), "ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH), "ffn_down": (WIDTH, INNER)}  # fmt: skip
-        weights |= {f"blk.{k}.{name}.weight": normal(*shape) for name, shape in shapes.items()}
-        weights |= {f"blk.{k}.{n}_norm.weight": np.ones(WIDTH, np.float32) for n in ("attn", "ffn")}
-    return decoder(weights, SIZES)
+def model():
+    return decoder(initial(SIZES, WIDTH, INNER, TOKENS), SIZES)
 
 
 def feeds(count, seed=1):
@@ -78,3 +67,9 @@ def test_prompt_and_steps_agree_in_the_written_file():
         steps.append(found["logits"])
         past = {name.replace("present", "past"): v for name, v in found.items() if name != "logits"}
     np.testing.assert_allclose(np.concatenate(steps, 1), at_once, rtol=1e-3, atol=1e-4)
+
+
+def test_the_decoder_of_the_benchmark_learns():
+    weights = initial(SIZES, 32, 48, 256)
+    losses = train(weights, SIZES, 60, length=32, batch=8)
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 1
