@@ -430,7 +430,9 @@ def leave_float(
     """
     if not tensors and not nodes and not exact:
         return state
-    left, kept = {**state.left_float, **tensors}, {**state.float_nodes, **(nodes or {})}
+    # What does not change stays the same object, so that a workdir knows.
+    left = {**state.left_float, **tensors} if tensors else state.left_float
+    kept = {**state.float_nodes, **nodes} if nodes else state.float_nodes
     around = state.exact | set(exact) if exact else state.exact
     plan = make_plan(state.model, ctx.target, ctx.config, left, kept, around)
     # What is left of a group may want another range.
