@@ -173,6 +173,20 @@ def test_it_stays_float_with_the_reason_and_the_outputs_are_saved(case):
     assert ratio[0.1] > ratio[0.0] + 6
 
 
+def test_a_workdir_keeps_what_stays_float(tmp_path):
+    options: dict[str, Any] = {
+        "preset": "fast",
+        "start": "nearest",
+        "equalize": False,
+        "measure_speed": False,
+    }
+    config = Config(max_noise=0.1, target="ort-x64", workdir=tmp_path / "w", **options)
+    first, again = (eptq_onnx.quantize(unbalanced(), images(16), config) for _ in range(2))
+    assert any("alone would cause noise" in k.reason for k in first.report.kept_float)
+    assert any("float fallback" in note for note in again.report.notes), "taken from the workdir"
+    assert first.model.SerializeToString() == again.model.SerializeToString()
+
+
 def test_a_prescribed_batch_larger_than_what_is_run_is_run_once():
     model = unbalanced()
     for value in (model.graph.input[0], model.graph.output[0]):
