@@ -36,8 +36,10 @@ TIME, NOISE, BYTES, EXACT = "time", "noise", "bytes", "exact"
 """Currencies; ``exact`` counts the elements of float weights."""
 Step = tuple[Representation, Representation]
 _GAP, _SMALL = 0.01, 1000
-"""How far a choice may be from the best one, as a share of what it costs, in programs with more variables than
-that: times and noise are not known to a percent, and the proof that nothing is better takes most of the time."""
+"""Optimality gap, relative, of programs with more variables than that.
+
+Times and noise are not known to a percent, and most of the solver's time goes into the proof of optimality.
+"""
 _SECONDS = 60.0
 """Time limit of the solver, which then returns the best choice found so far."""
 

@@ -145,7 +145,8 @@ def _spoilers(
             found[names[first]] = loudest if roughly is noise else noise(names[first:last])
             continue
         middle = (first + last) // 2
-        groups += [(roughly(names[begin:end]), begin, end) for begin, end in ((first, middle), (middle, last))]
+        halves = ((first, middle), (middle, last))
+        groups += [(roughly(names[begin:end]), begin, end) for begin, end in halves]
     order = list(found)
 
     def left(count: int) -> float:
