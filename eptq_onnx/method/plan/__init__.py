@@ -43,6 +43,11 @@ from eptq_onnx.targets import Operator, Target
 
 _RUNS = {Role.LAYER: "layer", Role.ARITHMETIC: "arithmetic", Role.EQUAL_SCALE: "equal scale"}
 """What a target's row says of an operator that has a role and runs on integers."""
+_OTHER_RANGES = (
+    ": with activations=dynamic, matrix products alone run on integers; choose activations=static with "
+    "samples, or bits=w8a32 to store weights alone as integers"
+)
+"""What to do if no layer is dynamic."""
 
 
 def plan(
@@ -106,12 +111,15 @@ def plan(
     held = held_weights(draft, layers, {*exact, *by_user})
     if all(layer.stored for layer in layers) and not held and not (layers and config.weights_only):
         reasons = "; ".join(f"{name}: {why}" for name, why in list(draft.reasons.items())[:3])
+        dynamic = config.activations is Activations.DYNAMIC
+        kinds = target.dynamic if dynamic else target.that_run("layer")
         raise ModelError(
-            f"there is nothing to quantize: no {', '.join(sorted(target.that_run('layer')))} "
-            f"with a constant float32 weight{' (' + reasons + ')' if reasons else ''}."
+            f"there is nothing to quantize: no {', '.join(sorted(kinds))} "
+            f"with a constant float32 weight{' (' + reasons + ')' if reasons else ''}"
+            f"{_OTHER_RANGES if dynamic and layers else ''}."
         )
     activations, operands = quantizers_of(draft, layers, config)
-    tables = lookup_tables(draft, layers, config)
+    tables = lookup_tables(draft, layers, config, by_user)
     absorbed = _absorbed_nodes(draft, activations)
     integer, kept_float = _integer_nodes(draft), _kept_float(draft, absorbed)
     return Plan(
