@@ -111,12 +111,12 @@ def plan(
     held = held_weights(draft, layers, {*exact, *by_user})
     if all(layer.stored for layer in layers) and not held and not (layers and config.weights_only):
         reasons = "; ".join(f"{name}: {why}" for name, why in list(draft.reasons.items())[:3])
-        dynamic = config.activations is Activations.DYNAMIC
-        kinds = target.dynamic if dynamic else target.that_run("layer")
+        in_every_run = config.activations is Activations.DYNAMIC
+        kinds = target.dynamic if in_every_run else target.that_run("layer")
         raise ModelError(
             f"there is nothing to quantize: no {', '.join(sorted(kinds))} "
             f"with a constant float32 weight{' (' + reasons + ')' if reasons else ''}"
-            f"{_OTHER_RANGES if dynamic and layers else ''}."
+            f"{_OTHER_RANGES if in_every_run and layers else ''}."
         )
     activations, operands = quantizers_of(draft, layers, config)
     tables = lookup_tables(draft, layers, config, by_user)
