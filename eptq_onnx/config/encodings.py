@@ -51,10 +51,15 @@ def _parsed(content: Any) -> dict[str, Any]:
     version = str(content.get("version", "")) if isinstance(content, Mapping) else ""
     items = content.get("activation_encodings") if isinstance(content, Mapping) else None
     if not version.startswith("1.") or not isinstance(items, list):
-        raise ValueError("encodings have version 1.x and a list activation_encodings (AIMET's schema 1.0)")
+        raise ValueError(
+            "encodings have version 1.x and a list activation_encodings (AIMET's schema 1.0: "
+            'sim.export(..., encoding_version="1.0.0"))'
+        )
     weights = content.get("param_encodings", [])
+    # AIMET lists what it computes in float16, too.
+    given = [i for i in items if not isinstance(i, Mapping) or i.get("dtype") != "FLOAT"]
     return {
-        "ranges": {name: reach for item in items for name, reach in [_range(item)]},
+        "ranges": {name: reach for item in given for name, reach in [_range(item)]},
         "weights": len(weights) if isinstance(weights, list) else 0,
     }
 
@@ -63,8 +68,9 @@ def _range(item: Any) -> tuple[str, tuple[float, float]]:
     """Return the tensor and the range of an encoding."""
     try:
         name, bits, kind = str(item["name"]), int(item["bw"]), str(item.get("dtype", "INT"))
-        [scale], [offset] = item["scale"], item["offset"]
-        low, high = float(scale) * int(offset), float(scale) * (int(offset) + 2**bits - 1)
+        [scale], [offset], [shift] = item["scale"], item["offset"], item.get("zero_point_shift", [0.0])
+        low = float(scale) * (float(offset) + float(shift))
+        high = low + float(scale) * (2**bits - 1)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"an encoding needs name, bw, one scale and one offset, not {item!r:.80}") from None
     if (
