@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from eptq_onnx.numerics.scales import WeightScales
+
 
 class Encodings(BaseModel):
     """Ranges of activations, read from a file of encodings.
@@ -23,6 +25,8 @@ class Encodings(BaseModel):
         Tensor to the smallest and largest value that its integers hold.
     weights : int
         Encodings of weights in it, which are not taken.
+    scales : dict of str to WeightScales
+        Scales of weights, as a file that is quantized already has them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +34,7 @@ class Encodings(BaseModel):
     file: str = ""
     ranges: dict[str, tuple[float, float]]
     weights: int = 0
+    scales: dict[str, WeightScales] = {}
 
     @model_validator(mode="before")
     @classmethod

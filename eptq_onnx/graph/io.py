@@ -19,15 +19,12 @@ from eptq_onnx.graph.check import fault, labelled_tensors, read_names
 from eptq_onnx.graph.external import OutsideError, place_of, with_values, write_external
 from eptq_onnx.graph.repair import repair
 from eptq_onnx.graph.sound import make_sound
+from eptq_onnx.graph.unquantize import Quantization, unquantized
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.proto import store, weights
 from eptq_onnx.proto.bodies import all_nodes, initializers
 from eptq_onnx.runtime import PROTOBUF_LIMIT
 
-_QUANTIZED = {
-    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
-    "ConvInteger", "MatMulInteger", "MatMulNBits", "QGemm", "MatMulIntegerToFloat", "QAttention",
-}  # fmt: skip
 _RUNTIMES_OWN = {"SimplifiedLayerNormalization"}
 
 
@@ -48,8 +45,25 @@ def load(
     Raises
     ------
     ModelError
-        If the file does not exist, is not valid ONNX, or is quantized already.
+        If the file does not exist, is not valid ONNX, or is quantized in a form that is not read. One that is
+        quantized is returned without its quantizers; see `eptq_onnx.graph.unquantize`.
     """
+    proto, name = _loaded(model, folder, quantized=quantized)
+    return proto if quantized else unquantized(proto, name)[0]
+
+
+def load_with_quantization(
+    model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None = None
+) -> tuple[ModelProto, ModelProto, Quantization]:
+    """Return a model as it is given, without its quantizers, and how it is quantized; see `load`."""
+    proto, name = _loaded(model, folder, quantized=False)
+    return proto, *unquantized(proto, name)
+
+
+def _loaded(
+    model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None, *, quantized: bool
+) -> tuple[ModelProto, str]:
+    """Return a model, as it is, and its name in messages."""
     if isinstance(model, (ModelProto, bytes)):
         name, proto = "the model", _parse(model, "the model") if isinstance(model, bytes) else model
         unread = check_declared(proto, name)
@@ -83,10 +97,8 @@ def load(
         make_sound(proto, name)
     make_canonical(proto)
     _check(proto, name)
-    if not quantized:
-        _check_float(proto, name)
     _densify(proto)
-    return proto
+    return proto, name
 
 
 def _unread_elsewhere(proto: ModelProto, path: Path) -> set[str]:
@@ -193,19 +205,6 @@ def _check(proto: ModelProto, name: str) -> None:
         check(light)
     except checker.ValidationError as e:
         raise ModelError(f"{name} is not valid ONNX: {one_line(e)}") from e
-
-
-def _check_float(proto: ModelProto, name: str) -> None:
-    constants = {t.name for t in proto.graph.initializer} | {
-        o for n in proto.graph.node if n.op_type == "Constant" for o in n.output
-    }
-    for node in proto.graph.node:
-        weight_only = node.op_type == "DequantizeLinear" and constants.issuperset(i for i in node.input if i)
-        if node.op_type in _QUANTIZED and not weight_only:
-            raise ModelError(
-                f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): "
-                "give the float model."
-            )
 
 
 def save(model: ModelProto, path: str | os.PathLike[str]) -> None:
