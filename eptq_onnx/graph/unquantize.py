@@ -6,9 +6,9 @@
     DequantizeLinear(x'), (x', s, z) = DynamicQuantizeLinear(x)   →  x
     Mul(Cast(MatMulInteger(x', W, z, w)), Mul(s, t))          →  MatMul(x, DequantizeLinear(W, t, w))
 
-and ConvInteger like MatMulInteger. A constant behind DequantizeLinear is left for constant folding. Ranges
-and scales are returned beside the model, by the names that tensors have in it. Weights in blocks
-(MatMulNBits) compute in float, and stay.
+and ConvInteger like MatMulInteger, which may read what Gather looks up, too; constants behind DequantizeLinear
+become float. Ranges and scales are returned beside the model, by the names that tensors have in it. Weights
+in blocks (MatMulNBits) compute in float, and stay.
 
 Where integers hold no negative values although x may have some, the quantizer is all that is left of a Relu
 or Clip in front of it.
@@ -24,6 +24,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import edit
+from eptq_onnx.graph.fold import dequantized
+from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
 from eptq_onnx.numerics.scales import WeightScales
 from eptq_onnx.proto.bodies import all_nodes, node_reads, subgraphs
@@ -138,7 +140,7 @@ class _Reading:
 
     def __init__(self, model: ModelProto, name: str) -> None:
         self._model, self._called = model, name
-        self._view, self._builder = GraphView(model), edit.Builder(model)
+        self._view, self._builder = GraphView(infer_shapes(model)), edit.Builder(model)
         self._constants = {o for n in self._view.nodes if n.op_type == "Constant" for o in n.output}
         self._constants |= set(self._view.initializers)
         self._names: dict[str, str] = {}
@@ -176,6 +178,9 @@ class _Reading:
                 self.found.ranges[output] = self.found.ranges.pop(tensor)
         result = edit.with_nodes(self._model, nodes, self._builder.initializers)
         edit.prune(result)
+        # Older opsets, which a runtime may need, lack types and blocks.
+        result = dequantized(result)
+        edit.prune(result)
         there = {n.name for n in result.graph.node}
         self.found.dynamic = {n: None for n in self.found.dynamic if n in there}
         return result, self.found
@@ -204,6 +209,9 @@ class _Reading:
         elif kind == "Mul" and set(node.input) & self._scale_of.keys() and set(node.input) & self._constants:
             scale, constant = sorted(node.input, key=lambda i: i in self._constants)
             self._factors[node.output[0]] = scale, constant
+        elif kind == "Mul" and self._constants.issuperset(node.input):
+            self._factors[node.output[0]] = node.input[0], node.input[1]
+            return False
         elif kind == "Mul" and set(node.input) & self._products.keys():
             self._multiply(node)
         elif kind == "Clip" and node.input[0] in self._floats:
@@ -351,32 +359,54 @@ class _Reading:
                 self._floats[result], self._grids[result] = own, grid
 
     def _is_table(self, node: NodeProto) -> bool:
-        readers = self._view.consumers[node.output[0]]
-        return (
-            node.input[0] in self._constants
-            and bool(readers)
-            and all(n.op_type == "DequantizeLinear" and n.input[0] == node.output[0] for n in readers)
-        )
+        """Return True if a Gather looks integers up."""
+        return node.input[0] in self._view.initializers and bool(self._scale_behind(node.output[0]))
+
+    def _scale_behind(self, tensor: str) -> list[str]:
+        """Return scale and zero point that all readers of integers take them to have; empty if unknown.
+
+        A product has the scales of both of its factors, multiplied.
+        """
+        found: set[tuple[str, ...]] = set()
+        for reader in self._view.consumers[tensor]:
+            ends = list(reader.input[1:3])
+            if reader.op_type == "MatMulInteger":
+                casts = self._view.consumers[reader.output[0]]
+                muls = [m for c in casts for m in self._view.consumers[c.output[0]] if c.op_type == "Cast"]
+                makers = [self._view.producer.get(i) for m in muls for i in m.input]
+                factors = [n for n in makers if n is not None and n.op_type == "Mul"]
+                ends = [*factors[0].input[:1], *reader.input[2:3]] if len(factors) == 1 else []
+            elif reader.op_type != "DequantizeLinear":
+                return []
+            found.add(tuple(i for i in ends if i))
+        [own] = found if len(found) == 1 else [()]
+        return list(own) if own and self._constants.issuperset(own) else []
 
     def _look_up(self, node: NodeProto) -> None:
         """Look rows up in a table of floats."""
-        reader = self._view.consumers[node.output[0]][0]
+        ends = self._scale_behind(node.output[0])
         table, rows = (self._builder.unique(f"{stem}/float") for stem in (node.input[0], node.output[0]))
         self._builder.nodes += [
-            helper.make_node("DequantizeLinear", [node.input[0], *reader.input[1:]], [table]),
+            dequantize := helper.make_node("DequantizeLinear", [node.input[0], *ends], [table]),
             edit.renamed(node, {**self._names, node.input[0]: table, node.output[0]: rows}),
         ]
         self._constants.add(table)
-        self._floats[node.output[0]], self._grids[node.output[0]] = rows, self._grid(reader)
+        self._floats[node.output[0]], self._grids[node.output[0]] = rows, self._grid(dequantize)
 
     def _multiply(self, node: NodeProto) -> None:
         """Make a product of floats of the integers' product and its scale."""
         [product, factor] = sorted(node.input, key=lambda i: i not in self._products)
         made, result = self._products[product], node.output[0]
         source = made.node.input[0]
-        if factor in self._factors and self._scale_of[self._factors[factor][0]] == source:
-            scale = self._factors[factor][1]
-        elif factor in self._constants and (known := self._grids[source].scale) is not None:
+        own, other = self._factors.get(factor, ("", ""))
+        known = self._grids[source].scale
+        if own and (
+            self._scale_of.get(own) == source
+            if known is None
+            else own in self._constants and np.array_equal(self._scale_constant(own), known)
+        ):
+            scale = other
+        elif factor in self._constants and known is not None:
             scale = self._builder.constant(
                 np.asarray(self._value(factor) / known, np.float32), f"{factor}_scale"
             )
@@ -384,7 +414,6 @@ class _Reading:
             raise self._refused(f"its node {node.name or result} multiplies integers by an unknown scale")
         weight, zeros = made.node.input[1], [i for i in made.node.input[3:4] if i]
         matrix = made.node.op_type == "MatMulInteger"
-        values = np.asarray(self._value(weight))
         sizes = self._scale_constant(scale)
         floats = self._builder.unique(f"{weight}/float")
         if sizes.ndim != 0:
@@ -395,15 +424,15 @@ class _Reading:
                 zero = np.broadcast_to(np.asarray(self._value(zeros[0])).reshape(-1), flat.reshape(-1).shape)
                 zeros = [self._builder.constant(zero.reshape(flat.shape), f"{weight}_zero")]
         dequantize = helper.make_node(
-            "DequantizeLinear", [weight, scale, *zeros], [floats], axis=values.ndim - 1 if matrix else 0
+            "DequantizeLinear", [weight, scale, *zeros], [floats], axis=-1 if matrix else 0
         )
         self._weight(floats, dequantize, exact=True)
         name = node.name or made.node.name or self._builder.unique(_PRODUCTS[made.node.op_type])
-        own = NodeProto()
-        own.CopyFrom(made.node)
-        own.op_type, own.name = _PRODUCTS[made.node.op_type], name
-        own.input[:], own.output[:] = [made.data, floats], [result]
-        self._builder.nodes += [dequantize, own]
+        plain = NodeProto()
+        plain.CopyFrom(made.node)
+        plain.op_type, plain.name = _PRODUCTS[made.node.op_type], name
+        plain.input[:], plain.output[:] = [made.data, floats], [result]
+        self._builder.nodes += [dequantize, plain]
         if self._grids[source].scale is None and matrix:
             self.found.dynamic[name] = None
         elif self._grids[source].scale is not None:
@@ -435,7 +464,7 @@ class _Reading:
             place = node.input[0]
         if place:
             own = [t for t in self._builder.initializers if t.name == place]
-            number = own[0].data_type if own else self._tensor(place).data_type
+            number = own[0].data_type if own else self._view.elem_type(place)
         return str(TensorProto.DataType.Name(number or TensorProto.UINT8)).lower()
 
     def _tensor(self, name: str) -> TensorProto:

@@ -190,6 +190,34 @@ def test_a_dynamic_file_stays_dynamic(tmp_path, per_channel):
     assert snr(Session(blind.model).run(one)["y"], wanted) > 40
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("options", [
+    {"weight_type": "QUInt8"}, {"weight_type": "QInt8"}, {"per_channel": True}, {"op_types_to_quantize": ["Conv"]},
+])  # fmt: skip
+def test_variants_of_dynamic_files_are_read(tmp_path, options):
+    """Tables that products read as integers, convolutions, zero points of weights."""
+    quantization: Any = pytest.importorskip("onnxruntime.quantization")
+    convolution = "op_types_to_quantize" in options
+    if convolution:
+        model, data, options = net(), DATA, {"weight_type": "QUInt8"}
+    else:
+        model = parse(
+            "g (int64[N,6] ids) => (float[N,6,32] y) { e = Gather (words, ids)  h = MatMul (e, w1)  r = Relu (h) "
+            "y = MatMul (r, w2) }",
+            {"words": normal(400, 64, seed=1), "w1": normal(64, 96, seed=2), "w2": normal(96, 32, seed=3)},
+        )
+        model.ir_version, data = 8, {"ids": np.random.default_rng(1).integers(0, 400, (24, 6))}
+    options = {k: getattr(quantization.QuantType, v) if k == "weight_type" else v for k, v in options.items()}
+    onnx.save(model, tmp_path / "float.onnx")
+    quantization.quantize_dynamic(tmp_path / "float.onnx", tmp_path / "d.onnx", **options)
+    result = quantized(onnx.load(tmp_path / "d.onnx"), data)
+    one = {n: v[:1] for n, v in data.items()}
+    wanted = Session(tmp_path / "d.onnx").run(one)["y"]
+    assert snr(Session(io.load(tmp_path / "d.onnx")).run(one)["y"], wanted) > 30
+    assert snr(Session(result.model).run(one)["y"], wanted) > 30
+    assert len(result.report.layers) == (3 if convolution else 2)
+
+
 # ---- quantization-aware training ---------------------------------------------------------------------------
 def pair(model: ModelProto, tensor: str, scale: Any, zero: Any, axis: int | None = None) -> None:
     """Put a quantizer and its inverse between a tensor and its readers."""
@@ -276,7 +304,7 @@ def test_a_turned_weight_keeps_its_scales():
     pair(model, "w", scale, np.zeros(8, np.int8), 0)
     [scales] = [s for n, s in unquantized(model, "m")[1].scales.items() if n == "t"]
     assert (scales.axis, len(scales.values)) == (1, 8)
-    result = quantized(model, {"x": normal(24, 16)})
+    result = quantized(model, {"x": normal(24, 16)}, activations="static")
     [(_, own)] = weights_of(result.model).values()
     np.testing.assert_allclose(own, scale, rtol=1e-6)
 
@@ -296,6 +324,20 @@ def test_a_file_of_this_package_is_taken_again(bits, storage):
     x = {"image": images(1, seed=5)}
     one, other = (Session(r.model).run(x)["logits"] for r in (first, again))
     assert snr(other, one) > 25
+
+
+def test_own_dynamic_files_with_packed_weights_keep_their_integers():
+    model = parse(
+        "g (float[N,5,64] x) => (float[N,5,64] y) { h = MatMul (x, w1)  r = Relu (h)  y = MatMul (r, w2) }",
+        {"w1": normal(64, 96, seed=1, scale=0.2), "w2": normal(96, 64, seed=2, scale=0.2)},
+    )
+    data, four = {"x": normal(24, 5, 64, seed=8)}, {"weight_bits": 4, "edge_bits": 4}
+    first = quantized(model, data, activations="dynamic", storage="packed", **four)
+    again = quantized(first.model, data)
+    # Zero points are part of the integers: they need a bit more.
+    assert {layer.weight_bits for layer in again.report.layers} <= {4, 5}
+    one, other = (Session(r.model).run({"x": data["x"][:1]})["y"] for r in (first, again))
+    assert snr(other, one) > 60
 
 
 # ---- what is not read --------------------------------------------------------------------------------------

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 
-import numpy as np
 from onnx import ModelProto, NodeProto
 
 from eptq_onnx.config import Config
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.method.plan.draft import Draft, weight_of
+from eptq_onnx.method.plan.given import with_given_scales
 from eptq_onnx.method.plan.storing import PRODUCTS
-from eptq_onnx.numerics.formats import IntFormat, PerBlock
-from eptq_onnx.numerics.scales import GivenScales, ScaleRule
 from eptq_onnx.numerics.spec import QuantSpec
-from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import output_channels, spec_of
 from eptq_onnx.proto.bodies import all_names
 from eptq_onnx.records import Layer
@@ -62,6 +58,7 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
             taken.add(bias)
         edge, depthwise = weight in edges, weight not in dense
         bits = wanted.get(weight, config.edge_bits if edge else config.weight_bits)
+        spec_of_bits = partial(target.weight_spec, depthwise=depthwise)
         planned = _weight_spec(node, target, (bits, axis, depthwise), rank, config.block)
         layers.append(
             Layer(
@@ -73,7 +70,7 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
                 result=draft.final(node.output[0]),
                 bias=bias,
                 has_bias=has_bias,
-                weight_spec=_given(weight, planned, view, config, target.weight_spec),
+                weight_spec=with_given_scales(planned, weight, view, config, spec_of_bits),
                 output_axis=-1 if spec.output_axis is None else spec.output_axis,
                 edge=edge,
                 depthwise=depthwise,
@@ -95,46 +92,6 @@ def _weight_spec(
     # Integer kernels for stacked matrices take a single scale.
     stacked = node.op_type == "MatMul" and rank > 2
     return target.weight_spec(bits, None if stacked else axis, depthwise)
-
-
-def _given(
-    weight: str,
-    planned: QuantSpec,
-    view: GraphView,
-    config: Config,
-    spec_of_bits: Callable[[int, int | None], QuantSpec],
-) -> QuantSpec:
-    """Return the spec with the scales that are given, if there are any and the target takes them.
-
-    With fewer bits than they have, others are chosen.
-    """
-    found = None if config.encodings is None else config.encodings.scales.get(weight)
-    shape = view.constant_shape(weight)
-    if (
-        found is None
-        or found.bits > planned.bits
-        or planned.scales is not ScaleRule.ANY
-        or not isinstance(planned.format, IntFormat)
-        or isinstance(planned.granularity, PerBlock)
-    ):
-        return planned
-    values, axis = found.values, planned.axis
-    own = None if found.axis is None else found.axis % len(shape)
-    if own is not None and own != axis:
-        return planned
-    if axis is not None and len(values) == 1:
-        values = values * shape[axis]
-    if len(values) != (1 if axis is None else shape[axis]) or not all(v > 0 for v in values):
-        return planned
-    kept = planned if found.bits == planned.bits else spec_of_bits(found.bits, axis)
-    kept = replace(kept, scales=GivenScales(values, found.exact), zero_points=(0, 0))
-    if not found.exact:
-        return kept
-    grid = kept.grid(np.ones(shape[axis] if axis is not None else (), np.float32))
-    weights: Array = np.asarray(view.constant(weight), np.float32)
-    # A range of fewer integers would clip some.
-    fits = np.allclose(grid.round(weights), weights, rtol=1e-5, atol=0)
-    return kept if fits else planned
 
 
 def bias_objection(node: NodeProto, view: GraphView) -> str | None:
