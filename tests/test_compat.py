@@ -157,7 +157,7 @@ def test_what_onnxruntime_recommends_is_the_target_itself(tmp_path):
 
 
 # ---- ranges of each run ------------------------------------------------------------------------------------
-NETS = {
+NETS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "products": ("""
         g (float[N,6,64] x) => (float[N,6,64] y) {
             h = MatMul (x, w1)  hb = Add (h, b1)  r = Relu (hb)  f = MatMul (r, w2)  s = Add (f, x)

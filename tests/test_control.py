@@ -233,6 +233,7 @@ def test_inputs_with_ranges_of_each_run_are_spared():
     config = Config(activations="dynamic", preset="fast", max_noise=0)
     kept = eptq_onnx.quantize(model, data, config, progress=silent, evaluate=score, max_drop=0.001)
     trail = kept.report.trail
+    assert trail is not None
     assert not trail.attempts[0].passed
     assert trail.reached
     assert trail.evaluations <= 4

@@ -6,9 +6,9 @@
     DequantizeLinear(x'), (x', s, z) = DynamicQuantizeLinear(x)   →  x
     Mul(Cast(MatMulInteger(x', W, z, w)), Mul(s, t))          →  MatMul(x, DequantizeLinear(W, t, w))
 
-and ConvInteger like MatMulInteger, which may read what Gather looks up, too; constants behind DequantizeLinear
-become float. Ranges and scales are returned beside the model, by the names that tensors have in it. Weights
-in blocks (MatMulNBits) compute in float, and stay.
+and ConvInteger like MatMulInteger, which may read what Gather looks up, too; constants behind
+DequantizeLinear become float. Ranges and scales are returned beside the model, by the names that tensors have
+in it. Weights in blocks (MatMulNBits) compute in float, and stay.
 
 Where integers hold no negative values although x may have some, the quantizer is all that is left of a Relu
 or Clip in front of it.
@@ -408,7 +408,7 @@ class _Reading:
             scale = other
         elif factor in self._constants and known is not None:
             scale = self._builder.constant(
-                np.asarray(self._value(factor) / known, np.float32), f"{factor}_scale"
+                np.asarray(self._scale_constant(factor) / known, np.float32), f"{factor}_scale"
             )
         else:
             raise self._refused(f"its node {node.name or result} multiplies integers by an unknown scale")

@@ -180,14 +180,14 @@ def test_a_dynamic_file_stays_dynamic(tmp_path, per_channel):
     for one, other in zip(theirs, ours, strict=True):
         np.testing.assert_array_equal(one, other)
     assert any("ranges of their inputs in every run: 2" in n for n in result.report.notes)
-    one = {"x": data["x"][:1]}
-    wanted = Session(tmp_path / "d.onnx").run(one)["y"]
-    assert snr(Session(result.model).run(one)["y"], wanted) > 40
+    x = {"x": data["x"][:1]}
+    wanted = Session(tmp_path / "d.onnx").run(x)["y"]
+    assert snr(Session(result.model).run(x)["y"], wanted) > 40
     # Without data, too.
     blind = eptq_onnx.quantize(
         tmp_path / "d.onnx", config=Config(activations="dynamic", target="ort-x64-vnni")
     )
-    assert snr(Session(blind.model).run(one)["y"], wanted) > 40
+    assert snr(Session(blind.model).run(x)["y"], wanted) > 40
 
 
 @pytest.mark.once
@@ -229,7 +229,7 @@ def pair(model: ModelProto, tensor: str, scale: Any, zero: Any, axis: int | None
             numpy_helper.from_array(np.asarray(zero), f"{tensor}_zero"),
         ]
     )
-    more = {} if axis is None else {"axis": axis}
+    more: dict[str, Any] = {} if axis is None else {"axis": axis}
     ends = [f"{tensor}_scale", f"{tensor}_zero"]
     nodes = [
         helper.make_node("QuantizeLinear", [tensor, *ends], [f"{tensor}_q"], name=f"{tensor}/q", **more),
@@ -252,8 +252,8 @@ def trained(opset: int = 13, per_channel: bool = True, dtype: Any = np.int8, lev
         scale = np.asarray(reach, np.float32) / np.float32(levels)
         pair(model, name, scale, np.zeros(np.shape(scale), np.int8), 0 if per_channel else None)
     middle = dtype(128) if dtype is np.uint8 else dtype(0)
-    for name, scale in (("x", 0.03), ("r", 0.06), ("s", 0.12)):
-        pair(model, name, scale, middle)
+    for name, step in (("x", 0.03), ("r", 0.06), ("s", 0.12)):
+        pair(model, name, step, middle)
     model.opset_import[0].version = opset
     return model
 
@@ -293,6 +293,36 @@ def test_rounding_of_a_trained_file_gets_better():
     exact = Session(net()).run(DATA)["y"]
     ours, theirs = (snr(Session(m).run(DATA)["y"], exact) for m in (result.model, given))
     assert ours > theirs + 2
+
+
+def test_integers_are_not_optimized_and_trained_scales_are_not_either():
+    data = {"x": normal(64, 3, 8, 8, seed=9, scale=1.0)}
+    options = {"preset": "balanced", "steps": 3, "patience": 0, "max_noise": 0}
+    first = quantized(trained(levels=7), data, **options)
+    assert first.report.optimization is not None
+    assert first.report.optimization.steps == 3
+    for (_, scale), name in zip(weights_of(first.model).values(), ("k1", "k2", "w"), strict=True):
+        np.testing.assert_allclose(scale, values(trained(levels=7))[f"{name}_scale"], rtol=1e-6)
+    again = quantized(first.model, data, **options)
+    for (one, _), (other, _) in zip(
+        weights_of(first.model).values(), weights_of(again.model).values(), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_score_is_kept_and_a_model_is_looked_at():
+    given = trained(levels=7)
+    exact = Session(net()).run(DATA)["y"]
+
+    def score(model: Any) -> float:
+        return snr(model.run(["y"], DATA)[0], exact)
+
+    config = Config(**FAST)
+    result = eptq_onnx.quantize(given, DATA, config, progress=silent, evaluate=score, max_drop=300)
+    assert result.report.trail is not None
+    assert result.report.trail.float_score > 100
+    assert {o.operator: o.integer for o in eptq_onnx.inspect(given, config).operators}["Conv"] == 2
+    assert eptq_onnx.sensitivity(given, DATA, config, progress=silent).parts
 
 
 def test_a_turned_weight_keeps_its_scales():
