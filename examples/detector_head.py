@@ -1,7 +1,7 @@
 """A detector with a head as Ultralytics exports it: boxes and scores, decoded and joined, in one output.
 
-The decoding (softmax over distances, anchors, strides) stays float: `outputs` of the report says how boxes and scores
-fare. Export your own model with ``YOLO("yolo11n.pt").export(format="onnx")``, and leave `--exclude` away at first.
+The decoding (softmax over distances, anchors, strides) stays float without an option that says so. A model of
+your own is exported with ``YOLO("yolo11n.pt").export(format="onnx")``.
 
     pip install torch onnxscript "eptq-onnx[standard]"
     python examples/detector_head.py build
@@ -23,7 +23,7 @@ BINS, CLASSES, SIZE = 16, 4, 64
 
 
 class Detector(nn.Module):
-    """Two scales; each predicts distances to the four sides of a box as distributions, and scores of classes."""
+    """Two scales; each predicts distributions of the distances to the sides of a box, and scores of classes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,10 +1,11 @@
 """A pass for Olive 0.13 that quantizes with this package, and a workflow that runs it.
 
-Olive finds passes by a package configuration, a table of names and import paths: that of Olive with one entry more.
+Olive finds passes by a package configuration, a table of names and import paths. It takes the place of
+Olive's own, so this is Olive's with one entry more.
 
     pip install olive-ai torch "eptq-onnx[standard]"
     PYTHONPATH=examples python examples/olive_pass.py models/digits_mobile.onnx models/digits_calib.npz build
-    PYTHONPATH=examples olive run --config workflow.json --package-config packages.json    # the same, from files
+    cd build && PYTHONPATH=../examples olive run --config workflow.json --package-config packages.json
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class EptqQuantization(Pass):
     def _default_config(cls, accelerator_spec: Any) -> dict[str, PassConfigParam]:
         return {
             "data_config": PassConfigParam(type_=DataConfig | dict, required=True, description="Samples."),
-            "options": PassConfigParam(type_=dict, default_value={}, description="Options of eptq_onnx.Config."),
+            "options": PassConfigParam(
+                type_=dict, default_value={}, description="Options of eptq_onnx.Config."
+            ),
         }
 
     def _run_for_config(
@@ -43,7 +46,7 @@ class EptqQuantization(Pass):
     ) -> ONNXModelHandler:
         data = DataConfig.model_validate(config.data_config).to_data_container()
         loader = data.create_calibration_dataloader(model_path=model.model_path, io_config=model.io_config)
-        feeds = [{name: np.asarray(value) for name, value in batch.items()} for batch, _ in loader]
+        feeds = [{name: np.asarray(value) for name, value in batch.items()} for batch in loader]
         result = eptq_onnx.quantize(model.model_path, feeds, eptq_onnx.Config(**config.options))
         path = resolve_onnx_path(output_model_path, Path(model.model_path).name)
         result.save(path)
@@ -75,10 +78,12 @@ def configurations(model: str, data: str, folder: Path) -> tuple[dict[str, Any],
         "dataset": "dataset_required",
     }  # fmt: skip
     workflow = {
-        "input_model": {"type": "ONNXModel", "model_path": model},
+        "input_model": {"type": "ONNXModel", "model_path": str(Path(model).resolve())},
         "data_configs": [{
-            "name": "calibration", "type": "DataContainer",
-            "load_dataset_config": {"type": "archive_dataset", "params": {"data_dir": data}},
+            "name": "calibration", "type": "DataContainer", "user_script": str(Path(__file__).resolve()),
+            "load_dataset_config": {
+                "type": "archive_dataset", "params": {"data_dir": str(Path(data).resolve())},
+            },
             "dataloader_config": {"batch_size": 16},
         }],
         "passes": {
@@ -88,7 +93,7 @@ def configurations(model: str, data: str, folder: Path) -> tuple[dict[str, Any],
                 "options": {"weight_bits": 4, "preset": "fast", "measure_speed": False},
             },
         },
-        "output_dir": str(folder / "olive"), "cache_dir": str(folder / "olive_cache"),
+        "output_dir": str(folder.resolve() / "olive"), "cache_dir": str(folder.resolve() / "olive_cache"),
     }  # fmt: skip
     return packages, workflow
 

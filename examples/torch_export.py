@@ -1,7 +1,7 @@
 """From a PyTorch model to an int8 file, by both of torch's exporters.
 
-    pip install torch onnxscript "eptq-onnx[standard]"
-    python examples/torch_export.py build
+pip install torch onnxscript "eptq-onnx[standard]"
+python examples/torch_export.py build
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
-        self.block = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+        self.block = nn.Sequential(
+            nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+        )
         self.head = nn.Linear(16, 10)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
