@@ -23,7 +23,7 @@ BINS, CLASSES, SIZE = 16, 4, 64
 
 
 class Detector(nn.Module):
-    """Two scales; each predicts distributions of the distances to the sides of a box, and scores of classes."""
+    """Two scales; each predicts distributions of the distances to the sides of a box, and class scores."""
 
     def __init__(self) -> None:
         super().__init__()

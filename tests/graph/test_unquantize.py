@@ -9,6 +9,9 @@ import numpy as np
 import onnx
 import pytest
 from graphs import images, normal, parse, silent, small_convnet
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from onnx import ModelProto, helper, numpy_helper
 
 import eptq_onnx
@@ -337,6 +340,71 @@ def test_a_turned_weight_keeps_its_scales():
     result = quantized(model, {"x": normal(24, 16)}, activations="static")
     [(_, own)] = weights_of(result.model).values()
     np.testing.assert_allclose(own, scale, rtol=1e-6)
+
+
+MOVES = {
+    "": "m = Identity (q)",
+    "turned": "m = Transpose <perm = [0, 2, 1]> (q)",
+    "shaped": "m = Reshape (q, shape)",
+    "cut": "m = Slice (q, zero, five, two)",
+    "joined": "m = Concat <axis = 1> (q, q)",
+    "clipped": "m = Clip (q, low, high)",
+}
+
+
+@settings(max_examples=60, deadline=None)
+@drawn(
+    move=st.sampled_from(sorted(MOVES)),
+    dtype=st.sampled_from([np.int8, np.uint8]),
+    opset=st.integers(13, 21),
+    zero=st.integers(-100, 100),
+    weight=st.sampled_from(["float", "integers", "pair", "none"]),
+    axis=st.sampled_from([None, 0, 1]),
+    seed=st.integers(0, 99),
+)
+def test_what_is_on_the_grid_is_computed_alike(move, dtype, opset, zero, weight, axis, seed):
+    rng = np.random.default_rng(seed)
+    point = dtype(zero + (128 if dtype is np.uint8 else 0))
+    inner = {"turned": 6, "shaped": 12, "cut": 5}.get(move, 8)
+    step = np.float32(2.0**-5)
+    limits = np.iinfo(dtype)
+    integers = rng.integers(limits.min, limits.max + 1, (2, 6, 8))
+    if move == "clipped":
+        integers = np.clip(integers, point - 5 if point > limits.min + 5 else limits.min, limits.max - 3)
+    values_of_w = rng.integers(-127, 128, (inner, 4))
+    scales = np.exp2(rng.integers(-9, -6, 1 if axis is None else values_of_w.shape[axis])).astype(np.float32)
+    along = np.reshape(scales, (-1, 1) if axis == 0 else (1, -1) if axis == 1 else ())
+    w = (values_of_w * along).astype(np.float32)
+    by = "" if axis is None else f"<axis = {axis}> "
+    product = {
+        "float": "y = MatMul (d, w)",
+        "integers": f"v = DequantizeLinear {by}(wi, ws, wz)  y = MatMul (d, v)",
+        "pair": f"u = QuantizeLinear {by}(w, ws, wz)  v = DequantizeLinear {by}(u, ws, wz)  y = MatMul (d, v)",
+        "none": "y = Relu (d)",
+    }[weight]
+    text = f"q = QuantizeLinear (x, s, z)  {MOVES[move]}  d = DequantizeLinear (m, s, z)  {product}"
+    model = parse(f"g (float[2,6,8] x) => (float y) {{ {text} }}", {
+        "s": step, "z": point, "w": w, "wi": values_of_w.astype(np.int8),
+        "ws": scales if axis is not None else scales[0],
+        "wz": np.zeros(len(scales), np.int8) if axis is not None else np.int8(0),
+        "shape": np.array([2, 4, 12]), "zero": np.array([0]), "five": np.array([5]), "two": np.array([2]),
+        "low": dtype(integers.min()), "high": dtype(integers.max()),
+    })  # fmt: skip
+    model.opset_import[0].version = opset
+    float_form, found = unquantized(model, "m")
+    assert not kinds(float_form) & {"QuantizeLinear", "DequantizeLinear"}
+    x = {"x": ((integers - int(point)) * step).astype(np.float32)}
+    ours, theirs = (Session(m, integers=False).run(x)["y"] for m in (float_form, model))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    low, high = (integers.min(), integers.max()) if move == "clipped" else (limits.min, limits.max)
+    [(_, reach)] = {
+        name: r for name, r in found.ranges.items() if name != "x"
+    }.items() or found.ranges.items()
+    if low <= point <= high:
+        assert reach == pytest.approx(((low - int(point)) * step, (high - int(point)) * step))
+    if weight in ("integers", "pair"):
+        [scale] = found.scales.values()
+        assert (scale.exact, scale.axis, len(scale.values)) == (weight == "integers", axis, len(scales))
 
 
 # ---- own files ---------------------------------------------------------------------------------------------
