@@ -49,7 +49,7 @@ def load(
         quantized is returned without its quantizers; see `eptq_onnx.graph.unquantize`.
     """
     proto, name = _loaded(model, folder, quantized=quantized)
-    return proto if quantized else unquantized(proto, name)[0]
+    return proto if quantized else _float_form(proto, name, folder)[0]
 
 
 def load_with_quantization(
@@ -57,7 +57,15 @@ def load_with_quantization(
 ) -> tuple[ModelProto, ModelProto, Quantization]:
     """Return a model as it is given, without its quantizers, and how it is quantized; see `load`."""
     proto, name = _loaded(model, folder, quantized=False)
-    return proto, *unquantized(proto, name)
+    return proto, *_float_form(proto, name, folder)
+
+
+def _float_form(proto: ModelProto, name: str, folder: str | None) -> tuple[ModelProto, Quantization]:
+    """Return a model without its quantizers, whose weights take more memory, and how it was quantized."""
+    found, quantization = unquantized(proto, name)
+    if found is not proto and folder is not None and _is_large(found):
+        found = weights.stored(found, folder)
+    return found, quantization
 
 
 def _loaded(

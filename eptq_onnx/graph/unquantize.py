@@ -265,7 +265,8 @@ class _Reading:
             return
         if name not in self._positive:
             end = float(grid.scale.reshape(-1)[0]) * (grid.limits[1] - grid.limits[0])
-            ends = [0.0, end] if self._builder.opset >= _CLIP_INPUTS else []
+            single = self._view.elem_type(node.input[0]) in (TensorProto.FLOAT, TensorProto.UNDEFINED)
+            ends = [0.0, end] if single and self._builder.opset >= _CLIP_INPUTS else []
             name = self._builder.add(
                 "Clip" if ends else "Relu", [name, *ends], self._builder.unique(f"{name}/clip")
             )

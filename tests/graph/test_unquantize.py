@@ -342,6 +342,26 @@ def test_a_turned_weight_keeps_its_scales():
     np.testing.assert_allclose(own, scale, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["float", "float16"])
+def test_a_function_that_a_tool_has_removed_is_there_again(kind):
+    dtype = np.dtype("float32" if kind == "float" else kind).type
+    model = parse(
+        f"g ({kind}[4,8] x) => ({kind}[4,5] y) {{ h = MatMul (x, w)  q = QuantizeLinear (h, s, z) "
+        "d = DequantizeLinear (q, s, z)  y = MatMul (d, v) }",
+        {
+            "w": normal(8, 6).astype(dtype),
+            "v": normal(6, 5, seed=1).astype(dtype),
+            "s": dtype(0.01),
+            "z": np.uint8(0),
+        },
+    )
+    model.opset_import[0].version = 19
+    found = unquantized(model, "m")[0]
+    assert kinds(found) == {"MatMul", "Clip" if kind == "float" else "Relu"}
+    x = {"x": normal(4, 8, seed=2).astype(dtype)}
+    assert snr(Session(found).run(x)["y"].astype(float), Session(model).run(x)["y"].astype(float)) > 30
+
+
 MOVES = {
     "": "m = Identity (q)",
     "turned": "m = Transpose <perm = [0, 2, 1]> (q)",
