@@ -68,7 +68,7 @@ def without_data(
     progress("estimate", 1, 1, estimate := Estimate(0.0, 0))
     runner = Runner(())
     with runner.timed("normalize"):
-        original, float_form, found = io.load_with_quantization(model, folder)
+        original, float_form, found = io.load_with_quantization(model, folder, blocks=given.requantize)
         given = keeping(given, found)
         whole = normalize(float_form, target.opset_for(FLOAT_BITS, given.storage, given.block))
     with runner.timed("plan"):

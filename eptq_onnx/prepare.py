@@ -105,7 +105,7 @@ def prepare(
     ModelError, DataError
         If the model or the samples cannot be used.
     """
-    original, float_form, quantization = io.load_with_quantization(model, folder)
+    original, float_form, quantization = io.load_with_quantization(model, folder, blocks=config.requantize)
     read = load(data, original, config.batch_axes)
     rest = target.rest_for(config.rest, other_float_types(original))
     plain = normalize(float_form, target.opset_for(config.most_activation_bits, config.storage, config.block))

@@ -13,6 +13,7 @@ from onnx import ModelProto, checker, numpy_helper
 
 from eptq_onnx.errors import ModelError, one_line
 from eptq_onnx.files import Replacement, data_file, write_atomically
+from eptq_onnx.graph import nbits
 from eptq_onnx.graph.canonical import make_canonical
 from eptq_onnx.graph.check import check as check_declared
 from eptq_onnx.graph.check import fault, labelled_tensors, read_names
@@ -53,11 +54,17 @@ def load(
 
 
 def load_with_quantization(
-    model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None = None
+    model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None = None, *, blocks: bool = False
 ) -> tuple[ModelProto, ModelProto, Quantization]:
-    """Return a model as it is given, without its quantizers, and how it is quantized; see `load`."""
+    """Return a model as it is given, without its quantizers, and how it is quantized; see `load`.
+
+    With ``blocks``, MatMulNBits are products with float weights, too.
+    """
     proto, name = _loaded(model, folder, quantized=False)
-    return proto, *_float_form(proto, name, folder)
+    found, quantization = _float_form(proto, name, folder)
+    if blocks and (count := nbits.products(found)):
+        found, quantization.other_weights = nbits.as_floats(found), quantization.other_weights + count
+    return proto, found, quantization
 
 
 def _float_form(proto: ModelProto, name: str, folder: str | None) -> tuple[ModelProto, Quantization]:

@@ -19,14 +19,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.fold import dequantized
-from eptq_onnx.graph.infer import infer_shapes
-from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
+from eptq_onnx.graph.quantizers import LIMITS, Grid, GridReader
+from eptq_onnx.graph.view import int_attribute, ints_attribute
 from eptq_onnx.numerics.scales import WeightScales
 from eptq_onnx.proto.bodies import all_nodes, node_reads, subgraphs
 
@@ -48,10 +46,6 @@ _WHOLE = (
 )  # fmt: skip
 """Beginnings of operators that compute on integers as a whole."""
 _KINDS = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", *_PRODUCTS}
-_LIMITS = {
-    "uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "int16": (-32768, 32767), "uint4": (0, 15),
-    "int4": (-8, 7), "uint2": (0, 3), "int2": (-2, 1),
-}  # fmt: skip
 
 
 @dataclass
@@ -112,22 +106,6 @@ def unquantized(model: ModelProto, name: str) -> tuple[ModelProto, Quantization]
 
 
 @dataclass(frozen=True)
-class _Grid:
-    """Scale, zero point, type and limits of integers; ``scale`` is None if each run has its own."""
-
-    scale: NDArray[np.float32] | None
-    zero: NDArray[np.int64]
-    kind: str
-    limits: tuple[int, int]
-
-    def same(self, other: _Grid) -> bool:
-        """Return True if both give integers the same values."""
-        if self.scale is None or other.scale is None:
-            return self.scale is other.scale
-        return np.array_equal(self.scale, other.scale) and np.array_equal(self.zero, other.zero)
-
-
-@dataclass(frozen=True)
 class _Product:
     """A product of integers on its way to floats."""
 
@@ -135,19 +113,17 @@ class _Product:
     data: str
 
 
-class _Reading:
+class _Reading(GridReader):
     """Reads one model; see `unquantized`."""
 
     def __init__(self, model: ModelProto, name: str) -> None:
-        self._model, self._called = model, name
-        self._view, self._builder = GraphView(infer_shapes(model)), edit.Builder(model)
-        self._constants = {o for n in self._view.nodes if n.op_type == "Constant" for o in n.output}
-        self._constants |= set(self._view.initializers)
+        super().__init__(model, name)
+        self._model = model
         self._names: dict[str, str] = {}
         """Dequantized tensor to the float tensor that takes its place."""
         self._floats: dict[str, str] = {}
         """Tensor of integers to the float tensor that they come from."""
-        self._grids: dict[str, _Grid] = {}
+        self._grids: dict[str, Grid] = {}
         self._scale_of: dict[str, str] = {}
         """Scale that a DynamicQuantizeLinear makes to its integers."""
         self._factors: dict[str, tuple[str, str]] = {}
@@ -200,7 +176,7 @@ class _Reading:
         elif kind == "DynamicQuantizeLinear":
             quantized, scale, _ = node.output
             self._floats[quantized] = self._name(node.input[0])
-            self._grids[quantized] = _Grid(None, np.zeros(1, np.int64), "uint8", _LIMITS["uint8"])
+            self._grids[quantized] = Grid(None, np.zeros(1, np.int64), "uint8", LIMITS["uint8"])
             self._scale_of[scale] = quantized
         elif kind in _PRODUCTS and node.input[0] in self._floats and node.input[1] in self._constants:
             self._products[node.output[0]] = _Product(node, self._floats[node.input[0]])
@@ -307,7 +283,7 @@ class _Reading:
             self._range(name, grid)
         return True
 
-    def _range(self, name: str, grid: _Grid) -> None:
+    def _range(self, name: str, grid: Grid) -> None:
         """Note the range of an activation: all that its quantizers hold."""
         if grid.scale is None or grid.scale.size != 1 or name in self._constants:
             return
@@ -320,9 +296,9 @@ class _Reading:
     def _weight(self, name: str, node: NodeProto, *, exact: bool) -> None:
         """Note the scales of a weight."""
         kind = self._type(node)
-        if kind not in _LIMITS or kind.endswith("16"):
+        if kind not in LIMITS or kind.endswith("16"):
             return  # a bias
-        grid, (low, high) = self._grid(node), _LIMITS[kind]
+        grid, (low, high) = self._grid(node), LIMITS[kind]
         if (
             grid.scale is None
             or int_attribute(node, "block_size", 0)
@@ -342,7 +318,7 @@ class _Reading:
         low, high = (int(np.asarray(self._value(i)).reshape(-1)[0]) for i in ends)
         grid = self._grids[source]
         self._floats[result] = self._floats[source]
-        self._grids[result] = _Grid(grid.scale, grid.zero, grid.kind, (low, high))
+        self._grids[result] = Grid(grid.scale, grid.zero, grid.kind, (low, high))
 
     def _move(self, node: NodeProto) -> None:
         """Move floats instead of integers."""
@@ -438,52 +414,3 @@ class _Reading:
             self.found.dynamic[name] = None
         elif self._grids[source].scale is not None:
             self._range(made.data, self._grids[source])
-
-    def _scale_constant(self, name: str) -> NDArray[np.float32]:
-        own = next((t for t in self._builder.initializers if t.name == name), None)
-        return np.asarray(self._value(name) if own is None else numpy_helper.to_array(own), np.float32)
-
-    def _grid(self, node: NodeProto) -> _Grid:
-        """Return the grid of a QuantizeLinear or DequantizeLinear."""
-        inputs = [i for i in node.input[1:] if i]
-        if not all(self._is_known(i) for i in inputs):
-            raise self._refused(f"its node {node.name or node.output[0]} computes its scale at run time")
-        scale, kind = self._scale_constant(inputs[0]), self._type(node)
-        zero = np.zeros(scale.shape, np.int64)
-        if len(inputs) > 1:
-            zero = np.asarray(self._scale_constant(inputs[1])).astype(np.int64)
-        return _Grid(scale, zero, kind, _LIMITS.get(kind, (0, 0)))
-
-    def _is_known(self, name: str) -> bool:
-        return name in self._constants or any(t.name == name for t in self._builder.initializers)
-
-    def _type(self, node: NodeProto) -> str:
-        """Return the element type of the integers of a QuantizeLinear or DequantizeLinear."""
-        number = int_attribute(node, "output_dtype", 0) if node.op_type == "QuantizeLinear" else 0
-        place = node.input[2] if len(node.input) > 2 else ""
-        if node.op_type == "DequantizeLinear" and node.input[0] in self._constants:
-            place = node.input[0]
-        if place:
-            own = [t for t in self._builder.initializers if t.name == place]
-            number = own[0].data_type if own else self._view.elem_type(place)
-        return str(TensorProto.DataType.Name(number or TensorProto.UINT8)).lower()
-
-    def _tensor(self, name: str) -> TensorProto:
-        if name in self._view.initializers:
-            return self._view.initializers[name]
-        maker = self._view.producer[name]
-        value = attribute(maker, "value") if maker.op_type == "Constant" else None
-        if not isinstance(value, TensorProto):
-            raise self._refused(f"its constant {name} is computed")
-        return value
-
-    def _value(self, name: str) -> NDArray[np.generic]:
-        if name in self._view.initializers:
-            return self._view.constant(name)
-        return numpy_helper.to_array(self._tensor(name))
-
-    def _refused(self, what: str) -> ModelError:
-        return ModelError(
-            f"{self._called} is quantized in a form that is not read ({what}): give the float model, or the "
-            "file in QDQ format."
-        )

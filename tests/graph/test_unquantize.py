@@ -458,6 +458,27 @@ def test_own_dynamic_files_with_packed_weights_keep_their_integers():
     assert snr(other, one) > 60
 
 
+@pytest.mark.parametrize(("bits", "block"), [(4, 32), (4, 16), (4, 64)])
+def test_weights_in_blocks_stay_or_are_quantized_anew(bits, block):
+    model = parse(
+        "g (float[N,5,70] x) => (float[N,5,64] y) { h = MatMul (x, w1)  r = Relu (h)  y = MatMul (r, w2) }",
+        {"w1": normal(70, 96, seed=1, scale=0.2), "w2": normal(96, 64, seed=2, scale=0.2)},
+    )
+    data = {"x": normal(24, 5, 70, seed=8)}
+    wide = {"weight_bits": bits, "edge_bits": bits, "activation_bits": 32}
+    first = quantized(model, data, block=block, storage="matmulnbits", **wide)
+    assert "MatMulNBits" in kinds(first.model)
+    with pytest.raises(ModelError, match="the option requantize quantizes it anew"):
+        quantized(first.model, data)
+    _, plain, found = io.load_with_quantization(first.model, blocks=True)
+    assert found.other_weights == sum(n.op_type == "MatMulNBits" for n in first.model.graph.node)
+    x = {"x": data["x"][:1]}
+    one, other = (Session(m, optimize=False).run(x)["y"] for m in (plain, first.model))
+    assert snr(one, other) > 35  # MatMulNBits rounds activations block by block
+    again = quantized(first.model, data, requantize=True, activations="dynamic")
+    assert sum(n.op_type == "MatMulInteger" for n in again.model.graph.node) == 2
+
+
 # ---- what is not read --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("text", "constants", "what"), [
     ("q = QuantizeLinear (x, s, z)  y = Identity (q)", {}, "its output"),

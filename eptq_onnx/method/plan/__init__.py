@@ -24,6 +24,7 @@ from onnx import AttributeProto, ModelProto, NodeProto
 from eptq_onnx.config import FLOAT_BITS, Activations, Config
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
+from eptq_onnx.graph.nbits import MATMUL_NBITS
 from eptq_onnx.graph.patterns import matching, tensor_of
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.plan.activations import dynamic_quantizers, quantizers_of
@@ -205,6 +206,8 @@ def _objection(node: NodeProto, spec: OpSpec, draft: Draft) -> str | None:
         return _inside(node, draft.target.that_run("layer"))
     if not is_known(node) and node.domain not in OWN_DOMAINS:
         return f"{node.op_type} is a custom operator, of the domain {node.domain}"
+    if not is_known(node) and node.op_type == MATMUL_NBITS:
+        return "its weight is quantized already; the option requantize quantizes it anew"
     if not is_known(node):
         return f"{node.op_type} is not in the operator table"
     if node.name in draft.whole:
