@@ -50,6 +50,7 @@ from eptq_onnx.sensitivities import Sensitivity
 from eptq_onnx.start import silent, start, target_of
 from eptq_onnx.summary import Costs, report_of
 from eptq_onnx.workdir import Workdir
+from eptq_onnx.workers import employed
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def quantize(
         check_writable(config.timings)
     kept = Workdir(config.workdir) if config.workdir is not None else nullcontext()
     with (
-        owned_threads(config.threads),
+        employed(config.workers, config.threads),
         custom_operators(config.custom_ops),
         scratch.folder() as folder,
         kept as workdir,
@@ -227,7 +228,11 @@ def sensitivity(
         If something is wrong; see `eptq_onnx.errors` for the subclasses.
     """
     config = config or Config()
-    with owned_threads(config.threads), custom_operators(config.custom_ops), scratch.folder() as folder:
+    with (
+        employed(config.workers, config.threads),
+        custom_operators(config.custom_ops),
+        scratch.folder() as folder,
+    ):
         return ranking(model, data, config, folder, progress)
 
 

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -18,11 +18,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, TypeProto, helper, numpy_helper
 
-from eptq_onnx import scratch
+from eptq_onnx import parallel, scratch
 from eptq_onnx.errors import ConfigError, EptqError, InstallError, ModelError, OutputError, one_line
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.proto import store, weights
 from eptq_onnx.proto.types import has_8_bit_floats, value_type
+from eptq_onnx.recipe import Recipe, made
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """Limit on the size of a protobuf message: 2 GiB, less some room for what onnxruntime adds."""
@@ -310,6 +311,10 @@ class Session:
     ) -> None:
         ort = load()
         options = session_options()
+        self._recipe: Recipe | None = None
+        if parallel.are_distant() and isinstance(model, ModelProto):
+            how = {"optimize": optimize, "threads": threads, "integers": integers}
+            self._recipe = Recipe.of(self, model, how, partial(custom_operators, custom_libraries()))
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         options.intra_op_num_threads = threads
@@ -366,6 +371,11 @@ class Session:
         except Exception as e:
             raise ModelError(f"onnxruntime cannot run the model: {one_line(e, 400)}") from e
         return dict(zip(names, values, strict=True))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._recipe is None:
+            raise TypeError("only sessions that were made of models, for distant workers, can be sent")
+        return made, (self._recipe, self._recipe.digest)
 
     def end_profiling(self) -> Path:
         """Stop profiling and return the file with the times (Chrome trace events, as JSON)."""

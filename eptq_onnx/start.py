@@ -100,6 +100,7 @@ def start(
         if prepared.origin.recipe or prepared.origin.made_up:
             progress("data", 1, 1, prepared.origin)
         float_model = executed(prepared.model, prepared.found)
+        prepared = replace(prepared, samples=prepared.samples.shared())
     with runner.timed("plan"):
         plan = make_plan(prepared.model, target, options)
         config, state = runner.affordable(

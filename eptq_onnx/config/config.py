@@ -228,6 +228,8 @@ class Config(OptionModel):
     ] = Field(None, ge=1)
     """Number of threads that compute. The default respects the process's affinity and its container's CPU
     quota. Does not change the result."""
+    workers: Annotated[str, Option("limits", metavar="NAME", in_result=False)] = "threads"
+    """Where batches are processed. Does not change the result."""
     workdir: Annotated[Path | None, Option("limits", default="none", in_result=False)] = None
     """Folder that keeps the results of passes. The same command, run again after an interruption, resumes
     from there."""

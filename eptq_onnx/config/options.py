@@ -78,6 +78,7 @@ class Options(TypedDict, total=False):
     augment: bool | None
     max_memory: int | str | None
     threads: int | None
+    workers: str
     workdir: str | Path | None
     batch_axes: Mapping[str, int | None] | Sequence[str]
     custom_ops: Sequence[str | Path]
