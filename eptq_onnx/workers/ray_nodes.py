@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter, deque
@@ -384,13 +385,17 @@ class RayWorkers(Workers):
             return False
         address = os.environ.get(ADDRESS)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if not address:
+            # By default its processes yield to everything else on the machine, as threads do not.
+            os.environ.setdefault("RAY_worker_niceness", "0")
         own = {
             "num_cpus": worker_count(),
             "object_store_memory": _store_bytes(),
             "include_dashboard": False,
-            "_node_ip_address": "127.0.0.1",
         }
         try:
+            if address:
+                _check_reachable(address)
             with _quiet():
                 self._ray.init(
                     address=address or "local",
@@ -417,6 +422,13 @@ def _timed(function: Callable[[T], R], pace: _Pace) -> Callable[[T], R]:
         return result
 
     return run
+
+
+def _check_reachable(address: str) -> None:
+    """Try a connection to HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _store_bytes() -> int:
