@@ -174,8 +174,10 @@ def _axes(array: NDArray[Any]) -> Axes:
 def dense(array: NDArray[Any]) -> NDArray[Any]:
     """Return an array with its axes in the order that they have in memory, without gaps."""
     axes = _axes(array)
-    laid: NDArray[Any] = np.ascontiguousarray(array if axes is None else array.transpose(axes))
-    return np.asarray(laid)
+    laid = np.ascontiguousarray(array if axes is None else array.transpose(axes))
+    # Without the class of a mapped file.
+    found: NDArray[Any] = np.asarray(laid)
+    return found
 
 
 def _is_final(array: NDArray[Any]) -> bool:
@@ -198,7 +200,7 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> NDArray[Any]:
         number, axes = pid
-        array = self._arrays[number]
+        array: NDArray[Any] = self._arrays[number]
         if axes is not None:
             array = array.transpose(np.argsort(axes))
         self.read.append((number, array))

@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
-import signal
-import socket
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from eptq_onnx.errors import InstallError, WorkerError, one_line
+from eptq_onnx.errors import WorkerError, one_line
 from eptq_onnx.parallel import Threads, Workers, worker_count
 from eptq_onnx.workers.base import Backend
 from eptq_onnx.workers.packing import Kept, Message, Packer
+from eptq_onnx.workers.ray_link import check_installed, connect
+from eptq_onnx.workers.ray_tasks import tasks
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-ADDRESS = "RAY_ADDRESS"
-"""Environment variable with the address of a cluster."""
 WORTH = 3.0
 """An item is sent if it computes at least so many times as long as this process takes to send it.
 
@@ -41,9 +37,6 @@ _REFRESH = 5.0
 """Seconds between looks at which nodes there are."""
 _MOST_LOSSES = 3
 """Processes that may end over one batch, or start on one node in vain, until it is given up."""
-_MOST_STORE = 2**32
-"""Most bytes of the object store on a machine without a cluster; it takes a third of the memory, if less."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -59,10 +52,17 @@ class RayBackend(Backend):
         "the same versions on all nodes"
     )
 
+    apart = True
+
+    def tasks(
+        self, function: Callable[[T], R], jobs: Sequence[T], cores: Callable[[T], int]
+    ) -> Iterator[tuple[int, R | WorkerError]]:
+        """See `Backend.tasks`: each in a process of its own."""
+        return tasks(function, jobs, cores)
+
     def start(self) -> Workers:
         """See `Backend.start`."""
-        if find_spec("ray") is None or find_spec("cloudpickle") is None:
-            raise InstallError('the workers "ray" need Ray: pip install "eptq-onnx[ray]".')
+        check_installed()
         return RayWorkers()
 
 
@@ -144,7 +144,7 @@ class RayWorkers(Workers):
     def __init__(self) -> None:
         self._ray = import_module("ray")
         self._actors = import_module("eptq_onnx.workers.ray_actor")
-        self._began = self._connect()
+        self._began = connect(worker_count())
         self._packer = Packer(import_module("cloudpickle").Pickler, self._put)
         self._processes: list[_Process] = []
         self._starting: dict[Any, _Process] = {}
@@ -374,41 +374,9 @@ class RayWorkers(Workers):
             for n in self._ray.nodes()
         )
 
-    # ---- Ray itself ----------------------------------------------------------------------------------------
     def _put(self, arrays: list[NDArray[Any]]) -> Any:
         # As a result: its head comes first.
         return self._ray.put([b"", *arrays])
-
-    def _connect(self) -> bool:
-        """Connect to a cluster, or start one here; return True if it ends with this run."""
-        if self._ray.is_initialized():
-            return False
-        address = os.environ.get(ADDRESS)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if not address:
-            # By default its processes yield to everything else on the machine, as threads do not.
-            os.environ.setdefault("RAY_worker_niceness", "0")
-        own = {
-            "num_cpus": worker_count(),
-            "object_store_memory": _store_bytes(),
-            "include_dashboard": False,
-        }
-        try:
-            if address:
-                _check_reachable(address)
-            with _quiet():
-                self._ray.init(
-                    address=address or "local",
-                    log_to_driver=False,
-                    configure_logging=False,
-                    logging_level=logging.ERROR,
-                    **({} if address else own),
-                )
-        except Exception as e:
-            # Ray raises errors of many kinds here.
-            what = f"the Ray cluster at {address} cannot be reached" if address else "Ray does not start"
-            raise WorkerError(f"{what}: {one_line(e, 400)}") from e
-        return True
 
 
 def _timed(function: Callable[[T], R], pace: _Pace) -> Callable[[T], R]:
@@ -422,34 +390,3 @@ def _timed(function: Callable[[T], R], pace: _Pace) -> Callable[[T], R]:
         return result
 
     return run
-
-
-def _check_reachable(address: str) -> None:
-    """Try a connection to HOST:PORT: Ray itself would try for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
-
-
-def _store_bytes() -> int:
-    memory = import_module("psutil").virtual_memory().total
-    return min(_MOST_STORE, int(memory) // 3)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Ray from printing, and from taking over signals."""
-    logger, handlers = logging.getLogger("ray"), {}
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    main = threading.current_thread() is threading.main_thread()
-    for name in ("SIGINT", "SIGTERM", "SIGHUP") if main else ():
-        if hasattr(signal, name):
-            handlers[getattr(signal, name)] = signal.getsignal(getattr(signal, name))
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        for number, handler in handlers.items():
-            if handler is not None:
-                signal.signal(number, handler)

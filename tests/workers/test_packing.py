@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,7 +68,12 @@ def test_values_arrive_as_they_were(shapes, kind, frozen):
     arrays = [np.arange(np.prod(s, dtype=int)).astype(kind).reshape(s) for s in shapes]
     for array in arrays:
         array.flags.writeable = not frozen
-    value = {"arrays": arrays, "again": arrays[:1], "turned": [a.T for a in arrays], "rest": (1, "x", None)}
+    value: dict[str, Any] = {
+        "arrays": arrays,
+        "again": arrays[:1],
+        "turned": [a.T for a in arrays],
+        "rest": (1, "x", None),
+    }
     found = store.read(Packer(pickle.Pickler, store.put).packed(value, Kept(lasting=False)))
     assert found.keys() == value.keys()
     assert found["rest"] == value["rest"]

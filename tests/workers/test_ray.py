@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from eptq_onnx import Config, GradientError, ModelError, quantize
 from eptq_onnx.errors import InstallError, WorkerError
 from eptq_onnx.parallel import ordered_map, paired_map
 from eptq_onnx.runtime import Session
-from eptq_onnx.workers import employed, ray_nodes
+from eptq_onnx.workers import employed, ray_link, ray_nodes
 
 ray = pytest.importorskip("ray", reason="Ray is not installed here")
 pytest.importorskip("cloudpickle", reason="cloudpickle is not installed here")
@@ -42,7 +43,7 @@ def cluster():
         patch.setattr(ray_nodes, "_REFRESH", 0.5)
         head = {"num_cpus": 0, "object_store_memory": MEMORY, "include_dashboard": False}
         found = Cluster(initialize_head=True, head_node_args=head)
-        with ray_nodes._quiet():
+        with ray_link.quiet():
             ray.init(address=found.address, log_to_driver=False, logging_level="ERROR")
         yield found
         ray.shutdown()
@@ -77,7 +78,7 @@ def _all_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def written(name: str, workers: str, progress=silent, **options) -> bytes:
     """The model that a short run through all passes writes."""
-    with np.load(MODELS / f"{name.split('_')[0]}_calib.npz") as file:
+    with np.load(MODELS / f"{name.split('_', maxsplit=1)[0]}_calib.npz") as file:
         data = {key: values[:24] for key, values in file.items()}
     config = Config(
         **{"weight_bits": 4, "steps": 3, "batch_size": 8, "score_samples": 16, "workers": workers, **options}
@@ -103,7 +104,7 @@ def test_nodes_write_the_same_bytes_as_threads(name, count, nodes):
 def test_results_come_in_order_and_hold_large_arrays(nodes):
     nodes(2)
     big = np.random.default_rng(0).random((64, 4096))
-    items = [{"k": k, "rows": big[k % 64 :]} for k in range(40)]
+    items: list[Any] = [{"k": k, "rows": big[k % 64 :]} for k in range(40)]
     with employed("ray", 1):
         found = list(paired_map(lambda item: (item["k"], item["rows"] * 2), items, dict))
         again = list(ordered_map(lambda pair: pair[1].sum(), [result for _, result in found]))
@@ -193,7 +194,9 @@ def is_actor(folder: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["score", "calibrate", "float fallback", "reconstruct", "optimize", "verify"])
+@pytest.mark.parametrize(
+    "step", ["score", "calibrate", "float fallback", "reconstruct", "optimize", "verify"]
+)
 def test_a_process_killed_in_each_pass_changes_no_byte(step, nodes):
     nodes(2)
     progress, done = killed_at(step, kill_a_process)
@@ -212,12 +215,12 @@ def test_a_node_that_comes_gets_work(nodes):
     nodes()
 
     def work(k: int) -> int:
-        time.sleep(0.1)
+        time.sleep(0.05)
         return os.getpid()
 
     seen = set()
     with employed("ray", 1):
-        for k, pid in enumerate(ordered_map(work, range(150))):
+        for k, pid in enumerate(ordered_map(work, range(1500))):
             seen.add(pid)
             if k == 3:
                 threading.Thread(target=nodes).start()
@@ -233,7 +236,9 @@ def test_a_run_without_a_worker_is_told_and_goes_on_from_its_workdir(cluster, no
     with pytest.raises(WorkerError, match="no worker is left"):
         written("digits_mobile", "ray", progress, workdir=tmp_path / "kept")
     assert done
-    assert written("digits_mobile", "threads", workdir=tmp_path / "kept") == written("digits_mobile", "threads")
+    assert written("digits_mobile", "threads", workdir=tmp_path / "kept") == written(
+        "digits_mobile", "threads"
+    )
 
 
 def test_a_cluster_without_cores_is_told(cluster, monkeypatch):
@@ -245,14 +250,14 @@ def test_a_cluster_without_cores_is_told(cluster, monkeypatch):
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379"])
 def test_a_wrong_address_is_told_at_once(address, monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setenv(ray_nodes.ADDRESS, address)
-    with pytest.raises(WorkerError, match=f"the Ray cluster at {address} cannot be reached"):
-        with employed("ray", 1):
-            pass
+    monkeypatch.setenv(ray_link.ADDRESS, address)
+    told = f"the Ray cluster at {address} cannot be reached"
+    with pytest.raises(WorkerError, match=told), employed("ray", 1):
+        pass
 
 
 def test_what_is_missing_is_told(monkeypatch):
-    monkeypatch.setattr(ray_nodes, "find_spec", lambda _: None)
+    monkeypatch.setattr(ray_link, "find_spec", lambda _: None)
     with pytest.raises(InstallError, match=r'pip install "eptq-onnx\[ray\]"'), employed("ray", 1):
         pass
 
@@ -261,7 +266,7 @@ def test_what_is_missing_is_told(monkeypatch):
 def test_an_interrupted_command_leaves_no_process(number, tmp_path):
     script = [sys.executable, "-m", "eptq_onnx", "quantize", str(MODELS / "shapes_segmenter.onnx")]
     options = ["--data", str(MODELS / "shapes_calib.npz"), "-o", str(tmp_path / "x.onnx"), "--workers", "ray"]
-    environment = {n: v for n, v in os.environ.items() if n != ray_nodes.ADDRESS}
+    environment = {n: v for n, v in os.environ.items() if n != ray_link.ADDRESS}
     process = subprocess.Popen(
         [*script, *options, "--steps", "500", "--threads", "1"],
         env={**environment, "PYTHONPATH": str(MODELS.parent)},

@@ -22,7 +22,7 @@ SHIPPED = [
 
 def written(name: str, **options) -> bytes:
     """The model that a short run through all passes writes."""
-    with np.load(MODELS / f"{name.split('_')[0]}_calib.npz") as file:
+    with np.load(MODELS / f"{name.split('_', maxsplit=1)[0]}_calib.npz") as file:
         data = {key: values[:24] for key, values in file.items()}
     config = Config(**{"weight_bits": 4, "steps": 2, "batch_size": 8, "score_samples": 16, **options})
     return quantize(MODELS / f"{name}.onnx", data, config, progress=silent).model.SerializeToString()
