@@ -250,7 +250,8 @@ class RayWorkers(Workers):
         if not self._processes:
             self._await_some(START_SECONDS)
             return
-        references = [*current.running, *self._starting]
+        # Of several that are ready, the first is returned.
+        references = [*self._starting, *current.running]
         ready, _ = self._ray.wait(references, num_returns=1, timeout=_REFRESH)
         for reference in ready:
             if reference in self._starting:
