@@ -28,9 +28,8 @@ def run(arguments: argparse.Namespace, device: str, path: Path) -> tuple[ModelPr
         preset=arguments.preset, steps=arguments.steps,
     )  # fmt: skip
     began = time.perf_counter()
-    result = quantize(
-        arguments.model, eptq_onnx.Data(arguments.data, image=arguments.image), config, progress=silent
-    )
+    data = eptq_onnx.Data(arguments.data, image=arguments.image)
+    result = quantize(arguments.model, data, config, progress=silent)
     seconds = time.perf_counter() - began
     result.save(path)
     report = result.report
@@ -66,18 +65,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{name}.onnx" for name in ("device", "cpu")]
-        (one, there), (other, here) = (
-            run(arguments, device, path)
-            for device, path in zip((arguments.device, "cpu"), paths, strict=True)
-        )
-        compared = eptq_onnx.compare(*paths, eptq_onnx.Data(arguments.data, image=arguments.image))
+        first, second = Path(folder) / "device.onnx", Path(folder) / "cpu.onnx"
+        one, there = run(arguments, arguments.device, first)
+        other, here = run(arguments, "cpu", second)
+        compared = eptq_onnx.compare(second, first, eptq_onnx.Data(arguments.data, image=arguments.image))
     found = {
         "there": there,
         "here": here,
         "time, device by CPU": round(there["seconds"] / here["seconds"], 3),
         "equal elements of constants": round(agreement(one, other), 5),
-        "device against CPU (dB)": {name: o.sqnr_db for name, o in compared.outputs.items()},
+        "device against CPU (dB)": {name: o.statistics.sqnr_db for name, o in compared.outputs.items()},
     }
     print(json.dumps(found, indent=2))
 

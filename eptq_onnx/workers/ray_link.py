@@ -7,14 +7,17 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import psutil
 
 from eptq_onnx.errors import InstallError, WorkerError, one_line
+
+R = TypeVar("R")
 
 ADDRESS = "RAY_ADDRESS"
 """Environment variable with the address of a cluster."""
@@ -104,3 +107,17 @@ def quiet() -> Iterator[None]:
         for number, handler in handlers.items():
             if handler is not None:
                 signal.signal(number, handler)
+
+
+def native(function: Callable[..., R], *arguments: Any, **options: Any) -> R:
+    """Call a function of Ray's, and raise what a signal's handler has raised inside of it.
+
+    Ray's native code looks for signals while it waits, and knows no exceptions but KeyboardInterrupt: others
+    become the cause of a SystemError.
+    """
+    try:
+        return function(*arguments, **options)
+    except SystemError as e:
+        if e.__cause__ is not None and not isinstance(e.__cause__, Exception):
+            raise e.__cause__ from None
+        raise

@@ -20,7 +20,7 @@ from eptq_onnx.errors import WorkerError, one_line
 from eptq_onnx.parallel import Threads, Workers, worker_count
 from eptq_onnx.workers.base import Backend
 from eptq_onnx.workers.packing import Kept, Message, Packer
-from eptq_onnx.workers.ray_link import check_installed, connect
+from eptq_onnx.workers.ray_link import check_installed, connect, native
 from eptq_onnx.workers.ray_tasks import tasks
 
 T = TypeVar("T")
@@ -177,7 +177,7 @@ class RayWorkers(Workers):
         if not large:
             return list(arrays)
         entry = self._put([np.ascontiguousarray(plain[k]) for k in large])
-        found = self._ray.get(entry)
+        found = native(self._ray.get, entry)
         self._packer.known(found[1:], entry)
         places = {k: found[n + 1] for n, k in enumerate(large)}
         return [places.get(k, a) for k, a in enumerate(arrays)]
@@ -222,7 +222,7 @@ class RayWorkers(Workers):
         message: Any = self._packer.packed(function, kept)
         if message.entries or len(message.head) > 2**14:
             # Inside a tuple it is not looked up before each call.
-            message = self._ray.put(message)
+            message = native(self._ray.put, message)
         return self._actors.Call(next(self._numbers), message)
 
     def _hand_out(self, current: _Map) -> None:
@@ -252,7 +252,7 @@ class RayWorkers(Workers):
             return
         # Of several that are ready, the first is returned.
         references = [*self._starting, *current.running]
-        ready, _ = self._ray.wait(references, num_returns=1, timeout=_REFRESH)
+        ready, _ = native(self._ray.wait, references, num_returns=1, timeout=_REFRESH)
         for reference in ready:
             if reference in self._starting:
                 self._welcome(reference)
@@ -267,7 +267,7 @@ class RayWorkers(Workers):
         current.load[process] -= 1
         began = time.perf_counter()
         try:
-            head, *arrays = self._ray.get(job.reference)
+            head, *arrays = native(self._ray.get, job.reference)
         except (errors.RayActorError, errors.WorkerCrashedError, errors.NodeDiedError) as e:
             self._lost(process, e)
             self._again(current, job, e)
@@ -326,7 +326,7 @@ class RayWorkers(Workers):
         """Take in a process that has started, or note that it has not."""
         process = self._starting.pop(reference)
         try:
-            versions, _ = self._ray.get(reference)
+            versions, _ = native(self._ray.get, reference)
         except self._ray.exceptions.RayError as e:
             self._failures[process.node] += 1
             self._looked = 0.0
@@ -362,7 +362,7 @@ class RayWorkers(Workers):
                     "workdir, the same command goes on when there is one."
                 )
             if self._starting:
-                ready, _ = self._ray.wait(list(self._starting), num_returns=1, timeout=min(left, 1.0))
+                ready, _ = native(self._ray.wait, list(self._starting), num_returns=1, timeout=min(left, 1.0))
                 for reference in ready:
                     self._welcome(reference)
             else:
@@ -377,7 +377,7 @@ class RayWorkers(Workers):
 
     def _put(self, arrays: list[NDArray[Any]]) -> Any:
         # As a result: its head comes first.
-        return self._ray.put([b"", *arrays])
+        return native(self._ray.put, [b"", *arrays])
 
 
 def _timed(function: Callable[[T], R], pace: _Pace) -> Callable[[T], R]:

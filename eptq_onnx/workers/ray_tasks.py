@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from eptq_onnx.errors import WorkerError, one_line
 from eptq_onnx.parallel import available_cores
-from eptq_onnx.workers.ray_link import check_installed, connect
+from eptq_onnx.workers.ray_link import check_installed, connect, native
 
 J = TypeVar("J")
 
@@ -33,11 +33,11 @@ def tasks(
             for k, job in enumerate(jobs)
         }
         while running:
-            ready, _ = ray.wait(list(running), num_returns=1)
+            ready, _ = native(ray.wait, list(running), num_returns=1)
             for reference in ready:
                 number = running.pop(reference)
                 try:
-                    yield number, ray.get(reference)
+                    yield number, native(ray.get, reference)
                 except ray.exceptions.RayError as e:
                     yield number, WorkerError(f"the process of the job ended: {one_line(e)}")
     finally:
