@@ -1,6 +1,6 @@
 """What a run would take with many workers: measured in parts here, foreseen for any number, and simulated.
 
-``python tools/scale.py parts MODEL DATA`` runs once in one thread and prints what each map computes and moves.
+``python tools/scale.py parts MODEL DATA`` runs once in a thread and prints what each map computes and moves.
 ``constants`` measures what sending costs with Ray. ``foresee parts.json`` prints times for 1 to 1,000 workers
 by the formula of docs/scale.md, and by a simulation with latency, uneven batches and workers that end. ``ray
 MODEL DATA --nodes 1 2 4`` runs on so many nodes of one core on this machine, and prints CPU seconds.
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 
-from eptq_onnx import Config, quantize, workers
+from eptq_onnx import Config, Data, quantize, workers
 from eptq_onnx.parallel import Threads, Workers
 from eptq_onnx.start import silent
 from eptq_onnx.workers import ray_link, ray_nodes
@@ -95,6 +95,11 @@ def config_of(arguments: argparse.Namespace, kind: str) -> Config:
     )  # fmt: skip
 
 
+def data_of(arguments: argparse.Namespace) -> Data:
+    """Return the samples of all runs."""
+    return Data(arguments.data, samples=arguments.samples)
+
+
 def parts(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run once, and return the parts and the seconds of the driver."""
     recording = Recording()
@@ -108,16 +113,20 @@ def parts(arguments: argparse.Namespace) -> dict[str, Any]:
 
     workers.registered()["recording"] = RecordingBackend
     began = time.thread_time()
-    quantize(arguments.model, arguments.data, config_of(arguments, "recording"), progress=silent)
+    quantize(arguments.model, data_of(arguments), config_of(arguments, "recording"), progress=silent)
     driver = time.thread_time() - began
     return {"driver": driver, "parts": {name: asdict(part) for name, part in recording.parts.items()}}
 
 
 class Watch:
-    """CPU seconds of this process and all that it has started, ended ones included."""
+    """CPU seconds of this process and all that it has started, ended ones included.
+
+    What Ray's own services take is counted apart.
+    """
 
     def __init__(self) -> None:
         self._known: dict[int, float] = {}
+        self._services: dict[int, float] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -132,12 +141,15 @@ class Watch:
         for process in (own, *own.children(recursive=True)):
             with contextlib.suppress(psutil.Error):
                 times = process.cpu_times()
-                self._known[process.pid] = times.user + times.system
+                computes = process == own or "ray::Actor" in " ".join(process.cmdline())
+                (self._known if computes else self._services)[process.pid] = times.user + times.system
 
-    def total(self) -> float:
-        """Return the seconds so far."""
+    def total(self) -> tuple[float, float]:
+        """Return the seconds so far: of what computes, and of Ray's services."""
         self.look()
-        return sum(self._known.values())
+        # A worker has the name of a service until it has work.
+        services = [value for pid, value in self._services.items() if pid not in self._known]
+        return sum(self._known.values()), sum(services)
 
     def of(self, name: str) -> float:
         """Return the seconds of the processes that are there and whose command holds ``name``."""
@@ -267,10 +279,11 @@ def on_nodes(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             watch = Watch()
             before, began = watch.total(), time.perf_counter()
             kind = "ray" if nodes else "threads"
-            made = quantize(arguments.model, arguments.data, config_of(arguments, kind), progress=silent)
+            made = quantize(arguments.model, data_of(arguments), config_of(arguments, kind), progress=silent)
             digest = hashlib.sha256(made.model.SerializeToString()).hexdigest()
             first = first or digest
-            spent = {"cpu": watch.total() - before, "wall": time.perf_counter() - began}
+            cpu, services = (round(b - a, 2) for a, b in zip(before, watch.total(), strict=True))
+            spent = {"cpu": cpu, "services": services, "wall": round(time.perf_counter() - began, 2)}
             found.append({"nodes": nodes, **spent, "same": digest == first})
             print(json.dumps(found[-1]), flush=True)
     return found
@@ -284,6 +297,7 @@ def main() -> None:
     parser.add_argument("data", nargs="?")
     parser.add_argument("--bits", default="w4a8")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--samples", type=int, help="by default all")
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--worth", type=float, default=0.0, help="0 sends everything")
     parser.add_argument("--constants", type=json.loads, help="as `constants` prints them")

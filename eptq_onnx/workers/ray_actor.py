@@ -8,11 +8,10 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Sequence
-from importlib import metadata
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata
 from typing import Any, NamedTuple
 
-import cloudpickle
 from threadpoolctl import threadpool_limits
 
 from eptq_onnx._version import __version__
@@ -56,7 +55,8 @@ class Actor:
 
     def __init__(self) -> None:
         threadpool_limits(1, "blas")
-        self._packer = Packer(cloudpickle.Pickler, _cannot_put)
+        self._pickler = import_module("cloudpickle")
+        self._packer = Packer(self._pickler.Pickler, _cannot_put)
         self._functions: OrderedDict[int, Any] = OrderedDict()
         self._guard = threading.Lock()
 
@@ -78,7 +78,7 @@ class Actor:
                 seconds = time.perf_counter() - began
             head, arrays = self._packer.split((True, result, seconds))
         except Exception as e:
-            return [_failure(e)]
+            return [_failure(e, self._pickler.dumps)]
         return [head, *arrays]
 
     def _function(self, call: Call) -> Any:
@@ -97,21 +97,19 @@ class Actor:
 
 
 def _got(references: list[Any]) -> list[Any]:
-    import ray  # noqa: PLC0415 (only where it runs)
-
-    return list(ray.get(references))
+    return list(import_module("ray").get(references))
 
 
 def _cannot_put(arrays: list[Any]) -> Any:
     raise NotImplementedError("results carry their arrays themselves")
 
 
-def _failure(error: Exception) -> bytes:
+def _failure(error: Exception, dumps: Callable[..., bytes]) -> bytes:
     """Return an exception as a result; one that cannot travel becomes its text."""
     text = traceback.format_exc()
     try:
-        head = cloudpickle.dumps((False, error, text), protocol=5)
+        head = dumps((False, error, text), protocol=5)
         pickle.loads(head)
     except Exception:
-        head = cloudpickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}"), text), protocol=5)
-    return bytes(head)
+        head = dumps((False, RuntimeError(f"{type(error).__name__}: {error}"), text), protocol=5)
+    return head
