@@ -27,6 +27,7 @@ import psutil
 
 from eptq_onnx import Config, Data, quantize, workers
 from eptq_onnx.parallel import Threads, Workers
+from eptq_onnx.runtime import Session
 from eptq_onnx.start import silent
 from eptq_onnx.workers import ray_link, ray_nodes
 from eptq_onnx.workers.base import Backend
@@ -47,12 +48,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Constants:
-    """What sending costs: seconds of driver and worker per item, and per byte; seconds of latency."""
+    """What sending costs: seconds of driver and worker per item, per byte, of latency, and to start a worker."""
 
     driver_call: float
     worker_call: float
     byte: float
     latency: float
+    start: float = 0.0
 
 
 def size_of(value: Any) -> int:
@@ -112,10 +114,23 @@ def parts(arguments: argparse.Namespace) -> dict[str, Any]:
             return recording
 
     workers.registered()["recording"] = RecordingBackend
+    sessions, make = [0.0], Session.__init__
+
+    def timed(self: Session, *given: Any, **options: Any) -> None:
+        begun = time.thread_time()
+        make(self, *given, **options)
+        if self._moves:
+            sessions[0] += time.thread_time() - begun
+
+    Session.__init__ = timed  # type: ignore[method-assign]
     began = time.thread_time()
     quantize(arguments.model, data_of(arguments), config_of(arguments, "recording"), progress=silent)
     driver = time.thread_time() - began
-    return {"driver": driver, "parts": {name: asdict(part) for name, part in recording.parts.items()}}
+    return {
+        "driver": driver,
+        "sessions": sessions[0],
+        "parts": {name: asdict(part) for name, part in recording.parts.items()},
+    }
 
 
 class Watch:
@@ -189,6 +204,7 @@ def constants() -> Constants:
     ray_nodes.WORTH = 0.0
     with cluster(1), workers.employed("ray", 1):
         watch = Watch()
+        start = watch.of("ray::Actor")
         from eptq_onnx.parallel import ordered_map
 
         for size in (1, 2**20):
@@ -202,15 +218,16 @@ def constants() -> Constants:
             found.append([value / count for value in spent])
     (driver, actor, wall), (driver_large, actor_large, _) = found
     per_byte = (driver_large + actor_large - driver - actor) / 2**23
-    return Constants(driver, actor, per_byte, wall)
+    return Constants(driver, actor, per_byte, wall, start)
 
 
-def cpu_seconds(known: dict[str, Any], costs: Constants) -> float:
-    """Return the CPU seconds of a run in which everything is sent."""
+def cpu_seconds(known: dict[str, Any], costs: Constants, count: int) -> float:
+    """Return the CPU seconds of a run in which everything is sent to so many workers."""
     listed = [Part(**part) for part in known["parts"].values()]
     items, moved = sum(p.items for p in listed), sum(p.moved for p in listed)
     calls = items * (costs.driver_call + costs.worker_call)
-    return float(known["driver"] + sum(p.compute for p in listed) + calls + moved * costs.byte)
+    each = costs.start + known["sessions"]
+    return float(known["driver"] + sum(p.compute for p in listed) + calls + moved * costs.byte + count * each)
 
 
 def foreseen(known: dict[str, Any], costs: Constants, count: int) -> float:
@@ -311,7 +328,8 @@ def main() -> None:
     else:
         known = json.loads(Path(arguments.model).read_text(encoding="utf-8"))
         costs = Constants(**arguments.constants)
-        print(f"CPU seconds with all sent: {cpu_seconds(known, costs):.1f}")
+        spent = {count: round(cpu_seconds(known, costs, count), 1) for count in (1, 2, 4)}
+        print(f"CPU seconds with all sent, by workers: {spent}")
         for count in (1, 2, 4, 8, 16, 64, 256, 1000):
             calm, rough = (simulated(known, costs, count, mtbf) for mtbf in (1e9, 600.0))
             print(f"{count:5} workers: {foreseen(known, costs, count):8.1f} s by the formula, {calm:8.1f} s "
