@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Constants:
-    """What sending costs: seconds of driver and worker per item, per byte, of latency, and to start a worker."""
+    """Seconds of driver and worker for an item, for a byte, of latency, and to start a worker."""
 
     driver_call: float
     worker_call: float
