@@ -13,7 +13,7 @@ from eptq_onnx.graph import edit
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.parallel import ordered_map
+from eptq_onnx.parallel import paired_map
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import node_reads
 from eptq_onnx.runtime import ExactSession
@@ -183,9 +183,12 @@ def _run(block: Block, batches: Iterable[Feeds], wanted: Sequence[str]) -> Itera
     names = list(dict.fromkeys([*wanted, *block.makes]))
     session = ExactSession(edit.exposing(block.model, names)) if names else None
 
-    def run(feeds: Feeds) -> tuple[Feeds, Feeds]:
-        return feeds, session.run({n: feeds[n] for n in session.inputs}, names) if session is not None else {}
+    def run(feeds: Feeds) -> Feeds:
+        return session.run(feeds, names) if session is not None else {}
 
-    for feeds, values in ordered_map(run, batches):
+    def read(feeds: Feeds) -> Feeds:
+        return {n: feeds[n] for n in session.inputs} if session is not None else {}
+
+    for feeds, values in paired_map(run, batches, read):
         feeds.update({name: values[name] for name in block.makes})
         yield feeds, values

@@ -103,11 +103,14 @@ class Walk:
             integers=self._integers,
         )
 
-        def run(feeds: Feeds) -> Feeds:
-            available = {**feeds, **self._replaced}
-            return session.run({i: available[i] for i in inputs}, kept)
+        replaced = {i: self._replaced[i] for i in inputs if i in self._replaced}
+        own = [i for i in inputs if i not in replaced]
 
-        for feeds, values in zip(self._live, ordered_map(run, self._live), strict=True):
+        def run(feeds: Feeds) -> Feeds:
+            return session.run({**feeds, **replaced}, kept)
+
+        parts = ({i: feeds[i] for i in own} for feeds in self._live)
+        for feeds, values in zip(self._live, ordered_map(run, parts), strict=True):
             feeds.update(values)
 
     def _type(self, name: str) -> int | TypeProto:
