@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from eptq_onnx.execute.walk import Walk
+from eptq_onnx.memory import release_freed
 from eptq_onnx.numerics.types import Feeds
 
 _AHEAD = 8
@@ -95,7 +96,12 @@ class WalkedPair:
             elif wanted > self._now:
                 walk.join(self._take(part) for part in self._batches[self._now : wanted])
         self._now = wanted
-        return Reached(walks[0].reach(exact), walks[1].reach(quantized), self._batches[:wanted])
+        found = []
+        for walk, name in zip(walks, (exact, quantized), strict=True):
+            # Freed memory lies between what is kept, where larger tensors do not fit.
+            release_freed()
+            found.append(walk.reach(name))
+        return Reached(found[0], found[1], self._batches[:wanted])
 
 
 def batches_at(needs: Sequence[int], total: int, limit: int, *, grows: bool = True) -> list[int]:

@@ -14,9 +14,9 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.proto.bodies import node_reads
-from eptq_onnx.runtime import ExactSession
+from eptq_onnx.runtime import KeptSession
 
-_MEMORY = 640 * 2**20
+_MEMORY = 512 * 2**20
 """Limit in bytes on the tensors of all walks together, unless the user's memory limit is tighter.
 
 With the program, the libraries and the samples, a run stays below 1.7 GB.
@@ -80,7 +80,7 @@ class Walk:
         model.graph.initializer.extend(
             numpy_helper.from_array(constants[i], i) for i in read if i in constants
         )
-        session = ExactSession(model, integers=self._integers) if nodes else None
+        session = KeptSession(model, integers=self._integers) if nodes else None
 
         def run(feeds: Feeds) -> Feeds:
             values = {} if session is None else session.run({i: feeds[i] for i in inputs}, made)
@@ -123,7 +123,7 @@ class Walk:
         kept = [o for o in made if o == wanted or self._is_awaited(o)]
         read = dict.fromkeys(i for n in nodes for i in node_reads(n) if i not in made)
         inputs = [i for i in read if i in self._replaced or i in self._live[0]]
-        session = ExactSession(
+        session = KeptSession(
             piece(self._view, nodes, {i: self._type(i) for i in inputs}, {o: self._type(o) for o in kept}),
             integers=self._integers,
         )

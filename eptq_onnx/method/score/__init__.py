@@ -42,7 +42,7 @@ from eptq_onnx.runtime import Session
 
 FLOAT_PASSES = 6.0
 """Cost of a probe, in float passes over the samples."""
-_POSITIONS_MEMORY = 2**29
+_POSITIONS_MEMORY = 2**28
 """Memory limit of the scores of positions if no lower limit is set, in bytes."""
 
 
