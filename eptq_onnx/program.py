@@ -35,6 +35,11 @@ from eptq_onnx.placement import Representation
 TIME, NOISE, BYTES, EXACT = "time", "noise", "bytes", "exact"
 """Currencies; ``exact`` counts the elements of float weights."""
 Step = tuple[Representation, Representation]
+_GAP, _SMALL = 0.01, 1000
+"""Optimality gap, relative, of programs with more variables than that.
+
+Times and noise are not known to a percent, and most of the solver's time goes into the proof of optimality.
+"""
 _SECONDS = 60.0
 """Time limit of the solver, which then returns the best choice found so far."""
 
@@ -273,6 +278,7 @@ class _Model:
             shape=(len(self.rows), count),
         ).tocsr()
         unit = max([*map(abs, self.costs), 1e-30])
+        gap = _GAP if count > _SMALL and self.currency in (TIME, NOISE) else 0.0
         for presolve in (True, False):
             # The presolver of HiGHS takes some programs for infeasible that are not.
             found = milp(
@@ -280,7 +286,7 @@ class _Model:
                 integrality=np.array(self.integral),
                 bounds=Bounds(0, 1),
                 constraints=LinearConstraint(matrix, [r[1] for r in self.rows], [r[2] for r in self.rows]),
-                options={"mip_rel_gap": 0, "time_limit": _SECONDS, "presolve": presolve},
+                options={"mip_rel_gap": gap, "time_limit": _SECONDS, "presolve": presolve},
             )
             if found.x is not None:
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -70,6 +71,16 @@ class Deviation:
         """Number of samples that are run."""
         self._batches = [samples.take(part) for part in chosen]
         self._exact = self._outputs(model, {}) if self.parts else []
+
+    def on_fewer(self, count: int) -> Deviation:
+        """Return the same on fewer of the samples: at least ``count``, and two runs if there are two."""
+        fewer = copy.copy(self)
+        least = max(2, -(-count * len(self._batches) // max(self.samples, 1)))
+        kept = spread(len(self._batches), least)
+        fewer._batches = [self._batches[k] for k in kept]
+        fewer._exact = [self._exact[k] for k in kept] if self.parts else []
+        fewer.samples = self.samples * len(kept) // max(len(self._batches), 1)
+        return fewer
 
     def __call__(self, other: ModelProto, read_as: Mapping[str, str] | None = None) -> float:
         """Return the noise of another version; ``read_as`` maps tensors to their names in it."""

@@ -14,6 +14,7 @@ import bisect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from onnx import ModelProto
 
@@ -24,6 +25,8 @@ from eptq_onnx.records import Network
 
 SAMPLES = 16
 """Samples that are run."""
+_SAMPLES_OF_GROUPS = 4
+"""Samples that tell which of two groups is noisier."""
 FLOAT_PASSES = 4.0
 """Cost of the float network and of all quantizers together, in float passes; more is seldom needed."""
 _OUTLIER = 10.0
@@ -77,7 +80,7 @@ def sensitive_activations(
     quantized : callable
         Builds the float model with some quantizers; see `Quantized`.
     selection : Selection
-        16 of these samples are run.
+        16 of these samples are run, and fewer to tell groups apart.
     config : Config
     progress : callable
         Called with the number of runs done and the most there may be.
@@ -93,12 +96,17 @@ def sensitive_activations(
         return Sensitivity()
     runs = itertools.count(1)
 
-    def noise(group: Sequence[str]) -> float:
-        total = deviation(*quantized(group))
-        progress(next(runs), _MOST_RUNS)
+    def noise_on(some: Deviation, group: Sequence[str]) -> float:
+        total = some(*quantized(group))
+        progress(min(next(runs), _MOST_RUNS), _MOST_RUNS)
         return total
 
-    found = _spoilers(names, noise, config.activation_noise)
+    found = _spoilers(
+        names,
+        partial(noise_on, deviation),
+        config.activation_noise,
+        partial(noise_on, deviation.on_fewer(_SAMPLES_OF_GROUPS)),
+    )
     progress(_MOST_RUNS, _MOST_RUNS)
     loud = {t: found.loud[q.name] for q in plan.activations if q.name in found.loud for t in q.tensors}
     loud |= {q.name: found.loud[q.name] for q in plan.dynamic if q.name in found.loud}
@@ -108,12 +116,19 @@ def sensitive_activations(
     return replace(found, loud=loud)
 
 
-def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], most: float) -> Sensitivity:
+def _spoilers(
+    names: Sequence[str],
+    noise: Callable[[Sequence[str]], float],
+    most: float,
+    roughly: Callable[[Sequence[str]], float] | None = None,
+) -> Sensitivity:
     """Return the noisiest quantizers, by name, and the noise of all.
 
     Bisection stops when the rest stay within ``most`` together, or when none stands out. The noise of a group
-    is about the sum of its members' noise.
+    is about the sum of its members' noise. Groups are told apart by ``roughly``, which takes less time than
+    ``noise``; what is returned of the noisiest and of all is measured by ``noise``.
     """
+    roughly = roughly or noise
     groups = [(noise(names), 0, len(names))]
     together = {0: groups[0][0]}
     found: dict[str, float] = {}
@@ -127,10 +142,11 @@ def _spoilers(names: Sequence[str], noise: Callable[[Sequence[str]], float], mos
             break
         groups = rest
         if last - first == 1:
-            found[names[first]] = loudest
+            found[names[first]] = loudest if roughly is noise else noise(names[first:last])
             continue
         middle = (first + last) // 2
-        groups += [(noise(names[begin:end]), begin, end) for begin, end in ((first, middle), (middle, last))]
+        halves = ((first, middle), (middle, last))
+        groups += [(roughly(names[begin:end]), begin, end) for begin, end in halves]
     order = list(found)
 
     def left(count: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 
 from onnx import ModelProto, NodeProto
@@ -184,14 +185,17 @@ def pointwise(
         The only result of these nodes that is used elsewhere. If there are several, it is ``tensor`` itself,
         and the list is empty.
     """
-    inside, nodes = {tensor}, list[NodeProto]()
-    for node in view.nodes:
-        reads = [i for i in node.input if i]
-        constants_fit = all(fits(view.constant_shape(i)) for i in reads if view.is_constant(i))
-        known = all(i in inside or view.is_constant(i) for i in reads)
-        if known and constants_fit and inside.intersection(reads) and spec_of(node).elementwise:
-            inside.add(node.output[0])
-            nodes.append(node)
+    inside, nodes, reached = {tensor}, list[NodeProto](), deque((tensor,))
+    while reached:
+        for node in view.consumers[reached.popleft()]:
+            reads = [i for i in node.input if i]
+            known = spec_of(node).elementwise and all(i in inside or view.is_constant(i) for i in reads)
+            if not known or node.output[0] in inside:
+                continue
+            if all(fits(view.constant_shape(i)) for i in reads if view.is_constant(i)):
+                inside.add(node.output[0])
+                reached.append(node.output[0])
+                nodes.append(node)
     exits = [
         t for t in inside if t in view.outputs or any(n.output[0] not in inside for n in view.consumers[t])
     ]
