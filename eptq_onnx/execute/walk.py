@@ -70,16 +70,10 @@ class Walk:
         batches : iterable of Feeds
             Inputs of the model.
         """
-        view, constants, live = self._view, {**self._passed, **self._replaced}, list(self._live[0])
+        view, live = self._view, list(self._live[0])
         made = [name for name in live if name in view.producer]
         nodes = upstream(view, made, {n.name for n in view.nodes if n.name not in self._waiting})
-        read = dict.fromkeys(i for n in nodes for i in node_reads(n))
-        inputs = [i for i in read if i in view.inputs and i not in constants]
-        model = piece(view, nodes, {i: view.kind(i) for i in inputs}, {o: self._type(o) for o in made})
-        # As constants, weights get the fast kernels.
-        model.graph.initializer.extend(
-            numpy_helper.from_array(constants[i], i) for i in read if i in constants
-        )
+        model, inputs = self._piece(nodes, made, view.inputs)
         session = KeptSession(model, integers=self._integers) if nodes else None
 
         def run(feeds: Feeds) -> Feeds:
@@ -121,22 +115,35 @@ class Walk:
         for node in nodes:
             del self._waiting[node.name]
         kept = [o for o in made if o == wanted or self._is_awaited(o)]
-        read = dict.fromkeys(i for n in nodes for i in node_reads(n) if i not in made)
-        inputs = [i for i in read if i in self._replaced or i in self._live[0]]
-        session = KeptSession(
-            piece(self._view, nodes, {i: self._type(i) for i in inputs}, {o: self._type(o) for o in kept}),
-            integers=self._integers,
-        )
+        model, inputs = self._piece(nodes, kept, self._live[0])
+        session = KeptSession(model, integers=self._integers)
 
         def run(feeds: Feeds) -> Feeds:
-            available = {**feeds, **self._replaced}
-            return session.run({i: available[i] for i in inputs}, kept)
+            return session.run({i: feeds[i] for i in inputs}, kept)
 
         for feeds, values in zip(self._live, ordered_map(run, self._live), strict=True):
             feeds.update(values)
             # Drop what is no longer read at once: the tensors of all batches never exist twice.
             for name in [t for t in feeds if t != wanted and not self._is_awaited(t)]:
                 del feeds[name]
+
+    def _piece(
+        self, nodes: Sequence[NodeProto], outputs: Sequence[str], known: Collection[str]
+    ) -> tuple[ModelProto, list[str]]:
+        """Return a model of some nodes with the constants that were set, and which known tensors it reads."""
+        constants = {**self._passed, **self._replaced}
+        made = {o for n in nodes for o in n.output}
+        read = dict.fromkeys(i for n in nodes for i in node_reads(n) if i not in made)
+        inputs = [i for i in read if i in known and i not in constants]
+        types = {i: self._type(i) for i in inputs}
+        model = piece(self._view, nodes, types, {o: self._type(o) for o in outputs})
+        # As constants, weights get kernels that are several times as fast as with weights that are inputs.
+        own = [numpy_helper.from_array(np.asarray(constants[i]), i) for i in read if i in constants]
+        names = {tensor.name for tensor in own}
+        others = [tensor for tensor in model.graph.initializer if tensor.name not in names]
+        del model.graph.initializer[:]
+        model.graph.initializer.extend([*others, *own])
+        return model, inputs
 
     def _type(self, name: str) -> int | TypeProto:
         value = self._replaced.get(name, self._live[0].get(name))
