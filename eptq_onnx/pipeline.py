@@ -18,6 +18,7 @@ from eptq_onnx.config import Config
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.errors import GradientError
 from eptq_onnx.estimates import Estimate
+from eptq_onnx.memory import release_freed
 from eptq_onnx.method.estimate import A_PIECE, seconds_a_pass, seconds_an_operation
 from eptq_onnx.passes.allocate import Allocate
 from eptq_onnx.passes.base import Context, Pass, State
@@ -162,6 +163,7 @@ class Runner:
         for step in self._enabled(ctx):
             with self.timed(step.name):
                 state = self._after(step, state, ctx)
+            release_freed()
             _LOGGER.info("%s: %.1f s", step.name, self.seconds[step.name])
         if self.resume is None:
             return state

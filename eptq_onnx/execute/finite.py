@@ -59,7 +59,7 @@ def _is_infinite(attribute: AttributeProto) -> bool:
 def differentiable(
     model: ModelProto,
     compared: Sequence[str],
-    batches: Sequence[Feeds],
+    batches: Callable[[], Iterable[Feeds]],
     most: int | None,
     is_elementwise: IsElementwise,
 ) -> ModelProto | None:
@@ -71,8 +71,8 @@ def differentiable(
         With the shapes of one batch.
     compared : sequence of str
         Tensors whose values are compared.
-    batches : sequence of Feeds
-        Inputs on which the model is checked.
+    batches : callable
+        Returns the inputs on which the model is checked, batch by batch.
     most : int or None
         Limit of a block in bytes; see `eptq_onnx.execute.blocks.cut`.
     is_elementwise : callable
@@ -93,7 +93,9 @@ def differentiable(
     return result
 
 
-def _not_finite(model: ModelProto, batches: Sequence[Feeds], most: int | None) -> dict[str, bool]:
+def _not_finite(
+    model: ModelProto, batches: Callable[[], Iterable[Feeds]], most: int | None
+) -> dict[str, bool]:
     """Return the computed float tensors with non-finite values, each with True if some are NaN."""
     view = GraphView(model)
     wanted = [name for name in view.producer if view.is_float(name)]
@@ -104,7 +106,7 @@ def _not_finite(model: ModelProto, batches: Sequence[Feeds], most: int | None) -
         lost = value.dtype.kind == "f" and not all_finite(value)
         return lost, lost and bool(np.isnan(value).any())
 
-    for _, values in reduced(blocks, batches, wanted, broken):
+    for _, values in reduced(blocks, batches(), wanted, broken):
         for name, (lost, has_nan) in values.items():
             if lost:
                 found[name] = found.get(name, False) or has_nan
