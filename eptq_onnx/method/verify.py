@@ -35,8 +35,8 @@ from eptq_onnx.targets import ONNXRUNTIME, Target
 
 SAMPLES = 32
 """Samples on which layers are compared."""
-RUNS, WALKS = 2.0, 4.0
-"""Cost of the comparison of outputs and of that of layers for one sample, in float passes."""
+RUNS, WALKS = 2.0, 2.0
+"""Cost of the comparison of outputs for one sample, in float passes, and of that of layers, in walks."""
 _WORST = 12
 """Samples that are named."""
 

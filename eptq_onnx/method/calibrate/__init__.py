@@ -31,8 +31,8 @@ from eptq_onnx.records import (
     Plan,
 )
 
-FLOAT_PASSES = 2.0
-"""Cost of a calibration, in float passes over the samples."""
+A_READING = 0.15
+"""Cost of a value that is read for its tensor's extremes, relative to one that is counted."""
 _BINS = 8192
 """Bins of a histogram."""
 _GRID = 32

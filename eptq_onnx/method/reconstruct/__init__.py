@@ -42,12 +42,16 @@ from eptq_onnx.ops import linear_form, spec_of
 from eptq_onnx.proto import store
 from eptq_onnx.records import Network, Plan, Rounding
 
-FLOAT_PASSES = 4.0
-"""Cost of walking both networks, in float passes over the samples."""
+WALKS = 2.5
+"""Cost of walking both networks, in walks of the float network; the other one has quantizers, too."""
 _SYSTEMS = 10
 """Linear systems solved per layer: feedback, target, and about 4 dampings on each half of the rows."""
-SLOWNESS, OPERATIONS_A_LAYER = 4.0, 5e8
-"""Time of an operation relative to one in a large matrix product, and overhead per layer in operations."""
+_HALF, _A_VISIT = 0.5, 2.0
+"""Time of an operation relative to one in a large matrix product: in products of a matrix with itself, and
+where elements are rounded one by one.
+"""
+_RANGES = 60
+"""Values that are looked at to choose the range of a weight, per element."""
 
 
 def reconstruct(
@@ -135,13 +139,10 @@ def reconstruct(
     return replace(start, integers=integers, weights=grids, biases=biases, targets=corrected), skipped
 
 
-def operations(
+def work(
     model: ModelProto, plan: Plan, config: Config, multiplications: Mapping[str, float], samples: int
-) -> float:
-    """Return the approximate multiplications of `reconstruct` besides the walk.
-
-    Each takes about `SLOWNESS` times as long as one in a large matrix product, and every layer takes as long
-    as `OPERATIONS_A_LAYER` of those besides.
+) -> tuple[float, float]:
+    """Return the approximate multiplications of `reconstruct` besides the walk, and the values it gathers.
 
     Parameters
     ----------
@@ -156,7 +157,7 @@ def operations(
     """
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    total = 0.0
+    total = values = 0.0
     for layer in plan.layers:
         form = linear_form(nodes[layer.node], view)
         if form is not None:
@@ -167,11 +168,14 @@ def operations(
             rows = float(wanted_rows(terms, layer.weight_spec.bits))
             if multiplications.get(layer.node):
                 rows = min(rows, samples * multiplications[layer.node] / math.prod(shape))
+            total += groups * rows * terms * outputs
+            values += 2 * groups * rows * terms + _RANGES * math.prod(shape)
             if activation_of(view, layer, form, config) is not None:
                 groups, outputs = groups * outputs, 1
-            solved = _SYSTEMS * terms * (terms / 3 + outputs)
-            total += groups * terms * (rows * (terms + outputs) + solved + visits * outputs * terms)
-    return total
+            solved = _SYSTEMS * (terms / 3 + outputs) + _A_VISIT * visits * outputs
+            total += groups * terms * terms * (_HALF * rows + solved)
+            total += groups * terms * outputs * rows
+    return total, values
 
 
 def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:
