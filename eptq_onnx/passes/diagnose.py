@@ -54,10 +54,11 @@ class Diagnose(Pass):
     provides = ("diagnosis",)
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """Walks of three networks on a few samples, and the search for causes where accuracy may fall."""
+        """Walks of three networks on a few samples, and the search for causes, more likely with few bits."""
         samples, pieces = min(len(ctx.shares.unseen), SAMPLES), WALKS * len(state.plan.layers)
-        runs = _STEPS if _is_risky(state.plan) else 0
-        return Cost(passes=_A_RUN * runs * samples, walks=WALKS * samples, builds=runs + 1, pieces=pieces)
+        runs = _STEPS if _is_risky(state.plan) else _STEPS / 2
+        # Weights are rounded and folded for each run.
+        return Cost(passes=_A_RUN * runs * samples, walks=WALKS * samples, builds=2 * runs + 1, pieces=pieces)
 
     def run(self, state: State, ctx: Context) -> State:
         """Compare layers, then find causes if the verdict is not safe."""
