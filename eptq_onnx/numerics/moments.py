@@ -132,10 +132,7 @@ class Moments:
             return
         y, q, shares = _joined(self._waiting[half])
         self._waiting[half].clear()
-        if self.apart == 1 or shares is None:
-            sums = _sums(y, q, shares)
-        else:
-            sums = _sums_apart(y, q, shares)
+        sums = _sums(y, q, shares) if self.apart == 1 or shares is None else _sums_apart(y, q, shares)
         known = self._halves[half]
         for name, value in sums.items():
             if name in known:
