@@ -142,16 +142,13 @@ def prepare(
 
 def keeping(config: Config, found: Quantization) -> Config:
     """Return the options with the ranges and scales of a quantized model; the user's own count more."""
-    if config.requantize or not found.is_there:
-        return config
-    own = config.encodings
-    ranges = {**found.ranges, **(own.ranges if own is not None else {})}
+    own, theirs = config.encodings or Encodings(ranges={}), Quantization() if config.requantize else found
     # A budget chooses the widths of weights, to which no given scale fits.
-    scales = {} if config.chooses_widths else found.scales
+    scales = {} if config.chooses_widths else {**theirs.scales, **own.scales}
+    ranges = {**theirs.ranges, **own.ranges}
     if not ranges and not scales:
         return config
-    weights, file = (own.weights, own.file) if own is not None else (0, "")
-    kept = Encodings(file=file, ranges=ranges, weights=weights, scales=scales)
+    kept = Encodings(file=own.file, ranges=ranges, weights=own.weights, scales=scales)
     return config.model_copy(update={"encodings": kept})
 
 

@@ -16,6 +16,7 @@ from eptq_onnx.data.readers import Source, is_nothing
 from eptq_onnx.data.splits import share_out
 from eptq_onnx.method.estimate import multiplications
 from eptq_onnx.method.plan import plan as make_plan
+from eptq_onnx.numerics.scales import GivenScales
 from eptq_onnx.ops import check_roles, executed
 from eptq_onnx.outcome import OptimizationTrace
 from eptq_onnx.passes.base import Context, Progress, State
@@ -179,9 +180,10 @@ def _encoding_notes(config: Config, plan: Plan) -> list[str]:
             f"{len(left)} of {len(config.encodings.ranges)} tensors in the encodings are not quantized here: "
             f"{', '.join(left[:_MOST_NAMED])}{more}"
         )
-    if config.encodings.weights:
+    kept = sum(isinstance(s.scales, GivenScales) for s in plan.weight_specs.values())
+    if (left_out := config.encodings.weights + len(config.encodings.scales) - kept) > 0:
         notes.append(
-            f"the encodings of {config.encodings.weights} weights are not taken: weights get ranges of their "
-            "own"
+            f"encodings of weights that are not taken: {left_out} (blocks, zero points, more bits than the "
+            "options ask for, or no layer of the target has a weight of this name)"
         )
     return notes

@@ -73,7 +73,8 @@ def test_what_is_written_is_read_again():
     assert {n: s for n, (s, _) in ours.items()} == pytest.approx(
         {n: s for n, (s, _) in theirs.items()}, rel=1e-5
     )
-    assert any("4 weights are not taken" in n for n in second.report.notes)
+    assert not [n for n in second.report.notes if "not taken" in n]
+    assert second.encodings["param_encodings"] == first.encodings["param_encodings"]
     by_name = {e["name"]: e for e in first.encodings["param_encodings"]}
     assert by_name["w1_bn"]["enc_type"] == "PER_CHANNEL"
     assert len(by_name["w1_bn"]["scale"]) == len(by_name["w1_bn"]["offset"]) == 8
@@ -167,3 +168,27 @@ def test_blocks_are_listed_output_by_output(turned):
     scale = np.reshape(item["scale"], (24, 4))
     assert (np.diff(scale, axis=1) > 0).all()
     assert (np.abs(np.diff(scale, axis=0)) < 0.2 * scale[:-1]).all()
+
+
+def test_scales_of_weights_are_kept_with_their_bits():
+    four = encoding("w2", 0.02, -8, bw=4, is_sym=True)
+    per_channel = encoding("w4", 0.0, 0) | {
+        "enc_type": "PER_CHANNEL",
+        "scale": [0.01] * 5,
+        "offset": [-128.0] * 5,
+    }
+    others = [
+        encoding("w3", 0.02, -100), encoding("nowhere", 0.02, -128),
+        encoding("w1_bn", 0.02, -128) | {"enc_type": "PER_BLOCK", "block_size": 4},
+    ]  # fmt: skip
+    given_ = document(param_encodings=[four, per_channel, *others])
+    found = quantized(encodings=given_)
+    by_name = {e["name"]: e for e in found.encodings["param_encodings"]}
+    assert by_name["w2"]["bw"] == 4
+    assert by_name["w2"]["scale"] == pytest.approx([0.02] * len(by_name["w2"]["scale"]))
+    assert by_name["w4"]["scale"] == pytest.approx([0.01] * 5)
+    [note] = [n for n in found.report.notes if "not taken" in n]
+    assert note.startswith("encodings of weights that are not taken: 3 ")
+    # Where fewer bits are asked for, or a budget chooses them, the scales do not fit.
+    fewer = quantized(encodings=given_, weight_bits=3, edge_bits=3)
+    assert {e["bw"] for e in fewer.encodings["param_encodings"]} == {3}

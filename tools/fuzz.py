@@ -46,7 +46,7 @@ WRITTEN, REFUSED, REFUSED_DATA, REFUSED_UNSAFE = (
     "refused: calibration file",
     "refused: unsafe",
 )
-NOTHING, QUANTIZED = "refused: nothing to quantize", "refused: quantized already"
+NOTHING, QUANTIZED = "refused: nothing to quantize", "refused: quantized in another form"
 TOO_DEEP = "refused: onnxruntime takes too long to load it"
 BAD = (
     "traceback", "crash", "hang", "memory", "more than a sentence", "written by a failed run", "left behind",
@@ -193,7 +193,7 @@ def _why(found: Mutant, said: str) -> str:
     last = said.splitlines()[-1]
     if "nothing to quantize" in last:
         return NOTHING
-    if "quantized already" in last:
+    if "quantized in a form" in last:
         return QUANTIZED
     if "nested more than" in last:
         return TOO_DEEP

@@ -1,4 +1,4 @@
-"""Ranges of activations that are given: AIMET's encodings, schema 1.0."""
+"""Ranges of activations and scales of weights that are given: AIMET's encodings, schema 1.0."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eptq_onnx.numerics.scales import WeightScales
 
 
 class Encodings(BaseModel):
-    """Ranges of activations, read from a file of encodings.
+    """Ranges of activations and scales of weights, read from a file of encodings.
 
     Parameters
     ----------
@@ -24,9 +24,9 @@ class Encodings(BaseModel):
     ranges : dict of str to tuple of two floats
         Tensor to the smallest and largest value that its integers hold.
     weights : int
-        Encodings of weights in it, which are not taken.
+        Encodings of weights in it with blocks or zero points, which are not taken.
     scales : dict of str to WeightScales
-        Scales of weights, as a file that is quantized already has them.
+        Scales of weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,12 +61,31 @@ def _parsed(content: Any) -> dict[str, Any]:
             'sim.export(..., encoding_version="1.0.0"))'
         )
     weights = content.get("param_encodings", [])
+    weights = weights if isinstance(weights, list) else []
+    scales = {name: found for item in weights for name, found in [_scales(item)] if found is not None}
     # AIMET lists what it computes in float16, too.
     given = [i for i in items if not isinstance(i, Mapping) or i.get("dtype") != "FLOAT"]
     return {
         "ranges": {name: reach for item in given for name, reach in [_range(item)]},
-        "weights": len(weights) if isinstance(weights, list) else 0,
+        "weights": len(weights) - len(scales),
+        "scales": scales,
     }
+
+
+def _scales(item: Any) -> tuple[str, WeightScales | None]:
+    """Return a weight and its scales; None for blocks, zero points, and what is no encoding of integers."""
+    try:
+        name, bits = str(item["name"]), int(item["bw"])
+        values, offsets = [float(v) for v in item["scale"]], [float(v) for v in item["offset"]]
+        plain = item.get("enc_type") in ("PER_TENSOR", "PER_CHANNEL") and not item.get("zero_point_shift")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return "", None
+    centred = bool(offsets) and all(v == -(2 ** (bits - 1)) for v in offsets)
+    positive = bool(values) and all(0 < v < math.inf for v in values)
+    if not (plain and centred and positive and 2 <= bits <= 8):
+        return name, None
+    # Channels are those of the layer's outputs.
+    return name, WeightScales(bits, tuple(values), None, exact=False)
 
 
 def _range(item: Any) -> tuple[str, tuple[float, float]]:

@@ -16,6 +16,7 @@ or Clip in front of it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -221,12 +222,12 @@ class _Reading(GridReader):
             # A weight may be turned before or behind its quantizer.
             self._constants.update(o for o in node.output if o)
             if node.op_type == "Transpose" and (scales := self.found.scales.get(own.input[0])) is not None:
-                order = ints_attribute(node, "perm")
-                if order and scales.axis is not None:
+                rank = len(self._view.shape(node.output[0]) or ())
+                order = ints_attribute(node, "perm") or list(reversed(range(rank)))
+                if scales.axis is not None and order:
                     scales = replace(scales, axis=order.index(scales.axis % len(order)))
-                elif scales.axis is not None:
-                    scales = replace(scales, axis=1 - scales.axis)
-                self.found.scales[node.output[0]] = scales
+                if scales.axis is None or order:
+                    self.found.scales[node.output[0]] = scales
         self._builder.nodes.append(own)
 
     def _name(self, tensor: str) -> str:
@@ -289,7 +290,7 @@ class _Reading(GridReader):
             return
         zero = int(grid.zero.reshape(-1)[0])
         low, high = (float(grid.scale.reshape(-1)[0]) * (end - zero) for end in grid.limits)
-        if low <= 0 <= high and low < high:
+        if low <= 0 <= high and low < high and math.isfinite(high - low):
             before = self.found.ranges.get(name, (0.0, 0.0))
             self.found.ranges[name] = min(low, before[0]), max(high, before[1])
 

@@ -116,13 +116,14 @@ def test_an_einsum_that_is_no_matrix_product_is_told():
     assert [k.op_type for k in result.report.kept_float] == ["Einsum"]
 
 
-def test_a_model_whose_activations_are_quantized_is_refused():
+def test_a_model_whose_activations_are_quantized_is_taken():
     model = parse(
         "g (float[N,3,8,8] x) => (float[N,4,6,6] y) { q = QuantizeLinear (x, s, z)  d = DequantizeLinear (q, s, z)  y = Conv (d, w) }",
         {"w": W, "s": np.float32(0.1), "z": np.int8(0)},
     )
-    with pytest.raises(eptq_onnx.ModelError, match="quantized already"):
-        eptq_onnx.quantize(model, {"x": normal(12, 3, 8, 8)}, Config(preset="fast"))
+    result = eptq_onnx.quantize(model, {"x": normal(12, 3, 8, 8)}, Config(preset="fast"))
+    assert any("activations that keep their ranges: 1" in n for n in result.report.notes)
+    assert [layer.weight_bits for layer in result.report.layers] == [8]
 
 
 EXTREME = np.where(normal(8, 8, 3, 3) > -0.2, 1, -1).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -54,7 +55,7 @@ def with_given_scales(
         return planned
     if axis is not None and len(values) == 1:
         values = values * shape[axis]
-    if len(values) != (1 if axis is None else shape[axis]) or not all(v > 0 for v in values):
+    if len(values) != (1 if axis is None else shape[axis]) or not all(0 < v < math.inf for v in values):
         return planned
     given, bits, reach = GivenScales(values, found.exact), found.bits, (0, 0)
     if found.exact:
