@@ -254,6 +254,8 @@ class Session:
     """Optimizers that are not used; onnxruntime ignores names that it does not know."""
     _moves: ClassVar[bool] = False
     """True if it computes on the device of the current run, as far as that can."""
+    _arena: ClassVar[bool] = True
+    """True if the tensors of a session share memory, which is faster where none of them is kept."""
 
     def __init__(
         self,
@@ -276,6 +278,7 @@ class Session:
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         options.intra_op_num_threads = threads
+        options.enable_cpu_mem_arena = self._arena
         floats = isinstance(model, ModelProto) and has_8_bit_floats(model)
         if floats or not integers:  # with floats it makes operators that it then refuses
             options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -347,6 +350,15 @@ class ExactSession(Session):
     _moves = True
     # Up to 1.19 the second one fails where a Clip reads an input, as it may in a piece of a network.
     _disabled = ("WeightBiasQuantization", "ClipQuantRewrite")
+
+
+class KeptSession(ExactSession):
+    """An exact session whose outputs are kept for long.
+
+    An output that lies in the memory that all tensors of a session share keeps all of that memory.
+    """
+
+    _arena = False
 
 
 def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, TypeProto]:

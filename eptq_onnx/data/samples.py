@@ -179,6 +179,12 @@ class Samples:
         return (chosen[part] for part in self.parts(chosen, size))
 
 
+def filled_batches(samples: Samples, indices: NDArray[np.int64], size: int) -> Iterator[Feeds]:
+    """Yield samples of one shape in batches of a size; the last batch is filled from the start."""
+    for begin in range(0, len(indices), size):
+        yield samples.take(indices[np.arange(begin, begin + size) % len(indices)])
+
+
 def spread(count: int, limit: int) -> NDArray[np.int64]:
     """Return at most ``limit`` of ``count`` indices, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(np.int64))
