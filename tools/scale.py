@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import onnx
 import psutil
 
 from eptq_onnx import Config, Data, quantize, workers
@@ -48,13 +49,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Constants:
-    """Seconds of driver and worker for an item, for a byte, of latency, and to start a worker."""
+    """Seconds for an item (driver and worker), a byte, latency, the start of a worker, and a map."""
 
     driver_call: float
     worker_call: float
     byte: float
     latency: float
     start: float = 0.0
+    map: float = 0.0
 
 
 def size_of(value: Any) -> int:
@@ -216,9 +218,17 @@ def constants() -> Constants:
                 pass
             spent = time.process_time() - driver, watch.of("ray::Actor") - actor, time.perf_counter() - began
             found.append([value / count for value in spent])
+        # A map of its own for an item, with a session that the worker has.
+        net = onnx.load(Path(__file__).parent.parent / "models" / "digits_mobile.onnx")
+        session, image = Session(net), np.zeros((1, 1, 8, 8), np.float32)
+        for repeat in range(60):
+            if repeat == 10:
+                before = time.process_time() + watch.of("ray::Actor")
+            list(ordered_map(lambda given: session.run({session.inputs[0]: given}), [image]))
+        per_map = (time.process_time() + watch.of("ray::Actor") - before) / 50
     (driver, actor, wall), (driver_large, actor_large, _) = found
     per_byte = (driver_large + actor_large - driver - actor) / 2**23
-    return Constants(driver, actor, per_byte, wall, start)
+    return Constants(driver, actor, per_byte, wall, start, per_map - driver - actor)
 
 
 def cpu_seconds(known: dict[str, Any], costs: Constants, count: int) -> float:
@@ -227,7 +237,9 @@ def cpu_seconds(known: dict[str, Any], costs: Constants, count: int) -> float:
     items, moved = sum(p.items for p in listed), sum(p.moved for p in listed)
     calls = items * (costs.driver_call + costs.worker_call)
     each = costs.start + known["sessions"]
-    return float(known["driver"] + sum(p.compute for p in listed) + calls + moved * costs.byte + count * each)
+    maps = sum(p.maps for p in listed) * costs.map
+    sent = calls + moved * costs.byte + maps
+    return float(known["driver"] + sum(p.compute for p in listed) + sent + count * each)
 
 
 def foreseen(known: dict[str, Any], costs: Constants, count: int) -> float:

@@ -228,8 +228,7 @@ def test_a_node_that_comes_gets_work(nodes):
     assert len(seen) == 2
 
 
-def test_a_run_without_a_worker_is_told_and_goes_on_from_its_workdir(cluster, nodes, tmp_path, monkeypatch):
-    monkeypatch.setattr(ray_nodes, "START_SECONDS", 5.0)
+def test_a_run_without_a_worker_is_told_and_goes_on_from_its_workdir(cluster, nodes, tmp_path):
     added = nodes(1)
     progress, done = killed_at("reconstruct", lambda: cluster.remove_node(added[0], allow_graceful=False))
     with pytest.raises(WorkerError, match="no worker is left"):
@@ -240,8 +239,7 @@ def test_a_run_without_a_worker_is_told_and_goes_on_from_its_workdir(cluster, no
     )
 
 
-def test_a_cluster_without_cores_is_told(cluster, monkeypatch):
-    monkeypatch.setattr(ray_nodes, "START_SECONDS", 1.0)
+def test_a_cluster_without_cores_is_told(cluster):
     with pytest.raises(WorkerError, match="no worker is left"), employed("ray", 1):
         pass
 
