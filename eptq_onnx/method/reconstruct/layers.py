@@ -288,7 +288,11 @@ def _importance(
     for batch, count in zip(batches, positions, strict=True):
         scored = len(batch) * known.shape[1] == count and all(int(n) in rows for n in batch)
         own = known[[rows[int(n)] for n in batch]].reshape(-1) if scored else None
-        found.append(None if own is None else (1 - _HESSIAN_SHARE) + np.float32(_HESSIAN_SHARE) * own)
+        found.append(
+            None
+            if own is None
+            else (1 - _HESSIAN_SHARE) + np.float32(_HESSIAN_SHARE) * own.astype(np.float32)
+        )
     return found
 
 
