@@ -24,9 +24,11 @@ from eptq_onnx import scratch, targets
 from eptq_onnx.api import quantize
 from eptq_onnx.config import Config
 from eptq_onnx.config.options import Options
-from eptq_onnx.errors import CapabilityError, ConfigError
+from eptq_onnx.errors import ConfigError
 from eptq_onnx.graph import io
 from eptq_onnx.graph.patterns import exactly
+from eptq_onnx.method.normalize import normalize
+from eptq_onnx.ops import spec_of
 from eptq_onnx.report import Report
 
 _METHODS = {"MinMax": "minmax", "Percentile": "percentile"}
@@ -38,6 +40,8 @@ _ACTIVATIONS = {
 }
 """Type of onnxruntime to the container of a target, and the bits."""
 _WEIGHTS = {"QInt8": 8, "QInt4": 4}
+_PRODUCTS = {"Gemm", "MatMul"}
+"""One operator here: a MatMul becomes a Gemm with the bias behind it."""
 _AS_HERE = {
     "WeightSymmetric": True, "EnableSubgraph": False, "ForceQuantizeNoInputCheck": False,
     "MatMulConstBOnly": True, "AddQDQPairToWeight": False, "DedicatedQDQPair": False,
@@ -47,8 +51,17 @@ _AS_HERE = {
     "QDQOpTypePerChannelSupportToAxis": {}, "TensorQuantOverrides": {}, "CalibStridedMinMax": None,
 }  # fmt: skip
 """Extra options whose effect is fixed here, and the values with which they ask for it."""
+_AS_HERE_DYNAMIC = {
+    name: _AS_HERE[name]
+    for name in ("WeightSymmetric", "EnableSubgraph", "ForceQuantizeNoInputCheck", "MatMulConstBOnly",
+                 "extra.Sigmoid.nnapi")
+} | {"ActivationSymmetric": False}  # fmt: skip
+"""The same where ranges are found in every run."""
 _INSTEAD = {
     "WeightSymmetric": "integer kernels need weights with the zero point 0",
+    "ActivationSymmetric": "DynamicQuantizeLinear chooses a zero point; leave it out",
+    "EnableSubgraph": "the bodies of Loop and Scan stay float; branches that all samples take are quantized",
+    "MatMulConstBOnly": "products of two activations stay float; leave it out",
     "SmoothQuant": "channels are balanced by the option equalize; pass equalize=False to leave that out",
     "TensorQuantOverrides": "the option encodings of eptq_onnx.Config fixes ranges, and bits sets widths",
     "CalibStridedMinMax": "all samples count; pass fewer of them",
@@ -57,6 +70,13 @@ _INSTEAD = {
     "QDQOpTypePerChannelSupportToAxis": "the target says so of each operator",
 }
 """What to do instead."""
+
+_BY_ITSELF = {
+    "use_external_data_format": "large weights go beside the file by themselves",
+    "calibration_providers": "calibration runs on the CPU",
+    "calibration_cache_path": "the option workdir of eptq_onnx.Config keeps results",
+}
+"""Why arguments have nothing to do."""
 
 
 def quantize_static(  # noqa: PLR0913 - the signature is onnxruntime's
@@ -125,21 +145,11 @@ def quantize_static(  # noqa: PLR0913 - the signature is onnxruntime's
         )
     if calibration_data_reader is None:
         raise _refused("calibration_data_reader", None, "give calibration data")
-    for name, value, instead in (
-        (
-            "use_external_data_format",
-            use_external_data_format,
-            "large weights go beside the file by themselves",
-        ),
-        ("calibration_providers", calibration_providers, "calibration runs on the CPU"),
-        (
-            "calibration_cache_path",
-            calibration_cache_path,
-            "the option workdir of eptq_onnx.Config keeps results",
-        ),
-    ):
-        if value:
-            raise _refused(name, value, instead)
+    _check_left_out(
+        use_external_data_format=use_external_data_format,
+        calibration_providers=calibration_providers,
+        calibration_cache_path=calibration_cache_path,
+    )
     container, bits = _known("activation_type", activation_type, _ACTIVATIONS)
     rest = dict(extra_options or {})
     activation: dict[str, Any] = {
@@ -155,19 +165,16 @@ def quantize_static(  # noqa: PLR0913 - the signature is onnxruntime's
         "activation_bits": bits,
         "weight_bits": _known("weight_type", weight_type, _WEIGHTS),
         "edge_bits": _known("weight_type", weight_type, _WEIGHTS),
-        "exclude": _excluded(model_input, nodes_to_quantize, nodes_to_exclude),
     }
     if (percentile := rest.pop("CalibPercentile", None)) is not None:
         own["percentile"] = float(percentile)
-    _check_rest(rest)
-    weight: dict[str, Any] = {"per_channel": per_channel}
-    if reduce_range:
-        weight |= {"range_8_bits": [-64, 63], "depthwise_range_8_bits": [-64, 63]}
+    _check_rest(rest, _AS_HERE)
+    weight = _weight_rules(per_channel, reduce_range)
     with scratch.folder() as folder:
-        if "target" not in options and (text := _target(activation, weight, op_types_to_quantize)):
-            path = Path(folder) / "target.toml"
-            path.write_text(text, encoding="utf-8")
-            own["target"] = str(path)
+        own["exclude"] = _excluded(
+            model_input, folder, (op_types_to_quantize, nodes_to_quantize, nodes_to_exclude)
+        )
+        own |= _target(Path(folder) / "target.toml", options, weight, activation)
         result = quantize(model_input, calibration_data_reader, Config(**{**own, **options}))
     result.save(model_output)
     return result.report
@@ -184,24 +191,70 @@ def quantize_dynamic(  # noqa: PLR0913 - the signature is onnxruntime's
     nodes_to_exclude: Sequence[str] | None = None,
     use_external_data_format: bool = False,
     extra_options: Mapping[str, Any] | None = None,
+    **options: Unpack[Options],
 ) -> Report:
-    """Refuse to quantize as ``onnxruntime.quantization.quantize_dynamic`` does, and say what to do instead.
+    """Quantize as ``onnxruntime.quantization.quantize_dynamic`` is called, without data.
+
+    Matrix products with constant weights quantize their inputs in every run. The weights of all other
+    operators that are chosen are stored as integers, and they compute in float: Conv, which onnxruntime makes
+    a ConvInteger, tables that Gather reads, and recurrent layers. Weights are rounded to nearest, in the
+    ranges with the least squared error. With samples, ``eptq_onnx.quantize(model, data,
+    Config(activations="dynamic"))`` rounds them better.
+
+    Parameters
+    ----------
+    model_input, model_output
+        As onnxruntime's.
+    op_types_to_quantize, nodes_to_quantize, nodes_to_exclude : sequence of str, optional
+        Gemm and MatMul count as one operator.
+    per_channel, reduce_range : bool
+    weight_type
+        ``QInt8`` or ``QInt4``, which is packed.
+    use_external_data_format : bool
+        Only False: weights that do not fit into the file go beside it by themselves.
+    extra_options : mapping, optional
+        Only values that change nothing.
+    **options
+        Options of `eptq_onnx.Config`; they count more than the arguments.
+
+    Returns
+    -------
+    Report
 
     Raises
     ------
-    CapabilityError
-        Always: activations are not quantized while the model runs.
+    ConfigError
+        If an argument asks for what this package does not do.
+    EptqError
+        From `eptq_onnx.quantize`.
     """
-    raise CapabilityError(
-        f"{model_input if isinstance(model_input, (str, os.PathLike)) else 'the model'} is not quantized: "
-        "activations get their ranges from calibration data here, not while the model runs. Use "
-        "quantize_static with samples, or eptq_onnx.quantize with bits='w8a32', which stores weights alone "
-        "as integers."
-    )
+    _check_left_out(use_external_data_format=use_external_data_format)
+    _check_rest(extra_options or {}, _AS_HERE_DYNAMIC)
+    bits = _known("weight_type", weight_type, _WEIGHTS)
+    own: dict[str, Any] = {"activations": "dynamic", "weight_bits": bits, "edge_bits": bits}
+    with scratch.folder() as folder:
+        own["exclude"] = _excluded(
+            model_input, folder, (op_types_to_quantize, nodes_to_quantize, nodes_to_exclude)
+        )
+        weight = _weight_rules(per_channel, reduce_range)
+        own |= _target(Path(folder) / "target.toml", options, weight, {})
+        result = quantize(model_input, None, Config(**{**own, **options}))
+    result.save(model_output)
+    return result.report
 
 
-def _target(activation: Mapping[str, Any], weight: Mapping[str, Any], operators: Sequence[str] | None) -> str:
-    """Return a target file for onnxruntime on this machine with other rules; empty if they are its own."""
+def _weight_rules(per_channel: bool, reduce_range: bool) -> dict[str, Any]:
+    rules: dict[str, Any] = {"per_channel": per_channel}
+    return rules | ({"range_8_bits": [-64, 64], "depthwise_range_8_bits": [-64, 64]} if reduce_range else {})
+
+
+def _target(
+    path: Path, options: Mapping[str, Any], weight: Mapping[str, Any], activation: Mapping[str, Any]
+) -> dict[str, str]:
+    """Return the option of a target for onnxruntime on this machine with other rules, which is written.
+
+    Empty if the rules are its own, or if the user names a target.
+    """
     base = targets.load(targets.AUTO)
     lines = [f"{key} = {json.dumps(base.name)}" for key in ("name", "title", "extends")]
     head = len(lines)
@@ -209,28 +262,54 @@ def _target(activation: Mapping[str, Any], weight: Mapping[str, Any], operators:
         known = getattr(base, section).model_dump(mode="json")
         if changed := {key: value for key, value in values.items() if value != known[key]}:
             lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in changed.items())]
-    if operators is not None:
-        lines += [f'[operators.{op}]\nruns = "float"' for op in base.operators if op not in operators]
-    return "\n".join(lines) + "\n" if len(lines) > head else ""
+    if "target" in options or len(lines) == head:
+        return {}
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return {"target": str(path)}
 
 
 def _excluded(
     model: str | os.PathLike[str] | ModelProto,
-    wanted: Sequence[str] | None,
-    unwanted: Sequence[str] | None,
+    folder: str,
+    chosen: tuple[Sequence[str] | None, Sequence[str] | None, Sequence[str] | None],
 ) -> list[str]:
-    """Return the patterns of nodes that stay float."""
-    found = [exactly(name) for name in unwanted or ()]
-    if wanted:
-        others = {n.name for n in io.load(model).graph.node} - set(wanted)
-        if others:
-            found.append(f"re:(?!(?:{'|'.join(map(re.escape, wanted))})$).*")
+    """Return the patterns of nodes that stay float, their weights included.
+
+    Parameters
+    ----------
+    model : path or ModelProto
+    folder : str
+        Temporary folder for the weights of a large model.
+    chosen : tuple of three sequences of str, or None
+        Operators and nodes that are quantized, and nodes that are not.
+    """
+    kinds, wanted, unwanted = chosen
+    if not (kinds or wanted or unwanted):
+        return []
+    given = io.load(model, folder)
+    # Its nodes are what patterns match: batch normalizations, for one, are parts of their layers there.
+    target = targets.load(targets.AUTO)
+    normal = normalize(given, target.min_opset).graph.node
+    names, gone = {n.name for n in normal}, {n.name for n in given.graph.node}
+    found = [exactly(name) for name in unwanted or () if name in names or name not in gone]
+    if wanted and names - set(wanted):
+        found.append(f"re:(?!(?:{'|'.join(map(re.escape, wanted))})$).*")
+    if kinds:
+        own = {*kinds, *(_PRODUCTS if _PRODUCTS & set(kinds) else ())}
+        there = {n.op_type for n in normal if n.op_type in target.operators or spec_of(n).held}
+        found += [f"op:{kind}" for kind in sorted(there - own)]
     return found
 
 
-def _check_rest(rest: Mapping[str, Any]) -> None:
+def _check_left_out(**values: Any) -> None:
+    for name, value in values.items():
+        if value:
+            raise _refused(name, value, _BY_ITSELF[name])
+
+
+def _check_rest(rest: Mapping[str, Any], as_here: Mapping[str, Any]) -> None:
     for name, value in rest.items():
-        if name not in _AS_HERE or value != _AS_HERE[name]:
+        if name not in as_here or value != as_here[name]:
             instead = _INSTEAD.get(name, "this package has nothing of the kind: leave it out")
             raise _refused(f"extra_options[{name!r}]", value, instead)
 

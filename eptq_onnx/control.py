@@ -167,7 +167,15 @@ class _Search:
         """Return True if a rung leaves anything to quantize."""
         config = rung.rules.added_to(self._ctx.config)
         try:
-            plan(whole.model, self._ctx.target, config, whole.left_float, whole.float_nodes, whole.exact)
+            plan(
+                whole.model,
+                self._ctx.target,
+                config,
+                whole.left_float,
+                whole.float_nodes,
+                whole.exact,
+                whole.dynamic,
+            )
         except ModelError:
             return False
         return True

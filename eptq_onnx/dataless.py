@@ -27,7 +27,7 @@ from eptq_onnx.passes.pack import Pack
 from eptq_onnx.passes.ranges import Ranges
 from eptq_onnx.passes.write import Write
 from eptq_onnx.pipeline import Runner
-from eptq_onnx.prepare import final, name_of
+from eptq_onnx.prepare import final, keeping, name_of, quantization_notes
 from eptq_onnx.proto import store
 from eptq_onnx.records import Calibration
 from eptq_onnx.report import LayerReport, Report
@@ -57,6 +57,7 @@ def without_data(
         As `eptq_onnx.quantize` does.
     """
     without_samples(given)
+    asked = given
     if given.rest not in (None, FloatType.FLOAT32):
         raise ConfigError(
             f"option rest={given.rest.value} needs samples, which show what it holds: give data."
@@ -67,12 +68,14 @@ def without_data(
     progress("estimate", 1, 1, estimate := Estimate(0.0, 0))
     runner = Runner(())
     with runner.timed("normalize"):
-        original = io.load(model, folder)
-        whole = normalize(original, target.opset_for(FLOAT_BITS, given.storage, given.block))
+        original, float_form, found = io.load_with_quantization(model, folder, blocks=given.requantize)
+        given = keeping(given, found)
+        whole = normalize(float_form, target.opset_for(FLOAT_BITS, given.storage, given.block))
     with runner.timed("plan"):
         plan = make_plan(whole, target, given)
         tables = constant_grids(plan, GraphView(whole))
     state = State(whole, whole, plan, Calibration(tables, {}, {}))
+    state = state.noting(*quantization_notes(given, found, plan))
     size = store.model_bytes(original)
     ctx = Context(
         given=given, config=given, target=target, engine=None, samples=UNSET, shares=UNSET, found=UNSET,
@@ -90,7 +93,7 @@ def without_data(
         model=name_of(model, original),
         target=target.name,
         engine="",
-        config=given.model_dump(mode="json"),
+        config=asked.model_dump(mode="json"),
         opset=max(opset_of(written), opset_of(original)),
         data=Origin(NO_SAMPLES),
         samples=0,

@@ -1,4 +1,4 @@
-"""Write the scales of a quantized model as AIMET's encodings, schema 1.0."""
+"""Write the scales of a quantized model as AIMET's encodings, schema 1.0.0, as aimet-onnx 2.42 reads it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from eptq_onnx._version import __version__
-from eptq_onnx.numerics.formats import IntFormat
+from eptq_onnx.numerics.formats import IntFormat, PerBlock
 from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.records import Plan, Rounding
 
@@ -37,19 +37,24 @@ def encodings_of(plan: Plan, rounding: Rounding) -> dict[str, Any]:
         "version": "1.0.0",
         "activation_encodings": activations,
         "param_encodings": weights,
-        "excluded_layers": [],
-        "producer": f"eptq-onnx {__version__}",
+        "producer": {"package": "eptq-onnx", "version": __version__},
     }
 
 
 def _encoding(grid: Grid, symmetric: bool) -> dict[str, Any]:
-    form = grid.format
-    scale = np.asarray(grid.scale, np.float32).reshape(-1)
-    zero = np.broadcast_to(np.asarray(grid.zero_point).reshape(-1), scale.shape)
+    form, scale = grid.format, np.asarray(grid.scale, np.float32)
+    zero = np.broadcast_to(np.asarray(grid.zero_point), scale.shape)
+    kind: dict[str, Any] = {"enc_type": "PER_CHANNEL" if scale.size > 1 else "PER_TENSOR"}
+    if isinstance(grid.granularity, PerBlock):
+        kind = {"enc_type": "PER_BLOCK", "block_size": grid.granularity.size}
+        if scale.ndim == 2 and grid.granularity.axis % 2 == 0:
+            # Blocks of a matrix with terms in its rows are listed output by output.
+            scale, zero = scale.T, zero.T
+    scale, zero = scale.reshape(-1), zero.reshape(-1)
     # Ranges may lack values of the width, as -127 to 127 do: the others are never used.
     first = -(2 ** (form.bits - 1)) if form.qmin < 0 else 0
     return {
-        "enc_type": "PER_CHANNEL" if scale.size > 1 else "PER_TENSOR",
+        **kind,
         "dtype": "INT",
         "bw": form.bits,
         "is_sym": symmetric,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from onnx import ModelProto
 
 from eptq_onnx.config import Config, FloatType
+from eptq_onnx.config.encodings import Encodings
 from eptq_onnx.data import load
 from eptq_onnx.data.notes import sample_notes
 from eptq_onnx.data.origin import Origin
@@ -20,11 +21,14 @@ from eptq_onnx.graph import io
 from eptq_onnx.graph.branches import flattened
 from eptq_onnx.graph.opsets import restored
 from eptq_onnx.graph.replay import Replay
+from eptq_onnx.graph.unquantize import Quantization
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.method.arrange import arrange, record
 from eptq_onnx.method.normalize import normalize, settle
+from eptq_onnx.numerics.scales import GivenScales
 from eptq_onnx.proto import store
+from eptq_onnx.records import Plan
 from eptq_onnx.runtime import Session, newest_readable
 from eptq_onnx.targets import Target
 
@@ -55,6 +59,8 @@ class Prepared:
         Type of what stays float.
     names : tuple of str
         Names of the samples, if each is a file.
+    quantization : Quantization
+        How the original is quantized.
     """
 
     model: ModelProto
@@ -69,6 +75,7 @@ class Prepared:
     notes: tuple[str, ...]
     rest: FloatType
     names: tuple[str, ...] = ()
+    quantization: Quantization = field(default_factory=Quantization)
 
     def name_of(self, sample: int) -> str:
         """Return the name of a sample, or its number if it has none."""
@@ -98,10 +105,10 @@ def prepare(
     ModelError, DataError
         If the model or the samples cannot be used.
     """
-    original = io.load(model, folder)
+    original, float_form, quantization = io.load_with_quantization(model, folder, blocks=config.requantize)
     read = load(data, original, config.batch_axes)
     rest = target.rest_for(config.rest, other_float_types(original))
-    plain = normalize(original, target.opset_for(config.most_activation_bits, config.storage, config.block))
+    plain = normalize(float_form, target.opset_for(config.most_activation_bits, config.storage, config.block))
     arranged = arrange(plain, read.samples, config.seed)
     whole = settle(plain, arranged.samples)
     samples, found, left = record(flattened(whole), arranged.samples, config.seed)
@@ -128,7 +135,48 @@ def prepare(
         rest=rest,
         # Samples that are grouped into runs have no single name.
         names=read.names if len(read.names) == samples.count else (),
+        quantization=quantization,
     )
+
+
+def keeping(config: Config, found: Quantization) -> Config:
+    """Return the options with the ranges and scales of a quantized model; the user's own count more."""
+    if config.requantize or not found.is_there:
+        return config
+    own = config.encodings
+    ranges = {**found.ranges, **(own.ranges if own is not None else {})}
+    # A budget chooses the widths of weights, to which no given scale fits.
+    scales = {} if config.chooses_widths else found.scales
+    if not ranges and not scales:
+        return config
+    weights, file = (own.weights, own.file) if own is not None else (0, "")
+    kept = Encodings(file=file, ranges=ranges, weights=weights, scales=scales)
+    return config.model_copy(update={"encodings": kept})
+
+
+def quantization_notes(config: Config, found: Quantization, plan: Plan) -> list[str]:
+    """Return what became of the quantization that a model had."""
+    if not found.is_there:
+        return []
+    weights = len(found.scales) + found.other_weights
+    if config.requantize:
+        return [
+            "the model is quantized already, and gets new ranges and scales as the option requantize asks "
+            f"(activations: {len(found.ranges)}, weights: {weights})"
+        ]
+    ranges = sum(q.prescribed is not None for q in plan.activations)
+    specs = [s for s in plan.weight_specs.values() if isinstance(s.scales, GivenScales)]
+    given = sum(s.is_given for s in specs)
+    every = sum(x.dynamic and x.node in found.dynamic for x in plan.layers)
+    parts = {
+        "activations that keep their ranges": ranges,
+        "layers that find the ranges of their inputs in every run": every,
+        "weights that keep their integers, as the file has no others": given,
+        "weights that keep their scales, and are rounded anew from their float values": len(specs) - given,
+        "weights that get new scales, as theirs are not those of a layer of the target": weights - len(specs),
+    }
+    told = "; ".join(f"{what}: {count}" for what, count in parts.items() if count > 0)
+    return [f"the model is quantized already ({told})"]
 
 
 def counting(config: Config, prepared: Prepared) -> Config:

@@ -123,6 +123,8 @@ class Program:
     layers : frozenset of int
         Regions of which at least one must be on integers.
     shared : tuple of Shared
+    follows : tuple of (option, tuple of option)
+        An option, as region and number, and those of which one must be taken if it is.
     """
 
     options: tuple[tuple[Option, ...], ...]
@@ -131,6 +133,7 @@ class Program:
     bound: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = ()
     layers: frozenset[int] = frozenset()
     shared: tuple[Shared, ...] = ()
+    follows: tuple[tuple[tuple[int, int], tuple[tuple[int, int], ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,9 @@ class _Model:
                 self._row(row, high=len(around) - 1)
         if self.program.layers:
             self._row(self._all(self.program.layers), low=1)
+        for (follower, option), leaders in self.program.follows:
+            before = {self.x[leader][o]: 1.0 for leader, o in leaders}
+            self._row({self.x[follower][option]: 1.0, **_minus(before)}, high=0)
         self.shared = [self._variable(s.costs.get(self.currency, 0.0), True) for s in self.program.shared]
         for variable, shared in zip(self.shared, self.program.shared, strict=True):
             for region, option in shared.options:

@@ -27,9 +27,9 @@ from eptq_onnx.graph.patterns import matching
 from eptq_onnx.graph.view import GraphView, opset_of
 from eptq_onnx.method.diagnose import only_weights, part_of, readers
 from eptq_onnx.method.qdq import write
-from eptq_onnx.method.spare import Rules, Spare, most_bits, of_activation, of_weights, rules
+from eptq_onnx.method.spare import Rules, Spare, most_bits, of_activation, of_dynamic, of_weights, rules
 from eptq_onnx.passes.base import Context, Progress, State
-from eptq_onnx.records import ActivationQuantizer, Layer, Plan
+from eptq_onnx.records import DYNAMIC_BITS, ActivationQuantizer, DynamicQuantizer, Layer, Plan
 from eptq_onnx.sensitivities import Group, Part, Sensitivity, in_decibels
 from eptq_onnx.start import silent, start
 
@@ -91,13 +91,13 @@ def sensitivity(
 
 @dataclass(frozen=True)
 class Piece:
-    """Weights that layers share, or activations with one scale.
+    """Weights that layers share, or activations with one scale, fixed or found in every run.
 
     Parameters
     ----------
     layers : tuple of Layer
         Empty for activations.
-    activation : ActivationQuantizer or None
+    activation : ActivationQuantizer, DynamicQuantizer or None
     nodes : tuple of str
         The layers, or the integer nodes that read the activations.
     spares : tuple of Spare
@@ -105,7 +105,7 @@ class Piece:
     """
 
     layers: tuple[Layer, ...]
-    activation: ActivationQuantizer | None
+    activation: ActivationQuantizer | DynamicQuantizer | None
     nodes: tuple[str, ...]
     spares: tuple[Spare, ...]
 
@@ -122,6 +122,8 @@ class Piece:
     @property
     def bits(self) -> int:
         """Return its bits."""
+        if isinstance(self.activation, DynamicQuantizer):
+            return DYNAMIC_BITS
         return self.layers[0].weight_spec.bits if self.activation is None else self.activation.spec.bits
 
 
@@ -259,7 +261,7 @@ class Ranking:
                 touched |= {maker.name} if maker is not None else set()
             slowed = sum(multiplications.get(n, 0.0) for n in touched) / total
             price = _LEAST_PRICE
-            if spare.leaves_float or spare.activation_bits == _WIDE:
+            if spare.runs_float or spare.activation_bits == _WIDE:
                 price += slowed
             if piece.layers:
                 size = math.prod(self._view.constant_shape(piece.layers[0].weight)) / self._weights
@@ -286,10 +288,11 @@ class Ranking:
     def _deviation(self, count: int) -> Deviation:
         # No range was chosen on these.
         judged = self._ctx.shares.judged
-        size = self._ctx.samples.fixed_batch or min(count, self._ctx.samples.micro_batch())
+        samples = self._ctx.samples_of(self._state.plan)
+        size = samples.fixed_batch or min(count, samples.micro_batch())
         return Deviation(
             self._state.executed,
-            self._ctx.samples,
+            samples,
             judged,
             count,
             self._state.calibration.variance,
@@ -325,13 +328,17 @@ class Ranking:
             for q in plan.activations
             if q.name in read_by
         ]
+        # A tensor that has a fixed range, too, is one part with that.
+        known = {p.name for p in inputs}
+        inputs += [Piece((), q, q.nodes, tuple(of_dynamic(q))) for q in plan.dynamic if q.name not in known]
         order = {name: k for k, name in enumerate(self._operators)}
         return tuple(sorted([*inputs, *weights], key=lambda p: min(order[n] for n in p.nodes)))
 
     def _groups(self) -> Iterator[tuple[str, frozenset[str]]]:
         """Yield patterns of several parts, and the nodes that they select."""
         plan, seen = self._state.plan, set[frozenset[str]]()
-        patterns = [f"op:{kind}" for kind in dict.fromkeys(plan.integer_nodes.values())]
+        kinds = [*plan.integer_nodes.values(), *(x.op_type for x in plan.layers)]
+        patterns = [f"op:{kind}" for kind in dict.fromkeys(kinds)]
         chunks = np.array_split([x.node for x in plan.layers], _NEIGHBOURHOODS)
         patterns += [f"from:{c[0]}..to:{c[-1]}" for c in chunks if len(c) > 1]
         for pattern in patterns:

@@ -17,7 +17,7 @@ from eptq_onnx.method.plan import plan as make_plan
 from eptq_onnx.ops import check_roles, executed
 from eptq_onnx.outcome import OptimizationTrace
 from eptq_onnx.passes.base import Context, Progress, State
-from eptq_onnx.prepare import Prepared, counting, prepare
+from eptq_onnx.prepare import Prepared, counting, keeping, prepare, quantization_notes
 from eptq_onnx.records import Plan
 from eptq_onnx.targets import Target
 from eptq_onnx.training.worth import may_pay
@@ -101,15 +101,20 @@ def start(
             progress("data", 1, 1, prepared.origin)
         float_model = executed(prepared.model, prepared.found)
     with runner.timed("plan"):
-        plan = make_plan(prepared.model, target, options)
+        found = prepared.quantization
+        options = keeping(options, found)
+        dynamic = frozenset() if options.requantize else frozenset(found.dynamic)
+        plan = make_plan(prepared.model, target, options, dynamic=dynamic)
         config, state = runner.affordable(
-            counting(options, prepared), State(prepared.model, float_model, plan), prepared.samples
+            counting(options, prepared),
+            State(prepared.model, float_model, plan, dynamic=dynamic),
+            prepared.samples,
         )
         config, state = _worthwhile(config, state)
         fit = targets.fit_of(given.target, target)
         state = state if fit is None else state.noting(fit)
         state = state.noting(WITHOUT_SAMPLES) if blind else state
-        state = state.noting(*_encoding_notes(given, plan))
+        state = state.noting(*_encoding_notes(given, plan), *quantization_notes(options, found, plan))
     ctx = Context(
         given=given,
         config=config,

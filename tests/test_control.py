@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graphs import images, silent, small_convnet
+from graphs import images, normal, parse, silent, small_convnet
 from typer.testing import CliRunner
 
 import eptq_onnx
@@ -205,3 +205,37 @@ def test_the_exit_code_is_1_where_the_limit_is_missed(files):
 def test_the_engine_is_not_needed_to_search_where_nothing_is_optimized(monkeypatch):
     monkeypatch.setattr(engines, "choose", lambda name: None)
     assert quantized(evaluate=closeness, max_drop=0.01).report.trail.reached
+
+
+TEXT = """
+g (float[N,5,16] x) => (float[N,5,16] y) {
+    h = MatMul (x, w1)  b = Add (h, b1)  r = Relu (b)  f = MatMul (r, w2)  y = Add (f, x)
+}
+"""
+
+
+def test_inputs_with_ranges_of_each_run_are_spared():
+    # One channel is always loud: it changes no output, and 8 bits do not hold the others beside it. The weights
+    # behind it are on the grid.
+    w2 = np.where(normal(32, 16, seed=2) > 0, 0.25, -0.25).astype(np.float32)
+    w2[0] = 0.25
+    offset = np.zeros(32, np.float32)
+    offset[0] = 300
+    model = parse(TEXT, {"w1": normal(16, 32, seed=1, scale=0.3), "w2": w2, "b1": offset})
+    held = normal(16, 5, 16, seed=7, scale=1.0)
+    exact = Session(model).run({"x": held})["y"]
+
+    def score(given) -> float:
+        got = np.concatenate([given.run(["y"], {"x": held[k : k + 1]})[0] for k in range(len(held))])
+        return float(1 - np.square(got - exact).mean() / exact.var())
+
+    data = {"x": normal(64, 5, 16, seed=8, scale=1.0)}
+    config = Config(activations="dynamic", preset="fast", max_noise=0)
+    kept = eptq_onnx.quantize(model, data, config, progress=silent, evaluate=score, max_drop=0.001)
+    trail = kept.report.trail
+    assert trail is not None
+    assert not trail.attempts[0].passed
+    assert trail.reached
+    assert trail.evaluations <= 4
+    assert trail.written.bits == ("MatMul_3=w8a32",)
+    assert [layer.activation_bits for layer in kept.report.layers] == [8, 32]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from graphs import images, silent, small_convnet
+from graphs import images, normal, parse, silent, small_convnet
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
@@ -107,7 +107,7 @@ def test_tensors_that_are_not_quantized_are_told():
     ([1], "encodings"),
     (document({"name": "x"}), "an encoding needs name, bw, one scale and one offset"),
     (document(encoding("x", 0.1, 3)), "no range of integers that holds zero"),
-    (document(encoding("x", 0.1, 0, dtype="FLOAT")), "no range of integers"),
+    (document(encoding("x", 0.1, 0, dtype="OTHER")), "no range of integers"),
     (document({**encoding("x", 0.1, 0), "scale": [0.1, 0.2]}), "one scale"),
 ])  # fmt: skip
 def test_what_is_no_encoding_is_told(given_, message):
@@ -132,3 +132,38 @@ def test_the_command_writes_and_reads_them(tmp_path, monkeypatch):
     reported = ["quantize", "m.onnx", "--data", "data.npz", "--config", "r.json", "-o", "q.onnx", "--json"]
     assert CliRunner().invoke(app, reported).exit_code == 0
     assert onnx.load("q.onnx").SerializeToString() == first
+
+
+def test_what_aimet_writes_is_read():
+    # aimet-onnx 2.42 writes offsets as floats, a fraction of them apart, and float16 without a scale.
+    found = Config(encodings=document(
+        encoding("a", 0.5, 0) | {"offset": [-128.0], "is_sym": True},
+        encoding("b", 0.5, 0) | {"offset": [-10.0], "zero_point_shift": [0.5]},
+        {"name": "c", "dtype": "FLOAT", "bw": 16, "enc_type": "PER_TENSOR"},
+        producer={"package": "aimet-onnx", "version": "2.42.0"}, quantizer_args={"activation_bitwidth": 8},
+    )).encodings  # fmt: skip
+    assert found is not None
+    assert found.ranges == {"a": (-64.0, 63.5), "b": (-4.75, 122.75)}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_blocks_are_listed_output_by_output(turned):
+    weight = np.arange(1, 65 * 24 + 1, dtype=np.float32)[: 64 * 24].reshape(64, 24)
+    text = "y = Gemm <transB = 1> (x, w)" if turned else "y = MatMul (x, w)"
+    model = parse(f"g (float[N,64] x) => (float[N,24] y) {{ {text} }}", {"w": weight.T if turned else weight})
+    config = Config(
+        bits="w4a32",
+        block=16,
+        start="nearest",
+        target="ort-x64",
+        storage="packed",
+        edge_bits=4,
+        preset="fast",
+    )
+    found = eptq_onnx.quantize(model, {"x": normal(16, 64)}, config, progress=silent)
+    [item] = found.encodings["param_encodings"]
+    assert (item["enc_type"], item["block_size"], len(item["scale"])) == ("PER_BLOCK", 16, 24 * 4)
+    # All values grow along the terms: so do the scales of the blocks of each output.
+    scale = np.reshape(item["scale"], (24, 4))
+    assert (np.diff(scale, axis=1) > 0).all()
+    assert (np.abs(np.diff(scale, axis=0)) < 0.2 * scale[:-1]).all()

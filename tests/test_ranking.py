@@ -139,3 +139,56 @@ def test_outputs_that_do_not_vary_are_told():
 def test_a_budget_is_refused():
     with pytest.raises(ConfigError, match="leave the budget out"):
         ranked(small_convnet(), budget="weights=4")
+
+
+# ---- ranges of each run ------------------------------------------------------------------------------------
+BLOCK = """
+g (float[N,5,16] x) => (float[N,5,16] y) {
+    q = MatMul (x, wq)
+    k = MatMul (x, wk)
+    t = Transpose <perm = [0, 2, 1]> (k)
+    s = MatMul (q, t)
+    a = Softmax <axis = -1> (s)
+    c = MatMul (a, x)
+    f = MatMul (c, w1)
+    g = Relu (f)
+    h = MatMul (g, w2)
+    y = Add (h, x)
+}
+"""
+
+
+def block(loud: float = 1.0):
+    """A layer of a transformer; the input of its last product has channels that are louder by a factor."""
+    factors = np.where(np.arange(32) % 8, 1.0, loud).astype(np.float32)
+    constants = {n: normal(16, 16, seed=k, scale=0.3) for k, n in enumerate(("wq", "wk"))}
+    constants["w1"] = normal(16, 32, seed=5, scale=0.3) * factors
+    constants["w2"] = normal(32, 16, seed=6, scale=0.3) / factors[:, None]
+    return parse(BLOCK, constants)
+
+
+TOKENS = {"x": normal(48, 5, 16, seed=9, scale=1.0)}
+
+
+def test_inputs_with_ranges_of_each_run_are_ranked_and_their_option_spares_them():
+    found = ranked(block(100), TOKENS, activations="dynamic", max_noise=0)
+    inputs = {p.name: p for p in found.parts if p.what == "activation"}
+    assert {p.nodes for p in inputs.values()} == {("MatMul_0", "MatMul_1"), ("MatMul_6",), ("MatMul_8",)}
+    assert {p.bits for p in inputs.values()} == {8}
+    loudest = max(inputs.values(), key=lambda p: p.noise)
+    assert (loudest.nodes, loudest.option) == (("MatMul_8",), "--bits MatMul_8=w8a32")
+    spared = ranked(block(100), TOKENS, activations="dynamic", max_noise=0, bits=["MatMul_8=w8a32"])
+    assert loudest.name not in {p.name for p in spared.parts if p.what == "activation"}
+    assert len([p for p in spared.parts if p.what == "weights"]) == 4
+    assert loudest.left_db == pytest.approx(spared.sqnr_db, abs=2)
+
+
+def test_an_input_that_layers_share_is_spared_for_all_of_them():
+    found = ranked(block(), TOKENS, activations="dynamic")
+    part = next(p for p in found.parts if p.nodes == ("MatMul_0", "MatMul_1") and p.what == "activation")
+    assert part.option == "--bits MatMul_0=w8a32 --bits MatMul_1=w8a32"
+
+
+def test_weights_of_dynamic_layers_get_bits_without_a_change_of_their_inputs():
+    found = ranked(block(), TOKENS, activations="dynamic", bits=["MatMul_6=w2a8"])
+    assert (found.parts[0].name, found.parts[0].option) == ("MatMul_6", "--bits MatMul_6=w8a8")

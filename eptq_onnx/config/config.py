@@ -135,6 +135,9 @@ class Config(OptionModel):
     """Ranges of activations that are given: a JSON file of encodings in AIMET's schema 1.0. Tensors that it
     names keep their ranges, and channels are neither mixed nor scaled, which would change them. Widths are
     those of the other options, and weights get ranges of their own."""
+    requantize: Annotated[bool, Option("calibration")] = False
+    """Choose all ranges and scales anew for a model that is quantized already. By default it keeps its own,
+    and the integers of weights of which it has no others."""
     percentile: Annotated[float, Option("calibration", advanced=True)] = Field(99.99, gt=50, le=100)
     """Percentile of each tail, for activation_range=percentile."""
     weight_range: Annotated[

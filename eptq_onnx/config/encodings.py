@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from eptq_onnx.numerics.scales import WeightScales
+
 
 class Encodings(BaseModel):
     """Ranges of activations, read from a file of encodings.
@@ -23,6 +25,8 @@ class Encodings(BaseModel):
         Tensor to the smallest and largest value that its integers hold.
     weights : int
         Encodings of weights in it, which are not taken.
+    scales : dict of str to WeightScales
+        Scales of weights, as a file that is quantized already has them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +34,7 @@ class Encodings(BaseModel):
     file: str = ""
     ranges: dict[str, tuple[float, float]]
     weights: int = 0
+    scales: dict[str, WeightScales] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -51,10 +56,15 @@ def _parsed(content: Any) -> dict[str, Any]:
     version = str(content.get("version", "")) if isinstance(content, Mapping) else ""
     items = content.get("activation_encodings") if isinstance(content, Mapping) else None
     if not version.startswith("1.") or not isinstance(items, list):
-        raise ValueError("encodings have version 1.x and a list activation_encodings (AIMET's schema 1.0)")
+        raise ValueError(
+            "encodings have version 1.x and a list activation_encodings (AIMET's schema 1.0: "
+            'sim.export(..., encoding_version="1.0.0"))'
+        )
     weights = content.get("param_encodings", [])
+    # AIMET lists what it computes in float16, too.
+    given = [i for i in items if not isinstance(i, Mapping) or i.get("dtype") != "FLOAT"]
     return {
-        "ranges": {name: reach for item in items for name, reach in [_range(item)]},
+        "ranges": {name: reach for item in given for name, reach in [_range(item)]},
         "weights": len(weights) if isinstance(weights, list) else 0,
     }
 
@@ -63,8 +73,9 @@ def _range(item: Any) -> tuple[str, tuple[float, float]]:
     """Return the tensor and the range of an encoding."""
     try:
         name, bits, kind = str(item["name"]), int(item["bw"]), str(item.get("dtype", "INT"))
-        [scale], [offset] = item["scale"], item["offset"]
-        low, high = float(scale) * int(offset), float(scale) * (int(offset) + 2**bits - 1)
+        [scale], [offset], [shift] = item["scale"], item["offset"], item.get("zero_point_shift", [0.0])
+        low = float(scale) * (float(offset) + float(shift))
+        high = low + float(scale) * (2**bits - 1)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(f"an encoding needs name, bw, one scale and one offset, not {item!r:.80}") from None
     if (

@@ -51,6 +51,7 @@ class Options(TypedDict, total=False):
     score_samples: int
     activation_range: ActivationRange | Literal["minmax", "percentile", "mse"]
     encodings: Encodings | Mapping[str, Any] | str | Path | None
+    requantize: bool
     percentile: float
     weight_range: WeightRange | Literal["minmax", "mse", "hmse"] | None
     damping: float

@@ -35,8 +35,11 @@ def fold_constants(model: ModelProto) -> ModelProto:
     folded, apart = light(model, _take_part(model))
     while True:
         folded = _without_identities(
-            _folded_once(_dequantized(_with_whole_shapes(_constants_to_initializers(folded))))
+            _folded_once(dequantized(_with_whole_shapes(_constants_to_initializers(folded))))
         )
+        view = GraphView(folded)
+        if any(_is_dequantized(n, view) for n in view.nodes):
+            continue  # its integers have become constant only now
         needed = _take_part(folded, [t.name for t in apart])
         late = [t for t in apart if t.name in needed]
         if late:
@@ -162,17 +165,22 @@ def _constants_to_initializers(model: ModelProto) -> ModelProto:
     return result
 
 
-def _dequantized(model: ModelProto) -> ModelProto:
+def dequantized(model: ModelProto) -> ModelProto:
     """Return a copy in which constants behind DequantizeLinear are float; onnx-graphsurgeon keeps these."""
     view, kept, values = GraphView(model), [], []
     for node in view.nodes:
-        if node.op_type != "DequantizeLinear" or not all(view.is_constant(i) for i in node.input if i):
+        if not _is_dequantized(node, view):
             kept.append(node)
             continue
         evaluator = ReferenceEvaluator(node, opsets={o.domain: o.version for o in model.opset_import})
         (value,) = evaluator.run(None, {i: view.constant(i) for i in node.input if i})
         values.append(numpy_helper.from_array(np.asarray(value), node.output[0]))
     return edit.with_nodes(model, kept, values) if values else model
+
+
+def _is_dequantized(node: NodeProto, view: GraphView) -> bool:
+    """Return True for a DequantizeLinear of constants."""
+    return node.op_type == "DequantizeLinear" and all(view.is_constant(i) for i in node.input if i)
 
 
 def _without_identities(model: ModelProto) -> ModelProto:

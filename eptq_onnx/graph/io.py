@@ -13,21 +13,19 @@ from onnx import ModelProto, checker, numpy_helper
 
 from eptq_onnx.errors import ModelError, one_line
 from eptq_onnx.files import Replacement, data_file, write_atomically
+from eptq_onnx.graph import nbits
 from eptq_onnx.graph.canonical import make_canonical
 from eptq_onnx.graph.check import check as check_declared
 from eptq_onnx.graph.check import fault, labelled_tensors, read_names
 from eptq_onnx.graph.external import OutsideError, place_of, with_values, write_external
 from eptq_onnx.graph.repair import repair
 from eptq_onnx.graph.sound import make_sound
+from eptq_onnx.graph.unquantize import Quantization, unquantized
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.proto import store, weights
 from eptq_onnx.proto.bodies import all_nodes, initializers
 from eptq_onnx.runtime import PROTOBUF_LIMIT
 
-_QUANTIZED = {
-    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
-    "ConvInteger", "MatMulInteger", "MatMulNBits", "QGemm", "MatMulIntegerToFloat", "QAttention",
-}  # fmt: skip
 _RUNTIMES_OWN = {"SimplifiedLayerNormalization"}
 
 
@@ -48,8 +46,39 @@ def load(
     Raises
     ------
     ModelError
-        If the file does not exist, is not valid ONNX, or is quantized already.
+        If the file does not exist, is not valid ONNX, or is quantized in a form that is not read. One that is
+        quantized is returned without its quantizers; see `eptq_onnx.graph.unquantize`.
     """
+    proto, name = _loaded(model, folder, quantized=quantized)
+    return proto if quantized else _float_form(proto, name, folder)[0]
+
+
+def load_with_quantization(
+    model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None = None, *, blocks: bool = False
+) -> tuple[ModelProto, ModelProto, Quantization]:
+    """Return a model as it is given, without its quantizers, and how it is quantized; see `load`.
+
+    With ``blocks``, MatMulNBits are products with float weights, too.
+    """
+    proto, name = _loaded(model, folder, quantized=False)
+    found, quantization = _float_form(proto, name, folder)
+    if blocks and (count := nbits.products(found)):
+        found, quantization.other_weights = nbits.as_floats(found), quantization.other_weights + count
+    return proto, found, quantization
+
+
+def _float_form(proto: ModelProto, name: str, folder: str | None) -> tuple[ModelProto, Quantization]:
+    """Return a model without its quantizers, whose weights take more memory, and how it was quantized."""
+    found, quantization = unquantized(proto, name)
+    if found is not proto and folder is not None and _is_large(found):
+        found = weights.stored(found, folder)
+    return found, quantization
+
+
+def _loaded(
+    model: str | os.PathLike[str] | bytes | ModelProto, folder: str | None, *, quantized: bool
+) -> tuple[ModelProto, str]:
+    """Return a model, as it is, and its name in messages."""
     if isinstance(model, (ModelProto, bytes)):
         name, proto = "the model", _parse(model, "the model") if isinstance(model, bytes) else model
         unread = check_declared(proto, name)
@@ -83,10 +112,8 @@ def load(
         make_sound(proto, name)
     make_canonical(proto)
     _check(proto, name)
-    if not quantized:
-        _check_float(proto, name)
     _densify(proto)
-    return proto
+    return proto, name
 
 
 def _unread_elsewhere(proto: ModelProto, path: Path) -> set[str]:
@@ -193,19 +220,6 @@ def _check(proto: ModelProto, name: str) -> None:
         check(light)
     except checker.ValidationError as e:
         raise ModelError(f"{name} is not valid ONNX: {one_line(e)}") from e
-
-
-def _check_float(proto: ModelProto, name: str) -> None:
-    constants = {t.name for t in proto.graph.initializer} | {
-        o for n in proto.graph.node if n.op_type == "Constant" for o in n.output
-    }
-    for node in proto.graph.node:
-        weight_only = node.op_type == "DequantizeLinear" and constants.issuperset(i for i in node.input if i)
-        if node.op_type in _QUANTIZED and not weight_only:
-            raise ModelError(
-                f"{name} is quantized already (node {node.name or node.output[0]} is a {node.op_type}): "
-                "give the float model."
-            )
 
 
 def save(model: ModelProto, path: str | os.PathLike[str]) -> None:

@@ -190,6 +190,46 @@ def _dequantize(change: _Change, one: Found, bits: int, readers: list[NodeProto]
         change.put(node)
 
 
+def as_floats(model: ModelProto) -> ModelProto:
+    """Return a copy in which each MatMulNBits is a MatMul with a float weight; the model itself without any.
+
+    MatMulNBits(x, W) → MatMul(x, (W - z) s), with W of shape (N, blocks, bytes) unpacked and turned.
+    """
+    change = _Change.of(model)
+    for node in change.view.nodes:
+        inputs = [*node.input, "", "", "", "", ""][:6]
+        plain = not inputs[4] and all(change.view.is_constant(i) for i in inputs[1:4] if i)
+        if node.op_type != MATMUL_NBITS or not plain:
+            continue
+        columns, terms = int_attribute(node, "N", 0), int_attribute(node, "K", 0)
+        bits, size = int_attribute(node, "bits", 4), int_attribute(node, "block_size", 32)
+        scale = change.view.constant(inputs[2]).astype(np.float32).reshape(columns, -1, 1)
+        count = scale.shape[1]
+        values = _unpacked(change.view.constant(inputs[1]).reshape(columns, -1), bits)
+        zero: NDArray[Any] = np.full((columns, count, 1), 2 ** (bits - 1), np.float32)
+        if inputs[3]:
+            given = change.view.constant(inputs[3])
+            packed = given.dtype == np.uint8
+            rows = _unpacked(given.reshape(columns, -1), bits) if packed else given.reshape(columns, -1)
+            zero = rows[:, :count, None].astype(np.float32)
+        floats = (values[:, : count * size].reshape(columns, count, size) - zero) * scale
+        weight = np.ascontiguousarray(floats.reshape(columns, -1)[:, :terms].T, np.float32)
+        name = change.b.unique(f"{inputs[1]}/float")
+        change.b.keep(weight, name)
+        result = change.b.unique(f"{node.output[0]}/product") if inputs[5] else node.output[0]
+        change.b.nodes.append(helper.make_node("MatMul", [inputs[0], name], [result], name=node.name))
+        if inputs[5]:
+            change.b.add("Add", [result, inputs[5]], node.output[0])
+        change.put(node)
+    return change.done()
+
+
+def _unpacked(values: NDArray[np.generic], bits: int) -> NDArray[np.float32]:
+    """Return the values in bytes along the last axis, the lowest bits first."""
+    each = (values[..., None].astype(np.uint8) >> np.arange(0, 8, bits, dtype=np.uint8)) & (2**bits - 1)
+    return np.asarray(each.reshape(*values.shape[:-1], -1), np.float32)
+
+
 def products(model: ModelProto) -> int:
     """Return how many products are MatMulNBits, or what onnxruntime makes MatMulNBits of."""
     blocked = {n.output[0] for n in model.graph.node if int_attribute(n, "block_size", 0)}

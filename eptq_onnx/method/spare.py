@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from eptq_onnx.config import FLOAT_BITS, Config
 from eptq_onnx.graph.patterns import exactly, of_tensor
 from eptq_onnx.graph.view import GraphView
-from eptq_onnx.records import ActivationQuantizer, Layer, Plan
+from eptq_onnx.records import ActivationQuantizer, DynamicQuantizer, Layer, Plan
 from eptq_onnx.targets import Target
 
 _FULL = 8
@@ -42,6 +42,11 @@ class Spare:
     def leaves_float(self) -> bool:
         """Return True if nothing of the part is quantized."""
         return self.weight_bits is None and self.activation_bits is None
+
+    @property
+    def runs_float(self) -> bool:
+        """Return True if what runs on integers otherwise computes in float."""
+        return self.leaves_float or self.activation_bits == FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,11 @@ def of_activation(quantizer: ActivationQuantizer, readers: Sequence[str], most: 
             # The bits of a tensor are the most that any of its readers asks for.
             yield Spare((readers[0],), activation_bits=wider, left=_noise_left(bits, wider))
     yield Spare(tensor=quantizer.name)
+
+
+def of_dynamic(quantizer: DynamicQuantizer) -> Iterator[Spare]:
+    """Yield the way to spare activations whose ranges are found in every run: weights stay as they are."""
+    yield Spare(quantizer.nodes, activation_bits=FLOAT_BITS)
 
 
 def most_bits(target: Target) -> int:

@@ -16,7 +16,7 @@ from eptq_onnx.numerics.formats import PerBlock
 from eptq_onnx.numerics.grid import Grid, Levels
 from eptq_onnx.numerics.linear import WeightForm, scale_places
 from eptq_onnx.numerics.moments import Moments
-from eptq_onnx.numerics.scales import ScaleRule
+from eptq_onnx.numerics.scales import GivenScales, ScaleRule
 from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.numerics.types import Array, Float64, IntArray, Values
 
@@ -84,7 +84,8 @@ class LayerProblem:
         owners = scale_places(self.form, self.weight.shape, self.spec.axis)
         feedback = compensation.Feedback.of(moment)
         best = self._round(full, target, self._at_least(base, least), moment, feedback, owners)
-        for ratio in RATIOS[self.spec.scales][1:] if self._thorough else ():
+        ratios = RATIOS[self.spec.scales] if isinstance(self.spec.scales, ScaleRule) else (1.0,)
+        for ratio in ratios[1:] if self._thorough else ():
             other = self._round(
                 full, target, self._at_least(base * np.float32(ratio), least), moment, feedback, owners
             )
@@ -195,7 +196,10 @@ class LayerProblem:
 
         There is one per channel, or one for the whole tensor.
         """
-        scale, least = (self.spec.scales.nearest(scale.reshape(-1)), self.spec.scales.above(least))
+        rule = self.spec.scales.in_units(self.units[1])
+        if isinstance(rule, GivenScales):
+            return rule.nearest(scale.reshape(-1))
+        scale, least = rule.nearest(scale.reshape(-1)), rule.above(least)
         return np.maximum(scale, least if scale.size == least.size else least.max())
 
     def _round(

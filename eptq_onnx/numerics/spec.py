@@ -8,7 +8,7 @@ import numpy as np
 
 from eptq_onnx.numerics.formats import Format, Granularity, PerAxis, PerTensor
 from eptq_onnx.numerics.grid import Grid
-from eptq_onnx.numerics.scales import ScaleRule
+from eptq_onnx.numerics.scales import GivenScales, ScaleRule
 from eptq_onnx.numerics.types import Array, IntArray
 
 
@@ -24,8 +24,8 @@ class QuantSpec:
         Smallest and largest zero point allowed. A weight's zero point is folded into its stored integers,
         because integer kernels expect the zero point 0; the limits keep these integers in the range that the
         target stores.
-    scales : ScaleRule
-        The scales that the runtime accepts.
+    scales : ScaleRule or GivenScales
+        The scales that the runtime accepts, or those that are given.
     least_range : float
         Smallest real range that the format's values cover.
     """
@@ -33,7 +33,7 @@ class QuantSpec:
     format: Format
     granularity: Granularity = field(default_factory=PerTensor)
     zero_points: tuple[int, int] = (0, 0)
-    scales: ScaleRule = ScaleRule.ANY
+    scales: ScaleRule | GivenScales = ScaleRule.ANY
     least_range: float = 0.0
 
     @property
@@ -60,6 +60,11 @@ class QuantSpec:
     def symmetric(self) -> bool:
         """Return True if the zero point is always 0."""
         return self.zero_points == (0, 0)
+
+    @property
+    def is_given(self) -> bool:
+        """Return True if the integers are given."""
+        return isinstance(self.scales, GivenScales) and self.scales.exact
 
     def grid(self, scale: Array, zero_point: int | IntArray = 0) -> Grid:
         """Return the grid with the allowed scale nearest to the given one.

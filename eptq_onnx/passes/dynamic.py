@@ -11,8 +11,11 @@ _LESS, _MUCH_LESS = 0.7, 0.5
 """Ratios of noise below which products get other ranges, and below which all else stays float: 1.5, 3 dB."""
 _UNNOTICED = 1e-3
 """Noise that need not be lowered: 30 dB below the outputs. Files with fixed ranges run on more runtimes."""
-_BULK = 0.5
-"""Share of the multiplications on integers that products must have: fixed ranges serve convolutions well."""
+_BULK, _NEARLY_ALL = 0.5, 0.9
+"""Shares of the multiplications on integers that products must have, and for all else to stay float.
+
+Fixed ranges serve convolutions well, and a convolution in float is slow.
+"""
 
 
 class Dynamic(Pass):
@@ -38,7 +41,7 @@ class Dynamic(Pass):
 
     def run(self, state: State, ctx: Context) -> State:
         """Measure, and replan."""
-        asked = _asked(state, ctx)
+        asked, share = _asked(state, ctx), _share(state, ctx)
         products = quantize_in_every_run(state, ctx, asked) if asked else state
         if not products.plan.dynamic:
             return state
@@ -55,7 +58,8 @@ class Dynamic(Pass):
         if fixed <= _UNNOTICED:
             return state
         best, least = state, fixed
-        for other, ratio in ((products, _LESS), (_products_alone(products, ctx), _MUCH_LESS)):
+        alone = _products_alone(products, ctx) if share >= _NEARLY_ALL else None
+        for other, ratio in ((products, _LESS), (alone, _MUCH_LESS)):
             if other is not None and (found := noise(other)) < ratio * least:
                 best, least = other, found
         if best is state:
@@ -70,9 +74,17 @@ class Dynamic(Pass):
 
 def _asked(state: State, ctx: Context) -> list[str]:
     """Return the layers that can do without fixed ranges; none if others do most of the work."""
+    return _products(state, ctx) if _share(state, ctx) >= _BULK else []
+
+
+def _products(state: State, ctx: Context) -> list[str]:
+    return [x.node for x in state.plan.static_layers if x.op_type in ctx.target.dynamic]
+
+
+def _share(state: State, ctx: Context) -> float:
+    """Return the share of the multiplications on integers that products have."""
     work = {x.node: ctx.multiplications.get(x.node, 0.0) for x in state.plan.static_layers}
-    found = [x.node for x in state.plan.static_layers if x.op_type in ctx.target.dynamic]
-    return found if sum(work[name] for name in found) >= _BULK * sum(work.values()) else []
+    return sum(work[name] for name in _products(state, ctx)) / max(sum(work.values()), 1e-30)
 
 
 def _products_alone(state: State, ctx: Context) -> State | None:

@@ -50,7 +50,8 @@ class Reconstruct(Pass):
             ctx.config,
             ctx.tell(self.name),
         )
-        notes = [f"{node} keeps nearest rounding: {why}" for node, why in skipped.items()]
+        given = {x.node for x in state.plan.layers if x.weight_spec.is_given}
+        notes = [f"{node} keeps nearest rounding: {w}" for node, w in skipped.items() if node not in given]
         targets = ctx.config.optimizes
         rounding, note = better_than_nearest(
             judge.noise, judge.limit, state.plan, state.nearest, rounded, targets=targets

@@ -52,7 +52,7 @@ class Learned:
         total = effort.steps
         self._augments = effort.augments
         self._plan, self._start, self._graph, self._config, self._total = plan, start, graph, config, total
-        learnable = [n for n in plan.weight_specs if n in graph.gradients]
+        learnable = [n for n, spec in plan.weight_specs.items() if n in graph.gradients and not spec.is_given]
         kind = _KINDS[config.rounding]
         self.weights: dict[str, RoundedWeight] = {
             n: kind(

@@ -18,12 +18,12 @@ from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.place.costs import STEPS, program_of, steps_of
-from eptq_onnx.method.place.network import reasons
 from eptq_onnx.method.place.pieces import (
     between_convolutions,
     conversions_piece,
     float_piece,
 )
+from eptq_onnx.method.place.reasons import reasons
 from eptq_onnx.method.place.regions import Region, regions_of
 from eptq_onnx.method.plan import plan
 from eptq_onnx.placement import Representation, TimedRegion, Way
@@ -75,9 +75,12 @@ def programs(draw):
         times = {name: draw(costs) for name in STEPS if layouts or "quantize" in name}
         tensors.append(Tensor(maker, tuple(readers), draw(st.booleans()), steps_of(times)))
     regions = st.integers(0, count - 1)
-    every = [(k, o) for k, own in enumerate(options) for o in range(len(own))]
+    every_option = [(k, o) for k, own in enumerate(options) for o in range(len(own))]
     shared = [
-        Shared(tuple(draw(st.lists(st.sampled_from(every), unique=True, max_size=3))), {"noise": draw(costs)})
+        Shared(
+            tuple(draw(st.lists(st.sampled_from(every_option), unique=True, max_size=3))),
+            {"noise": draw(costs)},
+        )
         for _ in range(draw(st.integers(0, 3)))
     ]
     rules: dict[str, Any] = {
@@ -91,6 +94,13 @@ def programs(draw):
         ),
         "layers": frozenset(draw(st.lists(regions, max_size=2))),
         "shared": tuple(shared),
+        "follows": tuple(
+            (
+                draw(st.sampled_from(every_option)),
+                tuple(draw(st.lists(st.sampled_from(every_option), unique=True, max_size=2))),
+            )
+            for _ in range(draw(st.integers(0, 2)))
+        ),
     }
     return Program(tuple(options), tuple(tensors), **rules)
 
@@ -104,6 +114,9 @@ def allowed(program, options):
             for k, makers, readers in program.bound
         )
         and (not program.layers or any(on[k] for k in program.layers))
+        and all(
+            options[k] != o or any(options[m] == p for m, p in leaders) for (k, o), leaders in program.follows
+        )
     )
 
 
@@ -238,6 +251,25 @@ def test_tensors_without_layouts_are_quantized_only():
     free = steps_of(dict.fromkeys(STEPS, 1.0), layouts=False)
     assert free[R.FLOAT, R.INTEGERS] == 1
     assert free[R.FLOAT, R.FLOAT_BLOCKED] == free[R.INTEGERS, R.INTEGERS_LAST] == 0
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_only_convolutions_bring_channels_last_about(before):
+    """A pool between is fast with channels last, which it has behind an integer convolution alone."""
+    body = "a = Conv (x, w)  p = MaxPool <kernel_shape = [2,2]> (a)  y = Conv (p, v)"
+    _, _, found = planned(body, WEIGHTS)
+    convolution = (Way(R.FLOAT, R.FLOAT, 1.0),), (Way(R.INTEGERS_LAST, R.INTEGERS_LAST, 1.0),)
+    pool = (
+        (Way(R.FLOAT, R.FLOAT, 9.0),),
+        (
+            Way(R.INTEGERS, R.INTEGERS, 8.0),
+            Way(R.INTEGERS_LAST, R.INTEGERS_LAST, 0.5),
+        ),
+    )
+    steps = {link.tensor: dict.fromkeys(STEPS, 0.1) for link in found.links}
+    program = program_of(found, [convolution, pool, convolution], steps, fixed=[before, True, True])
+    taken = program.options[1][known(solve(program)).options[1]]
+    assert taken.reads is (R.INTEGERS_LAST if before else R.INTEGERS)
 
 
 def test_what_the_runtime_cannot_block_is_blocked_at_the_price_of_the_way_back():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -492,6 +493,7 @@ def chain():
     )
 
 
+FOURTH = "Conv_6"
 LOUD: Any = {"preset": "fast", "target": "ort-x64-vnni", "measure_speed": False}
 
 
@@ -513,6 +515,34 @@ def test_noise_above_its_limit_is_avoided_where_that_takes_little_time(bench, de
         assert taken.ratio <= 1.1
     else:
         assert taken is planned
+
+
+def test_what_is_slow_only_beside_others_is_learned_from_the_profile(bench, monkeypatch):
+    """The fourth convolution takes long behind one in float, which no piece of the network shows."""
+    bench.depthwise, seconds, kernels = 0.9, bench.seconds, bench.kernels
+
+    def slow(model):
+        view = GraphView(model)
+        node = next((n for n in view.nodes if n.name == FOURTH), None)
+        while node is not None and (node.name == FOURTH or node.op_type != "Conv"):
+            node = view.producer.get(node.input[0])
+        source = None if node is None else view.producer.get(node.input[0])
+        return 10 * bench.unit * (source is not None and source.op_type != "DequantizeLinear")
+
+    def profiled(self, model):
+        return [
+            replace(time, seconds=time.seconds + slow(model) * (time.kernel.node == FOURTH))
+            for time in kernels(self, model)
+        ]
+
+    monkeypatch.setattr(bench, "seconds", lambda self, model: seconds(self, model) + slow(model))
+    monkeypatch.setattr(bench, "kernels", profiled)
+    config = Config(max_noise=3e-6, **LOUD)
+    result = eptq_onnx.quantize(chain(), images(16, 8, 6), config, progress=silent)
+    tried = [c for c in known(result.report.placement).candidates if c.name == "less noise for little time"]
+    assert len(tried) == 2
+    assert tried[0].ratio > 1.1 >= tried[1].ratio
+    assert floats(result)
 
 
 def test_a_choice_for_noise_stays_faster_than_the_float_model(bench):

@@ -16,7 +16,7 @@ from onnx import ModelProto, helper, numpy_helper
 from typer.testing import CliRunner
 
 import eptq_onnx
-from eptq_onnx import Config, ModelError, targets
+from eptq_onnx import Config, targets
 from eptq_onnx.cli import app
 from eptq_onnx.rules import RULES, Severity, lint
 
@@ -390,11 +390,6 @@ def test_what_cannot_be_checked_is_one_sentence(saved, arguments, sentence):
     result = CliRunner().invoke(app, ["lint", *arguments])
     assert result.exit_code == 2
     assert sentence in " ".join(result.stderr.split())
-
-
-def test_a_quantized_model_is_still_refused_as_a_float_model(written):
-    with pytest.raises(ModelError, match="is quantized already"):
-        eptq_onnx.quantize(written, {"image": images()}, Config(preset="fast"), progress=silent)
 
 
 def test_severities_are_what_a_runtime_makes_of_a_fault():

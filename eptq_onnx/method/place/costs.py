@@ -20,6 +20,7 @@ STEPS: Mapping[str, Sequence[Step]] = {
     "integers from last": [(_R.INTEGERS_LAST, _R.INTEGERS)],
 }
 """Measured conversion (see `pieces.conversions_piece`) to the steps that it performs."""
+_LAST = (_R.INTEGERS_LAST, _R.FLOAT_LAST)
 _LAYOUTS = tuple(name for name in STEPS if name not in ("quantize", "dequantize"))
 _REVERSE = {"float to blocked": "float from blocked"}
 """Conversion to the one whose time is used if the runtime lacks it.
@@ -98,7 +99,31 @@ def program_of(
         regions.needs if free else (),
         regions.bound if free else (),
         regions.layers if free else frozenset(),
+        follows=_followers(regions, options, {k for k, (_, integers) in enumerate(ways) if integers}),
     )
+
+
+def _followers(
+    regions: Regions, options: Sequence[Sequence[Option]], timed: set[int]
+) -> tuple[tuple[tuple[int, int], tuple[tuple[int, int], ...]], ...]:
+    """Return the options with channels last that depend on those of the region before.
+
+    Integer convolutions bring this layout about themselves, and float ones never have it. Others have it only
+    behind a region that has it: onnxruntime moves transposes forward, from the inputs towards the outputs.
+    """
+    found = []
+    for link in regions.links:
+        maker = link.maker
+        if maker is not None and maker not in timed:
+            continue
+        made = enumerate(options[maker]) if maker is not None else ()
+        last = tuple((maker or 0, o) for o, x in made if x.makes in _LAST)
+        for k in link.readers:
+            convolves = "Conv" in regions.regions[k].operators
+            for o, x in enumerate(options[k]):
+                if k in timed and x.reads in _LAST and not (convolves and x.on_integers):
+                    found.append(((k, o), () if convolves else last))
+    return tuple(found)
 
 
 def _untimed(on_integers: bool) -> Option:

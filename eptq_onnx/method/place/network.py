@@ -6,15 +6,16 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from onnx import ModelProto, helper
 
 from eptq_onnx.graph.view import GraphView, opset_of
 from eptq_onnx.method.place.costs import program_of
-from eptq_onnx.method.place.goal import Asked, Parts, in_ms
+from eptq_onnx.method.place.goal import Asked, Parts
 from eptq_onnx.method.place.pieces import Piece, conversions_piece, float_piece, integer_piece
 from eptq_onnx.method.place.regions import Region, Regions, regions_of
 from eptq_onnx.placement import Representation, TimedRegion, Way
@@ -40,11 +41,17 @@ class Times:
     seen : sequence of (float, float) or None
         Seconds of each region in the profiles of the whole float and the whole quantized model; None where
         kernels span several regions. They stand in for regions whose pieces were not timed.
+    corrected : dict of (int, bool) to float
+        Region, and whether it is on integers, to the least seconds that it counts, in any layout.
+    avoided : frozenset of (int, bool, tuple of int)
+        A region, whether it is on integers, and its neighbours of which then one must be alike.
     """
 
     pieces: Ways
     conversions: Mapping[str, Mapping[str, float]]
     seen: Sequence[tuple[float, float] | None]
+    corrected: Mapping[tuple[int, bool], float] = field(default_factory=dict)
+    avoided: frozenset[tuple[int, bool, tuple[int, ...]]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,8 @@ class Variant:
     profiled: bool = False
 
 
+_MISJUDGED = 1.5
+"""How many times longer than expected a region must take in a whole model for its time to be corrected."""
 EXACT = Variant()
 VARIANTS: Mapping[str, Variant] = {
     "least time": EXACT,
@@ -133,7 +142,10 @@ class Cut:
         """Tensor between regions to the piece that holds its conversions."""
 
     def in_order(self, seen: Sequence[tuple[float, float] | None]) -> list[Piece]:
-        """Return the distinct pieces, those first whose regions lose most on integers in the whole models.
+        """Return the distinct pieces, most important first.
+
+        Those come first whose regions the profiles of the whole models do not tell, then those whose regions
+        lose most on integers in these.
 
         Parameters
         ----------
@@ -142,15 +154,18 @@ class Cut:
         """
         lost: dict[str, float] = defaultdict(float)
         found: dict[str, Piece] = {}
-        movable: set[str] = set()
+        movable, unknown = set[str](), set[str]()
         for region, pair, times in zip(self.regions.regions, self.pieces, seen, strict=True):
             for piece in pair:
                 if piece is not None:
                     found[piece.key] = piece
                     lost[piece.key] += times[1] - times[0] if times is not None else 0.0
                     movable |= {piece.key} if region.movable else set()
+                    unknown |= {piece.key} if times is None else set()
         # The other regions are timed only for their layouts.
-        return sorted(found.values(), key=lambda p: (p.key not in movable, -lost[p.key]))
+        return sorted(
+            found.values(), key=lambda p: (p.key not in movable, p.key not in unknown, -lost[p.key])
+        )
 
     @property
     def digest(self) -> str:
@@ -252,6 +267,8 @@ class Cut:
         ]
         conversions = {name: self._conversion(p, times) for name, p in self.conversions.items()}
         program = program_of(self.regions, own, conversions, layouts=variant.layouts, fixed=fixed)
+        if fixed is None:
+            program = replace(program, follows=(*program.follows, *_alike(program, times)))
         count, parts = len(program.options), Parts() if asked is None else asked.parts
         if asked is not None:
             program = self._with_parts(program, parts, exact=asked.exact)
@@ -322,7 +339,8 @@ class Cut:
 
     def _ways(self, times: Times) -> list[tuple[tuple[Way, ...], tuple[Way, ...]]]:
         pairs = []
-        for pieces, seen, region in zip(self.pieces, times.seen, self.regions.regions, strict=True):
+        known = zip(self.pieces, times.seen, self.regions.regions, strict=True)
+        for k, (pieces, seen, region) in enumerate(known):
             first, second = (times.pieces.get(p.key, ()) if p is not None else () for p in pieces)
             if seen is not None and not (first and (second or not region.movable)):
                 # In a whole model a region runs in the layout of its neighbours.
@@ -330,8 +348,46 @@ class Cut:
                     tuple(Way(r, r, seconds) for r in forms)
                     for forms, seconds in zip((_FLOAT, _INTEGERS), seen, strict=True)
                 )
-            pairs.append((first, second if region.movable else ()))
+            first, second = (
+                tuple(
+                    replace(w, seconds=max(w.seconds, times.corrected.get((k, bool(form)), 0.0))) for w in own
+                )
+                for form, own in enumerate((first, second if region.movable else ()))
+            )
+            pairs.append((first, second))
         return pairs
+
+    def corrected(self, times: Times, chosen: Sequence[bool], profiled: Iterable[RegionTime]) -> Times:
+        """Return times that count what regions took in the profile of a choice, where that is news.
+
+        These are regions of which nothing was known, and those that took much longer than what was known. If
+        some of their neighbours were of the other kind, that is held to be the reason: next to other kernels
+        a runtime may lack the layout in which a region is fast.
+        """
+        found, avoided, seen = dict(times.corrected), set(times.avoided), list(times.seen)
+        for k, (ways, own) in enumerate(zip(self._ways(times), self.seen(profiled), strict=True)):
+            on, known = chosen[k], [w.seconds for w in ways[chosen[k]]]
+            if own is None:
+                continue
+            if not known and on:
+                seen[k] = own
+            elif known and own[1] > _MISJUDGED * min(known):
+                others = tuple(m for m in self._neighbours[k] if chosen[m] != on)
+                if others:
+                    avoided.add((k, on, others))
+                else:
+                    found[k, on] = own[1]
+        return replace(times, seen=tuple(seen), corrected=found, avoided=frozenset(avoided))
+
+    @cached_property
+    def _neighbours(self) -> list[list[int]]:
+        """Return for each region those before and behind it."""
+        found: list[set[int]] = [set() for _ in self.regions.regions]
+        for link in self.regions.links:
+            for k in link.readers if link.maker is not None else ():
+                found[k].add(link.maker or 0)
+                found[link.maker or 0].add(k)
+        return [sorted(own) for own in found]
 
     def untimed(self, pieces: Ways) -> int:
         """Return the number of regions that the plan puts on integers and whose pieces were not timed."""
@@ -356,31 +412,17 @@ class Cut:
         return [r for r, on in zip(self.regions.regions, chosen, strict=True) if r.movable and not on]
 
 
+def _alike(program: Program, times: Times) -> Iterator[tuple[tuple[int, int], tuple[tuple[int, int], ...]]]:
+    """Yield the options that are taken only with others of the same kind around; see `Times`."""
+
+    def options(k: int, on: bool) -> list[tuple[int, int]]:
+        return [(k, o) for o, x in enumerate(program.options[k]) if x.on_integers == on]
+
+    for k, on, others in sorted(times.avoided):
+        leaders = tuple(option for m in others for option in options(m, on))
+        yield from ((option, leaders) for option in options(k, on))
+
+
 def _elements(model: ModelProto) -> int:
     """Return the number of elements of a model's first input."""
     return math.prod(d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim)
-
-
-def reasons(times: Iterable[TimedRegion], kept: Iterable[Region]) -> dict[str, str]:
-    """Return for each node kept float the reason, with the total times of regions of the same operators."""
-    wanted = {r.nodes for r in kept}
-    totals: dict[str, list[float]] = {}
-    for time in times:
-        if time.nodes in wanted:
-            total = totals.setdefault(time.operators, [0.0, 0.0])
-            total[0] += time.float_seconds
-            total[1] += time.integer_seconds
-    found = {}
-    for region in kept:
-        exact, integers = totals.get(region.operators, (0.0, 0.0))
-        if region.operators not in totals:
-            why = "the whole model is faster with it in float"
-        elif integers > exact:
-            why = f"integers would be slower here: {in_ms(integers)} instead of {in_ms(exact)}"
-        else:
-            why = (
-                "integers would not pay off here: the conversions around it would cost more than the "
-                f"{in_ms(exact - integers)} that the kernels save"
-            )
-        found.update(dict.fromkeys(region.nodes, why))
-    return found

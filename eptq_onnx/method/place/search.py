@@ -18,8 +18,9 @@ from onnx import ModelProto
 from eptq_onnx.errors import ModelError
 from eptq_onnx.method.place.goal import Goal, Parts
 from eptq_onnx.method.place.limits import Found, Limited, Measures
-from eptq_onnx.method.place.network import VARIANTS, Chosen, Cut, Times, reasons
+from eptq_onnx.method.place.network import VARIANTS, Chosen, Cut, Times
 from eptq_onnx.method.place.pieces import between_convolutions
+from eptq_onnx.method.place.reasons import reasons
 from eptq_onnx.method.place.regions import Region
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.outcome import Speed
@@ -36,6 +37,8 @@ _LONGEST = 0.05
 """Maximum seconds for the runs of one piece."""
 _DOUBT, _MOST_TRIED = 1.1, 2
 """Factor on the planned model's predicted time up to which choices are timed as a whole, and how many."""
+_TRIES = 4
+"""Maximum number of choices for less noise that are timed as a whole."""
 _TIE = 1.02
 """Ratio of times that makes no difference between two choices."""
 _FASTER = 1.05
@@ -210,16 +213,26 @@ class Search:
         most = min((self._goal.most_slower or 1.0) * own.ratio, ends[1].ratio / _FASTER)
         if foreseen is None or most <= own.ratio:
             return found
-        limited, tried = self._limited(times, ends[0].predicted / ends[0].seconds), list(found.others)
-        # Predictions ignore interactions, so what turns out too slow is chosen again within half the way.
-        for allowed in (most, (most + own.ratio) / 2):
+        tried, allowed = list(found.others), most
+        for _ in range(_TRIES):
+            limited = self._limited(times, ends[0].predicted / ends[0].seconds)
             choice = limited.quietest(foreseen.predicted * allowed / own.ratio)
             if choice is None or choice.on_integers == found.on_integers:
                 break
             tried.append(self._timed(QUIETER, choice))
             if tried[-1].ratio <= most:
                 return Found(tried[-1].name, choice.on_integers, tuple(tried))
+            known, times = times, self._corrected(times, choice)
+            if times == known:
+                allowed = (allowed + own.ratio) / 2
         return found._replace(others=tuple(tried))
+
+    def _corrected(self, times: Times, choice: Chosen) -> Times:
+        """Return times that explain why a choice takes longer than predicted, from its profile."""
+        models = self._models
+        other = models.without(choice.on_integers)
+        profile = self._bench.profile(models.exact, other, models.feeds)
+        return self._cut.corrected(times, choice.on_integers, profile.regions)
 
     def _as_planned(self, base: Speed, why: str) -> Timings:
         count = sum(self._cut.as_planned)

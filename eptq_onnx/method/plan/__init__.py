@@ -24,6 +24,7 @@ from onnx import AttributeProto, ModelProto, NodeProto
 from eptq_onnx.config import FLOAT_BITS, Activations, Config
 from eptq_onnx.errors import ModelError
 from eptq_onnx.graph.branches import settled_branch
+from eptq_onnx.graph.nbits import MATMUL_NBITS
 from eptq_onnx.graph.patterns import matching, tensor_of
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.plan.activations import dynamic_quantizers, quantizers_of
@@ -43,6 +44,11 @@ from eptq_onnx.targets import Operator, Target
 
 _RUNS = {Role.LAYER: "layer", Role.ARITHMETIC: "arithmetic", Role.EQUAL_SCALE: "equal scale"}
 """What a target's row says of an operator that has a role and runs on integers."""
+_OTHER_RANGES = (
+    ": with activations=dynamic, matrix products alone run on integers; choose activations=static with "
+    "samples, or bits=w8a32 to store weights alone as integers"
+)
+"""What to do if no layer is dynamic."""
 
 
 def plan(
@@ -106,12 +112,15 @@ def plan(
     held = held_weights(draft, layers, {*exact, *by_user})
     if all(layer.stored for layer in layers) and not held and not (layers and config.weights_only):
         reasons = "; ".join(f"{name}: {why}" for name, why in list(draft.reasons.items())[:3])
+        in_every_run = config.activations is Activations.DYNAMIC
+        kinds = target.dynamic if in_every_run else target.that_run("layer")
         raise ModelError(
-            f"there is nothing to quantize: no {', '.join(sorted(target.that_run('layer')))} "
-            f"with a constant float32 weight{' (' + reasons + ')' if reasons else ''}."
+            f"there is nothing to quantize: no {', '.join(sorted(kinds))} "
+            f"with a constant float32 weight{' (' + reasons + ')' if reasons else ''}"
+            f"{_OTHER_RANGES if in_every_run and layers else ''}."
         )
     activations, operands = quantizers_of(draft, layers, config)
-    tables = lookup_tables(draft, layers, config)
+    tables = lookup_tables(draft, layers, config, by_user)
     absorbed = _absorbed_nodes(draft, activations)
     integer, kept_float = _integer_nodes(draft), _kept_float(draft, absorbed)
     return Plan(
@@ -197,6 +206,8 @@ def _objection(node: NodeProto, spec: OpSpec, draft: Draft) -> str | None:
         return _inside(node, draft.target.that_run("layer"))
     if not is_known(node) and node.domain not in OWN_DOMAINS:
         return f"{node.op_type} is a custom operator, of the domain {node.domain}"
+    if not is_known(node) and node.op_type == MATMUL_NBITS:
+        return "its weight is quantized already; the option requantize quantizes it anew"
     if not is_known(node):
         return f"{node.op_type} is not in the operator table"
     if node.name in draft.whole:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from onnx import ModelProto, NodeProto
 
 from eptq_onnx.config import Config
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.method.plan.draft import Draft, weight_of
+from eptq_onnx.method.plan.given import with_given_scales
 from eptq_onnx.method.plan.storing import PRODUCTS
 from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.ops import output_channels, spec_of
@@ -55,6 +58,8 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
             taken.add(bias)
         edge, depthwise = weight in edges, weight not in dense
         bits = wanted.get(weight, config.edge_bits if edge else config.weight_bits)
+        spec_of_bits = partial(target.weight_spec, depthwise=depthwise)
+        planned = _weight_spec(node, target, (bits, axis, depthwise), rank, config.block)
         layers.append(
             Layer(
                 node=node.name,
@@ -65,7 +70,7 @@ def layers_of(draft: Draft, config: Config, model: ModelProto) -> tuple[Layer, .
                 result=draft.final(node.output[0]),
                 bias=bias,
                 has_bias=has_bias,
-                weight_spec=_weight_spec(node, target, (bits, axis, depthwise), rank, config.block),
+                weight_spec=with_given_scales(planned, weight, view, config, spec_of_bits),
                 output_axis=-1 if spec.output_axis is None else spec.output_axis,
                 edge=edge,
                 depthwise=depthwise,

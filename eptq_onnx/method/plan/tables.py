@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 
@@ -16,18 +17,32 @@ _LEAST_TABLE = 16_384
 """Values of a table below which storing it as integers does not pay."""
 
 
-def lookup_tables(draft: Draft, layers: tuple[Layer, ...], config: Config) -> tuple[LookupTable, ...]:
+def lookup_tables(
+    draft: Draft, layers: tuple[Layer, ...], config: Config, excluded: Collection[str] = ()
+) -> tuple[LookupTable, ...]:
     """Return the lookup tables of float nodes: 8-bit integers with one scale per row, or blocks.
 
     In blocks they have the bits of first and last layers. A table whose transpose is the weight of a layer is
     stored once.
+
+    Parameters
+    ----------
+    draft : Draft
+        With what runs on integers.
+    layers : tuple of Layer
+        Their weights are planned already.
+    config : Config
+    excluded : collection of str
+        Nodes whose tables stay float.
     """
     view, weights = draft.view, {layer.weight for layer in layers}
     found: dict[str, int] = {}
     for node in view.nodes:
         row = spec_of(node)
         place = row.table(node) if row.table is not None and draft.row(node).stored else None
-        if place is None or node.name in draft.quantized or not view.is_constant(node.input[place]):
+        if node.name in draft.quantized or node.name in excluded:
+            continue
+        if place is None or not view.is_constant(node.input[place]):
             continue
         table = node.input[place]
         shape = view.constant_shape(table)

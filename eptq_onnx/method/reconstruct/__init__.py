@@ -187,6 +187,8 @@ def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:
     for layer in plan.layers:
         if linear_form(nodes[layer.node], view) is None:
             found[layer.node] = f"this {layer.op_type} is not a plain matrix product"
+        elif layer.weight_spec.is_given:
+            found[layer.node] = "the file that was given has its integers alone"
         elif layer.weight in shared:
             found[layer.node] = f"its weight {layer.weight} is shared by several layers"
         elif layer.weight in tables:
