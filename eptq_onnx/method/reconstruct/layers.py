@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from eptq_onnx.config import Config
-from eptq_onnx.execute.pair import Reached
 from eptq_onnx.execute.pieces import function_of
+from eptq_onnx.execute.walkers import Reached
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.biases import BiasSpec
