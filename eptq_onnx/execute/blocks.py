@@ -15,7 +15,7 @@ from eptq_onnx.graph import edit
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.parallel import ordered_map
+from eptq_onnx.parallel import paired_map
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import node_reads
 from eptq_onnx.runtime import ExactSession
@@ -212,12 +212,17 @@ def _run(
     names = list(dict.fromkeys([*computed, *block.makes]))
     session = ExactSession(edit.exposing(block.model, names)) if names else None
 
-    def run(batch: tuple[int, Feeds]) -> tuple[Feeds, Feeds, dict[str, T]]:
+    def run(batch: tuple[int, Feeds]) -> tuple[Feeds, dict[str, T]]:
         number, feeds = batch
         values = session.run({n: feeds[n] for n in session.inputs}, names) if session is not None else {}
         found = {n: reduce(number, n, values[n] if n in values else feeds[n]) for n in chosen}
-        return feeds, {n: values[n] for n in block.makes}, found
+        return {n: values[n] for n in block.makes}, found
 
-    for feeds, passed, found in ordered_map(run, enumerate(batches)):
+    def read(batch: tuple[int, Feeds]) -> tuple[int, Feeds]:
+        number, feeds = batch
+        given = {*(session.inputs if session is not None else ()), *chosen}
+        return number, {n: value for n, value in feeds.items() if n in given}
+
+    for (_, feeds), (passed, found) in paired_map(run, enumerate(batches), read):
         feeds.update(passed)
         yield found

@@ -119,9 +119,10 @@ class Walk:
         session = KeptSession(model, integers=self._integers)
 
         def run(feeds: Feeds) -> Feeds:
-            return session.run({i: feeds[i] for i in inputs}, kept)
+            return session.run(feeds, kept)
 
-        for feeds, values in zip(self._live, ordered_map(run, self._live), strict=True):
+        parts = ({i: feeds[i] for i in inputs} for feeds in self._live)
+        for feeds, values in zip(self._live, ordered_map(run, parts), strict=True):
             feeds.update(values)
             # Drop what is no longer read at once: the tensors of all batches never exist twice.
             for name in [t for t in feeds if t != wanted and not self._is_awaited(t)]:
