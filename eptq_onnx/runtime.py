@@ -353,10 +353,7 @@ class ExactSession(Session):
 
 
 class KeptSession(ExactSession):
-    """An exact session whose outputs are kept for long.
-
-    An output that lies in the memory that all tensors of a session share keeps all of that memory.
-    """
+    """An exact session whose outputs are kept for long: none keeps the memory of all tensors."""
 
     _arena = False
 

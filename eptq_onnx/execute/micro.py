@@ -11,7 +11,7 @@ from eptq_onnx.parallel import worker_count
 
 _COPIES = 3
 """Copies of each tensor: float network, quantized network, and gradient."""
-_MEMORY = 5 * 2**28
+_MEMORY = 3 * 2**28
 """Most bytes of the tensors of all batches in progress, where fewer samples at once help."""
 
 

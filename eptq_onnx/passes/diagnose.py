@@ -57,8 +57,7 @@ class Diagnose(Pass):
         """Walks of three networks on a few samples, and the search for causes, more likely with few bits."""
         samples, pieces = min(len(ctx.shares.unseen), SAMPLES), WALKS * len(state.plan.layers)
         runs = _STEPS if _is_risky(state.plan) else _STEPS / 2
-        # Weights are rounded and folded for each run.
-        return Cost(passes=_A_RUN * runs * samples, walks=WALKS * samples, builds=2 * runs + 1, pieces=pieces)
+        return Cost(passes=_A_RUN * runs * samples, walks=WALKS * samples, builds=runs + 1, pieces=pieces)
 
     def run(self, state: State, ctx: Context) -> State:
         """Compare layers, then find causes if the verdict is not safe."""

@@ -19,8 +19,8 @@ from onnx import ModelProto, NodeProto
 
 from eptq_onnx.config import Config
 from eptq_onnx.data.samples import Selection
-from eptq_onnx.execute.pair import WalkedPair, batches_at
 from eptq_onnx.execute.walk import live_bytes, walks_memory
+from eptq_onnx.execute.walkers import Walkers, batches_at
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.shapes import specialize
@@ -104,7 +104,7 @@ def reconstruct(
         # To bring a batch somewhere takes all weights so far.
         grows=store.folder_of(model) is None,
     )
-    pair = WalkedPair((model, student), batches, samples.take, counts)
+    walkers = Walkers((model, student), batches, samples.take, counts)
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
     integers, grids, biases = dict(start.integers), dict(start.weights), dict(start.biases)
@@ -114,7 +114,7 @@ def reconstruct(
     together = read_together(solver, inputs, skipped)
     solved: dict[str, Solution] = {}
     for k, layer in enumerate(plan.layers):
-        reached = pair.reach(k, layer.input, inputs[layer.node])
+        reached = walkers.reach(k, layer.input, inputs[layer.node])
         if layer.node not in solved and solver.form(layer) is not None:
             members = together.get(layer.node, (layer,))
             solved |= solver.solve(members, reached, k, rounds=layer.node not in skipped)
@@ -128,12 +128,12 @@ def reconstruct(
             if config.optimizes:
                 targets[layer.weight] = target
         rounded = grids[layer.weight].dequantize(integers[layer.weight])
-        pair.set_constant(names[layer.node][0], rounded)
+        walkers.set_constant(names[layer.node][0], rounded)
         if layer.bias is not None:
             shift = 0 if solution is None else solution.mean_error(rounded)
             bias = biases[layer.bias] = biases[layer.bias] + shift
             stored = BiasGrid.of(layer, plan, start).round(bias, grids[layer.weight].scale)
-            pair.set_constant(names[layer.node][1], stored)
+            walkers.set_constant(names[layer.node][1], stored)
         progress(k + 1, len(plan.layers))
     corrected: Mapping[str, Array] = ChainMap(targets, start.targets)  # type: ignore[arg-type]  # it is only read
     return replace(start, integers=integers, weights=grids, biases=biases, targets=corrected), skipped

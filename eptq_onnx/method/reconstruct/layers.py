@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 
 from eptq_onnx.config import Config
-from eptq_onnx.execute.pair import Reached
 from eptq_onnx.execute.pieces import function_of
+from eptq_onnx.execute.walkers import Reached
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.biases import BiasSpec
@@ -288,7 +288,11 @@ def _importance(
     for batch, count in zip(batches, positions, strict=True):
         scored = len(batch) * known.shape[1] == count and all(int(n) in rows for n in batch)
         own = known[[rows[int(n)] for n in batch]].reshape(-1) if scored else None
-        found.append(None if own is None else (1 - _HESSIAN_SHARE) + np.float32(_HESSIAN_SHARE) * own)
+        found.append(
+            None
+            if own is None
+            else (1 - _HESSIAN_SHARE) + np.float32(_HESSIAN_SHARE) * own.astype(np.float32)
+        )
     return found
 
 

@@ -46,6 +46,8 @@ FLOAT_PASSES = 6.0
 """Cost of a probe, in float passes over the samples."""
 _POSITIONS_MEMORY = 2**28
 """Memory limit of the scores of positions if no lower limit is set, in bytes."""
+_MOST_SHARE = 6e4
+"""Largest score of a position, relative to the mean: about the largest number of float16."""
 
 
 def score(
@@ -159,14 +161,19 @@ def score(
         weights={n: (h / count).astype(np.float32) for n, h in sums.weights.items()},
         outputs={n: h / count for n, h in sums.outputs.items()},
         output_size=sum(int(np.prod(s)) for s in shapes.values()) // size,
-        positions={
-            n: power / np.float32(power.mean(dtype=np.float64))
-            for n, power in sums.positions.items()
-            if power.any()
-        },
+        positions=dict(_relative(sums.positions)),
         samples=indices,
         unreached={layer.node: unreached[layer.output] for layer in plan.layers if layer.output in unreached},
     )
+
+
+def _relative(positions: dict[str, Array]) -> Iterator[tuple[str, NDArray[np.float16]]]:
+    """Yield the scores of positions relative to their mean, in half the bytes, and drop the others."""
+    for name in list(positions):
+        power = positions.pop(name)
+        if power.any():
+            share = np.minimum(power / np.float32(power.mean(dtype=np.float64)), _MOST_SHARE)
+            yield name, share.astype(np.float16)
 
 
 def _units(

@@ -6,8 +6,8 @@ from graphs import images, small_convnet
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eptq_onnx.execute.pair import WalkedPair, batches_at
 from eptq_onnx.execute.walk import Walk
+from eptq_onnx.execute.walkers import Walkers, batches_at
 from eptq_onnx.method.normalize import normalize
 
 
@@ -36,11 +36,11 @@ def test_each_batch_has_its_own_values_wherever_it_joins(counts: list[int]):
     model = normalize(small_convnet(), 13)
     data = {k: images(4, seed=k) for k in range(6)}
     batches = [np.array([k]) for k in data]
-    pair = WalkedPair((model, model), batches, lambda part: {"image": data[int(part[0])]}, counts)
+    walkers = Walkers((model, model), batches, lambda part: {"image": data[int(part[0])]}, counts)
     expected = Walk(model, [{"image": v} for v in data.values()])
     layers = [n for n in model.graph.node if n.op_type in ("Conv", "Gemm")][: len(counts)]
     for k, layer in enumerate(layers):
-        reached, own = pair.reach(k, layer.input[0], layer.input[0]), expected.reach(layer.input[0])
+        reached, own = walkers.reach(k, layer.input[0], layer.input[0]), expected.reach(layer.input[0])
         assert len(reached.batches) == len(reached.exact) == len(reached.quantized) == counts[k]
         for part, exact, quantized in zip(reached.batches, reached.exact, reached.quantized, strict=True):
             np.testing.assert_allclose(exact, own[int(part[0])], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Two versions of a network walked side by side, by as many batches as memory holds at each place.
+"""Versions of a network walked side by side, by as many batches as memory holds at each place.
 
 The first tensors of a network are often its largest. There, few batches have more positions than a layer
 needs; where tensors are smaller, further batches are brought there by running the nodes so far.
@@ -27,7 +27,7 @@ _WORTH = 2
 
 @dataclass(frozen=True)
 class Reached:
-    """The values of a tensor in both networks, batch by batch.
+    """The values of a tensor in the first network and in the last, batch by batch.
 
     Parameters
     ----------
@@ -41,13 +41,13 @@ class Reached:
     batches: Sequence[NDArray[np.int64]]
 
 
-class WalkedPair:
-    """A float and a quantized network, walked side by side.
+class Walkers:
+    """Versions of a network, walked side by side.
 
     Parameters
     ----------
-    models : tuple of ModelProto
-        The float and the quantized network.
+    models : sequence of ModelProto
+        The float network, and others.
     batches : sequence of ndarray
         Indices of the samples of each batch.
     take : callable
@@ -58,50 +58,50 @@ class WalkedPair:
 
     def __init__(
         self,
-        models: tuple[ModelProto, ModelProto],
+        models: Sequence[ModelProto],
         batches: Sequence[NDArray[np.int64]],
         take: Callable[[NDArray[np.int64]], Feeds],
         counts: Sequence[int],
     ) -> None:
         self._counts, self._take = counts, take
-        self._batches = list(batches)
+        self.batches = list(batches)
+        """All batches, in the order in which they join."""
         if min(counts, default=len(batches)) < len(batches):
             # However many there are, they are spread over all samples.
             turns = np.arange(len(batches)) * ((np.sqrt(5) - 1) / 2) % 1
-            self._batches = [batches[k] for k in np.argsort(turns, kind="stable")]
+            self.batches = [batches[k] for k in np.argsort(turns, kind="stable")]
         self._now = counts[0] if counts else len(batches)
         grows = any(later > former for former, later in itertools.pairwise(counts))
-        first = [take(part) for part in self._batches[: self._now]]
-        self._exact, self._quantized = (Walk(model, first, grows=grows) for model in models)
+        first = [take(part) for part in self.batches[: self._now]]
+        self._walks = [Walk(model, first, grows=grows) for model in models]
 
     def set_constant(self, name: str, value: NDArray[Any]) -> None:
-        """Use a new value for a constant of the quantized network from now on."""
-        self._quantized.set_constant(name, value)
+        """Use a new value for a constant of the last network from now on."""
+        self._walks[-1].set_constant(name, value)
 
-    def reach(self, place: int, exact: str, quantized: str) -> Reached:
-        """Run both networks up to a tensor, with as many batches as the place has.
+    def reach(self, place: int, *names: str) -> Reached:
+        """Run the networks up to a tensor, with as many batches as the place has.
 
         Parameters
         ----------
         place : int
             In the order of ``counts``.
-        exact, quantized : str
+        *names : str
             The tensor's name in each of them.
         """
         wanted = self._counts[place]
-        walks = self._exact, self._quantized
-        for walk in walks:
+        for walk in self._walks:
             if wanted < self._now:
                 walk.leave(wanted)
             elif wanted > self._now:
-                walk.join(self._take(part) for part in self._batches[self._now : wanted])
+                walk.join(self._take(part) for part in self.batches[self._now : wanted])
         self._now = wanted
         found = []
-        for walk, name in zip(walks, (exact, quantized), strict=True):
+        for walk, name in zip(self._walks, names, strict=True):
             # Freed memory lies between what is kept, where larger tensors do not fit.
             release_freed()
             found.append(walk.reach(name))
-        return Reached(found[0], found[1], self._batches[:wanted])
+        return Reached(found[0], found[-1], self.batches[:wanted])
 
 
 def batches_at(needs: Sequence[int], total: int, limit: int, *, grows: bool = True) -> list[int]:
