@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The standard engine is tested on the newest Python that is found, in an environment of its own.
+# The standard engine is tested on the newest Python that is found, in an environment of its own, and so is Ray.
 NEWEST := $(firstword $(foreach p,python3.13 $(wildcard $(HOME)/.pyenv/versions/3.13*/bin/python3.13),$(shell $(p) -c 'import sys; print(sys.executable)' 2>/dev/null)))
 STANDARD := .venv-standard
 OLDEST := .venv-oldest
@@ -45,7 +45,7 @@ test-standard: $(STANDARD)/installed test-training
 
 $(STANDARD)/installed: pyproject.toml
 	$(or $(NEWEST),$(PYTHON)) -m venv $(STANDARD)
-	$(STANDARD)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[standard,test]"
+	$(STANDARD)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[standard,ray,test]"
 	touch $@
 
 # The gradients with the oldest onnxruntime that the extra allows.

@@ -47,7 +47,7 @@ from eptq_onnx.runtimes.bench import Bench, effort_of
 from eptq_onnx.runtimes.bench import bench as measured
 from eptq_onnx.runtimes.feeds import inputs_of
 from eptq_onnx.sensitivities import Sensitivity
-from eptq_onnx.start import silent, start, target_of
+from eptq_onnx.start import silent, start, surroundings, target_of
 from eptq_onnx.summary import Costs, report_of
 from eptq_onnx.workdir import Workdir
 
@@ -128,12 +128,7 @@ def quantize(
     if config.timings is not None and not config.timings.exists():
         check_writable(config.timings)
     kept = Workdir(config.workdir) if config.workdir is not None else nullcontext()
-    with (
-        owned_threads(config.threads),
-        custom_operators(config.custom_ops),
-        scratch.folder() as folder,
-        kept as workdir,
-    ):
+    with surroundings(config), scratch.folder() as folder, kept as workdir:
         found = _quantize(model, data, (config, kept_score), progress, _Places(folder, workdir))
         return replace(found, inputs=inputs)
 
@@ -227,7 +222,7 @@ def sensitivity(
         If something is wrong; see `eptq_onnx.errors` for the subclasses.
     """
     config = config or Config()
-    with owned_threads(config.threads), custom_operators(config.custom_ops), scratch.folder() as folder:
+    with surroundings(config), scratch.folder() as folder:
         return ranking(model, data, config, folder, progress)
 
 

@@ -9,6 +9,7 @@
     ├── InstallError       a runtime or gradient builder is missing or damaged
     ├── GradientError      a gradient graph could not be built
     ├── CapabilityError    a runtime cannot do what is asked of it here
+    ├── WorkerError        no process or machine is left to work on
     └── OutputError        a result could not be written
 
 The message of each is one sentence that names the node, file or option and says what to do; the command
@@ -42,6 +43,10 @@ class GradientError(EptqError):
 
 class CapabilityError(EptqError):
     """A runtime cannot do what is asked of it, on this machine or at all."""
+
+
+class WorkerError(EptqError):
+    """No worker is left, or what a worker sent back cannot be used."""
 
 
 class OutputError(EptqError):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -20,3 +23,19 @@ def peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def release_freed() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it (glibc)."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    with suppress(OSError, AttributeError):
+        if sys.platform == "linux":
+            found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+            return found
+    return None

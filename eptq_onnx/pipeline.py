@@ -18,7 +18,8 @@ from eptq_onnx.config import Config
 from eptq_onnx.data.samples import Samples
 from eptq_onnx.errors import GradientError
 from eptq_onnx.estimates import Estimate
-from eptq_onnx.method.estimate import A_PIECE, seconds_a_pass, seconds_an_operation
+from eptq_onnx.memory import release_freed
+from eptq_onnx.method.estimate import A_PIECE, measured
 from eptq_onnx.passes.allocate import Allocate
 from eptq_onnx.passes.base import Context, Pass, State
 from eptq_onnx.passes.calibrate import Calibrate
@@ -135,14 +136,20 @@ class Runner:
         enabled = self._enabled(ctx)
         known = self.resume.known(enabled, ctx) if self.resume is not None else set()
         costs = {step.name: step.cost(state, ctx) for step in enabled if step.name not in known}
-        pace = seconds_a_pass(state.executed, state.plan, ctx.samples, ctx.config)
-        operation = seconds_an_operation() if any(cost.operations for cost in costs.values()) else 0.0
-        shares = {
-            name: pace * cost.passes + operation * cost.operations + A_PIECE * cost.pieces + cost.seconds
-            for name, cost in costs.items()
-        }
+        rates = measured(state.executed, state.plan, ctx.samples, ctx.config)
+        shares = dict(self.seconds)
+        for name, cost in costs.items():
+            shares[name] = (
+                rates.a_pass * cost.passes
+                + rates.a_walk * cost.walks
+                + rates.a_build * cost.builds
+                + rates.an_operation * cost.operations
+                + rates.a_value * cost.values
+                + A_PIECE * cost.pieces
+                + cost.seconds
+            )
         total = sum(shares.values())
-        shares = {name: seconds + costs[name].share * total for name, seconds in shares.items()}
+        shares = {name: s + (costs[name].share * total if name in costs else 0) for name, s in shares.items()}
         found = Estimate(
             sum(shares.values()),
             sum(cost.steps for cost in costs.values()),
@@ -162,6 +169,7 @@ class Runner:
         for step in self._enabled(ctx):
             with self.timed(step.name):
                 state = self._after(step, state, ctx)
+            release_freed()
             _LOGGER.info("%s: %.1f s", step.name, self.seconds[step.name])
         if self.resume is None:
             return state

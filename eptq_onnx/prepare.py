@@ -27,9 +27,10 @@ from eptq_onnx.graph.widen import other_float_types
 from eptq_onnx.method.arrange import arrange, record
 from eptq_onnx.method.normalize import normalize, settle
 from eptq_onnx.numerics.scales import GivenScales
+from eptq_onnx.probes import newest_readable
 from eptq_onnx.proto import store
 from eptq_onnx.records import Plan
-from eptq_onnx.runtime import Session, newest_readable
+from eptq_onnx.runtime import Session
 from eptq_onnx.targets import Target
 
 

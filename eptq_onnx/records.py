@@ -329,7 +329,7 @@ class Scores:
     weights: Mapping[str, Array]
     outputs: Mapping[str, NDArray[np.float64]]
     output_size: int
-    positions: Mapping[str, Array] = field(default_factory=dict)
+    positions: Mapping[str, NDArray[np.float16]] = field(default_factory=dict)
     samples: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     unreached: Mapping[str, str] = field(default_factory=dict)
 

@@ -188,6 +188,7 @@ def _base_of(ctx: Context) -> str:
     values = (
         _code(), _versions(), libraries, ctx.target.model_dump(), ctx.engine and ctx.engine.name,
         ctx.samples.identity, ctx.shares, ctx.found, ctx.multiplications, ctx.float_bytes,
+        *([ctx.config.device] if ctx.config.device != "cpu" else []),
     )  # fmt: skip
     return encode(values, HashOnly())
 

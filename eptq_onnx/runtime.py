@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, TypeProto, helper, numpy_helper
+from onnx import ModelProto, TypeProto
 
-from eptq_onnx import scratch
+from eptq_onnx import devices, parallel, scratch
 from eptq_onnx.errors import ConfigError, EptqError, InstallError, ModelError, OutputError, one_line
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.proto import store, weights
 from eptq_onnx.proto.types import has_8_bit_floats, value_type
+from eptq_onnx.recipe import Recipe, made
 
 PROTOBUF_LIMIT = 2**31 - 2**20
 """Limit on the size of a protobuf message: 2 GiB, less some room for what onnxruntime adds."""
@@ -38,9 +39,6 @@ OWN_DOMAINS = frozenset((
 
 NO_KERNEL = "NOT_IMPLEMENTED"
 """Part of onnxruntime's error message if it has no kernel for an operator and type."""
-
-_OLDEST_OPSET, _OLDEST_IR = 19, 9
-"""Opset and IR version that every supported onnxruntime reads."""
 
 _VARIANTS = ("", "-gpu", "-directml", "-openvino", "-training", "-training-cpu")
 _DISTRIBUTIONS = tuple(f"onnxruntime{variant}" for variant in _VARIANTS)
@@ -152,62 +150,6 @@ def deepest_nesting() -> int:
     return 28 if (major, minor) >= (1, 30) else 16
 
 
-@cache
-def newest_readable() -> tuple[int, int]:
-    """Return the highest default-domain opset and IR version of quantized models that can be run here.
-
-    onnx must be able to write them, and the installed onnxruntime to run them. onnxruntime does not expose
-    this, so it is probed.
-    """
-    opset = _highest(
-        lambda version: _tiny(version, _OLDEST_IR), _OLDEST_OPSET, onnx.defs.onnx_opset_version()
-    )
-    return opset, _highest(lambda version: _tiny(_OLDEST_OPSET, version), _OLDEST_IR, onnx.IR_VERSION)
-
-
-def _tiny(opset: int, ir_version: int) -> ModelProto:
-    """Return a minimal quantized model, a matrix product.
-
-    onnxruntime 1.19 reads opset 21, but has no integer kernel for this pattern there.
-    """
-    info = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 1]) for name in "xy"]
-    values: dict[str, NDArray[Any]] = {
-        "one": np.array(1, np.float32),
-        "zero": np.array(0, np.uint8),
-        "weight": np.array([[1]], np.uint8),
-    }
-    nodes = [
-        helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value))
-        for name, value in values.items()
-    ]
-    for op_type, x, y in (("Quantize", "x", "q"), ("Dequantize", "q", "d"), ("Dequantize", "weight", "w")):
-        nodes.append(helper.make_node(f"{op_type}Linear", [x, "one", "zero"], [y]))
-    nodes.append(helper.make_node("MatMul", ["d", "w"], ["product"]))
-    for op_type, x, y in (("Quantize", "product", "p"), ("Dequantize", "p", "y")):
-        nodes.append(helper.make_node(f"{op_type}Linear", [x, "one", "zero"], [y]))
-    graph = helper.make_graph(nodes, "tiny", info[:1], info[1:])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
-
-
-@cache
-def channel_block() -> int:
-    """Return the channels per block of onnxruntime's blocked image layout (NCHWc) on this machine, 0 if none.
-
-    onnxruntime does not expose the number, so it is read off the positions of values in a reordered image.
-    """
-    image = np.tile(np.arange(2, dtype=np.float32), (1, 64, 1, 1))
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, image.shape) for name in "xy")
-    graph = helper.make_graph(
-        [helper.make_node("ReorderInput", ["x"], ["y"], domain=LAYOUT_DOMAIN)], "order", [x], [y]
-    )
-    opsets = [helper.make_opsetid("", _OLDEST_OPSET), helper.make_opsetid(LAYOUT_DOMAIN, 1)]
-    try:
-        session = Session(helper.make_model(graph, opset_imports=opsets, ir_version=_OLDEST_IR))
-        return int(np.argmax(session.run({"x": image})["y"]))
-    except ModelError:
-        return 0
-
-
 _OFF = ["ReluQuantRewrite", "ClipQuantRewrite"]
 """Optimizers of onnxruntime (1.18 to 1.32) that drop Relu and Clip in front of quantizers to 8-bit floats."""
 _custom_operators: ContextVar[tuple[str, ...]] = ContextVar("custom_operators", default=())
@@ -251,6 +193,29 @@ def _session_options() -> Any:
     return load().SessionOptions()
 
 
+@contextmanager
+def _as_here(libraries: Sequence[str], device: str) -> Iterator[None]:
+    with custom_operators(libraries), computing_on(device):
+        yield
+
+
+@contextmanager
+def computing_on(device: str) -> Iterator[None]:
+    """Let sessions of float networks and gradients compute on a device; see `eptq_onnx.devices`.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such device.
+    CapabilityError
+        If the installed onnxruntime has no provider for it.
+    """
+    known = load().get_available_providers() if device != devices.CPU else []
+    found = ", ".join(f"{name} {version}" for name, version in installed_distributions().items())
+    with devices.on(device, known, found or "onnxruntime"):
+        yield
+
+
 def session_options() -> Any:
     """Return the options of a silent onnxruntime session with the custom operators of the current run."""
     options = _session_options()
@@ -258,16 +223,6 @@ def session_options() -> Any:
     for path in _custom_operators.get():
         options.register_custom_ops_library(path)
     return options
-
-
-def _highest(model: Callable[[int], ModelProto], low: int, high: int) -> int:
-    for version in range(high, low, -1):
-        try:
-            Session(model(version))
-        except ModelError:
-            continue
-        return version
-    return low
 
 
 class Session:
@@ -297,6 +252,10 @@ class Session:
 
     _disabled: ClassVar[tuple[str, ...]] = ()
     """Optimizers that are not used; onnxruntime ignores names that it does not know."""
+    _moves: ClassVar[bool] = False
+    """True if it computes on the device of the current run, as far as that can."""
+    _arena: ClassVar[bool] = True
+    """True if the tensors of a session share memory, which is faster where none of them is kept."""
 
     def __init__(
         self,
@@ -310,9 +269,16 @@ class Session:
     ) -> None:
         ort = load()
         options = session_options()
+        self._recipe: Recipe | None = None
+        if parallel.are_distant() and isinstance(model, ModelProto):
+            how = {"optimize": optimize, "threads": threads, "integers": integers}
+            self._recipe = Recipe.of(
+                self, model, how, partial(_as_here, custom_libraries(), devices.chosen())
+            )
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         options.intra_op_num_threads = threads
+        options.enable_cpu_mem_arena = self._arena
         floats = isinstance(model, ModelProto) and has_8_bit_floats(model)
         if floats or not integers:  # with floats it makes operators that it then refuses
             options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -328,12 +294,8 @@ class Session:
             )
         try:
             with source(model) as given:
-                self._session = ort.InferenceSession(
-                    given,
-                    options,
-                    ["CPUExecutionProvider"],
-                    disabled_optimizers=[*self._disabled, *(_OFF if floats else ())],
-                )
+                disabled = [*self._disabled, *(_OFF if floats else ())]
+                self._session = devices.session(ort, given, options, disabled, moves=self._moves)
         except EptqError:
             raise
         except OSError as e:
@@ -367,6 +329,11 @@ class Session:
             raise ModelError(f"onnxruntime cannot run the model: {one_line(e, 400)}") from e
         return dict(zip(names, values, strict=True))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._recipe is None:
+            raise TypeError("only sessions that were made of models, for distant workers, can be sent")
+        return made, (self._recipe, self._recipe.digest)
+
     def end_profiling(self) -> Path:
         """Stop profiling and return the file with the times (Chrome trace events, as JSON)."""
         return Path(self._session.end_profiling())
@@ -380,8 +347,15 @@ class ExactSession(Session):
     alone cost.
     """
 
+    _moves = True
     # Up to 1.19 the second one fails where a Clip reads an input, as it may in a piece of a network.
     _disabled = ("WeightBiasQuantization", "ClipQuantRewrite")
+
+
+class KeptSession(ExactSession):
+    """An exact session whose outputs are kept for long: none keeps the memory of all tensors."""
+
+    _arena = False
 
 
 def tensor_types(model: ModelProto, names: Sequence[str]) -> dict[str, TypeProto]:

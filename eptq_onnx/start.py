@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,8 +22,10 @@ from eptq_onnx.outcome import OptimizationTrace
 from eptq_onnx.passes.base import Context, Progress, State
 from eptq_onnx.prepare import Prepared, counting, keeping, prepare, quantization_notes
 from eptq_onnx.records import Plan
+from eptq_onnx.runtime import computing_on, custom_operators
 from eptq_onnx.targets import Target
 from eptq_onnx.training.worth import may_pay
+from eptq_onnx.workers import employed
 
 _FEW_SCORED = 64
 """Samples that are scored where the network-wise optimization does not run."""
@@ -32,6 +36,17 @@ _MOST_NAMED = 5
 
 def silent(step: str, done: int, total: int, detail: object = "") -> None:
     """Progress that nobody looks at."""
+
+
+@contextmanager
+def surroundings(config: Config) -> Iterator[None]:
+    """Enter what a run needs around it: workers, threads, a device and custom operators."""
+    with (
+        employed(config.workers, config.threads),
+        custom_operators(config.custom_ops),
+        computing_on(config.device),
+    ):
+        yield
 
 
 def target_of(name: str) -> Target:
@@ -101,6 +116,7 @@ def start(
         if prepared.origin.recipe or prepared.origin.made_up:
             progress("data", 1, 1, prepared.origin)
         float_model = executed(prepared.model, prepared.found)
+        prepared = replace(prepared, samples=prepared.samples.shared())
     with runner.timed("plan"):
         found = prepared.quantization
         options = keeping(options, found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from eptq_onnx import devices
 from eptq_onnx._version import __version__
 from eptq_onnx.config import FLOAT_BITS
 from eptq_onnx.data.samples import spread
@@ -64,6 +65,7 @@ def report_of(prepared: Prepared, state: State, ctx: Context, costs: Costs) -> R
         *_not_finite(state.calibration),
         *_left_over(state.calibration, ctx),
         *state.verification.notes,
+        *devices.told(),
     ]
     written = sink(state.packed)
     return Report(

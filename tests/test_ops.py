@@ -13,7 +13,8 @@ from eptq_onnx.graph import edit
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.view import STOP, GraphView
 from eptq_onnx.ops import Gradient
-from eptq_onnx.runtime import Session, newest_readable
+from eptq_onnx.probes import newest_readable
+from eptq_onnx.runtime import Session
 
 _NEWEST = max(21, newest_readable()[0])
 ALL = [

@@ -19,7 +19,7 @@ from eptq_onnx import pipeline
 from eptq_onnx.execute.blocks import tensor_bytes
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.method.float_fallback import SAMPLES as FALLBACK_SAMPLES
-from eptq_onnx.method.reconstruct import operations
+from eptq_onnx.method.reconstruct import work
 from eptq_onnx.passes.base import Context, Pass, State
 
 _BANDWIDTH_BYTES = 2**28
@@ -62,7 +62,7 @@ FLOORS: dict[str, Callable[[State, Context], Work]] = {
     "float fallback": lambda state, ctx: Work(2 * min(len(ctx.walked), FALLBACK_SAMPLES)),
     "reconstruct": lambda state, ctx: Work(
         2 * len(ctx.walked),
-        operations(state.executed, state.plan, ctx.config, ctx.multiplications, len(ctx.walked)),
+        work(state.executed, state.plan, ctx.config, ctx.multiplications, len(ctx.walked))[0],
     ),
     "verify": lambda state, ctx: Work(2 * len(ctx.shares.judged)),
 }

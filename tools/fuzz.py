@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from eptq_onnx import cli, runtime
+from eptq_onnx import cli, probes, runtime
 
 NEWER = "written in an opset that the runtime does not read"
 WRITTEN, REFUSED, REFUSED_DATA, REFUSED_UNSAFE = (
@@ -157,7 +157,7 @@ def run(found: Mutant, folder: Path, limits: Limits, extra: list[str]) -> Outcom
     if kind == WRITTEN and forked(lambda: _loads(result), limits, folder / "loaded"):
         newer = (
             max(o.version for o in onnx.load(result).opset_import if not o.domain)
-            > runtime.newest_readable()[0]
+            > probes.newest_readable()[0]
         )
         kind, said = (
             NEWER if newer else "written but does not load",
@@ -254,8 +254,8 @@ def main(
 ) -> None:
     """Print the table."""
     console = Console(highlight=False, soft_wrap=True)
-    runtime.newest_readable()
-    runtime.channel_block()
+    probes.newest_readable()
+    probes.channel_block()
     counts: Counter[str] = Counter()
     bad: dict[str, list[str]] = defaultdict(list)
     calibrated, began = 0, time.monotonic()

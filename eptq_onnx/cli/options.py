@@ -16,7 +16,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from eptq_onnx import engines, targets
+from eptq_onnx import devices, engines, targets, workers
 from eptq_onnx.config import Config, option_of
 from eptq_onnx.config.option import flags_of
 
@@ -37,6 +37,8 @@ TARGET = Config().target
 F = TypeVar("F", bound=Callable[..., None])
 
 _NAMED: dict[str, Callable[[], dict[str, str]]] = {
+    "device": lambda: devices.ABOUT,
+    "workers": lambda: {name: backend.about for name, backend in workers.registered().items()},
     "engine": lambda: {name: engine.about for name, engine in engines.registered().items()},
     "target": lambda: {
         targets.AUTO: "onnxruntime on this machine",

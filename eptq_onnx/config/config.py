@@ -232,6 +232,10 @@ class Config(OptionModel):
     ] = Field(None, ge=1)
     """Number of threads that compute. The default respects the process's affinity and its container's CPU
     quota. Does not change the result."""
+    workers: Annotated[str, Option("limits", metavar="NAME", in_result=False)] = "threads"
+    """Where batches are processed. Does not change the result."""
+    device: Annotated[str, Option("limits", metavar="NAME")] = "cpu"
+    """Where float networks, scores and gradients are computed. The written file is checked on the CPU."""
     workdir: Annotated[Path | None, Option("limits", default="none", in_result=False)] = None
     """Folder that keeps the results of passes. The same command, run again after an interruption, resumes
     from there."""
@@ -339,18 +343,16 @@ class Config(OptionModel):
         return bits
 
     def digest(self, target: BaseModel) -> str:
-        """Hash of the options that change the result, in 16 hexadecimal digits; a target counts by what it
-        says, not by its name."""
+        """Hash of the options that change the result; a target counts by what it says, not by its name."""
         counted = {name for name, field in type(self).model_fields.items() if option_of(field).in_result}
-        if not self.chooses_by_time:
-            counted -= {"runtime_threads"}
+        # What is as by default is left out, so that a new field changes no hash.
+        counted -= {"device"} if self.device == "cpu" else set()
+        counted -= set() if self.chooses_by_time else {"runtime_threads"}
         values = self.model_dump(mode="json", include=counted - {"target"})
         # Sets come in another order in every process.
+        told = [values, target.model_dump(exclude_defaults=True)]
         text = json.dumps(
-            # What is as by default is left out, so that a new field changes no hash.
-            [values, target.model_dump(exclude_defaults=True)],
-            sort_keys=True,
-            default=lambda v: sorted(v) if isinstance(v, frozenset) else str(v),
+            told, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, frozenset) else str(v)
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -79,6 +79,8 @@ class Options(TypedDict, total=False):
     augment: bool | None
     max_memory: int | str | None
     threads: int | None
+    workers: str
+    device: str
     workdir: str | Path | None
     batch_axes: Mapping[str, int | None] | Sequence[str]
     custom_ops: Sequence[str | Path]

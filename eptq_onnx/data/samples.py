@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.data.layouts import Column
 from eptq_onnx.numerics.types import Feeds
+from eptq_onnx.parallel import shared
 
 _MICRO_BATCH = 4
 """Samples per run if the model leaves the batch size open."""
@@ -84,6 +85,14 @@ class Samples:
         full = [all(values[k].size for values in lists) for k in self._order.tolist()] if lists else [True]
         kinds = self._kinds[np.array(full)] if lists and any(full) else self._kinds
         return np.flatnonzero(self._kinds == np.bincount(kinds).argmax())
+
+    def shared(self) -> Samples:
+        """Return the same samples, kept where all workers reach them (`eptq_onnx.parallel`)."""
+        columns = {}
+        for name, column in self._columns.items():
+            found = shared(column.values if isinstance(column.values, list) else [column.values])
+            columns[name] = replace(column, values=found if isinstance(column.values, list) else found[0])
+        return Samples(columns, self.fixed_batch, self._order, self.rows)
 
     def only(self, indices: Sequence[int] | NDArray[np.int64]) -> Samples:
         """Return some of the samples, in this order, without copying them."""
@@ -168,6 +177,12 @@ class Samples:
         """Split sample indices into batches as `parts` does; yield sample indices."""
         chosen = np.asarray(indices, np.int64)
         return (chosen[part] for part in self.parts(chosen, size))
+
+
+def filled_batches(samples: Samples, indices: NDArray[np.int64], size: int) -> Iterator[Feeds]:
+    """Yield samples of one shape in batches of a size; the last batch is filled from the start."""
+    for begin in range(0, len(indices), size):
+        yield samples.take(indices[np.arange(begin, begin + size) % len(indices)])
 
 
 def spread(count: int, limit: int) -> NDArray[np.int64]:

@@ -119,6 +119,8 @@ class GradientSession(Session):
         If onnxruntime cannot run the model; its gradient builder does not support empty tensors, for example.
     """
 
+    _moves = True
+
     def __init__(self, model: ModelProto, *, integers: bool = True) -> None:
         try:
             super().__init__(model, integers=integers)

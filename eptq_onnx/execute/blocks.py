@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+from numpy.typing import NDArray
 from onnx import ModelProto, ValueInfoProto, helper
 
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.parallel import ordered_map
+from eptq_onnx.parallel import paired_map
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import node_reads
 from eptq_onnx.runtime import ExactSession
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -161,31 +165,64 @@ def observe(
     tuple of (int, Feeds)
         Index of a batch, and those of its wanted tensors that the current block produces.
     """
+    return reduced(blocks, batches, wanted, lambda number, name, value: value)
+
+
+def reduced(
+    blocks: Sequence[Block],
+    batches: Iterable[Feeds],
+    wanted: Sequence[str],
+    reduce: Callable[[int, str, NDArray[Any]], T],
+) -> Iterator[tuple[int, dict[str, T]]]:
+    """Yield what a function makes of each tensor that `observe` yields.
+
+    Workers apply it, so that no more whole tensors are in memory than there are workers.
+
+    Parameters
+    ----------
+    blocks, batches, wanted
+        As in `observe`.
+    reduce : callable
+        Takes the index of a batch, a tensor's name and its value.
+    """
     if len(blocks) > 1:
         batches = [dict(feeds) for feeds in batches]
     for k, block in enumerate(blocks):
         made = {o for n in block.model.graph.node for o in n.output}
         given = {i.name for i in block.model.graph.input} if k == 0 else set()
         chosen = [name for name in wanted if name in made or name in given]
-        for number, (feeds, values) in enumerate(
-            _run(block, batches, [name for name in chosen if name in made])
-        ):
-            yield number, {name: values[name] if name in values else feeds[name] for name in chosen}
+        found = _run(block, batches, ([name for name in chosen if name in made], chosen), reduce)
+        yield from enumerate(found)
 
 
 def advance(block: Block, batches: Iterable[Feeds]) -> None:
     """Run a block and add the tensors that later blocks read to every batch, in place."""
-    for _ in _run(block, batches, ()):
+    for _ in _run(block, batches, ((), ()), lambda number, name, value: None):
         pass
 
 
-def _run(block: Block, batches: Iterable[Feeds], wanted: Sequence[str]) -> Iterator[tuple[Feeds, Feeds]]:
-    names = list(dict.fromkeys([*wanted, *block.makes]))
+def _run(
+    block: Block,
+    batches: Iterable[Feeds],
+    wanted: tuple[Sequence[str], Sequence[str]],
+    reduce: Callable[[int, str, NDArray[Any]], T],
+) -> Iterator[dict[str, T]]:
+    """Run a block; ``wanted`` are the tensors that it computes, and all that are reduced."""
+    computed, chosen = wanted
+    names = list(dict.fromkeys([*computed, *block.makes]))
     session = ExactSession(edit.exposing(block.model, names)) if names else None
 
-    def run(feeds: Feeds) -> tuple[Feeds, Feeds]:
-        return feeds, session.run({n: feeds[n] for n in session.inputs}, names) if session is not None else {}
+    def run(batch: tuple[int, Feeds]) -> tuple[Feeds, dict[str, T]]:
+        number, feeds = batch
+        values = session.run({n: feeds[n] for n in session.inputs}, names) if session is not None else {}
+        found = {n: reduce(number, n, values[n] if n in values else feeds[n]) for n in chosen}
+        return {n: values[n] for n in block.makes}, found
 
-    for feeds, values in ordered_map(run, batches):
-        feeds.update({name: values[name] for name in block.makes})
-        yield feeds, values
+    def read(batch: tuple[int, Feeds]) -> tuple[int, Feeds]:
+        number, feeds = batch
+        given = {*(session.inputs if session is not None else ()), *chosen}
+        return number, {n: value for n, value in feeds.items() if n in given}
+
+    for (_, feeds), (passed, found) in paired_map(run, enumerate(batches), read):
+        feeds.update(passed)
+        yield found

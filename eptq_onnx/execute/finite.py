@@ -10,11 +10,13 @@ gradient. For elementwise functions: ``f(x) → where(ok, f(where(ok, x, c)), 0)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import AttributeProto, ModelProto, NodeProto, numpy_helper
 
-from eptq_onnx.execute.blocks import Block, cut, observe
+from eptq_onnx.execute.blocks import Block, cut, reduced
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import STOP, GraphView
@@ -57,7 +59,7 @@ def _is_infinite(attribute: AttributeProto) -> bool:
 def differentiable(
     model: ModelProto,
     compared: Sequence[str],
-    batches: Sequence[Feeds],
+    batches: Callable[[], Iterable[Feeds]],
     most: int | None,
     is_elementwise: IsElementwise,
 ) -> ModelProto | None:
@@ -69,8 +71,8 @@ def differentiable(
         With the shapes of one batch.
     compared : sequence of str
         Tensors whose values are compared.
-    batches : sequence of Feeds
-        Inputs on which the model is checked.
+    batches : callable
+        Returns the inputs on which the model is checked, batch by batch.
     most : int or None
         Limit of a block in bytes; see `eptq_onnx.execute.blocks.cut`.
     is_elementwise : callable
@@ -91,16 +93,23 @@ def differentiable(
     return result
 
 
-def _not_finite(model: ModelProto, batches: Sequence[Feeds], most: int | None) -> dict[str, bool]:
+def _not_finite(
+    model: ModelProto, batches: Callable[[], Iterable[Feeds]], most: int | None
+) -> dict[str, bool]:
     """Return the computed float tensors with non-finite values, each with True if some are NaN."""
     view = GraphView(model)
     wanted = [name for name in view.producer if view.is_float(name)]
     found: dict[str, bool] = {}
     blocks = [Block(model)] if most is None else cut(model, model, most)
-    for _, values in observe(blocks, batches, wanted):
-        for name, value in values.items():
-            if value.dtype.kind == "f" and not all_finite(value):
-                found[name] = found.get(name, False) or bool(np.isnan(value).any())
+
+    def broken(_: int, name: str, value: NDArray[Any]) -> tuple[bool, bool]:
+        lost = value.dtype.kind == "f" and not all_finite(value)
+        return lost, lost and bool(np.isnan(value).any())
+
+    for _, values in reduced(blocks, batches(), wanted, broken):
+        for name, (lost, has_nan) in values.items():
+            if lost:
+                found[name] = found.get(name, False) or has_nan
     return found
 
 

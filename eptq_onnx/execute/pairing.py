@@ -58,10 +58,10 @@ class Pairing:
             False to compute in float between quantizers, as the ONNX operators are defined.
         """
         model, names = readable(model)
-        session = Session(model, integers=integers)
+        session, samples = Session(model, integers=integers), self._samples
 
         def run(part: NDArray[np.int64]) -> Feeds:
-            values = session.run(session.taken(self._samples.take(part)))
+            values = session.run(session.taken(samples.take(part)))
             return {name: numbers(values[source]) for name, source in names.items()}
 
         return ordered_map(run, self._parts[:count])

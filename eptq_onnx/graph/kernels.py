@@ -21,8 +21,9 @@ from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.layouts import Form, least_reordered
 from eptq_onnx.graph.lower.reductions import reduced_axes
 from eptq_onnx.graph.view import GraphView, int_attribute
+from eptq_onnx.probes import channel_block
 from eptq_onnx.proto.bodies import node_reads, subgraphs
-from eptq_onnx.runtime import LAYOUT_DOMAIN, channel_block
+from eptq_onnx.runtime import LAYOUT_DOMAIN
 
 _ELEMENTWISE = frozenset((
     "Add", "And", "Cast", "Clip", "DequantizeLinear", "Equal", "FakeQuant", "FakeQuantGrad", "Greater",

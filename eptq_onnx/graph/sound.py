@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx
 from onnx import ModelProto
 
-from eptq_onnx import runtime
+from eptq_onnx import probes, runtime
 from eptq_onnx.crashes import survives
 from eptq_onnx.errors import ModelError, one_line
 from eptq_onnx.graph.canonical import FIRST_IR_WITH_CONSTANTS
@@ -48,7 +48,7 @@ def make_sound(model: ModelProto, name: str) -> None:
                 f"{name} is not valid ONNX, and onnxruntime crashes on it, "
                 f"or has not loaded it after a minute: {why}"
             )
-    opset, ir_version = runtime.newest_readable()
+    opset, ir_version = probes.newest_readable()
     if opset_of(model) > opset or model.ir_version > ir_version:
         return
     try:
@@ -81,7 +81,7 @@ def _of_readable_opset(model: ModelProto) -> ModelProto:
 
     It looks no further at a model with newer ones, but would crash on it after conversion.
     """
-    opset, ir_version = runtime.newest_readable()
+    opset, ir_version = probes.newest_readable()
     if opset_of(model) <= opset and model.ir_version <= ir_version:
         return model
     readable = ModelProto()

@@ -19,10 +19,11 @@ import numpy as np
 from onnx import ModelProto, NodeProto
 
 from eptq_onnx.config import Budget, BudgetUnit, Config
-from eptq_onnx.data.samples import Selection, spread
+from eptq_onnx.data.samples import Selection
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.execute.deviation import Deviation
-from eptq_onnx.execute.walk import Walk, affordable_batches
+from eptq_onnx.execute.walk import live_bytes, walks_memory
+from eptq_onnx.execute.walkers import Walkers, batches_at
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.file_count import FileSizes
 from eptq_onnx.graph.shapes import specialize
@@ -38,6 +39,7 @@ from eptq_onnx.ops import linear_form
 from eptq_onnx.placement import FrontPoint, InFloat, Representation
 from eptq_onnx.program import BYTES, EXACT, NOISE, Option, Program, Shared
 from eptq_onnx.program import solve as least_of
+from eptq_onnx.proto import store
 from eptq_onnx.records import DYNAMIC_BITS, Layer, Network, Plan, Scores
 from eptq_onnx.targets import Target
 
@@ -163,23 +165,25 @@ def candidates(
     model, plan, calibration = network.model, network.plan, network.calibration
     samples, indices = selection.samples, selection.indices
     size = samples.micro_batch()
-    affordable = size * affordable_batches(specialize(model, samples.two_batches(size)), 1, config.max_memory)
-    chosen = indices[spread(len(indices), affordable)]
     # At least two batches where possible: the weight is rounded on one half and judged on the other.
-    at_once = size if samples.fixed_batch else min(size, max(1, len(chosen) // 2))
-    parts = list(samples.batches(chosen, at_once))
-    walk = Walk(model, [samples.take(part) for part in parts])
+    at_once = size if samples.fixed_batch else min(size, max(1, len(indices) // 2))
+    parts = list(samples.batches(indices, at_once))
+    needs = live_bytes(specialize(model, samples.two_batches(at_once)), [x.input for x in plan.layers])
+    counts = batches_at(
+        list(needs), len(parts), walks_memory(config.max_memory), grows=store.folder_of(model) is None
+    )
+    walkers = Walkers((model,), parts, samples.take, counts)
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    deviation = Deviation(
-        model, samples, np.concatenate(parts[1::2] or parts), SAMPLES, calibration.variance, config
-    )
+    judged = np.concatenate(walkers.batches[1::2] or walkers.batches)
+    deviation = Deviation(model, samples, judged, SAMPLES, calibration.variance, config)
     quantizers = plan.quantizer_of
     weights: dict[str, Candidates] = {}
     for k, layer in enumerate(plan.layers):
         value: Array = np.asarray(view.constant(layer.weight), np.float32)
         form = linear_form(nodes[layer.node], view)
-        inputs = walk.reach(layer.input)
+        reached = walkers.reach(k, layer.input)
+        inputs = reached.exact
         rows: Moments | None = None
         own, of_weight = quant_math.layer_units(inputs, value)
         if form is not None:
@@ -195,7 +199,7 @@ def candidates(
             weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
         else:
             known = weights.setdefault(layer.weight, Candidates(value.size, dict.fromkeys(WIDTHS, 0.0)))
-            positions = sum(form.positions(x.shape) for x in inputs) / max(len(chosen), 1)
+            positions = sum(form.positions(x.shape) for x in inputs) / max(sum(map(len, reached.batches)), 1)
             if not layer.stored:
                 bits = DYNAMIC_BITS if layer.dynamic else quantizers[layer.input].spec.bits
                 known.operations += value.size * positions * bits
@@ -217,6 +221,7 @@ def candidates(
                 unit = 1 / max(float(importance.sum()) * calibration.variance[layer.output], 1e-30)
             for bits, effect in foreseen.items():
                 known.effects[bits] += unit * effect
+        del reached, inputs
         progress(k + 1, len(plan.layers))
     return weights
 

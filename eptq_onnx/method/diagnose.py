@@ -252,6 +252,10 @@ def loudest(names: Sequence[str], total: float, noise: Callable[[Sequence[str]],
     found: dict[str, float] = {}
     runs = 0
     while parts and len(found) < most:
+        # Even if each of the loudest parts were a single member, these would have to be enough.
+        loudest_parts = sum(heapq.nlargest(most - len(found), (part for part, _, _ in parts)))
+        if sum(found.values()) + loudest_parts < _ENOUGH * total:
+            break
         loud = max(parts)
         parts.remove(loud)
         own, begin, end = loud

@@ -41,8 +41,8 @@ from eptq_onnx.records import Plan, Scores
 
 SAMPLES = 64
 """Samples to look at, at most."""
-FLOAT_PASSES = 3.0
-"""Cost for one sample, in float passes."""
+A_MAGNITUDE = 4.0
+"""Cost of a value in a histogram of magnitudes, relative to one in a histogram of values."""
 _ROWS = 4.0
 """Exponent of the norm that stands for the largest elements of rows, which lie in different channels."""
 _BYTES_A_CHANNEL = 16_000

@@ -23,7 +23,8 @@ from eptq_onnx.graph.shapes import with_ranks
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute, ints_attribute
 from eptq_onnx.graph.widen import widen
 from eptq_onnx.ops import output_channels
-from eptq_onnx.runtime import Session, newest_readable
+from eptq_onnx.probes import newest_readable
+from eptq_onnx.runtime import Session
 
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _WITH_BIAS = (*_CONVOLUTIONS, "Gemm")

@@ -39,8 +39,12 @@ from eptq_onnx.records import Plan
 
 _ITERATIONS = 40
 """L-BFGS iterations: enough for nine tenths of the gain of hundreds."""
-_OPERATIONS_AN_ELEMENT = 300
-"""Time of the powers of an element, in multiplications of a large matrix product."""
+_OPERATIONS_AN_ELEMENT, _OPERATIONS_A_CUBE = 300, 14
+"""Time of the powers of an element, and per cube of the number of members for the inverse and the products of
+a rotation in double precision, in multiplications of a large matrix product.
+"""
+_EVALUATIONS = 1.25
+"""Evaluations in an iteration."""
 _MOST = 2048
 """Largest number of members of a space: an evaluation inverts a matrix of that size."""
 _LEAST_SHARE = 1e-3
@@ -192,7 +196,8 @@ def operations(model: ModelProto, plan: Plan) -> float:
         touched = {a.constant for a in _touched(spaces, k)}
         if touched & weights and len(members) <= _MOST:
             size = sum(math.prod(view.constant_shape(name)) for name in touched)
-            total += _ITERATIONS * size * (2 * len(members) + _OPERATIONS_AN_ELEMENT)
+            products = size * (2 * len(members) + _OPERATIONS_AN_ELEMENT)
+            total += _EVALUATIONS * _ITERATIONS * (products + _OPERATIONS_A_CUBE * len(members) ** 3)
     return total
 
 

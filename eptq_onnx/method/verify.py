@@ -16,12 +16,13 @@ from eptq_onnx.data.splits import Shares
 from eptq_onnx.diagnosis import SampleNoise
 from eptq_onnx.errors import ModelError, OutputError, one_line
 from eptq_onnx.execute.pairing import Pairing, comparisons, within_bytes
-from eptq_onnx.execute.walk import Walk
+from eptq_onnx.execute.walk import Walk, affordable_batches
 from eptq_onnx.graph import io, nbits
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.narrow import emulated
 from eptq_onnx.graph.replay import Replay
+from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.numerics.statistics import Comparison
 from eptq_onnx.numerics.sums import NoiseSum
 from eptq_onnx.ops import executed
@@ -34,8 +35,8 @@ from eptq_onnx.targets import ONNXRUNTIME, Target
 
 SAMPLES = 32
 """Samples on which layers are compared."""
-RUNS, WALKS = 2.0, 4.0
-"""Cost of the comparison of outputs and of that of layers for one sample, in float passes."""
+RUNS, WALKS = 2.0, 2.0
+"""Cost of the comparison of outputs for one sample, in float passes, and of that of layers, in walks."""
 _WORST = 12
 """Samples that are named."""
 
@@ -120,8 +121,10 @@ def verify(
     sums: defaultdict[str, NoiseSum] = defaultdict(NoiseSum)
     float_model = executed(versions.whole, found)
     flat = executed(versions.marked, found, versions.stands_for)
-    walked = list(samples.batches(shares.unseen[:SAMPLES], samples.micro_batch())) or parts
-    feeds = [samples.take(part) for part in walked]
+    size = samples.micro_batch()
+    walked = list(samples.batches(shares.unseen[:SAMPLES], size)) or parts
+    most = affordable_batches(specialize(float_model, samples.two_batches(size)), 2, None)
+    feeds = [samples.take(part) for part in walked[:most]]
     exact, quantized_walk = Walk(float_model, feeds), Walk(infer_shapes(flat), feeds, integers=integers)
     for k, layer in enumerate(plan.layers):
         pair = (

@@ -211,40 +211,32 @@ class ConvForm:
 
     def input_rows(self, x: Array, chosen: NDArray[np.int64]) -> Array:
         """See `LinearForm`."""
+        extents = self._extents(x.shape)
         if self.transposed:
             x = self._spread(x)
-        begins, ends = self._pads(x.shape)
-        x = np.pad(x, [(0, 0), (0, 0), *((max(a, 0), max(e, 0)) for a, e in zip(begins, ends, strict=True))])
-        x = x[
-            (
-                slice(None),
-                slice(None),
-                *(
-                    slice(max(-a, 0), n + min(e, 0))
-                    for a, e, n in zip(begins, ends, x.shape[2:], strict=True)
-                ),
-            )
-        ]
+        begins, _ = self._pads(x.shape)
         strides = (1,) * len(self.kernel) if self.transposed else self.strides
-        extents = [
-            _places(n - (k - 1) * d - 1, s)
-            for n, k, d, s in zip(x.shape[2:], self.kernel, self.dilations, strides, strict=True)
-        ]
-        pitches = np.cumprod([1, *x.shape[:2:-1]])[::-1]
-        # Offset of each patch in a flat channel, and offsets of its elements relative to that.
+        sizes = x.shape[2:]
         sample, *places = np.unravel_index(chosen, (len(x), *extents))
-        begin = sum(p * s * pitch for p, s, pitch in zip(places, strides, pitches, strict=True))
-        offset = sum(
-            np.arange(k).reshape([-1 if i == axis else 1 for i in range(len(self.kernel))]) * d * pitch
-            for axis, (k, d, pitch) in enumerate(zip(self.kernel, self.dilations, pitches, strict=True))
-        )
+        # Where each element of each patch lies in a channel; padding is read as 0, without a padded copy.
+        index: NDArray[np.int64] = np.reshape(sample * math.prod(x.shape[1:]), (1, -1))
+        outside: NDArray[np.bool_] = np.zeros((1, len(chosen)), bool)
+        for axis, n in enumerate(sizes):
+            taps = np.arange(self.kernel[axis])[:, None] * self.dilations[axis] - begins[axis]
+            own = taps + places[axis] * strides[axis]
+            inside = np.clip(own, 0, n - 1)
+            shape, taken = (len(index), len(own), len(chosen)), (len(index) * len(own), len(chosen))
+            pitch = math.prod(sizes[axis + 1 :])
+            index = np.broadcast_to(index[:, None] + inside * pitch, shape).reshape(taken)
+            outside = np.broadcast_to(outside[:, None] | (own != inside), shape).reshape(taken)
         # Channel by channel, so that memory is read in order; from each on, places are the same.
-        flat, channel = np.ascontiguousarray(x).reshape(-1), math.prod(x.shape[2:])
-        index = np.reshape(offset, (-1, 1)) + (begin + sample * (x.shape[1] * channel))
-        columns = np.empty((x.shape[1], np.size(offset), len(chosen)), x.dtype)
+        flat, channel = np.ascontiguousarray(x).reshape(-1), math.prod(sizes)
+        columns = np.empty((x.shape[1], len(index), len(chosen)), x.dtype)
         for c, column in enumerate(columns):
             # All places exist; this mode alone writes to the column directly.
             np.take(flat[c * channel :], index, out=column, mode="clip")
+        if outside.any():
+            columns[:, outside] = 0
         terms = columns.shape[0] * columns.shape[1] // self.group
         return columns.reshape(self.group, terms, len(chosen)).swapaxes(1, 2)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.types import Array, Float64
 
-_VALUES = 16_384
+VALUES = 16_384
 """Values sampled from each sample, about."""
 _OCTAVES, _BINS = 20, 3
 """Magnitudes are binned from ``2**-20`` to ``2**20``, with three bins per octave."""
@@ -39,7 +39,7 @@ class ChannelMagnitudes:
         """Add a batch of ``count`` samples."""
         rows = np.moveaxis(value, self._axis, -1).reshape(-1, len(self.sets))
         self.positions = len(rows) / count
-        rows = rows[:: quant_math.stride(len(rows), max(1, _VALUES * count // rows.shape[1]))]
+        rows = rows[:: quant_math.stride(len(rows), max(1, VALUES * count // rows.shape[1]))]
         if not np.isfinite(rows).all():
             rows = rows[np.isfinite(rows).all(axis=1)]
         size = np.abs(rows)

@@ -132,14 +132,7 @@ class Moments:
             return
         y, q, shares = _joined(self._waiting[half])
         self._waiting[half].clear()
-        if self.apart == 1 or shares is None:
-            sums = _sums(y, q, shares)
-        else:
-            each = [_sums(y[:, :, k : k + 1], q, shares[:, :, k : k + 1]) for k in range(self.apart)]
-            sums = {
-                name: np.stack([s[name] for s in each], axis=1).reshape(-1, *value.shape[1:])
-                for name, value in each[0].items()
-            }
+        sums = _sums(y, q, shares) if self.apart == 1 or shares is None else _sums_apart(y, q, shares)
         known = self._halves[half]
         for name, value in sums.items():
             if name in known:
@@ -233,17 +226,17 @@ def _sums(y: Array, q: Array, shares: Array | None) -> dict[str, Any]:
     ones: Array = np.ones((groups, rows, 1), np.float32)
     beside = np.concatenate([y, ones], axis=2)
     if shares is None:
-        roots, turned, total = q, q.swapaxes(1, 2), np.full((groups, 1), float(rows))
+        roots, total = q, np.full((groups, 1), float(rows))
         power = np.einsum("grn,grn->gn", y, y)
         sums = y.sum(axis=1)
     else:
         share = shares.swapaxes(1, 2)
-        roots, turned = q * np.sqrt(shares), q.swapaxes(1, 2) * share
+        roots, beside = q * np.sqrt(shares), beside * shares
         total = share.sum(axis=2, dtype=np.float64)
         power = np.matmul(share, np.square(y))[:, 0]
         sums = np.matmul(share, y)[:, 0]
     # The outputs and the number 1 are multiplied in one reading of the inputs.
-    products = np.matmul(turned, beside)
+    products = np.matmul(q.swapaxes(1, 2), beside)
     return {
         # numpy computes a product of a matrix with its own transpose at half the cost.
         "qq": np.matmul(roots.swapaxes(1, 2), roots),
@@ -252,6 +245,32 @@ def _sums(y: Array, q: Array, shares: Array | None) -> dict[str, Any]:
         "yy": power.astype(np.float64),
         "y": sums.astype(np.float64),
         "rows": total,
+    }
+
+
+def _sums_apart(y: Array, q: Array, shares: Array) -> dict[str, Any]:
+    """Return `_sums` of each output of each group with weights of its own, one after the other.
+
+    The weights have the shape of the outputs.
+    """
+    groups, _, terms = q.shape
+    outputs, weighted = y.shape[2], y * shares
+    squares = np.empty((groups, outputs, terms, terms), np.float32)
+    roots, scaled = np.sqrt(shares), np.empty_like(q)
+    for k in range(outputs):
+        np.multiply(q, roots[:, :, k : k + 1], out=scaled)
+        np.matmul(scaled.swapaxes(1, 2), scaled, out=squares[:, k])
+    # Products with outputs and weights are those of all outputs at once.
+    turned = q.swapaxes(1, 2)
+    qy, sums = (np.matmul(turned, side).swapaxes(1, 2) for side in (weighted, shares))
+    every = groups * outputs
+    return {
+        "qq": squares.reshape(every, terms, terms),
+        "qy": qy.reshape(every, terms, 1),
+        "q": sums.reshape(every, terms).astype(np.float64),
+        "yy": (weighted * y).sum(axis=1, dtype=np.float64).reshape(every, 1),
+        "y": weighted.sum(axis=1, dtype=np.float64).reshape(every, 1),
+        "rows": shares.sum(axis=1, dtype=np.float64).reshape(every, 1),
     }
 
 

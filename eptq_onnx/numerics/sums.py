@@ -37,6 +37,12 @@ class PowerSum:
                 self._sum += float(part.sum(dtype=np.float64))
             self._squares += quant_math.square_sum(part)
 
+    def join(self, other: PowerSum) -> None:
+        """Add the values of another sum."""
+        self._count += other._count
+        self._sum += other._sum
+        self._squares += other._squares
+
     @property
     def mean_square(self) -> float:
         """The mean square; 0 without values."""

@@ -329,8 +329,14 @@ class Cost:
     ----------
     passes : float
         Float passes: runs of the float network for one sample.
+    walks : float
+        The same, but layer by layer.
+    builds : float
+        Sessions of a whole network.
     operations : float
         Multiplications of linear algebra beside those, at the speed of large matrix products.
+    values : float
+        Values that numpy picks, gathers or counts, on one core.
     steps : int
         Maximum number of network-wise optimization steps.
     pieces : float
@@ -342,7 +348,10 @@ class Cost:
     """
 
     passes: float = 0.0
+    walks: float = 0.0
+    builds: float = 0.0
     operations: float = 0.0
+    values: float = 0.0
     steps: int = 0
     pieces: float = 0.0
     seconds: float = 0.0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from eptq_onnx.method.calibrate import FLOAT_PASSES, calibrate, check_outputs
+from eptq_onnx.method.calibrate import A_READING, calibrate, check_outputs
+from eptq_onnx.method.calibrate.seen import VALUES_PER_SAMPLE
+from eptq_onnx.method.estimate import values_per_sample
+from eptq_onnx.parallel import worker_count
 from eptq_onnx.passes.base import Context, Cost, Pass, State
 
 
@@ -16,8 +19,12 @@ class Calibrate(Pass):
     provides = ("calibration",)
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """One traversal with histograms."""
-        return Cost(passes=FLOAT_PASSES * len(ctx.shares.training))
+        """One traversal with histograms, whose values all workers pick."""
+        count = len(ctx.shares.training)
+        tensors = [t for q in state.plan.activations for t in q.sources]
+        values = A_READING * values_per_sample(state.executed, tensors, ctx.samples)
+        values += values_per_sample(state.executed, tensors, ctx.samples, VALUES_PER_SAMPLE)
+        return Cost(passes=ctx.others.count, walks=count, builds=2, values=count * values / worker_count())
 
     def run(self, state: State, ctx: Context) -> State:
         """Observe all tensors of the plan."""

@@ -37,8 +37,8 @@ _WORTH = 0.25
 """Share of the noise of the outputs from which on it is worth knowing which members cause it."""
 _STEPS = 20
 """Runs to find causes, for the progress; there may be fewer, or a few more."""
-_A_WALK, _A_RUN = 2.0, 1.5
-"""Cost of a walk and of a run for one sample, in float passes."""
+_A_RUN = 1.5
+"""Cost of a run for one sample, in float passes."""
 _FEW = 5
 """Bits of weights or activations below which the verdict is rarely safe."""
 
@@ -54,10 +54,10 @@ class Diagnose(Pass):
     provides = ("diagnosis",)
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """Walks of three networks on a few samples, and the search for causes where accuracy may fall."""
+        """Walks of three networks on a few samples, and the search for causes, more likely with few bits."""
         samples, pieces = min(len(ctx.shares.unseen), SAMPLES), WALKS * len(state.plan.layers)
-        runs = _STEPS if _is_risky(state.plan) else 0
-        return Cost(passes=(_A_WALK * WALKS + _A_RUN * runs) * samples, pieces=pieces + runs)
+        runs = _STEPS if _is_risky(state.plan) else _STEPS / 2
+        return Cost(passes=_A_RUN * runs * samples, walks=WALKS * samples, builds=runs + 1, pieces=pieces)
 
     def run(self, state: State, ctx: Context) -> State:
         """Compare layers, then find causes if the verdict is not safe."""

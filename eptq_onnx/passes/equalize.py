@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from eptq_onnx.data.samples import Samples
-from eptq_onnx.method.equalize import FLOAT_PASSES, SAMPLES, equalize, needed_bytes
+from eptq_onnx.method.equalize import A_MAGNITUDE, SAMPLES, equalize, needed_bytes
+from eptq_onnx.method.estimate import values_per_sample
+from eptq_onnx.numerics.magnitudes import VALUES
 from eptq_onnx.passes.base import Context, Cost, Pass, State
 from eptq_onnx.training.worth import uneven_type
 
@@ -30,7 +32,10 @@ class Equalize(Pass):
 
     def cost(self, state: State, ctx: Context) -> Cost:
         """Magnitudes of all channels on a few samples, and a descent on them."""
-        return Cost(passes=FLOAT_PASSES * min(len(ctx.shares.training), SAMPLES))
+        count = min(len(ctx.shares.training), SAMPLES)
+        tensors = [t for q in state.plan.activations for t in q.tensors]
+        values = A_MAGNITUDE * values_per_sample(state.executed, tensors, ctx.samples, VALUES)
+        return Cost(walks=count, builds=1, values=count * values)
 
     def run(self, state: State, ctx: Context) -> State:
         """Scale the channels where possible."""

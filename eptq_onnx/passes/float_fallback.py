@@ -25,7 +25,7 @@ class FloatFallback(Pass):
 
     def cost(self, state: State, ctx: Context) -> Cost:
         """Runs with all quantizers at once; more are rarely needed."""
-        return Cost(passes=FLOAT_PASSES * min(len(ctx.shares.scored), SAMPLES))
+        return Cost(passes=FLOAT_PASSES * min(len(ctx.shares.scored), SAMPLES), builds=2)
 
     def run(self, state: State, ctx: Context) -> State:
         """Measure, and replan without the activations that are too noisy."""

@@ -49,14 +49,14 @@ class Optimize(Pass):
         unpromising = None if ctx.config.steps is not None else _unpromising(state, ctx, judge)
         if unpromising is not None:
             return state.changed(trace=OptimizationTrace(reason=unpromising))
-        graph = training_graph(state.network, start, ctx.samples_of(state.plan), ctx.config, ctx.gradients)
+        scored = ctx.chosen(ctx.shares.scored, state.plan)
+        graph = training_graph(state.network, start, scored, ctx.config, ctx.gradients)
         notes = [f"no gradient passes {note}" for note in graph.notes]
         notes += [f"weight {name} is not optimized: {why}" for name, why in graph.unreached.items()]
 
         def tell(done: int, total: int, loss: float) -> None:
             ctx.progress(self.name, done, total, f"loss {loss:.4g}")
 
-        scored = ctx.chosen(ctx.shares.scored, state.plan)
         rounding, trace = optimize(
             state.network, start, graph, scored, ctx.shares.held, ctx.config, Hooks(tell, ctx.partial)
         )

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from eptq_onnx.config import Start
-from eptq_onnx.method.judge import better_than_nearest
-from eptq_onnx.method.reconstruct import (
-    FLOAT_PASSES,
-    OPERATIONS_A_LAYER,
-    SLOWNESS,
-    operations,
-    reconstruct,
-)
+from eptq_onnx.method.judge import SAMPLES, better_than_nearest
+from eptq_onnx.method.reconstruct import WALKS, reconstruct, work
 from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
+
+_RUNS = 4
+"""Runs to judge the result: of the float network, and with both roundings, which take longer."""
 
 
 class Reconstruct(Pass):
@@ -29,12 +26,16 @@ class Reconstruct(Pass):
         return ctx.config.start is Start.CLOSED_FORM
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """A traversal of both networks, and the linear algebra of every layer."""
+        """A traversal of both networks, the linear algebra of every layer, and runs that judge the result."""
         count = len(ctx.walked)
-        algebra = operations(state.executed, state.plan, ctx.config, ctx.multiplications, count)
+        operations, values = work(state.executed, state.plan, ctx.config, ctx.multiplications, count)
         return Cost(
-            passes=FLOAT_PASSES * count,
-            operations=SLOWNESS * algebra + OPERATIONS_A_LAYER * len(state.plan.layers),
+            passes=_RUNS * min(len(ctx.shares.judged), SAMPLES),
+            walks=WALKS * count,
+            builds=_RUNS,
+            operations=operations,
+            values=values,
+            pieces=2 * len(state.plan.layers),
         )
 
     def run(self, state: State, ctx: Context) -> State:

@@ -25,9 +25,9 @@ class Score(Pass):
         return ctx.config.wants_scores
 
     def cost(self, state: State, ctx: Context) -> Cost:
-        """One float pass for the spread of the outputs, and one backward pass per probe."""
+        """A float pass for the spread of the outputs, one with all tensors, a backward pass per probe."""
         probes = FLOAT_PASSES * ctx.config.probes * len(ctx.shares.scored)
-        return Cost(passes=len(ctx.shares.training) + probes)
+        return Cost(passes=len(ctx.shares.training) + probes, walks=len(ctx.shares.scored), builds=6)
 
     def run(self, state: State, ctx: Context) -> State:
         """Probe the float network."""

@@ -19,7 +19,12 @@ class Verify(Pass):
     def cost(self, state: State, ctx: Context) -> Cost:
         """Runs and walks of both networks."""
         unseen = len(ctx.shares.unseen)
-        return Cost(passes=RUNS * unseen + WALKS * min(unseen, SAMPLES), pieces=2 * len(state.plan.layers))
+        return Cost(
+            passes=RUNS * unseen,
+            walks=WALKS * min(unseen, SAMPLES),
+            builds=3,
+            pieces=2 * len(state.plan.layers),
+        )
 
     def run(self, state: State, ctx: Context) -> State:
         """Compare outputs and layers, and count integer kernels."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from eptq_onnx.endings import Ended
 from eptq_onnx.errors import InstallError, OutputError
 from eptq_onnx.files import write_atomically
 
@@ -28,6 +29,12 @@ def page(report: Report) -> str:
     """
     _check_installed("this report")
     return str(import_module("eptq_onnx.report.page").page_of(report))
+
+
+def batch_page(title: str, ended: Sequence[Ended]) -> str:
+    """Return the page of a batch; see `page`."""
+    _check_installed("this page")
+    return str(import_module("eptq_onnx.report.page.batch").batch_page(title, ended))
 
 
 def markdown(report: Report) -> str:

@@ -100,13 +100,15 @@ class HeldOut:
         runs = (
             run for view in seen for run in self._batches.runs(self._held, parameters, self._session, view)
         )
-        rows = np.concatenate(list(ordered_map(self._errors, runs)), axis=1).reshape(2, self._views, -1)[
+        session, layers = self._session, self._layers
+
+        def errors_of(feeds: Feeds) -> Array:
+            # Errors that overflow float32 become infinite, which rejects the candidate.
+            with np.errstate(over="ignore", invalid="ignore"):
+                errors = session.run(feeds, [ERRORS])[ERRORS] * feeds[ATTENTION]
+                return np.stack([part.sum(axis=1) for part in np.split(errors, [layers], axis=1)])
+
+        rows = np.concatenate(list(ordered_map(errors_of, runs)), axis=1).reshape(2, self._views, -1)[
             :, :, : len(self._held)
         ]
         return np.stack([*rows.mean(axis=1), rows[1, 0]])
-
-    def _errors(self, feeds: Feeds) -> Array:
-        # Errors that overflow float32 become infinite, which rejects the candidate.
-        with np.errstate(over="ignore", invalid="ignore"):
-            errors = self._session.run(feeds, [ERRORS])[ERRORS] * feeds[ATTENTION]
-            return np.stack([part.sum(axis=1) for part in np.split(errors, [self._layers], axis=1)])

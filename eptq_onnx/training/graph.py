@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from eptq_onnx import ops
 from eptq_onnx.config import Config
-from eptq_onnx.data.samples import Samples
+from eptq_onnx.data.samples import Selection, filled_batches
 from eptq_onnx.engines.base import (
     ACTIVATION_SCALES,
     ATTENTION,
@@ -28,6 +29,7 @@ from eptq_onnx.engines.base import (
 )
 from eptq_onnx.errors import GradientError
 from eptq_onnx.execute import finite
+from eptq_onnx.execute.micro import micro_batch
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.fold import fold_sizes
 from eptq_onnx.graph.kernels import faster
@@ -45,7 +47,7 @@ _LEAST_SPREAD = 1e-30
 
 
 def training_graph(
-    network: Network, start: Rounding, samples: Samples, config: Config, engine: Engine
+    network: Network, start: Rounding, selection: Selection, config: Config, engine: Engine
 ) -> TrainingGraph:
     """Build the training graph.
 
@@ -55,7 +57,8 @@ def training_graph(
         Output parts without a variance in its calibration are not compared.
     start : Rounding
         Provides zero points and the constants' ranges.
-    samples : Samples
+    selection : Selection
+        The samples that the optimization runs.
     config : Config
         The graph takes ``batch_size`` samples at a time, or fewer if the model prescribes it; disabled
         options cost nothing.
@@ -67,7 +70,8 @@ def training_graph(
         If the graph cannot be differentiated.
     """
     model, plan = network.model, network.plan
-    size = samples.micro_batch(config.batch_size)
+    samples = selection.samples
+    size = micro_batch(model, samples, config.batch_size)
     kept = {*plan.weight_specs, *(q.name for q in plan.constants)}
     private = fold_sizes(specialize(model, samples.two_batches(size)), kept)
     empty = empty_tensor(private)
@@ -75,12 +79,13 @@ def training_graph(
         raise GradientError(f"{empty} has no elements in any of the samples used for gradients.")
     outputs = [layer.output for layer in plan.layers]
     points = ops.output_parts(GraphView(model), config.outputs)
-    alike = samples.alike()
-    fed = [
-        samples.take(alike[np.arange(begin, begin + size) % len(alike)])
-        for begin in range(0, len(alike), size)
-    ]
-    safe = finite.differentiable(private, [*points, *outputs], fed, config.block_bytes, ops.is_elementwise)
+    safe = finite.differentiable(
+        private,
+        [*points, *outputs],
+        partial(filled_batches, samples, selection.indices, size),
+        config.block_bytes,
+        ops.is_elementwise,
+    )
     lowered, refused = lower(private if safe is None else safe, ops.LOWERINGS)
     view = GraphView(lowered)
     spreads = network.calibration.variance

@@ -25,14 +25,13 @@ from eptq_onnx.config import Config, RoundingVariable
 from eptq_onnx.data.samples import Samples, Selection, spread
 from eptq_onnx.engines.base import TEACHER, GradientSession, TrainingGraph
 from eptq_onnx.errors import GradientError
-from eptq_onnx.execute.blocks import tensor_bytes
-from eptq_onnx.graph.shapes import specialize
+from eptq_onnx.execute.micro import gradient_bytes, micro_batch
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics.gains import Comparison
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array, Feeds
 from eptq_onnx.outcome import OptimizationTrace
-from eptq_onnx.parallel import ordered_map, worker_count
+from eptq_onnx.parallel import ordered_map
 from eptq_onnx.records import Network, Plan, Rounding
 from eptq_onnx.runtime import Session
 from eptq_onnx.training.attention import channel_attention, part_weights
@@ -49,8 +48,6 @@ They hold its value, target, float copy, optimizer state, average, rounded value
 """
 _BYTES_A_CONSTANT = 9
 """Bytes per element of a table: its value, its integer, and the dequantized value."""
-_COPIES_OF_TENSORS = 3
-"""Copies of each tensor per batch in progress: float network, quantized network, and gradient."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +79,8 @@ def needed_bytes(model: ModelProto, plan: Plan, samples: Samples) -> int:
     view = GraphView(model)
     weights = sum(math.prod(view.constant_shape(name)) for name in plan.weight_specs)
     constants = sum(math.prod(view.constant_shape(q.name)) for q in plan.constants)
-    tensors = tensor_bytes(specialize(model, samples.two_batches(samples.micro_batch())))
-    return (
-        _BYTES_A_WEIGHT * weights
-        + _BYTES_A_CONSTANT * constants
-        + _COPIES_OF_TENSORS * tensors * worker_count()
-    )
+    tensors = gradient_bytes(model, samples, micro_batch(model, samples))
+    return _BYTES_A_WEIGHT * weights + _BYTES_A_CONSTANT * constants + tensors
 
 
 def optimize(

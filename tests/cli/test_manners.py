@@ -25,6 +25,7 @@ SAMPLES = ["--data", "data.npz"]
 COMMANDS: dict[str, list[str]] = {
     "inspect": ["f.onnx"],
     "quantize": ["f.onnx", *SAMPLES, "-o", "out.onnx", "--preset", "fast"],
+    "batch": ["jobs.toml"],
     "compare": [*PAIR, *SAMPLES],
     "verify": [*PAIR, *SAMPLES],
     "sensitivity": ["f.onnx", *SAMPLES],
@@ -51,6 +52,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "jobs.toml").write_text(
+        'data = "data.npz"\npreset = "fast"\n[sweep]\nbits = ["w8a8", "w4a8"]\n[[jobs]]\nmodel = "f.onnx"\n'
+    )
     for name in ("f.onnx", "q.onnx", "data.npz"):
         (tmp_path / name).symlink_to(files / name)
     monkeypatch.chdir(tmp_path)

@@ -63,7 +63,8 @@ def gradients(name: str, choice: str) -> Found:
             for kind in ("channels", "weights", "outputs"):
                 found |= {f"{kind}/{k}": v for k, v in getattr(scores, kind).items()}
         start = weight_ranges(model, the_plan, calibration, None, config)
-        graph = training_graph(Network(model, the_plan, calibration), start, samples, config, engine)
+        network, selection = Network(model, the_plan, calibration), Selection(samples, indices)
+        graph = training_graph(network, start, selection, config, engine)
         assert not graph.unreached
         session = Session(graph.train, integers=False)
         feeds = {

@@ -7,7 +7,8 @@ import pytest
 from graphs import normal, parse
 
 from eptq_onnx.graph.kernels import faster, fits_blocks
-from eptq_onnx.runtime import LAYOUT_DOMAIN, Session, channel_block
+from eptq_onnx.probes import channel_block
+from eptq_onnx.runtime import LAYOUT_DOMAIN, Session
 
 needs_blocks = pytest.mark.skipif(
     not channel_block(), reason="onnxruntime has no blocked layout on this machine"

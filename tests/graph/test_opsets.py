@@ -15,7 +15,8 @@ from eptq_onnx import Config, ModelError
 from eptq_onnx.graph import opsets
 from eptq_onnx.graph.view import opset_of
 from eptq_onnx.method.normalize import normalize
-from eptq_onnx.runtime import Session, newest_readable
+from eptq_onnx.probes import newest_readable
+from eptq_onnx.runtime import Session
 
 IR_VERSIONS = {
     7: 3,

@@ -11,7 +11,8 @@ from onnx import ModelProto, TensorProto, helper
 import eptq_onnx
 from eptq_onnx import Config, EptqError, ModelError
 from eptq_onnx.graph import io
-from eptq_onnx.runtime import Session, newest_readable
+from eptq_onnx.probes import newest_readable
+from eptq_onnx.runtime import Session
 
 FAST = Config(preset="fast", measure_speed=False)
 

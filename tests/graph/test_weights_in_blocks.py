@@ -22,8 +22,9 @@ from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
+from eptq_onnx.probes import newest_readable
 from eptq_onnx.records import Calibration
-from eptq_onnx.runtime import Session, newest_readable
+from eptq_onnx.runtime import Session
 from eptq_onnx.runtimes.nbits import has_matmul_nbits
 
 INT4 = newest_readable()[0] >= 21 and newest_readable()[1] >= 10

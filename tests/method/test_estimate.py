@@ -12,7 +12,7 @@ import eptq_onnx
 from eptq_onnx import Config, data, targets
 from eptq_onnx.estimates import Estimate
 from eptq_onnx.graph import edit
-from eptq_onnx.method.estimate import multiplications, seconds_a_pass, seconds_an_operation
+from eptq_onnx.method.estimate import measured, multiplications, values_per_sample
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.runtime import Session
@@ -38,14 +38,25 @@ def test_multiplications_are_those_of_one_sample(case):
 
 def test_the_machine_is_timed(case):
     model, p, samples = case
-    assert 0 < seconds_a_pass(model, p, samples, Config()) < 1
-    assert 0 < seconds_an_operation() < 1e-6
+    rates = measured(model, p, samples, Config())
+    assert 0 < rates.a_pass <= rates.a_walk < 1
+    assert 0 <= rates.a_build < 10
+    assert 0 < rates.an_operation < rates.a_value < 1e-4
 
 
 @pytest.mark.parametrize("memory", [None, "20kB"])
 def test_blocks_are_timed_like_the_whole(case, memory):
     model, p, samples = case
-    assert seconds_a_pass(model, p, samples, Config(max_memory=memory)) > 0
+    assert measured(model, p, samples, Config(max_memory=memory)).a_pass > 0
+
+
+def test_values_are_those_of_one_sample(case):
+    model, p, samples = case
+    outputs = [x.output for x in p.layers]
+    values = Session(edit.exposing(model, outputs)).run(samples.take(np.arange(4)))
+    sizes = [values[name][0].size for name in outputs]
+    assert values_per_sample(model, outputs, samples) == pytest.approx(sum(sizes))
+    assert values_per_sample(model, outputs, samples, 20) == sum(min(n, 20) for n in sizes)
 
 
 def test_better_presets_cost_more():

@@ -52,7 +52,11 @@ class Case:
         )
         self.start = weight_ranges(self.model, self.plan, self.calibration, self.scores, self.config)
         self.graph = training_graph(
-            Network(self.model, self.plan, self.calibration), self.start, self.samples, self.config, engine
+            Network(self.model, self.plan, self.calibration),
+            self.start,
+            Selection(self.samples, self.indices),
+            self.config,
+            engine,
         )
 
     def feeds(self) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from eptq_onnx.data.readers.base import Reader, Request, is_path
 from eptq_onnx.data.shelf import Shelf
 from eptq_onnx.errors import DataError
-from eptq_onnx.parallel import ordered_map
+from eptq_onnx.parallel import local_map
 
 _LOOKED_AT = 1000
 """Files that decide what a folder holds."""
@@ -137,7 +137,7 @@ def collected(
     files = reader.paths(path)
     chosen = [files[k] for k in request.chosen(len(files))]
     shelf, broken = Shelf(), dict[Path, str]()
-    for file, found in zip(chosen, ordered_map(read, chosen), strict=True):
+    for file, found in zip(chosen, local_map(read, chosen), strict=True):
         if isinstance(found, str):
             broken[file] = found
         else:

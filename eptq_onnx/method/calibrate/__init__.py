@@ -7,8 +7,7 @@ not depend on the number of samples. Minima and maxima are exact.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +15,11 @@ from onnx import ModelProto
 
 from eptq_onnx.config import ActivationRange, Config
 from eptq_onnx.data.samples import Samples
-from eptq_onnx.errors import DataError
-from eptq_onnx.execute.blocks import blocks_of, observe
-from eptq_onnx.execute.finite import has_infinite_source
 from eptq_onnx.execute.pieces import function_of
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.calibrate.constants import constant_grids
+from eptq_onnx.method.calibrate.seen import VALUES_PER_SAMPLE, Finite, Reader, spread_values, watch
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.grid import Grid, Levels
 from eptq_onnx.numerics.sums import PowerSum
@@ -34,12 +31,10 @@ from eptq_onnx.records import (
     Plan,
 )
 
-FLOAT_PASSES = 2.0
-"""Cost of a calibration, in float passes over the samples."""
+A_READING = 0.15
+"""Cost of a value that is read for its tensor's extremes, relative to one that is counted."""
 _BINS = 8192
 """Bins of a histogram."""
-_VALUES_PER_SAMPLE = 16384
-"""Values of each sample that enter a histogram, or the power of what is no output, at most."""
 _GRID = 32
 """Points of the range search."""
 
@@ -59,7 +54,7 @@ class Histogram:
         self,
         values: Array,
         extremes: tuple[float, float] | None = None,
-        per_sample: int = _VALUES_PER_SAMPLE,
+        per_sample: int = VALUES_PER_SAMPLE,
         importance: Array | None = None,
         axis: int = 0,
     ) -> None:
@@ -76,6 +71,13 @@ class Histogram:
         axis : int
         """
         low, high = quant_math.finite_extremes(values) if extremes is None else extremes
+        picked, step = spread_values(values, per_sample)
+        weights = None if importance is None else weights_of(importance, values.shape, step, axis)
+        self.count(picked, (low, high), weights)
+
+    def count(self, values: Array, extremes: tuple[float, float], weights: Array | None = None) -> None:
+        """Count some values of a tensor with these extremes; of values that are not finite, none."""
+        low, high = extremes
         if low > high:
             return
         self.low, self.high = min(self.low, low), max(self.high, high)
@@ -87,19 +89,10 @@ class Histogram:
             self.counts[:] = 0
             self.counts[_BINS // 4 : 3 * _BINS // 4] = half
             self.reach *= 2
-        flat = values.reshape(-1)
-        step = quant_math.stride(flat.size, per_sample * max(1, len(values)))
-        flat = flat[::step]
-        weights = None
-        if importance is not None:
-            inner = math.prod(values.shape[axis + 1 :])
-            # Short integers are divided several times as fast.
-            kind = np.dtype(np.int32) if values.size < 2**31 else np.dtype(np.int64)
-            weights = importance[np.arange(0, values.size, step, dtype=kind) // inner % len(importance)]
-        finite = np.isfinite(flat)
+        finite = np.isfinite(values)
         if not finite.all():
-            flat, weights = flat[finite], None if weights is None else weights[finite]
-        places = flat * np.float32(_BINS / (2 * self.reach))
+            values, weights = values[finite], None if weights is None else weights[finite]
+        places = values * np.float32(_BINS / (2 * self.reach))
         places += np.float32(_BINS / 2)
         np.clip(places, 0, _BINS - 1, out=places)
         self.counts += np.bincount(places.astype(np.intp), weights, minlength=_BINS)
@@ -109,6 +102,15 @@ class Histogram:
         filled = np.flatnonzero(self.counts)
         centres = (filled + 0.5) * (2 * self.reach / _BINS) - self.reach
         return np.clip(centres, self.low, self.high), self.counts[filled]
+
+
+def weights_of(importance: Array, shape: tuple[int, ...], step: int, axis: int) -> Array:
+    """Return the weight of every ``step``-th value of a tensor, by its channel along ``axis``."""
+    size = math.prod(shape)
+    # Short integers are divided several times as fast.
+    kind = np.dtype(np.int32) if size < 2**31 else np.dtype(np.int64)
+    rows = np.arange(0, size, step, dtype=kind) // math.prod(shape[axis + 1 :])
+    return np.asarray(importance[rows % len(importance)], np.float32)
 
 
 Function = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -237,28 +239,23 @@ def calibrate(
         if name in ranges
     }
     sums = {name: PowerSum() for name in _measured(view, plan, config) if name not in before.power}
-    found, exact = _Finite(view), set(output_parts(view))
+    found, exact = Finite(view), set(output_parts(view))
     if known is None:
         # Outputs are always checked for NaN and infinity, even if nothing else is measured of them.
         wanted = list(dict.fromkeys([*observed, *sums, *found.outputs]))
     else:
         wanted = list(dict.fromkeys([*observed, *sums]))
         model = edit.giving(model, wanted) if wanted else model
-    for name, value, numbers in _values(model, samples, config, wanted, progress):
-        extremes = found.add(name, value, numbers, bounded=name in observed)
-        if name in observed and value.size:
-            quantizer = observed[name]
-            ranges[quantizer.name].add(
-                np.atleast_1d(value),
-                extremes,
-                importance=importance.get(name),
-                axis=quantizer.channel_axis or 0,
-            )
+    reader = Reader(observed.keys(), {name: name in exact for name in sums}, found.outputs)
+    for name, seen, numbers in watch(model, samples, config, (wanted, reader), progress):
+        found.add(name, seen, numbers)
+        if seen.extremes is not None:
+            quantizer, weights = observed[name], importance.get(name)
+            if weights is not None:
+                weights = weights_of(weights, seen.shape, seen.step, quantizer.channel_axis or 0)
+            ranges[quantizer.name].count(seen.picked, seen.extremes, weights)
         if name in sums:
-            flat = value.reshape(-1)
-            if name not in exact:
-                flat = flat[:: quant_math.stride(flat.size, _VALUES_PER_SAMPLE * max(1, len(numbers)))]
-            sums[name].add(flat if name not in found.none else flat[np.isfinite(flat)])
+            sums[name].join(seen.power)
     grids = {
         q.name: before.grids.get(q.name) or _activation_grid(q, ranges[q.name], view, config)
         for q in plan.activations
@@ -285,14 +282,13 @@ def output_spreads(
     """
     view = GraphView(model)
     sums = {name: PowerSum() for name in output_parts(view)}
-    found = _Finite(view)
-    for name, value, numbers in _values(
-        model, samples, config, list(dict.fromkeys([*sums, *found.outputs])), progress
-    ):
-        found.add(name, value, numbers)
+    found = Finite(view)
+    reader = Reader((), dict.fromkeys(sums, True), found.outputs)
+    wanted = list(dict.fromkeys([*sums, *found.outputs]))
+    for name, seen, numbers in watch(model, samples, config, (wanted, reader), progress):
+        found.add(name, seen, numbers)
         if name in sums:
-            flat = value.reshape(-1)
-            sums[name].add(flat if name not in found.none else flat[np.isfinite(flat)])
+            sums[name].join(seen.power)
     return Calibration(
         {},
         {n: s.mean_square for n, s in sums.items()},
@@ -310,10 +306,11 @@ def check_outputs(model: ModelProto, samples: Samples, config: Config) -> None:
     DataError
         Names the output and a sample.
     """
-    found = _Finite(GraphView(model))
+    found = Finite(GraphView(model))
     if samples.count and found.outputs:
-        for name, value, numbers in _values(model, samples, config, found.outputs, lambda done, total: None):
-            found.add(name, value, numbers)
+        wanted = found.outputs, Reader((), {}, found.outputs)
+        for name, seen, numbers in watch(model, samples, config, wanted, lambda done, total: None):
+            found.add(name, seen, numbers)
 
 
 def _measured(view: GraphView, plan: Plan, config: Config) -> list[str]:
@@ -322,96 +319,9 @@ def _measured(view: GraphView, plan: Plan, config: Config) -> list[str]:
     return list(dict.fromkeys([*layers, *output_parts(view)]))
 
 
-def _values(
-    model: ModelProto,
-    samples: Samples,
-    config: Config,
-    wanted: Sequence[str],
-    progress: Callable[[int, int], None],
-) -> Iterator[tuple[str, NDArray[np.floating], NDArray[np.int64]]]:
-    """Yield name, value and sample numbers of every wanted tensor of every batch."""
-    if not wanted:
-        return
-    size = samples.micro_batch()
-    parts = list(samples.batches(range(samples.count), size))
-    blocks = blocks_of(model, samples.two_batches(size), config.block_bytes)
-    done, total = 0, len(blocks) * samples.count
-    for k, values in observe(blocks, map(samples.take, parts), wanted):
-        for name, value in values.items():
-            yield name, value, samples.numbers(parts[k])
-        done += len(parts[k])
-        progress(done, total)
-
-
 def _unused(samples: Samples) -> int:
     """Return the number of samples that are left over because the model prescribes the size of a batch."""
     return samples.count - sum(map(len, samples.batches(range(samples.count), samples.micro_batch())))
-
-
-class _Finite:
-    """Counts values that are NaN or infinite, and refuses outputs that have them.
-
-    Parameters
-    ----------
-    view : GraphView
-        The float model.
-    """
-
-    def __init__(self, view: GraphView) -> None:
-        self.outputs = [o for o in view.outputs if o in view.producer and view.is_float(o)]
-        """Outputs that are checked."""
-        self._masked = {o for o in self.outputs if has_infinite_source(view, o)}
-        self.none: Counter[str] = Counter()
-        """Values that are not finite, by tensor; tensors without any have no entry."""
-        self._sizes: Counter[str] = Counter()
-
-    def add(
-        self, name: str, value: NDArray[np.floating], numbers: NDArray[np.int64], *, bounded: bool = False
-    ) -> tuple[float, float] | None:
-        """Count, and return the finite extremes if they were computed: always if ``bounded`` is True.
-
-        Raises
-        ------
-        DataError
-            Names the output and a sample.
-        """
-        self._sizes[name] += value.size
-        extremes = None
-        if bounded and value.size:
-            extremes = float(value.min()), float(value.max())
-            finite = bool(np.isfinite(extremes).all())
-        else:
-            finite = quant_math.all_finite(value)
-        if finite:
-            return extremes
-        self.none[name] += int(value.size - np.isfinite(value).sum())
-        if name in self.outputs:
-            _refuse(name, value, numbers, infinite=name in self._masked)
-        return quant_math.finite_extremes(value) if bounded else None
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """Tensors with values that are not finite, and the share of these."""
-        return {name: count / self._sizes[name] for name, count in self.none.items()}
-
-
-def _refuse(output: str, value: NDArray[np.floating], chosen: NDArray[np.int64], *, infinite: bool) -> None:
-    """Raise if an output has a NaN, or an infinite value that does not come from the model's own masking.
-
-    Raises
-    ------
-    DataError
-        Names the output and a sample.
-    """
-    wrong = np.isnan(value) if infinite else ~np.isfinite(value)
-    if not wrong.any():
-        return
-    place = int(np.argwhere(wrong)[0, 0]) if value.ndim and len(value) == len(chosen) else 0
-    what = "NaN" if np.isnan(value).any() else "infinite values"
-    raise DataError(
-        f"the float model's output {output!r} has {what} for calibration sample {int(chosen[place])}: "
-        "leave such samples out, or fix the model."
-    )
 
 
 def _damped(channels: Array, damping: float) -> Array:

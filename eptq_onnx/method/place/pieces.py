@@ -22,9 +22,10 @@ from onnx import (
 
 from eptq_onnx.execute.pieces import piece
 from eptq_onnx.graph.view import GraphView
+from eptq_onnx.probes import channel_block
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import node_reads, subgraphs
-from eptq_onnx.runtime import LAYOUT_DOMAIN, channel_block
+from eptq_onnx.runtime import LAYOUT_DOMAIN
 
 _KINDS = (TensorProto.FLOAT, TensorProto.INT8, TensorProto.UINT8)
 _SHOWN = 64

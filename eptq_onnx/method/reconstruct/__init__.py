@@ -18,8 +18,9 @@ from dataclasses import replace
 from onnx import ModelProto, NodeProto
 
 from eptq_onnx.config import Config
-from eptq_onnx.data.samples import Selection, spread
-from eptq_onnx.execute.walk import Walk, affordable_batches
+from eptq_onnx.data.samples import Selection
+from eptq_onnx.execute.walk import live_bytes, walks_memory
+from eptq_onnx.execute.walkers import Walkers, batches_at
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.shapes import specialize
@@ -38,14 +39,19 @@ from eptq_onnx.numerics.reconstruction import RATIOS, REFITS
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import linear_form, spec_of
+from eptq_onnx.proto import store
 from eptq_onnx.records import Network, Plan, Rounding
 
-FLOAT_PASSES = 4.0
-"""Cost of walking both networks, in float passes over the samples."""
+WALKS = 2.5
+"""Cost of walking both networks, in walks of the float network; the other one has quantizers, too."""
 _SYSTEMS = 10
 """Linear systems solved per layer: feedback, target, and about 4 dampings on each half of the rows."""
-SLOWNESS, OPERATIONS_A_LAYER = 4.0, 5e8
-"""Time of an operation relative to one in a large matrix product, and overhead per layer in operations."""
+_HALF, _A_VISIT = 0.5, 2.0
+"""Time of an operation relative to one in a large matrix product: in products of a matrix with itself, and
+where elements are rounded one by one.
+"""
+_RANGES = 60
+"""Values that are looked at to choose the range of a weight, per element."""
 
 
 def reconstruct(
@@ -68,7 +74,7 @@ def reconstruct(
     start : Rounding
         Initial rounding; layers that are not reconstructed keep it.
     selection : Selection
-        The samples to use; an evenly spread subset if they take more than 3 GiB.
+        The samples to use; fewer where their tensors take too much memory.
     config : Config
     progress : callable
         Called with the number of layers done and the total.
@@ -87,52 +93,56 @@ def reconstruct(
     model, plan, scores = network.model, network.plan, network.scores
     samples, indices = selection.samples, selection.indices
     size = samples.micro_batch()
-    affordable = size * affordable_batches(specialize(model, samples.two_batches(size)), 2, config.max_memory)
-    kept = indices[spread(len(indices), affordable)]
-    batches = list(samples.batches(kept, size))
-    feeds = [samples.take(part) for part in batches]
+    batches = list(samples.batches(indices, size))
     student, names = _with_open_layers(quantized, plan)
     inputs = {n.name: n.input[0] for n in student.graph.node}
-    exact, quantized_walk = Walk(model, feeds), Walk(student, feeds)
+    shaped = specialize(model, samples.two_batches(size))
+    counts = batches_at(
+        [2 * need for need in live_bytes(shaped, [layer.input for layer in plan.layers])],
+        len(batches),
+        walks_memory(config.max_memory),
+        # To bring a batch somewhere takes all weights so far.
+        grows=store.folder_of(model) is None,
+    )
+    walkers = Walkers((model, student), batches, samples.take, counts)
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
     integers, grids, biases = dict(start.integers), dict(start.weights), dict(start.biases)
     targets: dict[str, Array] = {}
     skipped = unsolved(model, plan)
-    solver = Solver(view, nodes, plan, start, config, scores, batches)
+    solver = Solver(view, nodes, plan, start, config, scores)
     together = read_together(solver, inputs, skipped)
     solved: dict[str, Solution] = {}
     for k, layer in enumerate(plan.layers):
-        reached = exact.reach(layer.input), quantized_walk.reach(inputs[layer.node])
+        reached = walkers.reach(k, layer.input, inputs[layer.node])
         if layer.node not in solved and solver.form(layer) is not None:
             members = together.get(layer.node, (layer,))
             solved |= solver.solve(members, reached, k, rounds=layer.node not in skipped)
             if layer.node not in solved:
                 skipped.update({m.node: "no sample gives it finite inputs" for m in members} | skipped)
+        # These are the largest arrays: nothing holds them while the next ones are made.
+        del reached
         solution = solved.pop(layer.node, None)
         if solution is not None and solution.rounded is not None:
             integers[layer.weight], grids[layer.weight], target = solution.rounded
             if config.optimizes:
                 targets[layer.weight] = target
         rounded = grids[layer.weight].dequantize(integers[layer.weight])
-        quantized_walk.set_constant(names[layer.node][0], rounded)
+        walkers.set_constant(names[layer.node][0], rounded)
         if layer.bias is not None:
             shift = 0 if solution is None else solution.mean_error(rounded)
             bias = biases[layer.bias] = biases[layer.bias] + shift
             stored = BiasGrid.of(layer, plan, start).round(bias, grids[layer.weight].scale)
-            quantized_walk.set_constant(names[layer.node][1], stored)
+            walkers.set_constant(names[layer.node][1], stored)
         progress(k + 1, len(plan.layers))
     corrected: Mapping[str, Array] = ChainMap(targets, start.targets)  # type: ignore[arg-type]  # it is only read
     return replace(start, integers=integers, weights=grids, biases=biases, targets=corrected), skipped
 
 
-def operations(
+def work(
     model: ModelProto, plan: Plan, config: Config, multiplications: Mapping[str, float], samples: int
-) -> float:
-    """Return the approximate multiplications of `reconstruct` besides the walk.
-
-    Each takes about `SLOWNESS` times as long as one in a large matrix product, and every layer takes as long
-    as `OPERATIONS_A_LAYER` of those besides.
+) -> tuple[float, float]:
+    """Return the approximate multiplications of `reconstruct` besides the walk, and the values it gathers.
 
     Parameters
     ----------
@@ -147,7 +157,7 @@ def operations(
     """
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}
-    total = 0.0
+    total = values = 0.0
     for layer in plan.layers:
         form = linear_form(nodes[layer.node], view)
         if form is not None:
@@ -158,11 +168,14 @@ def operations(
             rows = float(wanted_rows(terms, layer.weight_spec.bits))
             if multiplications.get(layer.node):
                 rows = min(rows, samples * multiplications[layer.node] / math.prod(shape))
+            total += groups * rows * terms * outputs
+            values += 2 * groups * rows * terms + _RANGES * math.prod(shape)
             if activation_of(view, layer, form, config) is not None:
                 groups, outputs = groups * outputs, 1
-            solved = _SYSTEMS * terms * (terms / 3 + outputs)
-            total += groups * terms * (rows * (terms + outputs) + solved + visits * outputs * terms)
-    return total
+            solved = _SYSTEMS * (terms / 3 + outputs) + _A_VISIT * visits * outputs
+            total += groups * terms * terms * (_HALF * rows + solved)
+            total += groups * terms * outputs * rows
+    return total, values
 
 
 def unsolved(model: ModelProto, plan: Plan) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +11,7 @@ from onnx import NodeProto
 
 from eptq_onnx.config import Config
 from eptq_onnx.execute.pieces import function_of
+from eptq_onnx.execute.walkers import Reached
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.biases import BiasSpec
@@ -113,8 +113,6 @@ class Solver:
     start : Rounding
     config : Config
     scores : Scores or None
-    batches : sequence of ndarray
-        Indices of the samples of each batch.
     """
 
     view: GraphView
@@ -123,7 +121,6 @@ class Solver:
     start: Rounding
     config: Config
     scores: Scores | None
-    batches: Sequence[NDArray[np.int64]]
 
     def form(self, layer: Layer) -> LinearForm | None:
         """Return the layer as a matrix product, if it is one."""
@@ -132,7 +129,7 @@ class Solver:
     def solve(
         self,
         layers: Sequence[Layer],
-        reached: tuple[Sequence[NDArray[Any]], Sequence[NDArray[Any]]],
+        reached: Reached,
         place: int,
         *,
         rounds: bool,
@@ -143,8 +140,8 @@ class Solver:
         ----------
         layers : sequence of Layer
             Several only as `read_together` returns them.
-        reached : pair of sequences of ndarray
-            Their input in the float and in the quantized network, batch by batch.
+        reached : Reached
+            Their input in both networks.
         place : int
             Index of the first layer in the plan.
         rounds : bool
@@ -161,16 +158,16 @@ class Solver:
         weights: list[Array] = [np.asarray(view.constant(x.weight), np.float32) for x in layers]
         rows: Array = np.concatenate([form.weight_rows(w) for w in weights], axis=1)
         importance = _importance(
-            self.scores, first, self.batches, [form.positions(x.shape) for x in reached[0]]
+            self.scores, first, reached.batches, [form.positions(x.shape) for x in reached.exact]
         )
         # Work in units in which float32 holds the squares.
-        units = quant_math.layer_units((x for side in reached for x in side), rows)
+        units = quant_math.layer_units((*reached.exact, *reached.quantized), rows)
         nonlinearity = _nonlinearity(view, first, form, self.start, config, units[0] * units[1])
         # Without a bias, the weights alone must reproduce the mean.
         moments = Moments(np.asarray(rows / units[1], np.float32), first.bias is not None, nonlinearity)
         wanted = wanted_rows(rows.shape[2], first.weight_spec.bits)
         rng = np.random.default_rng((config.seed, place))
-        inputs = _over(reached[0], units[0]), _over(reached[1], units[0])
+        inputs = _over(reached.exact, units[0]), _over(reached.quantized, units[0])
         sampled_moments(form, moments, inputs, wanted, rng, importance)
         if moments.is_empty:
             return {}
@@ -291,7 +288,11 @@ def _importance(
     for batch, count in zip(batches, positions, strict=True):
         scored = len(batch) * known.shape[1] == count and all(int(n) in rows for n in batch)
         own = known[[rows[int(n)] for n in batch]].reshape(-1) if scored else None
-        found.append(None if own is None else (1 - _HESSIAN_SHARE) + np.float32(_HESSIAN_SHARE) * own)
+        found.append(
+            None
+            if own is None
+            else (1 - _HESSIAN_SHARE) + np.float32(_HESSIAN_SHARE) * own.astype(np.float32)
+        )
     return found
 
 

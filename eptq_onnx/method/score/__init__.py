@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx import ops
 from eptq_onnx.config import Config
-from eptq_onnx.data.samples import Samples, Selection
+from eptq_onnx.data.samples import Selection, filled_batches
 from eptq_onnx.engines.base import Engine
 from eptq_onnx.errors import GradientError
 from eptq_onnx.execute import finite
 from eptq_onnx.execute.blocks import Block, advance, bytes_of, cut
+from eptq_onnx.execute.micro import micro_batch
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.fold import fold_sizes
 from eptq_onnx.graph.lower import lower
@@ -42,8 +44,10 @@ from eptq_onnx.runtime import Session
 
 FLOAT_PASSES = 6.0
 """Cost of a probe, in float passes over the samples."""
-_POSITIONS_MEMORY = 2**29
+_POSITIONS_MEMORY = 2**28
 """Memory limit of the scores of positions if no lower limit is set, in bytes."""
+_MOST_SHARE = 6e4
+"""Largest score of a position, relative to the mean: about the largest number of float16."""
 
 
 def score(
@@ -78,7 +82,7 @@ def score(
         If no output of the model can be differentiated.
     """
     model, plan, samples, indices = network.model, network.plan, selection.samples, selection.indices
-    size = samples.micro_batch(len(indices))
+    size = micro_batch(model, samples, len(indices))
     shaped = fold_sizes(specialize(model, samples.two_batches(size)))
     empty = empty_tensor(shaped)
     if empty is not None:
@@ -87,7 +91,7 @@ def score(
     safe = finite.differentiable(
         shaped,
         [*points, *(x.output for x in plan.layers)],
-        list(_fed(samples, indices, size)),
+        partial(filled_batches, samples, indices, size),
         config.block_bytes,
         ops.is_elementwise,
     )
@@ -157,14 +161,19 @@ def score(
         weights={n: (h / count).astype(np.float32) for n, h in sums.weights.items()},
         outputs={n: h / count for n, h in sums.outputs.items()},
         output_size=sum(int(np.prod(s)) for s in shapes.values()) // size,
-        positions={
-            n: power / np.float32(power.mean(dtype=np.float64))
-            for n, power in sums.positions.items()
-            if power.any()
-        },
+        positions=dict(_relative(sums.positions)),
         samples=indices,
         unreached={layer.node: unreached[layer.output] for layer in plan.layers if layer.output in unreached},
     )
+
+
+def _relative(positions: dict[str, Array]) -> Iterator[tuple[str, NDArray[np.float16]]]:
+    """Yield the scores of positions relative to their mean, in half the bytes, and drop the others."""
+    for name in list(positions):
+        power = positions.pop(name)
+        if power.any():
+            share = np.minimum(power / np.float32(power.mean(dtype=np.float64)), _MOST_SHARE)
+            yield name, share.astype(np.float16)
 
 
 def _units(
@@ -184,12 +193,6 @@ def _units(
     # A common factor changes nothing, but squares of gradients must stay within float32.
     common = float(quant_math.unit(np.array(list(spread.values()))))
     return {name: np.float32(np.sqrt(mean / sizes[name]) / (spread[name] / common)) for name in sizes}
-
-
-def _fed(samples: Samples, indices: NDArray[np.int64], size: int) -> list[Feeds]:
-    """Return all samples in batches of this size; the last batch is filled from the start."""
-    turns = range(-(-len(indices) // size))
-    return [samples.take(indices[np.arange(turn * size, (turn + 1) * size) % len(indices)]) for turn in turns]
 
 
 class _Sums:

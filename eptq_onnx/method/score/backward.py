@@ -17,7 +17,7 @@ from eptq_onnx.graph.fold import fold_constants
 from eptq_onnx.graph.kernels import faster
 from eptq_onnx.graph.view import GraphView, int_attribute
 from eptq_onnx.numerics.types import Feeds
-from eptq_onnx.parallel import ordered_map
+from eptq_onnx.parallel import paired_map
 from eptq_onnx.records import Plan
 
 _LOSS = "eptq/probe_loss"
@@ -64,15 +64,17 @@ class Stage:
     def run(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Feeds]]:
         """Yield the number of each batch and the outputs, once per probe; pass gradients on to the batch."""
         session = GradientSession(self.model)
+        fixed = session.taken(self.fixed)
 
-        def run(work: tuple[Batch, Feeds]) -> tuple[Batch, Feeds, Feeds]:
+        def run(feeds: Feeds) -> Feeds:
+            return session.run({**feeds, **fixed})
+
+        def read(work: tuple[Batch, Feeds]) -> Feeds:
             batch, probe = work
-            known = {**batch.feeds, **self.fixed, **probe}
-            return batch, probe, session.run({n: known[n] for n in session.inputs})
+            return session.taken({**batch.feeds, **probe})
 
-        for done, probe, values in ordered_map(
-            run, ((batch, probe) for batch in batches for probe in batch.probes)
-        ):
+        work = ((batch, probe) for batch in batches for probe in batch.probes)
+        for (done, probe), values in paired_map(run, work, read):
             for tensor, gradient in self.passed.items():
                 name = _upstream(tensor)
                 probe[name] = probe[name] + values[gradient] if name in probe else values[gradient]

@@ -92,7 +92,7 @@ class Shown:
 
 def page_of(report: Report) -> str:
     """Return a report as one HTML page, which fetches nothing."""
-    script = _content("page.js")
+    script = content("page.js")
     filled = {
         **_head(report),
         **_run(report),
@@ -103,7 +103,7 @@ def page_of(report: Report) -> str:
         "histograms": _histograms(report),
         "parts": _parts(report),
         "total_size": size_text(sum(report.sizes.values())),
-        "style": Markup(_content("page.css")),
+        "style": Markup(content("page.css")),
         "script": Markup(script),
         "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
     }
@@ -118,13 +118,13 @@ def page_of(report: Report) -> str:
     }
     contents = [(name, title) for name, title in _SECTIONS.items() if not absent.get(name)]
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_harmless
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=harmless
     )
-    template = environment.from_string(_content("template.html.j2"))
+    template = environment.from_string(content("template.html.j2"))
     return template.render(report=report, contents=contents, **filled) + "\n"
 
 
-def _harmless(value: object) -> object:
+def harmless(value: object) -> object:
     """Return a text without what would confuse a reader, such as characters that turn its direction.
 
     Escaping for HTML follows; what is HTML already stays as it is.
@@ -132,7 +132,8 @@ def _harmless(value: object) -> object:
     return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _content(name: str) -> str:
+def content(name: str) -> str:
+    """Return a file that lies beside this module."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 

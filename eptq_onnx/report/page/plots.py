@@ -269,6 +269,23 @@ def front(points: Sequence[FrontPoint]) -> Markup:
     )
 
 
+def sizes(points: Sequence[tuple[float, float, bool]], name: str) -> Markup:
+    """Return quality against size; one entry a file: bytes, dB, and whether it is on the front."""
+    large = max(x for x, *_ in points) >= 1e6
+    unit = 1e-6 if large else 1e-3
+    best = sorted((x * unit, y) for x, y, chosen in points if chosen)
+
+    def draw(axes: Any) -> None:
+        others = [(x * unit, y) for x, y, chosen in points if not chosen]
+        axes.plot([x for x, _ in others], [y for _, y in others], "o", color=_SECOND, markersize=4)
+        axes.plot([x for x, _ in best], [y for _, y in best], "o-", color=_FIRST, markersize=4)
+        axes.set_xlabel(f"size of the file ({'MB' if large else 'kB'})")
+        axes.set_ylabel("worst output (dB)")
+
+    text = f"{len(points)} files, {len(best)} of them on the front; the table below holds them."
+    return Plot(name, "Quality against size", text).drawn(draw)
+
+
 def seconds(spent: Mapping[str, float], expected: Mapping[str, float]) -> Markup:
     """Return the time of each pass, and what was expected."""
     names = list(spent)
