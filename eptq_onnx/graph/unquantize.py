@@ -175,10 +175,10 @@ class _Reading(GridReader):
         elif kind == "DequantizeLinear":
             return self._dequantize(node)
         elif kind == "DynamicQuantizeLinear":
-            quantized, scale, _ = node.output
+            quantized, scale, zero = node.output
             self._floats[quantized] = self._name(node.input[0])
             self._grids[quantized] = Grid(None, np.zeros(1, np.int64), "uint8", LIMITS["uint8"])
-            self._scale_of[scale] = quantized
+            self._scale_of[scale] = self._scale_of[zero] = quantized
         elif kind in _PRODUCTS and node.input[0] in self._floats and node.input[1] in self._constants:
             self._products[node.output[0]] = _Product(node, self._floats[node.input[0]])
         elif kind == "Cast" and node.input[0] in self._products:
@@ -202,7 +202,7 @@ class _Reading(GridReader):
         return True
 
     def _kept(self, node: NodeProto) -> None:
-        lost = next((i for i in node_reads(node) if i in self._floats or i in self._products), None)
+        lost = next((i for i in node_reads(node) if self._is_gone(i)), None)
         if lost is not None:
             raise self._refused(
                 f"its node {node.name or node.output[0]} ({node.op_type}) computes on the integers {lost}"
@@ -229,6 +229,11 @@ class _Reading(GridReader):
                 if scales.axis is None or order:
                     self.found.scales[node.output[0]] = scales
         self._builder.nodes.append(own)
+
+    def _is_gone(self, tensor: str) -> bool:
+        """Return True if nothing makes a tensor any more."""
+        factor = tensor in self._factors and tensor not in self._constants
+        return factor or any(tensor in made for made in (self._floats, self._products, self._scale_of))
 
     def _name(self, tensor: str) -> str:
         return self._names.get(tensor, tensor)

@@ -486,6 +486,8 @@ def test_weights_in_blocks_stay_or_are_quantized_anew(bits, block):
     ("m = ReduceMax <keepdims = 0> (x)  q = QuantizeLinear (x, m, z)  y = DequantizeLinear (q, m, z)", {},
      "computes its scale at run time"),
     ("q = QuantizeLinear (x, s, z)  c = Cast <to = 1> (q)  y = Relu (c)", {}, "computes on the integers"),
+    ("q, a, b = DynamicQuantizeLinear (x)  y = Mul (x, a)", {}, "computes on the integers"),
+    ("q, a, b = DynamicQuantizeLinear (x)  f = Mul (a, s)  y = Add (x, f)", {}, "computes on the integers"),
 ])  # fmt: skip
 def test_what_is_not_read_is_told(text, constants, what):
     kind = "uint8" if "Identity" in text else "float"
