@@ -120,7 +120,7 @@ def _nothing() -> None:
 
 def _quantized() -> None:
     text = "g (uint8[4,8] x) => (uint8[4,4] y) { y = QLinearMatMul (x, s, z, w, s, z, s, z) }"
-    constants = {"s": np.float32(0.1), "z": np.uint8(0), "w": np.ones((8, 4), np.uint8)}
+    constants: dict[str, Any] = {"s": np.float32(0.1), "z": np.uint8(0), "w": np.ones((8, 4), np.uint8)}
     onnx.save(parse(text, constants), "model.onnx")
 
 

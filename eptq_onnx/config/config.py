@@ -133,9 +133,8 @@ class Config(OptionModel):
         Encodings | None, Option("calibration", metavar="FILE", text=True, default="none")
     ] = None
     """Ranges and scales that are given: a JSON file of encodings in AIMET's schema 1.0. Activations that it
-    names keep their ranges, weights their scales where the target has such, with their bits unless the other
-    options ask for fewer. Channels are neither mixed nor scaled, which would change them. The widths of
-    activations are those of the other options."""
+    names keep their ranges, weights their scales where the target has such, unless other options ask for
+    fewer bits. Channels are neither mixed nor scaled, and activations have the widths of other options."""
     requantize: Annotated[bool, Option("calibration")] = False
     """Choose all ranges and scales anew for a model that is quantized already. By default it keeps its own,
     and the integers of weights of which it has no others."""
