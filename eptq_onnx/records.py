@@ -210,6 +210,8 @@ class Plan:
         Quantized tensors without a pair of their own: their values are moved from others of the group.
     guarded : frozenset of str
         Results of float layers between quantizers, which the runtime would quantize unasked.
+    shielded : frozenset of str
+        Float nodes that the runtime would compute on the integers of their inputs unasked, and wrongly.
     dynamic : tuple of DynamicQuantizer
         In topological order of their first readers.
     """
@@ -226,6 +228,7 @@ class Plan:
     float_outputs: bool = False
     carried: frozenset[str] = frozenset()
     guarded: frozenset[str] = frozenset()
+    shielded: frozenset[str] = frozenset()
     dynamic: tuple[DynamicQuantizer, ...] = ()
     held: tuple[HeldWeight, ...] = ()
 

@@ -139,6 +139,8 @@ class _Writer:
             reads = {name: new for name, new in reads.items() if name not in self._view.inputs}
         if node.name in self._plan.exact:
             reads = {name: new for name, new in reads.items() if not self._is_there(name)}
+        if node.name in self._plan.shielded:
+            reads = {name: self._shield(new) for name, new in reads.items() if name in node.input}
         copy = edit.renamed(node, reads)
         if (
             layer is not None
@@ -149,6 +151,10 @@ class _Writer:
             del copy.input[2:]
             copy.input.append(self._layer_reads[node.name, layer.bias])
         return copy
+
+    def _shield(self, tensor: str) -> str:
+        """Return a tensor behind a LeakyRelu with the slope 1, which stays float, as what reads it does."""
+        return self._b.add("LeakyRelu", [tensor], self._b.unique(f"{tensor}_shielded"), alpha=1.0)
 
     def _is_there(self, tensor: str) -> bool:
         """Return True if the float values of a quantized tensor exist anyway.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from onnx import NodeProto
 
-from eptq_onnx.graph.view import GraphView, Shape, int_attribute
+from eptq_onnx.graph.view import GraphView, Shape, attribute, int_attribute, ints_attribute
 from eptq_onnx.ops.table import spec_of
 from eptq_onnx.targets import Operator
 
@@ -79,6 +80,28 @@ def _rank(node: NodeProto, view: GraphView) -> int | None:
     return None if shape is None else len(shape)
 
 
+def _group_divisor(node: NodeProto, view: GraphView) -> int | None:
+    """Return the largest power of two that divides the channels of each group; None for depthwise layers."""
+    channels = _input_channels(node, view), _output_channels(node, view)
+    groups = int_attribute(node, "group", 1)
+    if groups == 1 or None in channels or channels == (groups, groups):
+        return None
+    common = math.gcd(*(c // groups for c in channels if c is not None))
+    return common & -common
+
+
+def counted_pads(node: NodeProto) -> int | None:
+    """Return how many positions around its input an AveragePool counts; with ``auto_pad``, 1 if it may."""
+    if node.op_type != "AveragePool":
+        return None
+    if not int_attribute(node, "count_include_pad", 0):
+        return 0
+    mode = str(attribute(node, "auto_pad", "NOTSET"))
+    if mode.startswith("SAME"):
+        return int(max(ints_attribute(node, "kernel_shape")) > 1)
+    return sum(ints_attribute(node, "pads")) if mode == "NOTSET" else 0
+
+
 SIZES: Mapping[str, Callable[[NodeProto, GraphView], int | None]] = {
     "input_channels": _input_channels,
     "output_channels": _output_channels,
@@ -88,15 +111,21 @@ SIZES: Mapping[str, Callable[[NodeProto, GraphView], int | None]] = {
     "K": _depth,
     "N": _columns,
     "rank": _rank,
+    "group_divisor": _group_divisor,
+    "counted_pads": lambda node, view: counted_pads(node),
 }
 """Name of a size (`eptq_onnx.targets.Size`) to the function that returns it, or None if it is unknown.
 
 A matrix product has ``M`` rows, ``N`` columns and the inner dimension ``K``; ``kernel`` is the shortest side
-of a convolution's kernel; ``rank`` is that of the first input.
+of a convolution's kernel; ``rank`` is that of the first input. ``group_divisor`` is the largest power of two
+that divides the channels of each group of a layer that is not depthwise; ``counted_pads`` is how many
+positions around the input an AveragePool counts.
 """
 _NAMES = {
     "input_channels": "number of input channels",
     "output_channels": "number of output channels",
     "groups": "number of groups",
     "kernel": "kernel's shortest side",
+    "group_divisor": "power of two that divides the channels of each group",
+    "counted_pads": "number of pads that count in the mean",
 }

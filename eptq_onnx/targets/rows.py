@@ -13,7 +13,10 @@ Runs = Literal["layer", "arithmetic", "equal scale", "absorbed", "float"]
 """How an operator runs, in the order of the roles in the operator table."""
 Shift = Literal["product", "bias", "sum", "spread"]
 """Distances between scales that a target that shifts can limit, as the rule `shift` computes them."""
-Size = Literal["input_channels", "output_channels", "groups", "kernel", "M", "K", "N", "rank"]
+Size = Literal[
+    "input_channels", "output_channels", "groups", "group_divisor", "kernel", "M", "K", "N", "rank",
+    "counted_pads",
+]  # fmt: skip
 """Sizes that a target can limit, as computed by `eptq_onnx.ops.sizes`."""
 
 

@@ -8,7 +8,14 @@ from eptq_onnx.graph.view import GraphView
 from eptq_onnx.ops.sizes import SIZES, objection
 from eptq_onnx.targets import Operator
 
-CONV = {"input_channels": 6, "output_channels": 4, "groups": 2, "kernel": 3, "rank": 4}
+CONV = {
+    "input_channels": 6,
+    "output_channels": 4,
+    "groups": 2,
+    "group_divisor": 1,
+    "kernel": 3,
+    "rank": 4,
+}
 PRODUCT = {"groups": 1, "M": 5, "K": 7, "N": 3, "rank": 2}
 CASES = {
     "conv": (
@@ -31,6 +38,41 @@ CASES = {
         "g (float[2,5,7] x) => (float[2,5,3] y) { y = MatMul (x, w) }",
         (7, 3),
         {**PRODUCT, "rank": 3},
+    ),
+    "groups of eight": (
+        "g (float[N,16,8,8] x) => (float[N,24,h,k] y) { y = Conv <group = 2> (x, w) }",
+        (24, 8, 1, 1),
+        {
+            "input_channels": 16,
+            "output_channels": 24,
+            "groups": 2,
+            "group_divisor": 4,
+            "kernel": 1,
+            "rank": 4,
+        },
+    ),
+    "depthwise": (
+        "g (float[N,3,8,8] x) => (float[N,3,h,k] y) { y = Conv <group = 3> (x, w) }",
+        (3, 1, 3, 3),
+        {"input_channels": 3, "output_channels": 3, "groups": 3, "kernel": 3, "rank": 4},
+    ),
+    "mean with pads": (
+        "g (float[N,3,8,8] x) => (float[N,3,h,k] y)"
+        " { y = AveragePool <kernel_shape = [3,3], pads = [1,0,1,1], count_include_pad = 1> (x) }",
+        (1,),
+        {"groups": 1, "rank": 4, "counted_pads": 3},
+    ),
+    "mean without pads": (
+        "g (float[N,3,8,8] x) => (float[N,3,h,k] y)"
+        " { y = AveragePool <kernel_shape = [3,3], pads = [1,1,1,1]> (x) }",
+        (1,),
+        {"groups": 1, "rank": 4, "counted_pads": 0},
+    ),
+    "mean with pads as needed": (
+        "g (float[N,3,8,8] x) => (float[N,3,h,k] y)"
+        ' { y = AveragePool <kernel_shape = [3,3], auto_pad = "SAME_UPPER", count_include_pad = 1> (x) }',
+        (1,),
+        {"groups": 1, "rank": 4, "counted_pads": 1},
     ),
     "unknown rows": (
         "g (float[N,7] x) => (float[N,3] y) { y = MatMul (x, w) }",

@@ -29,7 +29,7 @@ from eptq_onnx.graph.patterns import matching, tensor_of
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.plan.activations import dynamic_quantizers, quantizers_of
 from eptq_onnx.method.plan.draft import NO_BOUNDS, Draft, bounds_of, weight_of
-from eptq_onnx.method.plan.guards import guarded_tensors
+from eptq_onnx.method.plan.guards import guarded_tensors, shielded_nodes
 from eptq_onnx.method.plan.held import held_weights
 from eptq_onnx.method.plan.layers import bias_objection, layers_of
 from eptq_onnx.method.plan.storing import stored_nodes
@@ -136,6 +136,7 @@ def plan(
         float_outputs=target.outputs == "float",
         carried=_carried(draft),
         guarded=guarded_tensors(draft, activations) if target.rest.quantizes else frozenset(),
+        shielded=shielded_nodes(draft),
         dynamic=dynamic_quantizers(layers),
         held=held,
     )

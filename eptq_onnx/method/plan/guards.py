@@ -1,9 +1,12 @@
-"""Find float layers that onnxruntime would quantize unasked.
+"""Find what runtimes would compute on integers unasked.
 
 Newer versions (1.32) quantize the weight of a float Conv, ConvTranspose or Gemm that lies between a
 DequantizeLinear and a QuantizeLinear, with one scale for the whole tensor (the optimizer
 WeightBiasQuantization). Relu and Clip in front of the QuantizeLinear do not count. A MatMul with an Add
-behind it becomes a Gemm before that.
+behind it becomes a Gemm before that. So it is for onnxruntime.
+
+OpenVINO moves a DequantizeLinear behind an AveragePool, whatever the plan says, and then pads with the
+integer 0.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from onnx import NodeProto
 
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.plan.draft import Draft
+from eptq_onnx.ops.sizes import counted_pads
 from eptq_onnx.records import ActivationQuantizer
 
 _QUANTIZED_UNASKED = ("Conv", "ConvTranspose", "Gemm")
@@ -30,6 +34,15 @@ def guarded_tensors(draft: Draft, activations: tuple[ActivationQuantizer, ...]) 
         if end is not None and end.op_type in (*_QUANTIZED_UNASKED, "Add") and _leads(end, view, quantized):
             found.add(end.output[0])
     return frozenset(found)
+
+
+def shielded_nodes(draft: Draft) -> frozenset[str]:
+    """Return the float nodes that the target would compute on integers, which it must not."""
+    return frozenset(
+        n.name
+        for n in draft.view.nodes
+        if n.name not in draft.quantized and "counted_pads" in draft.row(n).most and counted_pads(n)
+    )
 
 
 def _as_gemm(node: NodeProto, view: GraphView) -> NodeProto | None:
