@@ -259,9 +259,17 @@ def test_what_is_missing_is_told(monkeypatch):
         pass
 
 
+# A background job, which these tests may be part of, inherits that SIGINT is ignored.
+COMMAND = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("eptq_onnx", run_name="__main__", alter_sys=True)
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_leaves_no_process(number, tmp_path):
-    script = [sys.executable, "-m", "eptq_onnx", "quantize", str(MODELS / "shapes_segmenter.onnx")]
+    script = [sys.executable, "-c", COMMAND, "quantize", str(MODELS / "shapes_segmenter.onnx")]
     options = ["--data", str(MODELS / "shapes_calib.npz"), "-o", str(tmp_path / "x.onnx"), "--workers", "ray"]
     environment = {n: v for n, v in os.environ.items() if n != ray_link.ADDRESS}
     process = subprocess.Popen(
