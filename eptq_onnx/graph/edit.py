@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableSequence, Sequence
 from typing import Any
 
 import numpy as np
@@ -185,16 +185,12 @@ def promote_to_inputs(model: ModelProto, names: Iterable[str]) -> None:
     """Turn initializers into graph inputs without a default value, in place."""
     wanted = set(names)
     present = {i.name for i in model.graph.input}
-    kept = []
     for tensor in model.graph.initializer:
-        if tensor.name not in wanted:
-            kept.append(tensor)
-        elif tensor.name not in present:
+        if tensor.name in wanted - present:
             model.graph.input.append(
                 helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
             )
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    _keep(model.graph.initializer, {t.name for t in model.graph.initializer} - wanted)
 
 
 def add_output(model: ModelProto, name: str, elem_type: int = TensorProto.UNDEFINED) -> None:
@@ -283,9 +279,14 @@ def prune(model: ModelProto) -> None:
         if any(o in needed for o in node.output):
             nodes.append(node)
             needed.update(node_reads(node))
-    initializers = [t for t in model.graph.initializer if t.name in needed]
-    values = [v for v in model.graph.value_info if v.name in needed]
-    del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
+    del model.graph.node[:]
     model.graph.node.extend(reversed(nodes))
-    model.graph.initializer.extend(initializers)
-    model.graph.value_info.extend(values)
+    _keep(model.graph.initializer, needed)
+    _keep(model.graph.value_info, needed)
+
+
+def _keep(named: MutableSequence[Any], names: Collection[str]) -> None:
+    """Remove all messages but those of some names, in place, without a copy of the others."""
+    for place in reversed(range(len(named))):
+        if named[place].name not in names:
+            del named[place]
