@@ -63,7 +63,9 @@ def check_writable(path: StrPath) -> None:
     if target.is_dir():
         raise OutputError(f"{target} is a folder: give a file name.")
     if not target.parent.is_dir():
-        raise OutputError(f"{target} cannot be written: the folder {target.parent} does not exist.")
+        raise OutputError(
+            f"{target} cannot be written: the folder {target.parent} does not exist: create it first."
+        )
     if (target.exists() and not target.is_file()) or _is_descriptor(target):
         raise OutputError(f"{target} cannot be replaced: it is not an ordinary file.")
     if not os.access(target.parent, os.W_OK) or (target.exists() and not os.access(target, os.W_OK)):

@@ -68,7 +68,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(MODELS, tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
     demo.write(tmp_path)
     (tmp_path / "metric.py").unlink()  # pages show it
-    (tmp_path / "build").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "_LOADS", 1)  # each is a process
     return tmp_path
@@ -106,12 +105,13 @@ def test_what_a_page_shows_runs(workplace, page):
             Path(f"{file[1]}.py").write_text(text, encoding="utf-8")
             sys.modules.pop(file[1], None)
     importlib.invalidate_caches()
+    before = set(Path().rglob("*.onnx"))
     for lang, text, file in blocks:
         if lang == "python" and not file:
             exec(compile(text, page, "exec"), namespace)
         elif lang == "bash":
             _run(text)
-    assert list(Path().glob("*.w*.onnx")) or list(Path("build").glob("*.onnx"))
+    assert set(Path().rglob("*.onnx")) - before
 
 
 def _run(text: str) -> None:
