@@ -24,7 +24,7 @@ from eptq_onnx.endings import Ended
 from eptq_onnx.errors import ConfigError, EptqError, OutputError, WorkerError, one_line
 from eptq_onnx.files import write_atomically
 from eptq_onnx.report import Report
-from eptq_onnx.workers import registered
+from eptq_onnx.workers import make
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -180,10 +180,7 @@ def run(jobs: Sequence[Job], workers: str) -> Iterator[Ended]:
     OutputError
         If the folder of the results cannot be written to.
     """
-    known_workers = registered()
-    if workers not in known_workers:
-        raise ConfigError(f"workers {workers!r} are unknown: choose one of {', '.join(known_workers)}.")
-    backend = known_workers[workers]()
+    backend = make(workers)
     try:
         for job in jobs:
             (Path(job.folder) / _WORK).mkdir(parents=True, exist_ok=True)

@@ -191,26 +191,26 @@ def reduced(
         made = {o for n in block.model.graph.node for o in n.output}
         given = {i.name for i in block.model.graph.input} if k == 0 else set()
         chosen = [name for name in wanted if name in made or name in given]
-        found = _run(block, batches, ([name for name in chosen if name in made], chosen), reduce)
-        yield from enumerate(found)
+        yield from enumerate(_run(block, batches, chosen, reduce))
 
 
 def advance(block: Block, batches: Iterable[Feeds]) -> None:
     """Run a block and add the tensors that later blocks read to every batch, in place."""
-    for _ in _run(block, batches, ((), ()), lambda number, name, value: None):
+    for _ in _run(block, batches, (), lambda number, name, value: None):
         pass
 
 
 def _run(
     block: Block,
     batches: Iterable[Feeds],
-    wanted: tuple[Sequence[str], Sequence[str]],
+    chosen: Sequence[str],
     reduce: Callable[[int, str, NDArray[Any]], T],
 ) -> Iterator[dict[str, T]]:
-    """Run a block; ``wanted`` are the tensors that it computes, and all that are reduced."""
-    computed, chosen = wanted
-    names = list(dict.fromkeys([*computed, *block.makes]))
+    """Run a block, and reduce some of the tensors that it computes or is given."""
+    inputs = {i.name for i in block.model.graph.input}
+    names = list(dict.fromkeys([*(name for name in chosen if name not in inputs), *block.makes]))
     session = ExactSession(edit.exposing(block.model, names)) if names else None
+    given = {*(session.inputs if session is not None else ()), *chosen}
 
     def run(batch: tuple[int, Feeds]) -> tuple[Feeds, dict[str, T]]:
         number, feeds = batch
@@ -220,7 +220,6 @@ def _run(
 
     def read(batch: tuple[int, Feeds]) -> tuple[int, Feeds]:
         number, feeds = batch
-        given = {*(session.inputs if session is not None else ()), *chosen}
         return number, {n: value for n, value in feeds.items() if n in given}
 
     for (_, feeds), (passed, found) in paired_map(run, enumerate(batches), read):

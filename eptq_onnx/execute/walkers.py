@@ -15,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from eptq_onnx.execute.walk import Walk
+from eptq_onnx.execute.walk import Walk, live_bytes, walks_memory
+from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.memory import release_freed
 from eptq_onnx.numerics.types import Feeds
+from eptq_onnx.proto import store
 
 _AHEAD = 8
 """Batches join if the next so many places have room for them."""
@@ -102,6 +104,35 @@ class Walkers:
             release_freed()
             found.append(walk.reach(name))
         return Reached(found[0], found[-1], self.batches[:wanted])
+
+
+def batches_on_the_way(
+    model: ModelProto,
+    shapes: tuple[Feeds, Feeds],
+    tensors: Sequence[str],
+    total: int,
+    versions: int,
+    max_memory: int | None,
+) -> list[int]:
+    """Return how many batches to walk with to each of some tensors; see `batches_at`.
+
+    Parameters
+    ----------
+    model : ModelProto
+    shapes : tuple of Feeds
+        Two batches, as `Samples.two_batches` returns them.
+    tensors : sequence of str
+        In the order in which they are reached.
+    total : int
+        Number of batches.
+    versions : int
+        Number of networks that are walked side by side.
+    max_memory : int or None
+        Memory limit in bytes.
+    """
+    needs = [versions * need for need in live_bytes(specialize(model, shapes), tensors)]
+    # To bring a batch somewhere takes all weights so far.
+    return batches_at(needs, total, walks_memory(max_memory), grows=store.folder_of(model) is None)
 
 
 def batches_at(needs: Sequence[int], total: int, limit: int, *, grows: bool = True) -> list[int]:

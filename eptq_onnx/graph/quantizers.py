@@ -12,11 +12,14 @@ from eptq_onnx.errors import ModelError
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
 from eptq_onnx.graph.view import GraphView, attribute, int_attribute
+from eptq_onnx.numerics.formats import IntFormat
 
 LIMITS = {
-    "uint8": (0, 255), "int8": (-128, 127), "uint16": (0, 65535), "int16": (-32768, 32767), "uint4": (0, 15),
-    "int4": (-8, 7), "uint2": (0, 3), "int2": (-2, 1),
-}  # fmt: skip
+    f"{'int' if signed else 'uint'}{bits}": (own.qmin, own.qmax)
+    for bits in (16, 8, 4, 2)
+    for signed in (False, True)
+    for own in [IntFormat.full(bits, signed=signed)]
+}
 """Type to its smallest and largest integer."""
 
 

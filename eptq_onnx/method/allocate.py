@@ -22,11 +22,9 @@ from eptq_onnx.config import Budget, BudgetUnit, Config
 from eptq_onnx.data.samples import Selection
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.execute.deviation import Deviation
-from eptq_onnx.execute.walk import live_bytes, walks_memory
-from eptq_onnx.execute.walkers import Walkers, batches_at
+from eptq_onnx.execute.walkers import Walkers, batches_on_the_way
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.file_count import FileSizes
-from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import compensation, quant_math
 from eptq_onnx.numerics.formats import along_axis
@@ -39,7 +37,6 @@ from eptq_onnx.ops import linear_form
 from eptq_onnx.placement import FrontPoint, InFloat, Representation
 from eptq_onnx.program import BYTES, EXACT, NOISE, Option, Program, Shared
 from eptq_onnx.program import solve as least_of
-from eptq_onnx.proto import store
 from eptq_onnx.records import DYNAMIC_BITS, Layer, Network, Plan, Scores
 from eptq_onnx.targets import Target
 
@@ -168,10 +165,8 @@ def candidates(
     # At least two batches where possible: the weight is rounded on one half and judged on the other.
     at_once = size if samples.fixed_batch else min(size, max(1, len(indices) // 2))
     parts = list(samples.batches(indices, at_once))
-    needs = live_bytes(specialize(model, samples.two_batches(at_once)), [x.input for x in plan.layers])
-    counts = batches_at(
-        list(needs), len(parts), walks_memory(config.max_memory), grows=store.folder_of(model) is None
-    )
+    shapes, tensors = samples.two_batches(at_once), [layer.input for layer in plan.layers]
+    counts = batches_on_the_way(model, shapes, tensors, len(parts), 1, config.max_memory)
     walkers = Walkers((model,), parts, samples.take, counts)
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}

@@ -90,7 +90,7 @@ def _group_divisor(node: NodeProto, view: GraphView) -> int | None:
     return common & -common
 
 
-def counted_pads(node: NodeProto) -> int | None:
+def _counted_pads(node: NodeProto, view: GraphView) -> int | None:
     """Return how many positions around its input an AveragePool counts; with ``auto_pad``, 1 if it may."""
     if node.op_type != "AveragePool":
         return None
@@ -112,7 +112,7 @@ SIZES: Mapping[str, Callable[[NodeProto, GraphView], int | None]] = {
     "N": _columns,
     "rank": _rank,
     "group_divisor": _group_divisor,
-    "counted_pads": lambda node, view: counted_pads(node),
+    "counted_pads": _counted_pads,
 }
 """Name of a size (`eptq_onnx.targets.Size`) to the function that returns it, or None if it is unknown.
 

@@ -37,12 +37,12 @@ class Dynamic(Pass):
 
     def cost(self, state: State, ctx: Context) -> Cost:
         """Runs of the float network, and with each kind of ranges."""
-        return Cost(passes=4.0 * min(len(ctx.shares.scored), SAMPLES) if _asked(state, ctx) else 0.0)
+        return Cost(passes=4.0 * min(len(ctx.shares.scored), SAMPLES) if _share(state, ctx) >= _BULK else 0.0)
 
     def run(self, state: State, ctx: Context) -> State:
         """Measure, and replan."""
-        asked, share = _asked(state, ctx), _share(state, ctx)
-        products = quantize_in_every_run(state, ctx, asked) if asked else state
+        share = _share(state, ctx)
+        products = quantize_in_every_run(state, ctx, _products(state, ctx)) if share >= _BULK else state
         if not products.plan.dynamic:
             return state
         # On single samples, as ranges that are found in every run need them, and on those that fixed ranges
@@ -72,12 +72,8 @@ class Dynamic(Pass):
         )
 
 
-def _asked(state: State, ctx: Context) -> list[str]:
-    """Return the layers that can do without fixed ranges; none if others do most of the work."""
-    return _products(state, ctx) if _share(state, ctx) >= _BULK else []
-
-
 def _products(state: State, ctx: Context) -> list[str]:
+    """Return the layers that can do without fixed ranges."""
     return [x.node for x in state.plan.static_layers if x.op_type in ctx.target.dynamic]
 
 

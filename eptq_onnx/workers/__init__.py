@@ -21,6 +21,20 @@ def registered() -> dict[str, type[Backend]]:
     return {DEFAULT: found.pop(DEFAULT), **found}
 
 
+def make(name: str) -> Backend:
+    """Create a backend.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such backend.
+    """
+    known = registered()
+    if name not in known:
+        raise ConfigError(f"workers {name!r} are unknown: choose one of {', '.join(known)}.")
+    return known[name]()
+
+
 @contextmanager
 def employed(name: str, threads: int | None) -> Iterator[None]:
     """Process the batches of a block on the workers of a name, and its other work on ``threads`` threads.
@@ -34,8 +48,5 @@ def employed(name: str, threads: int | None) -> Iterator[None]:
     WorkerError
         If no worker can be had.
     """
-    known = registered()
-    if name not in known:
-        raise ConfigError(f"workers {name!r} are unknown: choose one of {', '.join(known)}.")
-    with owned_threads(threads), working_on(known[name]().start()):
+    with owned_threads(threads), working_on(make(name).start()):
         yield

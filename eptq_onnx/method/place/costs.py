@@ -116,8 +116,9 @@ def _followers(
         maker = link.maker
         if maker is not None and maker not in timed:
             continue
-        made = enumerate(options[maker]) if maker is not None else ()
-        last = tuple((maker or 0, o) for o, x in made if x.makes in _LAST)
+        last: tuple[tuple[int, int], ...] = ()
+        if maker is not None:
+            last = tuple((maker, o) for o, x in enumerate(options[maker]) if x.makes in _LAST)
         for k in link.readers:
             convolves = "Conv" in regions.regions[k].operators
             for o, x in enumerate(options[k]):

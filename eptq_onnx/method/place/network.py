@@ -384,9 +384,10 @@ class Cut:
         """Return for each region those before and behind it."""
         found: list[set[int]] = [set() for _ in self.regions.regions]
         for link in self.regions.links:
-            for k in link.readers if link.maker is not None else ():
-                found[k].add(link.maker or 0)
-                found[link.maker or 0].add(k)
+            if link.maker is not None:
+                found[link.maker].update(link.readers)
+                for k in link.readers:
+                    found[k].add(link.maker)
         return [sorted(own) for own in found]
 
     def untimed(self, pieces: Ways) -> int:

@@ -214,23 +214,25 @@ class Search:
         if foreseen is None or most <= own.ratio:
             return found
         tried, allowed = list(found.others), most
+        slow: tuple[Chosen, ModelProto] | None = None
         for _ in range(_TRIES):
+            if slow is not None:
+                known, times = times, self._corrected(times, *slow)
+                if times == known:
+                    allowed = (allowed + own.ratio) / 2
             limited = self._limited(times, ends[0].predicted / ends[0].seconds)
             choice = limited.quietest(foreseen.predicted * allowed / own.ratio)
             if choice is None or choice.on_integers == found.on_integers:
                 break
-            tried.append(self._timed(QUIETER, choice))
+            slow = choice, self._models.without(choice.on_integers)
+            tried.append(self._timed(QUIETER, *slow))
             if tried[-1].ratio <= most:
                 return Found(tried[-1].name, choice.on_integers, tuple(tried))
-            known, times = times, self._corrected(times, choice)
-            if times == known:
-                allowed = (allowed + own.ratio) / 2
         return found._replace(others=tuple(tried))
 
-    def _corrected(self, times: Times, choice: Chosen) -> Times:
-        """Return times that explain why a choice takes longer than predicted, from its profile."""
+    def _corrected(self, times: Times, choice: Chosen, other: ModelProto) -> Times:
+        """Return times that explain why a choice takes longer than predicted, from its model's profile."""
         models = self._models
-        other = models.without(choice.on_integers)
         profile = self._bench.profile(models.exact, other, models.feeds)
         return self._cut.corrected(times, choice.on_integers, profile.regions)
 
@@ -281,10 +283,10 @@ class Search:
         """Time a whole model in turn with the planned one."""
         return self._bench.compare(self._models.planned, other, self._models.feeds, self._limit)
 
-    def _timed(self, name: str, choice: Chosen) -> Candidate:
-        """Time a choice as a whole model, and measure its noise."""
+    def _timed(self, name: str, choice: Chosen, other: ModelProto | None = None) -> Candidate:
+        """Time a choice as a whole model, which is made if it is not there, and measure its noise."""
         models = self._models
-        speed = self._compare(models.without(choice.on_integers))
+        speed = self._compare(models.without(choice.on_integers) if other is None else other)
         return replace(_candidate(name, choice, _times(speed)), noise=models.noise(choice.on_integers))
 
     def _pieces(

@@ -15,7 +15,7 @@ from onnx import NodeProto
 
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.plan.draft import Draft
-from eptq_onnx.ops.sizes import counted_pads
+from eptq_onnx.ops.sizes import SIZES
 from eptq_onnx.records import ActivationQuantizer
 
 _QUANTIZED_UNASKED = ("Conv", "ConvTranspose", "Gemm")
@@ -38,11 +38,12 @@ def guarded_tensors(draft: Draft, activations: tuple[ActivationQuantizer, ...]) 
 
 def shielded_nodes(draft: Draft) -> frozenset[str]:
     """Return the float nodes that the target would compute on integers, which it must not."""
-    return frozenset(
-        n.name
-        for n in draft.view.nodes
-        if n.name not in draft.quantized and "counted_pads" in draft.row(n).most and counted_pads(n)
-    )
+    found = set()
+    for node in draft.view.nodes:
+        most, pads = draft.row(node).most.get("counted_pads"), SIZES["counted_pads"](node, draft.view)
+        if node.name not in draft.quantized and most is not None and pads is not None and pads > most:
+            found.add(node.name)
+    return frozenset(found)
 
 
 def _as_gemm(node: NodeProto, view: GraphView) -> NodeProto | None:

@@ -19,11 +19,9 @@ from onnx import ModelProto, NodeProto
 
 from eptq_onnx.config import Config
 from eptq_onnx.data.samples import Selection
-from eptq_onnx.execute.walk import live_bytes, walks_memory
-from eptq_onnx.execute.walkers import Walkers, batches_at
+from eptq_onnx.execute.walkers import Walkers, batches_on_the_way
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.infer import infer_shapes
-from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.reconstruct.layers import (
     BiasGrid,
@@ -39,7 +37,6 @@ from eptq_onnx.numerics.reconstruction import RATIOS, REFITS
 from eptq_onnx.numerics.scales import ScaleRule
 from eptq_onnx.numerics.types import Array
 from eptq_onnx.ops import linear_form, spec_of
-from eptq_onnx.proto import store
 from eptq_onnx.records import Network, Plan, Rounding
 
 WALKS = 2.5
@@ -96,14 +93,8 @@ def reconstruct(
     batches = list(samples.batches(indices, size))
     student, names = _with_open_layers(quantized, plan)
     inputs = {n.name: n.input[0] for n in student.graph.node}
-    shaped = specialize(model, samples.two_batches(size))
-    counts = batches_at(
-        [2 * need for need in live_bytes(shaped, [layer.input for layer in plan.layers])],
-        len(batches),
-        walks_memory(config.max_memory),
-        # To bring a batch somewhere takes all weights so far.
-        grows=store.folder_of(model) is None,
-    )
+    shapes, tensors = samples.two_batches(size), [layer.input for layer in plan.layers]
+    counts = batches_on_the_way(model, shapes, tensors, len(batches), 2, config.max_memory)
     walkers = Walkers((model, student), batches, samples.take, counts)
     view = GraphView(model)
     nodes = {n.name: n for n in view.nodes}

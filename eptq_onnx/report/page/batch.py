@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from eptq_onnx._version import __version__
 from eptq_onnx.endings import Ended, fronts
 from eptq_onnx.report.batch import FIGURES, NUMBERS, in_words, rows_of
 from eptq_onnx.report.page import plots
-from eptq_onnx.report.page.page import content, harmless
+from eptq_onnx.report.page.page import rendered
 
 _MOST_DB = 100.0
 """Ratios above are drawn there."""
@@ -31,28 +28,19 @@ def batch_page(title: str, ended: Sequence[Ended]) -> str:
     """Return the page of a batch, which fetches nothing."""
     found = fronts(ended)
     options, rows = rows_of(found)
-    script = content("page.js")
     models = []
     for k, name in enumerate(dict.fromkeys(e.model for e in found if not e.error)):
         own = [(e, row) for e, row in zip(found, rows, strict=True) if e.model == name and not e.error]
         points = [(float(e.bytes), min(e.quality, _MOST_DB), e.best) for e, _ in own]
         plot = plots.sizes(points, f"sizes-{k}") if len(points) > 1 else None
         models.append(_Model(name, plot, [row for _, row in own]))
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=harmless
-    )
-    return (
-        environment.from_string(content("batch.html.j2")).render(
-            title=title,
-            version=__version__,
-            summary=in_words(ended),
-            columns=("job", *options, *FIGURES),
-            numbers=[1 + len(options) + k for k in NUMBERS],
-            models=models,
-            failures=[(e.name, e.error) for e in found if e.error],
-            style=Markup(content("page.css")),
-            script=Markup(script),
-            script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
-        )
-        + "\n"
+    return rendered(
+        "batch.html.j2",
+        title=title,
+        version=__version__,
+        summary=in_words(ended),
+        columns=("job", *options, *FIGURES),
+        numbers=[1 + len(options) + k for k in NUMBERS],
+        models=models,
+        failures=[(e.name, e.error) for e in found if e.error],
     )

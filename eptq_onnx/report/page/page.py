@@ -92,7 +92,6 @@ class Shown:
 
 def page_of(report: Report) -> str:
     """Return a report as one HTML page, which fetches nothing."""
-    script = content("page.js")
     filled = {
         **_head(report),
         **_run(report),
@@ -103,9 +102,6 @@ def page_of(report: Report) -> str:
         "histograms": _histograms(report),
         "parts": _parts(report),
         "total_size": size_text(sum(report.sizes.values())),
-        "style": Markup(content("page.css")),
-        "script": Markup(script),
-        "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
     }
     absent = {
         "advice": not filled["advice"],
@@ -117,14 +113,27 @@ def page_of(report: Report) -> str:
         "notes": not report.notes,
     }
     contents = [(name, title) for name, title in _SECTIONS.items() if not absent.get(name)]
+    return rendered("template.html.j2", report=report, contents=contents, **filled)
+
+
+def rendered(template: str, **values: object) -> str:
+    """Return a template filled with values, and with the style and the script of all pages."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=harmless
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_harmless
     )
-    template = environment.from_string(content("template.html.j2"))
-    return template.render(report=report, contents=contents, **filled) + "\n"
+    script = _content("page.js")
+    return (
+        environment.from_string(_content(template)).render(
+            style=Markup(_content("page.css")),
+            script=Markup(script),
+            script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
+            **values,
+        )
+        + "\n"
+    )
 
 
-def harmless(value: object) -> object:
+def _harmless(value: object) -> object:
     """Return a text without what would confuse a reader, such as characters that turn its direction.
 
     Escaping for HTML follows; what is HTML already stays as it is.
@@ -132,7 +141,7 @@ def harmless(value: object) -> object:
     return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def content(name: str) -> str:
+def _content(name: str) -> str:
     """Return a file that lies beside this module."""
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
