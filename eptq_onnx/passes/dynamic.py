@@ -78,9 +78,11 @@ def _products(state: State, ctx: Context) -> list[str]:
 
 
 def _share(state: State, ctx: Context) -> float:
-    """Return the share of the multiplications on integers that products have."""
+    """Return the share of the multiplications on integers that products have; all if none are known."""
+    products = _products(state, ctx)
     work = {x.node: ctx.multiplications.get(x.node, 0.0) for x in state.plan.static_layers}
-    return sum(work[name] for name in _products(state, ctx)) / max(sum(work.values()), 1e-30)
+    total = sum(work.values())
+    return sum(work[name] for name in products) / total if total else float(bool(products))
 
 
 def _products_alone(state: State, ctx: Context) -> State | None:
