@@ -5,15 +5,11 @@ from __future__ import annotations
 from eptq_onnx.config import Start
 from eptq_onnx.data.samples import Selection, spread
 from eptq_onnx.method.judge import SAMPLES, better_than_nearest
-from eptq_onnx.method.reconstruct import WALKS, reconstruct, work
-from eptq_onnx.numerics.quant_math import FEW_BITS
+from eptq_onnx.method.reconstruct import WALKS, enough_samples, reconstruct, work
 from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
-from eptq_onnx.records import Plan
 
 _RUNS = 4
 """Runs to judge the result: of the float network, and with both roundings, which take longer."""
-_SAMPLES_MANY_BITS = 96
-"""Most samples to walk with if all weights have more bits than `FEW_BITS`: more bring nothing then."""
 
 
 class Reconstruct(Pass):
@@ -32,7 +28,7 @@ class Reconstruct(Pass):
 
     def cost(self, state: State, ctx: Context) -> Cost:
         """A traversal of both networks, the linear algebra of every layer, and runs that judge the result."""
-        count = len(_walked(ctx, state.plan).indices)
+        count = len(_walked(state, ctx).indices)
         operations, values = work(state.executed, state.plan, ctx.config, ctx.multiplications, count)
         return Cost(
             passes=_RUNS * min(len(ctx.shares.judged), SAMPLES),
@@ -51,7 +47,7 @@ class Reconstruct(Pass):
             state.network,
             quantized,
             state.nearest,
-            _walked(ctx, state.plan),
+            _walked(state, ctx),
             ctx.config,
             ctx.tell(self.name),
         )
@@ -64,8 +60,7 @@ class Reconstruct(Pass):
         return state.changed(rounding=rounding).noting(*notes, *[note] if note else [])
 
 
-def _walked(ctx: Context, plan: Plan) -> Selection:
+def _walked(state: State, ctx: Context) -> Selection:
     """Return the samples that are walked with."""
-    few = any(layer.weight_spec.bits <= FEW_BITS for layer in plan.layers)
-    most = len(ctx.walked) if few else _SAMPLES_MANY_BITS
-    return ctx.chosen(ctx.walked[spread(len(ctx.walked), most)], plan)
+    enough = enough_samples(state.executed, state.plan, ctx.multiplications)
+    return ctx.chosen(ctx.walked[spread(len(ctx.walked), enough)], state.plan)
