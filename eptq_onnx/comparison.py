@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, inliner
 
 from eptq_onnx.data import Candidates, Samples, load, spread
+from eptq_onnx.data.placing import Placed
 from eptq_onnx.data.readers import Source
 from eptq_onnx.errors import DataError, EptqError, ModelError
 from eptq_onnx.execute.parting import TensorNoise, first_below, parting
@@ -140,10 +141,14 @@ class Sample:
         Its file; of a text its number and how it begins; else its number in the data, counted from 0.
     feeds : dict of str to ndarray
         Input to value, with the axes that the model takes.
+    placed : Placed or None
+        Where a picture lies in the input, from which points and boxes go back to the picture; None for what
+        is no picture of a folder.
     """
 
     name: str
     feeds: Feeds
+    placed: Placed | None = None
 
 
 @dataclass
@@ -243,7 +248,8 @@ def samples_of(model: ModelProto, data: Source) -> Iterator[Sample]:
             "numpy or your framework."
         )
     for k in range(chosen.count):
-        yield Sample(found.name_of(int(chosen.numbers([k])[0])), chosen.take([k]))
+        number = int(chosen.numbers([k])[0])
+        yield Sample(found.name_of(number), chosen.take([k]), found.placed_of(number))
 
 
 def _opened(path: Path, folder: str) -> ModelProto:
