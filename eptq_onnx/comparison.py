@@ -19,12 +19,13 @@ from eptq_onnx.errors import DataError, EptqError, ModelError
 from eptq_onnx.execute.parting import TensorNoise, first_below, parting
 from eptq_onnx.graph import io
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.meaning import meanings
 from eptq_onnx.graph.narrow import emulated
 from eptq_onnx.graph.outputs import numbers, readable
 from eptq_onnx.graph.replay import RANDOM
 from eptq_onnx.method.normalize import name_nodes
 from eptq_onnx.numerics.quant_math import sqnr_db
-from eptq_onnx.numerics.statistics import Comparison, OutputStatistics
+from eptq_onnx.numerics.statistics import Comparison, Meaning, OutputStatistics
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.proto.bodies import all_nodes
@@ -155,7 +156,7 @@ class Sample:
 class _Difference:
     """Collects one output of both models."""
 
-    statistics: Comparison = field(default_factory=Comparison)
+    statistics: Comparison
     squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
     largest: float = 0.0
     ratios: list[float] = field(default_factory=list)
@@ -315,7 +316,12 @@ def _outputs(
                     f"{pair[1]} has no floating-point output of {pair[0]} ({', '.join(missing) or 'none'}): "
                     "give two versions of one model."
                 )
-            found = {name: _Difference() for name in reference if name in other}
+            known = meanings(infer_shapes(models[0]))
+            found = {
+                name: _Difference(Comparison(known.get(name, Meaning.SCORES)))
+                for name in reference
+                if name in other
+            }
         for name, difference in found.items():
             difference.add(reference[name], other[name])
     ranked = [min((d.ratios[k], name, k) for name, d in found.items()) for k in range(len(parts)) if found]

@@ -18,6 +18,7 @@ from eptq_onnx.data.readers import Source
 from eptq_onnx.errors import CapabilityError, ConfigError, InstallError, ModelError
 from eptq_onnx.execute.pairing import Pairing, comparisons, within_bytes
 from eptq_onnx.graph import io
+from eptq_onnx.graph.meaning import meanings
 from eptq_onnx.graph.outputs import numbers
 from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.numerics.types import Feeds
@@ -198,7 +199,8 @@ class _Check:
             return {name: numbers(values[name]) for name in reference[0]}
 
         results = map(ours, self._parts[: len(reference)])
-        statistics = {n: c.result() for n, c in comparisons(pairing.pairs(reference, results)).items()}
+        compared = comparisons(pairing.pairs(reference, results), meanings(prepared.model))
+        statistics = {name: comparison.result() for name, comparison in compared.items()}
         least = self._gate.min_sqnr
         if least is not None:
             self.failures += [

@@ -23,7 +23,7 @@ class Pace(str, Enum):
     """The quantized model's run time compared with the float model's, as far as noise allows."""
 
     FASTER = "faster"
-    SAME = "about as fast"
+    SAME = "level"
     SLOWER = "slower"
 
 

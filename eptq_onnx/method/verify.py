@@ -20,6 +20,7 @@ from eptq_onnx.execute.walk import Walk, affordable_batches
 from eptq_onnx.graph import io, nbits
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.meaning import meanings
 from eptq_onnx.graph.narrow import emulated
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.shapes import specialize
@@ -171,7 +172,7 @@ def _compare_outputs(
             "in the comparison of outputs, lengths and places follow the float model: "
             f"with its own the draws do not fit ({e})",
         )
-    compared = comparisons(pairing.pairs(reference, results))
+    compared = comparisons(pairing.pairs(reference, results), meanings(versions.whole))
     counted = {n: c for n, c in compared.items() if not versions.outputs or n in versions.outputs}
     return pairing.samples_of(len(reference)), counted, notes
 

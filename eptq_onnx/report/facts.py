@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from eptq_onnx.report import placement as by_time
 from eptq_onnx.report import trail as scores
 from eptq_onnx.report.front import front_sheet
+from eptq_onnx.report.outputs import COLUMNS, output_row
 from eptq_onnx.report.plain import size_text
 from eptq_onnx.report.sheet import Sheet
 from eptq_onnx.report.speed import in_words, operator_sheet, warning
@@ -99,16 +100,10 @@ def output_sheet(report: Report) -> Sheet:
     rows = []
     for name, value in v.outputs.items():
         s = v.statistics.get(name)
-        row = [name, f"{value:.2f}", *(["", "", ""] if s is None else [])]
-        if s is not None:
-            row += [f"{s.centred_sqnr_db:.2f}", f"{s.sample_sqnr_db:.2f}", ""]
-            if s.decisions:
-                changes = f"{s.disagreement:.1%} of {s.decisions} ({s.expected_disagreement:.1%} expected)"
-                row[-1] = f"{changes}, KL {s.divergence:.3g}"
-        rows.append(tuple(row))
+        rows.append((name, f"{value:.2f}", "", "", "") if s is None else output_row(name, s))
     return Sheet(
         f"Float against quantized, {v.samples} {what}",
-        ("output", "SQNR (dB)", "about the mean (dB)", "worst sample (dB)", "top-1 changes"),
+        COLUMNS,
         tuple(rows),
         names=(0,),
     )
