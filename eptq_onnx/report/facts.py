@@ -78,6 +78,7 @@ def advice_sheet(report: Report) -> Sheet:
         f"What to try, cheapest first; the worst output keeps {worst:.1f} dB now",
         ("option", "why", "expected"),
         tuple((a.option, a.why, a.expected or "-") for a in report.advice),
+        names=(0,),
     )
 
 
