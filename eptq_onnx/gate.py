@@ -100,6 +100,8 @@ def verify(pair: tuple[Path, Path], data: Source, target: Target, gate: Gate, fo
     EptqError
         If a file, the data or an option cannot be used, or if the gate asks for what cannot be found out.
     """
+    if gate.evaluate is not None:
+        evaluate_of(gate.evaluate)  # what cannot be imported is said before anything runs
     found = lint(io.load(pair[1], folder, quantized=True), target)
     prepared = prepare(pair[0], data, target, Config(), folder)
     if prepared.found.draws.places:

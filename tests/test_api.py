@@ -62,7 +62,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
 def test_config_is_frozen_and_strict():
     with pytest.raises(ConfigError, match="option colour is unknown"):
         Config(colour=3)  # type: ignore[call-arg]
-    with pytest.raises(ConfigError, match="option weight_bits=1 is wrong: input should be"):
+    with pytest.raises(ConfigError, match="option weight_bits=1 is wrong: give a whole number from 2 to 8"):
         Config(weight_bits=1)
     assert not Config(preset="fast").optimizes
     assert not Config(preset="fast").needs_gradients

@@ -133,9 +133,12 @@ def test_nan_is_no_score(folder):
 @pytest.mark.parametrize(
     ("evaluate", "sentence"),
     [
-        (lambda model: "good", "evaluate gives no score: ValueError: could not convert"),
+        (lambda model: "good", "evaluate gives no score: <lambda> returns 'good', and a score"),
         (lambda model: model({"picture": images(1)}), "input"),
-        (lambda model: 1 / 0, "evaluate gives no score: ZeroDivisionError: division by zero."),
+        (
+            lambda model: 1 / 0,
+            "evaluate gives no score: <lambda> fails with ZeroDivisionError: division by zero (",
+        ),
     ],
 )
 def test_what_gives_no_score_is_told(folder, evaluate, sentence):
@@ -273,7 +276,7 @@ def test_the_exit_code_is_that_of_the_gate(folder, arguments, code, shown):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--evaluate", "nowhere:high"), "the function nowhere:high cannot be imported"),
+        (("--evaluate", "nowhere:high"), "the function nowhere:high: there is no module nowhere"),
         (("--min-score", "0.5"), "min_score needs something that scores"),
         (("--target", "tpu"), "target 'tpu' is unknown"),
         (("--data", "missing.npz"), "missing.npz"),
@@ -308,5 +311,5 @@ def test_infinite_ratios_are_null_in_json(folder):
 
 
 def test_the_function_is_found_only_in_modules(folder):
-    with pytest.raises(DataError, match="cannot be imported"):
+    with pytest.raises(DataError, match="has no function missing"):
         verify(evaluate="own_score:missing")

@@ -141,7 +141,7 @@ WRONG = {
     "unknown field": ("[bias]\ncolour = 1", "field bias.colour is unknown"),
     "unknown rule": (
         '[weight]\nscale = "round"',
-        "field weight.scale='round' is wrong: input should be 'any' or 'power of two'",
+        "field weight.scale='round' is wrong: give any or power of two",
     ),
     "unsigned weights": ('[weight]\ncontainer = "uint8"', "weights are int8, because their zero point is 0"),
     "floats with zero points": (
@@ -168,7 +168,7 @@ WRONG = {
     "an old opset": ("min_opset = 12", "field min_opset=12 is wrong"),
     "an unknown role": (
         '[operators.Conv]\nruns = "layers"',
-        "field operators.Conv.runs='layers' is wrong: input should be 'layer', 'arithmetic', 'equal scale', "
+        "field operators.Conv.runs='layers' is wrong: give layer, arithmetic, equal scale, "
         "'absorbed' or 'float'",
     ),
     "a row without a role": ("[operators.Neg]\nkernels = []", "field operators.Neg.runs is missing"),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
+from eptq_onnx.config.accuracy import module_and_function
 from eptq_onnx.config.option import Option, OptionModel
 
 
@@ -44,6 +45,16 @@ class Gate(OptionModel):
     """Seconds to spend on the latency of both files; 0 leaves it out."""
     custom_ops: Annotated[tuple[Path, ...], Option("effort", default="none")] = ()
     """Shared library with custom operators for onnxruntime. May be repeated."""
+
+    @field_validator("evaluate")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return module_and_function(value)
+
+    @field_validator("custom_ops", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: object) -> object:
+        return (given,) if isinstance(given, (str, Path)) else given
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

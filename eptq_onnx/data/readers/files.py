@@ -136,7 +136,7 @@ def collected(
         If none can be read.
     """
     if not path.exists():
-        raise DataError(f"data file {path} does not exist.")
+        raise DataError(f"data file or folder {path} does not exist.")
     files = reader.paths(path)
     chosen = [files[k] for k in request.chosen(len(files))]
     shelf, broken = Shelf(), dict[Path, str]()
