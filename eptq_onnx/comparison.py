@@ -95,6 +95,8 @@ class Compared:
     computed_by : str
     samples : int
         Samples on which outputs were compared.
+    given : int
+        Samples of the data.
     outputs : dict of str to OutputDifference
     layers : tuple of TensorNoise
         The tensors that both models compute under one name, in order.
@@ -111,6 +113,7 @@ class Compared:
     second: str
     computed_by: str
     samples: int
+    given: int
     outputs: Mapping[str, OutputDifference]
     layers: tuple[TensorNoise, ...]
     layer_samples: int
@@ -227,6 +230,7 @@ def compare(
         second=str(pair[1]),
         computed_by=f"{ort.name} {ort.version}, with the operators as ONNX defines them",
         samples=sum(map(len, parts)),
+        given=chosen.count,
         outputs={name: difference.result() for name, difference in differences.items()},
         layers=layers,
         layer_samples=min(sum(map(len, parts)), size * len(walked)),

@@ -19,6 +19,10 @@ class OperatorTime:
     quantized_seconds: float
 
 
+LAYER_SAMPLES = 32
+"""Samples on which layers are compared, at most."""
+
+
 class Pace(str, Enum):
     """The quantized model's run time compared with the float model's, as far as noise allows."""
 

@@ -18,7 +18,7 @@ def test_public_names_are_pinned():
     assert sorted(eptq_onnx.__all__) == [
         "Accuracy", "ActivationRange", "Attention", "Bench", "Budget", "BudgetUnit", "CapabilityError", "Compared", "Config",
         "ConfigError", "Data", "DataError", "EptqError", "Finding", "FloatType", "Gate", "GradientError", "Inspection",
-        "InstallError", "Lint", "ModelError", "Objective", "Optimizer", "OutputError", "Preset", "Progress", "Report",
+        "InstallError", "Lint", "ModelError", "Objective", "Optimizer", "OutputError", "Placed", "Preset", "Progress", "Report",
         "Result", "RoundingVariable", "Runnable", "Sample", "Sensitivity", "Severity", "Start", "Trail", "Verified", "WeightRange", "WeightStorage",
         "__version__", "bench", "compare", "inspect", "lint", "quantize", "samples", "sensitivity", "verify",
     ]  # fmt: skip

@@ -127,7 +127,12 @@ def test_a_score_is_that_of_the_users_function(folder):
 
 
 def test_nan_is_no_score(folder):
-    assert not verify(evaluate=lambda model: float("nan"), min_score=0.1).passed
+    scores = iter([float("nan"), 0.5])
+    found = verify(evaluate=lambda model: next(scores))
+    assert not found.passed
+    assert found.failures == ("the score is nan, where the float model's is 0.5",)
+    with pytest.raises(eptq_onnx.ConfigError, match="returns nan, and a score is a finite number"):
+        verify(evaluate=lambda model: float("nan"))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +142,7 @@ def test_nan_is_no_score(folder):
         (lambda model: model({"picture": images(1)}), "input"),
         (
             lambda model: 1 / 0,
-            "evaluate gives no score: <lambda> fails with ZeroDivisionError: division by zero (",
+            r"evaluate gives no score: <lambda> fails with ZeroDivisionError: division by zero \(",
         ),
     ],
 )

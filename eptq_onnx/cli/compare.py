@@ -11,20 +11,19 @@ from rich.console import Console
 from eptq_onnx import api
 from eptq_onnx.cli.app import CHECK, app, one_sentence
 from eptq_onnx.cli.manner import Manner, with_manner
-from eptq_onnx.cli.options import options_of, with_options
+from eptq_onnx.cli.options import SHORT_FORMS, options_of, with_options
 from eptq_onnx.comparison import LEAST_DB, SAMPLES, Compared
 from eptq_onnx.config import Reading
-from eptq_onnx.data import readers
 from eptq_onnx.data.readers import Data
 from eptq_onnx.execute.parting import most_alone
 from eptq_onnx.report.console import console, line
-from eptq_onnx.report.sheet import Sheet, for_console
+from eptq_onnx.report.sheet import Sheet, for_console, of_all
 
 _SHOWN = 8
 """Layers that are shown."""
 
 
-@app.command(rich_help_panel=CHECK)
+@app.command(rich_help_panel=CHECK, short_help="Find where two models part, and on which samples.")
 @with_options(Reading)
 @with_manner("json", "quiet", "verbose")
 def compare(
@@ -40,13 +39,15 @@ def compare(
     data: Annotated[
         str,
         typer.Option(
-            help=f"Samples to compare on, best those that calibration has not seen: "
-            f"{'; '.join(readers.forms(on_command_line=True))}."
+            metavar="DATA",
+            help=f"Samples to compare on, best those that calibration has not seen: {SHORT_FORMS}.",
         ),
     ],
-    most: Annotated[int, typer.Option(min=1, help="Most samples to compare outputs on.")] = SAMPLES,
+    most: Annotated[
+        int, typer.Option(min=1, help="Most samples to compare outputs on, spread evenly over the data.")
+    ] = SAMPLES,
     below: Annotated[
-        float, typer.Option(help="Ratio in dB below which a tensor counts as the place where they part.")
+        float, typer.Option(help="SQNR in dB below which a tensor counts as the place where they part.")
     ] = LEAST_DB,
     manner: Manner,
     **options: Any,
@@ -84,7 +85,7 @@ def _show(found: Compared, out: Console, shown: int) -> None:
         )
         for name, output in found.outputs.items()
     )
-    title = f"Outputs on {found.samples} samples, by {found.computed_by}"
+    title = f"Outputs on {of_all(found.samples, found.given, '--most')}, by {found.computed_by}"
     out.print(for_console(Sheet(title, columns, rows, names=(0,))))
     if found.layers:
         _show_layers(found, out, shown)

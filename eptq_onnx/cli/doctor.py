@@ -15,7 +15,7 @@ _ALTERNATIVES = ("standard", "training")
 """Extras of which one is enough."""
 
 
-@app.command(rich_help_panel=START)
+@app.command(rich_help_panel=START, short_help="Say what is installed, what is used, and what is missing.")
 @with_manner("json", "quiet")
 def doctor(*, manner: Manner) -> None:
     """Say what is installed, what of it is used, and what to install; try whether it works.

@@ -23,7 +23,7 @@ _NAMED = 3
 """Nodes of one reason that are named."""
 
 
-@app.command(rich_help_panel=LOOK)
+@app.command(rich_help_panel=LOOK, short_help="Look at a model without data; names the next command.")
 @with_options(Reading, Config)
 @with_manner("json", "quiet", "verbose")
 def inspect(

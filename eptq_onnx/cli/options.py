@@ -31,6 +31,11 @@ TargetName = Annotated[
     str, typer.Option(help=f"Target to check for: {', '.join(targets.names())}, or the path of a file.")
 ]
 """The target whose rules a command checks."""
+SHORT_FORMS = (
+    "a folder of pictures or sounds, a .txt or .jsonl file of texts, a .npz or .npy file of arrays, and all "
+    "else that quantize takes"
+)
+"""The forms of samples in short; the help of ``quantize`` lists all."""
 TARGET = Config().target
 """Its default."""
 

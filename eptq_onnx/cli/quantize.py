@@ -46,7 +46,7 @@ class Beside(OptionModel):
     """Where to write the scales of activations and weights as encodings (AIMET's schema 1.0)."""
 
 
-@app.command(rich_help_panel=QUANTIZE)
+@app.command(rich_help_panel=QUANTIZE, short_help="Quantize a model with samples, and report what it costs.")
 @with_options(Beside, Reading, Config, Accuracy)
 @with_manner("json", "quiet", "verbose")
 def quantize(
@@ -56,6 +56,7 @@ def quantize(
         str | None,
         typer.Option(
             "--data",
+            metavar="DATA",
             help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}. Not needed with "
             "--activations dynamic and with --bits w8a32.",
             show_default=False,

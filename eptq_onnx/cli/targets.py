@@ -12,7 +12,7 @@ from eptq_onnx.report.sheet import Sheet, for_console
 from eptq_onnx.targets import machine
 
 
-@app.command(rich_help_panel=LOOK)
+@app.command(rich_help_panel=LOOK, short_help="List the runtimes that models can be quantized for.")
 @with_manner("json", "quiet")
 def targets(*, manner: Manner) -> None:
     """List the runtimes that models can be quantized for."""

@@ -38,7 +38,7 @@ class Gate(OptionModel):
     strict: Annotated[bool, Option("gate")] = False
     """Fail for warnings of the target's rules, too."""
     samples: Annotated[int, Option("effort")] = Field(128, ge=1)
-    """Most samples to compare outputs on."""
+    """Most samples to compare outputs on, spread evenly over the data."""
     threads: Annotated[int, Option("effort")] = Field(1, ge=0)
     """Threads of one operator when the latency is measured; 0 for one per core."""
     seconds: Annotated[float, Option("effort")] = Field(3.0, ge=0)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from eptq_onnx.outcome import LAYER_SAMPLES
 from eptq_onnx.report import placement as by_time
 from eptq_onnx.report import trail as scores
 from eptq_onnx.report.front import front_sheet
@@ -19,6 +20,8 @@ from eptq_onnx.report.verdict import of_made_up
 if TYPE_CHECKING:
     from eptq_onnx.report import LayerReport, Report
 
+_LATE = 1.5
+"""How many times the estimate a run takes that other programs have slowed down, or the search for causes."""
 _WEAKEST = 5
 """Layers that are named."""
 _REASONS = 8
@@ -169,7 +172,8 @@ def _equalization(report: Report) -> str:
 
 def _cost(report: Report) -> str:
     spent, expected = sum(report.seconds.values()), report.estimate.seconds
-    return f"{spent:.1f} s (expected: {expected:.0f} s), peak {size_text(report.peak_memory_bytes)}"
+    late = ", with the processor to itself" if spent > _LATE * expected else ""
+    return f"{spent:.1f} s (expected: {expected:.0f} s{late}), peak {size_text(report.peak_memory_bytes)}"
 
 
 def _optimization(report: Report) -> str:
@@ -180,8 +184,9 @@ def _optimization(report: Report) -> str:
 
 
 def _weakest(report: Report) -> Sheet:
+    v = report.verification
     return Sheet(
-        "Layers with the lowest SQNR",
+        f"Layers with the lowest SQNR, on {min(v.samples, LAYER_SAMPLES)} of these samples",
         ("layer", "operator", "bits", "own (dB)", "SQNR (dB)"),
         tuple(
             (

@@ -125,6 +125,13 @@ def _entry(sheet: Sheet, row: Sequence[str], style: str, width: int) -> Iterator
         yield unbroken(" " * _INDENT + part, style)
 
 
+def of_all(count: int, given: int, option: str = "") -> str:
+    """Return ``128 of 250 samples (more with --samples)``, or ``128 samples`` if those are all."""
+    if count >= given:
+        return f"{count} sample{'s' * (count != 1)}"
+    return f"{count} of {given} samples{f' (more with {option})' * bool(option)}"
+
+
 def unbroken(text: str, style: str = "") -> Text:
     """Return a line that a console neither wraps nor cuts, if it prints without cropping."""
     found = line(text, style)
