@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         WeightRange,
         WeightStorage,
     )
+    from eptq_onnx.data.placing import Placed
     from eptq_onnx.data.readers import Data
     from eptq_onnx.gate import Verified
     from eptq_onnx.inspection import Inspection
@@ -71,6 +72,7 @@ __all__ = [
     "Objective",
     "Optimizer",
     "OutputError",
+    "Placed",
     "Preset",
     "Progress",
     "Report",
@@ -103,6 +105,7 @@ _PLACES = {
     "Finding": "rules",
     "Inspection": "inspection",
     "Lint": "rules",
+    "Placed": "data.placing",
     "Progress": "passes.base",
     "Report": "report",
     "Result": "api",

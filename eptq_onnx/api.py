@@ -46,6 +46,7 @@ from eptq_onnx.runtime import custom_operators
 from eptq_onnx.runtimes.bench import Bench, effort_of
 from eptq_onnx.runtimes.bench import bench as measured
 from eptq_onnx.runtimes.feeds import inputs_of
+from eptq_onnx.scoring import evaluate_of
 from eptq_onnx.sensitivities import Sensitivity
 from eptq_onnx.start import silent, start, surroundings, target_of
 from eptq_onnx.summary import Costs, report_of
@@ -331,6 +332,8 @@ def _quantize(
     if is_nothing(data) and given.weights_only:
         made, report = without_data(model, given, places.folder, progress)
         return Result(store.load_all(made), report)
+    if accuracy.evaluate is not None:
+        evaluate_of(accuracy.evaluate)  # what cannot be imported is said before anything runs
     begun = start(model, data, given, places.folder, progress)
     runner, prepared, state, ctx = begun.runner, begun.prepared, begun.state, begun.ctx
     if places.workdir is not None:

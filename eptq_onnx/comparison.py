@@ -13,17 +13,19 @@ from numpy.typing import NDArray
 from onnx import ModelProto, inliner
 
 from eptq_onnx.data import Candidates, Samples, load, spread
+from eptq_onnx.data.placing import Placed
 from eptq_onnx.data.readers import Source
 from eptq_onnx.errors import DataError, EptqError, ModelError
 from eptq_onnx.execute.parting import TensorNoise, first_below, parting
 from eptq_onnx.graph import io
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.meaning import meanings
 from eptq_onnx.graph.narrow import emulated
 from eptq_onnx.graph.outputs import numbers, readable
 from eptq_onnx.graph.replay import RANDOM
 from eptq_onnx.method.normalize import name_nodes
 from eptq_onnx.numerics.quant_math import sqnr_db
-from eptq_onnx.numerics.statistics import Comparison, OutputStatistics
+from eptq_onnx.numerics.statistics import Comparison, Meaning, OutputStatistics
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.parallel import ordered_map
 from eptq_onnx.proto.bodies import all_nodes
@@ -93,6 +95,8 @@ class Compared:
     computed_by : str
     samples : int
         Samples on which outputs were compared.
+    given : int
+        Samples of the data.
     outputs : dict of str to OutputDifference
     layers : tuple of TensorNoise
         The tensors that both models compute under one name, in order.
@@ -109,6 +113,7 @@ class Compared:
     second: str
     computed_by: str
     samples: int
+    given: int
     outputs: Mapping[str, OutputDifference]
     layers: tuple[TensorNoise, ...]
     layer_samples: int
@@ -140,17 +145,21 @@ class Sample:
         Its file; of a text its number and how it begins; else its number in the data, counted from 0.
     feeds : dict of str to ndarray
         Input to value, with the axes that the model takes.
+    placed : Placed or None
+        Where a picture lies in the input, from which points and boxes go back to the picture; None for what
+        is no picture of a folder.
     """
 
     name: str
     feeds: Feeds
+    placed: Placed | None = None
 
 
 @dataclass
 class _Difference:
     """Collects one output of both models."""
 
-    statistics: Comparison = field(default_factory=Comparison)
+    statistics: Comparison
     squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
     largest: float = 0.0
     ratios: list[float] = field(default_factory=list)
@@ -221,6 +230,7 @@ def compare(
         second=str(pair[1]),
         computed_by=f"{ort.name} {ort.version}, with the operators as ONNX defines them",
         samples=sum(map(len, parts)),
+        given=chosen.count,
         outputs={name: difference.result() for name, difference in differences.items()},
         layers=layers,
         layer_samples=min(sum(map(len, parts)), size * len(walked)),
@@ -243,7 +253,8 @@ def samples_of(model: ModelProto, data: Source) -> Iterator[Sample]:
             "numpy or your framework."
         )
     for k in range(chosen.count):
-        yield Sample(found.name_of(int(chosen.numbers([k])[0])), chosen.take([k]))
+        number = int(chosen.numbers([k])[0])
+        yield Sample(found.name_of(number), chosen.take([k]), found.placed_of(number))
 
 
 def _opened(path: Path, folder: str) -> ModelProto:
@@ -309,7 +320,12 @@ def _outputs(
                     f"{pair[1]} has no floating-point output of {pair[0]} ({', '.join(missing) or 'none'}): "
                     "give two versions of one model."
                 )
-            found = {name: _Difference() for name in reference if name in other}
+            known = meanings(infer_shapes(models[0]))
+            found = {
+                name: _Difference(Comparison(known.get(name, Meaning.SCORES)))
+                for name in reference
+                if name in other
+            }
         for name, difference in found.items():
             difference.add(reference[name], other[name])
     ranked = [min((d.ratios[k], name, k) for name, d in found.items()) for k in range(len(parts)) if found]

@@ -117,8 +117,6 @@ class _Search:
         self._tell(0)
         given = io.load(self._ctx.source, self._ctx.folder)
         self._float = score_of(self._evaluate, float_model(given, self._threads))
-        if not np.isfinite(self._float):
-            raise ConfigError(f"evaluate gives the float model no score, but {self._float}.")
         self._most = np.inf if accuracy.max_drop is None else accuracy.max_drop.of(self._float)
         self._tell(1)
         began = time.perf_counter()
@@ -240,7 +238,7 @@ class _Search:
         io.save(store.load_all(final(sink(state.packed), prepared.opset, prepared.ir_version)), path)
         size = sum(f.stat().st_size for f in self._folder.iterdir())
         with quantized_model(path, self._runtime, self._threads) as (model, who, why):
-            score = score_of(self._evaluate, model)
+            score = score_of(self._evaluate, model, finite=False)
         for file in self._folder.iterdir():
             file.unlink()
         self._computed_by = who

@@ -26,6 +26,8 @@ class Ended:
         Sizes of the files.
     ratio : float or None
         Time of a run divided by that of the float model, if it was measured.
+    pace : str
+        The same in words, such as ``2.00× faster`` or ``level``; empty if it was not measured.
     seconds : float
         What the job took.
     options : dict of str to object
@@ -44,6 +46,7 @@ class Ended:
     bytes: int = 0
     float_bytes: int = 0
     ratio: float | None = None
+    pace: str = ""
     seconds: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     best: bool = False

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from eptq_onnx import runtimes, targets
 from eptq_onnx.config import Config, Gate
 from eptq_onnx.data.readers import Source
+from eptq_onnx.data.samples import spread
 from eptq_onnx.errors import CapabilityError, ConfigError, InstallError, ModelError
 from eptq_onnx.execute.pairing import Pairing, comparisons, within_bytes
 from eptq_onnx.graph import io
+from eptq_onnx.graph.meaning import meanings
 from eptq_onnx.graph.outputs import numbers
 from eptq_onnx.numerics.statistics import OutputStatistics
 from eptq_onnx.numerics.types import Feeds
@@ -44,7 +46,9 @@ class Verified:
     computed_by : str
         What ran the quantized model.
     samples : int
-        Samples on which outputs were compared.
+        Samples on which outputs were compared, evenly spread over the data.
+    given : int
+        Samples of the data.
     outputs : dict of str to OutputStatistics
         How each output differs from the float model's.
     kernels : dict of str to dict of str to int
@@ -63,6 +67,7 @@ class Verified:
     lint: Lint
     computed_by: str
     samples: int
+    given: int
     outputs: Mapping[str, OutputStatistics]
     kernels: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     speed: Speed | None = None
@@ -99,6 +104,8 @@ def verify(pair: tuple[Path, Path], data: Source, target: Target, gate: Gate, fo
     EptqError
         If a file, the data or an option cannot be used, or if the gate asks for what cannot be found out.
     """
+    if gate.evaluate is not None:
+        evaluate_of(gate.evaluate)  # what cannot be imported is said before anything runs
     found = lint(io.load(pair[1], folder, quantized=True), target)
     prepared = prepare(pair[0], data, target, Config(), folder)
     if prepared.found.draws.places:
@@ -114,7 +121,7 @@ class _Check:
     def __init__(self, pair: tuple[Path, Path], prepared: Prepared, target: Target, gate: Gate) -> None:
         self._pair, self._target, self._gate = pair, target, gate
         self._prepared, self._samples = prepared, prepared.samples
-        every = range(min(self._samples.count, gate.samples))
+        every = spread(self._samples.count, gate.samples)
         self._parts = list(self._samples.batches(every, self._samples.fixed_batch or 1))
         if not self._parts:
             raise ConfigError(
@@ -139,6 +146,7 @@ class _Check:
             lint=found,
             computed_by=who,
             samples=samples,
+            given=self._samples.count,
             outputs=outputs,
             kernels=kernels or {},
             speed=speed,
@@ -198,7 +206,8 @@ class _Check:
             return {name: numbers(values[name]) for name in reference[0]}
 
         results = map(ours, self._parts[: len(reference)])
-        statistics = {n: c.result() for n, c in comparisons(pairing.pairs(reference, results)).items()}
+        compared = comparisons(pairing.pairs(reference, results), meanings(prepared.model))
+        statistics = {name: comparison.result() for name, comparison in compared.items()}
         least = self._gate.min_sqnr
         if least is not None:
             self.failures += [
@@ -213,11 +222,13 @@ class _Check:
         if self._gate.evaluate is None:
             return None, None
         evaluate = evaluate_of(self._gate.evaluate)
-        scores = [score_of(evaluate, model) for model in (run, float_model(self._pair[0]))]
+        scores = score_of(evaluate, run, finite=False), score_of(evaluate, float_model(self._pair[0]))
         least = self._gate.min_score
-        if least is not None and not scores[0] >= least:
+        if not np.isfinite(scores[0]):
+            self.failures.append(f"the score is {scores[0]}, where the float model's is {scores[1]:.4g}")
+        elif least is not None and not scores[0] >= least:
             self.failures.append(f"the score is {scores[0]:.4g}, less than {least:g}")
-        return scores[0], scores[1]
+        return scores
 
     def _kernels(self, runtime: Verifier | None) -> dict[str, dict[str, int]] | None:
         """Count the kernels of the target's operators by precision; None if the runtime rejects the file."""

@@ -24,6 +24,7 @@ from eptq_onnx.endings import Ended
 from eptq_onnx.errors import ConfigError, EptqError, OutputError, WorkerError, one_line
 from eptq_onnx.files import write_atomically
 from eptq_onnx.report import Report
+from eptq_onnx.report.speed import pace_in_words
 from eptq_onnx.workers import make
 
 if sys.version_info >= (3, 11):
@@ -236,6 +237,7 @@ def _summary(job: Job, report: Report) -> Ended:
         bytes=v.quantized_bytes,
         float_bytes=v.float_bytes,
         ratio=None if report.speed is None else report.speed.ratio,
+        pace="" if report.speed is None else pace_in_words(report.speed),
         seconds=sum(report.seconds.values()),
         options={n: value for n, value in job.options.items() if n != "threads"},
     )

@@ -19,11 +19,15 @@ class OperatorTime:
     quantized_seconds: float
 
 
+LAYER_SAMPLES = 32
+"""Samples on which layers are compared, at most."""
+
+
 class Pace(str, Enum):
     """The quantized model's run time compared with the float model's, as far as noise allows."""
 
     FASTER = "faster"
-    SAME = "about as fast"
+    SAME = "level"
     SLOWER = "slower"
 
 

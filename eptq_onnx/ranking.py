@@ -208,6 +208,7 @@ class Ranking:
             model="",
             target=self._ctx.target.name,
             samples=deviation.samples,
+            given=self._ctx.samples.count,
             float_passes=self._runs * deviation.samples / self._ctx.samples.count,
             total=total,
             weights=together[0],

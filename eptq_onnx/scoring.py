@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from eptq_onnx import runtimes
-from eptq_onnx.data.readers.function import function_named
-from eptq_onnx.errors import CapabilityError, ConfigError, DataError, EptqError, one_line
+from eptq_onnx.data.readers.function import failure, function_named
+from eptq_onnx.errors import CapabilityError, ConfigError, DataError, EptqError
 from eptq_onnx.graph import io
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.runtime import Session
@@ -105,21 +106,37 @@ def evaluate_of(given: Evaluate | str) -> Evaluate:
     return function_named(given, "the function") if isinstance(given, str) else given
 
 
-def score_of(evaluate: Evaluate, model: Runnable) -> float:
+def score_of(evaluate: Evaluate, model: Runnable, *, finite: bool = True) -> float:
     """Return the score of a model.
+
+    Parameters
+    ----------
+    evaluate : callable
+    model : Runnable
+    finite : bool
+        False for a model that may be so bad that its score is NaN or infinite.
 
     Raises
     ------
     ConfigError
-        If the function fails, or returns no number.
+        If the function fails, or returns no finite number.
     """
+    name = getattr(evaluate, "__qualname__", type(evaluate).__name__)
     try:
-        return float(evaluate(model))
+        found: Any = evaluate(model)
     except EptqError:
         raise
     except Exception as e:
         # The function is the user's own, and may raise whatever it likes.
-        raise ConfigError(f"evaluate gives no score: {type(e).__name__}: {one_line(e)}.") from e
+        raise ConfigError(f"evaluate gives no score: {name} fails with {failure(e)}.") from e
+    try:
+        score = None if isinstance(found, (str, bytes)) else float(np.asarray(found).item())
+    except (TypeError, ValueError):
+        score = None
+    if score is None or (finite and not math.isfinite(score)):
+        shown = "nothing (None)" if found is None else f"{found!r:.80}"
+        raise ConfigError(f"evaluate gives no score: {name} returns {shown}, and a score is a finite number.")
+    return score
 
 
 def float_model(model: ModelProto | Path, threads: int = 1) -> Runnable:

@@ -93,6 +93,8 @@ class Sensitivity:
     model, target : str
     samples : int
         Samples on which each part was measured.
+    given : int
+        Samples that were given.
     float_passes : float
         What that took, calibration included: runs of all given samples through the float model.
     total, weights, activations : float
@@ -107,6 +109,7 @@ class Sensitivity:
     model: str
     target: str
     samples: int
+    given: int
     float_passes: float
     total: float
     weights: float

@@ -18,7 +18,7 @@ def test_public_names_are_pinned():
     assert sorted(eptq_onnx.__all__) == [
         "Accuracy", "ActivationRange", "Attention", "Bench", "Budget", "BudgetUnit", "CapabilityError", "Compared", "Config",
         "ConfigError", "Data", "DataError", "EptqError", "Finding", "FloatType", "Gate", "GradientError", "Inspection",
-        "InstallError", "Lint", "ModelError", "Objective", "Optimizer", "OutputError", "Preset", "Progress", "Report",
+        "InstallError", "Lint", "ModelError", "Objective", "Optimizer", "OutputError", "Placed", "Preset", "Progress", "Report",
         "Result", "RoundingVariable", "Runnable", "Sample", "Sensitivity", "Severity", "Start", "Trail", "Verified", "WeightRange", "WeightStorage",
         "__version__", "bench", "compare", "inspect", "lint", "quantize", "samples", "sensitivity", "verify",
     ]  # fmt: skip
@@ -62,7 +62,7 @@ def test_save_is_atomic(tmp_path, monkeypatch):
 def test_config_is_frozen_and_strict():
     with pytest.raises(ConfigError, match="option colour is unknown"):
         Config(colour=3)  # type: ignore[call-arg]
-    with pytest.raises(ConfigError, match="option weight_bits=1 is wrong: input should be"):
+    with pytest.raises(ConfigError, match="option weight_bits=1 is wrong: give a whole number from 2 to 8"):
         Config(weight_bits=1)
     assert not Config(preset="fast").optimizes
     assert not Config(preset="fast").needs_gradients

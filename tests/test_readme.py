@@ -201,6 +201,13 @@ def test_the_page_of_options_holds_all_of_them(pages, help_text):
         assert default in ("required", "none", "off") or f"[default: {default}]" in words, flags
 
 
+@pytest.mark.parametrize("page", [name for name in PAGES if name.startswith("docs/")])
+def test_pages_say_what_the_code_says(pages, page):
+    """Readers of the repository see the tables, too."""
+    assert pages.written(PAGES[page]) == PAGES[page], "run: python tools/pages.py"
+    assert pages.END not in pages.on_page_markdown(PAGES[page])
+
+
 def test_the_page_of_options_is_left_alone_elsewhere(pages):
     assert pages.on_page_markdown(README) == README
 

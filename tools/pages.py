@@ -5,19 +5,22 @@ parameters, those of docs/targets.md from the target files, the operator table a
 forms of data in docs/data.md from the readers, the list of passes in
 docs/how-it-works.md from `PIPELINE`, and the runtimes in docs/runtimes.md from what is found.
 
-``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself.
+``mkdocs.yml`` names this file as a hook; it needs no MkDocs itself. ``python tools/pages.py`` puts the same
+into the sources, where readers of the repository see it; a test compares both.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, get_args
 
 import typer.main
 from pydantic.fields import FieldInfo
 
+import eptq_onnx
 from eptq_onnx import runtimes, targets
 from eptq_onnx.cli import app
 from eptq_onnx.cli.options import default_of, help_of
@@ -40,10 +43,17 @@ _OPTIONS = ("option", "default", "")
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """The hook: put what is made from the code into the pages that ask for it."""
-    for place, make in PLACES.items():
-        if place in markdown:
-            markdown = markdown.replace(place, make())
-    return markdown
+    return _with(markdown, lambda place, made: made.strip("\n") if "\n" in made else made)
+
+
+def names() -> str:
+    """One row for each public name of the package: its first sentence."""
+    rows = []
+    for name in eptq_onnx.__all__:
+        if not name.startswith("_"):
+            text = inspect.getdoc(getattr(eptq_onnx, name)) or ""
+            rows.append((f"`{name}`", " ".join(text.split("\n\n")[0].split())))
+    return "\n".join(_table(("name", "what it is"), rows))
 
 
 def tables() -> str:
@@ -228,14 +238,8 @@ def _rule(rule: ScaleRule) -> str:
     return "" if rule is ScaleRule.ANY else f", scales that are a {rule.value}"
 
 
-_HINTS = (
-    "*Tables of this page are made from the code: `make docs` builds the page with them.*\n\n",
-    "*The lists of forms are made from the code, when `make docs` builds this page. "
-    "`eptq-onnx quantize --help` has them, too.*\n\n",
-)
-"""For readers of the sources."""
 PLACES = {
-    **dict.fromkeys(_HINTS, lambda: ""),
+    "<!-- the public names -->": names,
     "<!-- the tables of all options -->": tables,
     "<!-- the forms of data -->": forms,
     "<!-- the forms of data in Python -->": forms_of_python,
@@ -249,4 +253,38 @@ PLACES = {
     "<!-- the names of all patterns -->": patterns,
     "<!-- the table of all rules -->": rules,
 }
-"""What stands in pages, and what is put there instead."""
+"""What stands in pages, and what follows it there, up to `END`."""
+END = "<!-- the code says this; python tools/pages.py writes it -->"
+
+
+def written(markdown: str) -> str:
+    """Return a page as it is kept, for readers of the sources: what the code says stands between marks."""
+    return _with(markdown, lambda place, made: f"{place}{made}{END}")
+
+
+def _with(markdown: str, put: Callable[[str, str], str]) -> str:
+    """Return a page with other texts for what stands between a place and `END`."""
+    for place, make in PLACES.items():
+        begin, mark, rest = markdown.partition(place)
+        if mark:
+            inline = not rest.startswith("\n")
+            old, found, behind = rest.partition(END)
+            # A place without the mark that ends it is new, or stands in a text of its own.
+            behind = behind if found and "<!--" not in old else rest
+            made = make() if inline else f"\n\n{make()}\n\n"
+            markdown = f"{begin}{put(place, made)}{behind}"
+    return markdown
+
+
+def main() -> None:
+    """Write all pages anew."""
+    for path in sorted((Path(__file__).parent.parent / "docs").glob("*.md")):
+        old = path.read_text(encoding="utf-8")
+        new = written(old)
+        if new != old:
+            path.write_text(new, encoding="utf-8")
+            print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -31,7 +31,7 @@ def _names() -> str:
     return "; ".join(f"{name} ({backend.about})" for name, backend in backends.registered().items())
 
 
-@app.command(rich_help_panel=QUANTIZE)
+@app.command(rich_help_panel=QUANTIZE, short_help="Quantize lists of models and sweeps over options.")
 @with_manner("json", "quiet")
 def batch(
     *,

@@ -11,9 +11,8 @@ import typer
 from eptq_onnx import api, runtimes
 from eptq_onnx.cli.app import CHECK, app, one_sentence
 from eptq_onnx.cli.manner import Manner, with_manner
-from eptq_onnx.cli.options import Pair, with_options
+from eptq_onnx.cli.options import SHORT_FORMS, Pair, with_options
 from eptq_onnx.config import Reading
-from eptq_onnx.data import readers
 from eptq_onnx.data.readers import Data
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.report.bench import print_bench
@@ -26,7 +25,7 @@ def _names() -> str:
     return "; ".join(f"{name} ({verifier.about})" for name, verifier in found if verifier.measures)
 
 
-@app.command(rich_help_panel=CHECK)
+@app.command(rich_help_panel=CHECK, short_help="Measure speed, memory and size of two files.")
 @with_options(Reading)
 @with_manner("json", "quiet")
 def bench(
@@ -35,14 +34,14 @@ def bench(
     data: Annotated[
         str | None,
         typer.Option(
-            help=f"Samples, the first of which is run; by default, inputs are made up. Forms: "
-            f"{'; '.join(readers.forms(on_command_line=True))}."
+            metavar="DATA",
+            help=f"What to run: the first of these samples, {SHORT_FORMS}; by default, made-up inputs.",
         ),
     ] = None,
     runtime: Annotated[str, typer.Option(help=f"Where to run: {_names()}.")] = runtimes.DEFAULT,
     threads: Annotated[int, typer.Option(min=0, help="Threads of one operator; 0 for one per core.")] = 1,
     seconds: Annotated[
-        float, typer.Option(min=0.1, help="Seconds to spend on the latency of both files.")
+        float, typer.Option(min=0.1, help="Seconds in which both files run in turn to compare their speed.")
     ] = 10.0,
     custom_ops: Annotated[
         list[Path] | None, typer.Option(help="Shared libraries of custom operators, for onnxruntime.")
@@ -52,7 +51,7 @@ def bench(
 ) -> None:
     """Compare FLOAT and QUANTIZED: latency, time per operator, load time, memory, size.
 
-    The exit code is 1 if QUANTIZED is slower: the whole interval of the median ratio lies above 1.05.
+    The exit code is 1 if QUANTIZED is slower: its time is surely more than 1.05 of FLOAT's.
     """
     messages = console(stderr=True)
     with one_sentence(messages):

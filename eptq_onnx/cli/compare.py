@@ -7,24 +7,23 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from eptq_onnx import api
 from eptq_onnx.cli.app import CHECK, app, one_sentence
 from eptq_onnx.cli.manner import Manner, with_manner
-from eptq_onnx.cli.options import options_of, with_options
+from eptq_onnx.cli.options import SHORT_FORMS, options_of, with_options
 from eptq_onnx.comparison import LEAST_DB, SAMPLES, Compared
 from eptq_onnx.config import Reading
-from eptq_onnx.data import readers
 from eptq_onnx.data.readers import Data
 from eptq_onnx.execute.parting import most_alone
 from eptq_onnx.report.console import console, line
+from eptq_onnx.report.sheet import Sheet, for_console, of_all
 
 _SHOWN = 8
 """Layers that are shown."""
 
 
-@app.command(rich_help_panel=CHECK)
+@app.command(rich_help_panel=CHECK, short_help="Find where two models part, and on which samples.")
 @with_options(Reading)
 @with_manner("json", "quiet", "verbose")
 def compare(
@@ -40,13 +39,15 @@ def compare(
     data: Annotated[
         str,
         typer.Option(
-            help=f"Samples to compare on, best those that calibration has not seen: "
-            f"{'; '.join(readers.forms(on_command_line=True))}."
+            metavar="DATA",
+            help=f"Samples to compare on, best those that calibration has not seen: {SHORT_FORMS}.",
         ),
     ],
-    most: Annotated[int, typer.Option(min=1, help="Most samples to compare outputs on.")] = SAMPLES,
+    most: Annotated[
+        int, typer.Option(min=1, help="Most samples to compare outputs on, spread evenly over the data.")
+    ] = SAMPLES,
     below: Annotated[
-        float, typer.Option(help="Ratio in dB below which a tensor counts as the place where they part.")
+        float, typer.Option(help="SQNR in dB below which a tensor counts as the place where they part.")
     ] = LEAST_DB,
     manner: Manner,
     **options: Any,
@@ -73,26 +74,25 @@ def _in_words(found: Compared) -> str:
 
 
 def _show(found: Compared, out: Console, shown: int) -> None:
-    title = line(f"Outputs on {found.samples} samples, by {found.computed_by}")
     columns = ("output", "SQNR (dB)", "cosine", "largest difference", "same top-1")
-    table = Table(*columns, title=title, title_justify="left")
-    for name, output in found.outputs.items():
-        agreement = "-" if output.agreement is None else f"{output.agreement:.2%}"
-        table.add_row(
-            line(name),
+    rows = tuple(
+        (
+            name,
             f"{output.statistics.sqnr_db:.2f}",
             f"{output.cosine:.6f}",
             f"{output.largest_difference:.4g}",
-            agreement,
+            "-" if output.agreement is None else f"{output.agreement:.2%}",
         )
-    out.print(table)
+        for name, output in found.outputs.items()
+    )
+    title = f"Outputs on {of_all(found.samples, found.given, '--most')}, by {found.computed_by}"
+    out.print(for_console(Sheet(title, columns, rows, names=(0,))))
     if found.layers:
         _show_layers(found, out, shown)
     if found.worst:
-        worst = Table("sample", "SQNR (dB)", "output", title="Samples that differ most", title_justify="left")
-        for sample in found.worst:
-            worst.add_row(line(sample.name), f"{sample.sqnr_db:.2f}", line(sample.output))
-        out.print(worst)
+        worst = tuple((s.name, f"{s.sqnr_db:.2f}", s.output) for s in found.worst)
+        head = ("sample", "SQNR (dB)", "output")
+        out.print(for_console(Sheet("Samples that differ most", head, worst, names=(0, 2))))
     for note in found.notes:
         out.print(line(f"note: {note}", "yellow"), soft_wrap=True)
 
@@ -107,22 +107,17 @@ def _show_layers(found: Compared, out: Console, shown: int) -> None:
             f"{place.own_db:.2f} dB with exact inputs"
         )
     out.print(line(text, "bold"), soft_wrap=True)
-    table = Table(
-        "tensor",
-        "operator",
-        "own noise (dB)",
-        "accumulated (dB)",
-        title=f"Most noise of their own, on {found.layer_samples} samples, in order",
-        title_justify="left",
-    )
     chosen = {*most_alone(found.layers, shown), *([place] if place is not None else [])}
-    for noise in found.layers:
-        if noise in chosen:
-            scaled = " (channels in other scales)" if noise.scaled else ""
-            table.add_row(
-                line(f"{noise.tensor}{scaled}"),
-                line(noise.operator),
-                f"{noise.own_db:.2f}",
-                f"{noise.accumulated_db:.2f}",
-            )
-    out.print(table)
+    rows = tuple(
+        (
+            noise.tensor,
+            f"{noise.operator}{' (channels in other scales)' * noise.scaled}",
+            f"{noise.own_db:.2f}",
+            f"{noise.accumulated_db:.2f}",
+        )
+        for noise in found.layers
+        if noise in chosen
+    )
+    title = f"Most noise of their own, on {found.layer_samples} samples, in order"
+    columns = ("tensor", "operator", "own noise (dB)", "accumulated (dB)")
+    out.print(for_console(Sheet(title, columns, rows, names=(0,))))

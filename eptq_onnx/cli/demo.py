@@ -23,7 +23,7 @@ from eptq_onnx.runtime import Session
 from eptq_onnx.start import silent
 
 
-@app.command(rich_help_panel=START)
+@app.command(rich_help_panel=START, short_help="Try it: quantize a small classifier that is included.")
 @with_manner("json", "quiet")
 def demo(
     *,

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from eptq_onnx.cli.app import START, app, one_sentence
 from eptq_onnx.cli.manner import Manner, with_manner
 from eptq_onnx.installation import Installation, installation
 from eptq_onnx.report.console import console, line
 from eptq_onnx.report.plain import size_text
+from eptq_onnx.report.sheet import Labelled
 
 _ALTERNATIVES = ("standard", "training")
 """Extras of which one is enough."""
 
 
-@app.command(rich_help_panel=START)
+@app.command(rich_help_panel=START, short_help="Say what is installed, what is used, and what is missing.")
 @with_manner("json", "quiet")
 def doctor(*, manner: Manner) -> None:
     """Say what is installed, what of it is used, and what to install; try whether it works.
@@ -36,15 +35,15 @@ def doctor(*, manner: Manner) -> None:
 def _show(found: Installation, *, quiet: bool) -> None:
     out = console()
     if not quiet:
-        out.print(_table(found))
+        out.print(Labelled(tuple((name, text, "") for name, text in _rows(found).items())))
     for problem in found.problems:
         out.print(line(f"cannot quantize: {problem}", "bold red"), soft_wrap=True)
     if not found.problems:
         out.print(line("works: a small model was quantized", "green"), soft_wrap=True)
 
 
-def _table(found: Installation) -> Table:
-    table = Table.grid(padding=(0, 2))
+def _rows(found: Installation) -> dict[str, str]:
+    """Return labels and texts."""
     features = ", ".join(f"{name} {'yes' if there else 'no'}" for name, there in found.features.items())
     runtime = ", ".join(f"{name} {version}" for name, version in found.onnxruntime.items())
     rows = {
@@ -59,21 +58,13 @@ def _table(found: Installation) -> Table:
     }
     for name, missing in found.runtimes.items():
         rows[f"runtime {name}"] = missing or "can be used"
-    for name, text in rows.items():
-        table.add_row(Text(name, style="bold"), _folded(text))
     for extra in found.extras:
         packages = ", ".join(f"{name} {version}" for name, version in extra.packages.items() if version)
         if not extra.installed and extra.name in _ALTERNATIVES and found.onnxruntime:
             packages = "not needed: onnxruntime is there"
         elif not extra.installed:
             packages = f'not installed: pip install "eptq-onnx[{extra.name}]"'
-        table.add_row(Text(f"extra {extra.name}", style="bold"), _folded(packages))
+        rows[f"extra {extra.name}"] = packages
     if not found.extras:
-        table.add_row(Text("extras", style="bold"), "unknown: the package runs from its source")
-    return table
-
-
-def _folded(text: str) -> Text:
-    cell = line(text)
-    cell.overflow = "fold"
-    return cell
+        rows["extras"] = "unknown: the package runs from its source"
+    return rows

@@ -8,8 +8,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from eptq_onnx import api
 from eptq_onnx.cli.app import LOOK, app, one_sentence
@@ -19,14 +17,13 @@ from eptq_onnx.config import Config, Reading
 from eptq_onnx.inspection import Inspection
 from eptq_onnx.report.console import console, line
 from eptq_onnx.report.plain import size_text
+from eptq_onnx.report.sheet import Labelled, Sheet, for_console
 
 _NAMED = 3
 """Nodes of one reason that are named."""
-_NAME = 21
-"""Characters of the name of a node, of which the end tells most."""
 
 
-@app.command(rich_help_panel=LOOK)
+@app.command(rich_help_panel=LOOK, short_help="Look at a model without data; names the next command.")
 @with_options(Reading, Config)
 @with_manner("json", "quiet", "verbose")
 def inspect(
@@ -50,20 +47,12 @@ def inspect(
 
 
 def _show(found: Inspection, out: Console, verbose: bool) -> None:
-    head = Table.grid(padding=(0, 2))
-    for label, text in _facts(found):
-        cell = line(text)
-        cell.overflow = "fold"
-        head.add_row(Text(label, style="bold"), cell)
-    out.print(head)
-    operators = Table(
-        "operator", "nodes", "can run on integers", title="Operators, constants folded", title_justify="left"
-    )
-    for row in found.operators:
-        operators.add_row(line(row.operator), str(row.nodes), str(row.integer) if row.integer else "-")
-    out.print(operators)
+    out.print(Labelled(tuple((label, text, "") for label, text in _facts(found))))
+    rows = tuple((o.operator, str(o.nodes), str(o.integer) if o.integer else "-") for o in found.operators)
+    columns = ("operator", "nodes", "can run on integers")
+    out.print(for_console(Sheet("Operators, constants folded", columns, rows, names=(0,))))
     if found.kept_float:
-        out.print(_float_table(found, verbose))
+        out.print(for_console(_float_sheet(found, verbose)))
     for sentence in found.unavailable:
         out.print(line(f"not found out: {sentence}", "yellow"), soft_wrap=True)
     for note in found.data.notes:
@@ -103,26 +92,14 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     return rows
 
 
-def _float_table(found: Inspection, verbose: bool) -> Table:
+def _float_sheet(found: Inspection, verbose: bool) -> Sheet:
     reasons: dict[tuple[str, str], list[str]] = defaultdict(list)
     for kept in found.kept_float:
         reasons[kept.op_type, kept.reason].append(kept.node)
-    table = Table(
-        "operator",
-        "nodes",
-        "why it stays float",
-        "which",
-        title="Kept in floating point",
-        title_justify="left",
-    )
+    rows = []
     for (operator, reason), nodes in sorted(reasons.items(), key=lambda item: -len(item[1])):
-        names = nodes if verbose else [_short(node) for node in nodes[:_NAMED]]
+        names = nodes if verbose else nodes[:_NAMED]
         more = f" and {len(nodes) - len(names)} more (--verbose)" if len(nodes) > len(names) else ""
-        which = line(f"{', '.join(names)}{more}")
-        which.overflow = "fold"
-        table.add_row(line(operator), str(len(nodes)), line(reason), which)
-    return table
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
+        rows.append((operator, str(len(nodes)), reason, f"{', '.join(names)}{more}"))
+    columns = ("operator", "nodes", "why it stays float", "which")
+    return Sheet("Kept in floating point", columns, tuple(rows), names=(0,))

@@ -24,7 +24,7 @@ _SHOWN = 5
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow"}
 
 
-@app.command(rich_help_panel=CHECK)
+@app.command(rich_help_panel=CHECK, short_help="Check a file against the rules of a target.")
 @with_manner("json", "quiet", "verbose")
 def lint(
     *,

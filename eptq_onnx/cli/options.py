@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from types import GenericAlias, NoneType, UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
@@ -31,6 +31,11 @@ TargetName = Annotated[
     str, typer.Option(help=f"Target to check for: {', '.join(targets.names())}, or the path of a file.")
 ]
 """The target whose rules a command checks."""
+SHORT_FORMS = (
+    "a folder of pictures or sounds, a .txt or .jsonl file of texts, a .npz or .npy file of arrays, and all "
+    "else that quantize takes"
+)
+"""The forms of samples in short; the help of ``quantize`` lists all."""
 TARGET = Config().target
 """Its default."""
 
@@ -95,11 +100,14 @@ def help_of(name: str, field: FieldInfo) -> str:
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
-    option = option_of(field)
     text = f"{help_of(name, field)} [default: {default_of(field)}]"
-    kind = _kind(field.annotation, text=option.text)
+    kind = _kind(field.annotation)
     info = typer.Option(
-        "/".join(flags_of(name, field)), help=text, metavar=option.metavar or None, show_default=False
+        "/".join(flags_of(name, field)),
+        help=text,
+        metavar=_metavar(field),
+        show_default=False,
+        autocompletion=_completed(field),
     )
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, info]
@@ -112,14 +120,37 @@ def _shown(default: object) -> str:
     return str(default.value if isinstance(default, Enum) else default)
 
 
-def _kind(annotation: Any, *, text: bool) -> Any:
-    """What the command line reads for a field of this type."""
+def _kind(annotation: Any) -> Any:
+    """Return what the command line reads for a field: texts, whose meaning the field itself says."""
+    found = _plain(annotation)
+    if found is bool:
+        return bool
+    return list[str] if get_origin(found) in (tuple, dict) else str
+
+
+def _plain(annotation: Any) -> Any:
+    """Return the first of several types that a field takes."""
     if get_origin(annotation) in (Union, UnionType):
-        annotation, *others = [a for a in get_args(annotation) if a is not NoneType]
-        if others:
-            return str
-    if get_origin(annotation) is tuple:
-        return GenericAlias(list, (str,) if text else get_args(annotation)[:1])
-    if get_origin(annotation) is dict:
-        return list[str]
-    return str if text else annotation
+        return next(a for a in get_args(annotation) if a is not NoneType)
+    return annotation
+
+
+def _metavar(field: FieldInfo) -> str | None:
+    """Return what stands for a value in help."""
+    option, found = option_of(field), _plain(field.annotation)
+    if option.metavar or found is bool:
+        return option.metavar or None
+    if get_origin(found) is tuple:
+        found = get_args(found)[0]
+    if isinstance(found, type) and issubclass(found, Enum):
+        return f"[{'|'.join(str(item.value) for item in found)}]"
+    return {int: "INTEGER", float: "FLOAT", Path: "PATH"}.get(found, "TEXT")
+
+
+def _completed(field: FieldInfo) -> Callable[[str], list[str]] | None:
+    """Return what completes a value in a shell; None for what is no choice."""
+    found = _plain(field.annotation)
+    if not (isinstance(found, type) and issubclass(found, Enum)):
+        return None
+    words = [str(item.value) for item in found]
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]

@@ -30,6 +30,7 @@ from eptq_onnx.method.qdq import PRODUCER
 from eptq_onnx.numerics.formats import FLOATS
 from eptq_onnx.report import files
 from eptq_onnx.report.console import console, display, line, shown
+from eptq_onnx.report.outputs import metric_named
 from eptq_onnx.start import silent
 
 
@@ -45,7 +46,7 @@ class Beside(OptionModel):
     """Where to write the scales of activations and weights as encodings (AIMET's schema 1.0)."""
 
 
-@app.command(rich_help_panel=QUANTIZE)
+@app.command(rich_help_panel=QUANTIZE, short_help="Quantize a model with samples, and report what it costs.")
 @with_options(Beside, Reading, Config, Accuracy)
 @with_manner("json", "quiet", "verbose")
 def quantize(
@@ -55,6 +56,7 @@ def quantize(
         str | None,
         typer.Option(
             "--data",
+            metavar="DATA",
             help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}. Not needed with "
             "--activations dynamic and with --bits w8a32.",
             show_default=False,
@@ -124,7 +126,7 @@ def quantize(
                 *(p for p, failure in zip(beside.values(), failures, strict=True) if not failure),
             ]
             summary.print(line(f"wrote {', '.join(map(str, written))}"), soft_wrap=True)
-            for text in _next(model, output, samples, given):
+            for text in _next(result, (model, output), samples, given):
                 summary.print(line(text), soft_wrap=text.startswith("  "))  # a command is to be copied
         for failure in filter(None, failures):
             raise failure
@@ -149,17 +151,20 @@ def own_output(model: Path, config: Config) -> Path:
     return path
 
 
-def _next(model: Path, output: Path, data: Data, given: Mapping[str, Any]) -> tuple[str, ...]:
+def _next(result: Result, pair: tuple[Path, Path], data: Data, given: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the commands to go on with, on the same samples."""
-    words = ["eptq-onnx", "verify", str(model), str(output), "--data", str(data.source)]
+    metric = str(given.get("evaluate") or metric_named(result.report.verification.statistics.values()))
+    words = ["eptq-onnx", "verify", *map(str, pair), "--data", str(data.source)]
     for name, field in Reading.model_fields.items():
         # As it was written; a file of options may hold a recipe key by key.
         value = given.get(name)
         words += written_as(name, field, getattr(data.reading, name) if isinstance(value, Mapping) else value)
     return (
-        "next, with a metric of your own, and better with --data that calibration has not seen:",
-        f"  {shlex.join([*words, '--evaluate', 'metric:accuracy'])}",
-        "with the same options: compare (where the models part) and bench (speed)",
+        f"next, where {metric} stands for a function of yours that scores a model, and better with --data "
+        "that calibration has not seen:",
+        f"  {shlex.join([*words, '--evaluate', metric])}",
+        "without it, verify compares the outputs alone; with the same options: compare (where the models "
+        "part) and bench (speed)",
     )
 
 

@@ -12,12 +12,11 @@ from rich.console import Console
 from eptq_onnx import api
 from eptq_onnx.cli.app import LOOK, app, logged, one_sentence
 from eptq_onnx.cli.manner import Manner, with_manner
-from eptq_onnx.cli.options import options_of, with_options
+from eptq_onnx.cli.options import SHORT_FORMS, options_of, with_options
 from eptq_onnx.config import Config, Reading
-from eptq_onnx.data import readers
 from eptq_onnx.data.readers import Data
 from eptq_onnx.report.console import console, display, line
-from eptq_onnx.report.sheet import Sheet, for_console
+from eptq_onnx.report.sheet import Sheet, for_console, of_all
 from eptq_onnx.sensitivities import Group, Part, Sensitivity
 from eptq_onnx.start import silent
 
@@ -25,15 +24,13 @@ _SHOWN, _GROUPS = 12, 6
 """Parts and groups that are shown."""
 
 
-@app.command(rich_help_panel=LOOK)
+@app.command(rich_help_panel=LOOK, short_help="Rank layers by what they do to the outputs.")
 @with_options(Reading, Config)
 @with_manner("json", "quiet", "verbose")
 def sensitivity(
     *,
     model: Annotated[Path, typer.Argument(help="The float ONNX model.", show_default=False)],
-    data: Annotated[
-        str, typer.Option(help=f"Calibration samples: {'; '.join(readers.forms(on_command_line=True))}.")
-    ],
+    data: Annotated[str, typer.Option(metavar="DATA", help=f"Calibration samples: {SHORT_FORMS}.")],
     manner: Manner,
     **options: Any,
 ) -> None:
@@ -69,8 +66,9 @@ def _show(found: Sensitivity, out: Console, manner: Manner) -> None:
     out.print(
         line(
             f"noise of the outputs: {found.total:.3g} of their variance ({_db(found.sqnr_db)}); weights "
-            f"alone {found.weights:.3g}, activations alone {found.activations:.3g}; {found.samples} samples, "
-            f"{found.float_passes:.1f} float passes"
+            f"alone {found.weights:.3g}, activations alone {found.activations:.3g}; each part on "
+            f"{of_all(found.samples, found.given)} (ranges: on all), in the time of {found.float_passes:.1f} "
+            "runs of all samples through the float model"
         ),
         soft_wrap=True,
     )

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 
-from rich.table import Table
-
 from eptq_onnx import targets as shipped
 from eptq_onnx.cli.app import LOOK, app, one_sentence
 from eptq_onnx.cli.manner import Manner, with_manner
 from eptq_onnx.report.console import console, line
+from eptq_onnx.report.sheet import Sheet, for_console
 from eptq_onnx.targets import machine
 
 
-@app.command(rich_help_panel=LOOK)
+@app.command(rich_help_panel=LOOK, short_help="List the runtimes that models can be quantized for.")
 @with_manner("json", "quiet")
 def targets(*, manner: Manner) -> None:
     """List the runtimes that models can be quantized for."""
@@ -28,9 +27,8 @@ def targets(*, manner: Manner) -> None:
         if manner.quiet:
             out.print(line(" ".join(found)), soft_wrap=True)
             return
-        table = Table("target", "what it is for", "checked by")
-        for name, target in found.items():
-            table.add_row(line(name), line(target.title), line(target.verifier))
-        out.print(table)
+        listed = tuple((name, target.title, target.verifier) for name, target in found.items())
+        columns = ("target", "what it is for", "checked by")
+        out.print(for_console(Sheet("Targets", columns, listed, names=(0,))))
         out.print(line(f"auto: {chosen}, because {why}"), soft_wrap=True)
         out.print(line("A file of your own goes by its path: --target mine.toml"), soft_wrap=True)

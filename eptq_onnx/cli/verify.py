@@ -7,22 +7,22 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from eptq_onnx import api
 from eptq_onnx.cli.app import CHECK, app, one_sentence
 from eptq_onnx.cli.lint import show_findings
 from eptq_onnx.cli.manner import Manner, with_manner
-from eptq_onnx.cli.options import TARGET, Pair, TargetName, options_of, with_options
+from eptq_onnx.cli.options import SHORT_FORMS, TARGET, Pair, TargetName, options_of, with_options
 from eptq_onnx.config import Gate, Reading
-from eptq_onnx.data import readers
 from eptq_onnx.data.readers import Data
 from eptq_onnx.gate import Verified
 from eptq_onnx.report.console import console, line
+from eptq_onnx.report.outputs import statistics_sheet
+from eptq_onnx.report.sheet import for_console, of_all
 from eptq_onnx.report.speed import in_words
 
 
-@app.command(rich_help_panel=CHECK)
+@app.command(rich_help_panel=CHECK, short_help="Check a file: rules, outputs, kernels, speed, your score.")
 @with_options(Reading, Gate)
 @with_manner("json", "quiet", "verbose")
 def verify(
@@ -31,8 +31,8 @@ def verify(
     data: Annotated[
         str,
         typer.Option(
-            help="Samples to compare outputs on, best those that calibration has not seen: "
-            f"{'; '.join(readers.forms(on_command_line=True))}."
+            metavar="DATA",
+            help=f"Samples to compare outputs on, best those that calibration has not seen: {SHORT_FORMS}.",
         ),
     ],
     target: TargetName = TARGET,
@@ -61,18 +61,8 @@ def _show(found: Verified, model: Path, out: Console, manner: Manner) -> None:
         out.print(line(f"{model}: {outcome}"), soft_wrap=True)
         return
     show_findings(found.lint, model, out, manner)
-    table = Table(
-        "output",
-        "SQNR (dB)",
-        "about the mean (dB)",
-        "worst sample (dB)",
-        title=line(f"Outputs on {found.samples} samples, by {found.computed_by}"),
-        title_justify="left",
-    )
-    for name, s in found.outputs.items():
-        figures = (s.sqnr_db, s.centred_sqnr_db, s.sample_sqnr_db)
-        table.add_row(line(name), *(f"{figure:.2f}" for figure in figures))
-    out.print(table)
+    title = f"Outputs on {of_all(found.samples, found.given, '--samples')}, by {found.computed_by}"
+    out.print(for_console(statistics_sheet(title, found.outputs)))
     for operator, counts in found.kernels.items():
         kinds = ", ".join(f"{count} in {precision}" for precision, count in counts.items())
         out.print(line(f"kernels of {operator}: {kinds}"), soft_wrap=True)

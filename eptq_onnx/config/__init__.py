@@ -18,11 +18,12 @@ from eptq_onnx.config.choices import (
 )
 from eptq_onnx.config.config import Config
 from eptq_onnx.config.gate import Gate
-from eptq_onnx.config.option import Option, describe, option_of
+from eptq_onnx.config.option import Option, option_of
 from eptq_onnx.config.presets import PRESET_PASSES
 from eptq_onnx.config.reading import Reading
 from eptq_onnx.config.widths import FLOAT_BITS
 from eptq_onnx.config.without_samples import WITHOUT_SAMPLES, without_samples
+from eptq_onnx.config.wrong import describe
 
 __all__ = [
     "FLOAT_BITS",

@@ -49,6 +49,15 @@ class Drop(BaseModel):
         return self.amount * abs(score) if self.relative else self.amount
 
 
+def module_and_function(value: Any) -> Any:
+    """Return a function, or the name of one; raise ValueError for a text that is no such name."""
+    if isinstance(value, str):
+        module, _, name = value.partition(":")
+        if not all(part.isidentifier() for part in [*module.split("."), name]):
+            raise ValueError("write it as module:function, such as metric:accuracy for accuracy in metric.py")
+    return value
+
+
 class AccuracyOptions(TypedDict, total=False):
     """The options of `Accuracy` as users write them; a test holds the two against each other."""
 
@@ -90,9 +99,7 @@ class Accuracy(OptionModel):
     @field_validator("evaluate")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        if isinstance(value, str) and not value.partition(":")[2]:
-            raise ValueError("write it as module:function")
-        return value
+        return module_and_function(value)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

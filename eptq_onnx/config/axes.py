@@ -14,6 +14,8 @@ def axes_of(given: Any) -> dict[str, int | None]:
         If one is written otherwise.
     """
     axes: dict[str, int | None] = {}
+    if given is not None and not isinstance(given, (str, list, tuple)):
+        raise ValueError("give NAME=AXIS, an axis counted from 0, or NAME=none")
     for item in [given] if isinstance(given, str) else list(given or ()):
         name, equals, axis = str(item).rpartition("=")
         if not equals or not name or not (axis == "none" or axis.isdecimal()):

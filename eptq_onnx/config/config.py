@@ -50,7 +50,7 @@ class Config(OptionModel):
 
     weight_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=8)
     """Bits of weights, 2 to 8."""
-    activation_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=FLOAT_BITS)
+    activation_bits: Annotated[int, Option("widths")] = 8
     """Bits of activations: 2 to 8; or 16, which requires opset 21; or 32, which leaves them float, so that
     only weights are quantized."""
     edge_bits: Annotated[int, Option("widths")] = Field(8, ge=2, le=8)
@@ -273,6 +273,8 @@ class Config(OptionModel):
         given = filled(given)
         if "bits" not in given:
             return given
+        if not isinstance(given["bits"], (str, list, tuple)):
+            return given
         rules = [given["bits"]] if isinstance(given["bits"], str) else list(given["bits"])
         options = {name: value for name, value in given.items() if name != "bits"}
         for rule in rules:
@@ -297,10 +299,10 @@ class Config(OptionModel):
             return items
         return tuple(name for item in items for name in str(item).split(",") if name)
 
-    @field_validator("bits", "exclude", "budget", mode="before")
+    @field_validator("bits", "exclude", "budget", "custom_ops", mode="before")
     @classmethod
     def _one_or_several(cls, given: object) -> object:
-        return (given,) if isinstance(given, (str, Budget)) else given or ()
+        return (given,) if isinstance(given, (str, Budget, Path)) else () if given is None else given
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -338,7 +340,7 @@ class Config(OptionModel):
     @classmethod
     def _stored(cls, bits: int) -> int:
         if bits not in ACTIVATION_WIDTHS:
-            raise ValueError("give 2 to 8, 16, or 32")
+            raise ValueError("give a whole number from 2 to 8, or 16, or 32")
         return bits
 
     def digest(self, target: BaseModel) -> str:

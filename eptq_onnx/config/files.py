@@ -11,6 +11,7 @@ from eptq_onnx.config.accuracy import Accuracy
 from eptq_onnx.config.config import Config
 from eptq_onnx.config.option import option_of
 from eptq_onnx.config.reading import Reading
+from eptq_onnx.config.wrong import nearest, sentence
 from eptq_onnx.errors import ConfigError, one_line
 
 if sys.version_info >= (3, 11):
@@ -57,7 +58,11 @@ def read_options(path: Path) -> dict[str, Any]:
         for option, entry in table.items():
             if option not in SECTIONS or (table is value and SECTIONS[option] != name):
                 where = f" in the table {name}" if table is value else ""
-                raise ConfigError(f"the configuration {path}: option {option}{where} is unknown.")
+                own = f": it belongs into the table {SECTIONS[option]}" if option in SECTIONS else ""
+                meant = own or nearest(option, SECTIONS)
+                raise ConfigError(
+                    sentence(f"the configuration {path}: option {option}{where} is unknown{meant}")
+                )
             if option in options:
                 raise ConfigError(f"the configuration {path}: option {option} is given twice.")
             options[option] = entry

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
+from eptq_onnx.config.accuracy import module_and_function
 from eptq_onnx.config.option import Option, OptionModel
 
 
@@ -37,13 +38,23 @@ class Gate(OptionModel):
     strict: Annotated[bool, Option("gate")] = False
     """Fail for warnings of the target's rules, too."""
     samples: Annotated[int, Option("effort")] = Field(128, ge=1)
-    """Most samples to compare outputs on."""
+    """Most samples to compare outputs on, spread evenly over the data."""
     threads: Annotated[int, Option("effort")] = Field(1, ge=0)
     """Threads of one operator when the latency is measured; 0 for one per core."""
     seconds: Annotated[float, Option("effort")] = Field(3.0, ge=0)
     """Seconds to spend on the latency of both files; 0 leaves it out."""
     custom_ops: Annotated[tuple[Path, ...], Option("effort", default="none")] = ()
     """Shared library with custom operators for onnxruntime. May be repeated."""
+
+    @field_validator("evaluate")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return module_and_function(value)
+
+    @field_validator("custom_ops", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: object) -> object:
+        return (given,) if isinstance(given, (str, Path)) else given
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

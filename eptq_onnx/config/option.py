@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
+from eptq_onnx.config.wrong import describe
 from eptq_onnx.errors import ConfigError
 
 
@@ -83,27 +84,10 @@ class OptionModel(BaseModel):
         If an option is invalid; the message names it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     def __init__(self, **options: Any) -> None:
         try:
             super().__init__(**options)
         except ValidationError as e:
-            raise ConfigError(describe(e, "option")) from e
-
-
-def describe(error: ValidationError, what: str) -> str:
-    """Describe the first problem of a pydantic error in one sentence."""
-    first = error.errors()[0]
-    # An option may be given several times; which of them is wrong, the value says.
-    # What a union's member is called, such as constrained-int, is no name of an option.
-    name = ".".join(part for part in first["loc"] if isinstance(part, str) and part.isidentifier())
-    if first["type"] == "extra_forbidden":
-        return f"{what} {name} is unknown."
-    if first["type"] == "missing":
-        return f"{what} {name} is missing."
-    message = first["msg"].removeprefix("Value error, ")
-    if not name:
-        # Options that do not go together: the message names them.
-        return f"{message}."
-    return f"{what} {name}={first['input']!r} is wrong: {message[0].lower()}{message[1:]}."
+            raise ConfigError(describe(e, "option", type(self))) from e

@@ -35,14 +35,15 @@ class Reading(OptionModel):
     image: Annotated[
         ImageRecipe | None, Option("data", metavar="RECIPE", text=True, default="guessed from the model")
     ] = None
-    """What is done to pictures, as 'size=224,resize=256,crop=center,mean=imagenet,std=imagenet,layout=nchw,
-    color=rgb' or by a name, which keys may follow: imagenet, clip, tf, caffe, unit, raw, yolo-letterbox or
-    yolox. What is left out is guessed and shown."""
+    """How pictures become inputs: a name (imagenet, clip, tf, caffe, unit, raw, yolo-letterbox, yolox), and
+    behind it what differs, as KEY=VALUE with commas between, such as imagenet,size=224 or tf,resize=none.
+    Keys: size, resize, fit, fill, mean, std, units, layout, color, resample. What is left out is guessed and
+    shown."""
     audio: Annotated[
         AudioRecipe | None,
         Option("data", metavar="RECIPE", text=True, default="from the model and the files"),
     ] = None
-    """What is done to sounds, as 'rate=16000,seconds=1,channels=mono'."""
+    """How sounds become inputs, such as rate=16000,seconds=1,channels=mono. The rate is that of training."""
     tokenizer: Annotated[Path | None, Option("data", metavar="FILE", default="none")] = None
     """The tokenizer.json of a model that reads text, or the vocab.txt of one like BERT."""
 

@@ -150,6 +150,8 @@ class ImageRecipe(_Recipe):
         if not isinstance(value, str):
             return value
         sides = value.replace("×", "x").split("x")
+        if not 1 <= len(sides) <= 2 or not all(side.strip().isdecimal() for side in sides):
+            raise ValueError("give a side such as 224, or height and width such as 320x224")
         return sides * 2 if len(sides) == 1 else sides
 
     @field_validator("mean", "std", mode="before")

@@ -70,7 +70,7 @@ def read_file(path: Path) -> NDArray[Any] | dict[str, NDArray[Any]]:
         If there is no such file, or it cannot be read.
     """
     if not path.is_file():
-        raise DataError(f"data file {path} does not exist.")
+        raise DataError(f"data file or folder {path} does not exist.")
     return read(path)
 
 

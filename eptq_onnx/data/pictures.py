@@ -18,12 +18,13 @@ from onnx import ModelProto, numpy_helper
 from eptq_onnx.config.recipes import IMAGE_RECIPES, Color, Fit, ImageRecipe, Layout, Resample, Units
 from eptq_onnx.data.inputs import Input
 from eptq_onnx.data.layouts import Symbol
+from eptq_onnx.data.placing import SIZE, Placed, cut
 from eptq_onnx.errors import DataError, InstallError, one_line
 
 _MOST_PIXELS = 178_956_970
 """Pixels of the largest picture that is decoded: half a gigabyte of colours, Pillow's own limit."""
-_SIZE, _YOLO_SIZE = 224, 640
-"""Sizes where neither the model nor the recipe states one."""
+_YOLO_SIZE = 640
+"""Size of a letterbox where neither the model nor the recipe states one."""
 _SHORT_SIDE, _THUMBNAIL = 256 / 224, 64
 """Short side relative to what is cut out of it, and the size up to which nothing is cut off."""
 _FILL = 114
@@ -61,8 +62,13 @@ class Sight:
 
     def __call__(self, picture: Any) -> NDArray[Any]:
         """Return a picture of Pillow as a sample, without a batch axis."""
+        return self.fitted(picture)[0]
+
+    def fitted(self, picture: Any) -> tuple[NDArray[Any], Placed]:
+        """Return a picture of Pillow as a sample, and where it lies in that."""
         recipe = self.recipe
-        pixels = np.asarray(_fitted(_plain(picture, recipe.color is Color.GRAY), recipe))
+        fitted, placed = _fitted(_plain(picture, recipe.color is Color.GRAY), recipe)
+        pixels = np.asarray(fitted)
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         if recipe.color is Color.BGR:
             pixels = pixels[..., ::-1]
@@ -73,8 +79,9 @@ class Sight:
         else:
             pixels = pixels.astype(kind)
         if recipe.layout is Layout.NHW:
-            return np.ascontiguousarray(pixels[..., 0])
-        return np.ascontiguousarray(np.moveaxis(pixels, -1, 0) if recipe.layout is Layout.NCHW else pixels)
+            return np.ascontiguousarray(pixels[..., 0]), placed
+        turned = np.moveaxis(pixels, -1, 0) if recipe.layout is Layout.NCHW else pixels
+        return np.ascontiguousarray(turned), placed
 
     def shown(self, sample: NDArray[Any]) -> NDArray[np.uint8]:
         """Return a sample as red, green and blue pixels of shape (height, width, 3)."""
@@ -107,12 +114,12 @@ def pillow() -> Iterator[Any]:
         yield image
 
 
-def decoded(path: Path, sight: Sight) -> NDArray[Any] | str:
-    """Return a file as a sample, or why it cannot be read; inside `pillow`."""
+def decoded(path: Path, sight: Sight) -> tuple[NDArray[Any], Placed] | str:
+    """Return a file as a sample, and where it lies in that, or why it cannot be read; inside `pillow`."""
     image = import_module("PIL.Image")
     try:
         with image.open(path) as picture:
-            return sight(picture)
+            return sight.fitted(picture)
     except image.DecompressionBombError:
         return f"it declares more than {_MOST_PIXELS} pixels, which may be a decompression bomb"
     except Exception as e:
@@ -252,7 +259,7 @@ def _size(
             )
         return wanted.size, ""
     stated = re.findall(r"\d+", facts.get("imgsz", ""))
-    usual = _YOLO_SIZE if fit in _BOXED else _SIZE
+    usual = _YOLO_SIZE if fit in _BOXED else SIZE
     others = [int(s) for s in stated * 2][:2] if 0 < len(stated) <= 2 else [usual, usual]
     height, width = (
         side if isinstance(side, int) else other for side, other in zip(sides, others, strict=True)
@@ -336,41 +343,16 @@ def _eight_bits(values: NDArray[Any]) -> NDArray[np.uint8]:
     return scaled.round().clip(0, _DEPTH_8).astype(np.uint8)
 
 
-def _fitted(picture: Any, recipe: ImageRecipe) -> Any:
-    """Return a picture of the recipe's size.
-
-    What is cut off is never computed: a picture of 1×60,000 pixels would become one of 256×15,360,000.
-    """
+def _fitted(picture: Any, recipe: ImageRecipe) -> tuple[Any, Placed]:
+    """Return a picture of the recipe's size, and where it lies in that."""
     image = import_module("PIL.Image")
     kernel = image.Resampling[(recipe.resample or Resample.BILINEAR).name]
-    height, width = recipe.size or (_SIZE, _SIZE)
-    if recipe.fit is Fit.STRETCH:
-        return picture.resize((width, height), kernel)
-    if recipe.fit is Fit.CROP:
-        short = recipe.resize or min(height, width)
-        scale = 1.0 if short == "none" else short / min(picture.size)
-        scale = max(scale, width / picture.width, height / picture.height)
-        whole = [
-            max(int(side * scale), need) for side, need in zip(picture.size, (width, height), strict=True)
-        ]
-        starts = [round((side - need) / 2) for side, need in zip(whole, (width, height), strict=True)]
-        steps = [own / side for own, side in zip(picture.size, whole, strict=True)]
-        left, top = (start * step for start, step in zip(starts, steps, strict=True))
-        box = (
-            left,
-            top,
-            min(left + width * steps[0], picture.width),
-            min(top + height * steps[1], picture.height),
-        )
-        return picture.resize((width, height), kernel, box=box)
-    scale = min(width / picture.width, height / picture.height)
-    rounded = round if recipe.fit is Fit.LETTERBOX else int  # as Ultralytics does, and as YOLOX does
-    inner = [
-        max(1, min(rounded(side * scale), most))
-        for side, most in zip(picture.size, (width, height), strict=True)
-    ]
-    fill = _FILL if recipe.fill is None else recipe.fill
-    canvas = image.new(picture.mode, (width, height), fill if picture.mode == "L" else (fill,) * 3)
-    middle = ((width - inner[0]) // 2, (height - inner[1]) // 2)
-    canvas.paste(picture.resize(inner, kernel), middle if recipe.fit is Fit.LETTERBOX else (0, 0))
-    return canvas
+    found = cut(picture.size, recipe)
+    scaled = picture.resize(found.inner, kernel, box=found.box)
+    if recipe.fit in _BOXED:
+        fill = _FILL if recipe.fill is None else recipe.fill
+        height, width = recipe.size or (SIZE, SIZE)
+        canvas = image.new(picture.mode, (width, height), fill if picture.mode == "L" else (fill,) * 3)
+        canvas.paste(scaled, found.corner)
+        scaled = canvas
+    return scaled, found.placed(picture.size)

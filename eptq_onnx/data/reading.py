@@ -13,6 +13,7 @@ from eptq_onnx.config.reading import Reading
 from eptq_onnx.data.inputs import Input, check_names, check_values, inputs_of, names, sizes_text
 from eptq_onnx.data.layouts import Axes, Column, Symbol, Values, along, batch_axes, fits, is_batch, readings
 from eptq_onnx.data.origin import Origin
+from eptq_onnx.data.placing import Placed
 from eptq_onnx.data.readers import Feed, Opened, Request, Source, open_source
 from eptq_onnx.data.samples import Samples, spread
 from eptq_onnx.errors import DataError
@@ -30,15 +31,22 @@ class Candidates:
         Where the data comes from, and what was done to it.
     names : tuple of str
         Names of the samples, if each is a file.
+    placed : tuple of Placed
+        Where pictures lie in the samples, if they are some.
     """
 
     samples: tuple[Samples, ...]
     origin: Origin
     names: tuple[str, ...] = ()
+    placed: tuple[Placed, ...] = ()
 
     def name_of(self, number: int) -> str:
         """Return the name of a sample, or its number if it has none."""
         return self.names[number] if self.names else str(number)
+
+    def placed_of(self, number: int) -> Placed | None:
+        """Return where a picture lies in a sample; None if it is not known to be one."""
+        return self.placed[number] if self.placed else None
 
 
 def read(source: Source, model: ModelProto, given: Axes | None = None) -> Samples:
@@ -74,8 +82,9 @@ def load(source: Source, model: ModelProto, given: Axes | None = None) -> Candid
     check_names(content, inputs, label)
     values = {i.name: _checked(content[i.name], i, label) for i in inputs}
     found = tuple(_interpretations(values, inputs, given, label, limit))
-    names = opened.names if found[0].count == len(opened.names) else ()
-    return Candidates(found, opened.origin, names)
+    count = found[0].count
+    names = opened.names if count == len(opened.names) else ()
+    return Candidates(found, opened.origin, names, opened.placed if count == len(opened.placed) else ())
 
 
 def _named(opened: Opened, inputs: Sequence[Input]) -> Opened:

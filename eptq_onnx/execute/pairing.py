@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from eptq_onnx.graph.outputs import numbers, readable
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics.rows import Pair, laid_beside, rows_axis
-from eptq_onnx.numerics.statistics import Comparison
+from eptq_onnx.numerics.statistics import Comparison, Meaning
 from eptq_onnx.numerics.types import Feeds
 from eptq_onnx.ops import recorded
 from eptq_onnx.parallel import ordered_map
@@ -87,12 +87,25 @@ class Pairing:
         return {n for p in self._found.places if not p.draws for n in feeds[p.name].shape}
 
 
-def comparisons(runs: Iterable[dict[str, Pair]]) -> dict[str, Comparison]:
-    """Return the statistics of each output pair, collected over all runs."""
+def comparisons(
+    runs: Iterable[dict[str, Pair]], meanings: Mapping[str, Meaning] | None = None
+) -> dict[str, Comparison]:
+    """Return the statistics of each output pair, collected over all runs.
+
+    Parameters
+    ----------
+    runs : iterable of dict
+        Output to the values of both models, for each run.
+    meanings : mapping of str to Meaning, optional
+        What the outputs are; by default, all are scores.
+    """
+    known = meanings or {}
     found: dict[str, Comparison] = {}
     for pairs in runs:
         for name, pair in pairs.items():
-            found.setdefault(name, Comparison()).add(*pair)
+            if name not in found:
+                found[name] = Comparison(known.get(name, Meaning.SCORES))
+            found[name].add(*pair)
     return found
 
 

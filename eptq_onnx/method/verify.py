@@ -20,21 +20,20 @@ from eptq_onnx.execute.walk import Walk, affordable_batches
 from eptq_onnx.graph import io, nbits
 from eptq_onnx.graph.branches import sink
 from eptq_onnx.graph.infer import infer_shapes
+from eptq_onnx.graph.meaning import meanings
 from eptq_onnx.graph.narrow import emulated
 from eptq_onnx.graph.replay import Replay
 from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.numerics.statistics import Comparison
 from eptq_onnx.numerics.sums import NoiseSum
 from eptq_onnx.ops import executed
-from eptq_onnx.outcome import Verification
+from eptq_onnx.outcome import LAYER_SAMPLES, Verification
 from eptq_onnx.proto import store
 from eptq_onnx.proto.weights import light
 from eptq_onnx.records import Plan
 from eptq_onnx.runtimes.base import Kernel
 from eptq_onnx.targets import ONNXRUNTIME, Target
 
-SAMPLES = 32
-"""Samples on which layers are compared."""
 RUNS, WALKS = 2.0, 2.0
 """Cost of the comparison of outputs for one sample, in float passes, and of that of layers, in walks."""
 _WORST = 12
@@ -122,7 +121,7 @@ def verify(
     float_model = executed(versions.whole, found)
     flat = executed(versions.marked, found, versions.stands_for)
     size = samples.micro_batch()
-    walked = list(samples.batches(shares.unseen[:SAMPLES], size)) or parts
+    walked = list(samples.batches(shares.unseen[:LAYER_SAMPLES], size)) or parts
     most = affordable_batches(specialize(float_model, samples.two_batches(size)), 2, None)
     feeds = [samples.take(part) for part in walked[:most]]
     exact, quantized_walk = Walk(float_model, feeds), Walk(infer_shapes(flat), feeds, integers=integers)
@@ -171,7 +170,7 @@ def _compare_outputs(
             "in the comparison of outputs, lengths and places follow the float model: "
             f"with its own the draws do not fit ({e})",
         )
-    compared = comparisons(pairing.pairs(reference, results))
+    compared = comparisons(pairing.pairs(reference, results), meanings(versions.whole))
     counted = {n: c for n, c in compared.items() if not versions.outputs or n in versions.outputs}
     return pairing.samples_of(len(reference)), counted, notes
 

@@ -9,12 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eptq_onnx.numerics.quant_math import sqnr_db
+
+
+class Meaning(str, Enum):
+    """What an output is, and so how its deviation is described."""
+
+    SCORES = "scores"
+    """Of classes: the largest channel is a decision."""
+    EMBEDDING = "embedding"
+    """Vectors that are compared by the angle between them."""
+    BOXES = "boxes"
+    """Coordinates."""
+    PARTS = "parts"
+    """Channels of different meaning in one tensor, such as boxes and scores."""
+    VALUES = "values"
+    """Any other numbers."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +64,12 @@ class OutputStatistics:
     mismatched, not_finite : int
         Samples whose quantized output has another shape, or NaN or Inf where the float output has none; all
         of such an output counts as noise.
+    meaning : Meaning
+        What the output is. Only scores have decisions.
+    cosine, least_cosine : float
+        Of the angle between the vectors of an embedding in both models: the mean, and the smallest.
+    error : float
+        Root mean square difference of all values, in their own unit.
     """
 
     samples: int
@@ -61,6 +83,10 @@ class OutputStatistics:
     divergence: float = 0.0
     mismatched: int = 0
     not_finite: int = 0
+    meaning: Meaning = Meaning.SCORES
+    cosine: float = 1.0
+    least_cosine: float = 1.0
+    error: float = 0.0
 
 
 _MOST_VALUES = 2**18
@@ -69,6 +95,8 @@ _CLEARLY = 0.05
 """Share of the variance that the last axis must explain beyond axis 1, where most models have channels."""
 _NEGLIGIBLE = 1e-12
 """Share of the power below which a variance is float rounding."""
+_SAME_LENGTH = 1e-3
+"""Relative difference of lengths up to which all vectors have the length 1."""
 _SUM, _LEAST_SHARE = 0.02, 1e-12
 """Distance of a sum of probabilities from 1 that quantization explains, and the smallest probability."""
 
@@ -76,9 +104,16 @@ Rows = NDArray[np.float64]
 
 
 class Comparison:
-    """Collects one output of both models, sample by sample, without keeping all of a large output."""
+    """Collects one output of both models, sample by sample, without keeping all of a large output.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    meaning : Meaning
+        What the output is. Scores whose rows all have the length 1 are an embedding.
+    """
+
+    def __init__(self, meaning: Meaning = Meaning.SCORES) -> None:
+        self._meaning, self._values = meaning, 0
         self._power: list[float] = []
         self._noise: list[float] = []
         self._rows: dict[int, list[tuple[Rows, Rows]]] = {}
@@ -96,6 +131,7 @@ class Comparison:
         exact = np.asarray(reference).astype(np.float64)
         finite = np.isfinite(exact)
         self._power.append(float(np.square(exact[finite]).sum()))
+        self._values += int(finite.sum())
         got = np.asarray(other).astype(np.float64)
         mismatched = got.shape != exact.shape
         # Values that are infinite in both, as masked logits are, do not differ.
@@ -122,7 +158,14 @@ class Comparison:
         worst = min(self.ratios, default=float("inf"))
         pair = self._by_channel()
         centred, quartile = _spread_ratios(*pair, pooled) if pair is not None else (pooled, pooled)
-        decisions, differing, expected = _decisions(*pair) if pair is not None else (0, 0.0, 0.0)
+        vectors, meaning = self._vectors(), self._meaning
+        if meaning is Meaning.SCORES and vectors is not None and _have_length_1(vectors[0]):
+            meaning = Meaning.EMBEDDING
+        decided = pair is not None and meaning is Meaning.SCORES
+        decisions, differing, expected = _decisions(*pair) if pair is not None and decided else (0, 0.0, 0.0)
+        cosines = np.ones(1)
+        if vectors is not None and meaning is Meaning.EMBEDDING:
+            cosines = _cosines(*vectors)
         return OutputStatistics(
             samples=len(self._power),
             sqnr_db=pooled,
@@ -135,7 +178,19 @@ class Comparison:
             divergence=_divergence(*pair) if pair is not None and decisions else 0.0,
             mismatched=self._mismatched,
             not_finite=self._not_finite,
+            meaning=meaning,
+            cosine=float(cosines.mean()),
+            least_cosine=float(cosines.min()),
+            error=float(np.sqrt(sum(self._noise) / max(self._values, 1))),
         )
+
+    def _vectors(self) -> tuple[Rows, Rows] | None:
+        """Return values as (vectors, coordinates): the last axis of outputs with two or three."""
+        pairs = self._rows.get(max(self._rows, default=0), [])
+        if not pairs or len({exact.shape[1] for exact, _ in pairs}) > 1 or pairs[0][0].shape[1] < 2:
+            return None
+        exact, got = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        return (exact, got) if exact.size else None
 
     def _by_channel(self) -> tuple[Rows, Rows] | None:
         """Return values as (positions, channels), along the axis whose indices differ most.
@@ -151,6 +206,21 @@ class Comparison:
         if len(found) == 2 and _explained(found[1][0]) > _explained(found[0][0]) + _CLEARLY:
             return found[1]
         return found[0] if found else None
+
+
+def _have_length_1(rows: Rows) -> bool:
+    """Return True if all rows are vectors of the length 1, of which none has all of it in one coordinate."""
+    lengths = np.linalg.norm(rows, axis=1)
+    return bool((np.abs(lengths - 1) < _SAME_LENGTH).all() and np.abs(rows).max() < 1 - _SAME_LENGTH)
+
+
+def _cosines(exact: Rows, got: Rows) -> Rows:
+    """Return the cosine of the angle between the vectors of each row; 1 where both are zero."""
+    product = np.einsum("rc,rc->r", exact, got)
+    lengths = np.linalg.norm(exact, axis=1) * np.linalg.norm(got, axis=1)
+    alike = (exact == got).all(axis=1)
+    found = np.divide(product, lengths, out=np.zeros_like(product), where=lengths > 0)
+    return np.where(alike, 1.0, np.clip(found, -1, 1))
 
 
 def compare(references: Iterable[NDArray[Any]], others: Iterable[NDArray[Any]]) -> OutputStatistics:

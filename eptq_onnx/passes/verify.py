@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from eptq_onnx.method.verify import RUNS, SAMPLES, WALKS, Versions, verify
+from eptq_onnx.method.verify import RUNS, WALKS, Versions, verify
+from eptq_onnx.outcome import LAYER_SAMPLES
 from eptq_onnx.passes.base import Context, Cost, Pass, State
 
 
@@ -21,7 +22,7 @@ class Verify(Pass):
         unseen = len(ctx.shares.unseen)
         return Cost(
             passes=RUNS * unseen,
-            walks=WALKS * min(unseen, SAMPLES),
+            walks=WALKS * min(unseen, LAYER_SAMPLES),
             builds=3,
             pieces=2 * len(state.plan.layers),
         )

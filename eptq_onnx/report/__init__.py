@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
 
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.diagnosis import Exhibits, OutputNoise
@@ -26,7 +24,7 @@ from eptq_onnx.report.console import console as standard_output
 from eptq_onnx.report.console import line
 from eptq_onnx.report.facts import facts, sheets, warnings_of
 from eptq_onnx.report.plain import plain
-from eptq_onnx.report.sheet import for_console
+from eptq_onnx.report.sheet import Labelled, for_console
 from eptq_onnx.report.verdict import Assurance, Verdict, judge
 from eptq_onnx.trail import Trail
 
@@ -191,23 +189,17 @@ class Report:
 
     def render(self, *, everything: bool = False) -> Group:
         """Return the summary for a console; long tables are cut, unless it is to hold everything."""
-        head = Table.grid(padding=(0, 2))
-        style = _STYLES[self.verdict.assurance]
-        head.add_row(Text("verdict", style="bold"), Text(str(self.verdict), style=style))
-        for label, text in facts(self):
-            cell = line(text)
-            cell.overflow = "fold"  # a recipe is one long word, and is to be copied
-            head.add_row(Text(label, style="bold"), cell)
+        verdict = ("verdict", str(self.verdict), _STYLES[self.verdict.assurance])
         return Group(
             *(line(text, "bold red") for text in warnings_of(self)),
-            head,
+            Labelled((verdict, *((label, text, "") for label, text in facts(self)))),
             *(for_console(sheet, everything=everything) for sheet in sheets(self)),
             *(line(f"note: {note}", "yellow") for note in self.notes),
         )
 
     def print(self, console: Console | None = None, *, everything: bool = False) -> None:
         """Print the summary; long tables are cut, unless it is to hold everything."""
-        (console or standard_output()).print(self.render(everything=everything))
+        (console or standard_output()).print(self.render(everything=everything), crop=False)
 
 
 _STYLES = {Assurance.SAFE: "green", Assurance.CHECK: "yellow", Assurance.LOSS: "bold red"}

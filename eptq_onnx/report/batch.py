@@ -9,9 +9,9 @@ from eptq_onnx.endings import Ended, differing
 from eptq_onnx.report.plain import size_text
 from eptq_onnx.report.sheet import Sheet
 
-FIGURES = ("size", "smaller", "worst output (dB)", "time of a run", "verdict", "front", "seconds")
+FIGURES = ("size", "smaller", "worst output (dB)", "speed", "verdict", "front", "seconds")
 """Columns behind the name and the options."""
-NUMBERS = (0, 1, 2, 3, 6)
+NUMBERS = (0, 1, 2, 6)
 """Those of them that hold numbers."""
 
 
@@ -32,7 +32,7 @@ def _figures(e: Ended) -> tuple[str, ...]:
         size_text(e.bytes),
         f"{e.float_bytes / max(e.bytes, 1):.2f}×",
         "exact" if e.sqnr_db is None else f"{e.sqnr_db:.1f}",
-        "-" if e.ratio is None else f"{e.ratio:.2f}×",
+        e.pace or "-",
         e.verdict,
         "yes" if e.best else "",
         f"{e.seconds:.1f}",

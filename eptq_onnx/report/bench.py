@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
 
 from eptq_onnx.report.console import line
 from eptq_onnx.report.plain import size_text
-from eptq_onnx.report.sheet import for_console
+from eptq_onnx.report.sheet import Sheet, for_console
 from eptq_onnx.report.speed import in_words, operator_sheet, time_text
 from eptq_onnx.runtimes.bench import Bench, FileCost
 
@@ -21,21 +20,22 @@ def print_bench(found: Bench, console: Console) -> None:
     console.print(
         line(f"{found.runtime} {found.version}, {threads}, {found.clock}, inputs: {shapes}"), soft_wrap=True
     )
-    console.print(_files(found))
+    console.print(for_console(_files(found)))
     if found.speed.operators:
         console.print(for_console(operator_sheet(found.speed, found.runtime)))
     for note in found.notes:
         console.print(line(f"note: {note}"), soft_wrap=True)
 
 
-def _files(found: Bench) -> Table:
-    table = Table("", "float", "quantized", title="Both files", title_justify="left")
+def _files(found: Bench) -> Sheet:
     both, speed = (found.float_file, found.quantized_file), found.speed
-    table.add_row("latency", time_text(speed.float_seconds), time_text(speed.quantized_seconds))
-    table.add_row("load", *(_load(file) for file in both))
-    table.add_row("memory at load", *(size_text(file.load_memory) for file in both))
-    table.add_row("size", *(size_text(file.bytes) for file in both))
-    return table
+    rows = (
+        ("latency", time_text(speed.float_seconds), time_text(speed.quantized_seconds)),
+        ("load", *(_load(file) for file in both)),
+        ("memory at load", *(size_text(file.load_memory) for file in both)),
+        ("size", *(size_text(file.bytes) for file in both)),
+    )
+    return Sheet("Both files", ("", "float", "quantized"), rows)
 
 
 def _load(file: FileCost) -> str:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import IO, Protocol, cast
+from typing import IO, Any, Protocol, cast
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -115,7 +115,14 @@ def console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     if stream is None:
         return Console(file=io.StringIO())
-    return Console(file=cast(IO[str], _Stream(stream, "" if stderr else "standard output")))
+    return _Whole(file=cast(IO[str], _Stream(stream, "" if stderr else "standard output")))
+
+
+class _Whole(Console):
+    """A console that cuts no line: the terminal breaks what is too long, and it can still be copied."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **{"crop": False, **options})
 
 
 def line(text: object, style: str = "", *, most: int = _MOST) -> Text:

@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from eptq_onnx.outcome import LAYER_SAMPLES
 from eptq_onnx.report import placement as by_time
 from eptq_onnx.report import trail as scores
 from eptq_onnx.report.front import front_sheet
+from eptq_onnx.report.outputs import COLUMNS, output_row
 from eptq_onnx.report.plain import size_text
 from eptq_onnx.report.sheet import Sheet
 from eptq_onnx.report.speed import in_words, operator_sheet, warning
@@ -18,6 +20,8 @@ from eptq_onnx.report.verdict import of_made_up
 if TYPE_CHECKING:
     from eptq_onnx.report import LayerReport, Report
 
+_LATE = 1.5
+"""How many times the estimate a run takes that other programs have slowed down, or the search for causes."""
 _WEAKEST = 5
 """Layers that are named."""
 _REASONS = 8
@@ -77,6 +81,7 @@ def advice_sheet(report: Report) -> Sheet:
         f"What to try, cheapest first; the worst output keeps {worst:.1f} dB now",
         ("option", "why", "expected"),
         tuple((a.option, a.why, a.expected or "-") for a in report.advice),
+        names=(0,),
     )
 
 
@@ -99,16 +104,10 @@ def output_sheet(report: Report) -> Sheet:
     rows = []
     for name, value in v.outputs.items():
         s = v.statistics.get(name)
-        row = [name, f"{value:.2f}", *(["", "", ""] if s is None else [])]
-        if s is not None:
-            row += [f"{s.centred_sqnr_db:.2f}", f"{s.sample_sqnr_db:.2f}", ""]
-            if s.decisions:
-                changes = f"{s.disagreement:.1%} of {s.decisions} ({s.expected_disagreement:.1%} expected)"
-                row[-1] = f"{changes}, KL {s.divergence:.3g}"
-        rows.append(tuple(row))
+        rows.append((name, f"{value:.2f}", "", "", "") if s is None else output_row(name, s))
     return Sheet(
         f"Float against quantized, {v.samples} {what}",
-        ("output", "SQNR (dB)", "about the mean (dB)", "worst sample (dB)", "top-1 changes"),
+        COLUMNS,
         tuple(rows),
         names=(0,),
     )
@@ -173,7 +172,8 @@ def _equalization(report: Report) -> str:
 
 def _cost(report: Report) -> str:
     spent, expected = sum(report.seconds.values()), report.estimate.seconds
-    return f"{spent:.1f} s (expected: {expected:.0f} s), peak {size_text(report.peak_memory_bytes)}"
+    late = ", with the processor to itself" if spent > _LATE * expected else ""
+    return f"{spent:.1f} s (expected: {expected:.0f} s{late}), peak {size_text(report.peak_memory_bytes)}"
 
 
 def _optimization(report: Report) -> str:
@@ -184,8 +184,9 @@ def _optimization(report: Report) -> str:
 
 
 def _weakest(report: Report) -> Sheet:
+    v = report.verification
     return Sheet(
-        "Layers with the lowest SQNR",
+        f"Layers with the lowest SQNR, on {min(v.samples, LAYER_SAMPLES)} of these samples",
         ("layer", "operator", "bits", "own (dB)", "SQNR (dB)"),
         tuple(
             (

@@ -7,26 +7,42 @@ from eptq_onnx.report.sheet import Sheet
 
 _NAMED, _SMALL = 3, 0.05
 """Most operators to name, and their smallest share of the total increase in run time."""
+_WIDE = 1.25
+"""Ratio of an interval's ends above which its middle says too much."""
 _SHOWN = 0.02
 """Smallest share of the run time of an operator in the table."""
 
 
+def pace_in_words(speed: Speed) -> str:
+    """Return ``2.00× faster``, ``1.60 to 2.50× faster`` for a wide interval, ``level`` or ``not told apart``.
+
+    A factor is told only where the whole interval of the ratio is on one side.
+    """
+    if speed.pace is Pace.SAME:
+        return "not told apart" if speed.high / speed.low > _WIDE else "level"
+    faster = speed.pace is Pace.FASTER
+    low, high = (1 / speed.high, 1 / speed.low) if faster else (speed.low, speed.high)
+    factor = (
+        f"{low:.2f} to {high:.2f}"
+        if high / low > _WIDE
+        else f"{1 / speed.ratio if faster else speed.ratio:.2f}"
+    )
+    return f"{factor}× {speed.pace.value}"
+
+
 def in_words(speed: Speed | None) -> str:
-    """Return one line such as ``1.6× faster than the float model: 1.11 ms → 0.66 ms (…)``."""
+    """Return one line such as ``1.60× faster than the float model: 1.11 ms → 0.66 ms (…)``."""
     if speed is None:
         return "not measured"
     batch = f"per run of {speed.samples} sample{'s' * (speed.samples > 1)}"
     times = f"{time_text(speed.float_seconds)} → {time_text(speed.quantized_seconds)} {batch}"
-    bounds = (speed.low, speed.high) if speed.pace is not Pace.FASTER else (1 / speed.high, 1 / speed.low)
     interval = (
-        f"between {bounds[0]:.2f}× and {bounds[1]:.2f}× "
+        f"its time is {speed.low:.2f} to {speed.high:.2f} of the float model's, "
         f"in {speed.pairs} pairs of measurements on this machine"
     )
-    if speed.pace is Pace.FASTER:
-        return f"{1 / speed.ratio:.2f}× faster than the float model: {times} ({interval})"
-    if speed.pace is Pace.SLOWER:
-        return f"{speed.ratio:.2f}× slower than the float model: {times} ({interval})"
-    return f"about as fast as the float model: {times} (its time {interval})"
+    pace = pace_in_words(speed)
+    beside = {"level": "level with", "not told apart": "not told apart from"}.get(pace, f"{pace} than")
+    return f"{beside} the float model: {times} ({interval})"
 
 
 def warning(speed: Speed | None) -> str:
@@ -35,7 +51,7 @@ def warning(speed: Speed | None) -> str:
         return ""
     named = ", ".join(_cost(o, speed) for o in costly(speed))
     cause = f"; the time goes to {named}" if named else ""
-    return f"runs {speed.ratio:.2f}× slower than the float model on this machine{cause}"
+    return f"runs {pace_in_words(speed)} than the float model on this machine{cause}"
 
 
 def costly(speed: Speed) -> list[OperatorTime]:

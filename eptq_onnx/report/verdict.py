@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from eptq_onnx.data.origin import Origin
-from eptq_onnx.numerics.statistics import OutputStatistics
+from eptq_onnx.numerics.statistics import Meaning, OutputStatistics
 from eptq_onnx.outcome import Verification
+from eptq_onnx.report.outputs import changes_in_words, cosines_in_words
 
 SAFE_DB, VERY_HIGH_DB = 30.0, 40.0
 """SQNR at which an output is safe whatever its use, and at which few or already seen samples suffice."""
@@ -156,8 +157,9 @@ def _judge_output(s: OutputStatistics) -> tuple[Assurance, str]:
     changes, limit = _changes(s)
     text = f"keeps {s.sqnr_db:.1f} dB" if s.sqnr_db < 100 else "is the same"
     if changes is not None:
-        where = "samples" if s.decisions <= s.samples else "positions"
-        text += f", its top-1 changes on {changes:.1%} of {where}"
+        text += f", its top-1 changes on {changes_in_words(s)}"
+    elif s.meaning is Meaning.EMBEDDING and s.sqnr_db < 100:
+        text += f", its vectors a {cosines_in_words(s)}"
     if s.sqnr_db >= VERY_HIGH_DB:
         return Assurance.SAFE, text
     spread = f"{text}, noise is {_noise(s.centred_sqnr_db)} of its spread"

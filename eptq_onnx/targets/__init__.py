@@ -72,7 +72,7 @@ def load(name: str) -> Target:
     try:
         return Target.model_validate(content)
     except ValidationError as e:
-        raise ConfigError(f"target file {name}: {describe(e, 'field')}") from e
+        raise ConfigError(f"target file {name}: {describe(e, 'field', Target)}") from e
 
 
 def fit_of(name: str, target: Target) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -84,8 +83,8 @@ def test_nodes_that_compute_shapes_are_no_riddle(folder):
     assert ", 1 compute no floats (shapes, indices)" in " ".join(invoke("model.onnx").stdout.split())
 
 
-@pytest.mark.parametrize("length", [5, 21, 22, 90])
-def test_of_long_names_the_end_is_shown_and_with_verbose_all(folder, length):
+@pytest.mark.parametrize("length", [5, 22, 90])
+def test_long_names_are_whole_at_any_width(folder, length):
     name = "n" * (length - 4) + "/end"
     model = parse(
         "g (float[N,4] x) => (float[N,4] y) { a = MatMul (x, w)  b = Erf (a)  y = MatMul (b, w) }",
@@ -93,18 +92,11 @@ def test_of_long_names_the_end_is_shown_and_with_verbose_all(folder, length):
     )
     model.graph.node[1].name = name
     onnx.save(model, "model.onnx")
-    for columns in ("80", "200"):
-        shown = {
-            option: CliRunner()
-            .invoke(app, ["inspect", "model.onnx", *option], env={"COLUMNS": columns})
-            .stdout
-            for option in ((), ("--verbose",))
-        }
-        letters = {option: re.sub(r"[│\s]", "", text) for option, text in shown.items()}
-        assert "/end" in letters[()]
-        assert (name in shown[()]) == (length <= 21)
-        if columns == "200":
-            assert name in letters["--verbose",]
+    for columns in ("60", "80", "200"):
+        for option in ((), ("--verbose",)):
+            arguments = ["inspect", "model.onnx", *option]
+            text = CliRunner().invoke(app, arguments, env={"COLUMNS": columns}).stdout
+            assert any(name in line for line in text.splitlines())
 
 
 EXAMPLES = {

@@ -274,9 +274,9 @@ def test_samples_that_cannot_be_told_apart_are_grouped():
             r"but the model wants \(any, 3, any, any\) in one run",
         ),
         ({"x": [PICTURES[0], np.full((3, 2, 2), np.nan, np.float32)]}, "sample 1: input 'x' has NaN or Inf"),
-        ("nowhere:samples", "data function nowhere:samples cannot be imported"),
-        ("os:nothing", "data function os:nothing cannot be imported"),
-        ("os:sep", "is not a function"),
+        ("nowhere:samples", "data function nowhere:samples: there is no module nowhere"),
+        ("os:nothing", "data function os:nothing: the module os has no function nothing"),
+        ("os:sep", "the module os has no function sep"),
     ],
 )
 def test_bad_sources_are_told(source, message):

@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import pytest
 from graphs import images, small_convnet
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 import eptq_onnx
 from eptq_onnx import Config
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.outcome import OperatorTime, Pace, Speed
-from eptq_onnx.report.speed import costly, in_words, warning
+from eptq_onnx.report.speed import costly, in_words, pace_in_words, warning
 
 SLOW = Speed(
     Pace.SLOWER, 0.0071, 0.0121, 1.7, 1.6, 1.85, 9, 1,
@@ -62,16 +65,38 @@ def test_then_verdict_then_size_then_speed(report, speed):
 
 def test_speed_in_words():
     assert in_words(FAST).startswith(
-        "2.00× faster than the float model: 1.2 ms → 600 µs per run of 4 samples (between 1.60× and 2.50×"
+        "1.60 to 2.50× faster than the float model: 1.2 ms → 600 µs per run of 4 samples "
+        "(its time is 0.40 to 0.62 of the float model's, in "
     )
     assert in_words(SAME).startswith(
-        "about as fast as the float model: 500 ms → 500 ms per run of 1 sample "
-        "(its time between 0.97× and 1.10×"
+        "level with the float model: 500 ms → 500 ms per run of 1 sample (its time is 0.97 to 1.10 of"
     )
     assert in_words(None) == "not measured"
+    # An interval that holds no difference, and one that is so wide that it may hold any.
+    unsure = replace(SAME, low=0.80, high=1.30)
+    assert in_words(unsure).startswith("not told apart from the float model: ")
+    assert [pace_in_words(s) for s in (FAST, SAME, unsure)] == [
+        "1.60 to 2.50× faster",
+        "level",
+        "not told apart",
+    ]
+    sure = replace(FAST, ratio=0.5, low=0.48, high=0.52)
+    assert pace_in_words(sure) == "2.00× faster"
     assert [warning(s) for s in (None, FAST, SAME)] == ["", "", ""]
     assert warning(replace(SLOW, operators=())) == "runs 1.70× slower than the float model on this machine"
     assert [o.operator for o in costly(SLOW)] == ["QuantizeLinear/DequantizeLinear around Resize", "Softmax"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(0.2, 5), st.floats(1, 3))
+def test_a_factor_is_told_only_where_all_of_the_interval_is_on_one_side(low, width):
+    high = low * width
+    pace = Pace.SLOWER if low > 1.05 else Pace.FASTER if high < 1 / 1.05 else Pace.SAME
+    words = pace_in_words(replace(SAME, pace=pace, ratio=(low * high) ** 0.5, low=low, high=high))
+    numbers = [float(n) for n in re.findall(r"[\d.]+(?=×| to )", words)]
+    assert bool(numbers) == (not low <= 1.05 or not high >= 1 / 1.05)
+    assert all(n > 1 for n in numbers)
+    assert words.endswith(("faster", "slower", "level", "not told apart"))
 
 
 def test_what_calibration_has_seen_is_not_called_held_out(report):

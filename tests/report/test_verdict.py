@@ -39,22 +39,22 @@ def test_little_noise_is_safe(good):
                 SCORES, sqnr_db=14.2, centred_sqnr_db=14.0, sample_sqnr_db=5.4, expected_disagreement=0.09
             ),
             Assurance.LOSS,
-            "9.0% of samples",
+            "0 of 32 samples (9.0% expected)",
         ),
         (
             replace(SCORES, sqnr_db=17.4, centred_sqnr_db=17.0, expected_disagreement=0.045),
             Assurance.CHECK,
-            "4.5% of samples",
+            "0 of 32 samples (4.5% expected)",
         ),
         (
             replace(SCORES, sqnr_db=17.4, centred_sqnr_db=17.0, disagreement=0.094),
             Assurance.CHECK,
-            "9.4% of samples",
+            "3 of 32 samples (1.2% expected)",
         ),
         (
             replace(SCORES, decisions=9000, sqnr_db=16.0, centred_sqnr_db=16.0, disagreement=0.05),
             Assurance.CHECK,
-            "5.0% of positions",
+            "5.0% of 9000 positions",
         ),
         (replace(VALUES, sqnr_db=33.0, centred_sqnr_db=7.0), Assurance.LOSS, "noise is 45% of its spread"),
         (replace(VALUES, sqnr_db=33.0, centred_sqnr_db=13.0), Assurance.CHECK, "noise is 22% of its spread"),

@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 from eptq_onnx.config.reading import Reading, ReadingOptions
 from eptq_onnx.data.inputs import Input
 from eptq_onnx.data.origin import Origin
+from eptq_onnx.data.placing import Placed
 from eptq_onnx.data.samples import spread
 
 Arrays: TypeAlias = Mapping[str, NDArray[np.generic] | Sequence[NDArray[np.generic]]]
@@ -95,12 +96,15 @@ class Opened:
         Most samples to use of it.
     names : tuple of str
         Names of the samples, if each is a file.
+    placed : tuple of Placed
+        Where pictures lie in the samples, if they are some.
     """
 
     content: Content
     origin: Origin
     limit: int | None = None
     names: tuple[str, ...] = ()
+    placed: tuple[Placed, ...] = ()
 
 
 @dataclass(frozen=True)

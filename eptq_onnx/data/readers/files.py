@@ -96,13 +96,16 @@ class Collected:
     ----------
     shelf : Shelf
         The samples.
+    files : tuple of path
+        The file of each.
     names : tuple of str
-        The file of each, relative to the folder.
+        The same, relative to the folder.
     notes : tuple of str
         A note on files that are left out; empty if there are none.
     """
 
     shelf: Shelf
+    files: tuple[Path, ...]
     names: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -133,7 +136,7 @@ def collected(
         If none can be read.
     """
     if not path.exists():
-        raise DataError(f"data file {path} does not exist.")
+        raise DataError(f"data file or folder {path} does not exist.")
     files = reader.paths(path)
     chosen = [files[k] for k in request.chosen(len(files))]
     shelf, broken = Shelf(), dict[Path, str]()
@@ -146,8 +149,9 @@ def collected(
         first = next(iter(broken))
         raise DataError(f"none of the {what} of {path} can be read: {first}: {broken[first]}.")
     root = path if path.is_dir() else path.parent
-    names = tuple(file.relative_to(root).as_posix() for file in chosen if file not in broken)
-    return Collected(shelf, names, _left_out(broken, len(chosen), what))
+    kept = tuple(file for file in chosen if file not in broken)
+    names = tuple(file.relative_to(root).as_posix() for file in kept)
+    return Collected(shelf, kept, names, _left_out(broken, len(chosen), what))
 
 
 def _left_out(broken: dict[Path, str], count: int, what: str) -> tuple[str, ...]:

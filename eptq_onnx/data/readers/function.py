@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from eptq_onnx.data.readers import open_source
 from eptq_onnx.data.readers.base import Opened, Reader, Request, is_path
-from eptq_onnx.errors import DataError
+from eptq_onnx.errors import DataError, one_line
 
 
 class FunctionReader(Reader):
@@ -59,9 +60,31 @@ def function_named(label: str, what: str) -> Callable[..., Any]:
     if here not in sys.path:
         sys.path.insert(0, here)  # Python adds a script's own folder, but not a command's working folder
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise DataError(f"{what} {label} cannot be imported: {e}.") from e
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name is None or not f"{module}.".startswith(f"{e.name}."):
+            raise DataError(
+                f"{what} {label}: the module {module} needs {e.name}, which is not installed."
+            ) from e
+        file = module.replace(".", os.sep)
+        raise DataError(
+            f"{what} {label}: there is no module {module}, neither as {file}.py in {here} nor installed."
+        ) from e
+    except (Exception, SystemExit) as e:
+        # Whatever the module does when it is imported.
+        raise DataError(f"{what} {label}: the module {module} fails: {failure(e)}.") from e
+    function = getattr(found, name, None)
     if not callable(function):
-        raise DataError(f"{label} is not a function.")
+        known = [n for n, v in vars(found).items() if callable(v) and getattr(v, "__module__", "") == module]
+        listed = f": it has {', '.join(known)}" if known else ""
+        raise DataError(f"{what} {label}: the module {module} has no function {name}{listed}.")
     return function  # type: ignore[no-any-return]
+
+
+def failure(error: BaseException) -> str:
+    """Return an error in somebody else's code in a line: its type, its message, and where it was raised."""
+    told = f"{type(error).__name__}: {one_line(error)}".rstrip(": .")
+    places = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError) or not places:
+        return told
+    return f"{told} ({Path(places[-1].filename).name}, line {places[-1].lineno})"

@@ -22,7 +22,7 @@ _COUNT = 32
 class RandomReader(Reader):
     """Draws samples at random, where there are none: what comes out runs, and nothing else is known of it."""
 
-    form = "random, which makes inputs up, for a first try: nothing measured on them means anything"
+    form = "random: inputs that are made up, to try size and speed; figures of accuracy then mean nothing"
     order = 28
 
     def takes(self, source: Any) -> bool:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from eptq_onnx.data.origin import Origin
 from eptq_onnx.data.pictures import decoded, pillow, sight_of
+from eptq_onnx.data.placing import Placed
 from eptq_onnx.data.readers.base import Opened, Request, Wanted
 from eptq_onnx.data.readers.files import FilesReader, collected
 from eptq_onnx.errors import DataError
@@ -28,11 +31,21 @@ class PictureReader(FilesReader):
     def open(self, source: Any, request: Request) -> Opened:
         """Return all pictures that can be read, decoded once."""
         sight = sight_of(request.model, request.inputs, request.reading.image)
+        placed: dict[Path, Placed] = {}
+
+        def read(file: Path) -> NDArray[Any] | str:
+            found = decoded(file, sight)
+            if isinstance(found, str):
+                return found
+            pixels, placed[file] = found
+            return pixels
+
         with pillow():
-            found = collected(self, Path(source), request, lambda file: decoded(file, sight), "pictures")
+            found = collected(self, Path(source), request, read, "pictures")
         notes = (*sight.notes, *found.notes)
         origin = Origin(str(source), {"image": str(sight.recipe)}, sight.guessed, notes)
-        return Opened({sight.input.name: found.shelf.values()}, origin, names=found.names)
+        content = {sight.input.name: found.shelf.values()}
+        return Opened(content, origin, names=found.names, placed=tuple(placed[f] for f in found.files))
 
     def wanted(self, request: Request) -> Wanted | None:
         """Return pictures if the model has one input with four axes, one or three of them channels."""

@@ -15,18 +15,18 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from eptq_onnx.diagnosis import Histogram, Picture
-from eptq_onnx.outcome import Pace
 from eptq_onnx.report import placement as by_time
 from eptq_onnx.report.command import command_of
 from eptq_onnx.report.console import shown
 from eptq_onnx.report.facts import facts, kernel_sheet, layer_sheet, output_sheet, warnings_of
 from eptq_onnx.report.front import front_sheet
+from eptq_onnx.report.outputs import EXPLAINED
 from eptq_onnx.report.page import plots
 from eptq_onnx.report.page.pictures import data_uri
 from eptq_onnx.report.page.strip import strip
 from eptq_onnx.report.plain import size_text
 from eptq_onnx.report.sheet import Sheet
-from eptq_onnx.report.speed import in_words, named_operators, operator_sheet, time_text
+from eptq_onnx.report.speed import in_words, named_operators, operator_sheet, pace_in_words, time_text
 
 if TYPE_CHECKING:
     from eptq_onnx.report import Report
@@ -184,12 +184,7 @@ def _pace(report: Report) -> Tile:
     if speed is None:
         return Tile("speed", "not measured", "")
     times = f"{time_text(speed.float_seconds)} → {time_text(speed.quantized_seconds)}, measured"
-    words = {
-        Pace.FASTER: f"{1 / speed.ratio:.2f}× faster",
-        Pace.SAME: "about as fast",
-        Pace.SLOWER: f"{speed.ratio:.2f}× slower",
-    }
-    return Tile("speed", words[speed.pace], times)
+    return Tile("speed", pace_in_words(speed), times)
 
 
 def _run(report: Report) -> dict[str, Any]:
@@ -213,8 +208,7 @@ def _accuracy(report: Report) -> dict[str, Any]:
     attention = report.exhibits.attention
     return {
         "outputs": output_sheet(report),
-        "compared": f"{seen} Top-1 is the largest channel, such as the class of a classifier; KL is the mean "
-        "divergence of the scores in nats.",
+        "compared": f"{seen} {EXPLAINED}",
         "by_layer": plots.by_layer(
             [x.sqnr_db for x in layers], [x.nearest_db for x in layers], [x.own_db for x in layers]
         )
