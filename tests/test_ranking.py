@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import eptq_onnx
 from eptq_onnx import Config, ConfigError, ModelError, ranking
-from eptq_onnx.ranking import alone
+from eptq_onnx.numerics.halving import alone
 
 OPTIONS: dict[str, Any] = {
     "target": "ort-x64",

@@ -9,10 +9,11 @@ from eptq_onnx.report.sheet import Sheet
 
 
 def front_sheet(front: Sequence[FrontPoint]) -> Sheet:
-    """Return the table of the least noise at several times of one run and sizes of the file."""
+    """Return the table of the least noise at several times of one run, sizes of the file, or bits."""
     places, widths = front[0].seconds is not None, front[0].bytes is not None
-    of = "weights and activations" if places and widths else "activations" if places else "weights"
-    axes = [name for name, there in (("time", places), ("size", widths)) if there]
+    alone = front[0].activation_bits is not None
+    of = "weights and activations" if places and widths else "weights" if widths else "activations"
+    axes = [name for name, there in (("time", places), ("size", widths), ("bits", alone)) if there]
     rows = []
     for p in front:
         cells = []
@@ -20,6 +21,8 @@ def front_sheet(front: Sequence[FrontPoint]) -> Sheet:
             cells += [f"{p.seconds * 1e3:.3g} ms", str(p.regions)]
         if p.bytes is not None:
             cells += [f"{p.bytes:,}", "-" if p.bits is None else f"{p.bits:.2f}"]
+        if p.activation_bits is not None:
+            cells.append(f"{p.activation_bits:.2f}")
         cells[0] += " (chosen)" if p.chosen else ""
         rows.append((*cells, f"{p.noise:.2%}"))
     return Sheet(
@@ -27,6 +30,7 @@ def front_sheet(front: Sequence[FrontPoint]) -> Sheet:
         (
             *(("time", "regions on integers") if places else ()),
             *(("bytes, at most", "mean bits of a weight") if widths else ()),
+            *(("mean bits of an activation",) if alone else ()),
             f"noise of the {of}",
         ),
         tuple(rows),

@@ -135,6 +135,15 @@ class QdqView:
             if not q.constant and (source := self.between(q)[1]) is not None
         ]
 
+    def maker(self, tensor: str) -> NodeProto | None:
+        """Return the node that makes a tensor, in front of all quantizers."""
+        while (read := self.read(tensor)) is not None and not read.constant:
+            source = self.between(read)[1]
+            if source is None:
+                break
+            tensor = source.node.input[0]
+        return self.graph.producer.get(tensor)
+
     def readers(self, tensor: str) -> list[NodeProto]:
         """Return the nodes that read a tensor."""
         return self.graph.consumers.get(tensor, [])
