@@ -84,7 +84,9 @@ def test_operators_have_one_width_and_readers_see_the_values_of_the_plan(name, d
 
 
 @pytest.mark.parametrize(
-    "bits", [["op:Conv=w8a16"], ["op:Add=w8a16"], ["op:Gemm=w4a16"], ["c2=w8a8", "p=w8a16"]], ids=str
+    "bits",
+    [["op:Conv=w8a16"], ["op:Add=w8a16"], ["op:Gemm=w4a16"], ["op:Conv=w8a8", "op:GlobalAveragePool=w8a16"]],
+    ids=str,
 )
 @pytest.mark.parametrize("options", [{}, {"preset": "balanced", "steps": 3}], ids=str)
 def test_files_of_both_widths_obey_the_target(bits, options):

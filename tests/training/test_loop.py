@@ -139,9 +139,9 @@ def test_the_loss_is_the_weighted_error_of_the_written_model(case):
     np.testing.assert_allclose(errors[:, -1], np.square(expected - got).sum(axis=1), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("node", ["c1", "c2", "s", "p"])
-def test_the_training_graph_converts_activations_of_two_widths_as_the_file_does(engine, node):
-    case = Case(engine, target=targets.load("qnn"), opset=21, bits=[f"{node}=w3a16"])
+@pytest.mark.parametrize("operator", ["Conv", "Add", "GlobalAveragePool"])
+def test_the_training_graph_converts_activations_of_two_widths_as_the_file_does(engine, operator):
+    case = Case(engine, target=targets.load("qnn"), opset=21, bits=[f"op:{operator}=w3a16"])
     assert case.plan.rewritten
     quantized, _ = write(case.model, case.plan, case.start)
     last, feeds = case.plan.layers[-1].output, case.samples.take(np.arange(case.graph.micro_batch))
