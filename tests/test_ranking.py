@@ -136,9 +136,10 @@ def test_outputs_that_do_not_vary_are_told():
         ranked(model, {"x": -np.ones((40, 16), np.float32)})
 
 
-def test_a_budget_is_refused():
+@pytest.mark.parametrize("budget", ["weights=4", "activations=6"])
+def test_a_budget_is_refused(budget):
     with pytest.raises(ConfigError, match="leave the budget out"):
-        ranked(small_convnet(), budget="weights=4")
+        ranked(small_convnet(), budget=budget)
 
 
 # ---- ranges of each run ------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ class Allocate(Pass):
     def run(self, state: State, ctx: Context) -> State:
         """Choose the bits of every weight and activation."""
         works = None
-        if ctx.config.activation_budget is not None:
+        if ctx.config.activation_budget is not None and state.plan.activations:
             works = works_of(state, ctx)
             state = _narrowed(state, ctx, works)
         if not ctx.config.chooses_widths:
@@ -145,7 +145,7 @@ def _narrowed(state: State, ctx: Context, works: Sequence[Work]) -> State:
             break
         # Together they cause more than one by one.
         found = {
-            name: replace(a, effects={b: n * got / foreseen for b, n in a.effects.items()})
+            name: replace(a, effects={b: n * got / max(foreseen, 1e-30) for b, n in a.effects.items()})
             for name, a in found.items()
         }
     wider = max(widths.values(), default=0)

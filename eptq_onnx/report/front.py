@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from eptq_onnx.placement import FrontPoint
 from eptq_onnx.report.sheet import Sheet
 
+_LEAST = 1e-4
+"""Share from which on two decimals of a per cent do."""
+
 
 def front_sheet(front: Sequence[FrontPoint]) -> Sheet:
     """Return the table of the least noise at several times of one run, sizes of the file, or bits."""
@@ -24,7 +27,7 @@ def front_sheet(front: Sequence[FrontPoint]) -> Sheet:
         if p.activation_bits is not None:
             cells.append(f"{p.activation_bits:.2f}")
         cells[0] += " (chosen)" if p.chosen else ""
-        rows.append((*cells, f"{p.noise:.2%}"))
+        rows.append((*cells, _share(p.noise)))
     return Sheet(
         f"Noise against {' and '.join(axes)}, foreseen",
         (
@@ -35,3 +38,7 @@ def front_sheet(front: Sequence[FrontPoint]) -> Sheet:
         ),
         tuple(rows),
     )
+
+
+def _share(noise: float) -> str:
+    return f"{noise:.2%}" if noise >= _LEAST else f"{100 * noise:.1g}%"

@@ -71,7 +71,8 @@ def costs_of(weights, activations, works, sizes, choice):
         / sum(a.values for a in activations.values()),
         "bytes": 20
         + sum(sizes.weights[n][own[n]] for n in weights)
-        + sum(sizes.shared[b] for b in {own[n] for n in weights}),
+        + sum(sizes.shared[b] for b in {own[n] for n in weights})
+        + sum({4: 100, 8: 0, 16: 200}[own[n]] for n in activations),
         "bitops": total,
     }, bits
 
@@ -184,6 +185,13 @@ def test_measured_noise_adds_up_within_the_runs(parts, runs, widths):
     edge = {name: widths if k else [b for b in widths if b >= 8] for k, name in enumerate(own)}
     found = measured(edge, dict.fromkeys(own, 1.0), noise, runs)
     assert {n: tuple(a.effects) for n, a in found.items()} == {n: tuple(w) for n, w in edge.items()}
+
+
+def test_noise_that_nothing_causes_alone_is_shared():
+    found = measured(
+        {"a": (8, 16), "b": (8, 16)}, {"a": 1.0, "b": 1.0}, lambda names, bits: float(len(names) > 1), 10
+    )
+    assert {n: dict(a.effects) for n, a in found.items()} == {n: {8: 0.5, 16: 0.5} for n in "ab"}
 
 
 def test_where_no_output_tells_larger_activations_get_the_bits():

@@ -32,6 +32,11 @@ _UNIT = BudgetUnit.ACTIVATIONS.value
 _POINTS = 9
 """Mean bits at which the least noise is reported."""
 _ON = Representation.INTEGERS
+_CONVERSION, _CLIP = 200, 100
+"""Bytes of the nodes that an activation takes beside those of 8 bits, at about.
+
+With 16 bits, some of its neighbours are converted; with fewer than 8, its integers are clipped.
+"""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,7 @@ def measured(
             own = alone(names, partial(_at, noise, bits), share)
         else:
             own = list(by_width[narrow[-1]].values()) if narrow else [1.0] * len(names)
+        own = own if sum(own) > 0 else [1.0] * len(names)
         unit = together / max(sum(own), 1e-30)
         by_width[bits] = {name: unit * one for name, one in zip(names, own, strict=True)}
     return {
@@ -159,15 +165,19 @@ def joint_program(
     program = program_of(own, sizes) if weights else Program((), ())
     total = sum(a.values for a in activations.values())
     options = tuple(
-        tuple(
-            Option(_ON, _ON, {NOISE: effect, _UNIT: a.values * bits / max(total, 1e-30)}, bits)
-            for bits, effect in a.effects.items()
-        )
+        tuple(Option(_ON, _ON, _costs(a, bits, total), bits) for bits in a.effects)
         for a in activations.values()
     )
     whole = replace(program, options=program.options + options)
     place = {name: k for k, name in enumerate((*weights, *activations))}
     return replace(whole, products=tuple(_products(whole, place, activations, works if weights else ())))
+
+
+def _costs(activation: Activation, bits: int, total: float) -> dict[str, float]:
+    """Return what a width costs, given the values of all activations."""
+    nodes = _CONVERSION if bits > FULL_BITS else _CLIP if bits < FULL_BITS else 0
+    mean = activation.values * bits / max(total, 1e-30)
+    return {NOISE: activation.effects[bits], _UNIT: mean, BudgetUnit.BYTES.value: float(nodes)}
 
 
 def _products(
