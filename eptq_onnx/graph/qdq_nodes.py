@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto, helper
 
 from eptq_onnx.graph import blocks
 from eptq_onnx.graph.blocks import Blocks
@@ -95,3 +95,21 @@ def add_blocks(b: Builder, tensor: str, values: Values, grid: Grid) -> Blocks:
     integers, points = ((v.astype(np.int16) - middle).astype(np.int8) for v in rows)
     scale: Array = np.ascontiguousarray(np.moveaxis(grid.scale, axis, -1))
     return blocks.added(b, tensor, (integers, scale, points), size)
+
+
+def as_limits(b: Builder, clip: NodeProto) -> list[NodeProto]:
+    """Return Max and Min in place of a Clip; the last one has its name and its output.
+
+    onnxruntime drops a Clip in front of a quantizer; 1.19 fails if the Clip reads an input of the network.
+    """
+    ends = zip(("Max", "Min"), clip.input[1:], strict=False)
+    limits = [(op, limit) for op, limit in ends if limit]
+    nodes, source = list[NodeProto](), clip.input[0]
+    for k, (op, limit) in enumerate(limits):
+        last = k == len(limits) - 1
+        result = clip.output[0] if last else b.unique(f"{clip.output[0]}_{op}")
+        nodes.append(
+            helper.make_node(op, [source, limit], [result], name=clip.name if last else f"{result}/{op}")
+        )
+        source = result
+    return nodes or [clip]

@@ -342,6 +342,8 @@ class _Writer:
         if node.name in self._dynamic:
             self._quantize_in_every_run(node.name, self._dynamic[node.name])
         b, copy, place = self._b, self._rewired(node), None
+        if copy.op_type == "Clip" and copy.input[0] in self._view.inputs:
+            return qdq_nodes.as_limits(b, copy) if self._final(node.output[0]) in self._quantizers else [copy]
         rule = spec_of(node).table
         if rule is not None and node.name not in self._plan.integer_nodes:
             place = rule(node)

@@ -153,3 +153,15 @@ def test_drawn_networks_have_activations_of_two_widths(model, budget):
         np.mean([10 ** (-db / 10) for db in r.report.verification.outputs.values()]) for r in (found, plain)
     ]
     assert noise[0] <= 1.5 * noise[1]
+
+
+def test_a_workdir_takes_the_widths_up_again(tmp_path):
+    config = Config(**FAST, target="qnn", budget="activations=11", workdir=tmp_path)
+    first, second = (
+        quantize(small_convnet(1), {"image": images()}, config, progress=silent) for _ in range(2)
+    )
+    assert any("from the workdir" in note and "allocate" in note for note in second.report.notes)
+    assert first.model.SerializeToString(deterministic=True) == second.model.SerializeToString(
+        deterministic=True
+    )
+    assert first.report.front == second.report.front
