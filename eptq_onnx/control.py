@@ -88,7 +88,8 @@ def controlled(begun: Start, ctx: Context, accuracy: Accuracy, workdir: Workdir 
     EptqError
         If the function gives no score, or from a pass.
     """
-    if accuracy.max_drop is not None and ctx.given.chooses_widths:
+    chooses = ctx.given.chooses_widths or ctx.given.activation_budget is not None
+    if accuracy.max_drop is not None and chooses:
         raise ConfigError(
             "max_drop chooses widths by the score, and a budget by the noise: leave one of them out."
         )

@@ -161,10 +161,11 @@ def inspect(model: Model, config: Config, reading: Reading, folder: str) -> Insp
     begun, unavailable = _begun(model, config, folder, samples)
     if begun is None:
         target = target_of(config.target)
+        widest = target.with_widest(config)
         whole = normalize(
-            original, target.opset_for(config.most_activation_bits, config.storage, config.block)
+            original, target.opset_for(widest.most_activation_bits, config.storage, config.block)
         )
-        plan = make_plan(whole, target, config)
+        plan = make_plan(whole, target, widest)
     else:
         target, whole, plan = begun.ctx.target, begun.state.model, begun.state.plan
     name = str(Path(model)) if isinstance(model, (str, os.PathLike)) else ""

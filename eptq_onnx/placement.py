@@ -128,6 +128,8 @@ class FrontPoint:
         Size of the file, at most, if widths were chosen.
     bits : float or None
         Mean bits of a quantized weight.
+    activation_bits : float or None
+        Mean bits of an activation's value, if only those were chosen.
     chosen : bool
         True for the choice that was taken.
     """
@@ -137,6 +139,7 @@ class FrontPoint:
     regions: int | None = None
     bytes: int | None = None
     bits: float | None = None
+    activation_bits: float | None = None
     chosen: bool = False
 
 

@@ -116,7 +116,7 @@ def prepare(
     notes = [
         *read.origin.notes,
         *([] if read.origin.made_up else sample_notes(arranged.samples)),
-        *_type_notes(original, config, rest),
+        *_type_notes(original, config, target, rest),
         *_opset_notes(original, whole),
         *arranged.notes,
         *left,
@@ -213,13 +213,13 @@ def final(quantized: ModelProto, opset: int, ir_version: int) -> ModelProto:
     return result
 
 
-def _type_notes(model: ModelProto, config: Config, rest: FloatType) -> list[str]:
+def _type_notes(model: ModelProto, config: Config, target: Target, rest: FloatType) -> list[str]:
     notes = [
         f"{name} tensors are computed and stored in {rest.value}; inputs and outputs keep their types"
         for name in other_float_types(model)
         if name != rest.value
     ]
-    if config.most_activation_bits > 8:
+    if config.most_activation_bits > 8 and not target.activation.wide:
         notes.append(
             "no integer kernels are known for 16-bit activations: operators compute in float32 between "
             "their quantizers"

@@ -13,8 +13,10 @@ produced as r and reader c needs it as s, and u[t, r, a] = 1 if t, produced as r
 - a region with a result other than a layer's is on integers only if one of its readers is (`needs`);
 - a lone node between integers is an integer kernel, whatever the plan says (`bound`);
 - a weight is like a region: its options are widths for integer kernels, widths for regions that compute in
-  float on stored integers, and its float values (`joined`, `without_floats`);
-- what several options share costs once if any of them is taken: v ≥ x[k, o] for each of them (`shared`).
+  float on stored integers, and its float values (`eptq_onnx.method.place.joint`);
+- what several options share costs once if any of them is taken: v ≥ x[k, o] for each of them (`shared`);
+- the bits of a weight and those of an activation multiply: for each option of the one, and each width that
+  the other may exceed, v ≥ x[k, o] + sum of x[j, p] over the wider options p of j, minus 1 (`products`).
 
 Each option has a cost in one or more currencies (time, noise, bytes and others). The total of one currency is
 minimized, and those of others can be limited. SciPy's MILP solver is exact within its time limit.
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -107,6 +109,25 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Product:
+    """What arises if an option is taken along with others.
+
+    Parameters
+    ----------
+    option : tuple of (int, int)
+        A region and its option.
+    others : tuple of tuples of (int, int)
+        Options of one region each.
+    costs : dict of str to float
+        Currency to cost, at least 0, which arises if ``option`` is taken and any of the others is.
+    """
+
+    option: tuple[int, int]
+    others: tuple[tuple[tuple[int, int], ...], ...]
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Program:
     """The choice to be made.
 
@@ -125,6 +146,7 @@ class Program:
     shared : tuple of Shared
     follows : tuple of (option, tuple of option)
         An option, as region and number, and those of which one must be taken if it is.
+    products : tuple of Product
     """
 
     options: tuple[tuple[Option, ...], ...]
@@ -134,6 +156,7 @@ class Program:
     layers: frozenset[int] = frozenset()
     shared: tuple[Shared, ...] = ()
     follows: tuple[tuple[tuple[int, int], tuple[tuple[int, int], ...]], ...] = ()
+    products: tuple[Product, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,48 +179,6 @@ class Choice:
     amount: float
     conversions: float
     totals: Mapping[str, float]
-
-
-def joined(regions: Program, weights: Program, users: Sequence[Sequence[int]]) -> Program:
-    """Return one program for regions and for the weights that they read, which come behind the regions.
-
-    A weight is on integers if and only if a region that reads it is.
-
-    Parameters
-    ----------
-    regions : Program
-    weights : Program
-        Without tensors; its options on integers are widths.
-    users : sequence of sequence of int
-        The regions that read each weight.
-    """
-    first = len(regions.options)
-    pairs = [(first + w, tuple(own)) for w, own in enumerate(users)]
-    return replace(
-        regions,
-        options=regions.options + weights.options,
-        needs=(*regions.needs, *pairs, *((k, (weight,)) for weight, own in pairs for k in own)),
-        shared=(
-            *regions.shared,
-            *(Shared(tuple((first + w, o) for w, o in s.options), s.costs) for s in weights.shared),
-        ),
-    )
-
-
-def without_floats(weights: Program) -> Program:
-    """Return a program of weights without their float values, where these have widths to be stored at."""
-    kept = [
-        [o for o, x in enumerate(own) if x.bits or not any(y.bits and not y.on_integers for y in own)]
-        for own in weights.options
-    ]
-    place = {(k, o): (k, new) for k, own in enumerate(kept) for new, o in enumerate(own)}
-    return replace(
-        weights,
-        options=tuple(tuple(own[o] for o in left) for own, left in zip(weights.options, kept, strict=True)),
-        shared=tuple(
-            Shared(tuple(place[u] for u in s.options if u in place), s.costs) for s in weights.shared
-        ),
-    )
 
 
 def solve(program: Program, currency: str = TIME, limits: Mapping[str, float] | None = None) -> Choice | None:
@@ -256,6 +237,11 @@ class _Model:
         for variable, shared in zip(self.shared, self.program.shared, strict=True):
             for region, option in shared.options:
                 self._row({self.x[region][option]: 1.0, variable: -1.0}, high=0)
+        self.products = [self._variable(p.costs.get(self.currency, 0.0)) for p in self.program.products]
+        for variable, product in zip(self.products, self.program.products, strict=True):
+            taken = {self.x[product.option[0]][product.option[1]]: 1.0, variable: -1.0}
+            for group in product.others:
+                self._row({**taken, **{self.x[k][o]: 1.0 for k, o in group}}, high=1)
 
     def limit(self, currency: str, amount: float) -> None:
         """Limit the total of a currency."""
@@ -272,6 +258,9 @@ class _Model:
             for o, v in zip(own, variables, strict=True)
         }
         row |= {v: s.costs.get(currency, 0.0) for v, s in zip(self.shared, self.program.shared, strict=True)}
+        row |= {
+            v: p.costs.get(currency, 0.0) for v, p in zip(self.products, self.program.products, strict=True)
+        }
         if currency == TIME:
             row |= {v: s for v, s in enumerate(self.steps) if s}
         return row
@@ -406,7 +395,11 @@ def totals_of(program: Program, options: Sequence[int]) -> dict[str, float]:
     totals: defaultdict[str, float] = defaultdict(float)
     taken = set(enumerate(options))
     costs = [own[o].costs for own, o in zip(program.options, options, strict=True)]
-    for own in (*costs, *(s.costs for s in program.shared if taken & set(s.options))):
+    costs += [s.costs for s in program.shared if taken & set(s.options)]
+    costs += [
+        p.costs for p in program.products if p.option in taken and any(taken & set(o) for o in p.others)
+    ]
+    for own in costs:
         for name, cost in own.items():
             totals[name] += cost
     totals[TIME] = cost_of(program, options)

@@ -8,11 +8,10 @@ are measured, too: alone, and by what is left once all of the group is spared.
 
 from __future__ import annotations
 
-import heapq
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -28,6 +27,7 @@ from eptq_onnx.graph.view import GraphView, opset_of
 from eptq_onnx.method.diagnose import only_weights, part_of, readers
 from eptq_onnx.method.qdq import write
 from eptq_onnx.method.spare import Rules, Spare, most_bits, of_activation, of_dynamic, of_weights, rules
+from eptq_onnx.numerics.halving import alone
 from eptq_onnx.passes.base import Context, Progress, State
 from eptq_onnx.records import DYNAMIC_BITS, ActivationQuantizer, DynamicQuantizer, Layer, Plan
 from eptq_onnx.sensitivities import Group, Part, Sensitivity, in_decibels
@@ -69,7 +69,7 @@ def sensitivity(
     EptqError
         If something is wrong; see `eptq_onnx.errors` for the subclasses.
     """
-    if given.chooses_widths:
+    if given.chooses_widths or given.activation_budget is not None:
         raise ConfigError("a ranking is for given widths: leave the budget out, and give bits instead.")
     # What runs on integers does not depend on the time that this machine takes.
     config = given.model_copy(
@@ -394,28 +394,3 @@ class Ranking:
             left_db=in_decibels(noise(others)),
             option=spared.on_command_line,
         )
-
-
-def alone(pieces: Sequence[Piece], noise: Callable[[Sequence[Piece]], float], runs: int) -> list[float]:
-    """Return the noise of each piece alone, within a number of runs.
-
-    If there are too few of these, the loudest group of neighbours is halved as long as they last, and the
-    members of a group that stays whole get equal shares of its noise.
-    """
-    if len(pieces) <= max(runs, 1):
-        return [noise([p]) for p in pieces]
-    groups, done = [(-noise(pieces), 0, len(pieces))], 1
-    whole: list[tuple[float, int, int]] = []
-    while groups and done + 2 <= runs:
-        own, begin, end = heapq.heappop(groups)
-        if end - begin == 1:
-            whole.append((own, begin, end))
-            continue
-        middle = (begin + end) // 2
-        for a, b in ((begin, middle), (middle, end)):
-            heapq.heappush(groups, (-noise(pieces[a:b]), a, b))
-        done += 2
-    found = [0.0] * len(pieces)
-    for own, begin, end in (*groups, *whole):
-        found[begin:end] = [-own / (end - begin)] * (end - begin)
-    return found

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from eptq_onnx.numerics.biases import BiasSpec
-from eptq_onnx.numerics.grid import Grid
+from eptq_onnx.numerics.grid import FINER, Grid
 from eptq_onnx.numerics.spec import QuantSpec
 from eptq_onnx.numerics.types import Array, Values
 
@@ -71,6 +71,8 @@ class ActivationQuantizer(Quantizer):
         return self.name, *self.others
 
 
+FULL_BITS = 8
+"""Bits of activations above which integers have 16."""
 DYNAMIC_BITS = 8
 """Bits of activations that are quantized in every run: DynamicQuantizeLinear makes uint8."""
 
@@ -214,6 +216,11 @@ class Plan:
         Float nodes that the runtime would compute on the integers of their inputs unasked, and wrongly.
     dynamic : tuple of DynamicQuantizer
         In topological order of their first readers.
+    wide : frozenset of str
+        Nodes that compute with 16 bits and have activations of fewer, which are converted; see
+        `eptq_onnx.method.plan.wide`.
+    rewritten : frozenset of str
+        Activations of at most 8 bits that such nodes write.
     """
 
     layers: tuple[Layer, ...]
@@ -231,6 +238,24 @@ class Plan:
     shielded: frozenset[str] = frozenset()
     dynamic: tuple[DynamicQuantizer, ...] = ()
     held: tuple[HeldWeight, ...] = ()
+    wide: frozenset[str] = frozenset()
+    rewritten: frozenset[str] = frozenset()
+
+    def input_scales(self, scales: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the scale of the integers that each layer computes with, of those with fixed grids.
+
+        Parameters
+        ----------
+        scales : mapping of str to ndarray
+            Scale of each quantizer, by its name.
+        """
+        known, found = self.quantizer_of, dict[str, Array]()
+        for layer in self.static_layers:
+            quantizer = known[layer.input]
+            converted = layer.node in self.wide and quantizer.spec.bits <= FULL_BITS
+            own = scales[quantizer.name]
+            found[layer.node] = np.asarray(own / np.float32(FINER), np.float32) if converted else own
+        return found
 
     @property
     def integer_layers(self) -> tuple[Layer, ...]:
@@ -266,6 +291,11 @@ class Plan:
     def quantizer_of(self) -> dict[str, Quantizer]:
         """Return the quantizer of each quantized tensor that is no weight."""
         return {tensor: q for q in self.quantizers for tensor in q.tensors}
+
+    @property
+    def bits_of(self) -> dict[str, int]:
+        """Return the bits of each activation quantizer, by its name."""
+        return {q.name: q.spec.bits for q in self.activations}
 
     @property
     def weight_specs(self) -> dict[str, QuantSpec]:

@@ -105,11 +105,11 @@ def start(
     target.storage_for(given.storage, given.block)
     target.check_bits(given)
     blind = is_nothing(data)
-    options = without_samples(given) if blind else given
+    options = target.with_widest(without_samples(given) if blind else given)
     chosen = engines.choose(given.engine)
     engine = chosen() if options.needs_gradients else None
     with runner.timed("normalize"):
-        prepared = prepare(model, data, target, given, folder)
+        prepared = prepare(model, data, target, target.with_widest(given), folder)
         if imagined is not None:
             own = prepared.samples
             prepared = replace(prepared, samples=own.only(np.arange(imagined) % own.count))

@@ -157,7 +157,9 @@ def _network(state: State) -> Iterator[NodePlace]:
             bits = f"W{layer.weight_spec.bits}A{_activation_bits(layer, plan)}{how}"
             yield NodePlace(name, kind, "integers", bits)
         elif name in plan.integer_nodes:
-            yield NodePlace(name, kind, "integers", "")
+            yield NodePlace(
+                name, kind, "integers", "A16, other widths converted" if name in plan.wide else ""
+            )
         elif name in plan.absorbed:
             yield NodePlace(name, kind, "merged", "the quantizer behind it clips as it does")
         elif name in reasons:

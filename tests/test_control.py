@@ -128,6 +128,10 @@ def test_a_function_without_a_score_is_told(score, message):
     ({"evaluate": closeness, "max_evaluations": 2}, "max_evaluations"),
     ({"evaluate": "score"}, "write it as module:function"),
     ({"evaluate": closeness, "max_drop": 0.1, "options": {"budget": "weights=4"}}, "leave one of them out"),
+    (
+        {"evaluate": closeness, "max_drop": 0.1, "options": {"budget": "activations=6", "target": "ort-x64"}},
+        "leave one of them out",
+    ),
 ])  # fmt: skip
 def test_wrong_options_are_told(options, message):
     with pytest.raises(ConfigError, match=message):

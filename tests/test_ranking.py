@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import eptq_onnx
 from eptq_onnx import Config, ConfigError, ModelError, ranking
-from eptq_onnx.ranking import alone
+from eptq_onnx.numerics.halving import alone
 
 OPTIONS: dict[str, Any] = {
     "target": "ort-x64",
@@ -136,9 +136,10 @@ def test_outputs_that_do_not_vary_are_told():
         ranked(model, {"x": -np.ones((40, 16), np.float32)})
 
 
-def test_a_budget_is_refused():
+@pytest.mark.parametrize("budget", ["weights=4", "activations=6"])
+def test_a_budget_is_refused(budget):
     with pytest.raises(ConfigError, match="leave the budget out"):
-        ranked(small_convnet(), budget="weights=4")
+        ranked(small_convnet(), budget=budget)
 
 
 # ---- ranges of each run ------------------------------------------------------------------------------------

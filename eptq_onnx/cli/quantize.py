@@ -144,7 +144,8 @@ def own_output(model: Path, config: Config) -> Path:
     """
     target = targets.load(config.target)
     bits = f"w{config.weight_bits}a{config.activation_bits}"
-    kind = "fp8" if target.weight.container in FLOATS else "mixed" if config.chooses_widths else bits
+    mixed = config.chooses_widths or config.activation_budget is not None
+    kind = "fp8" if target.weight.container in FLOATS else "mixed" if mixed else bits
     path = model.with_name(f"{model.stem}.{kind}.onnx")
     if path.is_file() and read_file(path).producer_name != PRODUCER:
         raise OutputError(f"{path} exists, and was not written by {PRODUCER}: give another name with -o.")

@@ -16,7 +16,8 @@ class Budget(BaseModel):
     ----------
     unit : BudgetUnit
         ``weights``: mean bits of a weight; ``bytes`` of the written file; ``bitops``: multiplications of one
-        sample, each times the bits of both factors; ``time``: seconds of one run on this machine.
+        sample, each times the bits of both factors; ``activations``: mean bits of an activation's value;
+        ``time``: seconds of one run on this machine.
     amount : float
     """
 
@@ -32,7 +33,9 @@ class Budget(BaseModel):
             return value
         unit, _, amount = value.partition("=")
         if unit not in {u.value for u in BudgetUnit} or not amount:
-            raise ValueError("write weights=BITS, bytes=COUNT, bitops=COUNT or time=SECONDS")
+            raise ValueError(
+                "write weights=BITS, activations=BITS, bytes=COUNT, bitops=COUNT or time=SECONDS"
+            )
         return {"unit": unit, "amount": amount}
 
     def __str__(self) -> str:

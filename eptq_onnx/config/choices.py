@@ -35,6 +35,7 @@ class BudgetUnit(str, Enum):
     WEIGHTS = "weights"
     BYTES = "bytes"
     BITOPS = "bitops"
+    ACTIVATIONS = "activations"
     TIME = "time"
 
 

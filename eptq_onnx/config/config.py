@@ -27,6 +27,7 @@ from eptq_onnx.config.choices import (
     WeightRange,
     WeightStorage,
 )
+from eptq_onnx.config.conflicts import conflicts
 from eptq_onnx.config.encodings import Encodings
 from eptq_onnx.config.option import Option, OptionModel, option_of
 from eptq_onnx.config.options import Options
@@ -76,8 +77,10 @@ class Config(OptionModel):
         tuple[Budget, ...], Option("widths", metavar="UNIT=AMOUNT", text=True, default="none")
     ] = ()
     """Limits: weights=4 (mean bits), bytes=2e6 and bitops=1e10 choose 2 to 8 bits for each weight so that the
-    output error is smallest, and replace weight_bits. time=SECONDS is the longest time of one run, for
-    objective=noise and objective=bytes. May be repeated, once for each unit."""
+    output error is smallest, and replace weight_bits. activations=10 (mean bits) chooses 8 or 16 bits for
+    each activation, if the target computes with both, and below 8 it chooses 4 or 8; it replaces
+    activation_bits. time=SECONDS is the longest time of one run, for objective=noise and objective=bytes. May
+    be repeated, once for each unit."""
     outputs: Annotated[tuple[str, ...], Option("model", metavar="NAME[,NAME]", default="all")] = ()
     """Outputs of the model that count, separated by commas: for noise, scores, the optimization and the
     comparison in the report. Auxiliary heads need not count."""
@@ -306,34 +309,9 @@ class Config(OptionModel):
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
-        if self.chooses_widths and self.bits:
-            what = "a budget" if self.width_budgets else "objective=bytes"
-            raise ValueError(f"{what} chooses the bits of all weights: leave bits with patterns out")
-        if self.block is not None and not self.weights_only:
-            raise ValueError("block is for weights alone: give activations 32 bits, as in bits w4a32")
-        if self.block is not None and self.chooses_widths:
-            what = "a budget" if self.width_budgets else "objective=bytes"
-            raise ValueError(f"{what} chooses no bits of weights in blocks: leave it out, or leave block out")
-        if self.block is not None and self.steps:
-            raise ValueError("steps are not for weights in blocks, which no step learns: leave steps out")
-        if self.storage is WeightStorage.MATMULNBITS and self.block is None:
-            raise ValueError("storage=matmulnbits is for weights in blocks: give block, such as 32")
-        units = [b.unit.value for b in self.budget]
-        if len(set(units)) < len(units):
-            raise ValueError("a budget is given twice for one unit: leave one out")
-        if self.objective is Objective.NOISE and not self.budget:
-            raise ValueError(
-                "objective=noise needs a budget, such as time=SECONDS, bytes=COUNT or weights=BITS"
-            )
-        if self.seconds is not None and self.objective not in (Objective.NOISE, Objective.BYTES):
-            raise ValueError(
-                f"budget time=SECONDS does not go with objective={self.objective.value}: give objective=noise"
-                " or bytes, or leave the budget out"
-            )
-        if self.objective is Objective.BYTES and self.max_noise == 0:
-            raise ValueError("objective=bytes needs a limit of noise: give max_noise above 0")
-        if self.timings is not None and not self.chooses_by_time:
-            raise ValueError("timings are only for objective=time and budget time=SECONDS: leave timings out")
+        for there, what in conflicts(self):
+            if there:
+                raise ValueError(what)
         return self
 
     @field_validator("activation_bits")
@@ -375,7 +353,13 @@ class Config(OptionModel):
     @property
     def width_budgets(self) -> tuple[Budget, ...]:
         """The budgets that limit the widths of weights."""
-        return tuple(b for b in self.budget if b.unit is not BudgetUnit.TIME)
+        others = (BudgetUnit.TIME, BudgetUnit.ACTIVATIONS)
+        return tuple(b for b in self.budget if b.unit not in others)
+
+    @property
+    def activation_budget(self) -> float | None:
+        """The mean bits of an activation's value that are allowed, if each activation gets its own width."""
+        return next((b.amount for b in self.budget if b.unit is BudgetUnit.ACTIVATIONS), None)
 
     @property
     def chooses_widths(self) -> bool:

@@ -32,6 +32,7 @@ def without_samples(config: Config) -> Config:
         ("weight_range=hmse", config.weight_range is WeightRange.HMSE),
         ("budget" if config.width_budgets else "objective=bytes", config.chooses_widths),
         ("budget time", config.seconds is not None),
+        ("budget activations", config.activation_budget is not None),
     ):
         if asked:
             raise ConfigError(f"option {name} needs samples: give some with --data, or leave the option out.")

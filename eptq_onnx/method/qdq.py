@@ -21,16 +21,24 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
-from eptq_onnx.graph import blocks, branches, edit
+from eptq_onnx.graph import blocks, branches, edit, qdq_nodes
 from eptq_onnx.graph.blocks import Blocks
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.biases import BiasSpec
 from eptq_onnx.numerics.formats import Granularity, IntFormat, PerAxis, PerBlock, PerTensor
 from eptq_onnx.numerics.grid import Grid
-from eptq_onnx.numerics.types import Array, Values
+from eptq_onnx.numerics.types import Values
 from eptq_onnx.ops import spec_of
-from eptq_onnx.records import ConstantOperand, HeldWeight, Layer, LookupTable, Plan, Rounding
+from eptq_onnx.records import (
+    FULL_BITS,
+    ConstantOperand,
+    HeldWeight,
+    Layer,
+    LookupTable,
+    Plan,
+    Rounding,
+)
 
 PRODUCER = "eptq-onnx"
 
@@ -77,6 +85,8 @@ class _Writer:
         """Tensor to its dequantized values, of those that are quantized in every run."""
         self._blocks: dict[str, Blocks] = {}
         """Weight or lookup table in blocks to its constants."""
+        self._widened: dict[str, str] = {}
+        """Activation to its values on the grid of 16 bits."""
         self._replaced: set[str] = set()
         """Float constants whose name now belongs to a DequantizeLinear."""
 
@@ -128,7 +138,7 @@ class _Writer:
 
     def _rewired(self, node: NodeProto) -> NodeProto:
         layer = self._layers.get(node.name)
-        own = {
+        own = self._read_wide(node) | {
             name: self._layer_reads[node.name, name]
             for name in node.input
             if (node.name, name) in self._layer_reads
@@ -174,16 +184,32 @@ class _Writer:
     def _pair(self, tensor: str, source: str) -> None:
         """Add QuantizeLinear and DequantizeLinear, with a Clip between for ranges narrower than the type."""
         b, quantizer = self._b, self._quantizers[tensor]
-        scale, zero = self._scale_names(quantizer.name, self._rounding.grids[quantizer.name])
-        form = quantizer.spec.format
-        q = b.add("QuantizeLinear", [source, scale, zero], b.unique(f"{tensor}_quantized"))
-        if form.narrower_than_container and tensor in quantizer.sources:
-            limits = [b.constant(np.array(v, form.container), "limit") for v in (form.qmin, form.qmax)]
-            q = b.add("Clip", [q, *limits], b.unique(f"{tensor}_clipped"))
+        grid, form = self._rounding.grids[quantizer.name], quantizer.spec.format
+        if tensor in self._plan.rewritten:
+            source = qdq_nodes.add_widened(b, source, grid, tensor)
         made = self._is_output(tensor) and tensor in self._view.producer
-        target_name = tensor if made else b.unique(f"{tensor}_dequantized")
-        b.add("DequantizeLinear", [q, scale, zero], target_name)
-        self.read_as[tensor] = target_name
+        clips = form.narrower_than_container and tensor in quantizer.sources
+        self.read_as[tensor] = qdq_nodes.add_pair(
+            b,
+            source,
+            qdq_nodes.scale_names(b, quantizer.name, grid),
+            tensor,
+            tensor if made else None,
+            form if clips and isinstance(form, IntFormat) else None,
+        )
+
+    def _read_wide(self, node: NodeProto) -> dict[str, str]:
+        """Return what a node that computes with 16 bits reads instead of activations of fewer."""
+        found = {}
+        for name in dict.fromkeys(node.input) if node.name in self._plan.wide else ():
+            quantizer = self._quantizers.get(name)
+            if quantizer is None or quantizer.spec.bits > FULL_BITS or name not in self.read_as:
+                continue
+            if name not in self._widened:
+                grid = self._rounding.grids[quantizer.name]
+                self._widened[name] = qdq_nodes.add_widened(self._b, self.read_as[name], grid, f"{name}_read")
+            found[name] = self._widened[name]
+        return found
 
     def _quantize_in_every_run(self, node: str, tensor: str) -> None:
         """Let a layer read a tensor that is quantized with the range it has in the run, once for all such."""
@@ -193,13 +219,6 @@ class _Writer:
             b.add("DynamicQuantizeLinear", [self.read_as.get(tensor, tensor)], outputs=made)
             self._ranged[tensor] = b.add("DequantizeLinear", made, b.unique(f"{tensor}_dequantized"))
         self._layer_reads[node, tensor] = self._ranged[tensor]
-
-    def _scale_names(self, stem: str, grid: Grid) -> tuple[str, str]:
-        b, form = self._b, grid.format
-        zero = form.raw(np.full(np.shape(grid.scale), grid.zero_point, form.container))
-        return b.constant(np.asarray(grid.scale, np.float32), f"{stem}_scale"), b.constant(
-            zero, f"{stem}_zero_point", form.type_name
-        )
 
     # ---- constants -----------------------------------------------------------------------------------------
     def _constants(self) -> None:
@@ -236,7 +255,7 @@ class _Writer:
         for in_float in sorted(set(readers.values())):
             name = self._take_over(tensor, list(readers))
             if in_float:
-                self._as_floats(stored, tensor, grid, name)
+                self._floats(stored, tensor, grid, name)
             else:
                 self._dequantize(stored, tensor, grid, name)
             for node, own in readers.items():
@@ -246,25 +265,13 @@ class _Writer:
     def _weight_in_blocks(self, tensor: str, name: str) -> None:
         """Add the rows of a weight in blocks, and the nodes that make floats of them; see `graph.blocks`."""
         values, grid = self._rounding.integers[tensor], self._rounding.weights[tensor]
-        own = self._blocks[tensor] = self._rows_in_blocks(tensor, values, grid)
+        own = self._blocks[tensor] = qdq_nodes.add_blocks(self._b, tensor, values, grid)
         rank, axis = values.ndim, grid.granularity.axis if isinstance(grid.granularity, PerBlock) else 0
         if axis % rank == rank - 1:
             blocks.as_floats(self._b, own, name)
             return
         turned = [*range(rank - 2), rank - 1, rank - 2]
         self._b.add("Transpose", [blocks.as_floats(self._b, own)], name, perm=turned)
-
-    def _rows_in_blocks(self, tensor: str, values: Values, grid: Grid) -> Blocks:
-        """Add the constants of a weight or table in blocks."""
-        assert isinstance(grid.granularity, PerBlock)
-        assert isinstance(grid.format, IntFormat)
-        axis, size = grid.granularity.axis, grid.granularity.size
-        middle = 0 if grid.format.signed else 2 ** (grid.format.bits - 1)
-        zero = np.broadcast_to(np.asarray(grid.zero_point, np.int16), grid.scale.shape)
-        rows = [np.moveaxis(v, axis, -1) for v in (values, zero)]
-        integers, points = ((v.astype(np.int16) - middle).astype(np.int8) for v in rows)
-        scale: Array = np.ascontiguousarray(np.moveaxis(grid.scale, axis, -1))
-        return blocks.added(self._b, tensor, (integers, scale, points), size)
 
     def _stored(self, tensor: str, values: Values, grid: Grid) -> str:
         """Add the initializer with a constant's integers; return its name."""
@@ -274,21 +281,12 @@ class _Writer:
 
     def _dequantize(self, stored: str, tensor: str, grid: Grid, name: str) -> None:
         """Add the DequantizeLinear of a constant."""
-        scale, zero = self._scale_names(tensor, grid)
+        scale, zero = qdq_nodes.scale_names(self._b, tensor, grid)
         self._b.add("DequantizeLinear", [stored, scale, zero], name, **_axis(grid.granularity))
 
-    def _as_floats(self, stored: str, tensor: str, grid: Grid, name: str) -> None:
-        """Add the nodes that turn a constant's integers into floats; their zero points are 0.
-
-        Without the step over int32, OpenVINO takes them for a compressed weight, and quantizes the
-        activations that a MatMul multiplies by it.
-        """
-        shape = [1] * len(self._view.constant_shape(tensor)) if np.ndim(grid.scale) else []
-        if isinstance(grid.granularity, PerAxis):
-            shape[grid.granularity.axis] = -1
-        scale = self._b.constant(np.asarray(grid.scale, np.float32).reshape(shape), f"{tensor}_scale")
-        wide = self._b.add("Cast", [stored], to=TensorProto.INT32)
-        self._b.add("Mul", [self._b.add("Cast", [wide], to=TensorProto.FLOAT), scale], name)
+    def _floats(self, stored: str, tensor: str, grid: Grid, name: str) -> None:
+        rank = len(self._view.constant_shape(tensor))
+        qdq_nodes.add_floats(self._b, (stored, rank), tensor, grid, name)
 
     def _dequantized(self, tensor: str, values: Values, grid: Grid, readers: list[str]) -> str:
         """Add the initializers and DequantizeLinear of a constant; return the name to read."""
@@ -313,7 +311,7 @@ class _Writer:
                 return
             grid = self._rounding.grids[tensor]
             values = grid.in_container(np.asarray(self._view.constant(tensor), np.float32))
-            self._blocks[tensor] = self._rows_in_blocks(tensor, values, grid)
+            self._blocks[tensor] = qdq_nodes.add_blocks(self._b, tensor, values, grid)
             return
         shape, grid = self._view.constant_shape(tensor), self._rounding.grids[tensor]
         names = b.unique(f"{tensor}_quantized"), b.unique(f"{tensor}_scale")
@@ -331,7 +329,7 @@ class _Writer:
         readers = [n.name for n in self._view.consumers[tensor] if spec_of(n).held]
         values, folded = quant_math.folded(grid.in_container(self._view.constant(tensor)), grid)
         name = self._take_over(tensor, readers)
-        self._as_floats(self._stored(tensor, values, folded), tensor, folded, name)
+        self._floats(self._stored(tensor, values, folded), tensor, folded, name)
         for node in readers:
             self._layer_reads[node, tensor] = name
 
@@ -344,6 +342,8 @@ class _Writer:
         if node.name in self._dynamic:
             self._quantize_in_every_run(node.name, self._dynamic[node.name])
         b, copy, place = self._b, self._rewired(node), None
+        if copy.op_type == "Clip" and copy.input[0] in self._view.inputs:
+            return qdq_nodes.as_limits(b, copy) if self._final(node.output[0]) in self._quantizers else [copy]
         rule = spec_of(node).table
         if rule is not None and node.name not in self._plan.integer_nodes:
             place = rule(node)
@@ -380,9 +380,15 @@ class _Writer:
         grid = self._rounding.grids[tensor]
         values = grid.in_container(np.asarray(view.constant(tensor), np.float32))
         readers = [n.name for n in view.consumers[tensor] if n.name in self._plan.integer_nodes]
-        name = self._dequantized(tensor, values, grid, readers)
-        for node in readers:
-            self._layer_reads[node, tensor] = name
+        wide = [n for n in readers if n in self._plan.wide and operand.spec.bits <= FULL_BITS]
+        for group, own in ((wide, True), ([n for n in readers if n not in wide], False)):
+            if not group:
+                continue
+            finer = grid.widened() if own else grid
+            kept = finer.in_container(grid.dequantize(values)) if own else values
+            name = self._dequantized(tensor, kept, finer, readers)
+            for node in group:
+                self._layer_reads[node, tensor] = name
 
     def _keep_apart(self, layer: Layer) -> None:
         """Give a vector that is added to the float result of an integer MatMul a second axis.
@@ -405,10 +411,8 @@ class _Writer:
         """Add a bias as integers with the zero point 0."""
         b, name = self._b, layer.bias or ""
         bias = self._rounding.biases[name]
-        scales = (
-            self._rounding.grids[self._plan.quantizer_of[layer.input].name].scale,
-            self._rounding.weights[layer.weight].scale,
-        )
+        of_inputs = self._plan.input_scales({n: g.scale for n, g in self._rounding.grids.items()})
+        scales = of_inputs[layer.node], self._rounding.weights[layer.weight].scale
         scale = spec.scale(bias, *scales)
         stored = b.unique(f"{name}_quantized")
         b.keep(spec.integers(bias, *scales), stored)

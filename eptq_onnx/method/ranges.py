@@ -95,7 +95,7 @@ def _scales(
 
 def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> dict[str, Array]:
     """Return per weight the scales below which the integer bias would overflow."""
-    quantizers = plan.quantizer_of
+    inputs = plan.input_scales({name: grid.scale for name, grid in calibration.grids.items()})
     result: dict[str, Array] = {}
     for layer in plan.static_layers:
         if layer.bias is None or not layer.has_bias or plan.bias is None:
@@ -103,7 +103,7 @@ def _smallest_scales(view: GraphView, plan: Plan, calibration: Calibration) -> d
         bias, axis = np.asarray(view.constant(layer.bias), np.float32), layer.weight_spec.axis
         if axis is not None and bias.size != view.constant_shape(layer.weight)[axis]:
             continue
-        limit = plan.bias.least_weight_scale(bias, calibration.grids[quantizers[layer.input].name].scale)
+        limit = plan.bias.least_weight_scale(bias, inputs[layer.node])
         limit = limit if axis is not None else limit.max(initial=0)
         result[layer.weight] = np.maximum(result.get(layer.weight, np.float32(0)), limit)
     return result

@@ -6,7 +6,7 @@ DequantizeLinear compute it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from eptq_onnx.numerics.formats import FloatFormat, Format, Granularity, IntFormat, Storage
 from eptq_onnx.numerics.types import Array, IntArray, Values
 
+FINER = 2**8
+"""How many steps of the grid of 16 bits one of 8 bits has; see `Grid.widened`."""
+_FULL = 8
 _PART = 2**20
 """Values of a large array processed at a time, so that intermediate results stay in the cache."""
 
@@ -132,6 +135,15 @@ class Grid:
     def round(self, x: Array) -> Array:
         """Return the real values rounded to the grid."""
         return self.dequantize(self.quantize(x))
+
+    def widened(self) -> Grid:
+        """Return the grid of 16 bits on which every value of this one, of at most 8 bits, lies exactly."""
+        if not isinstance(self.format, IntFormat) or self.format.bits > _FULL:
+            raise ValueError(f"{self.format} does not fit into 16 bits with finer steps")
+        form = IntFormat.full(2 * _FULL, signed=self.format.signed)
+        zero = np.asarray(self.zero_point, np.int64) * FINER
+        scale: Array = np.asarray(self.scale / np.float32(FINER), np.float32)
+        return replace(self, format=form, scale=scale, zero_point=zero if zero.ndim else int(zero))
 
     def encode(self, values: NDArray[Any], storage: Storage) -> bytes:
         """Return the bytes of values of the format, in C order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -10,10 +11,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from eptq_onnx.execute.deviation import Deviation
+from eptq_onnx.graph.shapes import specialize
+from eptq_onnx.graph.view import GraphView
+from eptq_onnx.method.allocate import Work
 from eptq_onnx.method.calibrate import calibrate
 from eptq_onnx.method.diagnose import part_of
 from eptq_onnx.method.float_fallback import SAMPLES
 from eptq_onnx.method.plan import plan as make_plan
+from eptq_onnx.method.plan.wide import activations_of, with_wide
 from eptq_onnx.method.qdq import write
 from eptq_onnx.passes.base import Context, State
 from eptq_onnx.records import Rounding
@@ -85,3 +90,80 @@ def replanned(state: State, ctx: Context) -> State:
         known=replace(state.calibration, grids=same),
     )
     return state.changed(plan=plan, calibration=calibration)
+
+
+def with_activation_bits(state: State, ctx: Context, widths: Collection[int]) -> dict[int, State]:
+    """Return the state replanned with every activation of each width, or of the nearest that it can have.
+
+    Parameters
+    ----------
+    state : State
+        That with the largest width.
+    ctx : Context
+    widths : collection of int
+    """
+    others = {
+        bits: replace(ctx, config=ctx.config.model_copy(update={"activation_bits": bits}))
+        for bits in sorted(widths)[:-1]
+    }
+    return {**{bits: replanned(state, other) for bits, other in others.items()}, max(widths): state}
+
+
+def with_activation_widths(every: Mapping[int, State], widths: Mapping[str, int], ctx: Context) -> State:
+    """Return the state in which each activation has a width of its own.
+
+    A constant has that of the widest activation of its readers.
+
+    Parameters
+    ----------
+    every : mapping of int to State
+        See `with_activation_bits`.
+    widths : mapping of str to int
+        Quantizer to its bits.
+    ctx : Context
+    """
+    base = every[max(every)]
+    view = GraphView(base.model)
+    known = {(q.name, q.spec.bits): (q, s) for s in every.values() for q in s.plan.activations}
+    constants = {bits: {q.name: (q, s) for q in s.plan.operands} for bits, s in every.items()}
+    activations = [known[q.name, widths[q.name]] for q in base.plan.activations]
+    bits = {t: q.spec.bits for q, _ in activations for t in q.tensors}
+    most: dict[str, int] = {}
+    for inputs, outputs in activations_of(base.plan, view).values():
+        around = max((bits[t] for t in (*inputs, *outputs) if t in bits), default=min(every))
+        most |= {t: max(around, most.get(t, 0)) for t in inputs}
+    operands = []
+    for operand in base.plan.operands:
+        wanted = max((most.get(t, 0) for t in operand.tensors), default=0)
+        own = min((b for b in every if b >= wanted), default=max(every))
+        operands.append(constants[own][operand.name])
+    plan = replace(
+        base.plan,
+        activations=tuple(q for q, _ in activations),
+        operands=tuple(q for q, _ in operands),
+    )
+    grids = {q.name: s.calibration.grids[q.name] for q, s in activations}
+    grids |= {q.name: s.calibration.grids[q.name] for q, s in operands}
+    calibration = replace(base.calibration, grids={**base.calibration.grids, **grids})
+    return base.changed(plan=with_wide(plan, view, ctx.target), calibration=calibration)
+
+
+def values_of(state: State, ctx: Context) -> dict[str, float]:
+    """Return the values that each activation quantizer rounds for one sample; 1 if that is not known."""
+    size = ctx.samples.fixed_batch or 1
+    view = GraphView(specialize(state.executed, ctx.samples.two_batches(size)))
+    shapes = {t: view.static_shape(t) for q in state.plan.activations for t in q.tensors}
+    return {
+        q.name: max(sum(math.prod(shapes[t] or (0,)) for t in q.tensors) / size, 1.0)
+        for q in state.plan.activations
+    }
+
+
+def works_of(state: State, ctx: Context) -> list[Work]:
+    """Return what each layer on integers multiplies."""
+    known = {t: q.name for q in state.plan.activations for t in q.tensors}
+    layers = [x for x in state.plan.static_layers if x.input in known]
+    return [
+        Work(x.weight, ctx.multiplications.get(x.node, 0.0), known[x.input], known.get(x.result, ""))
+        for x in layers
+    ]

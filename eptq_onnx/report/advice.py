@@ -19,6 +19,7 @@ from eptq_onnx.data.splits import ENOUGH
 from eptq_onnx.diagnosis import Loud, OutputNoise
 from eptq_onnx.errors import ConfigError
 from eptq_onnx.report.verdict import FEW_SAMPLES, Assurance
+from eptq_onnx.targets import Target
 
 if TYPE_CHECKING:
     from eptq_onnx.report import Report
@@ -260,6 +261,7 @@ class _Case:
 
     def _wider_activations(self) -> Iterator[Advice]:
         cause, own = f"activations cause {self.activations:.0%} of the noise", self.activation_bits
+        yield from self._larger_budget(cause)
         if own < 8:
             part = 1 - 4.0 ** (own - 8)
             yield Advice(
@@ -267,12 +269,42 @@ class _Case:
                 f"{cause}, {own} bits being the fewest",
                 self._without(self.activations * part),
             )
-        elif own == 8 and _takes_16_bits(self.report):
+        elif own == 8 and (target := self._target_of_16_bits()) is not None:
+            slow = "" if target.activation.wide else "; no integer kernels are known for 16 bits"
             yield Advice(
                 "--activation-bits 16",
-                f"{cause}, and weights {self.weights:.0%}; no integer kernels are known for 16 bits",
+                f"{cause}, and weights {self.weights:.0%}{slow}",
                 self._without(self.activations),
             )
+
+    def _larger_budget(self, cause: str) -> Iterator[Advice]:
+        """Yield a larger mean of activation bits, or one at all."""
+        target, mean = self._target_of_16_bits(), self.config.activation_budget
+        most = 8 if mean is not None and mean < 8 else 16
+        if mean is None:
+            wide = target is not None and target.activation.wide
+            if not wide or self.activation_bits != 8:
+                return
+            mean = 8.0
+        larger = min(mean + most / 8, most)
+        if larger > mean:
+            # So much if each of them got as much of it; a budget does better.
+            yield Advice(
+                f"--budget activations={larger:.3g}",
+                f"{cause}, and a budget gives {most} bits to those that need them",
+                self._without(self.activations * (larger - mean) / (most - mean)),
+                bound="at least",
+            )
+
+    def _target_of_16_bits(self) -> Target | None:
+        """Return the target if it takes 16-bit activations."""
+        known = self.report.target in targets.names()
+        found = targets.load(self.report.target if known else str(self.report.config.get("target")))
+        try:
+            found.check_bits(Config(activation_bits=16))
+        except ConfigError:
+            return None
+        return found
 
     def _more_samples(self) -> Iterator[Advice]:
         seen = self.noise.seen
@@ -286,16 +318,6 @@ class _Case:
             self.now + gap,
             bound="at most",
         )
-
-
-def _takes_16_bits(report: Report) -> bool:
-    """Return True if the target is known to take 16-bit activations."""
-    name = report.target if report.target in targets.names() else str(report.config.get("target"))
-    try:
-        targets.load(name).check_bits(Config(activation_bits=16))
-    except ConfigError:
-        return False
-    return True
 
 
 def _is_narrow(covered: tuple[int, int]) -> bool:

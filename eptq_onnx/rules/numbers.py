@@ -94,6 +94,7 @@ def _foreign_types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
             yield q.node.name, f"an activation is {q.type_name}, and {target.name} takes {own}"
     biases, weight, bias = biases_of(view), target.weight, target.bias
     narrow = {f"{sign}int{width}" for width in weight.storage for sign in ("", "u")}
+    layers = {w.node.name for _, w, _ in weights_of(view, target)}
     for q in view.dequantizers:
         if not q.constant or (q.block and target.blocks.sizes):
             continue
@@ -103,6 +104,8 @@ def _foreign_types(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
                 yield q.node.name, f"a bias is {q.type_name}, and {target.name} takes {taken}"
         elif q.type_name == "int32":
             yield q.node.name, "an int32 constant is not the bias of a layer"
+        elif q.type_name == wide and q.node.name not in layers:
+            continue  # a constant that is read like an activation
         elif q.type_name not in (own, weight.container, *narrow):
             yield q.node.name, f"a constant is {q.type_name}, and {target.name} takes {weight.container}"
 

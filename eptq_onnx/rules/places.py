@@ -10,6 +10,7 @@ from onnx import NodeProto
 from eptq_onnx.ops import spec_of
 from eptq_onnx.ops.regions import regions
 from eptq_onnx.ops.sizes import objection
+from eptq_onnx.rules.numbers import TYPE_BITS
 from eptq_onnx.rules.roles import activation_of, activations_of, bias_of, rows_of, runs_on_integers
 from eptq_onnx.rules.rule import Rule, Severity, rule
 from eptq_onnx.rules.scopes import BODY_DOMAIN
@@ -124,7 +125,7 @@ def _behind_clipping(node: NodeProto, view: QdqView, target: Target) -> str:
 def idle_pair(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
     """Source: TensorRT best practices for placing Q/DQ; OpenVINO low-precision transformations."""
     for source, q in view.pairs:
-        producer = view.graph.producer.get(source.node.input[0])
+        producer = view.maker(source.node.input[0])
         wanted = producer is not None and _writes_integers(producer, view, target)
         readers = view.readers(q.node.output[0])
         wanted |= any(runs_on_integers(n, view, target) or n.op_type == QUANTIZE for n in readers)
@@ -189,6 +190,32 @@ def shared_scale(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
         around += [q for o in node.output if o for q in view.written(o)]
         if len(around) > 1 and not all(q.same_numbers(around[0]) for q in around):
             yield node.name, f"{node.op_type} has inputs and outputs with different scales"
+
+
+@rule(
+    "one-width",
+    Severity.WARNING,
+    "The activations that an operator reads and writes have one width if kernels compute with several.",
+    "Convert the narrower ones: read them behind a second pair of the wider type, and write them behind one.",
+)
+def one_width(view: QdqView, target: Target) -> Iterator[tuple[str, str]]:
+    """Source: onnxruntime qdq_selectors.cc, and its mixed precision for the QNN execution provider."""
+    for node, row in rows_of(view, target) if target.activation.wide else ():
+        if row.runs not in ("layer", "arithmetic", "equal scale"):
+            continue
+        spec = spec_of(node)
+        weight = node.input[spec.weight] if spec.weight is not None and len(node.input) > spec.weight else ""
+        data = [i for i in spec.data_inputs(node) if i != weight or not view.is_constant(i)]
+        widths = [_bits_of(q) for i in data if (q := view.read(i)) is not None]
+        # Kernels of MatMul multiply 16 bits by 8.
+        widths = [max(widths)] if widths and node.op_type == "MatMul" else widths
+        widths += map(_bits_of, view.written(_behind_clipping(node, view, target)))
+        if len(set(widths)) > 1:
+            yield node.name, f"its activations have {' and '.join(map(str, sorted(set(widths))))} bits"
+
+
+def _bits_of(q: Quantized) -> int:
+    return TYPE_BITS.get(q.type_name, 8)
 
 
 @rule(
@@ -338,5 +365,5 @@ def _exponent(q: Quantized | None) -> float | None:
 
 PLACES: tuple[Rule, ...] = (
     integer_operators, between, packed_constants, layer_input, layer_output, idle_pair, residual,
-    shared_scale, moved, pattern, size, network_output, static, shift,
+    shared_scale, one_width, moved, pattern, size, network_output, static, shift,
 )  # fmt: skip

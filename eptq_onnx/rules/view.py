@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto
 
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.replay import RANDOM
@@ -135,6 +135,15 @@ class QdqView:
             if not q.constant and (source := self.between(q)[1]) is not None
         ]
 
+    def maker(self, tensor: str) -> NodeProto | None:
+        """Return the node that makes a tensor, in front of all quantizers."""
+        while (read := self.read(tensor)) is not None and not read.constant:
+            source = self.between(read)[1]
+            if source is None:
+                break
+            tensor = source.node.input[0]
+        return self.graph.producer.get(tensor)
+
     def readers(self, tensor: str) -> list[NodeProto]:
         """Return the nodes that read a tensor."""
         return self.graph.consumers.get(tensor, [])
@@ -207,9 +216,7 @@ class QdqView:
             kept = [t for t in part.graph.initializer if t.name not in unread]
             del part.graph.initializer[:]
             part.graph.initializer.extend(kept)
-            part.graph.output.extend(
-                helper.make_tensor_value_info(name, self.graph.elem_type(name), None) for name in made
-            )
+            part.graph.output.extend(edit.described(name, self.graph.elem_type(name)) for name in made)
             values.update(Session(part).run({}))
         return values
 

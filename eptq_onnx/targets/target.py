@@ -33,6 +33,8 @@ OPSETS = {
     "float8e4m3fn": 19, "float8e4m3fnuz": 19, "float8e5m2": 19, "float8e5m2fnuz": 19,
 }  # fmt: skip
 """Type to the first opset in which QuantizeLinear and DequantizeLinear support it."""
+_FEW, _FULL, _MANY = 4, 8, 16
+"""Bits of activations that a budget chooses from."""
 ONNXRUNTIME = "onnxruntime"
 """The verifier that is always installed."""
 
@@ -202,6 +204,8 @@ class Target(Row):
                     f"target {self.name} does not support {min(other)}-bit {what}, because its {what} are "
                     f"{container}: choose {FLOATS[container].bits} bits."
                 )
+        if config.activation_budget is not None:
+            self.activation_widths(config.activation_budget)
         if config.activations is Activations.DYNAMIC:
             self._check_dynamic(activations)
         if config.block is not None:
@@ -216,6 +220,44 @@ class Target(Row):
                 f"target {self.name} does not support {least}-bit activations, because it takes no Clip "
                 "between QuantizeLinear and DequantizeLinear (its activation.narrow is false): choose 8 bits."
             )
+
+    def activation_widths(self, mean: float) -> tuple[int, ...]:
+        """Return the widths that each activation may get where a budget limits their mean, in order.
+
+        They are 8 and 16, and 4 for a mean below 8.
+
+        Raises
+        ------
+        ConfigError
+            If the runtime does not compute with as many as the budget is for.
+        """
+        rules, option = self.activation, f"option budget=activations={mean:.15g}"
+        if rules.container in FLOATS:
+            raise ConfigError(
+                f"{option} is not for target {self.name}, whose activations are all {rules.container}: leave "
+                "it out."
+            )
+        if mean < _FULL and not rules.narrow:
+            raise ConfigError(
+                f"{option} needs activations of 4 bits, which target {self.name} does not support, because "
+                "it takes no Clip between QuantizeLinear and DequantizeLinear (its activation.narrow is "
+                f"false): {'give 8 or more' if rules.wide else 'leave it out'}."
+            )
+        if mean >= _FULL and not rules.wide:
+            other = "give less than 8, for 4 and 8 bits, or" if rules.narrow else "choose another target, or"
+            raise ConfigError(
+                f"{option} needs activations of 16 bits, with which target {self.name} does not compute on "
+                f"integers (its activation.wide is false): {other} leave it out."
+            )
+        few, many = (_FEW,) if mean < _FULL else (), (_MANY,) if rules.wide else ()
+        return (*few, _FULL, *many)
+
+    def with_widest(self, config: Config) -> Config:
+        """Return the options with the most bits that a budget may give to activations."""
+        if config.activation_budget is None:
+            return config
+        widest = max(self.activation_widths(config.activation_budget))
+        return config.model_copy(update={"activation_bits": widest, "activations": Activations.STATIC})
 
     def _check_dynamic(self, widths: Collection[int]) -> None:
         """Check that the runtime quantizes activations in every run, and at these widths."""

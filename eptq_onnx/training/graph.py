@@ -36,6 +36,7 @@ from eptq_onnx.graph.kernels import faster
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.shapes import empty_tensor, specialize
 from eptq_onnx.graph.view import GraphView, last_layers
+from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.ops import LSQ_DOMAIN
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import node_reads
@@ -229,10 +230,19 @@ def _student(
     if gradual:
         b.add("Sub", [b.constant(np.ones(1, np.float32), "one"), FLOAT_SHARE], "eptq/integer_share")
 
+    def quantized_by(tensor: str, grid: Grid, result: str | None = None) -> str:
+        fixed = [
+            b.constant(grid.scale.reshape(()), "scale"),
+            b.constant(grid.format.raw(np.array(grid.zero_point)), "zero", grid.format.type_name),
+        ]
+        return b.add("DequantizeLinear", [b.add("QuantizeLinear", [tensor, *fixed]), *fixed], result)
+
     def fake_quantize(tensor: str) -> None:
         quantizer = quantizers[tensor]
         form, grid = quantizer.spec.format, start.grids[quantizer.name]
-        exact = b.unique(f"{tensor}/quantized")
+        exact, source = b.unique(f"{tensor}/quantized"), tensor
+        if tensor in plan.rewritten:
+            source = quantized_by(tensor, grid.widened())
         if quantizer.name in scales or form.narrower_than_container:
             scale = scales.get(quantizer.name)
             if scale is None:
@@ -242,7 +252,7 @@ def _student(
             zero = b.constant(np.array([grid.zero_point], np.float32), "zero_point")
             b.add(
                 "FakeQuant",
-                [tensor, scale, zero],
+                [source, scale, zero],
                 outputs=[exact, b.unique(f"{tensor}/mask")],
                 domain=LSQ_DOMAIN,
                 quant_min=form.qmin,
@@ -251,11 +261,7 @@ def _student(
         else:
             # Six times as fast. With such a wide range next to nothing is clipped, so the gradient passes
             # unmasked.
-            fixed = [
-                b.constant(grid.scale.reshape(()), "scale"),
-                b.constant(form.raw(np.array(grid.zero_point)), "zero", form.type_name),
-            ]
-            b.add("DequantizeLinear", [b.add("QuantizeLinear", [tensor, *fixed]), *fixed], exact)
+            quantized_by(source, grid, exact)
         if gradual:
             # p x + (1 - p) q(x): gradual activation quantization.
             exact = b.add(

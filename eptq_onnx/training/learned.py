@@ -62,7 +62,6 @@ class Learned:
             )
             for n in learnable
         }
-        self._quantizers = plan.quantizer_of
         self._frozen = {
             n: start.weights[n].dequantize(start.integers[n])
             for n in plan.weight_specs
@@ -209,9 +208,10 @@ class Learned:
         if spec is not None:
             activations = {n: p.scale for n, p in self._start.grids.items()}
             activations.update(zip(self._graph.quantizers, scales, strict=True))
+            inputs = self._plan.input_scales(activations)
             for layer in self._plan.static_layers:
                 if layer.bias is not None:
-                    grid = activations[self._quantizers[layer.input].name], steps[layer.weight]
+                    grid = inputs[layer.node], steps[layer.weight]
                     exact = np.asarray(feeds[layer.bias], np.float32)
                     feeds[layer.bias] = spec.round(exact, *grid)
         if self._graph.quantizers:

@@ -172,7 +172,8 @@ def may_pay(plan: Plan, config: Config) -> bool:
 
     That is so next to weights of 7 bits and more, with evenly spaced steps and activations of 8 bits.
     """
-    if config.steps or config.chooses_widths or uneven_type(plan) is not None:
+    few = (config.activation_budget or _CALM) < _CALM
+    if config.steps or config.chooses_widths or few or uneven_type(plan) is not None:
         return True
     weights = [spec.bits for spec in plan.weight_specs.values()]
     activations = [q.spec.bits for q in plan.activations]

@@ -18,6 +18,7 @@ from eptq_onnx.graph.shapes import specialize
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.place.costs import STEPS, program_of, steps_of
+from eptq_onnx.method.place.joint import joined, without_floats
 from eptq_onnx.method.place.pieces import (
     between_convolutions,
     conversions_piece,
@@ -36,10 +37,8 @@ from eptq_onnx.program import (
     Shared,
     Tensor,
     cost_of,
-    joined,
     paths,
     solve,
-    without_floats,
 )
 from eptq_onnx.runtime import Session
 

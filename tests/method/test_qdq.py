@@ -223,3 +223,28 @@ def test_what_chooses_reads_exact_values_unless_a_quantizer_clips_them(function,
     largest = next(n for n in quantized.graph.node if n.op_type == "ReduceMax")
     assert largest.name in p.exact
     assert largest.input[0] == (stands_for["r"] if clips else "r")
+
+
+@pytest.mark.parametrize(
+    "limits", ["lo, hi", "lo", ", hi", ""], ids=["both", "the lower", "the upper", "none"]
+)
+@pytest.mark.parametrize("target", ["ort-x64", "qnn", "openvino"])
+@pytest.mark.parametrize("others", ["", "z = HardSigmoid (x)"])
+def test_a_clip_of_an_input_in_front_of_a_quantizer_loads(limits, target, others):
+    """onnxruntime 1.19 fails to drop it."""
+    ends = {"lo": np.float32(0), "hi": np.float32(6)}
+    model = normalize(
+        parse(
+            f"g (float[2,4,6,6] x) => (float[2,4,6,6] y{', float[2,4,6,6] z' if others else ''}) "
+            f"{{ {others} c = Clip (x{', ' + limits if limits else ''}) y = Conv (c, w) }}",
+            {"w": normal(4, 4, 1, 1), **{k: np.asarray(v) for k, v in ends.items() if k in limits}},
+        ),
+        13,
+    )
+    feeds = {"x": normal(2, 4, 6, 6, seed=1, scale=3)}
+    _, _, _, quantized, _ = written(model, feeds, targets.load(target))
+    optimized, plain = (Session(quantized, optimize=on).run(feeds)["y"] for on in (True, False))
+    exact = Session(model).run(feeds)["y"]
+    scale = float(np.abs(exact).max())
+    np.testing.assert_allclose(optimized, plain, atol=scale / 100)
+    np.testing.assert_allclose(plain, exact, atol=scale / 20)

@@ -207,3 +207,19 @@ def test_nothing_rounds_but_the_grid():
         str(p.relative_to(folder)) for p in folder.rglob("*.py") if "np.rint" in p.read_text(encoding="utf-8")
     }
     assert rounding == {"numerics/grid.py", "graph/lower/sampling.py"}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_grid_of_16_bits_has_all_values_of_one_of_fewer(bits, signed):
+    form = IntFormat.full(bits, signed=signed)
+    integers = np.arange(form.qmin, form.qmax + 1)
+    for zero in (form.qmin, form.qmax, form.qmax // 3):
+        for scale in np.random.default_rng(bits).uniform(1e-7, 3, 20).astype(np.float32):
+            grid = Grid(form, PerTensor(), scale, zero)
+            values, wide = grid.dequantize(integers), grid.widened()
+            assert wide.format == IntFormat.full(16, signed=signed)
+            np.testing.assert_array_equal(wide.round(values), values)
+            np.testing.assert_array_equal(
+                wide.in_container(values), (integers - zero) * 256 + wide.zero_point
+            )

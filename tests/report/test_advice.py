@@ -93,8 +93,25 @@ def test_noise_of_activations():
     )
     wide = poor(noise=noise(0.01, 0.09), layers=LOW)
     assert advice(wide, "--activation-bits 16").expected_db == pytest.approx(gain(0.9))
+    assert not any("activations=" in o for o in options(wide)), "the target computes in float there"
     fp8 = poor(noise=noise(0.01, 0.09), layers=LOW, target="tensorrt-fp8")
     assert options(fp8) == [], "its activations have no other widths"
+
+
+def test_more_bits_for_some_activations():
+    found = poor(noise=noise(0.01, 0.09), layers=LOW, target="qnn")
+    one = advice(found, "--budget activations=10")
+    assert one.expected_db == pytest.approx(gain(0.9 / 4))
+    assert one.bound == "at least"
+    assert "no integer kernels" not in advice(found, "--activation-bits 16").why
+    given = {"target": "qnn", "budget": [{"unit": "activations", "amount": 12.0}]}
+    more = poor(noise=noise(0.01, 0.09), layers=LOW, target="qnn", config=given)
+    assert advice(more, "--budget activations=14").expected_db == pytest.approx(gain(0.9 / 2))
+    given = {"budget": [{"unit": "activations", "amount": 6.0}]}
+    few = poor(
+        noise=noise(0.01, 0.09), layers=tuple(replace(x, activation_bits=4) for x in LOW), config=given
+    )
+    assert advice(few, "--budget activations=7").expected_db == pytest.approx(gain(0.9 / 2))
 
 
 def test_activations_that_cause_most_of_the_noise_stay_float_with_their_readers():

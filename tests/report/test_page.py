@@ -19,6 +19,7 @@ from eptq_onnx.data.origin import Origin
 from eptq_onnx.diagnosis import Exhibits, NodePlace, Picture, SampleNoise
 from eptq_onnx.outcome import OperatorTime
 from eptq_onnx.placement import FrontPoint
+from eptq_onnx.report.front import front_sheet
 from eptq_onnx.report.page import plots
 from eptq_onnx.report.page.page import page_of
 from eptq_onnx.report.page.pictures import data_uri
@@ -237,6 +238,15 @@ def test_a_front_is_a_line_only_where_noise_falls_with_the_size(size, unit, fall
     assert f"size of the file ({unit})" in found
     lines = re.findall(r'<path d="M[^"]*"[^>]*style="fill: none; stroke: var\(--first\)', found)
     assert len(lines) == int(falls)
+
+
+def test_a_front_of_activations_has_their_mean_bits():
+    points = [FrontPoint(0.1, activation_bits=8.0), FrontPoint(0.01, activation_bits=9.5, chosen=True)]
+    assert "mean bits of an activation" in str(plots.front(points))
+    sheet = front_sheet(points)
+    assert sheet.columns == ("mean bits of an activation", "noise of the activations")
+    assert sheet.rows[1] == ("9.50 (chosen)", "1.00%")
+    assert sheet.title == "Noise against bits, foreseen"
 
 
 def test_the_same_report_gives_the_same_bytes(bare):

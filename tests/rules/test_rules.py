@@ -182,6 +182,11 @@ PARSED: dict[str, tuple[str, str]] = {
         '[activation]\ncontainer = "float8e4m3fn"\nsymmetric = true\n[bias]\ninteger = false\n',
     ),
     "idle-pair": (f"g (float[2,3] x) => (float[2,3] y) {{ {PAIR.format('x')}  y = Softmax (xd) }}", ""),
+    "one-width": (
+        f"g (float[2,3] x) => (float[2,4] y) {{ {PAIR.format('x')}  wd = DequantizeLinear (w, s)"
+        "  m = MatMul (xd, wd)  mq = QuantizeLinear (m, s, wide)  y = DequantizeLinear (mq, s, wide) }",
+        "[activation]\nwide = true\n",
+    ),
     "pattern": (
         f"g (float[2,3] x) => (float[2,4] y) {{ {PAIR.format('x')}  e = Sigmoid (xd)  {PAIR.format('e')}"
         f" m = Mul (xd, ed)  {PAIR.format('m')}  wd = DequantizeLinear (w, s)  y = MatMul (md, wd) }}",
@@ -202,10 +207,10 @@ def broken(rule: str, written: ModelProto) -> tuple[ModelProto, str]:
         constants: dict[str, Any] = {
             "s": np.array(ONE), "z": np.array(EIGHT), "low": np.array(0, np.uint8), "high": np.array(15, np.uint8),
             "w": normal(3, 4, scale=9).astype(np.int8), "wt": normal(4, 3, scale=9).astype(np.int8), "eye": np.eye(3, dtype=np.uint8),
-            "wb": normal(64, 4, scale=9).astype(np.int8), "sb": np.ones((4, 4), np.float32),
+            "wide": np.array(0, np.uint16), "wb": normal(64, 4, scale=9).astype(np.int8), "sb": np.ones((4, 4), np.float32),
         }  # fmt: skip
         model = parse(text, {k: v for k, v in constants.items() if re.search(rf"\b{k}\b", text)})
-        if "block_size" in text:
+        if "block_size" in text or "wide" in text:
             model.opset_import[0].version = 21
         if "f)" in text:
             float8 = onnx.TensorProto.FLOAT8E4M3FN

@@ -32,12 +32,12 @@ TARGET = targets.load("ort-x64")
 
 
 class Case:
-    def __init__(self, engine, model=None, **options):
+    def __init__(self, engine, model=None, target=TARGET, opset=13, **options):
         self.config = Config(
             **{"weight_bits": 3, "batch_size": 6, "steps": 30, "start": "nearest", "patience": 0, **options}
         )
-        self.model = normalize(model or small_convnet(), 13)
-        self.plan = plan(self.model, TARGET, self.config)
+        self.model = normalize(model or small_convnet(), opset)
+        self.plan = plan(self.model, target, self.config)
         self.samples = data.read({"image": images(24)}, self.model)
         self.calibration = calibrate(self.model, self.plan, self.samples, self.config, silent)
         self.indices = np.arange(24)
@@ -69,11 +69,11 @@ class Case:
             .uniform(0.5, 1, (self.graph.micro_batch, self.graph.columns))
             .astype(np.float32)
         )
-        quantizers = self.plan.quantizer_of
+        inputs = self.plan.input_scales({n: g.scale for n, g in self.start.grids.items()})
         biases = {}
         for x in self.plan.layers:
             assert x.bias is not None
-            grid = self.start.grids[quantizers[x.input].name].scale, self.start.weights[x.weight].scale
+            grid = inputs[x.node], self.start.weights[x.weight].scale
             biases[x.bias] = BiasSpec().round(self.start.biases[x.bias], *grid)
         return {
             **self.samples.take(np.arange(self.graph.micro_batch)), **weights, **biases,
@@ -136,6 +136,17 @@ def test_the_loss_is_the_weighted_error_of_the_written_model(case):
     assert case.graph.channels == (8, 8, 8, 5)
     assert case.graph.outputs == {last.output: 5.0}
     np.testing.assert_allclose(errors[:, -6:-1], np.square(expected - got), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(errors[:, -1], np.square(expected - got).sum(axis=1), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("operator", ["Conv", "Add", "GlobalAveragePool"])
+def test_the_training_graph_converts_activations_of_two_widths_as_the_file_does(engine, operator):
+    case = Case(engine, target=targets.load("qnn"), opset=21, bits=[f"op:{operator}=w3a16"])
+    assert case.plan.rewritten
+    quantized, _ = write(case.model, case.plan, case.start)
+    last, feeds = case.plan.layers[-1].output, case.samples.take(np.arange(case.graph.micro_batch))
+    expected, got = (Session(m, optimize=False).run(feeds)[last] for m in (case.model, quantized))
+    errors = _run(Session(case.graph.evaluate), case.feeds())[ERRORS]
     np.testing.assert_allclose(errors[:, -1], np.square(expected - got).sum(axis=1), rtol=1e-3, atol=1e-5)
 
 

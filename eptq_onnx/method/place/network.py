@@ -16,10 +16,11 @@ from onnx import ModelProto, helper
 from eptq_onnx.graph.view import GraphView, opset_of
 from eptq_onnx.method.place.costs import program_of
 from eptq_onnx.method.place.goal import Asked, Parts
+from eptq_onnx.method.place.joint import joined, without_floats
 from eptq_onnx.method.place.pieces import Piece, conversions_piece, float_piece, integer_piece
 from eptq_onnx.method.place.regions import Region, Regions, regions_of
 from eptq_onnx.placement import Representation, TimedRegion, Way
-from eptq_onnx.program import BYTES, NOISE, TIME, Choice, Program, Shared, joined, solve, without_floats
+from eptq_onnx.program import BYTES, NOISE, TIME, Choice, Program, Shared, solve
 from eptq_onnx.records import Plan
 from eptq_onnx.runtimes.attribute import RegionTime
 

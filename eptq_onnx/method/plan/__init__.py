@@ -34,6 +34,7 @@ from eptq_onnx.method.plan.held import held_weights
 from eptq_onnx.method.plan.layers import bias_objection, layers_of
 from eptq_onnx.method.plan.storing import stored_nodes
 from eptq_onnx.method.plan.tables import lookup_tables
+from eptq_onnx.method.plan.wide import with_wide
 from eptq_onnx.numerics.quant_math import keeps_bounds
 from eptq_onnx.ops import OpSpec, Role, is_known, recorded, sizes, spec_of
 from eptq_onnx.ops.regions import regions
@@ -123,7 +124,7 @@ def plan(
     tables = lookup_tables(draft, layers, config, by_user)
     absorbed = _absorbed_nodes(draft, activations)
     integer, kept_float = _integer_nodes(draft), _kept_float(draft, absorbed)
-    return Plan(
+    found = Plan(
         layers,
         activations,
         operands,
@@ -140,6 +141,7 @@ def plan(
         dynamic=dynamic_quantizers(layers),
         held=held,
     )
+    return with_wide(found, view, target)
 
 
 def _asked(config: Config, dynamic: Collection[str]) -> Callable[[str], bool]:

@@ -86,7 +86,7 @@ class BiasGrid:
         """Return that of a layer."""
         if plan.bias is None or not layer.static:
             return cls(None, np.ones((), np.float32))
-        return cls(plan.bias, start.grids[plan.quantizer_of[layer.input].name].scale)
+        return cls(plan.bias, plan.input_scales({n: g.scale for n, g in start.grids.items()})[layer.node])
 
     def least_weight_scale(self, bias: Array) -> Array:
         """Return the scales of the weight below which the bias would overflow."""

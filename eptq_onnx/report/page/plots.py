@@ -241,6 +241,7 @@ def front(points: Sequence[FrontPoint]) -> Markup:
             ("seconds", 1e3, "time of one run (ms)"),
             ("bytes", 1e-6 if large else 1e-3, f"size of the file ({'MB' if large else 'kB'})"),
             ("bits", 1.0, "mean bits of a weight"),
+            ("activation_bits", 1.0, "mean bits of an activation"),
         )
     ]
     kinds = [(label, values) for label, values in kinds if values]
