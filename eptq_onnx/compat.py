@@ -70,7 +70,7 @@ _INSTEAD = {
     "BlockSize": "the option block of eptq_onnx.Config sets it",
     "CalibMovingAverage": "ranges are those of all samples",
     "CalibTensorRangeSymmetric": "ActivationSymmetric makes ranges symmetric",
-    "ForceQuantizeNoInputCheck": "MaxPool, Transpose and the like take integers where their input has some; leave it out",
+    "ForceQuantizeNoInputCheck": "MaxPool and Transpose follow what they read; leave it out",
     "MatMulConstBOnly": "products of two activations stay float; leave it out",
     "SmoothQuant": "channels are balanced by the option equalize; pass equalize=False to leave that out",
     "TensorQuantOverrides": "the option encodings of eptq_onnx.Config fixes ranges, and bits sets widths",
@@ -260,9 +260,7 @@ def _weight_rules(per_channel: bool, reduce_range: bool) -> dict[str, Any]:
     return rules | ({"range_8_bits": [-64, 64], "depthwise_range_8_bits": [-64, 64]} if reduce_range else {})
 
 
-def _target(
-    path: Path, options: Mapping[str, Any], rules: Mapping[str, Mapping[str, Any]]
-) -> dict[str, str]:
+def _target(path: Path, options: Mapping[str, Any], rules: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return the option of a target for onnxruntime on this machine with other rules, which is written.
 
     Empty if the rules are its own, or if the user names a target.

@@ -123,7 +123,7 @@ def test_operators_and_nodes_are_chosen(tmp_path):
     ({"extra_options": {"WeightSymmetric": False}}, "zero point 0"),
     ({"extra_options": {"TensorQuantOverrides": {"x": []}}}, "the option encodings"),
     ({"extra_options": {"Unheard": 1}}, "nothing of the kind"),
-    ({"extra_options": {"ForceQuantizeNoInputCheck": True}}, "take integers where their input has some"),
+    ({"extra_options": {"ForceQuantizeNoInputCheck": True}}, "follow what they read"),
     ({"extra_options": {"BlockSize": 32}}, "the option block"),
     ({"extra_options": {"CalibMovingAverage": True}}, "ranges are those of all samples"),
     ({"activation_type": "QUInt8", "extra_options": {"ActivationSymmetric": True}}, "QInt8 or QInt16"),
