@@ -51,6 +51,12 @@ _AS_HERE = {
     "QDQOpTypePerChannelSupportToAxis": {}, "TensorQuantOverrides": {}, "CalibStridedMinMax": None,
 }  # fmt: skip
 """Extra options whose effect is fixed here, and the values with which they ask for it."""
+_AS_LEFT_OUT = {
+    "ActivationRestrictedAsymmetric": False, "BlockSize": 0, "CalibMaxIntermediateOutputs": None,
+    "CalibMovingAverageConstant": 0.01, "MatMulConstBOnly": False, "SmoothQuant": False,
+    "SmoothQuantAlpha": 0.5, "SmoothQuantFolding": True, "WeightSymmetric": None,
+}  # fmt: skip
+"""Other defaults of quantize_static: to give one of them is to leave the option out."""
 _AS_HERE_DYNAMIC = {
     name: _AS_HERE[name]
     for name in ("WeightSymmetric", "EnableSubgraph", "ForceQuantizeNoInputCheck", "MatMulConstBOnly",
@@ -61,6 +67,10 @@ _INSTEAD = {
     "WeightSymmetric": "integer kernels need weights with the zero point 0",
     "ActivationSymmetric": "DynamicQuantizeLinear chooses a zero point; leave it out",
     "EnableSubgraph": "the bodies of Loop and Scan stay float; branches that all samples take are quantized",
+    "BlockSize": "the option block of eptq_onnx.Config sets it",
+    "CalibMovingAverage": "ranges are those of all samples",
+    "CalibTensorRangeSymmetric": "ActivationSymmetric makes ranges symmetric",
+    "ForceQuantizeNoInputCheck": "MaxPool and Transpose follow what they read; leave it out",
     "MatMulConstBOnly": "products of two activations stay float; leave it out",
     "SmoothQuant": "channels are balanced by the option equalize; pass equalize=False to leave that out",
     "TensorQuantOverrides": "the option encodings of eptq_onnx.Config fixes ranges, and bits sets widths",
@@ -124,7 +134,8 @@ def quantize_static(  # noqa: PLR0913 - the signature is onnxruntime's
     calibration_providers, calibration_cache_path
         None.
     extra_options : mapping, optional
-        ``ActivationSymmetric``, ``MinimumRealRange`` and ``CalibPercentile`` act.
+        ``ActivationSymmetric``, ``MinimumRealRange``, ``CalibPercentile`` and ``QuantizeBias`` act;
+        onnxruntime's defaults may be given.
     **options
         Options of `eptq_onnx.Config`; they count more than the arguments.
 
@@ -160,6 +171,7 @@ def quantize_static(  # noqa: PLR0913 - the signature is onnxruntime's
         activation["least_range"] = float(least)
     if activation["symmetric"] and container == "uint8":
         raise _refused("ActivationSymmetric", True, "symmetric activations are QInt8 or QInt16")
+    bias = {"integer": bool(rest.pop("QuantizeBias"))} if "QuantizeBias" in rest else {}
     own: dict[str, Any] = {
         "activation_range": _known("calibrate_method", calibrate_method, _METHODS),
         "activation_bits": bits,
@@ -168,13 +180,13 @@ def quantize_static(  # noqa: PLR0913 - the signature is onnxruntime's
     }
     if (percentile := rest.pop("CalibPercentile", None)) is not None:
         own["percentile"] = float(percentile)
-    _check_rest(rest, _AS_HERE)
-    weight = _weight_rules(per_channel, reduce_range)
+    _check_rest(rest, _AS_HERE, _AS_LEFT_OUT)
+    rules = {"weight": _weight_rules(per_channel, reduce_range), "activation": activation, "bias": bias}
     with scratch.folder() as folder:
         own["exclude"] = _excluded(
             model_input, folder, (op_types_to_quantize, nodes_to_quantize, nodes_to_exclude)
         )
-        own |= _target(Path(folder) / "target.toml", options, weight, activation)
+        own |= _target(Path(folder) / "target.toml", options, rules)
         result = quantize(model_input, calibration_data_reader, Config(**{**own, **options}))
     result.save(model_output)
     return result.report
@@ -236,8 +248,8 @@ def quantize_dynamic(  # noqa: PLR0913 - the signature is onnxruntime's
         own["exclude"] = _excluded(
             model_input, folder, (op_types_to_quantize, nodes_to_quantize, nodes_to_exclude)
         )
-        weight = _weight_rules(per_channel, reduce_range)
-        own |= _target(Path(folder) / "target.toml", options, weight, {})
+        rules = {"weight": _weight_rules(per_channel, reduce_range)}
+        own |= _target(Path(folder) / "target.toml", options, rules)
         result = quantize(model_input, None, Config(**{**own, **options}))
     result.save(model_output)
     return result.report
@@ -248,9 +260,7 @@ def _weight_rules(per_channel: bool, reduce_range: bool) -> dict[str, Any]:
     return rules | ({"range_8_bits": [-64, 64], "depthwise_range_8_bits": [-64, 64]} if reduce_range else {})
 
 
-def _target(
-    path: Path, options: Mapping[str, Any], weight: Mapping[str, Any], activation: Mapping[str, Any]
-) -> dict[str, str]:
+def _target(path: Path, options: Mapping[str, Any], rules: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return the option of a target for onnxruntime on this machine with other rules, which is written.
 
     Empty if the rules are its own, or if the user names a target.
@@ -258,7 +268,7 @@ def _target(
     base = targets.load(targets.AUTO)
     lines = [f"{key} = {json.dumps(base.name)}" for key in ("name", "title", "extends")]
     head = len(lines)
-    for section, values in (("weight", weight), ("activation", activation)):
+    for section, values in rules.items():
         known = getattr(base, section).model_dump(mode="json")
         if changed := {key: value for key, value in values.items() if value != known[key]}:
             lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in changed.items())]
@@ -307,9 +317,9 @@ def _check_left_out(**values: Any) -> None:
             raise _refused(name, value, _BY_ITSELF[name])
 
 
-def _check_rest(rest: Mapping[str, Any], as_here: Mapping[str, Any]) -> None:
+def _check_rest(rest: Mapping[str, Any], *accepted: Mapping[str, Any]) -> None:
     for name, value in rest.items():
-        if name not in as_here or value != as_here[name]:
+        if not any(name in known and value == known[name] for known in accepted):
             instead = _INSTEAD.get(name, "this package has nothing of the kind: leave it out")
             raise _refused(f"extra_options[{name!r}]", value, instead)
 

@@ -123,12 +123,41 @@ def test_operators_and_nodes_are_chosen(tmp_path):
     ({"extra_options": {"WeightSymmetric": False}}, "zero point 0"),
     ({"extra_options": {"TensorQuantOverrides": {"x": []}}}, "the option encodings"),
     ({"extra_options": {"Unheard": 1}}, "nothing of the kind"),
+    ({"extra_options": {"ForceQuantizeNoInputCheck": True}}, "follow what they read"),
+    ({"extra_options": {"BlockSize": 32}}, "the option block"),
+    ({"extra_options": {"CalibMovingAverage": True}}, "ranges are those of all samples"),
     ({"activation_type": "QUInt8", "extra_options": {"ActivationSymmetric": True}}, "QInt8 or QInt16"),
     ({"nodes_to_exclude": ["nowhere"]}, "there is no node 'nowhere'"),
 ])  # fmt: skip
 def test_what_does_not_act_is_refused(tmp_path, arguments, message):
     with pytest.raises(ConfigError, match=message):
         static(tmp_path, **arguments)
+
+
+def test_defaults_of_extra_options_may_be_given(tmp_path):
+    # As onnxruntime 1.32 documents them.
+    defaults = {
+        "extra.Sigmoid.nnapi": False, "ActivationSymmetric": False, "WeightSymmetric": True,
+        "EnableSubgraph": False, "ForceQuantizeNoInputCheck": False, "MatMulConstBOnly": False,
+        "AddQDQPairToWeight": False, "OpTypesToExcludeOutputQuantization": [], "DedicatedQDQPair": False,
+        "QDQOpTypePerChannelSupportToAxis": {}, "CalibTensorRangeSymmetric": False,
+        "CalibStridedMinMax": None, "CalibMovingAverage": False, "CalibMovingAverageConstant": 0.01,
+        "CalibMaxIntermediateOutputs": None, "SmoothQuant": False, "SmoothQuantAlpha": 0.5,
+        "SmoothQuantFolding": True, "UseQDQContribOps": False, "MinimumRealRange": None,
+        "TensorQuantOverrides": {}, "QDQKeepRemovableActivations": False, "BlockSize": 0,
+        "QDQDisableWeightAdjustForInt32Bias": False, "QuantizeBias": True,
+    }  # fmt: skip
+    given, left_out = static(tmp_path, extra_options=defaults), static(tmp_path)
+    assert given.SerializeToString() == left_out.SerializeToString()
+
+
+@pytest.mark.parametrize("integer", [True, False])
+def test_biases_are_integers_or_float(tmp_path, integer):
+    model = static(tmp_path, extra_options={"QuantizeBias": integer})
+    constants = {t.name: t.data_type for t in model.graph.initializer}
+    types = {constants[n.input[0]] for n in model.graph.node if n.input and n.input[0] in constants}
+    assert (onnx.TensorProto.INT32 in types) == integer
+    assert weights(model)
 
 
 def test_calibration_data_must_be_given(tmp_path):
