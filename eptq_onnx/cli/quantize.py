@@ -155,7 +155,9 @@ def own_output(model: Path, config: Config) -> Path:
 def _next(result: Result, pair: tuple[Path, Path], data: Data, given: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the commands to go on with, on the same samples."""
     metric = str(given.get("evaluate") or metric_named(result.report.verification.statistics.values()))
-    words = ["eptq-onnx", "verify", *map(str, pair), "--data", str(data.source)]
+    # Weights alone need no samples; to verify them does.
+    source = "samples.npz" if isinstance(data.source, Nothing) else str(data.source)
+    words = ["eptq-onnx", "verify", *map(str, pair), "--data", source]
     for name, field in Reading.model_fields.items():
         # As it was written; a file of options may hold a recipe key by key.
         value = given.get(name)
