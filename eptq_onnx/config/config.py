@@ -34,7 +34,7 @@ from eptq_onnx.config.options import Options
 from eptq_onnx.config.presets import PRESET_PASSES, filled
 from eptq_onnx.config.widths import ACTIVATION_WIDTHS, FLOAT_BITS, widths
 
-_ACTIVATION_NOISE = 0.02
+_ACTIVATION_NOISE = 0.01
 """Default limit of the noise of activations."""
 _TOTAL_NOISE = 0.05
 """Default limit of the noise of weights and activations together, for the smallest file."""
