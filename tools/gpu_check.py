@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -74,7 +75,10 @@ def main() -> None:
         "here": here,
         "time, device by CPU": round(there["seconds"] / here["seconds"], 3),
         "equal elements of constants": round(agreement(one, other), 5),
-        "device against CPU (dB)": {name: o.statistics.sqnr_db for name, o in compared.outputs.items()},
+        "device against CPU (dB)": {
+            name: round(o.statistics.sqnr_db, 2) if math.isfinite(o.statistics.sqnr_db) else "equal"
+            for name, o in compared.outputs.items()
+        },
     }
     print(json.dumps(found, indent=2))
 
