@@ -313,7 +313,7 @@ def sampled_moments(
             share = min(1.0, wanted / max(total, 1))
             counts = importance[k] if importance is not None else None
             if counts is None:
-                chosen = _some(available, share, rng)
+                chosen = drawn_places(available, share, rng)
                 yield chosen, None if importance is None else np.ones(len(chosen), np.float32)
                 continue
             goal = counts * share
@@ -339,7 +339,7 @@ def sampled_moments(
     return moments
 
 
-def _some(available: int, share: float, rng: np.random.Generator) -> NDArray[np.int64]:
+def drawn_places(available: int, share: float, rng: np.random.Generator) -> NDArray[np.int64]:
     """Return a share of positions, drawn at random, in order; at least one if there are any."""
     if share >= 1 or not available:
         return np.arange(available)

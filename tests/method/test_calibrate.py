@@ -7,6 +7,7 @@ from graphs import images, normal, parse, silent, small_convnet
 from eptq_onnx import data, targets
 from eptq_onnx.config import ActivationRange, Config
 from eptq_onnx.method.calibrate import Histogram, calibrate, mse_range, percentile_range
+from eptq_onnx.method.calibrate.seen import values_of_a_sample
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.numerics import quant_math
@@ -149,3 +150,11 @@ def test_important_channels_get_the_range_that_suits_them():
     weighted.add(values, importance=np.array([1e-6, 1], np.float32), axis=1)
     assert weighted.counts.sum() == pytest.approx(equal.counts.sum() / 2, rel=1e-3)
     assert mse_range(weighted, UINT4, Config())[1] < 0.1 * mse_range(equal, UINT4, Config())[1]
+
+
+def test_more_samples_give_fewer_values_each_and_enough_together():
+    counts = [1, 16, 32, 64, 128, 256, 10_000]
+    each = [values_of_a_sample(n) for n in counts]
+    assert each == sorted(each, reverse=True)
+    assert each[:3] == [16384] * 3
+    assert all(n * one >= 2**19 for n, one in zip(counts[2:], each[2:], strict=True))

@@ -12,11 +12,12 @@ from eptq_onnx import data, targets
 from eptq_onnx.config import Config
 from eptq_onnx.data.samples import Selection
 from eptq_onnx.method.calibrate import calibrate
+from eptq_onnx.method.estimate import multiplications
 from eptq_onnx.method.normalize import normalize
 from eptq_onnx.method.plan import plan
 from eptq_onnx.method.qdq import write
 from eptq_onnx.method.ranges import weight_ranges
-from eptq_onnx.method.reconstruct import reconstruct
+from eptq_onnx.method.reconstruct import enough_samples, reconstruct
 from eptq_onnx.numerics.biases import BiasSpec
 from eptq_onnx.numerics.moments import sampled_moments
 from eptq_onnx.records import Network, Scores
@@ -216,3 +217,21 @@ def test_layers_that_read_one_tensor_are_solved_as_one_problem_with_the_same_res
         np.testing.assert_allclose(ours, theirs, atol=1.1 * grid.scale.max())
         np.testing.assert_allclose(together.weights[name].scale, grid.scale, rtol=1e-3)
     assert error(model, p, together) == pytest.approx(error(model, p, apart), rel=0.1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_many_bits_take_as_many_samples_as_give_the_rows_that_layers_want(bits):
+    model = normalize(small_convnet(), 13)
+    config = Config(weight_bits=bits, edge_bits=8, preset="fast")
+    layers = plan(model, TARGET, config)
+    samples = data.read({"image": images(4)}, model)
+    operations = multiplications(model, layers, samples)
+    enough = enough_samples(model, layers, operations)
+    if bits == 4:
+        assert enough > 10**6, "all there are"
+        return
+    assert 32 <= enough <= 96
+    fewer = {node: count / 10 for node, count in operations.items()}
+    assert enough_samples(model, layers, fewer) >= enough, "layers with fewer positions need more samples"
+    assert enough_samples(model, layers, dict.fromkeys(operations, 0.0)) == 96, "unknown: as many as ever"
+    assert enough_samples(model, layers, dict.fromkeys(operations, 1e12)) == 32

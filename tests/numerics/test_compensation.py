@@ -6,13 +6,15 @@ from itertools import product
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eptq_onnx.numerics import compensation
 from eptq_onnx.numerics.formats import FloatFormat, IntFormat
 from eptq_onnx.numerics.gains import Comparison
 from eptq_onnx.numerics.grid import Levels
 from eptq_onnx.numerics.linear import MatrixForm
-from eptq_onnx.numerics.moments import Moments, OutputNonlinearity, sampled_moments
+from eptq_onnx.numerics.moments import Moments, OutputNonlinearity, drawn_places, sampled_moments
 
 LEVELS = Levels(IntFormat(3, True, -4, 3), np.zeros((1, 1), np.float32))
 
@@ -404,3 +406,15 @@ def test_moments_beyond_the_precision_of_float64_are_no_errors(spread, dead):
             weight, moment, moment[:, :, :] @ weight.swapaxes(1, 2), np.ones((2, 3)), 0
         )
     ).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30_000), st.floats(0.0, 1.2), st.integers(0, 99))
+def test_positions_are_drawn_without_repetition_in_order_and_about_as_many_as_wanted(available, share, seed):
+    drawn = drawn_places(available, share, np.random.default_rng(seed))
+    assert (np.diff(drawn) > 0).all()
+    assert len(drawn) >= 1
+    assert drawn[0] >= 0
+    assert drawn[-1] < available
+    expected = available * min(share, 1.0)
+    assert abs(len(drawn) - expected) <= 6 * np.sqrt(expected) + 6
