@@ -9,13 +9,16 @@ from eptq_onnx.report.sheet import Sheet
 
 COLUMNS = ("output", "SQNR (dB)", "about the mean (dB)", "worst sample (dB)", "agreement")
 """Head of the table."""
-EXPLAINED = (
-    "Top-1 is the largest channel, such as the class of a classifier. What is expected is the share that "
-    "changes on many more samples, from the noise and the distance between the two largest scores; the "
-    "verdict takes the larger of both. KL is the mean divergence of the scores in nats. Embeddings are "
-    "compared by the cosine of the angle between the vectors of both models."
+_DECISIONS = (
+    "Top-1 is the largest channel, such as the class of a classifier; KL is the mean divergence of the "
+    "scores in nats."
 )
-"""What its words mean."""
+_EXPECTED = (
+    "What is expected is the share that changes on many more samples, from the noise and the distance "
+    "between the two largest scores; the verdict takes the larger of both."
+)
+_VECTORS = "Embeddings are compared by the cosine of the angle between the vectors of both models."
+_PARTS = "Parts of different meaning in one output have no top-1: score the boxes that follow from them."
 _METRICS = {
     Meaning.PARTS: "mean_average_precision",
     Meaning.BOXES: "mean_average_precision",
@@ -47,6 +50,17 @@ def agreement(s: OutputStatistics) -> str:
     if s.meaning is Meaning.PARTS:
         return "boxes and scores, or other unlike parts"
     return "-"
+
+
+def explained(statistics: Collection[OutputStatistics]) -> str:
+    """Return what the words of `agreement` mean, as far as outputs have them."""
+    found = {
+        _DECISIONS: any(s.decisions for s in statistics),
+        _EXPECTED: any(0 < s.decisions <= s.samples for s in statistics),
+        _VECTORS: any(s.meaning is Meaning.EMBEDDING for s in statistics),
+        _PARTS: any(s.meaning is Meaning.PARTS for s in statistics),
+    }
+    return " ".join(text for text, there in found.items() if there)
 
 
 def cosines_in_words(s: OutputStatistics) -> str:

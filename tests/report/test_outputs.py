@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eptq_onnx.numerics.statistics import Comparison, Meaning, OutputStatistics
-from eptq_onnx.report.outputs import agreement, changes_in_words, metric_named, output_row
+from eptq_onnx.report.outputs import agreement, changes_in_words, explained, metric_named, output_row
 from eptq_onnx.report.verdict import judge_outputs
 
 
@@ -74,6 +74,20 @@ def test_an_error_is_in_the_unit_of_the_values(unit, seed):
         exact = random.normal(50, 20, (1, 7, 4))
         found.add(exact, exact + unit)
     assert found.result().error == pytest.approx(unit)
+
+
+def test_only_the_words_that_stand_there_are_explained():
+    def words(meaning: Meaning, shape: tuple[int, ...]) -> str:
+        return explained([compared(meaning, shape, 0.1, 0)])
+
+    assert "Top-1" in words(Meaning.SCORES, (1, 10))
+    assert "expected" in words(Meaning.SCORES, (1, 10))
+    assert "expected" not in words(Meaning.SCORES, (1, 4, 6, 6))
+    assert "Top-1" not in words(Meaning.EMBEDDING, (1, 10))
+    assert "cosine" in words(Meaning.EMBEDDING, (1, 10))
+    assert "no top-1" in words(Meaning.PARTS, (1, 10))
+    assert not words(Meaning.BOXES, (1, 7, 4))
+    assert not explained([])
 
 
 def test_a_metric_is_named_as_suits_the_outputs():

@@ -20,7 +20,7 @@ from eptq_onnx.report.command import command_of
 from eptq_onnx.report.console import shown
 from eptq_onnx.report.facts import facts, kernel_sheet, layer_sheet, output_sheet, warnings_of
 from eptq_onnx.report.front import front_sheet
-from eptq_onnx.report.outputs import EXPLAINED
+from eptq_onnx.report.outputs import explained
 from eptq_onnx.report.page import plots
 from eptq_onnx.report.page.pictures import data_uri
 from eptq_onnx.report.page.strip import strip
@@ -208,7 +208,7 @@ def _accuracy(report: Report) -> dict[str, Any]:
     attention = report.exhibits.attention
     return {
         "outputs": output_sheet(report),
-        "compared": f"{seen} {EXPLAINED}",
+        "compared": f"{seen} {explained(v.statistics.values())}".rstrip(),
         "by_layer": plots.by_layer(
             [x.sqnr_db for x in layers], [x.nearest_db for x in layers], [x.own_db for x in layers]
         )
