@@ -110,7 +110,7 @@ class Runner:
 
     def affordable(self, config: Config, state: State, samples: Samples) -> tuple[Config, State]:
         """Set the memory limit of a large model, and turn off passes that exceed it, each with a note."""
-        if config.max_memory is None and store.folder_of(state.executed) is not None:
+        if config.max_memory is None and store.is_large(state.executed):
             config = config.model_copy(
                 update={"max_memory": ByteSize(_SHARE_OF_MEMORY * psutil.virtual_memory().total)}
             )

@@ -287,8 +287,9 @@ class Session:
         if save_optimized is not None:
             options.optimized_model_filepath = str(save_optimized)
         if isinstance(model, ModelProto) and store.folder_of(model) is not None:
-            # Weights stay in their files, mapped into memory; prepacking would add a copy of each in memory.
-            options.add_session_config_entry("session.disable_prepacking", "1")
+            if store.is_large(model):
+                # Weights stay in their files, mapped into memory; prepacking would add a copy of each.
+                options.add_session_config_entry("session.disable_prepacking", "1")
             options.add_session_config_entry(
                 "session.optimized_model_external_initializers_file_name", "optimized.data"
             )

@@ -132,7 +132,7 @@ def batches_on_the_way(
     """
     needs = [versions * need for need in live_bytes(specialize(model, shapes), tensors)]
     # To bring a batch somewhere takes all weights so far.
-    return batches_at(needs, total, walks_memory(max_memory), grows=store.folder_of(model) is None)
+    return batches_at(needs, total, walks_memory(max_memory), grows=not store.is_large(model))
 
 
 def batches_at(needs: Sequence[int], total: int, limit: int, *, grows: bool = True) -> list[int]:

@@ -70,7 +70,7 @@ def load_with_quantization(
 def _float_form(proto: ModelProto, name: str, folder: str | None) -> tuple[ModelProto, Quantization]:
     """Return a model without its quantizers, whose weights take more memory, and how it was quantized."""
     found, quantization = unquantized(proto, name)
-    if found is not proto and folder is not None and _is_large(found):
+    if found is not proto and folder is not None and _is_heavy(found):
         found = weights.stored(found, folder)
     return found, quantization
 
@@ -98,14 +98,14 @@ def _loaded(
             unread |= _unread_elsewhere(proto, path)
             _leave_out(proto, unread)
             if any(store.is_stored(t) for _, t in labelled_tensors(proto)):
-                proto = with_values(proto, path, folder if _is_large(proto) else None)
+                proto = with_values(proto, path, folder if _is_heavy(proto) else None)
         except (OSError, ValueError) as e:
             raise ModelError(f"the external data of {name} cannot be read: {one_line(e, None)}.") from e
-    if proto is model and (unread or folder is None or not _is_large(proto)):
+    if proto is model and (unread or folder is None or not _is_heavy(proto)):
         proto = ModelProto()
         proto.CopyFrom(model)
         _leave_out(proto, unread)
-    if folder is not None and _is_large(proto):
+    if folder is not None and _is_heavy(proto):
         proto = weights.stored(proto, folder)
     repair(proto, name)
     if not quantized:
@@ -149,9 +149,9 @@ def read_file(path: Path) -> ModelProto:
         raise ModelError(f"model file {path} cannot be read: {e.strerror}.") from e
 
 
-def _is_large(proto: ModelProto) -> bool:
+def _is_heavy(proto: ModelProto) -> bool:
     values = sum(math.prod(t.dims) for t in initializers(proto.graph))
-    return bool(4 * values > store.LARGE)
+    return bool(4 * values > min(store.APART, store.LARGE))
 
 
 def _densify(proto: ModelProto) -> None:

@@ -231,7 +231,8 @@ def loudest(names: Sequence[str], total: float, noise: Callable[[Sequence[str]],
     """Return the few members of a group that cause most of its noise, loudest first; empty if many do.
 
     The part that causes most noise is halved until enough single members are known. Noise is additive to a
-    good approximation, so a member's share is its own noise beside the sum over all parts.
+    good approximation, so a member's share is its own noise beside the sum over all parts, and where one half
+    causes the lesser part of a group's noise, the other is not measured.
 
     Parameters
     ----------
@@ -263,8 +264,11 @@ def loudest(names: Sequence[str], total: float, noise: Callable[[Sequence[str]],
             found[names[begin]] = own
         elif runs + 2 <= _RUNS:
             middle = (begin + end) // 2
-            parts += [(noise(names[a:b]), a, b) for a, b in ((begin, middle), (middle, end))]
-            runs += 2
+            one = noise(names[begin:middle])
+            other, runs = own - one, runs + 1
+            if other < one:
+                other, runs = noise(names[middle:end]), runs + 1
+            parts += [(one, begin, middle), (other, middle, end)]
         else:
             parts.append(loud)
             break

@@ -310,15 +310,18 @@ def sampled_moments(
     def places() -> Iterator[tuple[NDArray[np.int64], Array | None]]:
         for k, x in enumerate(exact):
             available = form.positions(x.shape)
-            counts = importance[k] if importance is not None else None
             share = min(1.0, wanted / max(total, 1))
-            goal = np.full(available, share) if counts is None else counts * share
+            counts = importance[k] if importance is not None else None
+            if counts is None:
+                chosen = _some(available, share, rng)
+                yield chosen, None if importance is None else np.ones(len(chosen), np.float32)
+                continue
+            goal = counts * share
             chance = np.minimum(goal, 1.0)
             chosen = np.flatnonzero(rng.random(available) < chance)
             if not len(chosen) and available:
                 chosen = np.array([chance.argmax()])
-            weights = (goal[chosen] / chance[chosen]).astype(np.float32)
-            yield chosen, None if importance is None else weights
+            yield chosen, (goal[chosen] / chance[chosen]).astype(np.float32)
 
     def rows(
         batch: tuple[NDArray[Any], NDArray[Any], tuple[NDArray[np.int64], Array | None]],
@@ -334,6 +337,14 @@ def sampled_moments(
         if known[0].shape[1]:
             moments.add(*known)
     return moments
+
+
+def _some(available: int, share: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return a share of positions, drawn at random, in order; at least one if there are any."""
+    if share >= 1 or not available:
+        return np.arange(available)
+    count = max(1, int(rng.binomial(available, share)))
+    return np.sort(rng.choice(available, count, replace=False, shuffle=False))
 
 
 def _finite_rows(exact: Array, quantized: Array, weights: Array | None) -> tuple[Array, Array, Array | None]:

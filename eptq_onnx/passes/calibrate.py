@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eptq_onnx.method.calibrate import A_READING, calibrate, check_outputs
-from eptq_onnx.method.calibrate.seen import VALUES_PER_SAMPLE
+from eptq_onnx.method.calibrate.seen import values_of_a_sample
 from eptq_onnx.method.estimate import values_per_sample
 from eptq_onnx.parallel import worker_count
 from eptq_onnx.passes.base import Context, Cost, Pass, State
@@ -23,7 +23,8 @@ class Calibrate(Pass):
         count = len(ctx.shares.training)
         tensors = [t for q in state.plan.activations for t in q.sources]
         values = A_READING * values_per_sample(state.executed, tensors, ctx.samples)
-        values += values_per_sample(state.executed, tensors, ctx.samples, VALUES_PER_SAMPLE)
+        counted = values_of_a_sample(ctx.training.count)
+        values += values_per_sample(state.executed, tensors, ctx.samples, counted)
         return Cost(passes=ctx.others.count, walks=count, builds=2, values=count * values / worker_count())
 
     def run(self, state: State, ctx: Context) -> State:

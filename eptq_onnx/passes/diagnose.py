@@ -37,6 +37,8 @@ _WORTH = 0.25
 """Share of the noise of the outputs from which on it is worth knowing which members cause it."""
 _STEPS = 20
 """Runs to find causes, for the progress; there may be fewer, or a few more."""
+_FEWER = 4
+"""Samples that tell which part of a network is loudest."""
 _A_RUN = 1.5
 """Cost of a run for one sample, in float passes."""
 _FEW = 5
@@ -57,7 +59,9 @@ class Diagnose(Pass):
         """Walks of three networks on a few samples, and the search for causes, more likely with few bits."""
         samples, pieces = min(len(ctx.shares.unseen), SAMPLES), WALKS * len(state.plan.layers)
         runs = _STEPS if _is_risky(state.plan) else _STEPS / 2
-        return Cost(passes=_A_RUN * runs * samples, walks=WALKS * samples, builds=runs + 1, pieces=pieces)
+        return Cost(
+            passes=_A_RUN * runs * min(samples, _FEWER), walks=WALKS * samples, builds=runs + 1, pieces=pieces
+        )
 
     def run(self, state: State, ctx: Context) -> State:
         """Compare layers, then find causes if the verdict is not safe."""
@@ -134,6 +138,10 @@ class _Causes:
     def _deviation(self) -> Deviation:
         return self._on(self.ctx.shares.unseen)
 
+    @cached_property
+    def _rough(self) -> Deviation:
+        return self._deviation.on_fewer(_FEWER)
+
     def _on(self, indices: NDArray[np.int64]) -> Deviation:
         return Deviation(
             self.state.executed,
@@ -152,7 +160,7 @@ class _Causes:
         plan = self.state.plan
         read_by = readers(plan, GraphView(self.state.executed))
         total, weights = self._noise(plan), self._noise(only_weights(plan))
-        activations = self._noise_of(plan.activation_names)
+        activations = self._noise_of(plan.activation_names, self._deviation)
         loud_weights: dict[str, float] = {}
         loud_activations: dict[str, float] = {}
         # What causes little is not worth a search.
@@ -160,10 +168,12 @@ class _Causes:
             loud_weights = loudest(
                 [x.node for x in plan.layers],
                 weights,
-                lambda some: self._noise(only_weights(plan, set(some))),
+                lambda some: self._of(only_weights(plan, set(some)), self._rough),
             )
         if activations >= _WORTH * total:
-            loud_activations = loudest(list(read_by), activations, self._noise_of)
+            loud_activations = loudest(
+                list(read_by), activations, lambda some: self._noise_of(some, self._rough)
+            )
         return OutputNoise(
             samples=min(SAMPLES, len(self.ctx.shares.unseen)),
             total=total,
@@ -174,9 +184,9 @@ class _Causes:
             loud_activations=tuple(Loud(read_by[name], share) for name, share in loud_activations.items()),
         )
 
-    def _noise_of(self, activations: Sequence[str]) -> float:
+    def _noise_of(self, activations: Sequence[str], deviation: Deviation) -> float:
         self.tell()
-        return self._deviation(*with_activations(self.state, self.ctx, activations))
+        return deviation(*with_activations(self.state, self.ctx, activations))
 
     def _noise(self, plan: Plan) -> float:
         return self._of(plan, self._deviation)

@@ -40,7 +40,7 @@ class Measure(Pass):
                 f"speed is not measured: {ctx.target.name} is for a runtime other than onnxruntime"
             )
         quantized = sink(state.packed)
-        if store.folder_of(quantized) is not None:
+        if store.is_large(quantized):
             return state.noting("speed is not measured: both models together would take too much memory")
         part = next(ctx.samples.parts(range(ctx.samples.count), ctx.samples.fixed_batch or 1))
         try:

@@ -81,7 +81,7 @@ class Place(Pass):
             return state.noting(f"{left}: {ctx.target.name} is for a runtime other than onnxruntime")
         if (name := uneven_type(state.plan)) is not None:
             return state.noting(f"{left}: onnxruntime has no kernels for {name}")
-        if store.folder_of(state.model) is not None:
+        if store.is_large(state.model):
             return state.noting(f"{left}: the float and the quantized model together need too much memory")
         timed = _Timed(state, ctx, type(self).bench(ctx.config.runtime_threads))
         try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from eptq_onnx.config import Start
+from eptq_onnx.data.samples import Selection, spread
 from eptq_onnx.method.judge import SAMPLES, better_than_nearest
-from eptq_onnx.method.reconstruct import WALKS, reconstruct, work
+from eptq_onnx.method.reconstruct import WALKS, enough_samples, reconstruct, work
 from eptq_onnx.passes.base import Context, Cost, Judge, Pass, State
 
 _RUNS = 4
@@ -27,7 +28,7 @@ class Reconstruct(Pass):
 
     def cost(self, state: State, ctx: Context) -> Cost:
         """A traversal of both networks, the linear algebra of every layer, and runs that judge the result."""
-        count = len(ctx.walked)
+        count = len(_walked(state, ctx).indices)
         operations, values = work(state.executed, state.plan, ctx.config, ctx.multiplications, count)
         return Cost(
             passes=_RUNS * min(len(ctx.shares.judged), SAMPLES),
@@ -46,7 +47,7 @@ class Reconstruct(Pass):
             state.network,
             quantized,
             state.nearest,
-            ctx.chosen(ctx.walked, state.plan),
+            _walked(state, ctx),
             ctx.config,
             ctx.tell(self.name),
         )
@@ -57,3 +58,9 @@ class Reconstruct(Pass):
             judge.noise, judge.limit, state.plan, state.nearest, rounded, targets=targets
         )
         return state.changed(rounding=rounding).noting(*notes, *[note] if note else [])
+
+
+def _walked(state: State, ctx: Context) -> Selection:
+    """Return the samples that are walked with."""
+    enough = enough_samples(state.executed, state.plan, ctx.multiplications)
+    return ctx.chosen(ctx.walked[spread(len(ctx.walked), enough)], state.plan)

@@ -7,6 +7,7 @@ onnxruntime maps it into memory. Weights that the steps derive from a stored mod
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import tempfile
@@ -23,8 +24,10 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from eptq_onnx.errors import OutputError
 from eptq_onnx.proto.bodies import initializers
 
+APART = 2**24
+"""Size in bytes from which a model's weights are stored in files, so that copies of its graph are cheap."""
 LARGE = 2**28
-"""Size in bytes from which a model's weights are stored in files."""
+"""Size in bytes from which memory is saved at the expense of time."""
 _HEAVY = 2**16
 """Size in bytes above which a weight of a stored model gets a file of its own."""
 _CHUNK = 2**24
@@ -167,6 +170,12 @@ def loaded(tensor: TensorProto) -> TensorProto:
 def folder_of(model: ModelProto) -> str | None:
     """Return the folder of a model's stored weights, or None if none are stored."""
     return next((os.path.dirname(path_of(t)) for t in initializers(model.graph) if is_stored(t)), None)
+
+
+def is_large(model: ModelProto) -> bool:
+    """Return True if so much is stored of a model that memory must be saved."""
+    sizes = (value_bytes(t) for t in initializers(model.graph) if is_stored(t))
+    return any(total >= LARGE for total in itertools.accumulate(sizes))
 
 
 def constant(value: NDArray[Any], name: str, folder: str | None) -> TensorProto:

@@ -82,6 +82,17 @@ def test_a_large_model_is_quantized_as_it_would_be_in_memory(tmp_path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.data", "m.onnx"]
 
 
+def test_weights_in_files_give_the_same_bytes_as_weights_in_memory(monkeypatch):
+    # Nothing but copies of graphs depends on where the weights are, unless memory is saved.
+    config, data = Config(weight_bits=4, steps=0), {"image": images(12)}
+    expected = quantize(small_convnet(), data, config).model.SerializeToString(deterministic=True)
+    monkeypatch.setattr(store, "APART", 0)
+    monkeypatch.setattr(store, "_HEAVY", 256)
+    found = quantize(small_convnet(), data, config).model
+    assert store.folder_of(found) is None
+    assert found.SerializeToString(deterministic=True) == expected
+
+
 def test_half_precision_weights_are_widened_in_their_folder(tmp_path, everything_is_large):
 
     model = small_convnet()

@@ -19,7 +19,14 @@ from eptq_onnx.execute.pieces import function_of
 from eptq_onnx.graph import edit
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.method.calibrate.constants import constant_grids
-from eptq_onnx.method.calibrate.seen import VALUES_PER_SAMPLE, Finite, Reader, spread_values, watch
+from eptq_onnx.method.calibrate.seen import (
+    VALUES_PER_SAMPLE,
+    Finite,
+    Reader,
+    spread_values,
+    values_of_a_sample,
+    watch,
+)
 from eptq_onnx.numerics import quant_math
 from eptq_onnx.numerics.grid import Grid, Levels
 from eptq_onnx.numerics.sums import PowerSum
@@ -246,7 +253,8 @@ def calibrate(
     else:
         wanted = list(dict.fromkeys([*observed, *sums]))
         model = edit.giving(model, wanted) if wanted else model
-    reader = Reader(observed.keys(), {name: name in exact for name in sums}, found.outputs)
+    values = values_of_a_sample(samples.count)
+    reader = Reader(observed.keys(), {name: name in exact for name in sums}, found.outputs, values)
     for name, seen, numbers in watch(model, samples, config, (wanted, reader), progress):
         found.add(name, seen, numbers)
         if seen.extremes is not None:

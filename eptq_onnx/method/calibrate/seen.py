@@ -23,6 +23,13 @@ from eptq_onnx.numerics.types import Array
 
 VALUES_PER_SAMPLE = 16384
 """Values of each sample that enter a histogram, or the power of what is no output, at most."""
+_ENOUGH, _LEAST = 2**19, 2048
+"""Values of all samples together that are enough, and the least of each sample."""
+
+
+def values_of_a_sample(samples: int) -> int:
+    """Return how many values of each of so many samples are counted, at most."""
+    return max(_LEAST, min(VALUES_PER_SAMPLE, _ENOUGH // max(1, samples)))
 
 
 def spread_values(values: Array, per_sample: int = VALUES_PER_SAMPLE) -> tuple[Array, int]:
@@ -75,11 +82,14 @@ class Reader:
         Tensors whose power is wanted, with True if all values count.
     outputs : collection of str
         Tensors that must be finite.
+    values : int
+        See `values_of_a_sample`.
     """
 
     bounded: Collection[str]
     powers: Mapping[str, bool]
     outputs: Collection[str]
+    values: int = VALUES_PER_SAMPLE
 
     def __call__(self, name: str, value: NDArray[np.floating], samples: int) -> Seen:
         """Read the value of a tensor for some samples."""
@@ -89,7 +99,7 @@ class Reader:
         if name in self.bounded and value.size:
             extremes = float(value.min()), float(value.max())
             finite = bool(np.isfinite(extremes).all())
-            picked, step = spread_values(value)
+            picked, step = spread_values(value, self.values)
         else:
             finite = quant_math.all_finite(value)
         lost = 0 if finite else int(value.size - np.isfinite(value).sum())
@@ -99,7 +109,7 @@ class Reader:
         if name in self.powers:
             flat = value.reshape(-1)
             if not self.powers[name]:
-                flat = flat[:: quant_math.stride(flat.size, VALUES_PER_SAMPLE * max(1, samples))]
+                flat = flat[:: quant_math.stride(flat.size, self.values * max(1, samples))]
             power.add(flat if finite else flat[np.isfinite(flat)])
         refused = value if lost and name in self.outputs else None
         return Seen(value.shape, lost, extremes, picked.copy(), step, power, refused)

@@ -11,6 +11,7 @@ slope of the activation function behind it: where a Relu is flat, errors do not 
 from __future__ import annotations
 
 import math
+import sys
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -41,6 +42,8 @@ from eptq_onnx.records import Network, Plan, Rounding
 
 WALKS = 2.5
 """Cost of walking both networks, in walks of the float network; the other one has quantizers, too."""
+_FEWEST, _MOST = 32, 96
+"""Fewest and most samples to walk with where all weights have many bits."""
 _SYSTEMS = 10
 """Linear systems solved per layer: feedback, target, and about 4 dampings on each half of the rows."""
 _HALF, _A_VISIT = 0.5, 2.0
@@ -128,6 +131,33 @@ def reconstruct(
         progress(k + 1, len(plan.layers))
     corrected: Mapping[str, Array] = ChainMap(targets, start.targets)  # type: ignore[arg-type]  # it is only read
     return replace(start, integers=integers, weights=grids, biases=biases, targets=corrected), skipped
+
+
+def enough_samples(model: ModelProto, plan: Plan, multiplications: Mapping[str, float]) -> int:
+    """Return how many samples are worth walking with: as many as all layers' rows can be drawn from.
+
+    Few bits need all samples: there, the error that remains depends on each of them.
+
+    Parameters
+    ----------
+    model : ModelProto
+        The normalized float model.
+    plan : Plan
+    multiplications : mapping of str to float
+        Multiplications of each layer for one sample, by node; 0 where they are unknown.
+    """
+    view = GraphView(model)
+    nodes = {n.name: n for n in view.nodes}
+    enough = _FEWEST
+    for layer in plan.layers:
+        if layer.weight_spec.bits <= FEW_BITS:
+            return sys.maxsize
+        form, shape = linear_form(nodes[layer.node], view), view.constant_shape(layer.weight)
+        if form is not None:
+            rows = wanted_rows(row_shape(form, shape)[2], layer.weight_spec.bits)
+            positions = multiplications.get(layer.node, 0.0) / math.prod(shape)
+            enough = max(enough, math.ceil(rows / max(positions, 1.0)))
+    return min(enough, _MOST)
 
 
 def work(
