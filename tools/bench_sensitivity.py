@@ -81,7 +81,7 @@ def main(  # noqa: PLR0913 - each is an option of the command
     foretold = _by_layer(found)
     chosen = [list(foretold)[k] for k in np.unique(np.linspace(0, len(foretold) - 1, layers).astype(int))]
     table = Table("layer", "foretold", "alone", title=f"{model.name} W{weight}A{activation}")
-    noises = []
+    exact, noises = _outputs(model, given, samples), []
     for node in chosen:
         # A layer that is alone is first and last: its bits are those that it has among the others.
         own = next(p.bits for p in found.parts if p.what == "weights" and node in p.nodes)
@@ -90,7 +90,7 @@ def main(  # noqa: PLR0913 - each is an option of the command
             if state is None
             else _written(state, node)
         )
-        noises.append(_noise(model, path, given, samples))
+        noises.append(_noise(exact, _outputs(path, given, samples)))
         table.add_row(node, f"{foretold[node]:.3g}", f"{noises[-1]:.3g}")
     out = Console(width=140)
     out.print(table)
@@ -155,18 +155,19 @@ def _saved(model: ModelProto) -> Path:
     return FOLDER / "alone.onnx"
 
 
-def _noise(exact: Path, other: Path, seen: dict[str, Any], samples: int) -> float:
-    """Return the noise of the outputs as a share of their variance, each output in units of its own."""
-    runtime = make()
-    sums: dict[str, list[np.ndarray[Any, Any]]] = {}
-    with runtime.load(exact) as first, runtime.load(other) as second:
+def _outputs(path: Path, seen: dict[str, Any], samples: int) -> list[np.ndarray[Any, Any]]:
+    """Return all values of each output of a file."""
+    found: dict[str, list[np.ndarray[Any, Any]]] = {}
+    with make().load(path) as model:
         for k in range(min(samples, len(next(iter(seen.values()))))):
-            feeds = {name: values[k : k + 1] for name, values in seen.items()}
-            expected, got = first.run(feeds), second.run(feeds)
-            for name, value in expected.items():
-                sums.setdefault(name, []).append(np.stack([value, got[name]]).reshape(2, -1))
-    joined = [np.concatenate(v, axis=1) for v in sums.values()]
-    return float(np.mean([np.square(v[0] - v[1]).mean() / v[0].var() for v in joined]))
+            for name, value in model.run({n: v[k : k + 1] for n, v in seen.items()}).items():
+                found.setdefault(name, []).append(value.reshape(-1))
+    return [np.concatenate(values) for _, values in sorted(found.items())]
+
+
+def _noise(exact: list[np.ndarray[Any, Any]], got: list[np.ndarray[Any, Any]]) -> float:
+    """Return the noise of the outputs as a share of their variance, each output in units of its own."""
+    return float(np.mean([np.square(v - w).mean() / v.var() for v, w in zip(exact, got, strict=True)]))
 
 
 if __name__ == "__main__":
