@@ -65,7 +65,7 @@ def test_numbers_up_to_2_are_fractions_and_larger_ones_pixels(text, mean, std):
 def test_a_name_leaves_no_units_open_and_help_lists_it(name):
     assert image(name).units is not None
     assert re.search(
-        rf"follow: .*\b{name}\b", " ".join((Reading.model_fields["image"].description or "").split())
+        rf"a name \([^)]*\b{name}\b", " ".join((Reading.model_fields["image"].description or "").split())
     )
     assert image(f"{name},mean=0.5,std=0.5").units is None
 

@@ -96,7 +96,8 @@ def test_the_report_tells_what_was_expected():
     assert report.estimate.seconds > 0
     console = Console(record=True, width=200, file=StringIO())
     report.print(console)
-    assert f"(expected: {report.estimate.seconds:.0f} s)" in console.export_text()
+    # A machine that is busy makes the run late, which the report says.
+    assert f"(expected: {report.estimate.seconds:.0f} s" in console.export_text()
 
 
 @pytest.mark.parametrize(
