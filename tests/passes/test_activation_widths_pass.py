@@ -87,7 +87,7 @@ def test_weights_and_activations_share_a_limit_of_noise(digits):
     options: dict[str, Any] = {**FAST, "target": "qnn", "objective": "bytes", "max_noise": 1.5e-4}
     with pytest.raises(ConfigError, match=r"max_noise=0\.00015"):
         quantized(digits, Config(**options))
-    found = quantized(digits, Config(**options, budget="activations=10"))
+    found = quantized(digits, Config(**options, budget="activations=13"))
     assert {x.activation_bits for x in found.report.layers} == {8, 16}
     [noise] = found.report.verification.outputs.values()
     assert noise > 35
