@@ -216,7 +216,7 @@ def compare(
     layers, left_out = parting(
         infer_shapes(first), infer_shapes(second), (walked, [_cast(feeds, ports) for feeds in walked])
     )
-    notes = [*found.origin.notes]
+    notes = [*found.origin.told]
     if left_out:
         notes.append(
             f"{len(left_out)} tensors hold other values by design, for what follows from them agrees "

@@ -61,6 +61,8 @@ class Verified:
         What was not found out, and why.
     failures : tuple of str
         What the file does not meet.
+    notes : tuple of str
+        How samples were read, and what of that was guessed.
     """
 
     target: str
@@ -75,6 +77,7 @@ class Verified:
     float_score: float | None = None
     unavailable: tuple[str, ...] = ()
     failures: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -154,6 +157,7 @@ class _Check:
             float_score=float_score,
             unavailable=tuple(self.unavailable),
             failures=tuple(self.failures),
+            notes=self._prepared.origin.told,
         )
 
     def _runtime(self) -> Verifier | None:

@@ -64,6 +64,7 @@ def report_of(prepared: Prepared, state: State, ctx: Context, costs: Costs) -> R
         *_unscored(state.scores),
         *_not_finite(state.calibration),
         *_left_over(state.calibration, ctx),
+        *_noise_above(ctx.config.activation_noise, state),
         *state.verification.notes,
         *devices.told(),
     ]
@@ -217,3 +218,25 @@ def _left_over(calibration: Calibration, ctx: Context) -> list[str]:
             "the most frequent size"
         )
     return notes
+
+
+def _noise_above(limit: float, state: State) -> Iterator[str]:
+    """Yield what activations cause if that is more than the limit, and what a quieter choice costs."""
+    placed = state.placement
+    candidates = placed.candidates if placed is not None else ()
+    chosen = next((c for c in candidates if placed is not None and c.name == placed.chosen), None)
+    left = state.sensitivity.left if chosen is None or chosen.noise is None else chosen.noise
+    if not limit or left <= limit:
+        return
+    quiet = [c for c in candidates if c.noise is not None and c.noise <= limit and c.regions]
+    best = min(quiet, key=lambda c: c.ratio, default=None)
+    quieter = ""
+    if best is not None and chosen is not None:
+        quieter = (
+            f"; a choice with less noise takes {best.ratio / chosen.ratio:.2f} times as long: "
+            f"--objective noise --budget time={best.seconds:.2g}"
+        )
+    yield (
+        f"quantized activations cause noise of {100 * left:.2g}% of the outputs' power, above "
+        f"max_noise={limit:g}: none of them stands out{quieter}"
+    )

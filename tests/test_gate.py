@@ -316,5 +316,6 @@ def test_infinite_ratios_are_null_in_json(folder):
 
 
 def test_the_function_is_found_only_in_modules(folder):
+    Path("other_score.py").write_text("def high(model):\n    return 0.75\n")
     with pytest.raises(DataError, match="has no function missing"):
-        verify(evaluate="own_score:missing")
+        verify(evaluate="other_score:missing")

@@ -70,6 +70,8 @@ def _show(found: Verified, model: Path, out: Console, manner: Manner) -> None:
         out.print(line(in_words(found.speed)), soft_wrap=True)
     if found.score is not None:
         out.print(line(f"score: {found.score:.4g}, float model: {found.float_score:.4g}"), soft_wrap=True)
+    for sentence in found.notes:
+        out.print(line(f"note: {sentence}", "yellow"), soft_wrap=True)
     for sentence in found.unavailable:
         out.print(line(f"not checked: {sentence}", "yellow"), soft_wrap=True)
     for sentence in found.failures:

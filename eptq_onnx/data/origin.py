@@ -32,6 +32,11 @@ class Origin:
     made_up: bool = False
     needed: bool = True
 
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The recipe, with what was guessed, and the notes, for a user who gave these samples."""
+        return (*([f"samples: {self}"] if self.recipe else []), *self.notes)
+
     def __str__(self) -> str:
         done = [f"--{name} '{text}'" for name, text in self.recipe.items()]
         guesses = [f"guessed: {'; '.join(self.guessed)}"] if self.guessed else []

@@ -9,6 +9,8 @@ _NAMED, _SMALL = 3, 0.05
 """Most operators to name, and their smallest share of the total increase in run time."""
 _WIDE = 1.25
 """Ratio of an interval's ends above which its middle says too much."""
+_BUSY = 2.0
+"""Ratio of an interval's ends from which on other work must have disturbed the measurements."""
 _SHOWN = 0.02
 """Smallest share of the run time of an operator in the table."""
 
@@ -40,6 +42,8 @@ def in_words(speed: Speed | None) -> str:
         f"its time is {speed.low:.2f} to {speed.high:.2f} of the float model's, "
         f"in {speed.pairs} pairs of measurements on this machine"
     )
+    if speed.high / speed.low > _BUSY:
+        interval += "; it was busy, so measure again with eptq-onnx bench"
     pace = pace_in_words(speed)
     beside = {"level": "level with", "not told apart": "not told apart from"}.get(pace, f"{pace} than")
     return f"{beside} the float model: {times} ({interval})"

@@ -88,7 +88,7 @@ def _few(source: Source) -> Source:
 def _first_sample(verifier: Verifier, path: Path, source: Source) -> tuple[Feeds, int, tuple[str, ...]]:
     """Return the feeds of one run on the first samples, the number of these samples, and notes on them."""
     found = load(_few(source), read_file(path))
-    notes = (*([f"samples: {found.origin}"] if found.origin.recipe else []), *found.origin.notes)
+    notes = found.origin.told
     taken = []
     for samples in found.samples:
         part = next(samples.parts(range(samples.count), samples.fixed_batch or 1), None)

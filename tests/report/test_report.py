@@ -150,3 +150,21 @@ def test_where_samples_come_from_is_shown_whole(report):
     origin = Origin("photos", {"image": recipe}, ("size (the model's input)",), ("one is broken",))
     text = "".join("".join(shown(replace(report, data=origin), width=80)).split())
     assert f"40samplesofphotos;--image'{recipe}';guessed:size(themodel'sinput)" in text
+
+
+@pytest.mark.parametrize(("limit", "above"), [(1e-6, True), (1e-2, False)])
+def test_noise_above_the_limit_is_said_with_the_option_and_both_figures(limit, above):
+    config = Config(preset="fast", max_noise=limit, objective="integers", measure_speed=False)
+    notes = eptq_onnx.quantize(small_convnet(), images(24), config).report.notes
+    told = [note for note in notes if f"above max_noise={limit:g}" in note]
+    assert len(told) == above
+    assert all("none of them stands out" in note for note in told)
+
+
+def test_how_samples_were_read_is_told_with_what_was_guessed():
+    read = Origin("photos", {"image": "size=224"}, ("size (the model's input)",), ("one was left out",))
+    assert read.told == (
+        "samples: photos; --image 'size=224'; guessed: size (the model's input)",
+        "one was left out",
+    )
+    assert Origin("samples.npz").told == ()

@@ -24,7 +24,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
-// What is folded on screen is printed.
+// What is folded on screen is printed, but for pages of options: the command says those that were given.
 addEventListener("beforeprint", () => {
-  for (const details of document.querySelectorAll("details")) details.open = true;
+  for (const details of document.querySelectorAll("details:not(.options)")) details.open = true;
 });
