@@ -45,6 +45,11 @@ def describe(error: ValidationError, what: str, model: type[BaseModel]) -> str:
     model : type of BaseModel
         The record that was to be made.
     """
+    # Whatever a value holds, the sentence is one line.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in _described(error, what, model))
+
+
+def _described(error: ValidationError, what: str, model: type[BaseModel]) -> str:
     errors = error.errors()
     first = errors[0]
     parts = _name(first["loc"])

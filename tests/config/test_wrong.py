@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from graphs import small_convnet
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -43,6 +43,9 @@ def message(model, **options) -> str:
 
 @settings(max_examples=500, deadline=None)
 @given(st.sampled_from(FIELDS), WRONG)
+@example((Config, "bits"), "\r")
+@example((Config, "weight_bits"), "\n9")
+@example((Config, "preset"), "fast\u2028er")
 def test_a_wrong_value_is_one_sentence_that_names_the_option(field, value):
     model, name = field
     text = message(model, **{name: value})
