@@ -272,8 +272,10 @@ class Session:
         self._recipe: Recipe | None = None
         if parallel.are_distant() and isinstance(model, ModelProto):
             how = {"optimize": optimize, "threads": threads, "integers": integers}
+            # Other machines see the files of weights only where they are told to; see `store.LARGE`.
+            whole = model if store.is_large(model) else store.load_all(model)
             self._recipe = Recipe.of(
-                self, model, how, partial(_as_here, custom_libraries(), devices.chosen())
+                self, whole, how, partial(_as_here, custom_libraries(), devices.chosen())
             )
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)

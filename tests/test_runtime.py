@@ -13,8 +13,10 @@ import pytest
 from graphs import images, normal, parse, small_convnet
 
 import eptq_onnx
-from eptq_onnx import runtime
+from eptq_onnx import parallel, runtime
 from eptq_onnx.errors import InstallError, ModelError
+from eptq_onnx.proto import store
+from eptq_onnx.proto.weights import stored
 from eptq_onnx.runtime import ExactSession, Session
 
 
@@ -158,3 +160,15 @@ def test_a_clip_of_an_input_in_front_of_a_quantizer_is_computed():
     )
     values = np.array([[-3, -0.5, 0.5, 2]], np.float32)
     np.testing.assert_allclose(ExactSession(model).run({"x": values})["y"], values.clip(-1, 1), atol=0.004)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_other_machines_get_the_weights_unless_there_are_too_many(tmp_path, monkeypatch, large):
+    monkeypatch.setattr(store, "_HEAVY", 256)
+    monkeypatch.setattr(parallel, "are_distant", lambda: True)
+    if large:
+        monkeypatch.setattr(store, "LARGE", 1000)
+    session = Session(stored(small_convnet(), str(tmp_path)))
+    _, (recipe, _) = session.__reduce__()
+    sent = onnx.load_model_from_string(recipe.model.tobytes())
+    assert (store.folder_of(sent) is not None) is large
