@@ -186,6 +186,11 @@ class Placement:
     why: str = ""
     complete: bool = True
 
+    @property
+    def taken(self) -> Candidate | None:
+        """The candidate that was chosen; None if none was timed."""
+        return next((c for c in self.candidates if c.name == self.chosen), None)
+
 
 @dataclass(frozen=True)
 class Timings:

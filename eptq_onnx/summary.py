@@ -223,8 +223,7 @@ def _left_over(calibration: Calibration, ctx: Context) -> list[str]:
 def _noise_above(limit: float, state: State) -> Iterator[str]:
     """Yield what activations cause if that is more than the limit, and what a quieter choice costs."""
     placed = state.placement
-    candidates = placed.candidates if placed is not None else ()
-    chosen = next((c for c in candidates if placed is not None and c.name == placed.chosen), None)
+    candidates, chosen = (placed.candidates, placed.taken) if placed is not None else ((), None)
     left = state.sensitivity.left if chosen is None or chosen.noise is None else chosen.noise
     if not limit or left <= limit:
         return

@@ -21,6 +21,7 @@ from eptq_onnx.diagnosis import Histogram
 from eptq_onnx.execute.walk import Walk
 from eptq_onnx.graph.view import GraphView
 from eptq_onnx.numerics.grid import Grid
+from eptq_onnx.numerics.halving import halves
 from eptq_onnx.numerics.quant_math import stride
 from eptq_onnx.numerics.sums import NoiseSum
 from eptq_onnx.numerics.types import Feeds
@@ -252,6 +253,12 @@ def loudest(names: Sequence[str], total: float, noise: Callable[[Sequence[str]],
     parts = [(total, 0, len(names))]
     found: dict[str, float] = {}
     runs = 0
+
+    def measured(begin: int, end: int) -> float:
+        nonlocal runs
+        runs += 1
+        return noise(names[begin:end])
+
     while parts and len(found) < most:
         # Even if each of the loudest parts were a single member, these would have to be enough.
         loudest_parts = sum(heapq.nlargest(most - len(found), (part for part, _, _ in parts)))
@@ -263,12 +270,7 @@ def loudest(names: Sequence[str], total: float, noise: Callable[[Sequence[str]],
         if end - begin == 1:
             found[names[begin]] = own
         elif runs + 2 <= _RUNS:
-            middle = (begin + end) // 2
-            one = noise(names[begin:middle])
-            other, runs = own - one, runs + 1
-            if other < one:
-                other, runs = noise(names[middle:end]), runs + 1
-            parts += [(one, begin, middle), (other, middle, end)]
+            parts += halves(loud, measured)
         else:
             parts.append(loud)
             break

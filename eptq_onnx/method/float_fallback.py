@@ -21,6 +21,7 @@ from onnx import ModelProto
 from eptq_onnx.config import Config
 from eptq_onnx.data.samples import Selection
 from eptq_onnx.execute.deviation import Deviation
+from eptq_onnx.numerics.halving import halves
 from eptq_onnx.records import Network
 
 SAMPLES = 16
@@ -145,14 +146,7 @@ def _spoilers(
         if last - first == 1:
             found[names[first]] = loudest if roughly is noise else noise(names[first:last])
             continue
-        middle = (first + last) // 2
-        one = roughly(names[first:middle])
-        other = loudest - one
-        # A small remainder may be anything: noise does not quite add up, least of all where it is large.
-        groups += [
-            (one, first, middle),
-            (other if other >= one else roughly(names[middle:last]), middle, last),
-        ]
+        groups += halves((loudest, first, last), lambda begin, end: roughly(names[begin:end]))
     order = list(found)
 
     def left(count: int) -> float:

@@ -8,6 +8,28 @@ from typing import TypeVar
 
 Part = TypeVar("Part")
 
+Group = tuple[float, int, int]
+"""The noise of neighbours, the place of the first, and that behind the last."""
+
+
+def halves(group: Group, noise: Callable[[int, int], float]) -> list[Group]:
+    """Return both halves of a group of at least two.
+
+    Noise is about additive: where the first half causes the lesser part, the other is not measured. A small
+    remainder may be anything, though, since noise does not quite add up, least of all where it is large.
+
+    Parameters
+    ----------
+    group : Group
+    noise : callable
+        Returns the noise of the members from one place to another.
+    """
+    own, begin, end = group
+    middle = (begin + end) // 2
+    first = noise(begin, middle)
+    rest = own - first
+    return [(first, begin, middle), (rest if rest >= first else noise(middle, end), middle, end)]
+
 
 def alone(pieces: Sequence[Part], noise: Callable[[Sequence[Part]], float], runs: int) -> list[float]:
     """Return the noise of each piece alone, within a number of runs.

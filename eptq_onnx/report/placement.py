@@ -10,11 +10,10 @@ from eptq_onnx.report.sheet import Sheet
 
 def in_words(placement: Placement) -> str:
     """Return one line such as ``least time: 12 of 178 regions on integers, 1.9× as fast as all integers``."""
-    first, *others = placement.candidates
-    taken = next((c for c in others if c.name == placement.chosen), None)
+    first, taken = placement.candidates[0], placement.taken
     if placement.why:
         return f"{first.name}: {placement.why} in {_where(placement)}"
-    if taken is None:
+    if taken is None or taken is first:
         return f"{first.name}: no other choice is faster in {_where(placement)}"
     return (
         f"{taken.name}: {taken.regions} of {first.regions} regions on integers, "

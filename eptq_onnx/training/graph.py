@@ -30,13 +30,12 @@ from eptq_onnx.engines.base import (
 from eptq_onnx.errors import GradientError
 from eptq_onnx.execute import finite
 from eptq_onnx.execute.micro import micro_batch
-from eptq_onnx.graph import edit
+from eptq_onnx.graph import edit, qdq_nodes
 from eptq_onnx.graph.fold import fold_sizes
 from eptq_onnx.graph.kernels import faster
 from eptq_onnx.graph.lower import lower
 from eptq_onnx.graph.shapes import empty_tensor, specialize
 from eptq_onnx.graph.view import GraphView, last_layers
-from eptq_onnx.numerics.grid import Grid
 from eptq_onnx.ops import LSQ_DOMAIN
 from eptq_onnx.proto import store
 from eptq_onnx.proto.bodies import node_reads
@@ -230,19 +229,12 @@ def _student(
     if gradual:
         b.add("Sub", [b.constant(np.ones(1, np.float32), "one"), FLOAT_SHARE], "eptq/integer_share")
 
-    def quantized_by(tensor: str, grid: Grid, result: str | None = None) -> str:
-        fixed = [
-            b.constant(grid.scale.reshape(()), "scale"),
-            b.constant(grid.format.raw(np.array(grid.zero_point)), "zero", grid.format.type_name),
-        ]
-        return b.add("DequantizeLinear", [b.add("QuantizeLinear", [tensor, *fixed]), *fixed], result)
-
     def fake_quantize(tensor: str) -> None:
         quantizer = quantizers[tensor]
         form, grid = quantizer.spec.format, start.grids[quantizer.name]
         exact, source = b.unique(f"{tensor}/quantized"), tensor
         if tensor in plan.rewritten:
-            source = quantized_by(tensor, grid.widened())
+            source = qdq_nodes.add_widened(b, tensor, grid, tensor)
         if quantizer.name in scales or form.narrower_than_container:
             scale = scales.get(quantizer.name)
             if scale is None:
@@ -261,7 +253,7 @@ def _student(
         else:
             # Six times as fast. With such a wide range next to nothing is clipped, so the gradient passes
             # unmasked.
-            quantized_by(source, grid, exact)
+            qdq_nodes.add_pair(b, source, qdq_nodes.scale_names(b, tensor, grid), tensor, exact)
         if gradual:
             # p x + (1 - p) q(x): gradual activation quantization.
             exact = b.add(
